@@ -1,0 +1,136 @@
+"""From a recipe to a model: the one place that knows names, folders and packages as well as networks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from blip2.config import Precision, QFormerConfig, Recipe
+from blip2.data.assets import resolve
+from blip2.errors import InputError
+from blip2.model.bert import check_fits, initialise_from_bert
+from blip2.model.generation import GenerationModel
+from blip2.model.language import load_language_model
+from blip2.model.representation import RepresentationModel
+from blip2.model.vision import load_image_encoder
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DECODER_START = "[DEC]"
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model with the tokenizer of its text: the Q-Former's in stage 1, the LLM's in stage 2."""
+
+    model: RepresentationModel | GenerationModel
+    tokenizer: PreTrainedTokenizerBase
+    end: int | None = None
+    """Stage 2: id of the token that ends a text."""
+
+
+def choose_device(wanted: str | None) -> torch.device:
+    """The device asked for, or the best there is.
+
+    Raises:
+        InputError: it is not there.
+    """
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if wanted is None:
+        wanted = next(name for name in ("cuda", "mps", "cpu") if there[name])
+    kind = wanted.split(":")[0]
+    if kind not in there:
+        raise InputError(f"there is no kind of device {wanted!r}: choose cpu, cuda or mps")
+    if not there[kind]:
+        raise InputError(f"device {wanted!r} was asked for, but PyTorch {torch.__version__} finds none here: use cpu")
+    return torch.device(wanted)
+
+
+def choose_dtype(wanted: Precision | None, device: torch.device) -> torch.dtype:
+    """The dtype asked for; bfloat16 on a GPU and float32 elsewhere when none was."""
+    return DTYPES[wanted or ("bf16" if device.type == "cuda" else "fp32")]
+
+
+def build(recipe: Recipe, device: torch.device, checkpoint: Path | None = None) -> Built:
+    """Load the frozen parts and make the rest as `recipe` says, in float32.
+
+    Args:
+        checkpoint: its tokenizer is used and BERT is not read, since all weights will come from there.
+
+    Raises:
+        InputError: a part cannot be loaded, or the parts do not fit each other.
+    """
+    vision = load_image_encoder(
+        resolve(recipe.vision.name),
+        recipe.vision.layer,
+        recipe.vision.image_size,
+        choose_dtype(recipe.vision.dtype, device),
+    )
+    from_bert = recipe.qformer.bert is not None and checkpoint is None
+    if recipe.language is None:
+        if from_bert:
+            check_fits(resolve(recipe.qformer.bert or ""), recipe.qformer)
+        tokenizer = _text_tokenizer(recipe.qformer, checkpoint)
+        model = RepresentationModel(vision, recipe.qformer, recipe.objectives)
+        if from_bert:
+            initialise_from_bert(resolve(recipe.qformer.bert or ""), model.qformer, model.language_head)
+        return Built(model.to(device), tokenizer)
+    language = load_language_model(resolve(recipe.language.name), choose_dtype(recipe.language.dtype, device))
+    tokenizer = load_tokenizer(resolve(recipe.language.name))
+    model = GenerationModel(vision, recipe.qformer, language)
+    if from_bert and recipe.start_from is None:
+        initialise_from_bert(resolve(recipe.qformer.bert or ""), model.qformer)
+        model.initialise_projection()
+    return Built(model.to(device), tokenizer, end_of_text(tokenizer, recipe.language.stop, recipe.language.name))
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise InputError(
+            f"no tokenizer could be read from {name!r} ({reason}): name a folder that has a tokenizer.json, or a hub"
+            " name when there is a network"
+        ) from error
+    if not tokenizer.is_fast:
+        raise InputError(f"the tokenizer of {name!r} has no tokenizer.json: save it as a fast tokenizer first")
+    return tokenizer
+
+
+def _text_tokenizer(config: QFormerConfig, checkpoint: Path | None) -> PreTrainedTokenizerBase:
+    """BERT's tokenizer with [DEC] as its last token."""
+    if checkpoint is not None:
+        return load_tokenizer(str(checkpoint / "tokenizer"))
+    name = config.tokenizer or config.bert
+    if name is None:
+        raise InputError("the Q-Former has no text tokenizer: set qformer.tokenizer, or qformer.bert")
+    tokenizer = load_tokenizer(resolve(name))
+    tokenizer.add_special_tokens({"bos_token": DECODER_START})
+    if len(tokenizer) != config.vocabulary:
+        raise InputError(
+            f"the tokenizer of {name!r} has {len(tokenizer)} tokens with {DECODER_START}, the recipe's"
+            f" qformer.vocabulary is {config.vocabulary}: set qformer.vocabulary to {len(tokenizer)}"
+        )
+    return tokenizer
+
+
+def end_of_text(tokenizer: PreTrainedTokenizerBase, stop: str | None, name: str) -> int:
+    """Id of the token that ends a text: of `stop` where it is given, else the tokenizer's own.
+
+    An LLM needs no padding token (padding is masked) and no BOS (the visual prompt comes first), but without an end it
+    would never stop.
+    """
+    if stop is not None:
+        ids = tokenizer(stop, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
+            raise InputError(f"language.stop {stop!r} is {len(ids)} tokens for {name!r}, expected exactly one")
+        return ids[0]
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"the tokenizer of {name!r} has no end-of-text token, so texts would never end: set language.stop to the"
+            r' text that ends a caption, for example "\n"'
+        )
+    return int(tokenizer.eos_token_id)

@@ -1,0 +1,202 @@
+"""The command line: one function a command, each thin."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from blip2.errors import InputError
+
+Run = Callable[[argparse.Namespace], None]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status is 0, 2 for input that cannot be used, 130 after an interruption."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("blip2").setLevel(logging.INFO)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command != "train":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.rest = rest
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    try:
+        options.run(options)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if type(error).__name__ != "Interrupted":
+            raise
+        print(error, file=sys.stderr)
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="blip2",
+        description="BLIP-2: give a frozen language model eyes. Train the Q-Former in two stages, then use it.",
+        epilog="begin with: blip2 demo --quick",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Run, summary: str, example: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=summary, description=summary, epilog=f"example: {example}")
+        added.set_defaults(run=run)
+        return added
+
+    demo = command("demo", run_demo, "train both stages on real pictures and show what was learned", "blip2 demo")
+    demo.add_argument("--quick", action="store_true", help="the same in about two minutes, to see that all works")
+    demo.add_argument("--output", default="runs/demo", help="folder of the results (default: runs/demo)")
+
+    train = commands.add_parser(
+        "train",
+        help="train one stage as a recipe says",
+        add_help=False,
+    )
+    train.add_argument("recipe", nargs="?")
+    train.add_argument("--resume", action="store_true")
+    train.add_argument("-h", "--help", action="store_true")
+    train.set_defaults(run=run_train)
+
+    caption = command("caption", run_caption, "write a caption for each image", "blip2 caption runs/demo/stage2 cat.jpg")
+    add_model(caption, "generation")
+    caption.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+    caption.add_argument("--prompt", help="text that the caption continues (default: the one it was trained with)")
+    add_decoding(caption)
+
+    ask = command("ask", run_ask, "answer a question about an image", 'blip2 ask runs/demo/stage2 cat.jpg "what is it?"')
+    add_model(ask, "generation")
+    ask.add_argument("image", metavar="IMAGE", help="an image file")
+    ask.add_argument("questions", nargs="+", metavar="QUESTION", help="one or several questions")
+    add_decoding(ask)
+
+    match = command("match", run_match, "tell which texts fit an image", 'blip2 match runs/demo/stage1 cat.jpg "a cat" "a dog"')
+    add_model(match, "representation")
+    match.add_argument("image", metavar="IMAGE", help="an image file")
+    match.add_argument("texts", nargs="+", metavar="TEXT", help="texts to compare it with")
+
+    embed = command("embed", run_embed, "write the embeddings of images and texts to a file", "blip2 embed runs/demo/stage1 *.jpg --output cats.safetensors")
+    add_model(embed, "representation")
+    embed.add_argument("images", nargs="*", metavar="IMAGE", help="image files")
+    embed.add_argument("--text", action="append", default=[], metavar="TEXT", help="a text to embed; can be repeated")
+    embed.add_argument("--output", required=True, metavar="FILE", help="a .safetensors file with images [I, Q, C] and texts [T, C]")
+    return parser
+
+
+def add_model(parser: argparse.ArgumentParser, stage: str) -> None:
+    parser.add_argument("model", metavar="MODEL", help=f"folder of a run of stage {stage}, or of one checkpoint")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: a GPU if there is one)")
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="of the frozen parts (default: the recipe's)")
+
+
+def add_decoding(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--beams", type=int, help="beam width; 1 is greedy (default: 5)")
+    parser.add_argument("--top-p", type=float, help="nucleus sampling instead of beam search")
+    parser.add_argument("--temperature", type=float, help="of sampling (default: 1)")
+    parser.add_argument("--length-penalty", type=float, help="below 0 favours short texts (default: 1, answers -1)")
+    parser.add_argument("--max-new-tokens", type=int, help="longest text in tokens (default: 30, answers 10)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
+
+
+def run_demo(options: argparse.Namespace) -> None:
+    from blip2.demo import demo
+
+    demo(Path(options.output), quick=options.quick)
+
+
+def run_train(options: argparse.Namespace) -> None:
+    from blip2.config import find_recipe, load_recipe, recipe_parser
+
+    if options.help or options.recipe is None:
+        print("usage: blip2 train RECIPE [--resume] [--KEY VALUE ...]\n")
+        print("RECIPE is a YAML file, or the name of one that comes with blip2 (demo-stage1). --resume goes on from the")
+        print("last checkpoint of the run. Every key of a recipe can be overridden on the command line:\n")
+        print(recipe_parser().format_help())
+        if not options.help:
+            raise InputError("no recipe was given: blip2 train RECIPE")
+        return
+    recipe = load_recipe(find_recipe(options.recipe), options.rest)
+    from blip2.training.loop import train
+
+    print(train(recipe, resume=options.resume))
+
+
+def run_caption(options: argparse.Namespace) -> None:
+    model = _load(options)
+    captions = model.caption(options.images, options.prompt, _decoding(options, questions=False))
+    for image, caption in zip(options.images, captions, strict=True):
+        print(f"{image}\t{caption}" if len(captions) > 1 else caption)
+
+
+def run_ask(options: argparse.Namespace) -> None:
+    model = _load(options)
+    answers = model.answer(options.image, options.questions, _decoding(options, questions=True))
+    for question, answer in zip(options.questions, answers, strict=True):
+        print(f"{question}\t{answer}" if len(answers) > 1 else answer)
+
+
+def run_match(options: argparse.Namespace) -> None:
+    model = _load(options)
+    matches = model.match(options.image, options.texts)[0].tolist()
+    similarities = model.similarity(options.image, options.texts)[0].tolist()
+    print("match\tsimilarity\ttext")
+    for text, match, similarity in sorted(zip(options.texts, matches, similarities, strict=True), key=lambda r: -r[1]):
+        print(f"{match:.3f}\t{similarity:.3f}\t{text}")
+
+
+def run_embed(options: argparse.Namespace) -> None:
+    if not options.images and not options.text:
+        raise InputError("nothing to embed: give image files, --text, or both")
+    from safetensors.torch import save_file
+
+    model = _load(options)
+    out = {}
+    if options.images:
+        out["images"] = model.embed_images(options.images).cpu().contiguous()
+    if options.text:
+        out["texts"] = model.embed_texts(options.text).cpu().contiguous()
+    names = {"images": json.dumps(options.images), "texts": json.dumps(options.text)}
+    save_file(out, options.output, metadata={key: names[key] for key in out})
+    print(", ".join(f"{key} {list(tensor.shape)}" for key, tensor in out.items()), "->", options.output)
+
+
+def _load(options: argparse.Namespace):
+    from blip2.inference import load
+
+    return load(options.model, options.device, options.dtype)
+
+
+def _decoding(options: argparse.Namespace, questions: bool):
+    from transformers import set_seed
+
+    from blip2.inference import ANSWER, CAPTION
+
+    set_seed(options.seed)
+    given = {
+        "beams": options.beams,
+        "top_p": options.top_p,
+        "temperature": options.temperature,
+        "length_penalty": options.length_penalty,
+        "max_new_tokens": options.max_new_tokens,
+    }
+    changes = {key: value for key, value in given.items() if value is not None}
+    return replace(ANSWER if questions else CAPTION, **changes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

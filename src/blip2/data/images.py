@@ -1,0 +1,153 @@
+"""Images from anywhere, decoded safely, augmented (paper §3.4) and normalised.
+
+Everything becomes 8-bit RGB: rotated as its EXIF says, transparency over white, 16-bit and float scaled, CMYK and
+palettes converted, the first frame of an animation.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from blip2.errors import InputError
+from blip2.model.vision import Preprocessing
+
+ImageLike = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
+"""A path, the bytes of a file, a PIL image, or an array [H, W], [H, W, 3 or 4] of uint8 or of floats in [0, 1]."""
+
+MAX_PIXELS = 120_000_000
+"""Larger images are refused before they are decoded: a small file can unpack to gigabytes."""
+
+
+class ImageError(InputError):
+    """An image that cannot be decoded; the message names it and says why."""
+
+
+def read_image(image: ImageLike) -> Image.Image:
+    """Decode to 8-bit RGB.
+
+    Raises:
+        ImageError: no such file, empty, not an image, damaged, or more than :data:`MAX_PIXELS`.
+    """
+    if isinstance(image, Tensor):
+        image = image.detach().cpu().numpy()
+    if isinstance(image, np.ndarray):
+        return _from_array(image)
+    if isinstance(image, Image.Image):
+        return _to_rgb(image)
+    name = f"image of {len(image)} bytes" if isinstance(image, bytes) else f"image {os.fspath(image)}"
+    try:
+        data = image if isinstance(image, bytes) else Path(image).read_bytes()
+    except OSError as error:
+        raise ImageError(f"{name} cannot be read: {error.strerror or error}") from error
+    if not data:
+        raise ImageError(f"{name} is empty (0 bytes): it was not downloaded or copied whole")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of odd metadata, and of bombs below its own limit
+            with Image.open(io.BytesIO(data)) as opened:
+                if opened.width * opened.height > MAX_PIXELS:
+                    raise ImageError(
+                        f"{name} has {opened.width} x {opened.height} pixels, more than the {MAX_PIXELS:,} allowed:"
+                        " make it smaller"
+                    )
+                return _to_rgb(opened)
+    except ImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name} is not an image (it begins with {data[:12]!r})") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name} is too large: {error}") from error
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+        raise ImageError(f"{name} is damaged: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        return _from_array(np.asarray(image))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or array.size == 0:
+        raise ImageError(
+            f"an image array of shape {tuple(array.shape)} was given, expected [H, W], [H, W, 3] or [H, W, 4]"
+        )
+    if array.dtype != np.uint8:
+        values = array.astype(np.float64)
+        if not np.isfinite(values).all():
+            raise ImageError("an image array holds values that are not finite")
+        # 16-bit counts to 65535 whatever its container; floats count to 1 (or, from 32-bit TIFF files, to 255).
+        if np.issubdtype(array.dtype, np.integer):
+            values = values / 65535 if array.dtype != np.int32 or values.max() > 255 else values / 255
+        elif values.max() > 1:
+            values = values / 255
+        array = (values.clip(0, 1) * 255).round().astype(np.uint8)
+    if array.shape[2] == 1:
+        array = array.repeat(3, axis=2)
+    mode = "RGBA" if array.shape[2] == 4 else "RGB"
+    return _to_rgb(Image.fromarray(np.ascontiguousarray(array), mode))
+
+
+def to_pixels(image: Image.Image, preprocessing: Preprocessing) -> Float[Tensor, "3 H W"]:
+    """Resize (bicubic, to a square, nothing cut off) and normalise, for evaluation."""
+    size = preprocessing.image_size
+    return _normalise(image.resize((size, size), Image.Resampling.BICUBIC), preprocessing)
+
+
+def augment_to_pixels(
+    image: Image.Image,
+    preprocessing: Preprocessing,
+    random: np.random.Generator,
+    smallest_crop: float = 0.5,
+    flip: bool = True,
+) -> Float[Tensor, "3 H W"]:
+    """Random resized crop and horizontal flip (§3.4), then normalise, for training.
+
+    Args:
+        random: where all randomness comes from.
+        smallest_crop: the crop covers between this share and all of the image, at an aspect ratio of 3:4 to 4:3.
+        flip: mirror half of the images.
+    """
+    size = preprocessing.image_size
+    box = _random_box(image.width, image.height, random, smallest_crop)
+    image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    if flip and random.random() < 0.5:
+        image = ImageOps.mirror(image)
+    return _normalise(image, preprocessing)
+
+
+def _random_box(
+    width: int, height: int, random: np.random.Generator, smallest: float
+) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of a random crop inside an image; the whole image when no draw fits."""
+    for _ in range(10):
+        area = width * height * random.uniform(smallest, 1.0)
+        ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
+        if w <= width and h <= height:
+            left, top = random.uniform(0, width - w), random.uniform(0, height - h)
+            return left, top, left + w, top + h
+    return 0, 0, width, height
+
+
+def _normalise(image: Image.Image, preprocessing: Preprocessing) -> Float[Tensor, "3 H W"]:
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 255
+    mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
+    return (pixels - mean[:, None, None]) / std[:, None, None]

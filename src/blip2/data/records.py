@@ -1,0 +1,238 @@
+"""What one example is, and readers for what people have.
+
+Everything is read through the ``datasets`` library: memory-mapped tables where the number of rows is known, streams
+where it is not. Images stay encoded here; :mod:`blip2.data.images` decodes them later, in other processes.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.distributed import split_dataset_by_node
+
+from blip2.config import DataConfig
+from blip2.errors import InputError
+
+IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "image_path", "file_name", "filename", "img", "path")
+CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "texts", "sentence", "sentences")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+BUILDERS = {
+    ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".tar": "webdataset"
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image and what is said about it."""
+
+    key: str
+    """Names it in messages."""
+    image: str | bytes | None
+    """Path or encoded bytes; None where the data set has none, which is found out when it is decoded."""
+    captions: tuple[str, ...]
+    """Those that are not blank."""
+
+    @property
+    def image_id(self) -> int:
+        """Equal for equal images (by path, or by content where there is no path), in 63 bits."""
+        name = self.image if isinstance(self.image, bytes) else str(self.image).encode()
+        return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") >> 1
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """How to make records of a data set's rows."""
+
+    source: str
+    image: str
+    caption: str
+    root: Path
+    """Where relative paths of images start."""
+
+    def record(self, row: dict[str, Any], number: int) -> Record:
+        image = row[self.image]
+        if isinstance(image, dict):  # Hugging Face's image: bytes, a path, or both
+            image = image.get("bytes") or image.get("path")
+        if isinstance(image, str):
+            image = str(self.root / image)
+        key = f"{self.source} row {number}" + (f" ({image})" if isinstance(image, str) else "")
+        return Record(key, image or None, clean_captions(row[self.caption]))
+
+
+def clean_captions(value: Any) -> tuple[str, ...]:
+    """The captions of a cell that holds one, a list of them, or nothing; whitespace is collapsed."""
+    captions = value if isinstance(value, list | tuple) else [value]
+    return tuple(" ".join(str(c).split()) for c in captions if c is not None and str(c).strip())
+
+
+class Records(Sequence[Record]):
+    """Records that can be read in any order."""
+
+    def __init__(self, dataset: datasets.Dataset, columns: _Columns) -> None:
+        self._dataset = dataset
+        self._columns = columns
+        self._captions = dataset.select_columns([columns.caption])
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Record:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self._columns.record(self._dataset[int(index)], int(index))
+
+    def captions(self, indices: Sequence[int]) -> list[tuple[str, ...]]:
+        """Captions of some records, without reading their images."""
+        return [clean_captions(value) for value in self._captions[list(indices)][self._columns.caption]]
+
+
+class RecordStream:
+    """Records that come in an order of their own, from local files or over a network.
+
+    Each process reads its own share. The position can be taken down and gone back to.
+    """
+
+    def __init__(self, dataset: datasets.IterableDataset, columns: _Columns, process: int, processes: int) -> None:
+        self._dataset = split_dataset_by_node(dataset, process, processes) if processes > 1 else dataset
+        self._reading = self._dataset
+        self._columns = columns
+        self._number = 0
+
+    def read(self, position: dict[str, Any] | None = None) -> Iterator[Record]:
+        """Records from a position that :meth:`position` gave, or from the start, which is gone to at once."""
+        self._number = position["number"] if position else 0
+        self._reading = copy.deepcopy(self._dataset)  # a loaded state would stay for good
+        if position:
+            self._reading.load_state_dict(position["state"])
+        return self._rows()
+
+    def _rows(self) -> Iterator[Record]:
+        for row in self._reading:
+            self._number += 1
+            yield self._columns.record(row, self._number - 1)
+
+    def position(self) -> dict[str, Any]:
+        """Where the next record is."""
+        return {"number": self._number, "state": self._reading.state_dict()}
+
+
+def open_records(
+    source: str, config: DataConfig, process: int = 0, processes: int = 1
+) -> Records | RecordStream:
+    """Open image-text pairs.
+
+    Args:
+        source: what ``data.train`` of a recipe may say.
+        process, processes: which share of a stream this process reads. Tables are shared by all.
+
+    Raises:
+        InputError: there is nothing there, it cannot be read, it is empty, or a column is missing.
+    """
+    streaming = config.streaming
+    if source.startswith("hub:"):
+        dataset = _load(source, source.removeprefix("hub:"), config.split, bool(streaming))
+        return _records(dataset, source, config, Path(), process, processes)
+    path = Path(source)
+    if path.is_dir():
+        return _open_folder(path, config, process, processes)
+    suffix = path.suffix.lower()
+    if suffix not in BUILDERS:
+        raise InputError(
+            f"data source {source!r} is neither a folder nor a file ending in {', '.join(BUILDERS)}: check the path,"
+            " or write hub:NAME for a data set on the Hugging Face hub"
+        )
+    files = expand_files(source)
+    builder = BUILDERS[suffix]
+    options: dict[str, Any] = {"sep": "\t"} if suffix == ".tsv" else {}
+    streaming = builder == "webdataset" if streaming is None else streaming
+    dataset = _load(source, builder, "train", streaming, data_files={"train": files}, **options)
+    return _records(dataset, source, config, path.parent, process, processes)
+
+
+def expand_files(pattern: str) -> list[str]:
+    """Files that a path with ``{000..127}`` ranges and globs stands for, sorted."""
+    span = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if span:
+        first, last = span[1], span[2]
+        return [
+            file
+            for number in range(int(first), int(last) + 1)
+            for file in expand_files(pattern[: span.start()] + str(number).zfill(len(first)) + pattern[span.end() :])
+        ]
+    path = Path(pattern)
+    if path.is_file():
+        return [str(path)]
+    files = sorted(str(file) for file in path.parent.glob(path.name)) if path.parent.is_dir() else []
+    if not files:
+        raise InputError(f"no file {pattern!r}: check the path of the data")
+    return files
+
+
+def _open_folder(folder: Path, config: DataConfig, process: int, processes: int) -> Records | RecordStream:
+    if (folder / "dataset_info.json").is_file():
+        return _records(datasets.load_from_disk(str(folder)), str(folder), config, folder, process, processes)
+    for name in ("metadata.jsonl", "metadata.csv"):
+        if (folder / name).is_file():
+            return open_records(str(folder / name), config, process, processes)
+    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not images:
+        raise InputError(f"folder {folder} holds no images ({', '.join(IMAGE_SUFFIXES)}) and no metadata.jsonl")
+    texts = [path.with_suffix(".txt") for path in images]
+    if not any(text.is_file() for text in texts):
+        raise InputError(
+            f"folder {folder} holds {len(images)} images but no captions: put a .txt beside each image, or a"
+            " metadata.jsonl with file_name and caption"
+        )
+    captions = [t.read_text(encoding="utf-8", errors="replace").splitlines() if t.is_file() else [] for t in texts]
+    table = datasets.Dataset.from_dict(
+        {"image": [str(path.relative_to(folder)) for path in images], "captions": captions}
+    )
+    return Records(table, _Columns(str(folder), "image", "captions", folder))
+
+
+def _load(source: str, path: str, split: str, streaming: bool, **options: Any) -> Any:
+    try:
+        return datasets.load_dataset(path, split=split, streaming=streaming, **options)
+    except StopIteration as error:
+        raise InputError(f"data source {source!r} is empty: it has no rows") from error
+    except Exception as error:  # the builders raise whatever their parsers raise
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = " ".join(str(cause).split()).rstrip(".")
+        raise InputError(f"data source {source!r} cannot be read: {reason}") from error
+
+
+def _records(
+    dataset: Any, source: str, config: DataConfig, root: Path, process: int, processes: int
+) -> Records | RecordStream:
+    if isinstance(dataset, dict):
+        raise InputError(f"data source {source!r} has splits {', '.join(dataset)}: name one with data.split")
+    features = dataset.features
+    if features is None:
+        features = dict.fromkeys(next(iter(dataset), {}))
+    image = _column(features, config.image_column, IMAGE_COLUMNS, "image", source)
+    caption = _column(features, config.caption_column, CAPTION_COLUMNS, "caption", source)
+    if isinstance(features[image], datasets.Image):
+        dataset = dataset.cast_column(image, datasets.Image(decode=False))
+    columns = _Columns(source, image, caption, root)
+    if isinstance(dataset, datasets.IterableDataset):
+        return RecordStream(dataset, columns, process, processes)
+    if len(dataset) == 0:
+        raise InputError(f"data source {source!r} is empty: it has no rows")
+    return Records(dataset, columns)
+
+
+def _column(names: Any, wanted: str | None, usual: tuple[str, ...], kind: str, source: str) -> str:
+    found = [name for name in ([wanted] if wanted else usual) if name in names]
+    if not found:
+        raise InputError(
+            f"data source {source!r} has no {kind} column{f' {wanted!r}' if wanted else ''}: its columns are"
+            f" {', '.join(names)}; name one with data.{kind}_column"
+        )
+    return found[0]

@@ -1,0 +1,286 @@
+"""Using what was trained: captions, answers, embeddings, similarities and matches of anybody's images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from blip2.build import build, choose_device
+from blip2.config import Precision, Recipe, load_recipe
+from blip2.data.assets import resolve
+from blip2.data.batches import encode_prompts, encode_texts
+from blip2.data.images import ImageLike, read_image, to_pixels
+from blip2.errors import InputError
+from blip2.model import objectives
+from blip2.model.generation import GenerationModel
+from blip2.model.language import Decoding
+from blip2.model.representation import RepresentationModel
+from blip2.training import checkpoint
+
+Images = ImageLike | Sequence[ImageLike]
+CAPTION = Decoding()
+"""How captions are generated unless said otherwise: beam search of width 5."""
+ANSWER = Decoding(length_penalty=-1.0, max_new_tokens=10)
+"""How answers are generated unless said otherwise: short ones are favoured (§4.1)."""
+QUESTION = "Question: {} Answer:"
+"""How a question is put to a decoder-only LLM (§4.1)."""
+SHORT_QUESTION = "Question: {} Short answer:"
+"""How a question is put to an encoder-decoder LLM (§4.1)."""
+
+
+def load(
+    path: str | Path, device: str | None = None, dtype: Precision | None = None
+) -> RepresentationPipeline | GenerationPipeline:
+    """Load what :command:`blip2 train` made.
+
+    Args:
+        path: folder of a run, whose last checkpoint is taken, or of one checkpoint.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``; None: a GPU if there is one.
+        dtype: of the frozen parts; None: as the recipe says, or else bf16 on a GPU and fp32 on a CPU.
+
+    Raises:
+        InputError: there is no checkpoint, it is damaged, its frozen parts cannot be loaded, or there is no such device.
+    """
+    folder = checkpoint.find(Path(resolve(str(path))))
+    recipe = load_recipe(folder / "recipe.yaml")
+    if dtype is not None:
+        vision = replace(recipe.vision, dtype=dtype)
+        language = None if recipe.language is None else replace(recipe.language, dtype=dtype)
+        recipe = replace(recipe, vision=vision, language=language)
+    where = choose_device(device)
+    built = build(recipe, where, folder)
+    checkpoint.load_weights(folder, built.model)
+    built.model.eval()
+    if isinstance(built.model, RepresentationModel):
+        return RepresentationPipeline(built.model, built.tokenizer, recipe, folder)
+    assert built.end is not None
+    return GenerationPipeline(built.model, built.tokenizer, recipe, folder, built.end)
+
+
+class Pipeline:
+    """What both stages share. Images are paths, bytes, PIL images or arrays; one or a list of them."""
+
+    model: RepresentationModel | GenerationModel
+    batch_size = 16
+    """Images, or pairs of image and text, that go through the networks at once."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, path: Path) -> None:
+        self.tokenizer, self.recipe, self.path = tokenizer, recipe, path
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.image_norm.weight.device
+
+    def features(self, images: Images) -> Float[Tensor, "I P E"]:
+        """Features of the frozen encoder, which every method takes in place of images.
+
+        Raises:
+            ImageError: an image cannot be decoded; the message names it.
+        """
+        if isinstance(images, Tensor) and images.ndim == 3 and images.shape[1:] == self._feature_shape:
+            return images
+        pixels = [to_pixels(read_image(image), self.model.vision.preprocessing) for image in as_list(images)]
+        with torch.no_grad():
+            parts = [
+                self.model.vision.features(torch.stack(pixels[i : i + self.batch_size]).to(self.device))
+                for i in range(0, len(pixels), self.batch_size)
+            ]
+        return torch.cat(parts) if parts else torch.zeros(0, *self._feature_shape, device=self.device)
+
+    @property
+    def _feature_shape(self) -> tuple[int, int]:
+        return self.model.vision.tokens, self.model.vision.width
+
+    def _refuse(self, what: str, stage: str) -> NoReturn:
+        raise InputError(
+            f"{self.path} is of stage {self.recipe.stage}, which cannot {what}: load a model of stage {stage}"
+        )
+
+    # Each stage overrides what it can do.
+
+    def caption(self, images: Images, prompt: str | None = None, decoding: Decoding | None = None) -> list[str]:
+        """A caption for each image; see :meth:`GenerationPipeline.caption`."""
+        self._refuse("write captions", "generation")
+
+    def answer(self, images: Images, questions: str | Sequence[str], decoding: Decoding | None = None) -> list[str]:
+        """An answer for each image and question; see :meth:`GenerationPipeline.answer`."""
+        self._refuse("answer questions", "generation")
+
+    def embed_images(self, images: Images) -> Float[Tensor, "I Q C"]:
+        """See :meth:`RepresentationPipeline.embed_images`."""
+        self._refuse("embed images", "representation")
+
+    def embed_texts(self, texts: str | Sequence[str]) -> Float[Tensor, "T C"]:
+        """See :meth:`RepresentationPipeline.embed_texts`."""
+        self._refuse("embed texts", "representation")
+
+    def similarity(self, images: Images, texts: str | Sequence[str]) -> Float[Tensor, "I T"]:
+        """See :meth:`RepresentationPipeline.similarity`."""
+        self._refuse("compare images and texts", "representation")
+
+    def match(self, images: Images, texts: str | Sequence[str]) -> Float[Tensor, "I T"]:
+        """See :meth:`RepresentationPipeline.match`."""
+        self._refuse("match images and texts", "representation")
+
+
+class RepresentationPipeline(Pipeline):
+    """A model of stage 1: compares images and texts."""
+
+    def __init__(
+        self, model: RepresentationModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, path: Path
+    ) -> None:
+        super().__init__(tokenizer, recipe, path)
+        self.model: RepresentationModel = model
+
+    @torch.no_grad()
+    def embed_images(self, images: Images) -> Float[Tensor, "I Q C"]:
+        """Unit vectors, one a query (Q), of each image in the space that images and texts share (§3.2, ITC)."""
+        features = self.features(images)
+        parts = [self.model.embed_memory(self.model.memory(part)) for part in features.split(self.batch_size)]
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: str | Sequence[str]) -> Float[Tensor, "T C"]:
+        """Unit vectors of texts in the space that images and texts share. Texts beyond the limit are cut.
+
+        Raises:
+            InputError: a text is blank.
+        """
+        parts = []
+        listed = check_texts(texts, "text")
+        for start in range(0, len(listed), 4 * self.batch_size):
+            parts.append(self.model.embed_texts(*self._encode(listed[start : start + 4 * self.batch_size])))
+        return torch.cat(parts)
+
+    def similarity(self, images: Images, texts: str | Sequence[str]) -> Float[Tensor, "I T"]:
+        """Cosine of every image with every text, the best of its queries, in [-1, 1] (§3.2, ITC)."""
+        return objectives.image_text_similarity(self.embed_images(images), self.embed_texts(texts))
+
+    @torch.no_grad()
+    def match(self, images: Images, texts: str | Sequence[str]) -> Float[Tensor, "I T"]:
+        """Probability, in [0, 1], that each image and each text belong together (§3.2, ITM).
+
+        Slower and sharper than :meth:`similarity`: every pair goes through the Q-Former.
+        """
+        features, listed = self.features(images), check_texts(texts, "text")
+        every = torch.arange(len(listed)).expand(len(features), -1)
+        return self.match_candidates(features, listed, every).softmax(dim=-1)[..., 1]
+
+    @torch.no_grad()
+    def match_candidates(
+        self, images: Images, texts: Sequence[str], candidates: Int[Tensor, "I K"]
+    ) -> Float[Tensor, "I K 2"]:
+        """Logits of (not matched, matched) of each image with K texts of its own, for re-ranking (§4.4)."""
+        ids, mask = self._encode(texts)
+        rows = []
+        for features, wanted in zip(self.features(images), candidates.to(self.device), strict=True):
+            memory = self.model.memory(features[None])  # once an image, shared by all its texts
+            chunks = []
+            for chunk in wanted.split(4 * self.batch_size):
+                longest = int(mask[chunk].sum(dim=1).max())
+                shared = memory.expand(len(chunk))
+                chunks.append(self.model.match(shared, ids[chunk, :longest], mask[chunk, :longest]))
+            rows.append(torch.cat(chunks))
+        return torch.stack(rows)
+
+    def _encode(self, texts: Sequence[str]) -> tuple[Int[Tensor, "T L"], Bool[Tensor, "T L"]]:
+        limit = min(self.recipe.qformer.max_positions, 2 * self.recipe.data.max_tokens)
+        ids, mask, _ = encode_texts(self.tokenizer, texts, limit)
+        return ids.to(self.device), mask.to(self.device)
+
+
+class GenerationPipeline(Pipeline):
+    """A model of stage 2: writes about images."""
+
+    def __init__(
+        self, model: GenerationModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, path: Path, end: int
+    ) -> None:
+        super().__init__(tokenizer, recipe, path)
+        self.model: GenerationModel = model
+        self.end = end
+
+    def caption(self, images: Images, prompt: str | None = None, decoding: Decoding | None = None) -> list[str]:
+        """A caption for each image.
+
+        Args:
+            prompt: text that the caption continues; None: the prompt it was trained with.
+            decoding: how; None: :data:`CAPTION`.
+
+        Raises:
+            ImageError: an image cannot be decoded; the message names it.
+        """
+        assert self.recipe.language is not None
+        features = self.features(images)
+        prompt = self.recipe.language.prompt if prompt is None else prompt
+        return self.generate(features, [prompt] * len(features), decoding or CAPTION)
+
+    def answer(self, images: Images, questions: str | Sequence[str], decoding: Decoding | None = None) -> list[str]:
+        """An answer for each pair of image and question; one of either goes with all of the other.
+
+        Args:
+            decoding: how; None: :data:`ANSWER`.
+
+        Raises:
+            InputError: there are several images and another number of questions, or a question is blank.
+        """
+        features, listed = self.features(images), check_texts(questions, "question")
+        if len(listed) == 1:
+            listed = listed * len(features)
+        if len(features) == 1:
+            features = features.expand(len(listed), -1, -1)
+        if len(features) != len(listed):
+            raise InputError(
+                f"there are {len(features)} images and {len(listed)} questions: give one question an image, or one of"
+                " either for all of the other"
+            )
+        template = SHORT_QUESTION if self.model.language.is_encoder_decoder else QUESTION
+        prompts = [template.format(question) for question in listed]
+        return self.generate(features, prompts, decoding or ANSWER)
+
+    @torch.no_grad()
+    def generate(
+        self, images: Images, prompts: Sequence[str], decoding: Decoding, copies: int = 1
+    ) -> list[str]:
+        """`copies` texts for each pair of image and prompt, the copies of one pair beside each other."""
+        features = self.features(images)
+        if len(features) != len(prompts):
+            raise InputError(f"there are {len(features)} images and {len(prompts)} prompts: give one prompt an image")
+        side = "right" if self.model.language.is_encoder_decoder else "left"
+        texts: list[str] = []
+        for start in range(0, len(prompts), self.batch_size):
+            chunk = slice(start, start + self.batch_size)
+            ids, mask = encode_prompts(self.tokenizer, prompts[chunk], side)
+            new = self.model.generate(
+                features[chunk], ids.to(self.device), mask.to(self.device), decoding, self.end, copies
+            )
+            texts += [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+        return texts
+
+
+def as_list(images: Images) -> list[ImageLike]:
+    """One image or several, as a list."""
+    if isinstance(images, Tensor) or hasattr(images, "ndim"):
+        return list(images) if images.ndim == 4 else [images]  # pyright: ignore
+    return list(images) if isinstance(images, list | tuple) else [images]  # pyright: ignore
+
+
+def check_texts(texts: str | Sequence[str], kind: str) -> list[str]:
+    """One text or several, as a list of texts that say something.
+
+    Raises:
+        InputError: one is blank, or there are none.
+    """
+    listed = [texts] if isinstance(texts, str) else list(texts)
+    if not listed:
+        raise InputError(f"no {kind} was given, expected at least one")
+    for number, text in enumerate(listed, 1):
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"{kind} {number} of {len(listed)} is {text!r}, expected words")
+    return listed

@@ -1,0 +1,36 @@
+"""What it means for a part to be frozen: no gradients, never in training mode, its own dtype (paper §3.4)."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import nn
+
+
+class Freezable(nn.Module):
+    """A pretrained part that is frozen until a recipe gives one of its parameters a learning rate.
+
+    While frozen it stays in ``eval()`` even when the model around it trains (no dropout inside a frozen LLM, no moving
+    batch statistics inside a frozen CNN) and computes in the dtype of its own weights, whatever autocast says.
+    """
+
+    @property
+    def is_frozen(self) -> bool:
+        return not any(parameter.requires_grad for parameter in self.parameters())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
+
+    def freeze(self) -> Self:
+        self.requires_grad_(False)
+        return self.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        return super().train(mode and not self.is_frozen)
+
+    def own_precision(self, device: torch.device) -> torch.autocast:
+        """Autocast off while frozen; as it is around us otherwise."""
+        outside = torch.is_autocast_enabled(device.type)
+        return torch.autocast(device.type, enabled=outside and not self.is_frozen)

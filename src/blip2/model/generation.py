@@ -1,0 +1,111 @@
+"""Stage 2: vision-to-language generative learning from a frozen LLM (paper §3.3).
+
+Legend: B batch, Q queries, T text tokens, U target tokens, D Q-Former width, L width of the LLM.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor, nn
+
+from blip2.config import QFormerConfig
+from blip2.model import objectives
+from blip2.model.language import Decoding, LanguageModel
+from blip2.model.objectives import Outcome
+from blip2.model.qformer import QFormer
+from blip2.model.vision import ImageEncoder
+
+
+@dataclass(frozen=True)
+class GenerationBatch:
+    """Images with the text that the LLM reads and the text it is to write."""
+
+    images: Shaped[Tensor, "B ..."]
+    """Pixels [B, 3, H, W], or features [B, P, E] of the frozen encoder made beforehand."""
+    ids: Int[Tensor, "B T"]
+    """Decoder-only: prompt and caption. Encoder-decoder: the prefix, which its encoder reads."""
+    mask: Bool[Tensor, "B T"]
+    """True where an id is real."""
+    labels: Int[Tensor, "B U"]
+    """Decoder-only: `ids` where they belong to the caption. Encoder-decoder: the suffix. -100 elsewhere."""
+
+    @property
+    def label_count(self) -> int:
+        """Number of tokens that the LLM predicts."""
+        return int((self.labels != objectives.IGNORED).sum())
+
+
+class GenerationModel(nn.Module):
+    """Frozen image encoder, Q-Former without text transformer, one linear layer, frozen LLM.
+
+    The names of its parts begin the names of its parameters: ``vision``, ``image_norm``, ``qformer``,
+    ``projection``, ``language``.
+    """
+
+    def __init__(self, vision: ImageEncoder, config: QFormerConfig, language: LanguageModel) -> None:
+        super().__init__()
+        self.vision = vision
+        self.image_norm = nn.LayerNorm(vision.width)
+        self.qformer = QFormer(config, vision.width, has_text=False)
+        self.projection = nn.Linear(config.hidden_size, language.width)
+        self.language = language
+        self.initialise_projection()
+
+    @torch.no_grad()
+    def initialise_projection(self) -> None:
+        """Draw the projection anew so that its output has the scale of the LLM's own token embeddings.
+
+        Z leaves a LayerNorm, so its scale is known from that norm's weights: call this again after loading a
+        Q-Former from stage 1.
+        """
+        norm = self.qformer.blocks[-1].query_feed_forward.norm
+        z_scale = math.sqrt(float((norm.weight.square() + norm.bias.square()).mean()))
+        std = self.language.embedding_scale() / (z_scale * math.sqrt(self.projection.in_features))
+        nn.init.normal_(self.projection.weight, std=std)
+        nn.init.zeros_(self.projection.bias)
+
+    def visual_prompt(self, images: Shaped[Tensor, "B ..."]) -> Float[Tensor, "B Q L"]:
+        """The soft visual prompt of images: pixels [B, 3, H, W] or features [B, P, E]."""
+        memory = self.qformer.memory(self.image_norm(self.vision.features(images)))
+        return self.projection(self.qformer(memory).queries)
+
+    def forward(self, batch: GenerationBatch, label_count: float | None = None) -> Outcome:
+        """The language-modelling loss ``lm`` of the captions, given images and prompts.
+
+        For a decoder-only LLM this is the language-modelling loss of §3.3, for an encoder-decoder the prefix
+        language-modelling loss: whoever makes the batch has split the text, its prefix being in `ids` and its suffix
+        in `labels`.
+
+        Args:
+            label_count: see :func:`objectives.language_modeling`.
+
+        Returns:
+            The loss, and beside it ``lm_perplexity`` and ``lm_accuracy`` (share of tokens predicted right).
+        """
+        logits, labels = self.language.logits(
+            self.visual_prompt(batch.images), batch.ids, batch.mask, batch.labels
+        )
+        loss = objectives.language_modeling(logits, labels, label_count)
+        with torch.no_grad():
+            metrics = {
+                "lm_perplexity": objectives.language_modeling(logits, labels).exp(),
+                "lm_accuracy": (logits.argmax(dim=-1) == labels).float().mean(),
+            }
+        return Outcome({"lm": loss}, metrics)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        images: Shaped[Tensor, "B ..."],
+        ids: Int[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+        decoding: Decoding,
+        end: int,
+        copies: int = 1,
+    ) -> Int[Tensor, "N U"]:
+        """Write a text about each image; see :meth:`LanguageModel.generate` for the arguments."""
+        return self.language.generate(self.visual_prompt(images), ids, mask, decoding, end, copies)

@@ -1,0 +1,179 @@
+"""Frozen LLMs, decoder-only and encoder-decoder, behind one small class (paper §3.3, Figure 3).
+
+Both kinds take a soft visual prompt before the embeddings of the text. They differ in where the text goes: a
+decoder-only LLM reads prompt and caption as one sequence, an encoder-decoder reads the prompt (or the prefix of the
+caption) in its encoder and writes the rest in its decoder.
+
+Legend: B batch, Q queries, T text tokens, U target tokens, L width of the LLM, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
+
+from blip2.errors import InputError
+from blip2.model.frozen import Freezable
+from blip2.model.objectives import IGNORED
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How text is generated."""
+
+    beams: int = 5
+    """Beam width; 1 is greedy. Not used when sampling."""
+    max_new_tokens: int = 30
+    """Longest text, in tokens of the LLM."""
+    min_new_tokens: int = 1
+    """Shortest text, in tokens of the LLM."""
+    length_penalty: float = 1.0
+    """Beam scores are divided by length to this power: below 0 favours short texts (-1 for answers, §4.1)."""
+    top_p: float | None = None
+    """Nucleus sampling from the smallest set of tokens with this probability, instead of beam search."""
+    temperature: float = 1.0
+    """Of sampling."""
+    repetition_penalty: float = 1.0
+    """Above 1 discourages tokens that were used already."""
+
+
+class LanguageModel(Freezable):
+    """A pretrained LLM.
+
+    Args:
+        network: a ``...ForCausalLM`` or an encoder-decoder ``...ForConditionalGeneration`` of transformers.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network: Any = network
+        self.is_encoder_decoder: bool = bool(self.network.config.is_encoder_decoder)
+        # What generation does is said by Decoding alone, not by defaults that came with the weights.
+        start = getattr(self.network.config, "decoder_start_token_id", None)
+        self.network.generation_config = GenerationConfig(decoder_start_token_id=start)
+        self.freeze()
+        embedding: nn.Module = self.network.get_input_embeddings()
+        self.width: int = embedding.weight.shape[1]  # pyright: ignore[reportAttributeAccessIssue]
+        self.vocabulary: int = embedding.weight.shape[0]  # pyright: ignore[reportAttributeAccessIssue]
+
+    def embed(self, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T L"]:
+        return self.network.get_input_embeddings()(ids)
+
+    @torch.no_grad()
+    def embedding_scale(self) -> float:
+        """Root mean square of the token embeddings as the LLM sees them (some models scale them inside)."""
+        step = max(self.vocabulary // 4096, 1)
+        ids = torch.arange(0, self.vocabulary, step, device=self.network.device)
+        return float(self.embed(ids[None]).float().square().mean().sqrt())
+
+    def logits(
+        self,
+        visual: Float[Tensor, "B Q L"],
+        ids: Int[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+        labels: Int[Tensor, "B U"],
+    ) -> tuple[Float[Tensor, "M V"], Int[Tensor, "M"]]:
+        """Logits and labels of the M positions that carry a label, and of no others.
+
+        Args:
+            visual: the soft visual prompt, put before the text.
+            ids, mask: the text, padded on the right: all of it for a decoder-only LLM, the encoder's part for an
+                encoder-decoder.
+            labels: for a decoder-only LLM one for each id (U = T), saying the id itself where it is to be predicted;
+                for an encoder-decoder the decoder's targets. Other places hold -100.
+        """
+        inputs, seen = self._inputs(visual, ids, mask)
+        counted = labels != IGNORED
+        with self.own_precision(inputs.device):
+            if self.is_encoder_decoder:
+                out = self.network(
+                    inputs_embeds=inputs,
+                    attention_mask=seen,
+                    decoder_input_ids=self.network.prepare_decoder_input_ids_from_labels(labels=labels),
+                    use_cache=False,
+                )
+                return out.logits[counted], labels[counted]
+            columns = counted.any(dim=0).nonzero().squeeze(1)
+            # The token at column t is predicted one position before it.
+            positions = visual.shape[1] + columns - 1
+            out = self.network(
+                inputs_embeds=inputs, attention_mask=seen, logits_to_keep=positions, use_cache=False
+            )
+        counted = counted[:, columns]
+        return out.logits[counted], labels[:, columns][counted]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        visual: Float[Tensor, "B Q L"],
+        ids: Int[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+        decoding: Decoding,
+        end: int,
+        copies: int = 1,
+    ) -> Int[Tensor, "N U"]:
+        """Write the continuation of each prompt.
+
+        Args:
+            ids, mask: prompts, padded on the left for a decoder-only LLM and on the right for an encoder-decoder.
+                T may be 0.
+            decoding: how.
+            end: id of the token that ends a text; it also pads the result.
+            copies: how many texts for each prompt; N = B * copies.
+
+        Returns:
+            New tokens only.
+        """
+        inputs, seen = self._inputs(visual, ids, mask)
+        sampling = decoding.top_p is not None
+        settings = GenerationConfig(
+            max_new_tokens=decoding.max_new_tokens,
+            min_new_tokens=decoding.min_new_tokens,
+            do_sample=sampling,
+            num_beams=1 if sampling else max(decoding.beams, copies),
+            top_p=decoding.top_p,
+            top_k=0 if sampling else None,
+            temperature=decoding.temperature if sampling else None,
+            length_penalty=None if sampling or decoding.beams == 1 else decoding.length_penalty,
+            repetition_penalty=decoding.repetition_penalty,
+            num_return_sequences=copies,
+            eos_token_id=end,
+            pad_token_id=end,
+            decoder_start_token_id=self.network.generation_config.decoder_start_token_id,
+        )
+        with self.own_precision(inputs.device):
+            return self.network.generate(inputs_embeds=inputs, attention_mask=seen, generation_config=settings)
+
+    def _inputs(
+        self, visual: Float[Tensor, "B Q L"], ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+    ) -> tuple[Float[Tensor, "B Q+T L"], Int[Tensor, "B Q+T"]]:
+        text = self.embed(ids)
+        seen = torch.cat([mask.new_ones(visual.shape[:2]), mask], dim=1).long()
+        return torch.cat([visual.to(text.dtype), text], dim=1), seen
+
+
+def load_language_model(name: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
+    """Load any ``AutoModelForCausalLM`` or ``AutoModelForSeq2SeqLM``, frozen.
+
+    Args:
+        name: a folder or hub name in transformers' format.
+        dtype: of the weights and of the computation. The paper used float16 for OPT, bfloat16 for FlanT5.
+
+    Raises:
+        InputError: there is no such model, or it is not a language model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name)
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        return LanguageModel(auto.from_pretrained(name, dtype=dtype))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise InputError(
+            f"no language model could be read from {name!r} ({reason}): name a folder that has a config.json and"
+            " model.safetensors, or a hub name when there is a network"
+        ) from error

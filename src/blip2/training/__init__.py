@@ -1,0 +1,1 @@
+"""One training loop for every stage, checkpoints that resume exactly, and what is seen while it runs."""

@@ -1,0 +1,418 @@
+"""One training loop for every stage.
+
+The loop does not know the objective: a stage gives back a dict of named losses, and the loop weights, sums, logs and
+steps. Started again it goes on exactly where its last checkpoint was: the position in the data is kept, and all
+randomness of a step (dropout, hard negatives) is seeded from (seed, step, process).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import gather_object, set_seed
+from torch import nn
+
+from blip2.build import Built, build, choose_device
+from blip2.config import Recipe, dump_recipe
+from blip2.data.assets import resolve
+from blip2.data.batches import (
+    GenerationTexts,
+    Loaded,
+    PrefixTexts,
+    Preparation,
+    RepresentationTexts,
+    StageBatch,
+    TextPreparation,
+    load,
+    plan_batches,
+    plan_evaluation,
+    to_device,
+)
+from blip2.data.features import cache_features
+from blip2.data.records import Records, RecordStream, open_records
+from blip2.errors import InputError
+from blip2.model.generation import GenerationModel
+from blip2.model.objectives import Outcome
+from blip2.training import checkpoint
+from blip2.training.optimizer import build_optimizer, describe, set_rates, set_schedule
+from blip2.training.progress import Display, MetricsFile
+
+BROKEN_IN_A_ROW = 10
+"""So many batches without a single good image stop a run."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop (SIGTERM or SIGINT) and has saved a checkpoint."""
+
+
+def train(recipe: Recipe, resume: bool = False) -> Path:
+    """Train one stage.
+
+    Under ``torchrun`` or ``accelerate launch`` each process trains on its own batches of ``data.batch_size``.
+
+    Args:
+        resume: go on from the last checkpoint in ``recipe.output``, if there is one.
+
+    Returns:
+        The folder of the last checkpoint.
+
+    Raises:
+        InputError: the recipe asks for something that is not there or does not fit, the data is unusable, the disk is
+            full, or the loss is no longer finite. Earlier checkpoints stay.
+        Interrupted: after SIGTERM or SIGINT, with a checkpoint of the step that was under way.
+    """
+    run = Path(recipe.output)
+    last = checkpoint.latest(run)
+    if last is not None and not resume:
+        raise InputError(
+            f"{run} already holds a run (its last checkpoint is {last.name}): go on with --resume, or give another output"
+        )
+    accelerator = _accelerator(recipe)
+    display = Display(run.name, enabled=accelerator.is_main_process)
+    try:
+        return _Training(recipe, accelerator, display, last).run()
+    finally:
+        display.close()
+        accelerator.end_training()
+
+
+def _accelerator(recipe: Recipe) -> Accelerator:
+    device = choose_device(recipe.training.device)
+    precision = recipe.training.precision or ("bf16" if device.type == "cuda" else "fp32")
+    all_used = recipe.stage == "generation" or (
+        recipe.objectives.itc > 0 and recipe.objectives.itm > 0 and recipe.objectives.itg > 0
+    )
+    if precision == "fp16" and device.type == "cpu":
+        raise InputError("training.precision fp16 needs a GPU: use bf16 or fp32 on a CPU")
+    return Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision={"fp32": "no"}.get(precision, precision),
+        log_with=list(recipe.training.trackers) or None,
+        project_dir=recipe.output,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=not all_used)],
+    )
+
+
+class _Training:
+    """What one call of :func:`train` holds together."""
+
+    def __init__(self, recipe: Recipe, accelerator: Accelerator, display: Display, last: Path | None) -> None:
+        self.recipe, self.accelerator, self.display = recipe, accelerator, display
+        self.folder = Path(recipe.output)
+        state = optimizer_state = None
+        if last is not None:
+            state, optimizer_state = checkpoint.read_state(last)
+            display.say(f"going on from {last}")
+        self.step: int = state["step"] if state else 0
+
+        set_seed(recipe.training.seed)
+        built = build(recipe, accelerator.device, last)
+        self.built = built
+        if last is not None:
+            checkpoint.load_weights(last, built.model)
+        elif recipe.start_from is not None:
+            start_from(Path(resolve(recipe.start_from)), built, display)
+        rates = set_rates(built.model, recipe.optimizer)
+        if accelerator.is_main_process:
+            display.table(
+                f"stage: {recipe.stage}", ["part", "parameters", "state", "dtype"], describe(built.model, rates)
+            )
+        positions = state["positions"] if state else []
+        self.loaded, self.validation = self._open_data(self._own(positions, display))
+
+        self.model: nn.Module
+        self.model, self.optimizer = accelerator.prepare(
+            built.model, build_optimizer(built.model, rates, recipe.optimizer)
+        )
+        if optimizer_state is not None:
+            self.optimizer.load_state_dict(optimizer_state["optimizer"])
+            if accelerator.scaler is not None and optimizer_state["scaler"]:
+                accelerator.scaler.load_state_dict(optimizer_state["scaler"])
+        self.counts: dict[str, int] = state["counts"] if state else {"skipped": 0, "cut": 0}
+
+    def _own(self, positions: list[Any], display: Display) -> Any:
+        """The position in the data of this process."""
+        if not positions:
+            return None
+        if len(positions) == self.accelerator.num_processes:
+            return positions[self.accelerator.process_index]
+        display.say(
+            f"the checkpoint is of {len(positions)} processes and there are {self.accelerator.num_processes} now: the"
+            " data goes on with the next epoch"
+        )
+        return {"epoch": max(p["epoch"] for p in positions) + 1, "window": 0, "batch": 0, "stream": None}
+
+    # -- data --------------------------------------------------------------------------------------------------------
+
+    def _open_data(self, position: Any) -> tuple[Iterator[Loaded], Preparation | None]:
+        recipe, data = self.recipe, self.recipe.data
+        process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        texts = prepare_texts(recipe, self.built)
+        encoder = self.built.model.vision
+
+        def prepare(source: str, train: bool) -> tuple[Records | RecordStream, Preparation]:
+            with self.accelerator.main_process_first():
+                records = open_records(resolve(source), data, process, processes)
+                features = None
+                if data.cached_views:
+                    features = self._cache(records, data.cached_views if train else 1)
+            preparation = Preparation(
+                records, texts, encoder.preprocessing, train, data.smallest_crop, data.flip, features
+            )
+            return records, preparation
+
+        records, preparation = prepare(data.train, train=True)
+        plans = plan_batches(
+            records, data.batch_size, recipe.training.seed, data.group_by_length, process, processes, position
+        )
+        validation = None
+        if data.validation is not None:
+            held_out, validation = prepare(data.validation, train=False)
+            if not isinstance(held_out, Records):
+                raise InputError("data.validation is a stream, expected a table or folder: set data.streaming to false")
+        return load(plans, preparation, data.workers), validation
+
+    def _cache(self, records: Records | RecordStream, views: int) -> Any:
+        if not isinstance(records, Records):
+            raise InputError("data.cached_views needs a table or a folder, not a stream: set it to 0")
+        if not self.built.model.vision.is_frozen:
+            raise InputError("data.cached_views needs a frozen image encoder, but optimizer.rates trains it: set it to 0")
+        label = f"features of {len(records)} images, {views} view{'s' if views > 1 else ''} each"
+        shown = Display(label, enabled=self.accelerator.is_main_process)
+        shown.start(len(records))
+        try:
+            return cache_features(
+                self.folder.parent / "features", records, self.built.model.vision, views,
+                self.recipe.data.smallest_crop, self.recipe.data.flip, self.accelerator.device,
+                report=lambda done, total: shown.advance(done),
+            )  # fmt: skip
+        finally:
+            shown.close()
+
+    def _next(self) -> tuple[Loaded, StageBatch]:
+        for _ in range(BROKEN_IN_A_ROW):
+            loaded = next(self.loaded)
+            for message in loaded.skipped:
+                self.display.say(f"skipped {message}")
+            if loaded.cut and not self.counts["cut"]:
+                self.display.say(
+                    f"a caption is longer than data.max_tokens ({self.recipe.data.max_tokens}) and was cut; the rest are"
+                    " only counted"
+                )
+            self.counts["skipped"] += len(loaded.skipped)
+            self.counts["cut"] += loaded.cut
+            if loaded.batch is not None:
+                return loaded, to_device(loaded.batch, self.accelerator.device)
+        raise InputError(
+            f"the last {BROKEN_IN_A_ROW} batches held no image that can be used; the last message was:"
+            f" {loaded.skipped[-1]}"  # pyright: ignore[reportPossiblyUnboundVariable]
+        )
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    def run(self) -> Path:
+        recipe, accelerator = self.recipe, self.accelerator
+        total = recipe.training.steps
+        if accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+            MetricsFile.truncate(self.folder, self.step)
+        if recipe.training.trackers:
+            accelerator.init_trackers("blip2", config={"recipe": dump_recipe(recipe)})
+        metrics = MetricsFile(self.folder, enabled=accelerator.is_main_process)
+        saved = checkpoint.latest(self.folder)
+        self.display.start(total, self.step)
+        with _signals() as asked:
+            while self.step < total:
+                started = time.monotonic()
+                values, pairs = self._step()
+                self.step += 1
+                seconds = time.monotonic() - started
+                values |= {"images_per_second": pairs / seconds, "seconds": seconds}
+                if self.validation is not None and (
+                    self.step % recipe.training.validate_every == 0 or self.step == total
+                ):
+                    values |= self._validate(self.validation)
+                metrics.write({"step": self.step, **values, **self.counts})
+                if recipe.training.trackers:
+                    accelerator.log(values, step=self.step)
+                self.display.advance(self.step, _note(values))
+                stop = self._any_asked(asked)
+                if self.step % recipe.training.save_every == 0 or self.step == total or stop:
+                    saved = self._save()
+                if stop and self.step < total:
+                    raise Interrupted(
+                        f"stopped at step {self.step} of {total}; its checkpoint is {saved}; go on with --resume"
+                    )
+        if self.counts["skipped"] or self.counts["cut"]:
+            self.display.say(f"{self.counts['skipped']} records skipped, {self.counts['cut']} captions cut")
+        assert saved is not None
+        return saved
+
+    def _step(self) -> tuple[dict[str, float], int]:
+        """One optimiser step; its metrics, and how many pairs all processes saw."""
+        recipe, accelerator = self.recipe, self.accelerator
+        set_seed(_mix(recipe.training.seed, self.step, accelerator.process_index))
+        share = set_schedule(self.optimizer, self.step, recipe.training.steps, recipe.optimizer)
+        taken = [self._next() for _ in range(recipe.training.accumulate)]
+        self.positions = taken[-1][0].position
+        batches = [batch for _, batch in taken]
+
+        # Labels a micro-batch has on average over all of the step, so that losses add up to one mean over all labels.
+        labels = torch.tensor(float(sum(batch.label_count for batch in batches)), device=accelerator.device)
+        label_count = float(accelerator.reduce(labels, "mean")) / len(batches)
+
+        self.optimizer.zero_grad()
+        sums: dict[str, torch.Tensor] = {}
+        for number, batch in enumerate(batches):
+            last = number == len(batches) - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
+                outcome: Outcome = self.model(batch, label_count)
+                loss = self._weighted(outcome)
+                accelerator.backward(loss / len(batches))
+            for name, value in {"loss": loss, **outcome.losses, **outcome.metrics}.items():
+                sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach() / len(batches)
+
+        names = sorted(sums)
+        means = accelerator.reduce(torch.stack([sums[name].float() for name in names]), "mean").tolist()
+        values: dict[str, float] = dict(zip(names, means, strict=True))
+        self._check_finite(values["loss"], sums["loss"], taken)
+        if recipe.optimizer.clip_norm is not None:
+            norm = float(accelerator.clip_grad_norm_(self.model.parameters(), recipe.optimizer.clip_norm))
+            if accelerator.scaler is None:  # with one, an overflow only skips the step
+                self._check_finite(norm, sums["loss"], taken, "gradient")
+            values["gradient_norm"] = norm
+        self.optimizer.step()
+        values["rate_share"] = share
+        pairs = sum(len(loaded.keys) for loaded, _ in taken) * accelerator.num_processes
+        return values, pairs
+
+    def _weighted(self, outcome: Outcome) -> torch.Tensor:
+        weights = vars(self.recipe.objectives)
+        terms = [weights.get(name, 1.0) * loss for name, loss in outcome.losses.items()]
+        return torch.stack(terms).sum()
+
+    def _check_finite(
+        self, value: float, own_loss: torch.Tensor, taken: list[tuple[Loaded, StageBatch]], what: str = "loss"
+    ) -> None:
+        """Stop before weights are spoiled, and say in which batch it happened."""
+        if math.isfinite(value):
+            return
+        keys = [key for loaded, _ in taken for key in loaded.keys]
+        guilty = what == "gradient" or not bool(torch.isfinite(own_loss))
+        found = [key for keys in gather_object([keys if guilty else []]) for key in keys]
+        last = checkpoint.latest(self.folder)
+        raise InputError(
+            f"the {what} is {value} at step {self.step + 1}, in the batch of {', '.join(found[:8])}"
+            f"{f' and {len(found) - 8} more' if len(found) > 8 else ''}; nothing was changed, the last good checkpoint is"
+            f" {last or 'none'}: lower optimizer.rates, or train in fp32"
+        )
+
+    @torch.no_grad()
+    def _validate(self, preparation: Preparation) -> dict[str, float]:
+        """Mean losses and metrics over the held-out pairs, with the same draws every time."""
+        accelerator, data = self.accelerator, self.recipe.data
+        assert preparation.records is not None
+        set_seed(self.recipe.training.seed)
+        model = accelerator.unwrap_model(self.model).eval()
+        sums: dict[str, torch.Tensor] = {}
+        weight = torch.zeros((), device=accelerator.device)
+        with accelerator.autocast():
+            plans = plan_evaluation(
+                preparation.records, data.batch_size, accelerator.process_index, accelerator.num_processes
+            )
+            for loaded in load(plans, preparation, 0):
+                if loaded.batch is None:
+                    continue
+                outcome = model(to_device(loaded.batch, accelerator.device))
+                for name, value in {**outcome.losses, **outcome.metrics}.items():
+                    sums[name] = sums.get(name, torch.zeros_like(weight)) + value.float() * len(loaded.keys)
+                weight += len(loaded.keys)
+        model.train()
+        names = sorted(sums)
+        totals = accelerator.reduce(torch.stack([*(sums[name] for name in names), weight]), "sum").tolist()
+        return {f"validation_{name}": total / totals[-1] for name, total in zip(names, totals, strict=False)}
+
+    def _save(self) -> Path:
+        accelerator = self.accelerator
+        positions = gather_object([self.positions])
+        path = self.folder
+        if accelerator.is_main_process:
+            scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+            path = checkpoint.save(
+                self.folder,
+                self.step,
+                accelerator.unwrap_model(self.model),
+                self.recipe,
+                self.built.tokenizer if self.recipe.stage == "representation" else None,
+                {"optimizer": self.optimizer.state_dict(), "scaler": scaler},
+                {"positions": positions, "counts": self.counts},
+                self.recipe.training.keep,
+            )
+        accelerator.wait_for_everyone()
+        return path
+
+    def _any_asked(self, asked: list[int]) -> bool:
+        flag = torch.tensor(float(bool(asked)), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum") > 0)
+
+
+def start_from(path: Path, built: Built, display: Display) -> None:
+    """Load the trained weights of an earlier run, of this stage or of the one before."""
+    folder = checkpoint.find(path)
+    new = checkpoint.load_previous_stage(folder, built.model)
+    if isinstance(built.model, GenerationModel) and "projection.weight" in new:
+        built.model.initialise_projection()
+    parts = sorted({name.split(".")[0] for name in new})
+    display.say(f"starting from {folder}" + (f"; new: {', '.join(parts)}" if parts else ""))
+
+
+def prepare_texts(recipe: Recipe, built: Built) -> TextPreparation:
+    """How captions become what the stage trains on."""
+    limit = recipe.data.max_tokens
+    if recipe.language is None or not isinstance(built.model, GenerationModel):
+        limit = min(limit, recipe.qformer.max_positions)
+        return RepresentationTexts(built.tokenizer, limit)
+    assert built.end is not None
+    kind = PrefixTexts if built.model.language.is_encoder_decoder else GenerationTexts
+    return kind(built.tokenizer, limit, recipe.language.prompt, built.end)
+
+
+def _mix(seed: int, step: int, process: int) -> int:
+    """One number below 2**32 for a step of a process."""
+    return (seed * 1_000_003 + step * 10_007 + process * 101) % 2**32
+
+
+def _note(values: dict[str, float]) -> str:
+    shown = [name for name in ("itc", "itm", "itg", "lm", "itc_r1", "itm_accuracy", "lm_accuracy") if name in values]
+    return "  ".join([*(f"{name} {values[name]:.3f}" for name in shown), f"{values['images_per_second']:.1f} images/s"])
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The first SIGTERM or SIGINT is noted in the list, to be acted on after the step; a second one kills."""
+    asked: list[int] = []
+    before: dict[int, Any] = {}
+
+    def note(number: int, frame: Any) -> None:
+        asked.append(number)
+        signal.signal(number, before[number])
+
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, note)
+    except ValueError:  # not in the main thread: whoever runs us there handles signals
+        pass
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

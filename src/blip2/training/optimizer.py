@@ -1,0 +1,103 @@
+"""Which parameters train at which rate, and how the rate changes (paper §3.4)."""
+
+from __future__ import annotations
+
+import math
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from blip2.config import OptimizerConfig
+from blip2.errors import InputError
+from blip2.model.frozen import Freezable
+
+UNDECAYED = ("temperature", "qformer.queries")
+
+
+def set_rates(model: nn.Module, config: OptimizerConfig) -> dict[str, float]:
+    """Freeze and unfreeze the parameters of `model` as ``config.rates`` says.
+
+    Returns:
+        The peak rate of each parameter that trains.
+
+    Raises:
+        InputError: a pattern matches nothing, a parameter is matched by no pattern, nothing trains, or what trains is
+            in half precision.
+    """
+    rates: dict[str, float] = {}
+    used: set[str] = set()
+    for name, parameter in model.named_parameters():
+        pattern = next((p for p in config.rates if fnmatchcase(name, p)), None)
+        if pattern is None:
+            raise InputError(f'no pattern of optimizer.rates matches {name}: end the list with "*"')
+        used.add(pattern)
+        rate = config.rates[pattern]
+        parameter.requires_grad_(rate != "frozen")
+        if rate == "frozen":
+            continue
+        rates[name] = float(rate)
+        if parameter.dtype != torch.float32:
+            raise InputError(
+                f"{name} trains at {rate} but is in {str(parameter.dtype).removeprefix('torch.')}: set the dtype of"
+                f" {name.split('.')[0]} to fp32, or freeze it"
+            )
+    # The usual two are in every recipe, whether the stage has an LLM or not.
+    unused = [p for p in config.rates if p not in used and p not in ("language.*", "vision.*", "*")]
+    if unused:
+        parts = ", ".join(sorted({name.split(".")[0] for name, _ in model.named_parameters()}))
+        raise InputError(f"optimizer.rates has {', '.join(unused)}, which match no parameter: their names begin {parts}")
+    if not rates:
+        raise InputError("every parameter is frozen by optimizer.rates: give some of them a rate")
+    model.train()  # a part that was unfrozen may now leave eval()
+    return rates
+
+
+def build_optimizer(model: nn.Module, rates: dict[str, float], config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW with one parameter group for each (rate, decayed or not); ``group["peak"]`` is its peak rate."""
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if name in rates:
+            decayed = parameter.ndim > 1 and name not in UNDECAYED
+            groups.setdefault((rates[name], decayed), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": parameters, "peak": rate, "lr": rate, "weight_decay": config.weight_decay if decayed else 0.0}
+            for (rate, decayed), parameters in groups.items()
+        ],
+        betas=config.betas,
+        fused=True,
+    )
+
+
+def set_schedule(optimizer: Any, step: int, steps: int, config: OptimizerConfig) -> float:
+    """Set the rates of a step (0 is the first) of `steps` and return their share of the peak.
+
+    Linear warm-up, then a cosine down to ``final_rate`` at the last step.
+    """
+    warmup = min(config.warmup_steps, steps - 1)
+    if step < warmup:
+        share = (step + 1) / warmup
+    else:
+        progress = (step - warmup) / max(steps - 1 - warmup, 1)
+        share = config.final_rate + (1 - config.final_rate) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * share
+    return share
+
+
+def describe(model: nn.Module, rates: dict[str, float]) -> list[tuple[str, str, str, str]]:
+    """(part, parameters, state, dtype) of each part of a stage: what is frozen and what trains, with counts."""
+    rows = []
+    for part, module in model.named_children():
+        named = [(f"{part}.{name}", parameter) for name, parameter in module.named_parameters()]
+        total = sum(parameter.numel() for _, parameter in named)
+        trained = sum(parameter.numel() for name, parameter in named if name in rates)
+        peaks = sorted({rates[name] for name, _ in named if name in rates})
+        state = "frozen" if not trained else "trains at " + ", ".join(f"{peak:g}" for peak in peaks)
+        if 0 < trained < total:
+            state = f"{trained:,} {state}"
+        dtype = module.dtype if isinstance(module, Freezable) else named[0][1].dtype
+        rows.append((part, f"{total:,}", state, str(dtype).removeprefix("torch.")))
+    return rows

@@ -1,0 +1,109 @@
+"""What is seen of a run: a bar or lines on the terminal, metrics.jsonl always."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+METRICS = "metrics.jsonl"
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one JSON object a line, for every step. A disabled one takes calls and writes nothing."""
+
+    def __init__(self, run: Path, enabled: bool = True) -> None:
+        self.path = run / METRICS
+        self._file = self.path.open("a", encoding="utf-8") if enabled else None
+
+    @staticmethod
+    def truncate(run: Path, step: int) -> None:
+        """Forget what was written after `step`, by a run that was killed and will do those steps again."""
+        path = run / METRICS
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (json.JSONDecodeError, KeyError):  # torn by the kill
+                continue
+        beside = path.with_suffix(".tmp")
+        beside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        os.replace(beside, path)
+
+    def write(self, values: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """All lines of a run's metrics file."""
+    return [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
+
+
+class Display:
+    """A progress bar on a terminal; a line now and then elsewhere. A disabled one shows nothing.
+
+    Args:
+        label: what stands before the bar.
+    """
+
+    def __init__(self, label: str, enabled: bool = True) -> None:
+        self.console = Console(stderr=True, quiet=not enabled, soft_wrap=True)
+        self._label = label
+        self._bar: Progress | None = None
+        self._total = self._first = 0
+        self._started = self._shown = time.monotonic()
+
+    def start(self, total: int, done: int = 0) -> None:
+        """Begin to show `done` of `total`."""
+        self._total, self._first = total, done
+        self._started = self._shown = time.monotonic()
+        if self.console.is_terminal and not self.console.quiet:
+            self._bar = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=self.console,
+            )
+            self._bar.add_task(self._label, total=total, completed=done, note="")
+            self._bar.start()
+
+    def advance(self, done: int, note: str = "") -> None:
+        """Say that `done` of the total are done; `note` stands beside it."""
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, note=note)
+            return
+        now = time.monotonic()
+        if done in (self._first + 1, self._total) or now - self._shown >= 10:
+            self._shown = now
+            left = (now - self._started) / max(done - self._first, 1) * (self._total - done)
+            self.console.print(f"{self._label} {done}/{self._total}  {note}  {left:.0f} s left", highlight=False)
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self.console.print(text, highlight=False, markup=False)
+
+    def table(self, title: str, columns: list[str], rows: list[tuple[str, ...]]) -> None:
+        table = Table(*columns, title=title, title_justify="left")
+        for row in rows:
+            table.add_row(*row)
+        self.console.print(table)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

@@ -1,0 +1,168 @@
+"""Tiny random parts in the formats of the real ones, made once a session."""
+
+import json
+import os
+import string
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a model hub
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertTokenizerFast,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
+)
+
+from blip2.config import DataConfig, LanguageConfig, OptimizerConfig, QFormerConfig, Recipe, TrainingConfig, VisionConfig
+
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 170, 60), "blue": (40, 60, 220), "yellow": (240, 220, 40)}
+SHAPES = ("square", "disc", "stripe")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Folders of tiny models, and of pictures with captions."""
+
+    vision: str
+    bert: str
+    llama: str
+    opt: str
+    t5: str
+    pictures: str
+    """A JSONL file."""
+
+    def recipe(self, output: Path, **changes: object) -> Recipe:
+        """A stage-1 recipe of the tiny parts; `changes` replace sections or their fields (``data={...}``)."""
+        sections: dict[str, dict[str, object]] = {
+            "vision": {"name": self.vision},
+            "data": {"train": self.pictures, "batch_size": 4, "workers": 0},
+            "qformer": {
+                "bert": self.bert,
+                "hidden_size": 32,
+                "layers": 2,
+                "heads": 4,
+                "intermediate_size": 48,
+                "queries": 4,
+                "contrastive_width": 16,
+                "vocabulary": 58,
+                "max_positions": 40,
+            },
+            "optimizer": {"rates": {"vision.*": "frozen", "language.*": "frozen", "*": 1e-3}, "warmup_steps": 2},
+            "training": {"steps": 4, "save_every": 2, "device": "cpu", "precision": "fp32"},
+        }
+        top: dict[str, object] = {"stage": "representation", "output": str(output)}
+        kinds = {
+            "vision": VisionConfig,
+            "data": DataConfig,
+            "qformer": QFormerConfig,
+            "optimizer": OptimizerConfig,
+            "training": TrainingConfig,
+            "language": LanguageConfig,
+        }
+        for name, value in changes.items():
+            if name in kinds and isinstance(value, dict):
+                sections[name] = {**sections.get(name, {}), **value}
+            else:
+                top[name] = value
+        return Recipe(**top, **{name: kinds[name](**fields) for name, fields in sections.items()})  # type: ignore
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
+    root = tmp_path_factory.mktemp("parts")
+    torch.manual_seed(0)
+    vit = ViTConfig(hidden_size=24, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8)  # fmt: skip
+    ViTModel(vit, add_pooling_layer=False).save_pretrained(root / "vit")
+    save_bert(root / "bert")
+    tokenizer = byte_tokenizer()
+    size = len(tokenizer)
+    llama = LlamaConfig(vocab_size=size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, bos_token_id=None, eos_token_id=256)  # fmt: skip
+    opt = OPTConfig(vocab_size=size, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32, max_position_embeddings=96, bos_token_id=256, eos_token_id=256, pad_token_id=257)  # fmt: skip
+    t5 = T5Config(vocab_size=size, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=257, eos_token_id=256, pad_token_id=257)  # fmt: skip
+    for name, model, begins, ends in (
+        ("llama", LlamaForCausalLM(llama), False, False),
+        ("opt", OPTForCausalLM(opt), True, False),
+        ("t5", T5ForConditionalGeneration(t5), False, True),
+    ):
+        # Random models of the usual initialisation hardly depend on what they read.
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.data.normal_(std=0.25)
+        model.save_pretrained(root / name)
+        byte_tokenizer(begins, ends).save_pretrained(root / name)
+    return Parts(
+        *(str(root / name) for name in ("vit", "bert", "llama", "opt", "t5")),
+        pictures=str(save_pictures(root / "pictures")),
+    )
+
+
+def save_bert(folder: Path, **changes: int) -> Path:
+    folder.mkdir()
+    letters = string.ascii_lowercase
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, **changes}
+    BertForMaskedLM(BertConfig(vocab_size=len(words), max_position_embeddings=40, **sizes)).save_pretrained(folder)
+    return folder
+
+
+def byte_tokenizer(begins: bool = False, ends: bool = False) -> PreTrainedTokenizerFast:
+    """Bytes as tokens; id 256 ends a text (and begins it, as OPT's does), 257 pads."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(["</s>", "<pad>"])
+    if begins or ends:
+        template = f"{'</s> ' if begins else ''}$A{' </s>' if ends else ''}"
+        core.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("</s>", 256)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", pad_token="<pad>")
+
+
+def draw(shape: str, colour: str, shade: int) -> Image.Image:
+    """A 40 x 40 picture of a shape; `shade` darkens the background a little, so that no two are the same."""
+    pixels = np.full((40, 40, 3), 255 - shade, dtype=np.uint8)
+    rows, columns = np.mgrid[:40, :40]
+    inside = {
+        "square": (abs(rows - 20) < 10) & (abs(columns - 20) < 10),
+        "disc": (rows - 20) ** 2 + (columns - 20) ** 2 < 150,
+        "stripe": abs(rows - 20) < 5,
+    }[shape]
+    pixels[inside] = COLOURS[colour]
+    return Image.fromarray(pixels)
+
+
+def save_pictures(folder: Path, copies: int = 2) -> Path:
+    """24 pictures of shapes and a JSONL file with two captions each."""
+    folder.mkdir()
+    rows = []
+    for shade in range(copies):
+        for shape in SHAPES:
+            for colour in COLOURS:
+                name = f"{colour}-{shape}-{shade}.png"
+                draw(shape, colour, 10 * shade).save(folder / name)
+                rows.append({"image": name, "captions": [f"a {colour} {shape}", f"the {shape} is {colour} here"]})
+    table = folder / "pictures.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return table
