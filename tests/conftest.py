@@ -30,7 +30,15 @@ from transformers import (
     ViTModel,
 )
 
-from blip2.config import DataConfig, LanguageConfig, OptimizerConfig, QFormerConfig, Recipe, TrainingConfig, VisionConfig
+from blip2.config import (
+    DataConfig,
+    LanguageConfig,
+    OptimizerConfig,
+    QFormerConfig,
+    Recipe,
+    TrainingConfig,
+    VisionConfig,
+)
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()

@@ -133,4 +133,5 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase, stop: str | None, name: str)
             f"the tokenizer of {name!r} has no end-of-text token, so texts would never end: set language.stop to the"
             r' text that ends a caption, for example "\n"'
         )
-    return int(tokenizer.eos_token_id)
+    assert isinstance(tokenizer.eos_token_id, int)
+    return tokenizer.eos_token_id

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if type(error).__name__ != "Interrupted":
+        if type(error).__name__ != "Interruption":
             raise
         print(error, file=sys.stderr)
         return 130
@@ -73,28 +73,41 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("-h", "--help", action="store_true")
     train.set_defaults(run=run_train)
 
-    caption = command("caption", run_caption, "write a caption for each image", "blip2 caption runs/demo/stage2 cat.jpg")
+    caption = command(
+        "caption", run_caption, "write a caption for each image", "blip2 caption runs/demo/stage2 cat.jpg"
+    )
     add_model(caption, "generation")
     caption.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
     caption.add_argument("--prompt", help="text that the caption continues (default: the one it was trained with)")
     add_decoding(caption)
 
-    ask = command("ask", run_ask, "answer a question about an image", 'blip2 ask runs/demo/stage2 cat.jpg "what is it?"')
+    ask = command(
+        "ask", run_ask, "answer a question about an image", 'blip2 ask runs/demo/stage2 cat.jpg "what is it?"'
+    )
     add_model(ask, "generation")
     ask.add_argument("image", metavar="IMAGE", help="an image file")
     ask.add_argument("questions", nargs="+", metavar="QUESTION", help="one or several questions")
     add_decoding(ask)
 
-    match = command("match", run_match, "tell which texts fit an image", 'blip2 match runs/demo/stage1 cat.jpg "a cat" "a dog"')
+    match = command(
+        "match", run_match, "tell which texts fit an image", 'blip2 match runs/demo/stage1 cat.jpg "a cat" "a dog"'
+    )
     add_model(match, "representation")
     match.add_argument("image", metavar="IMAGE", help="an image file")
     match.add_argument("texts", nargs="+", metavar="TEXT", help="texts to compare it with")
 
-    embed = command("embed", run_embed, "write the embeddings of images and texts to a file", "blip2 embed runs/demo/stage1 *.jpg --output cats.safetensors")
+    embed = command(
+        "embed",
+        run_embed,
+        "write the embeddings of images and texts to a file",
+        "blip2 embed runs/demo/stage1 *.jpg --output cats.safetensors",
+    )
     add_model(embed, "representation")
     embed.add_argument("images", nargs="*", metavar="IMAGE", help="image files")
     embed.add_argument("--text", action="append", default=[], metavar="TEXT", help="a text to embed; can be repeated")
-    embed.add_argument("--output", required=True, metavar="FILE", help="a .safetensors file with images [I, Q, C] and texts [T, C]")
+    embed.add_argument(
+        "--output", required=True, metavar="FILE", help="a .safetensors file with images [I, Q, C] and texts [T, C]"
+    )
     return parser
 
 
@@ -124,7 +137,9 @@ def run_train(options: argparse.Namespace) -> None:
 
     if options.help or options.recipe is None:
         print("usage: blip2 train RECIPE [--resume] [--KEY VALUE ...]\n")
-        print("RECIPE is a YAML file, or the name of one that comes with blip2 (demo-stage1). --resume goes on from the")
+        print(
+            "RECIPE is a YAML file, or the name of one that comes with blip2 (demo-stage1). --resume goes on from the"
+        )
         print("last checkpoint of the run. Every key of a recipe can be overridden on the command line:\n")
         print(recipe_parser().format_help())
         if not options.help:

@@ -207,7 +207,8 @@ class Recipe:
             raise InputError("all objectives are switched off: give one of objectives.itc, .itm, .itg a weight")
         if self.qformer.hidden_size % self.qformer.heads:
             raise InputError(
-                f"qformer.hidden_size {self.qformer.hidden_size} is not a multiple of qformer.heads {self.qformer.heads}"
+                f"qformer.hidden_size {self.qformer.hidden_size} is not a multiple of qformer.heads"
+                f" {self.qformer.heads}"
             )
         for name, smallest in POSITIVE.items():
             section, key = name.split(".")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Generic, NoReturn, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,6 +24,7 @@ from blip2.model.language import Decoding
 from blip2.model.representation import RepresentationModel
 from blip2.training import checkpoint
 
+Model = TypeVar("Model", RepresentationModel, GenerationModel)
 Images = ImageLike | Sequence[ImageLike]
 CAPTION = Decoding()
 """How captions are generated unless said otherwise: beam search of width 5."""
@@ -46,7 +47,8 @@ def load(
         dtype: of the frozen parts; None: as the recipe says, or else bf16 on a GPU and fp32 on a CPU.
 
     Raises:
-        InputError: there is no checkpoint, it is damaged, its frozen parts cannot be loaded, or there is no such device.
+        InputError: there is no checkpoint, it is damaged, its frozen parts cannot be loaded, or there is no such
+            device.
     """
     folder = checkpoint.find(Path(resolve(str(path))))
     recipe = load_recipe(folder / "recipe.yaml")
@@ -64,15 +66,14 @@ def load(
     return GenerationPipeline(built.model, built.tokenizer, recipe, folder, built.end)
 
 
-class Pipeline:
+class Pipeline(Generic[Model]):
     """What both stages share. Images are paths, bytes, PIL images or arrays; one or a list of them."""
 
-    model: RepresentationModel | GenerationModel
     batch_size = 16
     """Images, or pairs of image and text, that go through the networks at once."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, path: Path) -> None:
-        self.tokenizer, self.recipe, self.path = tokenizer, recipe, path
+    def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, path: Path) -> None:
+        self.model, self.tokenizer, self.recipe, self.path = model, tokenizer, recipe, path
 
     @property
     def device(self) -> torch.device:
@@ -130,14 +131,8 @@ class Pipeline:
         self._refuse("match images and texts", "representation")
 
 
-class RepresentationPipeline(Pipeline):
+class RepresentationPipeline(Pipeline[RepresentationModel]):
     """A model of stage 1: compares images and texts."""
-
-    def __init__(
-        self, model: RepresentationModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, path: Path
-    ) -> None:
-        super().__init__(tokenizer, recipe, path)
-        self.model: RepresentationModel = model
 
     @torch.no_grad()
     def embed_images(self, images: Images) -> Float[Tensor, "I Q C"]:
@@ -196,14 +191,13 @@ class RepresentationPipeline(Pipeline):
         return ids.to(self.device), mask.to(self.device)
 
 
-class GenerationPipeline(Pipeline):
+class GenerationPipeline(Pipeline[GenerationModel]):
     """A model of stage 2: writes about images."""
 
     def __init__(
         self, model: GenerationModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, path: Path, end: int
     ) -> None:
-        super().__init__(tokenizer, recipe, path)
-        self.model: GenerationModel = model
+        super().__init__(model, tokenizer, recipe, path)
         self.end = end
 
     def caption(self, images: Images, prompt: str | None = None, decoding: Decoding | None = None) -> list[str]:
@@ -245,9 +239,7 @@ class GenerationPipeline(Pipeline):
         return self.generate(features, prompts, decoding or ANSWER)
 
     @torch.no_grad()
-    def generate(
-        self, images: Images, prompts: Sequence[str], decoding: Decoding, copies: int = 1
-    ) -> list[str]:
+    def generate(self, images: Images, prompts: Sequence[str], decoding: Decoding, copies: int = 1) -> list[str]:
         """`copies` texts for each pair of image and prompt, the copies of one pair beside each other."""
         features = self.features(images)
         if len(features) != len(prompts):

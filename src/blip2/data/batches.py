@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -220,10 +221,10 @@ def plan_batches(
         position: of a :class:`Plan`; batches go on behind it.
     """
     size = batch_size * WINDOW
-    epoch, window, done = (position["epoch"], position["window"], position["batch"]) if position else (0, 0, 0)
-    stream = position["stream"] if position else None
+    at = position or {"epoch": 0, "window": 0, "batch": 0, "stream": None}
+    epoch, first, done, start = at["epoch"], at["window"], at["batch"], at["stream"]
     while True:
-        for window, stream, items in _windows(records, size, epoch, window, stream, seed, process, processes):
+        for window, stream, items in _windows(records, size, epoch, first, start, seed, process, processes):
             random = np.random.default_rng([seed, epoch, window, process])
             draws, lengths = _draw_captions(records, items, (seed, epoch))
             order = np.argsort(lengths, kind="stable") if group_by_length else np.arange(len(draws))
@@ -238,7 +239,7 @@ def plan_batches(
                 after = {"epoch": epoch, "window": window, "batch": number + 1, "stream": stream}
                 yield Plan(tuple(draws[i] for i in batches[batch]), after)
             done = 0
-        epoch, window, stream = epoch + 1, 0, None
+        epoch, first, start = epoch + 1, 0, None
 
 
 def _is_all(records: Records | RecordStream, draws: Sequence[Draw], processes: int) -> bool:
@@ -250,8 +251,8 @@ def _windows(
     records: Records | RecordStream,
     size: int,
     epoch: int,
-    window: int,
-    stream: dict[str, Any] | None,
+    first: int,
+    start: dict[str, Any] | None,
     seed: int,
     process: int,
     processes: int,
@@ -262,19 +263,20 @@ def _windows(
         if share == 0:
             raise InputError(f"{len(records)} records are too few for {processes} processes")
         order = np.random.default_rng([seed, epoch]).permutation(len(records))[process::processes][:share]
-        for number in range(window, -(-share // size)):
+        for number in range(first, -(-share // size)):
             yield number, None, [(int(i), int(i)) for i in order[number * size : (number + 1) * size]]
         return
-    reader, number = records.read(stream), window
+    reader, window = records.read(start), first
     while True:
         before = records.position()
-        items = [(record, before["number"] + i) for i, record in zip(range(size), reader, strict=False)]
+        numbered = enumerate(islice(reader, size), before["number"])
+        items: list[tuple[Record | int, int]] = [(record, number) for number, record in numbered]
         if not items:
-            if number == 0:
+            if window == 0:
                 raise InputError("the stream of this process gave no records: are there fewer shards than processes?")
             return
-        yield number, before, items
-        number += 1
+        yield window, before, items
+        window += 1
 
 
 def _draw_captions(
@@ -341,7 +343,7 @@ class Preparation(Dataset[Loaded]):
         self.flip = flip
         self.features = features
 
-    def __getitem__(self, plan: Plan) -> Loaded:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __getitem__(self, plan: Plan) -> Loaded:
         good, skipped = [], []
         for draw in plan.draws:
             record = self._record(draw)
@@ -391,10 +393,10 @@ def load(plans: Iterator[Plan], preparation: Preparation, workers: int) -> Itera
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are parallel already
     loader = DataLoader(
         preparation,
-        sampler=_Endless(plans),  # pyright: ignore[reportArgumentType]
+        sampler=_Endless(plans),
         batch_size=None,
         num_workers=workers,
-        collate_fn=_as_is,
+        collate_fn=_as_is,  # pyright: ignore[reportArgumentType]
         prefetch_factor=4 if workers else None,
     )
     return iter(loader)

@@ -121,9 +121,7 @@ class RecordStream:
         return {"number": self._number, "state": self._reading.state_dict()}
 
 
-def open_records(
-    source: str, config: DataConfig, process: int = 0, processes: int = 1
-) -> Records | RecordStream:
+def open_records(source: str, config: DataConfig, process: int = 0, processes: int = 1) -> Records | RecordStream:
     """Open image-text pairs.
 
     Args:

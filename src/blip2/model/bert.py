@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,8 @@ def initialise_from_bert(name: str, qformer: QFormer, head: LanguageHead | None 
     """
     check_fits(name, qformer.config)
     with _quiet():  # what is missing is given back below
-        bert, info = BertForMaskedLM.from_pretrained(name, output_loading_info=True)
+        loaded: Any = BertForMaskedLM.from_pretrained(name, output_loading_info=True)
+    bert, info = loaded
     missing = {key for key in info["missing_keys"] if "decoder" not in key}
     source = {key: tensor for key, tensor in bert.state_dict().items() if key not in missing}
     _copy(source, qformer, NAMES, qformer.config.layers)

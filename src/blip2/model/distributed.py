@@ -42,7 +42,7 @@ def gather(tensor: Shaped[Tensor, "B *rest"]) -> Shaped[Tensor, "N *rest"]:
     """
     if process_count() == 1:
         return tensor
-    return _Gather.apply(tensor)  # pyright: ignore[reportReturnType]
+    return _Gather.apply(tensor)
 
 
 def gather_padded(tensor: Shaped[Tensor, "B T"], padding: int | bool) -> Shaped[Tensor, "N L"]:

@@ -86,9 +86,7 @@ class GenerationModel(nn.Module):
         Returns:
             The loss, and beside it ``lm_perplexity`` and ``lm_accuracy`` (share of tokens predicted right).
         """
-        logits, labels = self.language.logits(
-            self.visual_prompt(batch.images), batch.ids, batch.mask, batch.labels
-        )
+        logits, labels = self.language.logits(self.visual_prompt(batch.images), batch.ids, batch.mask, batch.labels)
         loss = objectives.language_modeling(logits, labels, label_count)
         with torch.no_grad():
             metrics = {

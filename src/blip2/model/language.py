@@ -57,9 +57,9 @@ class LanguageModel(Freezable):
         start = getattr(self.network.config, "decoder_start_token_id", None)
         self.network.generation_config = GenerationConfig(decoder_start_token_id=start)
         self.freeze()
-        embedding: nn.Module = self.network.get_input_embeddings()
-        self.width: int = embedding.weight.shape[1]  # pyright: ignore[reportAttributeAccessIssue]
-        self.vocabulary: int = embedding.weight.shape[0]  # pyright: ignore[reportAttributeAccessIssue]
+        embedding: Any = self.network.get_input_embeddings()
+        self.width: int = embedding.weight.shape[1]
+        self.vocabulary: int = embedding.weight.shape[0]
 
     def embed(self, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T L"]:
         return self.network.get_input_embeddings()(ids)
@@ -101,9 +101,7 @@ class LanguageModel(Freezable):
             columns = counted.any(dim=0).nonzero().squeeze(1)
             # The token at column t is predicted one position before it.
             positions = visual.shape[1] + columns - 1
-            out = self.network(
-                inputs_embeds=inputs, attention_mask=seen, logits_to_keep=positions, use_cache=False
-            )
+            out = self.network(inputs_embeds=inputs, attention_mask=seen, logits_to_keep=positions, use_cache=False)
         counted = counted[:, columns]
         return out.logits[counted], labels[:, columns][counted]
 

@@ -24,9 +24,7 @@ class Outcome(NamedTuple):
     """Accuracies and perplexities, without gradient."""
 
 
-def image_text_similarity(
-    images: Float[Tensor, "I Q C"], texts: Float[Tensor, "T C"]
-) -> Float[Tensor, "I T"]:
+def image_text_similarity(images: Float[Tensor, "I Q C"], texts: Float[Tensor, "T C"]) -> Float[Tensor, "I T"]:
     """Similarity of every image with every text: the best of the image's queries (§3.2, ITC).
 
     Both are unit vectors along C, so the result is a cosine in [-1, 1].
@@ -54,9 +52,7 @@ def image_text_contrastive(
     return (F.cross_entropy(image_to_text, target) + F.cross_entropy(text_to_image, target)) / 2
 
 
-def draw_hard_negatives(
-    similarity: Float[Tensor, "B N"], positive: Bool[Tensor, "B N"]
-) -> Int[Tensor, "B"]:
+def draw_hard_negatives(similarity: Float[Tensor, "B N"], positive: Bool[Tensor, "B N"]) -> Int[Tensor, "B"]:
     """One negative for each row, drawn in proportion to how similar it looks (§3.2, ITM).
 
     The strategy of ALBEF and BLIP: probabilities are the softmax of the similarities plus 1e-4, so that no

@@ -11,6 +11,7 @@ encoder, H heads.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -97,9 +98,7 @@ class ImageMemory:
 
     def expand(self, copies: int) -> ImageMemory:
         """One image's memory seen `copies` times, without copying it. Only for a memory of one image."""
-        return ImageMemory(
-            tuple((k.expand(copies, -1, -1, -1), v.expand(copies, -1, -1, -1)) for k, v in self.layers)
-        )
+        return ImageMemory(tuple((k.expand(copies, -1, -1, -1), v.expand(copies, -1, -1, -1)) for k, v in self.layers))
 
     def append(self, other: ImageMemory) -> ImageMemory:
         """The images of this memory, then those of `other`."""
@@ -227,7 +226,7 @@ class QFormer(nn.Module):
         # BERT's LayerNorm of embeddings also normalises the learned queries, in both stages.
         self.embedding_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(
+        self.blocks: Sequence[Block] = nn.ModuleList(  # pyright: ignore[reportAttributeAccessIssue]
             Block(config, image_width, i % config.cross_attention_every == 0, has_text) for i in range(config.layers)
         )
         self.apply(self._initialise)
@@ -260,7 +259,9 @@ class QFormer(nn.Module):
             queries, keys = attention.split_heads(attention.query(inputs[0])), inputs[1]
             maps.append((queries @ keys.mT / math.sqrt(keys.shape[-1])).softmax(dim=-1).mean(dim=1))
 
-        hooks = [b.cross_attention.register_forward_pre_hook(note) for b in self.blocks if b.cross_attention is not None]
+        hooks = [
+            b.cross_attention.register_forward_pre_hook(note) for b in self.blocks if b.cross_attention is not None
+        ]
         try:
             self(memory)
         finally:

@@ -64,9 +64,7 @@ class LanguageHead(nn.Module):
         nn.init.normal_(self.transform.weight, std=0.02)
         nn.init.zeros_(self.transform.bias)
 
-    def forward(
-        self, hidden: Float[Tensor, "M D"], word_embedding: Float[Tensor, "V D"]
-    ) -> Float[Tensor, "M V"]:
+    def forward(self, hidden: Float[Tensor, "M D"], word_embedding: Float[Tensor, "V D"]) -> Float[Tensor, "M V"]:
         return F.linear(self.norm(F.gelu(self.transform(hidden))), word_embedding, self.bias)
 
 
@@ -106,9 +104,7 @@ class RepresentationModel(nn.Module):
         text = self.qformer(None, ids, attention_mask("unimodal", 0, mask)).text
         return self._project(self.text_projection, text[:, 0])
 
-    def match(
-        self, memory: ImageMemory, ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]
-    ) -> Float[Tensor, "B 2"]:
+    def match(self, memory: ImageMemory, ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B 2"]:
         """Logits of (not matched, matched) of pairs, averaged over the queries (§3.2, ITM)."""
         bidirectional = attention_mask("bidirectional", self.qformer.config.queries, mask)
         return self.matching_head(self.qformer(memory, ids, bidirectional).queries).float().mean(dim=1)
@@ -173,9 +169,7 @@ class RepresentationModel(nn.Module):
             assert self.qformer.word_embedding is not None
             logits = self.language_head(hidden, self.qformer.word_embedding.weight)
             labels = batch.ids[:, 1:][labelled]
-            losses["itg"] = objectives.language_modeling(
-                logits, labels, label_count, self.enabled.label_smoothing
-            )
+            losses["itg"] = objectives.language_modeling(logits, labels, label_count, self.enabled.label_smoothing)
             with torch.no_grad():
                 metrics["itg_perplexity"] = objectives.language_modeling(logits, labels).exp()
         return Outcome(losses, metrics)

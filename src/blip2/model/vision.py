@@ -166,7 +166,10 @@ def _encode_siglip2(network: nn.Module, pixels: Tensor, patch: int, layer: Layer
     grid = torch.tensor([[height // patch, width // patch]], device=pixels.device).expand(batch, 2)
     seen = torch.ones(patches.shape[:2], dtype=torch.long, device=pixels.device)
     out = network(
-        pixel_values=patches, pixel_attention_mask=seen, spatial_shapes=grid, output_hidden_states=layer != "last" and -1
+        pixel_values=patches,
+        pixel_attention_mask=seen,
+        spatial_shapes=grid,
+        output_hidden_states=layer != "last" and -1,
     )
     return out.last_hidden_state if layer == "last" else out.hidden_states[-1]
 
@@ -183,7 +186,7 @@ def read_preprocessing(name: str, config: Any, image_size: int | None) -> Prepro
             size = size.get("height") or size.get("shortest_edge") or 224
         image_size = int(size[0] if isinstance(size, list | tuple) else size)
     mean, std = settings.get("image_mean") or CLIP_MEAN, settings.get("image_std") or CLIP_STD
-    return Preprocessing(image_size, tuple(mean), tuple(std))
+    return Preprocessing(image_size, (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
 
 
 def _load_timm(name: str, layer: Layer | None, image_size: int | None, dtype: torch.dtype) -> ImageEncoder:

@@ -85,7 +85,11 @@ def save(
         _flush(root)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(building, ignore_errors=True)
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or "os error 28" in str(error)
+        full = (
+            getattr(error, "errno", None) == errno.ENOSPC
+            or "No space left" in str(error)
+            or "os error 28" in str(error)
+        )
         # torch reports a full disk as a short write.
         if full or shutil.disk_usage(run).free < 2**20:
             last = latest(run)

@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -49,7 +49,7 @@ BROKEN_IN_A_ROW = 10
 """So many batches without a single good image stop a run."""
 
 
-class Interrupted(Exception):
+class Interruption(Exception):  # noqa: N818
     """The run was asked to stop (SIGTERM or SIGINT) and has saved a checkpoint."""
 
 
@@ -67,13 +67,14 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     Raises:
         InputError: the recipe asks for something that is not there or does not fit, the data is unusable, the disk is
             full, or the loss is no longer finite. Earlier checkpoints stay.
-        Interrupted: after SIGTERM or SIGINT, with a checkpoint of the step that was under way.
+        Interruption: after SIGTERM or SIGINT, with a checkpoint of the step that was under way.
     """
     run = Path(recipe.output)
     last = checkpoint.latest(run)
     if last is not None and not resume:
         raise InputError(
-            f"{run} already holds a run (its last checkpoint is {last.name}): go on with --resume, or give another output"
+            f"{run} already holds a run (its last checkpoint is {last.name}): go on with --resume, or give another"
+            " output"
         )
     accelerator = _accelerator(recipe)
     display = Display(run.name, enabled=accelerator.is_main_process)
@@ -184,7 +185,9 @@ class _Training:
         if not isinstance(records, Records):
             raise InputError("data.cached_views needs a table or a folder, not a stream: set it to 0")
         if not self.built.model.vision.is_frozen:
-            raise InputError("data.cached_views needs a frozen image encoder, but optimizer.rates trains it: set it to 0")
+            raise InputError(
+                "data.cached_views needs a frozen image encoder, but optimizer.rates trains it: set it to 0"
+            )
         label = f"features of {len(records)} images, {views} view{'s' if views > 1 else ''} each"
         shown = Display(label, enabled=self.accelerator.is_main_process)
         shown.start(len(records))
@@ -204,8 +207,8 @@ class _Training:
                 self.display.say(f"skipped {message}")
             if loaded.cut and not self.counts["cut"]:
                 self.display.say(
-                    f"a caption is longer than data.max_tokens ({self.recipe.data.max_tokens}) and was cut; the rest are"
-                    " only counted"
+                    f"a caption is longer than data.max_tokens ({self.recipe.data.max_tokens}) and was cut; the rest"
+                    " are only counted"
                 )
             self.counts["skipped"] += len(loaded.skipped)
             self.counts["cut"] += loaded.cut
@@ -249,7 +252,7 @@ class _Training:
                 if self.step % recipe.training.save_every == 0 or self.step == total or stop:
                     saved = self._save()
                 if stop and self.step < total:
-                    raise Interrupted(
+                    raise Interruption(
                         f"stopped at step {self.step} of {total}; its checkpoint is {saved}; go on with --resume"
                     )
         if self.counts["skipped"] or self.counts["cut"]:
@@ -268,7 +271,7 @@ class _Training:
 
         # Labels a micro-batch has on average over all of the step, so that losses add up to one mean over all labels.
         labels = torch.tensor(float(sum(batch.label_count for batch in batches)), device=accelerator.device)
-        label_count = float(accelerator.reduce(labels, "mean")) / len(batches)
+        label_count = float(self._reduce(labels, "mean")) / len(batches)
 
         self.optimizer.zero_grad()
         sums: dict[str, torch.Tensor] = {}
@@ -282,11 +285,12 @@ class _Training:
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach() / len(batches)
 
         names = sorted(sums)
-        means = accelerator.reduce(torch.stack([sums[name].float() for name in names]), "mean").tolist()
+        means = self._reduce(torch.stack([sums[name].float() for name in names]), "mean").tolist()
         values: dict[str, float] = dict(zip(names, means, strict=True))
         self._check_finite(values["loss"], sums["loss"], taken)
         if recipe.optimizer.clip_norm is not None:
-            norm = float(accelerator.clip_grad_norm_(self.model.parameters(), recipe.optimizer.clip_norm))
+            total = accelerator.clip_grad_norm_(self.model.parameters(), recipe.optimizer.clip_norm)
+            norm = float(cast(torch.Tensor, total))
             if accelerator.scaler is None:  # with one, an overflow only skips the step
                 self._check_finite(norm, sums["loss"], taken, "gradient")
             values["gradient_norm"] = norm
@@ -312,8 +316,8 @@ class _Training:
         last = checkpoint.latest(self.folder)
         raise InputError(
             f"the {what} is {value} at step {self.step + 1}, in the batch of {', '.join(found[:8])}"
-            f"{f' and {len(found) - 8} more' if len(found) > 8 else ''}; nothing was changed, the last good checkpoint is"
-            f" {last or 'none'}: lower optimizer.rates, or train in fp32"
+            f"{f' and {len(found) - 8} more' if len(found) > 8 else ''}; nothing was changed, the last good checkpoint"
+            f" is {last or 'none'}: lower optimizer.rates, or train in fp32"
         )
 
     @torch.no_grad()
@@ -338,7 +342,7 @@ class _Training:
                 weight += len(loaded.keys)
         model.train()
         names = sorted(sums)
-        totals = accelerator.reduce(torch.stack([*(sums[name] for name in names), weight]), "sum").tolist()
+        totals = self._reduce(torch.stack([*(sums[name] for name in names), weight]), "sum").tolist()
         return {f"validation_{name}": total / totals[-1] for name, total in zip(names, totals, strict=False)}
 
     def _save(self) -> Path:
@@ -360,9 +364,13 @@ class _Training:
         accelerator.wait_for_everyone()
         return path
 
+    def _reduce(self, tensor: torch.Tensor, how: str) -> torch.Tensor:
+        """The sum or mean over all processes."""
+        return cast(torch.Tensor, self.accelerator.reduce(tensor, how))
+
     def _any_asked(self, asked: list[int]) -> bool:
         flag = torch.tensor(float(bool(asked)), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, "sum") > 0)
+        return bool(self._reduce(flag, "sum"))
 
 
 def start_from(path: Path, built: Built, display: Display) -> None:

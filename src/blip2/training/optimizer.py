@@ -47,7 +47,9 @@ def set_rates(model: nn.Module, config: OptimizerConfig) -> dict[str, float]:
     unused = [p for p in config.rates if p not in used and p not in ("language.*", "vision.*", "*")]
     if unused:
         parts = ", ".join(sorted({name.split(".")[0] for name, _ in model.named_parameters()}))
-        raise InputError(f"optimizer.rates has {', '.join(unused)}, which match no parameter: their names begin {parts}")
+        raise InputError(
+            f"optimizer.rates has {', '.join(unused)}, which match no parameter: their names begin {parts}"
+        )
     if not rates:
         raise InputError("every parameter is frozen by optimizer.rates: give some of them a rate")
     model.train()  # a part that was unfrozen may now leave eval()

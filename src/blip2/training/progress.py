@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ class MetricsFile:
                 continue
         beside = path.with_suffix(".tmp")
         beside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        os.replace(beside, path)
+        beside.replace(path)
 
     def write(self, values: dict[str, Any]) -> None:
         if self._file is not None:
