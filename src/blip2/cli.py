@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from blip2.errors import InputError
+from blip2.training.interruption import Interruption
 
 Run = Callable[[argparse.Namespace], None]
 
@@ -38,9 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except Exception as error:
-        if type(error).__name__ != "Interruption":
-            raise
+    except Interruption as error:
         print(error, file=sys.stderr)
         return 130
     return 0

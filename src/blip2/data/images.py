@@ -22,7 +22,10 @@ from blip2.errors import InputError
 from blip2.model.vision import Preprocessing
 
 ImageLike = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
-"""A path, the bytes of a file, a PIL image, or an array [H, W], [H, W, 3 or 4] of uint8 or of floats in [0, 1]."""
+"""A path, the bytes of a file, a PIL image, or an array [H, W], [H, W, 3 or 4].
+
+Arrays of uint16 count to 65535; others to the first of 1 (floats only), 255, 65535 that holds their largest value.
+"""
 
 MAX_PIXELS = 120_000_000
 """Larger images are refused before they are decoded: a small file can unpack to gigabytes."""
@@ -39,42 +42,59 @@ def read_image(image: ImageLike) -> Image.Image:
         ImageError: no such file, empty, not an image, damaged, or more than :data:`MAX_PIXELS`.
     """
     if isinstance(image, Tensor):
-        image = image.detach().cpu().numpy()
+        image = image.detach().cpu()
+        image = (image.float() if image.is_floating_point() else image).numpy()  # numpy has no bfloat16
     if isinstance(image, np.ndarray):
-        return _from_array(image)
+        return _from_array(image, "the array given as an image")
     if isinstance(image, Image.Image):
-        return _to_rgb(image)
+        return _decode(image, f"image {getattr(image, 'filename', '') or 'given by PIL'}")
     name = f"image of {len(image)} bytes" if isinstance(image, bytes) else f"image {os.fspath(image)}"
     try:
         data = image if isinstance(image, bytes) else Path(image).read_bytes()
-    except OSError as error:
-        raise ImageError(f"{name} cannot be read: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # ValueError: the path holds what no path can
+        raise ImageError(
+            f"{name} cannot be read ({getattr(error, 'strerror', None) or error}): check its path"
+        ) from error
     if not data:
-        raise ImageError(f"{name} is empty (0 bytes): it was not downloaded or copied whole")
+        raise ImageError(f"{name} is empty (0 bytes): copy or download it again")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata, and of bombs below its own limit
             with Image.open(io.BytesIO(data)) as opened:
-                if opened.width * opened.height > MAX_PIXELS:
-                    raise ImageError(
-                        f"{name} has {opened.width} x {opened.height} pixels, more than the {MAX_PIXELS:,} allowed:"
-                        " make it smaller"
-                    )
-                return _to_rgb(opened)
+                return _decode(opened, name)
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name} is not an image (it begins with {data[:12]!r}): save it as PNG or JPEG") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name} has more than the {MAX_PIXELS:,} pixels allowed: make it smaller") from error
     except ImageError:
         raise
-    except UnidentifiedImageError as error:
-        raise ImageError(f"{name} is not an image (it begins with {data[:12]!r})") from error
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"{name} is too large: {error}") from error
+    except Exception as error:  # Pillow's readers raise nearly anything on damaged files
+        raise ImageError(_damaged(name, error)) from error
+
+
+def _decode(image: Image.Image, name: str) -> Image.Image:
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError(
+            f"{name} has {image.width} x {image.height} pixels, more than the {MAX_PIXELS:,} allowed: make it smaller"
+        )
+    if image.format == "EPS":
+        raise ImageError(f"{name} is PostScript, a program, which is never run: save it as PNG or JPEG")
+    try:
+        return _to_rgb(image, name)
+    except ImageError:
+        raise
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        raise ImageError(f"{name} is damaged: {error}") from error
+        raise ImageError(_damaged(name, error)) from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _damaged(name: str, error: Exception) -> str:
+    return f"{name} is damaged ({' '.join(str(error).split())}): copy or download it again"
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
-        return _from_array(np.asarray(image))
+        return _from_array(np.asarray(image), name)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -82,27 +102,34 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _from_array(array: np.ndarray) -> Image.Image:
+def _from_array(array: np.ndarray, name: str) -> Image.Image:
+    given = array.shape
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or array.size == 0:
-        raise ImageError(
-            f"an image array of shape {tuple(array.shape)} was given, expected [H, W], [H, W, 3] or [H, W, 4]"
-        )
+        raise ImageError(f"{name} has the shape {list(given)}, expected [H, W], [H, W, 3] or [H, W, 4]: rearrange it")
+    if array.dtype.kind not in "buif":
+        raise ImageError(f"{name} holds {array.dtype}, expected integers or floats: convert it")
     if array.dtype != np.uint8:
         values = array.astype(np.float64)
         if not np.isfinite(values).all():
-            raise ImageError("an image array holds values that are not finite")
-        # 16-bit counts to 65535 whatever its container; floats count to 1 (or, from 32-bit TIFF files, to 255).
-        if np.issubdtype(array.dtype, np.integer):
-            values = values / 65535 if array.dtype != np.int32 or values.max() > 255 else values / 255
-        elif values.max() > 1:
-            values = values / 255
-        array = (values.clip(0, 1) * 255).round().astype(np.uint8)
+            raise ImageError(f"{name} holds values that are not finite (NaN or infinite): replace them")
+        array = (values / _white(array)).clip(0, 1)
+        array = (array * 255).round().astype(np.uint8)
     if array.shape[2] == 1:
         array = array.repeat(3, axis=2)
     mode = "RGBA" if array.shape[2] == 4 else "RGB"
-    return _to_rgb(Image.fromarray(np.ascontiguousarray(array), mode))
+    return _to_rgb(Image.fromarray(np.ascontiguousarray(array), mode), name)
+
+
+def _white(array: np.ndarray) -> float:
+    """The value that stands for white; what a file or array means by its numbers is nowhere written down."""
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:
+        return 65535
+    highest = float(array.max())
+    if array.dtype.kind in "bf" and highest < 2:  # resampling overshoots 1 a little
+        return 1
+    return next((white for white in (255, 65535) if highest <= white), highest)
 
 
 def to_pixels(image: Image.Image, preprocessing: Preprocessing) -> Float[Tensor, "3 H W"]:

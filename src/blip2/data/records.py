@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,13 +58,13 @@ class _Columns:
     """Where relative paths of images start."""
 
     def record(self, row: dict[str, Any], number: int) -> Record:
-        image = row[self.image]
+        image = row.get(self.image)
         if isinstance(image, dict):  # Hugging Face's image: bytes, a path, or both
             image = image.get("bytes") or image.get("path")
-        if isinstance(image, str):
-            image = str(self.root / image)
+        if image and not isinstance(image, bytes):
+            image = str(self.root / str(image))
         key = f"{self.source} row {number}" + (f" ({image})" if isinstance(image, str) else "")
-        return Record(key, image or None, clean_captions(row[self.caption]))
+        return Record(key, image or None, clean_captions(row.get(self.caption)))
 
 
 def clean_captions(value: Any) -> tuple[str, ...]:
@@ -102,6 +103,8 @@ class RecordStream:
         self._reading = self._dataset
         self._columns = columns
         self._number = 0
+        self._unread: dict[str, Any] | None = None
+        """The position that reading starts from, until something was read."""
 
     def read(self, position: dict[str, Any] | None = None) -> Iterator[Record]:
         """Records from a position that :meth:`position` gave, or from the start, which is gone to at once."""
@@ -109,15 +112,20 @@ class RecordStream:
         self._reading = copy.deepcopy(self._dataset)  # a loaded state would stay for good
         if position:
             self._reading.load_state_dict(position["state"])
+        self._unread = position
         return self._rows()
 
     def _rows(self) -> Iterator[Record]:
-        for row in self._reading:
+        rows = iter(self._reading)
+        while (row := _next(rows, self._columns.source)) is not None:
             self._number += 1
+            self._unread = None
             yield self._columns.record(row, self._number - 1)
 
     def position(self) -> dict[str, Any]:
         """Where the next record is."""
+        if self._unread is not None:  # the library gives a loaded state back only after the first row
+            return self._unread
         return {"number": self._number, "state": self._reading.state_dict()}
 
 
@@ -133,7 +141,8 @@ def open_records(source: str, config: DataConfig, process: int = 0, processes: i
     """
     streaming = config.streaming
     if source.startswith("hub:"):
-        dataset = _load(source, source.removeprefix("hub:"), config.split, bool(streaming))
+        name = source.removeprefix("hub:")
+        dataset = _load(source, datasets.load_dataset, name, split=config.split, streaming=bool(streaming))
         return _records(dataset, source, config, Path(), process, processes)
     path = Path(source)
     if path.is_dir():
@@ -146,9 +155,11 @@ def open_records(source: str, config: DataConfig, process: int = 0, processes: i
         )
     files = expand_files(source)
     builder = BUILDERS[suffix]
-    options: dict[str, Any] = {"sep": "\t"} if suffix == ".tsv" else {}
+    options: dict[str, Any] = {"data_files": {"train": files}, "split": "train"}
+    if suffix == ".tsv":
+        options["sep"] = "\t"
     streaming = builder == "webdataset" if streaming is None else streaming
-    dataset = _load(source, builder, "train", streaming, data_files={"train": files}, **options)
+    dataset = _load(source, datasets.load_dataset, builder, streaming=streaming, **options)
     return _records(dataset, source, config, path.parent, process, processes)
 
 
@@ -172,8 +183,14 @@ def expand_files(pattern: str) -> list[str]:
 
 
 def _open_folder(folder: Path, config: DataConfig, process: int, processes: int) -> Records | RecordStream:
-    if (folder / "dataset_info.json").is_file():
-        return _records(datasets.load_from_disk(str(folder)), str(folder), config, folder, process, processes)
+    for saved in (folder, folder / config.split):
+        if (saved / "dataset_info.json").is_file():
+            dataset = _load(str(saved), datasets.load_from_disk, str(saved))
+            return _records(dataset, str(saved), config, folder, process, processes)
+    splits = folder / "dataset_dict.json"
+    if splits.is_file():
+        names = ", ".join(json.loads(splits.read_text(encoding="utf-8"))["splits"])
+        raise InputError(f"data source {folder} has the splits {names}, not {config.split}: name one with data.split")
     for name in ("metadata.jsonl", "metadata.csv"):
         if (folder / name).is_file():
             return open_records(str(folder / name), config, process, processes)
@@ -193,27 +210,41 @@ def _open_folder(folder: Path, config: DataConfig, process: int, processes: int)
     return Records(table, _Columns(str(folder), "image", "captions", folder))
 
 
-def _load(source: str, path: str, split: str, streaming: bool, **options: Any) -> Any:
+def _load(source: str, load: Callable[..., Any], name: str, **options: Any) -> Any:
     try:
-        return datasets.load_dataset(path, split=split, streaming=streaming, **options)
+        return load(name, **options)
     except StopIteration as error:
-        raise InputError(f"data source {source!r} is empty: it has no rows") from error
+        raise _empty(source) from error
     except Exception as error:  # the builders raise whatever their parsers raise
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        reason = " ".join(str(cause).split()).rstrip(".")
-        raise InputError(f"data source {source!r} cannot be read: {reason}") from error
+        raise (_empty(source) if "corresponds to no data" in str(error) else _unreadable(source, error)) from error
+
+
+def _next(rows: Iterator[dict[str, Any]], source: str) -> dict[str, Any] | None:
+    """The next row of a stream; None behind the last."""
+    try:
+        return next(rows, None)
+    except Exception as error:  # as above
+        raise _unreadable(source, error) from error
+
+
+def _empty(source: str) -> InputError:
+    return InputError(f"data source {source!r} is empty: it has no rows")
+
+
+def _unreadable(source: str, error: BaseException) -> InputError:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return InputError(f"data source {source!r} cannot be read: {' '.join(str(error).split()).rstrip('.')}")
 
 
 def _records(
     dataset: Any, source: str, config: DataConfig, root: Path, process: int, processes: int
 ) -> Records | RecordStream:
-    if isinstance(dataset, dict):
-        raise InputError(f"data source {source!r} has splits {', '.join(dataset)}: name one with data.split")
     features = dataset.features
     if features is None:
-        features = dict.fromkeys(next(iter(dataset), {}))
+        features = dict.fromkeys(_next(iter(dataset), source) or {})
+        if not features:
+            raise _empty(source)
     image = _column(features, config.image_column, IMAGE_COLUMNS, "image", source)
     caption = _column(features, config.caption_column, CAPTION_COLUMNS, "caption", source)
     if isinstance(features[image], datasets.Image):
@@ -222,7 +253,7 @@ def _records(
     if isinstance(dataset, datasets.IterableDataset):
         return RecordStream(dataset, columns, process, processes)
     if len(dataset) == 0:
-        raise InputError(f"data source {source!r} is empty: it has no rows")
+        raise _empty(source)
     return Records(dataset, columns)
 
 

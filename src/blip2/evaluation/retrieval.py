@@ -49,9 +49,9 @@ def recall(scores: Float[Tensor, "N M"], positive: Bool[Tensor, "N M"]) -> Recal
 
 
 def ranks(scores: Float[Tensor, "N M"], positive: Bool[Tensor, "N M"]) -> Int[Tensor, "N"]:
-    """How many columns score higher than a row's best positive. Ties count against it."""
+    """How many columns score higher than a row's best positive. Ties and NaN count against it."""
     best = scores.masked_fill(~positive, -torch.inf).amax(dim=1, keepdim=True)
-    return ((scores >= best) & ~positive).sum(dim=1)
+    return (~(scores < best) & ~positive).sum(dim=1)
 
 
 def _chance(positive: Bool[Tensor, "N M"]) -> Recall:
@@ -84,6 +84,7 @@ def evaluate_retrieval(
     scores = similarity - 1000.0  # behind every candidate, in their own order
     for i, row in enumerate(shortlist):
         chosen = row.nonzero().squeeze(1)
-        logits = pipeline.match_candidates(features[i : i + 1], texts, chosen[None])
+        own = [texts[j] for j in chosen]
+        logits = pipeline.match_candidates(features[i : i + 1], own, torch.arange(len(own))[None])
         scores[i, chosen] = (logits[0, :, 1] - logits[0, :, 0]).cpu()
     return Retrieval(scores, positive)

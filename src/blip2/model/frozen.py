@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import TypeVar
 
 import torch
 from torch import nn
+
+Part = TypeVar("Part", bound="Freezable")  # the run-time type checks of the tests cannot read typing.Self
 
 
 class Freezable(nn.Module):
@@ -23,11 +25,11 @@ class Freezable(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
 
-    def freeze(self) -> Self:
+    def freeze(self: Part) -> Part:
         self.requires_grad_(False)
         return self.eval()
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self: Part, mode: bool = True) -> Part:
         return super().train(mode and not self.is_frozen)
 
     def own_precision(self, device: torch.device) -> torch.autocast:

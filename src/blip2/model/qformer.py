@@ -25,7 +25,9 @@ from blip2.config import QFormerConfig
 MaskKind = Literal["unimodal", "causal", "bidirectional"]
 
 
-def attention_mask(kind: MaskKind, queries: int, text: Bool[Tensor, "B T"]) -> Bool[Tensor, "B Q+T Q+T"]:
+def attention_mask(
+    kind: MaskKind, queries: int, text: Bool[Tensor, "B T"]
+) -> Bool[Tensor, "B {queries}+T {queries}+T"]:
     """Who may attend to whom among [queries; text]: the three masks of Figure 2 (right). True means may attend.
 
     ::
@@ -59,7 +61,9 @@ def attention_mask(kind: MaskKind, queries: int, text: Bool[Tensor, "B T"]) -> B
     return mask & real[:, None, :]
 
 
-def contrast_and_generate_mask(queries: int, text: Bool[Tensor, "B T"]) -> Bool[Tensor, "B Q+2T Q+2T"]:
+def contrast_and_generate_mask(
+    queries: int, text: Bool[Tensor, "B T"]
+) -> Bool[Tensor, "B {queries}+2*T {queries}+2*T"]:
     """One mask for [queries; text of ITC; text of ITG], so that both objectives share one pass.
 
     Queries never see text under either mask, so their outputs are the same for both and need computing once. The

@@ -8,8 +8,8 @@ randomness of a step (dropout, hard negatives) is seeded from (seed, step, proce
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,15 +42,12 @@ from blip2.errors import InputError
 from blip2.model.generation import GenerationModel
 from blip2.model.objectives import Outcome
 from blip2.training import checkpoint
+from blip2.training.interruption import Interruption, note_signals
 from blip2.training.optimizer import build_optimizer, describe, set_rates, set_schedule
 from blip2.training.progress import Display, MetricsFile
 
 BROKEN_IN_A_ROW = 10
 """So many batches without a single good image stop a run."""
-
-
-class Interruption(Exception):  # noqa: N818
-    """The run was asked to stop (SIGTERM or SIGINT) and has saved a checkpoint."""
 
 
 def train(recipe: Recipe, resume: bool = False) -> Path:
@@ -230,10 +227,9 @@ class _Training:
             MetricsFile.truncate(self.folder, self.step)
         if recipe.training.trackers:
             accelerator.init_trackers("blip2", config={"recipe": dump_recipe(recipe)})
-        metrics = MetricsFile(self.folder, enabled=accelerator.is_main_process)
         saved = checkpoint.latest(self.folder)
         self.display.start(total, self.step)
-        with _signals() as asked:
+        with note_signals() as asked, contextlib.closing(MetricsFile(self.folder, accelerator.is_main_process)) as metrics:
             while self.step < total:
                 started = time.monotonic()
                 values, pairs = self._step()
@@ -402,25 +398,3 @@ def _mix(seed: int, step: int, process: int) -> int:
 def _note(values: dict[str, float]) -> str:
     shown = [name for name in ("itc", "itm", "itg", "lm", "itc_r1", "itm_accuracy", "lm_accuracy") if name in values]
     return "  ".join([*(f"{name} {values[name]:.3f}" for name in shown), f"{values['images_per_second']:.1f} images/s"])
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """The first SIGTERM or SIGINT is noted in the list, to be acted on after the step; a second one kills."""
-    asked: list[int] = []
-    before: dict[int, Any] = {}
-
-    def note(number: int, frame: Any) -> None:
-        asked.append(number)
-        signal.signal(number, before[number])
-
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, note)
-    except ValueError:  # not in the main thread: whoever runs us there handles signals
-        pass
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -43,6 +43,10 @@ class MetricsFile:
             self._file.write(json.dumps(values) + "\n")
             self._file.flush()
 
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """All lines of a run's metrics file."""

@@ -1,0 +1,30 @@
+# The only commands anyone has to remember. Each makes what it needs first, on a fresh machine too.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check bench clean
+
+demo: .venv/ready  ## train both stages on real pictures in about ten minutes and write runs/demo/report.html
+	$(BIN)/blip2 demo
+
+test: .venv/ready  ## the whole test suite
+	$(BIN)/python -m pytest
+
+check: .venv/ready  ## style, types and shapes of what will be committed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: .venv/ready  ## this project and its peers on the same work
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf .venv runs
+
+# The constraints keep torch at a build without CUDA where the index has one: see CONTRIBUTING.md for GPUs.
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit('blip2 needs Python 3.11 or newer; this is ' + sys.version.split()[0]) if sys.version_info < (3, 11) else None"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+	touch $@

@@ -1,0 +1,347 @@
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from transformers import Blip2QFormerConfig, Blip2QFormerModel
+
+from blip2.config import ObjectivesConfig, QFormerConfig
+from blip2.model.qformer import Attention, ImageMemory, QFormer, attention_mask, contrast_and_generate_mask
+from blip2.model.representation import RepresentationModel
+from fixtures.tiny import QFORMER, no_encoder, randomise, texts
+
+WIDTH = 24
+KINDS = ("unimodal", "causal", "bidirectional")
+
+
+@pytest.fixture(scope="module")
+def qformer() -> QFormer:
+    return randomise(QFormer(QFORMER, WIDTH)).eval()
+
+
+@pytest.fixture(scope="module")
+def features() -> torch.Tensor:
+    return torch.randn(3, 5, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+# -- masks ---------------------------------------------------------------------------------------------------------
+
+
+def picture(mask: torch.Tensor) -> list[str]:
+    return ["".join("1" if seen else "." for seen in row) for row in mask.tolist()]
+
+
+def pictures(drawn: str) -> dict[str, list[str]]:
+    """What is drawn in columns, by the word above each."""
+    columns = zip(*(line.split() for line in drawn.strip().splitlines()), strict=True)
+    return {title: list(rows) for title, *rows in columns}
+
+
+# Two queries, then three text tokens.
+FIGURE_2 = pictures("""
+    unimodal  causal  bidirectional
+    11...     11...   11111
+    11...     11...   11111
+    ..111     111..   11111
+    ..111     1111.   11111
+    ..111     11111   11111
+""")
+# The last token is padding.
+PADDED = pictures("""
+    unimodal  causal  bidirectional
+    11...     11...   1111.
+    11...     11...   1111.
+    ..11.     111..   1111.
+    ..11.     1111.   1111.
+    ..11.     1111.   1111.
+""")
+TEXT_ALONE = pictures("""
+    unimodal  causal  bidirectional
+    11        1.      11
+    11        11      11
+""")
+# Two queries, then the text that is contrasted, then the text that is generated.
+BOTH = pictures("""
+    whole     padded
+    11......  11......
+    11......  11......
+    ..111...  ..11....
+    ..111...  ..11....
+    ..111...  ..11....
+    11...1..  11...1..
+    11...11.  11...11.
+    11...111  11...11.
+""")
+TEXT = torch.tensor([[True, True, True], [True, True, False]])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_masks_of_figure_2(kind):
+    mask = attention_mask(kind, 2, TEXT)
+    assert picture(mask[0]) == FIGURE_2[kind]
+    assert picture(mask[1]) == PADDED[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_masks_of_text_alone_and_of_queries_alone(kind):
+    assert picture(attention_mask(kind, 0, TEXT[:1, :2])[0]) == TEXT_ALONE[kind]
+    assert picture(attention_mask(kind, 2, TEXT[:1, :0])[0]) == ["11", "11"]
+
+
+def test_the_mask_of_contrasting_and_generating_at_once():
+    mask = contrast_and_generate_mask(2, TEXT)
+    assert picture(mask[0]) == BOTH["whole"]
+    assert picture(mask[1]) == BOTH["padded"]
+
+
+# -- size and parity -----------------------------------------------------------------------------------------------
+
+
+def millions(module: nn.Module) -> float:
+    return round(sum(parameter.numel() for parameter in module.parameters()) / 1e6, 1)
+
+
+def test_parameter_counts_are_the_papers():
+    """BERT-base beside ViT-g. The paper says 188 M; the reference implementation has 186.7 M."""
+    vision = no_encoder(257, 1408)
+    with torch.device("meta"):
+        model = RepresentationModel(vision, QFormerConfig(), ObjectivesConfig())
+        queries_only = QFormer(QFormerConfig(), 1408, has_text=False)
+    del model.vision
+    assert millions(model) == 186.7
+    assert millions(nn.ModuleList([queries_only, model.image_norm])) == 105.2
+
+
+# Names of transformers' Blip2QFormerModel; a layer's number goes where {} is.
+TRANSFORMERS = {
+    "embedding_norm": "layernorm",
+    "blocks.{}.self_attention.query": "encoder.layer.{}.attention.attention.query",
+    "blocks.{}.self_attention.key": "encoder.layer.{}.attention.attention.key",
+    "blocks.{}.self_attention.value": "encoder.layer.{}.attention.attention.value",
+    "blocks.{}.self_attention.output": "encoder.layer.{}.attention.output.dense",
+    "blocks.{}.self_attention.norm": "encoder.layer.{}.attention.output.LayerNorm",
+    "blocks.{}.cross_attention.query": "encoder.layer.{}.crossattention.attention.query",
+    "blocks.{}.cross_attention.key": "encoder.layer.{}.crossattention.attention.key",
+    "blocks.{}.cross_attention.value": "encoder.layer.{}.crossattention.attention.value",
+    "blocks.{}.cross_attention.output": "encoder.layer.{}.crossattention.output.dense",
+    "blocks.{}.cross_attention.norm": "encoder.layer.{}.crossattention.output.LayerNorm",
+    "blocks.{}.query_feed_forward.expand": "encoder.layer.{}.intermediate_query.dense",
+    "blocks.{}.query_feed_forward.contract": "encoder.layer.{}.output_query.dense",
+    "blocks.{}.query_feed_forward.norm": "encoder.layer.{}.output_query.LayerNorm",
+    "blocks.{}.text_feed_forward.expand": "encoder.layer.{}.intermediate.dense",
+    "blocks.{}.text_feed_forward.contract": "encoder.layer.{}.output.dense",
+    "blocks.{}.text_feed_forward.norm": "encoder.layer.{}.output.LayerNorm",
+}
+
+
+def peer(qformer: QFormer, has_text: bool) -> Blip2QFormerModel:
+    """transformers' own Q-Former with the weights of ours."""
+    ours, config = qformer.state_dict(), qformer.config
+    model = Blip2QFormerModel._from_config(
+        Blip2QFormerConfig(
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            intermediate_size=config.intermediate_size,
+            encoder_hidden_size=WIDTH,
+            use_qformer_text_input=has_text,
+        ),
+        attn_implementation="eager",  # the only one that gives attention maps
+    )
+    theirs = {
+        f"{there.format(layer)}.{kind}": ours[f"{here.format(layer)}.{kind}"]
+        for here, there in TRANSFORMERS.items()
+        for layer in range(config.layers)
+        for kind in ("weight", "bias")
+        if f"{here.format(layer)}.{kind}" in ours and (has_text or "text_feed_forward" not in here)
+    }
+    model.load_state_dict(theirs)
+    return model.eval()
+
+
+def test_text_and_queries_agree_with_transformers(qformer, features):
+    ids, mask = texts(6, 4, 2)
+    ours = qformer(qformer.memory(features), ids, attention_mask("bidirectional", 4, mask))
+    text = qformer.word_embedding(ids) + qformer.position_embedding(torch.arange(6))
+    out = peer(qformer, has_text=True)(
+        query_embeds=torch.cat([qformer.queries.expand(3, -1, -1), text], dim=1),
+        query_length=4,
+        attention_mask=torch.cat([torch.ones(3, 4), mask], dim=1),
+        encoder_hidden_states=features,
+    ).last_hidden_state
+    torch.testing.assert_close(ours.queries, out[:, :4], atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours.text[mask], out[:, 4:][mask], atol=1e-5, rtol=0)
+
+
+def test_queries_alone_and_attention_maps_agree_with_transformers(qformer, features):
+    memory = qformer.memory(features)
+    ours, maps = qformer(memory), qformer.attention_maps(memory)
+    theirs = peer(qformer, has_text=False)(
+        query_embeds=qformer.queries.expand(3, -1, -1), encoder_hidden_states=features, output_attentions=True
+    )
+    torch.testing.assert_close(ours.queries, theirs.last_hidden_state, atol=1e-5, rtol=0)
+    assert ours.text.shape == (3, 0, 32)
+    assert maps.shape == (3, 2, 4, 5)  # blocks 0 and 2 look at the image
+    torch.testing.assert_close(maps.sum(dim=-1), torch.ones(3, 2, 4))
+    seen = [attention.mean(dim=1) for attention in theirs.cross_attentions]
+    torch.testing.assert_close(maps, torch.stack(seen, dim=1), atol=1e-5, rtol=0)
+
+
+def test_attention_maps_leave_nothing_behind(qformer, features):
+    memory = qformer.memory(features)
+    qformer.attention_maps(memory)
+    assert not any(module._forward_pre_hooks for module in qformer.modules())
+
+
+# -- who sees whom -------------------------------------------------------------------------------------------------
+
+
+def run(qformer, features, ids, mask, kind):
+    return qformer(qformer.memory(features), ids, attention_mask(kind, QFORMER.queries, mask))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_bidirectional_mask_shows_the_text_to_the_queries(qformer, features, kind):
+    one, two = (run(qformer, features, *texts(5, 5, 5, seed=seed), kind).queries for seed in (0, 1))
+    alone = qformer(qformer.memory(features)).queries
+    if kind == "bidirectional":
+        assert (one - two).abs().amax(dim=(1, 2)).min() > 1e-2
+    else:
+        torch.testing.assert_close(one, two)
+        torch.testing.assert_close(one, alone)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_unimodal_mask_hides_the_image_from_the_text(qformer, features, kind):
+    ids, mask = texts(5, 5, 5)
+    one, two = (run(qformer, images, ids, mask, kind).text for images in (features, -features))
+    if kind == "unimodal":
+        torch.testing.assert_close(one, two)
+        torch.testing.assert_close(one, qformer(None, ids, attention_mask(kind, 0, mask)).text)
+    else:
+        assert (one - two).abs().amax(dim=2).min() > 1e-2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_causal_mask_hides_later_text(qformer, features, kind):
+    ids, mask = texts(6, 6, 6)
+    changed = ids.clone()
+    changed[:, 3] = 4
+    one, two = (run(qformer, features, i, mask, kind).text for i in (ids, changed))
+    difference = (one - two).abs().amax(dim=(0, 2))
+    assert difference[3:].min() > 1e-2
+    assert difference[:3].max() < 1e-5 if kind == "causal" else difference[:3].min() > 1e-2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_changes_nothing(qformer, features, kind):
+    lengths = (6, 4, 2)
+    ids, mask = texts(*lengths)
+    padded = run(qformer, features, ids.where(mask, 7), mask, kind)
+    for row, length in enumerate(lengths):
+        only = slice(row, row + 1)
+        alone = run(qformer, features[only], ids[only, :length], mask[only, :length], kind)
+        torch.testing.assert_close(padded.queries[only], alone.queries)
+        torch.testing.assert_close(padded.text[only, :length], alone.text)
+
+
+def test_one_pass_contrasts_and_generates(qformer, features):
+    ids, mask = texts(6, 4, 2)
+    begun = ids.clone()
+    begun[:, 0] = qformer.decoder_start
+    both = qformer(
+        qformer.memory(features),
+        torch.cat([ids, begun], dim=1),
+        contrast_and_generate_mask(4, mask),
+        torch.arange(6).repeat(2),
+    )
+    contrast, generate = run(qformer, features, ids, mask, "unimodal"), run(qformer, features, begun, mask, "causal")
+    torch.testing.assert_close(both.queries, contrast.queries)
+    torch.testing.assert_close(both.text[:, :6][mask], contrast.text[mask])
+    torch.testing.assert_close(both.text[:, 6:][mask], generate.text[mask])
+
+
+def test_text_begins_at_position_zero_behind_the_queries(qformer, features):
+    ids, mask = texts(5, 5, 5)
+    memory, causal = qformer.memory(features), attention_mask("causal", 4, mask)
+    torch.testing.assert_close(qformer(memory, ids, causal).text, qformer(memory, ids, causal, torch.arange(5)).text)
+    moved = qformer(memory, ids, causal, torch.arange(5) + 4).text
+    assert (moved - qformer(memory, ids, causal).text).abs().max() > 1e-2
+
+
+def test_decoder_start_is_the_last_id(qformer):
+    assert qformer.decoder_start == 29
+
+
+# -- image memory --------------------------------------------------------------------------------------------------
+
+
+def assert_same_memory(one: ImageMemory, two: ImageMemory) -> None:
+    assert len(one) == len(two)
+    for here, there in zip(one.layers, two.layers, strict=True):
+        torch.testing.assert_close(here, there)
+
+
+def test_memories_are_made_from_each_image_alone(qformer, features):
+    memory = qformer.memory(features)
+    assert len(memory) == 3
+    assert len(memory.layers) == 2
+    order = torch.tensor([2, 0, 0, 1])
+    assert_same_memory(memory.select(order), qformer.memory(features[order]))
+    assert_same_memory(memory.select(order[:1]).expand(3), qformer.memory(features[[2, 2, 2]]))
+    assert_same_memory(qformer.memory(features[:1]).append(qformer.memory(features[1:])), memory)
+
+
+# -- errors, precision, training -----------------------------------------------------------------------------------
+
+
+def test_nothing_to_read(qformer):
+    with pytest.raises(ValueError, match="image memory, text ids, or both"):
+        qformer(None)
+
+
+def test_text_for_a_qformer_without_text(features):
+    qformer = QFormer(QFORMER, WIDTH, has_text=False)
+    with pytest.raises(ValueError, match="without its text transformer"):
+        qformer(qformer.memory(features), texts(5, 5, 5)[0])
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_attention_in_bfloat16_agrees_with_float32(masked):
+    half = randomise(Attention(QFORMER, 32)).bfloat16()
+    full = Attention(QFORMER, 32)
+    full.load_state_dict(half.state_dict())
+    x = torch.randn(3, 9, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
+    mask = attention_mask("causal", 4, texts(5, 3, 2)[1])[:, None] if masked else None
+    gradients = []
+    with torch.enable_grad():
+        for attention, source in ((half, x), (full, x.float())):
+            out = attention(source, *attention.keys_and_values(source), mask)
+            assert out.dtype == source.dtype
+            out.float().square().cumsum(dim=1).sum().backward()
+            gradients.append((out.float(), attention.query.weight.grad.float(), attention.value.weight.grad.float()))
+    for near, exact in zip(*gradients, strict=True):
+        assert (near - exact).norm() < 0.03 * exact.norm()
+
+
+def test_autocast_agrees_with_float32(qformer, features):
+    ids, mask = texts(6, 4, 2)
+    exact = run(qformer, features, ids, mask, "causal")
+    with torch.autocast("cpu", torch.bfloat16):
+        near = run(qformer, features, ids, mask, "causal")
+    for a, b in ((near.queries, exact.queries), (near.text[mask], exact.text[mask])):
+        assert (a - b).norm() < 0.05 * b.norm()
+
+
+def test_dropout_acts_in_training_only(features):
+    qformer = randomise(QFormer(dataclasses.replace(QFORMER, dropout=0.5), WIDTH))
+    memory = qformer.memory(features)
+    assert not torch.equal(qformer(memory).queries, qformer(memory).queries)
+    qformer.eval()
+    assert torch.equal(qformer(memory).queries, qformer(memory).queries)
