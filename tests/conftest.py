@@ -1,13 +1,22 @@
 """Tiny random parts in the formats of the real ones, made once a session."""
 
+import atexit
 import json
 import os
+import shutil
 import string
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a model hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+# What the datasets library keeps goes away with the tests.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="blip2-tests-")
+os.environ["HF_DATASETS_CACHE"] = f"{os.environ['HF_HOME']}/datasets"
 
 import numpy as np
 import pytest
@@ -40,6 +49,7 @@ from blip2.config import (
     VisionConfig,
 )
 
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 
@@ -99,14 +109,46 @@ class Parts:
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
     root = tmp_path_factory.mktemp("parts")
     torch.manual_seed(0)
-    vit = ViTConfig(hidden_size=24, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8)  # fmt: skip
+    vit = ViTConfig(
+        hidden_size=24, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8
+    )
     ViTModel(vit, add_pooling_layer=False).save_pretrained(root / "vit")
     save_bert(root / "bert")
     tokenizer = byte_tokenizer()
     size = len(tokenizer)
-    llama = LlamaConfig(vocab_size=size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, bos_token_id=None, eos_token_id=256)  # fmt: skip
-    opt = OPTConfig(vocab_size=size, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32, max_position_embeddings=96, bos_token_id=256, eos_token_id=256, pad_token_id=257)  # fmt: skip
-    t5 = T5Config(vocab_size=size, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=257, eos_token_id=256, pad_token_id=257)  # fmt: skip
+    llama = LlamaConfig(
+        vocab_size=size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=None,
+        eos_token_id=256,
+    )
+    opt = OPTConfig(
+        vocab_size=size,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=32,
+        max_position_embeddings=96,
+        bos_token_id=256,
+        eos_token_id=256,
+        pad_token_id=257,
+    )
+    t5 = T5Config(
+        vocab_size=size,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=257,
+        eos_token_id=256,
+        pad_token_id=257,
+    )
     for name, model, begins, ends in (
         ("llama", LlamaForCausalLM(llama), False, False),
         ("opt", OPTForCausalLM(opt), True, False),
@@ -174,3 +216,35 @@ def save_pictures(folder: Path, copies: int = 2) -> Path:
     table = folder / "pictures.jsonl"
     table.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return table
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Mounts a real file system of so many KiB, where that is allowed."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(kib: int) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip("mounting a small file system is not permitted here")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", str(folder)], check=False, capture_output=True)
+
+
+@pytest.fixture(scope="session")
+def runs(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs of three steps: ``stage1``, and stage 2 with ``llama`` and ``t5``. Not to be changed."""
+    from blip2.training.loop import train  # not above: shapes are checked in what is imported after this file
+
+    root = tmp_path_factory.mktemp("runs")
+    short = {"steps": 3, "save_every": 2, "device": "cpu", "precision": "fp32"}
+    train(parts.recipe(root / "stage1", training=short))
+    for name in ("llama", "t5"):
+        language = {"name": getattr(parts, name)}
+        train(parts.recipe(root / name, stage="generation", language=language, training=short))
+    return {name: root / name for name in ("stage1", "llama", "t5")}

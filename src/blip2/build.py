@@ -45,7 +45,17 @@ def choose_device(wanted: str | None) -> torch.device:
         raise InputError(f"there is no kind of device {wanted!r}: choose cpu, cuda or mps")
     if not there[kind]:
         raise InputError(f"device {wanted!r} was asked for, but PyTorch {torch.__version__} finds none here: use cpu")
-    return torch.device(wanted)
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise InputError(
+            f"there is no device {wanted!r}: choose cpu, cuda or mps, or one of several as cuda:1"
+        ) from error
+    if kind == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device {wanted!r} was asked for, but there are {torch.cuda.device_count()}: the first is cuda:0"
+        )
+    return device
 
 
 def choose_dtype(wanted: Precision | None, device: torch.device) -> torch.dtype:

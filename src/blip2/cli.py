@@ -132,18 +132,18 @@ def run_demo(options: argparse.Namespace) -> None:
 
 
 def run_train(options: argparse.Namespace) -> None:
-    from blip2.config import find_recipe, load_recipe, recipe_parser
+    from blip2.config import find_recipe, load_recipe, recipe_help
 
-    if options.help or options.recipe is None:
-        print("usage: blip2 train RECIPE [--resume] [--KEY VALUE ...]\n")
+    if options.help:
+        print(recipe_help())
         print(
-            "RECIPE is a YAML file, or the name of one that comes with blip2 (demo-stage1). --resume goes on from the"
+            "\nRECIPE is a YAML file, or the name of one that comes with blip2. --resume goes on from the last"
+            "\ncheckpoint of the run. Every key of a recipe can be overridden on the command line."
+            "\n\nexample: blip2 train demo-stage1 --data.batch_size 32"
         )
-        print("last checkpoint of the run. Every key of a recipe can be overridden on the command line:\n")
-        print(recipe_parser().format_help())
-        if not options.help:
-            raise InputError("no recipe was given: blip2 train RECIPE")
         return
+    if options.recipe is None:
+        raise InputError("no recipe was given: blip2 train RECIPE; blip2 train --help lists what a recipe holds")
     recipe = load_recipe(find_recipe(options.recipe), options.rest)
     from blip2.training.loop import train
 
@@ -176,8 +176,11 @@ def run_match(options: argparse.Namespace) -> None:
 def run_embed(options: argparse.Namespace) -> None:
     if not options.images and not options.text:
         raise InputError("nothing to embed: give image files, --text, or both")
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    if not Path(options.output).absolute().parent.is_dir():  # better said before the work than after
+        raise InputError(f"there is no folder for {options.output}: make it, or give another --output")
     model = _load(options)
     out = {}
     if options.images:
@@ -185,7 +188,10 @@ def run_embed(options: argparse.Namespace) -> None:
     if options.text:
         out["texts"] = model.embed_texts(options.text).cpu().contiguous()
     names = {"images": json.dumps(options.images), "texts": json.dumps(options.text)}
-    save_file(out, options.output, metadata={key: names[key] for key in out})
+    try:
+        save_file(out, options.output, metadata={key: names[key] for key in out})
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{options.output} cannot be written ({error}): give another --output") from error
     print(", ".join(f"{key} {list(tensor.shape)}" for key, tensor in out.items()), "->", options.output)
 
 
@@ -200,6 +206,8 @@ def _decoding(options: argparse.Namespace, questions: bool):
 
     from blip2.inference import ANSWER, CAPTION
 
+    if not 0 <= options.seed < 2**32:
+        raise InputError(f"--seed is {options.seed}, expected 0 to {2**32 - 1}")
     set_seed(options.seed)
     given = {
         "beams": options.beams,

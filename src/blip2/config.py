@@ -6,14 +6,16 @@ overridden on the command line (``--data.batch_size 32``). A key that is not a f
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from blip2.errors import InputError
 
@@ -205,39 +207,78 @@ class Recipe:
             raise InputError("stage representation has no LLM: leave out language, or set stage to generation")
         if self.stage == "representation" and not (self.objectives.itc or self.objectives.itm or self.objectives.itg):
             raise InputError("all objectives are switched off: give one of objectives.itc, .itm, .itg a weight")
+        for name, (smallest, largest) in RANGES.items():
+            section, key = name.split(".")
+            value = getattr(getattr(self, section), key)
+            for number in value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else [value]:
+                if isinstance(number, float | int) and not smallest <= number <= largest:
+                    expected = f"at least {smallest}" if largest == math.inf else f"{smallest} to {largest}"
+                    raise InputError(f"{name} is {number}, expected {expected}")
         if self.qformer.hidden_size % self.qformer.heads:
             raise InputError(
                 f"qformer.hidden_size {self.qformer.hidden_size} is not a multiple of qformer.heads"
                 f" {self.qformer.heads}"
             )
-        for name, smallest in POSITIVE.items():
-            section, key = name.split(".")
-            value = getattr(getattr(self, section), key)
-            if value < smallest:
-                raise InputError(f"{name} is {value}, expected at least {smallest}")
 
 
-POSITIVE = {
-    "data.batch_size": 1,
-    "data.max_tokens": 2,
-    "data.workers": 0,
-    "data.cached_views": 0,
-    "training.steps": 1,
-    "training.accumulate": 1,
-    "training.save_every": 1,
-    "training.validate_every": 1,
-    "training.keep": 1,
-    "optimizer.warmup_steps": 0,
-    "qformer.queries": 1,
+RANGES: dict[str, tuple[float, float]] = {
+    "vision.image_size": (1, math.inf),
+    "qformer.hidden_size": (1, math.inf),
+    "qformer.layers": (1, math.inf),
+    "qformer.heads": (1, math.inf),
+    "qformer.intermediate_size": (1, math.inf),
+    "qformer.queries": (1, math.inf),
+    "qformer.cross_attention_every": (1, math.inf),
+    "qformer.contrastive_width": (1, math.inf),
+    "qformer.vocabulary": (1, math.inf),
+    "qformer.max_positions": (2, math.inf),
+    "qformer.dropout": (0, 1),
+    "qformer.layer_norm_eps": (0, 1),
+    "objectives.itc": (0, math.inf),
+    "objectives.itm": (0, math.inf),
+    "objectives.itg": (0, math.inf),
+    "objectives.label_smoothing": (0, 1),
+    "data.batch_size": (1, math.inf),
+    "data.max_tokens": (2, math.inf),
+    "data.smallest_crop": (0.01, 1),
+    "data.workers": (0, math.inf),
+    "data.cached_views": (0, math.inf),
+    "optimizer.rates": (0, math.inf),
+    "optimizer.betas": (0, 0.999999),
+    "optimizer.weight_decay": (0, math.inf),
+    "optimizer.warmup_steps": (0, math.inf),
+    "optimizer.final_rate": (0, 1),
+    "optimizer.clip_norm": (1e-6, math.inf),
+    "training.steps": (1, math.inf),
+    "training.accumulate": (1, math.inf),
+    "training.seed": (0, 2**32 - 1),
+    "training.save_every": (1, math.inf),
+    "training.keep": (1, math.inf),
+    "training.validate_every": (1, math.inf),
 }
+"""Smallest and largest value of numbers, both allowed; every element of a list and every value of a mapping."""
+
+
+USAGE = "blip2 train RECIPE [--resume] [--KEY VALUE ...]"
 
 
 def recipe_parser() -> ArgumentParser:
     """What reads a recipe file and the command line that overrides it."""
-    parser = ArgumentParser(prog="blip2 train", exit_on_error=False)
+    parser = ArgumentParser(prog="blip2 train", usage=USAGE, exit_on_error=False)
     parser.add_argument("--config", action="config", help="Path to a recipe, a YAML file.")
     parser.add_class_arguments(Recipe, as_group=False)
     return parser
+
+
+def recipe_help() -> str:
+    """Every field of a recipe, with its docstring."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # slow, and of no use but here
+    try:
+        language = ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
+        language.add_class_arguments(LanguageConfig, "language")  # an optional section is not spelled out by itself
+        return f"{recipe_parser().format_help()}\n{language.format_help().strip()}"
+    finally:
+        set_parsing_settings(docstring_parse_attribute_docstrings=False)
 
 
 def find_recipe(name: str) -> Path:

@@ -83,17 +83,19 @@ class Pipeline(Generic[Model]):
         """Features of the frozen encoder, which every method takes in place of images.
 
         Raises:
-            ImageError: an image cannot be decoded; the message names it.
+            InputError: there are no images, or one cannot be decoded; the message names it.
         """
         if isinstance(images, Tensor) and images.ndim == 3 and images.shape[1:] == self._feature_shape:
             return images
         pixels = [to_pixels(read_image(image), self.model.vision.preprocessing) for image in as_list(images)]
+        if not pixels:
+            raise InputError("no image was given, expected at least one")
         with torch.no_grad():
             parts = [
                 self.model.vision.features(torch.stack(pixels[i : i + self.batch_size]).to(self.device))
                 for i in range(0, len(pixels), self.batch_size)
             ]
-        return torch.cat(parts) if parts else torch.zeros(0, *self._feature_shape, device=self.device)
+        return torch.cat(parts)
 
     @property
     def _feature_shape(self) -> tuple[int, int]:
@@ -240,7 +242,11 @@ class GenerationPipeline(Pipeline[GenerationModel]):
 
     @torch.no_grad()
     def generate(self, images: Images, prompts: Sequence[str], decoding: Decoding, copies: int = 1) -> list[str]:
-        """`copies` texts for each pair of image and prompt, the copies of one pair beside each other."""
+        """`copies` texts for each pair of image and prompt, the copies of one pair beside each other.
+
+        Raises:
+            InputError: there is another number of prompts than of images, or one is longer than the LLM can read.
+        """
         features = self.features(images)
         if len(features) != len(prompts):
             raise InputError(f"there are {len(features)} images and {len(prompts)} prompts: give one prompt an image")
@@ -249,11 +255,22 @@ class GenerationPipeline(Pipeline[GenerationModel]):
         for start in range(0, len(prompts), self.batch_size):
             chunk = slice(start, start + self.batch_size)
             ids, mask = encode_prompts(self.tokenizer, prompts[chunk], side)
+            self._check_length(ids.shape[1], decoding)
             new = self.model.generate(
                 features[chunk], ids.to(self.device), mask.to(self.device), decoding, self.end, copies
             )
             texts += [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
         return texts
+
+    def _check_length(self, tokens: int, decoding: Decoding) -> None:
+        language, queries = self.model.language, self.recipe.qformer.queries
+        positions = getattr(language.network.config, "max_position_embeddings", None)
+        new = 0 if language.is_encoder_decoder else decoding.max_new_tokens
+        if positions is not None and queries + tokens + new > positions:
+            raise InputError(
+                f"a prompt has {tokens} tokens, which with {queries} of the image and {new} to be written is more than"
+                f" the {positions} positions of the LLM: make it shorter"
+            )
 
 
 def as_list(images: Images) -> list[ImageLike]:

@@ -24,8 +24,8 @@ def build(**enabled: float) -> RepresentationModel:
     return model
 
 
-def pairs(lengths: tuple[int, ...] = LENGTHS) -> RepresentationBatch:
-    generator = torch.Generator().manual_seed(2)
+def pairs(lengths: tuple[int, ...] = LENGTHS, seed: int = 2) -> RepresentationBatch:
+    generator = torch.Generator().manual_seed(seed)
     images = torch.randn(len(lengths), 5, WIDTH, generator=generator)
     return RepresentationBatch(images, *texts(*lengths), torch.arange(len(lengths)))
 
@@ -40,16 +40,15 @@ def matched(model: RepresentationModel, batch: RepresentationBatch, image: int, 
     return model.match(model.memory(batch.images[image][None]), batch.ids[row, :length], batch.mask[row, :length])[0]
 
 
-def test_losses_and_metrics_equal_separate_passes():
+def test_losses_gradients_and_metrics_equal_separate_passes():
     model, batch = build(), pairs()
     negatives = Negatives(torch.tensor([1, 0, 0, 2]), torch.tensor([3, 2, 1, 0]))
     losses, metrics = model(batch, negatives=negatives)
-    memory, own = model.memory(batch.images), torch.arange(4)
+    memory, own, separate = model.memory(batch.images), torch.arange(4), {}
 
     queries, cls = model.embed_memory(memory), model.embed_texts(batch.ids, batch.mask)
-    scores = (queries @ cls.T).amax(dim=1) / 0.3
-    itc = [F.cross_entropy(rows, own, label_smoothing=0.1) for rows in (scores, scores.T)]
-    torch.testing.assert_close(losses["itc"], sum(itc) / 2)
+    scores = (queries @ cls.T).amax(dim=1) / model.temperature
+    separate["itc"] = sum(F.cross_entropy(rows, own, label_smoothing=0.1) for rows in (scores, scores.T)) / 2
     right = [(rows.argmax(dim=1) == own).float().mean() for rows in (scores, scores.T)]
     torch.testing.assert_close(metrics["itc_r1"], sum(right) / 2)
 
@@ -58,7 +57,7 @@ def test_losses_and_metrics_equal_separate_passes():
     shown += [(b, text, 0) for b, text in enumerate(negatives.text_for_image.tolist())]
     logits = torch.stack([matched(model, batch, image, text) for image, text, _ in shown])
     labels = torch.tensor([label for *_, label in shown])
-    torch.testing.assert_close(losses["itm"], F.cross_entropy(logits, labels))
+    separate["itm"] = F.cross_entropy(logits, labels)
     torch.testing.assert_close(metrics["itm_accuracy"], (logits.argmax(dim=1) == labels).float().mean())
 
     begun = batch.ids.clone()
@@ -66,8 +65,23 @@ def test_losses_and_metrics_equal_separate_passes():
     hidden = model.qformer(memory, begun, attention_mask("causal", QFORMER.queries, batch.mask)).text
     logits = model.language_head(hidden[:, :-1].flatten(0, 1), model.qformer.word_embedding.weight)
     labels = batch.ids.where(batch.mask, -100)[:, 1:].flatten()
-    torch.testing.assert_close(losses["itg"], F.cross_entropy(logits, labels, label_smoothing=0.1))
+    separate["itg"] = F.cross_entropy(logits, labels, label_smoothing=0.1)
     torch.testing.assert_close(metrics["itg_perplexity"], F.cross_entropy(logits, labels).exp())
+
+    torch.testing.assert_close(losses, separate)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = (torch.autograd.grad(sum(found.values()), trained) for found in (losses, separate))
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+
+
+def test_negatives_are_the_hardest_of_each_direction():
+    model, batch = build(itc=0.0, itg=0.0).train(), pairs(seed=17)
+    scores = model.embed_memory(model.memory(batch.images)) @ model.embed_texts(batch.ids, batch.mask).T
+    scores = scores.amax(dim=1)
+    hardest = Negatives(image_for_text=scores.argmax(dim=0), text_for_image=scores.argmax(dim=1))
+    assert not any((drawn == torch.arange(4)).any() for drawn in hardest)
+    model.temperature.data.fill_(1e-3)  # nothing but the hardest is drawn
+    torch.testing.assert_close(model(batch).losses, model(batch, negatives=hardest).losses)
 
 
 def test_every_trained_parameter_learns_and_the_encoder_does_not():

@@ -266,6 +266,7 @@ def _drawing(path: Path) -> bytes:
 
 def on_white_square(image: Image.Image, size: int = PICTURE_SIZE) -> Image.Image:
     """The image in the middle of a white square, scaled down to fit where it is larger."""
+    image = image.copy()
     image.thumbnail((size, size), Image.Resampling.LANCZOS)
     side = max(image.size)
     square = Image.new("RGB", (side, side), "white")

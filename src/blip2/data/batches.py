@@ -7,9 +7,13 @@ worker processes, and training can go on from any batch as if it had never stopp
 from __future__ import annotations
 
 import os
+import signal
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice
+from multiprocessing import parent_process
+from threading import Thread
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -398,8 +402,28 @@ def load(plans: Iterator[Plan], preparation: Preparation, workers: int) -> Itera
         num_workers=workers,
         collate_fn=_as_is,  # pyright: ignore[reportArgumentType]
         prefetch_factor=4 if workers else None,
+        worker_init_fn=_outlive_signals,
     )
     return iter(loader)
+
+
+def _outlive_signals(worker: int) -> None:
+    """Leave it to the training process what SIGINT and SIGTERM do.
+
+    Ctrl-C and schedulers signal every process of a run, but without its workers it could not finish a step.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    if parent is not None and sys.platform == "linux":
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=_obey, args=(parent.pid,), daemon=True).start()
+
+
+def _obey(parent: int | None) -> None:
+    """End this process at a SIGTERM of its parent; others are ignored."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 class _Endless:

@@ -125,11 +125,11 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
 def _white(array: np.ndarray) -> float:
     """The value that stands for white; what a file or array means by its numbers is nowhere written down."""
     if array.dtype.kind == "u" and array.dtype.itemsize == 2:
-        return 65535
+        return 65535.0
     highest = float(array.max())
     if array.dtype.kind in "bf" and highest < 2:  # resampling overshoots 1 a little
-        return 1
-    return next((white for white in (255, 65535) if highest <= white), highest)
+        return 1.0
+    return next((white for white in (255.0, 65535.0) if highest <= white), highest)
 
 
 def to_pixels(image: Image.Image, preprocessing: Preprocessing) -> Float[Tensor, "3 H W"]:
@@ -171,7 +171,7 @@ def _random_box(
         if w <= width and h <= height:
             left, top = random.uniform(0, width - w), random.uniform(0, height - h)
             return left, top, left + w, top + h
-    return 0, 0, width, height
+    return 0.0, 0.0, float(width), float(height)
 
 
 def _normalise(image: Image.Image, preprocessing: Preprocessing) -> Float[Tensor, "3 H W"]:

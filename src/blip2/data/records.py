@@ -58,13 +58,13 @@ class _Columns:
     """Where relative paths of images start."""
 
     def record(self, row: dict[str, Any], number: int) -> Record:
-        image = row.get(self.image)
+        image = row[self.image]
         if isinstance(image, dict):  # Hugging Face's image: bytes, a path, or both
             image = image.get("bytes") or image.get("path")
         if image and not isinstance(image, bytes):
             image = str(self.root / str(image))
         key = f"{self.source} row {number}" + (f" ({image})" if isinstance(image, str) else "")
-        return Record(key, image or None, clean_captions(row.get(self.caption)))
+        return Record(key, image or None, clean_captions(row[self.caption]))
 
 
 def clean_captions(value: Any) -> tuple[str, ...]:
@@ -240,11 +240,9 @@ def _unreadable(source: str, error: BaseException) -> InputError:
 def _records(
     dataset: Any, source: str, config: DataConfig, root: Path, process: int, processes: int
 ) -> Records | RecordStream:
-    features = dataset.features
-    if features is None:
-        features = dict.fromkeys(_next(iter(dataset), source) or {})
-        if not features:
-            raise _empty(source)
+    features = dataset.features or dict.fromkeys(_next(iter(dataset), source) or {})
+    if not features:
+        raise _empty(source)
     image = _column(features, config.image_column, IMAGE_COLUMNS, "image", source)
     caption = _column(features, config.caption_column, CAPTION_COLUMNS, "caption", source)
     if isinstance(features[image], datasets.Image):

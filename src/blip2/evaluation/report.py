@@ -95,7 +95,7 @@ def plot_curves(curves: dict[str, list[dict[str, Any]]], names: Sequence[tuple[s
 
     Where a run has measured the same on held-out pairs (``validation_...``), that is drawn as a dashed line.
     """
-    figure = new_figure(3.6 * len(names), 3)
+    figure = new_figure(3.6 * len(names), 3.0)
     for number, (key, title) in enumerate(names, 1):
         axes = figure.add_subplot(1, len(names), number)
         for colour, (run, rows) in enumerate(curves.items()):
@@ -106,7 +106,8 @@ def plot_curves(curves: dict[str, list[dict[str, Any]]], names: Sequence[tuple[s
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("step", fontsize=9)
         axes.set_ylim(bottom=0)
-        axes.legend(fontsize=8)
+        if axes.lines:
+            axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
     return figure
 

@@ -45,7 +45,7 @@ class Retrieval:
 def recall(scores: Float[Tensor, "N M"], positive: Bool[Tensor, "N M"]) -> Recall:
     """Share of rows that have a positive among their k best columns."""
     best = ranks(scores, positive)
-    return {f"r{k}": float((best < k).float().mean()) for k in CUTOFFS}
+    return {f"r{k}": float(((best < k) & positive.any(dim=1)).float().mean()) for k in CUTOFFS}
 
 
 def ranks(scores: Float[Tensor, "N M"], positive: Bool[Tensor, "N M"]) -> Int[Tensor, "N"]:
@@ -57,10 +57,8 @@ def ranks(scores: Float[Tensor, "N M"], positive: Bool[Tensor, "N M"]) -> Int[Te
 def _chance(positive: Bool[Tensor, "N M"]) -> Recall:
     columns = positive.shape[1]
     rows = positive.sum(dim=1).tolist()
-    return {
-        f"r{k}": sum(1 - comb(columns - p, k) / comb(columns, k) for p in rows) / len(rows) if columns >= k else 1.0
-        for k in CUTOFFS
-    }
+    drawn = {f"r{k}": min(k, columns) for k in CUTOFFS}
+    return {r: sum(1 - comb(columns - p, k) / comb(columns, k) for p in rows) / len(rows) for r, k in drawn.items()}
 
 
 def evaluate_retrieval(

@@ -6,17 +6,13 @@ cross-attentions and queries stay as they were drawn.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, BertForMaskedLM
-from transformers.utils import logging
+from transformers import BertForMaskedLM
 
 from blip2.config import QFormerConfig
 from blip2.errors import InputError
+from blip2.model.pretrained import read_config, read_model
 from blip2.model.qformer import QFormer
 from blip2.model.representation import LanguageHead
 
@@ -45,14 +41,7 @@ HEAD_NAMES = (
 
 def check_fits(name: str, config: QFormerConfig) -> None:
     """Raise :class:`InputError`, with the lines to put into the recipe, when BERT `name` has other sizes."""
-    try:
-        bert = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise InputError(
-            f"no BERT could be read from {name!r} ({reason}): name a folder that has a config.json and"
-            " model.safetensors, or a hub name when there is a network"
-        ) from error
+    bert = read_config(name, "BERT")
     if bert.model_type != "bert":
         raise InputError(f"{name!r} is a {bert.model_type} model; the Q-Former starts from a model of type bert")
     there = {
@@ -85,10 +74,8 @@ def initialise_from_bert(name: str, qformer: QFormer, head: LanguageHead | None 
         InputError: no such model, or it does not fit.
     """
     check_fits(name, qformer.config)
-    with _quiet():  # what is missing is given back below
-        loaded: Any = BertForMaskedLM.from_pretrained(name, output_loading_info=True)
-    bert, info = loaded
-    missing = {key for key in info["missing_keys"] if "decoder" not in key}
+    bert, missing = read_model(BertForMaskedLM, name, "BERT", optional=r"^cls\.")
+    missing = {key for key in missing if "decoder" not in key}  # which is tied to the word embedding
     source = {key: tensor for key, tensor in bert.state_dict().items() if key not in missing}
     _copy(source, qformer, NAMES, qformer.config.layers)
     if qformer.position_embedding is not None:
@@ -110,13 +97,3 @@ def _copy(source: dict[str, Tensor], target: nn.Module, names: tuple[tuple[str, 
                 place = places.get(f"{ours.format(layer)}.{kind}")
                 if tensor is not None and place is not None:
                     place[: len(tensor)] = tensor  # the vocabulary has one more row, [DEC]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)

@@ -9,17 +9,19 @@ Legend: B batch, Q queries, T text tokens, U target tokens, L width of the LLM, 
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
 
 from blip2.errors import InputError
 from blip2.model.frozen import Freezable
 from blip2.model.objectives import IGNORED
+from blip2.model.pretrained import read_config, read_model
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,17 @@ class Decoding:
     temperature: float = 1.0
     """Of sampling."""
     repetition_penalty: float = 1.0
-    """Above 1 discourages tokens that were used already."""
+    """Above 1 discourages tokens that were written already (those of the prompt do not count)."""
+
+    def __post_init__(self) -> None:
+        for name, smallest in (("beams", 1), ("max_new_tokens", 1), ("min_new_tokens", 0)):
+            if getattr(self, name) < smallest:
+                raise InputError(f"{name} is {getattr(self, name)}, expected at least {smallest}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InputError(f"top_p is {self.top_p}, expected a probability above 0")
+        for name in ("temperature", "repetition_penalty"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} is {getattr(self, name)}, expected more than 0")
 
 
 class LanguageModel(Freezable):
@@ -144,8 +156,11 @@ class LanguageModel(Freezable):
             pad_token_id=end,
             decoder_start_token_id=self.network.generation_config.decoder_start_token_id,
         )
-        with self.own_precision(inputs.device):
-            return self.network.generate(inputs_embeds=inputs, attention_mask=seen, generation_config=settings)
+        with self.own_precision(inputs.device), warnings.catch_warnings():
+            # That a repetition penalty does not look at the prompt is what is wanted.
+            warnings.filterwarnings("ignore", "Passing `repetition_penalty` with `inputs_embeds`")
+            new = self.network.generate(inputs_embeds=inputs, attention_mask=seen, generation_config=settings)
+        return new[:, 1:] if self.is_encoder_decoder else new  # a decoder's text begins with its start token
 
     def _inputs(
         self, visual: Float[Tensor, "B Q L"], ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]
@@ -165,13 +180,6 @@ def load_language_model(name: str, dtype: torch.dtype = torch.float32) -> Langua
     Raises:
         InputError: there is no such model, or it is not a language model.
     """
-    try:
-        config = AutoConfig.from_pretrained(name)
-        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        return LanguageModel(auto.from_pretrained(name, dtype=dtype))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise InputError(
-            f"no language model could be read from {name!r} ({reason}): name a folder that has a config.json and"
-            " model.safetensors, or a hub name when there is a network"
-        ) from error
+    config = read_config(name, "language model")
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return LanguageModel(read_model(auto, name, "language model", dtype)[0])

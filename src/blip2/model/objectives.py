@@ -61,7 +61,8 @@ def draw_hard_negatives(similarity: Float[Tensor, "B N"], positive: Bool[Tensor,
     Returns:
         The drawn columns. A row without any negative (a batch of one) gets an arbitrary one: do not count it.
     """
-    weights = (similarity.float().softmax(dim=1) + 1e-4).masked_fill(positive, 0.0)
+    # Similarities that are not finite spoil the loss, which the training loop reports; drawing must not fail before.
+    weights = (similarity.float().softmax(dim=1).nan_to_num() + 1e-4).masked_fill(positive, 0.0)
     weights = weights.masked_fill(positive.all(dim=1, keepdim=True), 1.0)
     return torch.multinomial(weights, 1).squeeze(1)
 

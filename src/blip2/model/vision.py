@@ -18,10 +18,11 @@ from jaxtyping import Float, Shaped
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, Blip2VisionConfig, Blip2VisionModel, ImageProcessingMixin
+from transformers import AutoModel, Blip2VisionConfig, Blip2VisionModel, ImageProcessingMixin
 
 from blip2.errors import InputError
 from blip2.model.frozen import Freezable
+from blip2.model.pretrained import first_line, read_config, read_model, reading
 
 Layer = Literal["second-last", "last"]
 
@@ -95,24 +96,18 @@ def load_image_encoder(
     """
     if name.startswith("timm:"):
         return _load_timm(name.removeprefix("timm:"), layer, image_size, dtype)
-    folder_config = Path(name) / "config.json"
-    if folder_config.is_file():
-        settings = json.loads(folder_config.read_text(encoding="utf-8"))
+    if (Path(name) / "config.json").is_file():
+        with reading(name, "image encoder"):
+            settings = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
         if settings.get("model_type") == "efficientnet-lite0":
             return _load_efficientnet_lite0(Path(name), settings, layer, image_size, dtype)
     return _load_transformers(name, layer, image_size, dtype)
 
 
 def _load_transformers(name: str, layer: Layer | None, image_size: int | None, dtype: torch.dtype) -> ImageEncoder:
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"no image encoder could be read from {name!r} ({_first_line(error)}): name a folder that has a config.json"
-            " and model.safetensors, or a hub name when there is a network"
-        ) from error
-    model_class = Blip2VisionModel if isinstance(config, Blip2VisionConfig) else AutoModel
-    model = model_class.from_pretrained(name, dtype=dtype)
+    config = read_config(name, "image encoder")
+    auto = Blip2VisionModel if isinstance(config, Blip2VisionConfig) else AutoModel
+    model, _ = read_model(auto, name, "image encoder", dtype, optional="pooler")
     network = getattr(model, "vision_model", model)
     if getattr(network, "main_input_name", None) != "pixel_values":
         raise InputError(f"{name!r} is a {type(model).__name__}, which has no vision part: name an image encoder")
@@ -122,12 +117,15 @@ def _load_transformers(name: str, layer: Layer | None, image_size: int | None, d
 def wrap_transformers(network: nn.Module, preprocessing: Preprocessing, layer: Layer | None = None) -> ImageEncoder:
     """An :class:`ImageEncoder` of a transformers vision model (see :func:`load_image_encoder`)."""
     config: Any = network.config
+    if config.model_type == "vit_mae":
+        raise InputError("a ViTMAE model hides most of its patches at random: name an encoder that sees all of them")
     stacks = [
         module
         for module in network.modules()
         if isinstance(module, nn.ModuleList) and len(module) == getattr(config, "num_hidden_layers", None)
     ]
-    is_vit = len(stacks) == 1 and hasattr(config, "patch_size")
+    # Swin and its like have stages of different widths, as CNNs do.
+    is_vit = len(stacks) == 1 and hasattr(config, "patch_size") and not hasattr(config, "depths")
     if layer is None:
         layer = "second-last" if is_vit else "last"
     if is_vit and layer == "second-last":
@@ -139,10 +137,8 @@ def wrap_transformers(network: nn.Module, preprocessing: Preprocessing, layer: L
     patch = getattr(config, "patch_size", 1)
     size = preprocessing.image_size
     if is_vit and size % patch:
-        raise InputError(
-            f"image_size {size} is not a multiple of the encoder's patch size {patch}: use {size - size % patch}"
-            f" or {size - size % patch + patch}"
-        )
+        fitting = " or ".join(str(n) for n in (size - size % patch, size - size % patch + patch) if n)
+        raise InputError(f"image_size {size} is not a multiple of the encoder's patch size {patch}: use {fitting}")
     inputs: dict[str, Any] = {}
     if is_vit and getattr(config, "image_size", size) != size:
         inputs["interpolate_pos_encoding"] = True
@@ -194,7 +190,7 @@ def _load_timm(name: str, layer: Layer | None, image_size: int | None, dtype: to
         import timm
     except (ImportError, RuntimeError) as error:
         raise InputError(
-            f"timm:{name} needs timm, which cannot be imported here ({_first_line(error)}): install blip2[timm] with a"
+            f"timm:{name} needs timm, which cannot be imported here ({first_line(error)}): install blip2[timm] with a"
             " torchvision that matches your torch, or name a transformers model"
         ) from error
     name, _, checkpoint = name.partition("@")
@@ -204,7 +200,7 @@ def _load_timm(name: str, layer: Layer | None, image_size: int | None, dtype: to
             name, pretrained=not checkpoint, checkpoint_path=checkpoint, num_classes=0, **options
         )
     except (RuntimeError, OSError, TypeError) as error:
-        raise InputError(f"timm could not load {name!r}: {_first_line(error)}") from error
+        raise InputError(f"timm could not load {name!r}: {first_line(error)}") from error
     is_vit = hasattr(network, "blocks") and hasattr(network, "patch_embed")
     data: dict[str, Any] = timm.data.resolve_data_config({}, model=network)
     preprocessing = Preprocessing(image_size or data["input_size"][-1], tuple(data["mean"]), tuple(data["std"]))
@@ -230,7 +226,3 @@ def _load_efficientnet_lite0(
     network.to(dtype=dtype, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     preprocessing = Preprocessing(size, tuple(settings["image_mean"]), tuple(settings["image_std"]))
     return ImageEncoder(network, network.extract_features, preprocessing)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".")

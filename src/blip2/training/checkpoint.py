@@ -34,11 +34,19 @@ FOLDER = "checkpoints"
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Everything that does not belong to a frozen part."""
-    frozen = tuple(
-        f"{name}." for name, module in model.named_modules() if isinstance(module, Freezable) and module.is_frozen
-    )
-    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(frozen)}
+    """Everything that does not belong to a frozen part; a tensor with two names (tied weights) under its first."""
+    frozen = tuple(f"{name}." for name, part in _freezable(model).items() if part.is_frozen)
+    return {name: tensor for name, tensor in _untied_state(model).items() if not name.startswith(frozen)}
+
+
+def _freezable(model: nn.Module) -> dict[str, Freezable]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Freezable)}
+
+
+def _untied_state(model: nn.Module) -> dict[str, Tensor]:
+    seen: set[int] = set()
+    state = model.state_dict(keep_vars=True)
+    return {name: t.detach() for name, t in state.items() if not (id(t) in seen or seen.add(id(t)))}
 
 
 def save(
@@ -84,23 +92,30 @@ def save(
         building.rename(folder)
         _flush(root)
     except (OSError, RuntimeError, SafetensorError) as error:
+        # torch reports a full disk as a short write; what was written must not be deleted before we look.
+        full = is_full(error) or shutil.disk_usage(run).free < 2**20
         shutil.rmtree(building, ignore_errors=True)
-        full = (
-            getattr(error, "errno", None) == errno.ENOSPC
-            or "No space left" in str(error)
-            or "os error 28" in str(error)
-        )
-        # torch reports a full disk as a short write.
-        if full or shutil.disk_usage(run).free < 2**20:
-            last = latest(run)
-            raise InputError(
-                f"no space left on the disk while saving the checkpoint of step {step} to {root}: make room, then go"
-                f" on with --resume from {last.name if last else 'the start'}"
-            ) from error
+        if full:
+            raise no_room(run, f"saving the checkpoint of step {step} to {root}") from error
         raise
     for old in sorted(root.glob("step-????????"))[:-keep]:
         shutil.rmtree(old)
     return folder
+
+
+def is_full(error: Exception) -> bool:
+    """Whether an error says that a disk is full, or a quota used up."""
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in codes or any(f"os error {code}" in str(error) for code in codes)
+
+
+def no_room(run: Path, doing: str) -> InputError:
+    """What to say when the disk is full."""
+    last = latest(run)
+    return InputError(
+        f"no space left on the disk while {doing}: make room, then go on with --resume from"
+        f" {last.name if last else 'the start'}"
+    )
 
 
 def _flush(path: Path) -> None:
@@ -138,7 +153,11 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     Raises:
         InputError: the file is damaged, or names or shapes differ; the message lists them.
     """
-    _load(read_weights(folder), model, folder, expected=set(trained_state(model)))
+    weights = read_weights(folder)
+    # A part that was trained is in the checkpoint, though it may be frozen here.
+    trained = tuple(f"{part}." for part in _freezable(model) if any(name.startswith(f"{part}.") for name in weights))
+    expected = {name for name in _untied_state(model) if name.startswith(trained)} | set(trained_state(model))
+    _load(weights, model, folder, expected)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -155,10 +174,17 @@ def load_previous_stage(folder: Path, model: nn.Module) -> list[str]:
         Names of parameters of `model` that the checkpoint does not have.
 
     Raises:
-        InputError: a shape differs, or the checkpoint lacks the Q-Former.
+        InputError: a shape differs, the checkpoint lacks the Q-Former, or it holds a trained image encoder or LLM that
+            is frozen here.
     """
     weights = read_weights(folder)
     here = set(trained_state(model))
+    lost = sorted({name.split(".")[0] for name in set(weights) & set(model.state_dict()) - here})
+    if lost:
+        raise InputError(
+            f"checkpoint {folder} holds trained weights of {', '.join(lost)}, which optimizer.rates freezes: give"
+            f' "{lost[0]}.*" a rate, or they would be lost'
+        )
     shared = here & set(weights)
     if not any(name.startswith("qformer.") for name in shared):
         raise InputError(f"checkpoint {folder} holds no Q-Former that fits: its first names are {sorted(weights)[:3]}")
@@ -185,6 +211,18 @@ def _load(weights: dict[str, Tensor], model: nn.Module, folder: Path, expected: 
 
 
 def read_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(state.json, optimizer.pt) of a checkpoint; the latter on the CPU."""
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    return state, torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    """(state.json, optimizer.pt) of a checkpoint; the latter on the CPU.
+
+    Raises:
+        InputError: one of them is damaged, or carries code.
+    """
+    name = "state.json"
+    try:
+        state = json.loads((folder / name).read_text(encoding="utf-8"))
+        name = "optimizer.pt"
+        return state, torch.load(folder / name, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling damaged bytes raises nearly anything
+        raise InputError(
+            f"{folder / name} cannot be read ({type(error).__name__}): delete {folder} to go on from the checkpoint"
+            " before it, or from the start"
+        ) from error

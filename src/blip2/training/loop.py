@@ -8,7 +8,6 @@ randomness of a step (dropout, hard negatives) is seeded from (seed, step, proce
 from __future__ import annotations
 
 import contextlib
-import errno
 import math
 import time
 from collections.abc import Iterator
@@ -17,6 +16,8 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object, set_seed
 from torch import nn
 
@@ -43,8 +44,8 @@ from blip2.model.generation import GenerationModel
 from blip2.model.objectives import Outcome
 from blip2.training import checkpoint
 from blip2.training.interruption import Interruption, note_signals
-from blip2.training.optimizer import build_optimizer, describe, set_rates, set_schedule
-from blip2.training.progress import Display, MetricsFile
+from blip2.training.optimizer import build_optimizer, describe, restore_optimizer, set_rates, set_schedule
+from blip2.training.progress import Display, MetricsFile, note
 
 BROKEN_IN_A_ROW = 10
 """So many batches without a single good image stop a run."""
@@ -67,6 +68,10 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         Interruption: after SIGTERM or SIGINT, with a checkpoint of the step that was under way.
     """
     run = Path(recipe.output)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output {run} cannot be made a folder ({error.strerror}): give another output") from error
     last = checkpoint.latest(run)
     if last is not None and not resume:
         raise InputError(
@@ -77,19 +82,34 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     display = Display(run.name, enabled=accelerator.is_main_process)
     try:
         return _Training(recipe, accelerator, display, last).run()
+    except OSError as error:
+        if not checkpoint.is_full(error):
+            raise
+        raise checkpoint.no_room(run, f"writing to {run}") from error
     finally:
         display.close()
         accelerator.end_training()
+        # Otherwise the next run of this process could not have another precision.
+        AcceleratorState._reset_state(reset_partial_state=True)  # pyright: ignore[reportPrivateUsage]
 
 
 def _accelerator(recipe: Recipe) -> Accelerator:
     device = choose_device(recipe.training.device)
     precision = recipe.training.precision or ("bf16" if device.type == "cuda" else "fp32")
-    all_used = recipe.stage == "generation" or (
-        recipe.objectives.itc > 0 and recipe.objectives.itm > 0 and recipe.objectives.itg > 0
+    # Without one of the losses its head has no gradient; nor has what an image encoder does after our layer.
+    trains_vision = any(rate != "frozen" for name, rate in recipe.optimizer.rates.items() if name.startswith("vision"))
+    losses = recipe.objectives
+    all_used = not trains_vision and (
+        recipe.stage == "generation" or (losses.itc > 0 and losses.itm > 0 and losses.itg > 0)
     )
     if precision == "fp16" and device.type == "cpu":
         raise InputError("training.precision fp16 needs a GPU: use bf16 or fp32 on a CPU")
+    installed = {tracker.value for tracker in get_available_trackers()}
+    missing = [name for name in recipe.training.trackers if name not in installed]
+    if missing:
+        raise InputError(
+            f"training.trackers names {', '.join(missing)}, which cannot be imported: pip install {' '.join(missing)}"
+        )
     return Accelerator(
         cpu=device.type == "cpu",
         mixed_precision={"fp32": "no"}.get(precision, precision),
@@ -114,11 +134,11 @@ class _Training:
         set_seed(recipe.training.seed)
         built = build(recipe, accelerator.device, last)
         self.built = built
+        rates = set_rates(built.model, recipe.optimizer)
         if last is not None:
             checkpoint.load_weights(last, built.model)
         elif recipe.start_from is not None:
             start_from(Path(resolve(recipe.start_from)), built, display)
-        rates = set_rates(built.model, recipe.optimizer)
         if accelerator.is_main_process:
             display.table(
                 f"stage: {recipe.stage}", ["part", "parameters", "state", "dtype"], describe(built.model, rates)
@@ -131,7 +151,7 @@ class _Training:
             built.model, build_optimizer(built.model, rates, recipe.optimizer)
         )
         if optimizer_state is not None:
-            self.optimizer.load_state_dict(optimizer_state["optimizer"])
+            restore_optimizer(self.optimizer, optimizer_state["optimizer"])
             if accelerator.scaler is not None and optimizer_state["scaler"]:
                 accelerator.scaler.load_state_dict(optimizer_state["scaler"])
         self.counts: dict[str, int] = state["counts"] if state else {"skipped": 0, "cut": 0}
@@ -222,14 +242,14 @@ class _Training:
         recipe, accelerator = self.recipe, self.accelerator
         total = recipe.training.steps
         if accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
             MetricsFile.truncate(self.folder, self.step)
         if recipe.training.trackers:
             accelerator.init_trackers("blip2", config={"recipe": dump_recipe(recipe)})
         saved = checkpoint.latest(self.folder)
         self.display.start(total, self.step)
-        with note_signals() as asked, contextlib.closing(MetricsFile(self.folder, accelerator.is_main_process)) as metrics:
+        metrics_file = MetricsFile(self.folder, enabled=accelerator.is_main_process)
+        with note_signals() as asked, contextlib.closing(metrics_file) as metrics:
             while self.step < total:
                 started = time.monotonic()
                 values, pairs = self._step()
@@ -243,7 +263,7 @@ class _Training:
                 metrics.write({"step": self.step, **values, **self.counts})
                 if recipe.training.trackers:
                     accelerator.log(values, step=self.step)
-                self.display.advance(self.step, _note(values))
+                self.display.advance(self.step, note(values))
                 stop = self._any_asked(asked)
                 if self.step % recipe.training.save_every == 0 or self.step == total or stop:
                     saved = self._save()
@@ -324,12 +344,14 @@ class _Training:
         set_seed(self.recipe.training.seed)
         model = accelerator.unwrap_model(self.model).eval()
         sums: dict[str, torch.Tensor] = {}
+        skipped: list[str] = []
         weight = torch.zeros((), device=accelerator.device)
         with accelerator.autocast():
             plans = plan_evaluation(
                 preparation.records, data.batch_size, accelerator.process_index, accelerator.num_processes
             )
             for loaded in load(plans, preparation, 0):
+                skipped += loaded.skipped
                 if loaded.batch is None:
                     continue
                 outcome = model(to_device(loaded.batch, accelerator.device))
@@ -337,8 +359,12 @@ class _Training:
                     sums[name] = sums.get(name, torch.zeros_like(weight)) + value.float() * len(loaded.keys)
                 weight += len(loaded.keys)
         model.train()
-        names = sorted(sums)
-        totals = self._reduce(torch.stack([*(sums[name] for name in names), weight]), "sum").tolist()
+        if skipped:
+            self.display.say(f"skipped {len(skipped)} records of data.validation; the first is {skipped[0]}")
+        # A process may have had no record of its own.
+        names = sorted({name for found in gather_object([list(sums)]) for name in found})
+        zero = torch.zeros_like(weight)
+        totals = self._reduce(torch.stack([*(sums.get(name, zero) for name in names), weight]), "sum").tolist()
         return {f"validation_{name}": total / totals[-1] for name, total in zip(names, totals, strict=False)}
 
     def _save(self) -> Path:
@@ -393,8 +419,3 @@ def prepare_texts(recipe: Recipe, built: Built) -> TextPreparation:
 def _mix(seed: int, step: int, process: int) -> int:
     """One number below 2**32 for a step of a process."""
     return (seed * 1_000_003 + step * 10_007 + process * 101) % 2**32
-
-
-def _note(values: dict[str, float]) -> str:
-    shown = [name for name in ("itc", "itm", "itg", "lm", "itc_r1", "itm_accuracy", "lm_accuracy") if name in values]
-    return "  ".join([*(f"{name} {values[name]:.3f}" for name in shown), f"{values['images_per_second']:.1f} images/s"])

@@ -11,7 +11,6 @@ from torch import nn
 
 from blip2.config import OptimizerConfig
 from blip2.errors import InputError
-from blip2.model.frozen import Freezable
 
 UNDECAYED = ("temperature", "qformer.queries")
 
@@ -89,17 +88,37 @@ def set_schedule(optimizer: Any, step: int, steps: int, config: OptimizerConfig)
     return share
 
 
+def restore_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
+    """Load the state of a checkpoint; rates and decay stay those of the recipe, which may have changed.
+
+    Raises:
+        InputError: other parameters train now, or are grouped otherwise.
+    """
+    own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state)
+    except ValueError as error:
+        raise InputError(
+            f"the checkpoint's optimiser does not fit optimizer.rates ({error}): go on with the rates that the run"
+            " began with, or begin another with start_from"
+        ) from error
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
+
+
 def describe(model: nn.Module, rates: dict[str, float]) -> list[tuple[str, str, str, str]]:
     """(part, parameters, state, dtype) of each part of a stage: what is frozen and what trains, with counts."""
+    parts: dict[str, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        parts.setdefault(name.split(".")[0], []).append((name, parameter))
     rows = []
-    for part, module in model.named_children():
-        named = [(f"{part}.{name}", parameter) for name, parameter in module.named_parameters()]
+    for part, named in parts.items():
         total = sum(parameter.numel() for _, parameter in named)
         trained = sum(parameter.numel() for name, parameter in named if name in rates)
         peaks = sorted({rates[name] for name, _ in named if name in rates})
         state = "frozen" if not trained else "trains at " + ", ".join(f"{peak:g}" for peak in peaks)
         if 0 < trained < total:
             state = f"{trained:,} {state}"
-        dtype = module.dtype if isinstance(module, Freezable) else named[0][1].dtype
+        dtype = next(parameter.dtype for _, parameter in named if parameter.is_floating_point())
         rows.append((part, f"{total:,}", state, str(dtype).removeprefix("torch.")))
     return rows

@@ -53,6 +53,12 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
 
 
+def note(values: dict[str, float]) -> str:
+    """What of a line of metrics stands beside the progress bar."""
+    shown = [name for name in ("itc", "itm", "itg", "lm", "itc_r1", "itm_accuracy", "lm_accuracy") if name in values]
+    return "  ".join([*(f"{name} {values[name]:.3f}" for name in shown), f"{values['images_per_second']:.1f} images/s"])
+
+
 class Display:
     """A progress bar on a terminal; a line now and then elsewhere. A disabled one shows nothing.
 

@@ -1,0 +1,536 @@
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from blip2.config import DataConfig
+from blip2.data import batches
+from blip2.data.batches import (
+    Draw,
+    GenerationTexts,
+    Plan,
+    PrefixTexts,
+    Preparation,
+    RepresentationTexts,
+    encode_continuations,
+    encode_prompts,
+    encode_texts,
+    load,
+    pad,
+    plan_batches,
+    plan_evaluation,
+    split_caption,
+    to_device,
+)
+from blip2.data.images import read_image, to_pixels
+from blip2.data.records import Records, RecordStream, open_records
+from blip2.errors import InputError
+from blip2.model.objectives import IGNORED
+from blip2.model.representation import RepresentationBatch
+from blip2.model.vision import Preprocessing
+from conftest import Parts
+
+PREPROCESSING = Preprocessing(8)
+END = 256  # of the byte tokenizers
+LONG = " ".join(["word"] * 10_000)
+
+
+# -- texts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bert(parts: Parts) -> PreTrainedTokenizerBase:
+    """A token a letter."""
+    return AutoTokenizer.from_pretrained(parts.bert)
+
+
+def merging_tokenizer() -> PreTrainedTokenizerFast:
+    """One whose tokens begin with the space before a word, as GPT-2's and OPT's do; a token a known word."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(["a photo of two dogs and a cat"] * 10, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+    assert len(tokenizer(" dogs")["input_ids"]) == 1
+    return tokenizer
+
+
+@pytest.fixture(scope="module", params=["llama", "opt", "t5", "merging"])
+def tokenizer(request: pytest.FixtureRequest, parts: Parts) -> PreTrainedTokenizerBase:
+    """Bytes as tokens: as it is, with a token before the text, with one behind it; and one that merges."""
+    if request.param == "merging":
+        return merging_tokenizer()
+    return AutoTokenizer.from_pretrained(getattr(parts, request.param))
+
+
+def test_texts_are_padded_to_the_longest(bert: PreTrainedTokenizerBase) -> None:
+    texts = ["ab c", "", "abcdef"]
+    ids, mask, cut = encode_texts(bert, texts, 32)
+    assert (ids.shape, cut) == ((3, 8), 0)
+    assert mask.sum(dim=1).tolist() == [5, 2, 8]
+    assert (ids[~mask] == bert.pad_token_id).all()
+    for row, real, text in zip(ids, mask, texts, strict=True):
+        assert bert.convert_ids_to_tokens(row[real].tolist()) == ["[CLS]", *bert.tokenize(text), "[SEP]"]
+
+
+@pytest.mark.parametrize(("text", "tokens", "cut"), [("abcdef", 8, 0), ("abcdefg", 8, 1), (LONG, 8, 1)])
+def test_long_texts_are_cut_and_keep_their_end(bert: PreTrainedTokenizerBase, text: str, tokens: int, cut: int) -> None:
+    ids, mask, found = encode_texts(bert, [text], 8)
+    assert found == cut
+    assert mask.tolist() == [[True] * tokens]
+    assert bert.convert_ids_to_tokens(ids[0].tolist()) == ["[CLS]", *bert.tokenize(text)[:6], "[SEP]"]
+
+
+@pytest.mark.parametrize("prompt", ["", "a photo of"])
+def test_continuations_carry_loss_on_caption_and_end(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
+    captions = ["a cat", "two dogs and a cat", "ein Café mit 猫"]
+    end = tokenizer.eos_token_id
+    ids, mask, labels, cut = encode_continuations(tokenizer, [prompt] * 3, captions, 64, end)
+    assert cut == 0
+    assert ids.shape[1] == mask.sum(dim=1).max()
+    assert torch.equal(mask, mask.cummin(dim=1).values)  # padded on the right
+    labelled = labels != IGNORED
+    assert not (labelled & ~mask).any()
+    assert torch.equal(labels[labelled], ids[labelled])
+    for row, real, wanted, caption in zip(ids, mask, labelled, captions, strict=True):
+        written = row[wanted].tolist()
+        assert written[-1] == end
+        assert tokenizer.decode(written[:-1]).strip() == caption
+        before = row[real & ~wanted].tolist()
+        begins = tokenizer("x")["input_ids"][:1] == [end]
+        assert before[:1] == [end] if begins else end not in before
+        assert tokenizer.decode(before, skip_special_tokens=True) == prompt
+        # In one piece, as the LLM reads text; split in two, the space before the caption would be a token of its own.
+        text = f"{prompt} {caption}".strip()
+        assert row[real].tolist() == [
+            *([end] if begins else []),
+            *tokenizer.encode(text, add_special_tokens=False),
+            end,
+        ]
+
+
+@pytest.mark.parametrize(("caption", "cut"), [("abc", 0), ("abcd", 1), (LONG, 1)])
+def test_long_captions_are_cut_and_keep_their_end(parts: Parts, caption: str, cut: int) -> None:
+    """The prompt is never cut and does not count; the space behind it is the caption's."""
+    tokenizer = AutoTokenizer.from_pretrained(parts.opt)
+    ids, mask, labels, found = encode_continuations(tokenizer, ["a photo of"], [caption], 5, END)
+    assert found == cut
+    assert tokenizer.decode(ids[0]) == f"</s>a photo of {caption[:3]}</s>"
+    assert (labels != IGNORED).sum() == 5
+    assert mask.all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "side", "rows"),
+    [
+        ("llama", "left", ["<pad>ab", "abc"]),
+        ("llama", "right", ["ab<pad>", "abc"]),
+        ("opt", "left", ["<pad></s>ab", "</s>abc"]),
+        ("t5", "left", ["<pad>ab", "abc"]),
+        ("t5", "right", ["ab</s><pad>", "abc</s>"]),
+    ],
+)
+def test_prompts(parts: Parts, kind: str, side: str, rows: list[str]) -> None:
+    """What an LLM goes on writing must not end with an end token, and what an encoder reads must."""
+    tokenizer = AutoTokenizer.from_pretrained(getattr(parts, kind))
+    ids, mask = encode_prompts(tokenizer, ["ab", "abc"], side)
+    assert tokenizer.batch_decode(ids.masked_fill(~mask, 257)) == rows
+
+
+def test_empty_prompts(parts: Parts) -> None:
+    ids, mask = encode_prompts(AutoTokenizer.from_pretrained(parts.llama), ["", ""], "left")
+    assert ids.shape == mask.shape == (2, 0)
+
+
+def test_pad() -> None:
+    rows = [[1, 2, 3], [], [4]]
+    assert pad(rows, -1).tolist() == [[1, 2, 3], [-1, -1, -1], [4, -1, -1]]
+    assert pad(rows, -1, "left").tolist() == [[1, 2, 3], [-1, -1, -1], [-1, -1, 4]]
+    assert pad([], 0).shape == (0, 0)
+
+
+@pytest.mark.parametrize("count", range(9))
+def test_captions_are_split_anywhere_in_their_first_half(count: int) -> None:
+    words = [f"word{i}" for i in range(count)]
+    random = np.random.default_rng(0)
+    found: Counter[int] = Counter()
+    for _ in range(2000):
+        prefix, suffix = split_caption(" ".join(words), random)
+        assert prefix.split() + suffix.split() == words
+        found[len(prefix.split())] += 1
+    expected = range(1, count // 2 + 1) if count > 1 else [0]
+    assert sorted(found) == list(expected)
+    assert min(found.values()) > 0.8 * 2000 / len(expected)
+
+
+def prepare(texts: batches.TextPreparation, captions: list[str], seed: int = 0) -> tuple[batches.StageBatch, int]:
+    count = len(captions)
+    images, image_ids = torch.rand(count, 3, 8, 8), torch.arange(count)
+    batch, cut = texts(images, captions, image_ids, np.random.default_rng(seed))
+    assert batch.images is images
+    return batch, cut
+
+
+def test_representation_texts(bert: PreTrainedTokenizerBase) -> None:
+    batch, cut = prepare(RepresentationTexts(bert, 6), ["abcdef", "ab"])
+    assert isinstance(batch, RepresentationBatch)
+    ids, mask, _ = encode_texts(bert, ["abcdef", "ab"], 6)
+    assert torch.equal(batch.ids, ids)
+    assert torch.equal(batch.mask, mask)
+    assert (batch.image_ids.tolist(), cut) == ([0, 1], 1)
+
+
+def test_generation_texts(parts: Parts) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(parts.llama)
+    batch, cut = prepare(GenerationTexts(tokenizer, 6, "is", END), ["abcdef", "ab"])
+    assert tokenizer.batch_decode(batch.ids) == ["is abcd</s>", "is ab</s></s></s>"]
+    assert tokenizer.batch_decode(batch.labels.masked_fill(batch.labels == IGNORED, 257)) == [
+        "<pad><pad> abcd</s>",
+        "<pad><pad> ab</s><pad><pad>",
+    ]
+    assert (batch.mask.sum(dim=1).tolist(), cut) == ([8, 6], 1)
+
+
+def test_prefix_texts_with_a_prompt(parts: Parts) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(parts.t5)
+    batch, cut = prepare(PrefixTexts(tokenizer, 6, "write", END), ["abcde", "ab", "abcdef"])
+    assert tokenizer.batch_decode(batch.ids) == ["write</s>"] * 3
+    assert batch.mask.all()
+    labels = tokenizer.batch_decode(batch.labels.masked_fill(batch.labels == IGNORED, 257))
+    assert (labels, cut) == (["abcde</s>", "ab</s><pad><pad><pad>", "abcde</s>"], 1)
+
+
+def test_prefix_texts_without_a_prompt(parts: Parts) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(parts.t5)
+    captions = ["two dogs and a cat", "cats"]
+    splits = set()
+    for seed in range(20):
+        batch, cut = prepare(PrefixTexts(tokenizer, 32, "", END), captions, seed)
+        assert cut == 0
+        assert batch.ids[batch.mask].tolist().count(END) == 2
+        prefixes = tokenizer.batch_decode(batch.ids.masked_fill(~batch.mask, 257), skip_special_tokens=True)
+        suffixes = tokenizer.batch_decode(batch.labels.masked_fill(batch.labels == IGNORED, 257))
+        assert all(suffix.replace("<pad>", "").endswith("</s>") for suffix in suffixes)
+        written = [suffix.split("</s>")[0] for suffix in suffixes]
+        assert [f"{a} {b}".strip() for a, b in zip(prefixes, written, strict=True)] == captions
+        splits.add(prefixes[0])
+    assert splits == {"two", "two dogs"}
+
+
+@pytest.mark.parametrize("prompt", ["", "write"])
+def test_long_captions_are_cut_on_both_sides(parts: Parts, prompt: str) -> None:
+    """Encoder and decoder both see no more than the limit, of the beginning of the caption."""
+    tokenizer = AutoTokenizer.from_pretrained(parts.t5)
+    batch, cut = prepare(PrefixTexts(tokenizer, 24, prompt, END), [LONG, "ab cd"])
+    assert cut == 1
+    assert max(batch.ids.shape[1], batch.labels.shape[1]) <= 24
+    prefix = tokenizer.decode(batch.ids[0], skip_special_tokens=True)
+    suffix = tokenizer.decode(batch.labels[0], skip_special_tokens=True)
+    assert (suffix if prompt else f"{prefix} {suffix}") == LONG[:23]
+
+
+# -- drawing ---------------------------------------------------------------------------------------------------------
+
+
+def write_table(path: Path, count: int, captions: int = 1) -> Path:
+    """Record i has the image i.png; captions are of 1 to 29 words."""
+    rows = [
+        {"image": f"{i}.png", "captions": [" ".join(["word"] * (1 + (7 * i + j) % 29)) for j in range(captions)]}
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+Opener = Callable[..., Records | RecordStream]
+
+
+@pytest.fixture(params=["table", "stream"])
+def open_numbered(request: pytest.FixtureRequest, tmp_path: Path) -> Opener:
+    def open_(count: int, captions: int = 1, process: int = 0, processes: int = 1) -> Records | RecordStream:
+        path = tmp_path / f"{count}-{captions}.jsonl"
+        if not path.exists():
+            write_table(path, count, captions)
+        config = DataConfig(train=str(path), streaming=request.param == "stream")
+        return open_records(str(path), config, process, processes)
+
+    return open_
+
+
+@pytest.fixture(autouse=True)
+def small_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "WINDOW", 2)
+
+
+def number(draw: Draw) -> int:
+    return draw.record if isinstance(draw.record, int) else int(Path(str(draw.record.image)).stem)
+
+
+def take_epochs(plans: Iterator[Plan], count: int) -> list[list[Plan]]:
+    """All plans of the first epochs."""
+    out: list[list[Plan]] = [[] for _ in range(count)]
+    for plan in plans:
+        if plan.position["epoch"] == count:
+            return out
+        out[plan.position["epoch"]].append(plan)
+    raise AssertionError("plans ended")
+
+
+def numbers(plans: list[Plan]) -> list[int]:
+    return [number(draw) for plan in plans for draw in plan.draws]
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize(("count", "used"), [(24, 24), (23, 20), (17, 16), (4, 4)])
+def test_every_record_once_an_epoch(open_numbered: Opener, grouped: bool, count: int, used: int) -> None:
+    epochs = take_epochs(plan_batches(open_numbered(count), 4, 0, grouped), 3)
+    for plans in epochs:
+        assert all(len(plan.draws) == 4 for plan in plans)
+        assert len(numbers(plans)) == len(set(numbers(plans))) == used
+        assert set(numbers(plans)) <= set(range(count))
+    if count > 4:
+        assert numbers(epochs[0]) != numbers(epochs[1]) != numbers(epochs[2])
+
+
+def test_tables_are_shuffled_as_a_whole(tmp_path: Path) -> None:
+    records = open_records(str(write_table(tmp_path / "rows.jsonl", 80)), DataConfig(train=""))
+    first = next(plan_batches(records, 4, 0, group_by_length=False))
+    assert max(number(draw) for draw in first.draws) > 8  # the first window of the file
+
+
+def test_plans_follow_from_the_seed(open_numbered: Opener) -> None:
+    first, again, other = (list(islice(plan_batches(open_numbered(23, captions=3), 4, seed), 20)) for seed in (5, 5, 6))
+    assert first == again
+    assert [plan.draws for plan in first] != [plan.draws for plan in other]
+    assert len({draw.seed for plan in first for draw in plan.draws}) == 80  # every augmentation has its own
+
+
+def test_batches_of_like_length(open_numbered: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "WINDOW", 8)
+
+    def spread(grouped: bool) -> float:
+        plans = take_epochs(plan_batches(open_numbered(64), 4, 0, grouped), 2)
+        lengths = [[1 + 7 * number(draw) % 29 for draw in plan.draws] for epoch in plans for plan in epoch]
+        return sum(max(each) - min(each) for each in lengths) / len(lengths)
+
+    assert spread(True) < spread(False) / 3
+
+
+def test_order_of_lengths_is_random(open_numbered: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sorted batches must not come in the order of their lengths."""
+    monkeypatch.setattr(batches, "WINDOW", 16)
+    (plans,) = take_epochs(plan_batches(open_numbered(64), 4, 0), 1)
+    lengths = [max(1 + 7 * number(draw) % 29 for draw in plan.draws) for plan in plans]
+    assert lengths != sorted(lengths)
+    assert lengths != sorted(lengths, reverse=True)
+
+
+def two_shares(open_: Opener, count: int) -> list[list[list[Plan]]]:
+    """Two epochs of each of two processes."""
+    return [
+        take_epochs(plan_batches(open_(count, process=i, processes=2), 4, 0, process=i, processes=2), 2)
+        for i in range(2)
+    ]
+
+
+def test_processes_share_the_records(open_numbered: Opener) -> None:
+    for first, second in zip(*two_shares(open_numbered, 24), strict=True):
+        assert len(first) == len(second) == 3
+        assert sorted(numbers(first) + numbers(second)) == list(range(24))
+
+
+@pytest.mark.parametrize("open_numbered", ["table"], indirect=True)
+def test_processes_have_as_many_batches(open_numbered: Opener) -> None:
+    """Of 31 records one process could fill four batches, the other only three: it would have to wait."""
+    for first, second in zip(*two_shares(open_numbered, 31), strict=True):
+        assert len(first) == len(second) == 3
+        assert len(set(numbers(first) + numbers(second))) == 24
+
+
+@pytest.mark.parametrize("count", [24, 23, 3])
+def test_going_on_from_any_position(open_numbered: Opener, count: int) -> None:
+    plans = [plan for epoch in take_epochs(plan_batches(open_numbered(count, 2), 4, 0), 3) for plan in epoch]
+    for done, plan in enumerate(plans, 1):
+        position = json.loads(json.dumps(plan.position))
+        rest = list(islice(plan_batches(open_numbered(count, 2), 4, 0, position=position), len(plans) - done))
+        assert rest == plans[done:]
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_going_on_in_one_of_two_processes(open_numbered: Opener, process: int) -> None:
+    def plans(position: dict | None = None) -> Iterator[Plan]:
+        return plan_batches(open_numbered(29, 1, process, 2), 4, 0, True, process, 2, position)
+
+    first = list(islice(plans(), 8))
+    for done, plan in enumerate(first, 1):
+        assert list(islice(plans(plan.position), 8 - done)) == first[done:]
+
+
+def test_fewer_records_than_a_batch(open_numbered: Opener) -> None:
+    for plan in islice(plan_batches(open_numbered(3), 8, 0), 4):
+        assert sorted(number(draw) for draw in plan.draws) == [0, 1, 2]
+
+
+def test_fewer_records_than_processes(open_numbered: Opener) -> None:
+    with pytest.raises(InputError, match=r"too few for .*processes"):
+        next(plan_batches(open_numbered(1, 1, 1, 2), 8, 0, process=1, processes=2))
+
+
+def test_what_is_left_out_changes(open_numbered: Opener) -> None:
+    """Sorting by length must not leave out the longest caption of every epoch."""
+    left = [set(range(7)) - set(numbers(plans)) for plans in take_epochs(plan_batches(open_numbered(7), 4, 0), 40)]
+    assert all(len(each) == 3 for each in left)
+    times = Counter(record for each in left for record in each)
+    assert set(times) == set(range(7))
+    assert max(times.values()) < 35
+
+
+def test_one_of_several_captions_is_drawn(open_numbered: Opener) -> None:
+    epochs = take_epochs(plan_batches(open_numbered(4, captions=3), 4, 0), 90)
+    for record in range(4):
+        drawn = Counter(d.caption for plans in epochs for plan in plans for d in plan.draws if number(d) == record)
+        assert sorted(drawn) == [0, 1, 2]
+        assert min(drawn.values()) > 15
+
+
+def test_evaluation_covers_every_record_once(tmp_path: Path) -> None:
+    records = open_records(str(write_table(tmp_path / "rows.jsonl", 23, 2)), DataConfig(train=""))
+    assert isinstance(records, Records)
+    shares = [list(plan_evaluation(records, 4, process, 2)) for process in range(2)]
+    assert sorted(numbers(shares[0]) + numbers(shares[1])) == list(range(23))
+    draws = [draw for plans in shares for plan in plans for draw in plan.draws]
+    assert {draw.caption for draw in draws} == {0}
+    assert max(len(plan.draws) for plans in shares for plan in plans) == 4
+
+
+# -- loading ---------------------------------------------------------------------------------------------------------
+
+
+def same(first: RepresentationBatch, second: RepresentationBatch) -> bool:
+    return all(torch.equal(getattr(first, f.name), getattr(second, f.name)) for f in fields(first))
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.mark.parametrize("streaming", [False, True])
+def test_workers_change_nothing(parts: Parts, bert: PreTrainedTokenizerBase, streaming: bool) -> None:
+    config = DataConfig(train=parts.pictures, streaming=streaming)
+
+    def loaded(workers: int) -> list[batches.Loaded]:
+        records = open_records(parts.pictures, config)
+        preparation = Preparation(records, RepresentationTexts(bert, 12), PREPROCESSING, train=True)
+        return list(islice(load(plan_batches(records, 4, 0), preparation, workers), 9))
+
+    alone, helped = loaded(0), loaded(2)
+    for first, second in zip(alone, helped, strict=True):
+        assert isinstance(first.batch, RepresentationBatch)
+        assert isinstance(second.batch, RepresentationBatch)
+        assert same(first.batch, second.batch)
+        assert (first.keys, first.cut, first.position) == (second.keys, second.cut, second.position)
+    assert sum(each.cut for each in alone) > 0
+
+
+def rows_of(folder: Path, rows: list[dict]) -> Records:
+    """A table beside the pictures of the parts."""
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records = open_records(str(path), DataConfig(train=""))
+    assert isinstance(records, Records)
+    return records
+
+
+def broken_rows(parts: Parts, folder: Path) -> list[dict]:
+    (folder / "text.jpg").write_text("not an image")
+    return [
+        {"image": str(folder / "missing.png"), "caption": "a"},
+        {"image": str(folder / "text.jpg"), "caption": "a"},
+        {"image": None, "caption": "a"},
+        {"image": str(Path(parts.pictures).parent / "blue-disc-0.png"), "caption": None},
+        {"image": str(Path(parts.pictures).parent / "blue-disc-1.png"), "caption": " "},
+    ]
+
+
+def good_rows(parts: Parts) -> list[dict]:
+    names = ("red-disc-0.png", "red-square-0.png", "green-stripe-1.png")
+    return [{"image": str(Path(parts.pictures).parent / name), "caption": name[:3]} for name in names]
+
+
+WHY = ("cannot be read", "is not an image", "has no image", "has no caption", "has no caption")
+
+
+def test_broken_records_are_replaced(parts: Parts, bert: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    records = rows_of(tmp_path, broken_rows(parts, tmp_path) + good_rows(parts))
+    preparation = Preparation(records, RepresentationTexts(bert, 12), PREPROCESSING, train=True)
+    loaded = preparation[next(plan_batches(records, 8, 0))]
+    skipped = sorted(loaded.skipped)
+    assert len(skipped) == len(WHY)
+    for row, (message, why) in enumerate(zip(skipped, WHY, strict=True)):
+        assert f"row {row}" in message
+        assert why in message
+        assert "\n" not in message
+    assert sorted(key.split("row ")[1][0] for key in loaded.keys) == ["5", "6", "7"]
+    batch = loaded.batch
+    assert isinstance(batch, RepresentationBatch)
+    assert len(batch.images) == 8
+    # Copies are known as copies, so that they are not each other's negatives.
+    assert sorted(Counter(batch.image_ids.tolist()).values()) == [2, 3, 3]
+    assert set(batch.image_ids.tolist()) == {records[i].image_id for i in (5, 6, 7)}
+    for i in range(8):
+        for j in range(8):
+            equal = torch.equal(batch.images[i], batch.images[j]) and torch.equal(batch.ids[i], batch.ids[j])
+            assert equal == (batch.image_ids[i] == batch.image_ids[j])
+
+
+def test_evaluation_leaves_broken_records_out(parts: Parts, bert: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    records = rows_of(tmp_path, broken_rows(parts, tmp_path) + good_rows(parts))
+    preparation = Preparation(records, RepresentationTexts(bert, 12), PREPROCESSING, train=False)
+    (loaded,) = load(plan_evaluation(records, 8), preparation, 0)
+    assert len(loaded.skipped) == 5
+    assert isinstance(loaded.batch, RepresentationBatch)
+    expected = torch.stack([to_pixels(read_image(str(records[i].image)), PREPROCESSING) for i in (5, 6, 7)])
+    assert torch.equal(loaded.batch.images, expected)
+    captions = bert.batch_decode(loaded.batch.ids, skip_special_tokens=True)
+    assert [caption.replace(" ", "") for caption in captions] == ["red", "red", "gre"]
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_nothing_but_broken_records(parts: Parts, bert: PreTrainedTokenizerBase, tmp_path: Path, train: bool) -> None:
+    records = rows_of(tmp_path, broken_rows(parts, tmp_path))
+    preparation = Preparation(records, RepresentationTexts(bert, 12), PREPROCESSING, train)
+    plan = next(plan_batches(records, 5, 0))
+    loaded = preparation[plan]
+    assert (loaded.batch, loaded.keys, loaded.cut, loaded.position) == (None, (), 0, plan.position)
+    assert len(loaded.skipped) == 5
+
+
+def test_every_epoch_augments_anew(parts: Parts, bert: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    records = rows_of(tmp_path, good_rows(parts)[:1])
+    plans = list(islice(plan_batches(records, 1, 0), 2))
+
+    def images(plan: Plan, smallest_crop: float) -> torch.Tensor:
+        texts = RepresentationTexts(bert, 12)
+        return Preparation(records, texts, PREPROCESSING, True, smallest_crop, flip=False)[plan].batch.images
+
+    assert torch.equal(images(plans[0], 0.5), images(plans[0], 0.5))
+    assert not torch.equal(images(plans[0], 0.5), images(plans[1], 0.5))
+    whole = to_pixels(read_image(str(records[0].image)), PREPROCESSING)
+    assert torch.equal(images(plans[0], 1.0)[0], whole)
+
+
+def test_to_device(bert: PreTrainedTokenizerBase) -> None:
+    batch, _ = prepare(RepresentationTexts(bert, 6), ["ab"])
+    moved = to_device(batch, torch.device("meta"))
+    assert {getattr(moved, f.name).device.type for f in fields(moved)} == {"meta"}

@@ -1,0 +1,130 @@
+from itertools import permutations
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from blip2.build import build
+from blip2.evaluation.retrieval import CUTOFFS, Recall, Retrieval, evaluate_retrieval, ranks, recall
+from blip2.inference import RepresentationPipeline
+from blip2.model.representation import RepresentationModel
+from conftest import Parts
+from fixtures.tiny import randomise
+
+TEXTS = ["a red disc", "the disc is red here", "a blue square", "two", "stripe", "a green stripe on white", "x y z"]
+
+
+def by_sorting(scores: Tensor, positive: Tensor) -> Recall:
+    """Recall as one would tell it: sort each row, the wrong ones first among equals, and look at the first k."""
+    hits = dict.fromkeys(CUTOFFS, 0)
+    for row, right in zip(scores.tolist(), positive.tolist(), strict=True):
+        order = sorted(range(len(row)), key=lambda column: (-row[column], right[column]))
+        for k in CUTOFFS:
+            hits[k] += any(right[column] for column in order[:k])
+    return {f"r{k}": count / len(scores) for k, count in hits.items()}
+
+
+@pytest.mark.parametrize("columns", [3, 8, 30])
+@pytest.mark.parametrize("levels", [4, 1000])
+def test_recall(columns: int, levels: int) -> None:
+    """`levels` is how many different scores there are: with few, most are ties."""
+    generator = torch.Generator().manual_seed(columns)
+    scores = torch.randint(levels, (50, columns), generator=generator).float()
+    positive = torch.rand(50, columns, generator=generator) < 2 / columns
+    assert not positive.any(dim=1).all()  # a row without a positive is never a hit
+    assert recall(scores, positive) == pytest.approx(by_sorting(scores, positive))
+
+
+def test_ranks() -> None:
+    scores = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0], [1.0, 2.0, 3.0], [2.0, 2.0, 1.0]])
+    positive = torch.tensor([[1, 0, 0], [1, 0, 0], [1, 1, 0], [1, 0, 0]]).bool()
+    assert ranks(scores, positive).tolist() == [0, 2, 1, 1]
+
+
+@pytest.mark.parametrize("score", [0.0, float("nan")])
+def test_a_model_that_says_nothing_finds_nothing(score: float) -> None:
+    retrieval = Retrieval(torch.full((20, 20), score), torch.eye(20).bool())
+    assert retrieval.image_to_text == retrieval.text_to_image == {"r1": 0.0, "r5": 0.0, "r10": 0.0}
+
+
+def test_directions() -> None:
+    """Two images, three texts: both images find their texts, but every text finds the first image."""
+    scores = torch.tensor([[9.0, 8.0, 7.0], [1.0, 2.0, 3.0]])
+    positive = torch.tensor([[1, 0, 0], [0, 1, 1]]).bool()
+    retrieval = Retrieval(scores, positive)
+    assert retrieval.image_to_text["r1"] == 1.0
+    assert retrieval.text_to_image["r1"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    "rows", [[[1, 0, 0, 0, 0, 0]], [[1, 1, 0, 0, 0, 0], [0, 0, 1, 0, 1, 1], [0, 0, 0, 0, 0, 0]], [[1], [0], [1]]]
+)
+def test_chance_is_the_mean_over_all_rankings(rows: list[list[int]]) -> None:
+    positive = torch.tensor(rows).bool()
+
+    def mean(positive: Tensor) -> Recall:
+        count = positive.shape[1]
+        orders = list(permutations(range(count)))
+        recalls = [recall(torch.tensor(order).float().expand(len(positive), -1), positive) for order in orders]
+        return {key: sum(each[key] for each in recalls) / len(recalls) for key in recalls[0]}
+
+    sides = [mean(positive), mean(positive.T)]
+    expected = {key: (sides[0][key] + sides[1][key]) / 2 for key in sides[0]}
+    assert Retrieval(torch.zeros(positive.shape), positive).chance == pytest.approx(expected)
+
+
+# -- with a model ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pipeline(parts: Parts) -> RepresentationPipeline:
+    recipe = parts.recipe(Path("nowhere"))
+    built = build(recipe, torch.device("cpu"))
+    assert isinstance(built.model, RepresentationModel)
+    pipeline = RepresentationPipeline(randomise(built.model).eval(), built.tokenizer, recipe, Path("nowhere"))
+    pipeline.batch_size = 2
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def features(pipeline: RepresentationPipeline) -> Tensor:
+    vision = pipeline.model.vision
+    return torch.randn(5, vision.tokens, vision.width, generator=torch.Generator().manual_seed(0))
+
+
+POSITIVE = torch.zeros(5, len(TEXTS)).bool().fill_diagonal_(True)
+
+
+def test_similarity_alone(pipeline: RepresentationPipeline, features: Tensor) -> None:
+    retrieval = evaluate_retrieval(pipeline, features, TEXTS, POSITIVE, candidates=0)
+    assert torch.equal(retrieval.scores, pipeline.similarity(features, TEXTS))
+    assert torch.equal(retrieval.positive, POSITIVE)
+
+
+@pytest.mark.parametrize("candidates", [7, 128])
+def test_enough_candidates_rank_all_by_matching(
+    pipeline: RepresentationPipeline, features: Tensor, candidates: int
+) -> None:
+    matched = pipeline.match(features, TEXTS)
+    scores = evaluate_retrieval(pipeline, features, TEXTS, POSITIVE, candidates).scores
+    torch.testing.assert_close(scores.sigmoid(), matched)
+    for dimension in (0, 1):
+        order = matched.argsort(dimension)
+        assert torch.equal(scores.argsort(dimension), order)
+        assert not torch.equal(pipeline.similarity(features, TEXTS).argsort(dimension), order)
+
+
+def test_few_candidates(pipeline: RepresentationPipeline, features: Tensor) -> None:
+    """The best of each image and of each text are ranked anew, before all others in the order they had."""
+    similarity, matched = pipeline.similarity(features, TEXTS), pipeline.match(features, TEXTS)
+    scores = evaluate_retrieval(pipeline, features, TEXTS, POSITIVE, candidates=2).scores
+    anew = torch.zeros_like(POSITIVE)
+    for i in range(5):
+        anew[i, similarity[i].argsort(descending=True)[:2]] = True
+    for j in range(len(TEXTS)):
+        anew[similarity[:, j].argsort(descending=True)[:2], j] = True
+    assert 10 < anew.sum() < anew.numel()
+    torch.testing.assert_close(scores[anew].sigmoid(), matched[anew])
+    assert scores[~anew].max() < scores[anew].min()
+    assert torch.equal(scores[~anew].argsort(), similarity[~anew].argsort())

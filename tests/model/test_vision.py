@@ -1,0 +1,254 @@
+import inspect
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from blip2.errors import InputError
+from blip2.model.vision import CLIP_MEAN, CLIP_STD, load_image_encoder
+from fixtures.tiny import randomise
+
+NO_SIZE: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "patch_size": 14,
+}
+SIZES = {**NO_SIZE, "image_size": 28}
+TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 20}
+TEXT |= {"max_position_embeddings": 8, "bos_token_id": 1, "eos_token_id": 2}
+STAGES = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}
+VITS: dict[str, Callable[[], nn.Module]] = {
+    "CLIP": lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**SIZES)),
+    "CLIP, with its text part": lambda: hf.CLIPModel(
+        hf.CLIPConfig(vision_config=SIZES, text_config=TEXT, projection_dim=16)
+    ),
+    "SigLIP": lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**SIZES)),
+    "SigLIP 2": lambda: hf.Siglip2VisionModel(hf.Siglip2VisionConfig(**NO_SIZE, num_patches=4)),
+    "DINOv2": lambda: hf.Dinov2Model(hf.Dinov2Config(**SIZES, mlp_ratio=2)),
+    "DINOv2, registers": lambda: hf.Dinov2WithRegistersModel(hf.Dinov2WithRegistersConfig(**SIZES, mlp_ratio=2)),
+    "DINOv3": lambda: hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**SIZES, num_register_tokens=2)),
+    "ViT": lambda: hf.ViTModel(hf.ViTConfig(**SIZES)),
+    "BLIP-2": lambda: hf.Blip2VisionModel(hf.Blip2VisionConfig(**SIZES)),
+}
+CNNS: dict[str, Callable[[], nn.Module]] = {
+    "ResNet": lambda: hf.ResNetModel(hf.ResNetConfig(embedding_size=8, **STAGES)),
+    "ConvNeXt": lambda: hf.ConvNextModel(hf.ConvNextConfig(**STAGES)),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Callable[[str], tuple[Any, str]]:
+    """A tiny random model by its name, and the folder that it is saved in."""
+    made: dict[str, tuple[nn.Module, str]] = {}
+
+    def save(name: str) -> tuple[nn.Module, str]:
+        if name not in made:
+            model: Any = randomise({**VITS, **CNNS}[name]()).eval()
+            folder = str(tmp_path_factory.mktemp("encoder"))
+            model.save_pretrained(folder)
+            made[name] = getattr(model, "vision_model", model), folder
+        return made[name]
+
+    return save
+
+
+def pixels(size: int = 28) -> Tensor:
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(4))
+
+
+@torch.no_grad()
+def outputs(model: Any, images: Tensor) -> Any:
+    """What transformers' own model puts out."""
+    given: dict[str, Any] = {"pixel_values": images, "output_hidden_states": True}
+    if model.config.model_type == "siglip2_vision_model":
+        side = images.shape[-1] // 14
+        cut = [images[:, :, 14 * r : 14 * r + 14, 14 * c : 14 * c + 14] for r in range(side) for c in range(side)]
+        given["pixel_values"] = torch.stack([patch.permute(0, 2, 3, 1).flatten(1) for patch in cut], dim=1)
+        given["pixel_attention_mask"] = torch.ones(len(images), side * side, dtype=torch.long)
+        given["spatial_shapes"] = torch.full((len(images), 2), side)
+    if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
+        given["interpolate_pos_encoding"] = True
+    return model(**given)
+
+
+# -- features ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [28, 42])
+@pytest.mark.parametrize("name", VITS)
+def test_vits(saved, name, size):
+    """At another size than the model's own, position embeddings are interpolated."""
+    model, folder = saved(name)
+    expected = outputs(model, pixels(size))
+    default = load_image_encoder(folder, image_size=size)
+    torch.testing.assert_close(default.features(pixels(size)), expected.hidden_states[-2])
+    assert (default.tokens, default.width) == expected.last_hidden_state.shape[1:]
+    last = load_image_encoder(folder, layer="last", image_size=size)
+    torch.testing.assert_close(last.features(pixels(size)), expected.last_hidden_state)
+    assert default.preprocessing.image_size == size
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_the_last_layer_is_gone(saved, name):
+    model, folder = saved(name)
+    networks = (model, load_image_encoder(folder).network)
+    layers = [[len(m) for m in network.modules() if isinstance(m, nn.ModuleList)] for network in networks]
+    assert layers == [[3], [2]]
+
+
+@pytest.mark.parametrize("name", CNNS)
+def test_cnns_give_their_grid_as_tokens(saved, name):
+    model, folder = saved(name)
+    grid = outputs(model, pixels(64)).last_hidden_state  # [B, E, h, w]
+    encoder = load_image_encoder(folder, image_size=64)
+    features = encoder.features(pixels(64))
+    assert (encoder.tokens, encoder.width) == (grid.shape[2] * grid.shape[3], 16)
+    torch.testing.assert_close(features[:, grid.shape[3] + 1], grid[:, :, 1, 1])  # row after row
+    torch.testing.assert_close(features, grid.flatten(2).mT)
+
+
+def test_features_pass_through(saved):
+    encoder = load_image_encoder(saved("ViT")[1])
+    ready = torch.randn(2, 7, 32).bfloat16()
+    torch.testing.assert_close(encoder.features(ready), ready.float())
+
+
+def test_efficientnet_lite0(tmp_path, monkeypatch):
+    package = pytest.importorskip("efficientnet_lite_pytorch")
+    network = package.EfficientNet.from_name("efficientnet-lite0").eval()
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    settings = {"image_size": 64, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.3, 0.2, 0.1]}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "efficientnet-lite0", **settings}))
+    encoder = load_image_encoder(str(tmp_path))
+    assert (encoder.tokens, encoder.width, encoder.preprocessing.mean) == (4, 1280, (0.5, 0.4, 0.3))
+    with torch.no_grad():
+        grid = network.extract_features(pixels(64))
+    torch.testing.assert_close(encoder.features(pixels(64)), grid.flatten(2).mT, atol=1e-5, rtol=1e-5)
+    with pytest.raises(InputError, match=r"vision\.layer"):
+        load_image_encoder(str(tmp_path), layer="second-last")
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(InputError, match=r"blip2\[demo\]"):
+        load_image_encoder(str(tmp_path))
+
+
+# -- frozen --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ViT", "ResNet"])
+def test_frozen_encoders_stay_as_they_are(saved, name):
+    encoder = load_image_encoder(saved(name)[1], image_size=28)
+    before = {key: value.clone() for key, value in encoder.state_dict().items()}
+    model = nn.Sequential(encoder, nn.Linear(2, 2)).train()
+    assert model.training
+    assert not any(module.training for module in encoder.modules())
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    assert not encoder.features(pixels()).requires_grad
+    torch.testing.assert_close(encoder.state_dict(), before)  # the ResNet's moving statistics among them
+
+
+def test_a_frozen_encoder_computes_in_its_own_dtype(saved):
+    model, folder = saved("ViT")
+    half, full = load_image_encoder(folder, dtype=torch.bfloat16), load_image_encoder(folder)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    exact = outputs(model, pixels()).hidden_states[-2]
+    features = half.features(pixels())
+    assert features.dtype == torch.float32
+    assert torch.equal(features, features.bfloat16().float())
+    assert (features - exact).norm() < 0.05 * exact.norm()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(full.features(pixels()), exact)
+
+
+def test_a_trained_encoder_learns_under_autocast(saved):
+    encoder = load_image_encoder(saved("ViT")[1]).requires_grad_(True)
+    assert all(module.training for module in nn.Sequential(encoder).train().modules())
+    with torch.autocast("cpu", torch.bfloat16):
+        features = encoder.features(pixels())
+    assert not torch.equal(features, encoder.features(pixels()))
+    features.square().mean().backward()
+    without = {key.split(".")[1] for key, p in encoder.named_parameters() if p.grad is None or not p.grad.any()}
+    assert without == {"layernorm", "pooler"}  # what comes behind the last layer
+    with torch.no_grad():
+        assert not encoder.features(pixels()).requires_grad
+
+
+# -- preprocessing -------------------------------------------------------------------------------------------------
+
+MEANS = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+
+
+@pytest.mark.parametrize(
+    ("file", "settings", "size"),
+    [
+        ("preprocessor_config.json", {"size": {"height": 42, "width": 42}, **MEANS}, 42),
+        ("preprocessor_config.json", {"size": {"shortest_edge": 56}, "crop_size": {"height": 42, "width": 42}}, 42),
+        ("preprocessor_config.json", {"size": {"shortest_edge": 42}, "crop_size": None, **MEANS}, 42),
+        ("preprocessor_config.json", {"size": 42, **MEANS}, 42),
+        ("preprocessor_config.json", MEANS, 28),
+        ("processor_config.json", {"image_processor": {"size": {"height": 42, "width": 42}, **MEANS}}, 42),
+        (None, {}, 28),
+    ],
+)
+def test_preprocessing_is_the_models_own(saved, tmp_path, file, settings, size):
+    shutil.copytree(saved("ViT")[1], tmp_path, dirs_exist_ok=True)
+    if file:
+        (tmp_path / file).write_text(json.dumps(settings))
+    found = load_image_encoder(str(tmp_path)).preprocessing
+    own = "image_mean" in settings.get("image_processor", settings)
+    assert found.mean == ((0.1, 0.2, 0.3) if own else CLIP_MEAN)
+    assert found.std == ((0.4, 0.5, 0.6) if own else CLIP_STD)
+    assert found.image_size == size
+    assert load_image_encoder(str(tmp_path), image_size=70).preprocessing.image_size == 70
+
+
+# -- errors --------------------------------------------------------------------------------------------------------
+
+
+def no_config(folder: str, parts: Any) -> str:
+    Path(folder, "config.json").unlink()
+    return folder
+
+
+def no_weights(folder: str, parts: Any) -> str:
+    Path(folder, "model.safetensors").unlink()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (no_config, "no image encoder could be read from"),
+        (no_weights, r"no image encoder could be read from .*model\.safetensors"),
+        (lambda folder, parts: parts.bert, "is a BertModel, which has no vision part"),
+        (lambda folder, parts: parts.llama, "is a LlamaModel, which has no vision part"),
+        (lambda folder, parts: f"{folder}/nowhere", "no image encoder could be read from"),
+    ],
+)
+def test_what_is_no_image_encoder(saved, parts, tmp_path, spoil, message):
+    shutil.copytree(saved("ViT")[1], tmp_path, dirs_exist_ok=True)
+    with pytest.raises(InputError, match=message) as caught:
+        load_image_encoder(spoil(str(tmp_path), parts))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["CLIP", "SigLIP 2", "DINOv2"])
+def test_a_size_that_the_patches_do_not_divide(saved, name):
+    with pytest.raises(InputError, match=r"image_size 30 is not a multiple .* patch size 14: use 28 or 42"):
+        load_image_encoder(saved(name)[1], image_size=30)
+
+
+def test_timm_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(InputError, match=r"timm:vit_tiny needs timm.*blip2\[timm\]") as caught:
+        load_image_encoder("timm:vit_tiny")
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,291 @@
+import ast
+import inspect
+import json
+import re
+import subprocess
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from blip2 import config
+from blip2.cli import main
+from blip2.config import dump_recipe, load_recipe
+from blip2.inference import load
+from blip2.model.language import Decoding
+from blip2.training.progress import read_metrics
+from conftest import draw
+
+COMMANDS = ("demo", "train", "caption", "ask", "match", "embed")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    names = []
+    for colour in ("red", "green", "blue"):
+        draw("disc", colour, 0).save(folder / f"{colour}.png")
+        names.append(str(folder / f"{colour}.png"))
+    return names
+
+
+def usage_error(capsys, *arguments):
+    with pytest.raises(SystemExit) as raised:
+        main(arguments)
+    assert raised.value.code == 2
+    return capsys.readouterr().err
+
+
+def error(capsys, *arguments):
+    """The one line that is printed for input that cannot be used."""
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+# -- help ----------------------------------------------------------------------------------------------------------
+
+
+def help_of(capsys, *arguments):
+    try:
+        status = main([*arguments, "--help"])
+    except SystemExit as ended:
+        status = ended.code
+    captured = capsys.readouterr()
+    assert (status, captured.err) == (0, "")
+    return captured.out
+
+
+def test_help_names_every_command(capsys):
+    text = help_of(capsys)
+    for command in COMMANDS:
+        assert re.search(rf"^    {command} +\w+", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_has_an_example(capsys, command):
+    text = help_of(capsys, command)
+    assert re.search(rf"example: blip2 {command}", text)
+
+
+def normalised(text):
+    """Without white space: lines are broken anywhere."""
+    return "".join(text.split())
+
+
+def test_help_of_training_has_every_field_s_docstring(capsys):
+    shown = normalised(help_of(capsys, "train"))
+    count = 0
+    for node in ast.parse(inspect.getsource(config)).body:
+        for field, after in pairwise(node.body if isinstance(node, ast.ClassDef) else []):
+            if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr):
+                assert normalised(ast.literal_eval(after.value)).rstrip(".") in shown, ast.unparse(field)
+                count += 1
+    assert count > 50
+
+
+def test_help_does_not_wait_for_torch():
+    code = """
+import sys
+from blip2.cli import main
+try:
+    main(["--help"])
+finally:
+    print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_no_command(capsys):
+    assert "COMMAND" in usage_error(capsys)
+
+
+def test_unknown_command_and_option(capsys, runs, pictures):
+    assert "invalid choice: 'paint'" in usage_error(capsys, "paint")
+    caption = ("caption", str(runs["llama"]), pictures[0])
+    assert "unrecognized arguments: --colour" in usage_error(capsys, *caption, "--colour")
+    assert "unrecognized arguments: --data.batch_size" in usage_error(capsys, *caption, "--data.batch_size", "3")
+    assert "invalid int value: 'many'" in usage_error(capsys, *caption, "--beams", "many")
+    assert "invalid choice: 'fp8'" in usage_error(capsys, *caption, "--dtype", "fp8")
+
+
+# -- train ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recipe_file(parts, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_recipe(parts.recipe(tmp_path / "run", training={"steps": 2, "save_every": 1})))
+    return str(path)
+
+
+def test_train(capsys, recipe_file, tmp_path):
+    assert main(["train", recipe_file, "--data.batch_size", "3", "--training.seed=5"]) == 0
+    last = tmp_path / "run" / "checkpoints" / "step-00000002"
+    assert capsys.readouterr().out.strip() == str(last)
+    recipe = load_recipe(last / "recipe.yaml")
+    assert (recipe.data.batch_size, recipe.training.seed) == (3, 5)
+    assert recipe == load_recipe(tmp_path / "run" / "recipe.yaml")
+
+
+def test_train_again_and_on(capsys, recipe_file, tmp_path):
+    assert main(["train", recipe_file]) == 0
+    capsys.readouterr()
+    assert "already holds a run" in error(capsys, "train", recipe_file)
+    assert main(["train", recipe_file, "--resume", "--training.steps", "3"]) == 0
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_train_without_a_recipe(capsys):
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err.startswith("error: no recipe was given: blip2 train RECIPE")
+
+
+def test_train_with_an_unknown_key(capsys, recipe_file):
+    assert "--data.batchsize" in error(capsys, "train", recipe_file, "--data.batchsize", "3")
+
+
+def test_both_stages_one_after_the_other(capsys, parts, recipe_file, tmp_path, pictures):
+    assert main(["train", recipe_file]) == 0
+    second = parts.recipe(
+        tmp_path / "second", stage="generation", language={"name": parts.llama}, training={"steps": 1}
+    )
+    path = tmp_path / "second.yaml"
+    path.write_text(dump_recipe(second))
+    assert main(["train", str(path), "--start_from", str(tmp_path / "run")]) == 0
+    assert "starting from" in capsys.readouterr().err
+    assert main(["caption", str(tmp_path / "second"), pictures[0]]) == 0
+
+
+# -- using what was trained ----------------------------------------------------------------------------------------
+
+
+def output(capsys, *arguments):
+    assert main([*arguments, "--device", "cpu"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return captured.out
+
+
+def test_caption(capsys, runs, pictures):
+    model = load(runs["llama"], device="cpu")
+    options = ("--beams", "1", "--max-new-tokens", "4", "--prompt", "a photo of")
+    expected = model.caption(pictures, "a photo of", Decoding(beams=1, max_new_tokens=4))
+    one = output(capsys, "caption", str(runs["llama"]), pictures[0], *options)
+    assert one == f"{expected[0]}\n"
+    several = output(capsys, "caption", str(runs["llama"]), *pictures, *options)
+    assert several == "".join(f"{name}\t{caption}\n" for name, caption in zip(pictures, expected, strict=True))
+
+
+def test_caption_of_a_sample_follows_the_seed(capsys, runs, pictures):
+    command = ("caption", str(runs["t5"]), *pictures, "--top-p", "0.95", "--temperature", "1.5", "--seed")
+    first = output(capsys, *command, "3")
+    assert output(capsys, *command, "3") == first
+    assert output(capsys, *command, "4") != first
+
+
+def test_ask(capsys, runs, pictures):
+    questions = ["what is it?", "which colour does it have?"]
+    expected = load(runs["t5"], device="cpu").answer(pictures[0], questions)
+    assert output(capsys, "ask", str(runs["t5"]), pictures[0], questions[0]) == f"{expected[0]}\n"
+    both = output(capsys, "ask", str(runs["t5"]), pictures[0], *questions)
+    assert both == "".join(f"{question}\t{answer}\n" for question, answer in zip(questions, expected, strict=True))
+
+
+def test_match(capsys, runs, pictures):
+    texts = ["a red disc", "a blue square", "the stripe"]
+    head, *rows = output(capsys, "match", str(runs["stage1"]), pictures[0], *texts).splitlines()
+    assert head == "match\tsimilarity\ttext"
+    model = load(runs["stage1"], device="cpu")
+    match, similarity = model.match(pictures[0], texts)[0], model.similarity(pictures[0], texts)[0]
+    order = match.argsort(descending=True)
+    assert rows == [f"{match[i]:.3f}\t{similarity[i]:.3f}\t{texts[i]}" for i in order]
+
+
+def test_embed(capsys, runs, pictures, tmp_path):
+    path = tmp_path / "vectors.safetensors"
+    command = ("embed", str(runs["stage1"]), *pictures, "--text", "a red disc", "--text", "it", "--output", str(path))
+    assert output(capsys, *command) == f"images [3, 4, 16], texts [2, 16] -> {path}\n"
+    found = load_file(path)
+    model = load(runs["stage1"], device="cpu")
+    assert torch.equal(found["images"], model.embed_images(pictures))
+    assert torch.equal(found["texts"], model.embed_texts(["a red disc", "it"]))
+    with safe_open(path, "pt") as file:
+        names = file.metadata()
+    assert json.loads(names["images"]) == pictures
+    assert json.loads(names["texts"]) == ["a red disc", "it"]
+
+
+def test_embed_one_kind(capsys, runs, pictures, tmp_path):
+    path = str(tmp_path / "vectors.safetensors")
+    output(capsys, "embed", str(runs["stage1"]), pictures[0], "--output", path)
+    assert set(load_file(path)) == {"images"}
+    output(capsys, "embed", str(runs["stage1"]), "--text", "it", "--output", path)
+    assert set(load_file(path)) == {"texts"}
+
+
+def test_dtype(capsys, runs, pictures):
+    assert output(capsys, "caption", str(runs["llama"]), pictures[0], "--dtype", "bf16", "--beams", "1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["embed", "STAGE1", "--output", "x.safetensors"], "nothing to embed: give image files, --text, or both"),
+        (["caption", "STAGE1", "PICTURE"], "which cannot write captions: load a model of stage generation"),
+        (["ask", "STAGE1", "PICTURE", "what?"], "which cannot answer questions: load a model of stage generation"),
+        (
+            ["match", "LLAMA", "PICTURE", "a disc"],
+            "cannot match images and texts: load a model of stage representation",
+        ),
+        (["embed", "LLAMA", "PICTURE", "--output", "x"], "cannot embed images: load a model of stage representation"),
+        (["embed", "STAGE1", "PICTURE", "--output", "NOWHERE/x"], "there is no folder for"),
+        (["embed", "STAGE1", "PICTURE", "--output", "FOLDER"], "cannot be written"),
+        (["caption", "NOWHERE", "PICTURE"], "give the folder of a run"),
+        (["caption", "LLAMA", "PICTURE", "--device", "gpu"], "choose cpu, cuda or mps"),
+        (["caption", "LLAMA", "PICTURE", "--top-p", "2"], "top_p is 2.0, expected a probability above 0"),
+        (
+            ["caption", "LLAMA", "PICTURE", "--top-p", "0.5", "--temperature", "0"],
+            "temperature is 0.0, expected more than 0",
+        ),
+        (["caption", "LLAMA", "PICTURE", "--max-new-tokens", "0"], "max_new_tokens is 0, expected at least 1"),
+        (["caption", "LLAMA", "PICTURE", "--beams", "0"], "beams is 0, expected at least 1"),
+        (["caption", "LLAMA", "PICTURE", "--top-p", "0.5", "--seed", "-1"], "--seed is -1, expected 0 to"),
+    ],
+)
+def test_what_cannot_be_done(capsys, runs, pictures, tmp_path, monkeypatch, arguments, expected):
+    monkeypatch.chdir(tmp_path)
+    names = {
+        "STAGE1": runs["stage1"],
+        "LLAMA": runs["llama"],
+        "PICTURE": pictures[0],
+        "NOWHERE": tmp_path / "nowhere",
+        "FOLDER": tmp_path,
+    }
+    filled = [re.sub("|".join(names), lambda found: str(names[found[0]]), argument) for argument in arguments]
+    assert expected in error(capsys, *filled)
+
+
+def test_a_bug_of_ours_is_not_hidden(monkeypatch, recipe_file):
+    """Only what a user can mend becomes one line."""
+
+    def broken(*arguments):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(config, "load_recipe", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        main(["train", recipe_file])
+
+
+def test_ctrl_c_outside_of_training(monkeypatch, capsys, recipe_file):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(config, "load_recipe", interrupted)
+    assert main(["train", recipe_file]) == 130
+    assert capsys.readouterr().err == "interrupted\n"

@@ -1,0 +1,270 @@
+import ast
+import inspect
+import math
+import re
+from dataclasses import asdict, fields, is_dataclass, replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from blip2 import config
+from blip2.config import LanguageConfig, Recipe, dump_recipe, find_recipe, load_recipe
+from blip2.errors import InputError
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+MINIMAL = {"stage": "representation", "output": "runs/x", "vision": {"name": "vit"}, "data": {"train": "pairs.jsonl"}}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a recipe file: the smallest one there is, changed."""
+
+    def write(**changes):
+        values = {**MINIMAL, **changes}
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def smallest():
+    return Recipe("representation", "runs/x", config.VisionConfig("vit"), config.DataConfig("pairs.jsonl"))
+
+
+def message(error):
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_defaults_are_the_paper_s(write):
+    recipe = load_recipe(write())
+    assert (recipe.qformer.queries, recipe.qformer.hidden_size, recipe.qformer.contrastive_width) == (32, 768, 256)
+    assert recipe.qformer.cross_attention_every == 2
+    assert (recipe.optimizer.betas, recipe.optimizer.weight_decay) == ((0.9, 0.98), 0.05)
+    assert (recipe.optimizer.rates["*"], recipe.optimizer.warmup_steps) == (1e-4, 2000)
+    assert recipe.training.steps == 250_000
+    assert recipe.data.smallest_crop == 0.5
+
+
+def test_file_with_overrides(write):
+    path = write(data={"train": "pairs.jsonl", "batch_size": 8, "flip": False})
+    recipe = load_recipe(
+        path,
+        [
+            "--data.batch_size=16",
+            "--output",
+            "runs/y",
+            "--optimizer.rates",
+            '{"vision.*": "frozen", "*": 2e-4}',
+            "--optimizer.clip_norm=null",
+            "--start_from=runs/z",
+        ],
+    )
+    assert (recipe.data.batch_size, recipe.data.flip, recipe.output) == (16, False, "runs/y")
+    assert recipe.optimizer.rates == {"vision.*": "frozen", "*": 2e-4}
+    assert list(recipe.optimizer.rates) == ["vision.*", "*"]  # the first that matches decides
+    assert recipe.optimizer.clip_norm is None
+    assert recipe.start_from == "runs/z"
+
+
+def test_rates_in_scientific_notation(write):
+    """YAML 1.1 takes 1e-4 for a text."""
+    path = write()
+    path.write_text(path.read_text() + 'optimizer: {rates: {"*": 1e-4}, weight_decay: 5e-2}\n')
+    recipe = load_recipe(path)
+    assert recipe.optimizer.rates == {"*": 1e-4}
+    assert recipe.optimizer.weight_decay == 0.05
+
+
+def test_the_language_of_stage_two(write):
+    path = write(stage="generation", language={"name": "opt"})
+    recipe = load_recipe(path, ["--language.prompt=a photo of", r"--language.stop=\n"])
+    assert recipe.language == LanguageConfig("opt", prompt="a photo of", stop=r"\n")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"learning_rate": 1}, ["learning_rate"]),
+        ({"data": {"train": "x", "batchsize": 4}}, ["batchsize"]),
+        ({"optimizer": {"schedule": {"warmup": 4}}}, ["schedule"]),
+        ({"stage": "pretraining"}, ["stage", "pretraining", "representation"]),
+        ({"data": {"train": "x", "batch_size": "many"}}, ["data.batch_size", "many"]),
+        ({"data": {"train": "x", "flip": "perhaps"}}, ["data.flip", "perhaps"]),
+        ({"optimizer": {"rates": {"*": "fast"}}}, ["optimizer.rates", "fast"]),
+        ({"training": {"precision": "fp8"}}, ["training.precision", "fp8"]),
+        ({"training": {"trackers": ["paper"]}}, ["training.trackers", "paper"]),
+        ({"output": None}, ["output"]),
+        ({"vision": {"image_size": 224}}, ["vision.name"]),
+        ({"data": None}, ["data.train"]),
+    ],
+)
+def test_what_is_not_a_recipe(write, changes, words):
+    path = write(**changes)
+    with pytest.raises(InputError) as raised:
+        load_recipe(path)
+    assert str(path) in message(raised)
+    assert "blip2 train --help lists all keys" in message(raised)
+    for word in words:
+        assert word in message(raised)
+
+
+def test_an_unknown_key_on_the_command_line(write):
+    with pytest.raises(InputError) as raised:
+        load_recipe(write(), ["--data.batchsize", "3"])
+    assert "--data.batchsize" in message(raised)
+
+
+@pytest.mark.parametrize("text", ["stage: [representation", "a list", "- one\n- two", "", "\t\x00"])
+def test_not_a_mapping_of_yaml(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"recipe .*recipe\.yaml: ") as raised:
+        load_recipe(path)
+    message(raised)
+
+
+BAD = [
+    ("data.batch_size", 0),
+    ("data.max_tokens", 1),
+    ("data.smallest_crop", 0.0),
+    ("data.smallest_crop", 1.5),
+    ("data.workers", -1),
+    ("data.cached_views", -1),
+    ("objectives.itc", -1.0),
+    ("objectives.label_smoothing", 1.5),
+    ("optimizer.betas", (0.9, 1.0)),
+    ("optimizer.clip_norm", 0.0),
+    ("optimizer.final_rate", -0.1),
+    ("optimizer.rates", {"*": -1.0}),
+    ("optimizer.rates", {"*": math.nan}),
+    ("optimizer.warmup_steps", -1),
+    ("optimizer.weight_decay", -1.0),
+    ("qformer.cross_attention_every", 0),
+    ("qformer.dropout", 1.5),
+    ("qformer.heads", 0),
+    ("qformer.layers", 0),
+    ("qformer.queries", 0),
+    ("training.accumulate", 0),
+    ("training.keep", 0),
+    ("training.save_every", 0),
+    ("training.seed", -1),
+    ("training.seed", 2**32),
+    ("training.steps", 0),
+    ("training.validate_every", 0),
+    ("vision.image_size", 0),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), BAD)
+def test_values_out_of_range(smallest, key, value):
+    section, field = key.split(".")
+    changed = replace(getattr(smallest, section), **{field: value})
+    with pytest.raises(InputError, match=f"^{key} is .*, expected ") as raised:
+        replace(smallest, **{section: changed})
+    message(raised)
+
+
+def test_a_value_out_of_range_on_the_command_line(write):
+    with pytest.raises(InputError) as raised:
+        load_recipe(write(), ["--qformer.dropout=1.5"])
+    assert message(raised) == "qformer.dropout is 1.5, expected 0 to 1"
+
+
+def test_every_number_has_a_range(smallest):
+    """A number without one would be found out by whoever uses it, in words that no user knows."""
+    numbers = {
+        f"{section.name}.{field.name}"
+        for section in fields(smallest)
+        if is_dataclass(getattr(smallest, section.name))
+        for field in fields(getattr(smallest, section.name))
+        if re.search(r"\b(int|float)\b", str(field.type))
+    }
+    assert numbers == set(config.RANGES)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"stage": "generation"}, "stage generation needs a frozen LLM: set language.name"),
+        ({"language": {"name": "opt"}}, "stage representation has no LLM: leave out language"),
+        ({"objectives": {"itc": 0, "itm": 0, "itg": 0}}, "all objectives are switched off: give one"),
+        ({"qformer": {"heads": 7}}, "qformer.hidden_size 768 is not a multiple of qformer.heads 7"),
+    ],
+)
+def test_what_does_not_go_together(write, changes, expected):
+    with pytest.raises(InputError) as raised:
+        load_recipe(write(**changes))
+    assert expected in message(raised)
+
+
+def test_one_objective_is_enough(write):
+    recipe = load_recipe(write(objectives={"itc": 0, "itm": 0}))
+    assert recipe.objectives.itg == 1.0
+
+
+@pytest.mark.parametrize("stage", ["representation", "generation"])
+def test_dumped_and_loaded_it_is_the_same(tmp_path, write, stage):
+    language = LanguageConfig("opt", dtype="fp16", prompt='a "photo": of', stop="\n") if stage == "generation" else None
+    recipe = replace(load_recipe(write()), stage=stage, language=language)
+    recipe = replace(
+        recipe,
+        optimizer=replace(recipe.optimizer, rates={"z.*": 1e-5, "vision.*": "frozen", "*": 3.3e-4}, betas=(0.5, 0.75)),
+        training=replace(recipe.training, trackers=["tensorboard"], precision="bf16"),
+    )
+    path = tmp_path / "dumped.yaml"
+    path.write_text(dump_recipe(recipe))
+    assert load_recipe(path) == recipe
+    assert list(load_recipe(path).optimizer.rates) == ["z.*", "vision.*", "*"]
+    assert set(yaml.safe_load(dump_recipe(recipe))) == {f.name for f in fields(Recipe)}
+
+
+def test_find_recipe(tmp_path, monkeypatch):
+    own = tmp_path / "own.yaml"
+    own.write_text("")
+    assert find_recipe(str(own)) == own
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe("own.yaml") == Path("own.yaml")
+    for name in ("demo-stage1", "demo-stage1.yaml", "recipes/demo-stage1.yaml"):
+        assert load_recipe(find_recipe(name)).output == "runs/demo/stage1"
+    with pytest.raises(InputError) as raised:
+        find_recipe("demo-stage9")
+    assert "no recipe 'demo-stage9'" in message(raised)
+    assert all(path.stem in str(raised.value) for path in RECIPES)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes(path):
+    load_recipe(path)
+    first, *_ = path.read_text().splitlines()
+    assert first.startswith(f"# blip2 train recipes/{path.name}")
+
+
+def test_there_are_shipped_recipes():
+    assert {"demo-stage1", "demo-stage2"} <= {path.stem for path in RECIPES}
+
+
+def test_every_field_has_a_docstring():
+    """It is the field's --help; that of a section is the docstring of its class."""
+    classes = [node for node in ast.parse(inspect.getsource(config)).body if isinstance(node, ast.ClassDef)]
+    assert len(classes) >= 8
+    sections = {node.name for node in classes}
+    bare = [node.name for node in classes if not ast.get_docstring(node)]
+    for node in classes:
+        for field, after in zip(node.body, [*node.body[1:], None], strict=True):
+            if not isinstance(field, ast.AnnAssign) or sections & set(ast.unparse(field.annotation).split(" | ")):
+                continue
+            is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            if not (is_text and str(after.value.value).strip()):
+                bare.append(f"{node.name}.{field.target.id}")
+    assert bare == []
+
+
+def test_configs_cannot_be_changed(write):
+    recipe = load_recipe(write())
+    with pytest.raises(AttributeError):
+        recipe.output = "elsewhere"
+    assert math.isclose(asdict(recipe)["objectives"]["label_smoothing"], 0.1)

@@ -1,0 +1,547 @@
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from blip2.config import dump_recipe
+from blip2.errors import InputError
+from blip2.training import checkpoint
+from blip2.training.loop import Interruption, train
+from blip2.training.progress import read_metrics
+from conftest import draw
+from fixtures.processes import finish, start
+
+TIMES = ("seconds", "images_per_second")
+
+
+def lines(run):
+    """What a run measured, without what no two runs share."""
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in read_metrics(run)]
+
+
+def mean(rows, key):
+    return sum(row[key] for row in rows) / len(rows)
+
+
+def write_table(folder, rows):
+    """A JSONL file of (picture, captions)."""
+    folder.mkdir(exist_ok=True)
+    table = folder / "table.jsonl"
+    with table.open("w") as file:
+        for number, (picture, captions) in enumerate(rows):
+            picture.save(folder / f"{number}.png")
+            file.write(json.dumps({"image": f"{number}.png", "captions": captions}) + "\n")
+    return str(table)
+
+
+def assert_same_run(one, other):
+    assert lines(one) == lines(other)
+    last, same = checkpoint.latest(one), checkpoint.latest(other)
+    assert last.name == same.name
+    mine, theirs = load_file(last / "model.safetensors"), load_file(same / "model.safetensors")
+    assert set(mine) == set(theirs)
+    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+
+
+def cut_short(run, step):
+    """A copy of a run that was killed after the checkpoint of a step, some steps later."""
+    copy = run.with_name(f"{run.name}-from-{step}")
+    shutil.copytree(run, copy)
+    for folder in (copy / "checkpoints").iterdir():
+        if folder.name > f"step-{step:08d}":
+            shutil.rmtree(folder)
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')
+    return copy
+
+
+# -- learning ------------------------------------------------------------------------------------------------------
+
+
+def test_stage_one_learns(parts, tmp_path):
+    recipe = parts.recipe(
+        tmp_path / "run",
+        data={"batch_size": 8, "flip": False},
+        qformer={"dropout": 0.0},
+        optimizer={"rates": {"vision.*": "frozen", "*": 1e-2}, "warmup_steps": 5},
+        training={"steps": 60, "save_every": 60},
+    )
+    train(recipe)
+    rows = read_metrics(tmp_path / "run")
+    first, last = rows[:6], rows[-6:]
+    assert mean(first, "itc") > 2.0 and mean(last, "itc") < 1.8
+    assert mean(first, "itg") > 3.5 and mean(last, "itg") < 2.0
+    assert mean(last, "itm") < mean(first, "itm")
+    assert mean(last, "itc_r1") > mean(first, "itc_r1") + 0.1
+
+
+@pytest.mark.parametrize(("name", "fall"), [("llama", 0.8), ("opt", 0.6), ("t5", 0.05)])
+def test_stage_two_learns(parts, tmp_path, name, fall):
+    recipe = parts.recipe(
+        tmp_path / "run",
+        stage="generation",
+        language={"name": getattr(parts, name)},
+        qformer={"dropout": 0.0},
+        optimizer={"rates": {"vision.*": "frozen", "language.*": "frozen", "*": 1e-2}},
+        training={"steps": 40, "save_every": 40},
+    )
+    train(recipe)
+    rows = read_metrics(tmp_path / "run")
+    assert mean(rows[-6:], "lm") < mean(rows[:6], "lm") - fall
+
+
+def test_stage_two_starts_from_stage_one(parts, runs, tmp_path, capsys):
+    recipe = parts.recipe(
+        tmp_path / "run",
+        stage="generation",
+        language={"name": parts.llama},
+        start_from=str(runs["stage1"]),
+        optimizer={"rates": {"projection.*": 1e-3, "*": "frozen"}},
+        training={"steps": 1},
+    )
+    new = load_file(train(recipe) / "model.safetensors")
+    old = load_file(checkpoint.latest(runs["stage1"]) / "model.safetensors")
+    shared = set(new) & set(old)
+    assert shared == {name for name in new if name.startswith(("qformer.", "image_norm."))}
+    assert all(torch.equal(new[name], old[name]) for name in shared)
+    assert "new: projection" in capsys.readouterr().err
+
+
+def gradients(recipe):
+    """First moments of AdamW after one step, which are a tenth of the gradients."""
+    _, state = checkpoint.read_state(train(recipe))
+    groups = state["optimizer"]["state"]
+    return [groups[i]["exp_avg"] for i in sorted(groups)]
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_accumulated_batches_are_one_batch(parts, tmp_path, name):
+    captions = ["a", "a red square", "the disc is blue here and there", "a stripe on a white ground"]
+    rows = [(draw("disc", colour, i), [caption]) for i, (colour, caption) in
+            enumerate(zip(("red", "blue", "green", "yellow"), captions, strict=True))]  # fmt: skip
+    table = write_table(tmp_path / "data", rows)
+
+    def recipe(folder, batch_size, accumulate):
+        return parts.recipe(
+            tmp_path / folder,
+            stage="generation",
+            language={"name": getattr(parts, name), "prompt": "a photo of"},
+            data={"train": table, "batch_size": batch_size, "max_tokens": 64},
+            qformer={"dropout": 0.0},
+            optimizer={"clip_norm": None},
+            training={"steps": 1, "accumulate": accumulate},
+        )
+
+    whole, halves = gradients(recipe("whole", 4, 1)), gradients(recipe("halves", 2, 2))
+    assert len(whole) == len(halves) > 20
+    largest = max(float(tensor.abs().max()) for tensor in whole)
+    for one, other in zip(whole, halves, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * largest)
+    assert mean(read_metrics(tmp_path / "whole"), "lm") == pytest.approx(
+        mean(read_metrics(tmp_path / "halves"), "lm"), rel=1e-5
+    )
+
+
+# -- going on ------------------------------------------------------------------------------------------------------
+
+
+def shards(folder):
+    """WebDataset shards of twelve pictures each."""
+    folder.mkdir()
+    shapes, colours = ("square", "disc", "stripe"), ("red", "green", "blue", "yellow")
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard:03d}.tar", "w") as tar:
+            for number, (shape, colour) in enumerate((s, c) for s in shapes for c in colours):
+                draw(shape, colour, 5 * shard).save(folder / "picture.png")
+                (folder / "text.txt").write_text(f"a {colour} {shape}")
+                tar.add(folder / "picture.png", f"{number}.png")
+                tar.add(folder / "text.txt", f"{number}.txt")
+    return str(folder / "{000..001}.tar")
+
+
+VARIANTS = {
+    "plain": {},
+    "workers": {"data": {"workers": 2}},
+    "stream": {"data": {"workers": 1}, "streaming": True},
+    "cached": {"data": {"cached_views": 3}},
+    "accumulate": {"training": {"accumulate": 2}},
+    "bf16": {"training": {"precision": "bf16"}},
+    "trained encoder": {"optimizer": {"rates": {"*": 1e-3}}},
+    "stage 2": {"stage": "generation", "qformer": {"bert": None}},
+}
+
+
+@pytest.mark.parametrize(("variant", "step"), [("plain", 8), *((name, 4) for name in VARIANTS)])
+def test_going_on_equals_never_stopping(parts, tmp_path, variant, step):
+    changes = {key: dict(value) if isinstance(value, dict) else value for key, value in VARIANTS[variant].items()}
+    changes["training"] = {"steps": 10, "save_every": 4, "keep": 3, **changes.get("training", {})}
+    if changes.pop("streaming", False):
+        changes["data"]["train"] = shards(tmp_path / "shards")
+    if variant == "stage 2":
+        changes["language"] = {"name": parts.t5}
+    recipe = parts.recipe(tmp_path / "run", **changes)
+    assert recipe.qformer.dropout > 0
+    train(recipe)
+    copy = cut_short(tmp_path / "run", step)
+    train(replace(recipe, output=str(copy)), resume=True)
+    assert_same_run(tmp_path / "run", copy)
+    assert [row["step"] for row in lines(copy)] == list(range(1, 11))
+
+
+def test_a_run_is_not_overwritten(parts, tmp_path):
+    recipe = parts.recipe(tmp_path / "run", training={"steps": 1})
+    train(recipe)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(InputError, match=r"already holds a run .* go on with --resume, or give another output"):
+        train(recipe)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_going_on_after_the_end_does_nothing(parts, tmp_path):
+    recipe = parts.recipe(tmp_path / "run", training={"steps": 2})
+    first = train(recipe)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert train(recipe, resume=True) == first
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_resume_without_a_run_begins_one(parts, tmp_path):
+    train(parts.recipe(tmp_path / "run", training={"steps": 1}), resume=True)
+    assert [row["step"] for row in lines(tmp_path / "run")] == [1]
+
+
+def test_other_number_of_processes_goes_on_with_the_next_epoch(parts, tmp_path, capsys):
+    recipe = parts.recipe(tmp_path / "run", training={"steps": 2})
+    folder = train(recipe)
+    state = json.loads((folder / "state.json").read_text())
+    state["positions"] = [state["positions"][0], {**state["positions"][0], "epoch": 4}]
+    (folder / "state.json").write_text(json.dumps(state))
+    train(replace(recipe, training=replace(recipe.training, steps=3)), resume=True)
+    assert "the checkpoint is of 2 processes and there are 1 now" in capsys.readouterr().err
+    position = json.loads((checkpoint.latest(tmp_path / "run") / "state.json").read_text())["positions"][0]
+    assert (position["epoch"], position["batch"]) == (5, 1)
+
+
+# -- stopping ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["weights", "rate"])
+def test_a_loss_that_is_not_finite_stops_the_run(parts, tmp_path, where):
+    changes = {"optimizer": {"rates": {"vision.*": "frozen", "*": 1e30}, "warmup_steps": 0}} if where == "rate" else {}
+    recipe = parts.recipe(tmp_path / "run", training={"steps": 1, "save_every": 1}, **changes)
+    train(recipe)
+    good = checkpoint.latest(tmp_path / "run")
+    if where == "weights":
+        weights = load_file(good / "model.safetensors")
+        weights["qformer.queries"][0, 0, 0] = float("nan")
+        save_file(weights, good / "model.safetensors")
+    with pytest.raises(InputError) as raised:
+        train(replace(recipe, training=replace(recipe.training, steps=5)), resume=True)
+    message = str(raised.value)
+    assert "\n" not in message
+    assert f"the last good checkpoint is {good}" in message
+    assert message.startswith("the loss is nan at step 2, in the batch of")
+    assert message.count("pictures.jsonl row ") == 4
+    assert "lower optimizer.rates" in message
+    assert checkpoint.latest(tmp_path / "run") == good
+    assert [row["step"] for row in lines(tmp_path / "run")] == [1]
+
+
+def command(recipe, folder, *options):
+    """Arguments of ``blip2`` for a run like `recipe` in another folder."""
+    path = folder.with_suffix(".yaml")
+    path.write_text(dump_recipe(replace(recipe, output=str(folder))))
+    return ["train", str(path), *options]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(parts, tmp_path_factory):
+    """A recipe and its run. A step takes more batches than lie ready when a signal comes."""
+    run = tmp_path_factory.mktemp("uninterrupted") / "run"
+    training = {"steps": 16, "save_every": 1000, "accumulate": 12}
+    recipe = parts.recipe(run, data={"workers": 2, "batch_size": 2}, training=training)
+    log = run.with_suffix(".log")
+    status, printed = finish(start(command(recipe, run), log), log)
+    assert status == 0, printed
+    return recipe, run
+
+
+@pytest.mark.parametrize(
+    ("number", "everyone"),
+    # A container ends its first process; schedulers and Ctrl-C in a terminal reach the data workers as well.
+    [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, True)],
+)
+def test_a_signal_saves_a_checkpoint(uninterrupted, tmp_path, number, everyone):
+    recipe, reference = uninterrupted
+    run, log = tmp_path / "run", tmp_path / "log"
+    process = start(command(recipe, run), log)
+    metrics = run / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") < 3:
+        assert process.is_alive(), log.read_text()
+        time.sleep(0.01)
+    (os.killpg if everyone else os.kill)(process.pid, number)
+    status, printed = finish(process, log)
+    assert status == 130, printed
+    assert "Traceback" not in printed
+    stopped = json.loads((checkpoint.latest(run) / "state.json").read_text())["step"]
+    assert 3 <= stopped < 16
+    last = printed.splitlines()[-1]
+    assert last.startswith(f"stopped at step {stopped} of 16; its checkpoint is {run}")
+    assert last.endswith("go on with --resume")
+
+    status, printed = finish(start(command(recipe, run, "--resume"), log), log)
+    assert status == 0, printed
+    assert_same_run(run, reference)
+
+
+def test_a_signal_within_this_process(parts, tmp_path, monkeypatch):
+    """The signal comes in the middle of a step: that step is finished, and handlers are put back."""
+    recipe = parts.recipe(tmp_path / "run", training={"steps": 5, "save_every": 100})
+    before = signal.getsignal(signal.SIGTERM)
+    step = torch.optim.AdamW.step
+
+    def interrupted(self, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(Interruption, match="stopped at step 1 of 5"):
+        patch.setattr(torch.optim.AdamW, "step", interrupted)
+        train(recipe)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert [row["step"] for row in lines(tmp_path / "run")] == [1]
+    assert checkpoint.latest(tmp_path / "run").name == "step-00000001"
+
+
+# -- what is written -----------------------------------------------------------------------------------------------
+
+
+def test_metrics_have_every_step_once(parts, tmp_path):
+    recipe = parts.recipe(tmp_path / "run", training={"steps": 5})
+    train(recipe)
+    rows = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["itc"] + row["itm"] + row["itg"], rel=1e-6)
+        assert 0 <= row["itm_accuracy"] <= 1 and 0 <= row["itc_r1"] <= 1
+        assert row["itg_perplexity"] > 1
+        assert row["images_per_second"] == pytest.approx(4 / row["seconds"])
+        assert row["gradient_norm"] > 0
+        assert (row["skipped"], row["cut"]) == (0, 0)
+    assert [row["rate_share"] for row in rows][:2] == [0.5, 1.0]
+    assert rows[-1]["rate_share"] == pytest.approx(0.1)
+
+
+def test_weights_of_the_objectives(parts, tmp_path):
+    recipe = parts.recipe(tmp_path / "run", training={"steps": 1})
+    train(replace(recipe, objectives=replace(recipe.objectives, itc=0.0, itm=2.0, itg=0.5)))
+    (row,) = read_metrics(tmp_path / "run")
+    assert "itc" not in row
+    assert row["loss"] == pytest.approx(2 * row["itm"] + 0.5 * row["itg"], rel=1e-6)
+
+
+def test_validation_is_the_same_whenever_it_is_measured(parts, tmp_path):
+    """With a rate of zero nothing changes but the random numbers that training draws in between."""
+    recipe = parts.recipe(
+        tmp_path / "run",
+        data={"validation": parts.pictures},
+        optimizer={"rates": {"vision.*": "frozen", "*": 0.0}},
+        training={"steps": 5, "validate_every": 2},
+    )
+    train(recipe)
+    rows = read_metrics(tmp_path / "run")
+    found = [{key: row[key] for key in row if key.startswith("validation_")} for row in rows]
+    assert found[0] == found[2] == {}
+    assert found[1] == found[3] == found[4]
+    assert {"validation_itc", "validation_itm", "validation_itg", "validation_itm_accuracy"} <= set(found[1])
+    assert len({row["itm"] for row in rows}) == 5
+
+
+def test_validation_changes_nothing_in_training(parts, tmp_path):
+    recipe = parts.recipe(tmp_path / "without")
+    train(recipe)
+    data = replace(recipe.data, validation=parts.pictures)
+    training = replace(recipe.training, validate_every=1)
+    train(replace(recipe, output=str(tmp_path / "with"), data=data, training=training))
+    with_validation = [
+        {key: value for key, value in row.items() if not key.startswith("validation_")}
+        for row in lines(tmp_path / "with")
+    ]
+    assert with_validation == lines(tmp_path / "without")
+
+
+def test_validation_weighs_every_record_equally(parts, tmp_path):
+    """Also when the last batch is smaller: with ITG alone one pass over all is the mean of passes over each."""
+    rows = [(draw("disc", "red", i), [caption]) for i, caption in enumerate(["a red disc", "a disc", "the red disc"])]
+    table = write_table(tmp_path / "data", rows)
+    found = []
+    for size in (1, 2):
+        recipe = parts.recipe(
+            tmp_path / f"run-{size}",
+            stage="generation",
+            language={"name": parts.llama},
+            qformer={"bert": None},
+            data={"train": table, "validation": table, "batch_size": size},
+            optimizer={"rates": {"vision.*": "frozen", "language.*": "frozen", "*": 0.0}},
+            training={"steps": 1},
+        )
+        train(recipe)
+        found.append(lines(tmp_path / f"run-{size}")[0])
+    # Rows of one batch are averaged over tokens, so the two only agree roughly.
+    assert found[0]["validation_lm"] == pytest.approx(found[1]["validation_lm"], rel=0.02)
+
+
+def test_skipped_and_cut_records_are_named_and_counted(parts, tmp_path, capsys):
+    rows = [(draw("disc", "red", i), ["a red disc"]) for i in range(4)]
+    rows[1] = (rows[1][0], ["a disc " * 40])
+    rows[3] = (rows[3][0], ["  "])
+    table = write_table(tmp_path / "data", rows)
+    (tmp_path / "data" / "2.png").write_bytes(b"no picture")
+    recipe = parts.recipe(
+        tmp_path / "run",
+        data={"train": table, "validation": table},
+        training={"steps": 2, "validate_every": 2},
+    )
+    train(recipe)
+    errors = capsys.readouterr().err
+    for number, why in ((2, "is not an image"), (3, "it has no caption")):
+        (line, again) = (line for line in errors.splitlines() if line.startswith(f"skipped {table} row {number} "))
+        assert line == again  # once an epoch
+        assert f"{number}.png" in line and why in line
+    assert errors.count("a caption is longer than data.max_tokens (32) and was cut") == 1
+    assert f"skipped 2 records of data.validation; the first is {table} row 2" in errors
+    assert errors.splitlines()[-1] == "4 records skipped, 4 captions cut"
+    # Two of four can be used; each is taken twice, so that the batch keeps its size.
+    assert [(row["skipped"], row["cut"]) for row in lines(tmp_path / "run")] == [(2, 2), (4, 4)]
+
+
+def test_the_run_begins_with_what_is_frozen(parts, tmp_path, capsys):
+    train(parts.recipe(tmp_path / "run", training={"steps": 1}))
+    errors = capsys.readouterr().err
+    (vision,) = (line for line in errors.splitlines() if "vision" in line)
+    assert "frozen" in vision and "13,888" in vision
+    assert "trains at 0.001" in next(line for line in errors.splitlines() if "qformer" in line)
+
+
+def test_bf16_is_near_fp32(parts, tmp_path):
+    """And two runs of one process may have different precisions."""
+    for precision in ("fp32", "bf16"):
+        recipe = parts.recipe(tmp_path / precision, qformer={"dropout": 0.0})
+        train(replace(recipe, training=replace(recipe.training, precision=precision)))
+    full, half = lines(tmp_path / "fp32"), lines(tmp_path / "bf16")
+    assert full[0]["itg"] != half[0]["itg"]
+    assert full[0]["itg"] == pytest.approx(half[0]["itg"], rel=0.01)
+    weights = load_file(checkpoint.latest(tmp_path / "bf16") / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+# -- what a machine or a recipe cannot do --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training": {"precision": "fp16"}}, "training.precision fp16 needs a GPU: use bf16 or fp32"),
+        (
+            {"data": {"cached_views": 2}, "optimizer": {"rates": {"*": 1e-3}}},
+            "data.cached_views needs a frozen image encoder",
+        ),
+    ],
+)
+def test_what_cannot_be_done(parts, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        train(parts.recipe(tmp_path / "run", **changes))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [({"cached_views": 2}, "data.cached_views needs a table"), ({}, "data.validation is a stream")],
+)
+def test_streams_cannot_be_cached_or_validated_on(parts, tmp_path, data, message):
+    stream = shards(tmp_path / "shards")
+    source = {"train": stream} if data else {"validation": stream}
+    with pytest.raises(InputError, match=message):
+        train(parts.recipe(tmp_path / "run", data={**data, **source}))
+
+
+def test_output_that_is_a_file(parts, tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(InputError, match=r"output .* cannot be made a folder .* give another output"):
+        train(parts.recipe(tmp_path / "run"))
+
+
+def test_no_room_for_metrics(parts, small_disk):
+    run = small_disk(4)  # the recipe takes all of it
+    with pytest.raises(InputError, match=r"no space left on the disk while writing to .* from the start"):
+        train(parts.recipe(run))
+
+
+def test_a_tracker_that_is_not_installed(parts, tmp_path):
+    absent = [name for name in ("trackio", "wandb", "tensorboard") if importlib.util.find_spec(name) is None]
+    if not absent:
+        pytest.skip("all trackers are installed here")
+    with pytest.raises(InputError, match=f"training.trackers names {absent[0]}, which cannot be imported"):
+        train(parts.recipe(tmp_path / "run", training={"trackers": absent[:1]}))
+
+
+def test_tensorboard(parts, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(parts.recipe(tmp_path / "run", training={"trackers": ["tensorboard"]}))
+    (events,) = (path for path in (tmp_path / "run").rglob("events.out.tfevents*") if path.parent.name == "blip2")
+    written = EventAccumulator(str(events)).Reload()
+    assert [event.step for event in written.Scalars("itc")] == [1, 2, 3, 4]
+
+
+# -- several processes ---------------------------------------------------------------------------------------------
+
+
+def test_two_processes(parts, tmp_path):
+    # One held-out picture, so that a process has none of its own.
+    held_out = write_table(tmp_path / "data", [(Image.new("RGB", (8, 8)), ["a black square"])])
+    recipe = parts.recipe(
+        tmp_path / "run",
+        data={"validation": held_out, "batch_size": 3},
+        training={"steps": 4, "save_every": 2, "validate_every": 2, "accumulate": 2},
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "blip2.cli"]
+    done = subprocess.run(
+        [*torchrun, *command(recipe, tmp_path / "run")], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("stage: representation") == 1
+    rows = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert ["validation_itg" in row for row in rows] == [False, True, False, True]
+    assert rows[0]["images_per_second"] == pytest.approx(12 / rows[0]["seconds"])
+    state = json.loads((checkpoint.latest(tmp_path / "run") / "state.json").read_text())
+    assert len(state["positions"]) == 2
+    assert [path.name for path in (tmp_path / "run").glob("metrics*")] == ["metrics.jsonl"]
+
+    # The same by hand, going on from step 2.
+    copy = cut_short(tmp_path / "run", 2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    shared |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    logs = [tmp_path / f"{rank}.log" for rank in range(2)]
+    ranks = [
+        start(command(recipe, copy, "--resume"), log, RANK=str(rank), LOCAL_RANK=str(rank), **shared)
+        for rank, log in enumerate(logs)
+    ]
+    for process, log in zip(ranks, logs, strict=True):
+        status, printed = finish(process, log)
+        assert status == 0, printed
+    assert_same_run(tmp_path / "run", copy)

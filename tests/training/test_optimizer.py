@@ -1,0 +1,180 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from blip2.build import build
+from blip2.config import OptimizerConfig
+from blip2.errors import InputError
+from blip2.training.optimizer import build_optimizer, describe, restore_optimizer, set_rates, set_schedule
+
+FROZEN = {"vision.*": "frozen", "language.*": "frozen"}
+
+
+@pytest.fixture
+def model(parts, tmp_path):
+    return build(parts.recipe(tmp_path), torch.device("cpu")).model
+
+
+@pytest.fixture
+def generator(parts, tmp_path):
+    recipe = parts.recipe(tmp_path, stage="generation", language={"name": parts.llama})
+    return build(recipe, torch.device("cpu")).model
+
+
+def test_first_matching_pattern_wins(model):
+    rates = set_rates(
+        model,
+        OptimizerConfig(rates={"qformer.queries": 3e-3, "qformer.*": 2e-3, "vision.*": "frozen", "*": 1e-3}),
+    )
+    assert rates["qformer.queries"] == 3e-3
+    assert rates["qformer.blocks.0.self_attention.query.weight"] == 2e-3
+    assert rates["temperature"] == rates["image_norm.weight"] == 1e-3
+
+
+def test_exactly_what_has_a_rate_trains(model):
+    rates = set_rates(model, OptimizerConfig(rates={**FROZEN, "qformer.embedding_norm.*": "frozen", "*": 1e-3}))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    every = {name for name, _ in model.named_parameters()}
+    frozen = {name for name in every if name.startswith(("vision.", "qformer.embedding_norm."))}
+    assert trained == set(rates) == every - frozen
+    assert frozen
+
+
+def test_an_unfrozen_part_leaves_eval_and_a_frozen_one_stays(model):
+    set_rates(model, OptimizerConfig(rates={**FROZEN, "*": 1e-3}))
+    assert not model.vision.training
+    assert model.qformer.training
+    set_rates(model, OptimizerConfig(rates={"*": 1e-3}))
+    assert model.vision.training
+
+
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [
+        ({"qformer.*": 1e-3}, 'no pattern of optimizer.rates matches temperature: end the list with "*"'),
+        ({"qformers.*": 1e-3, "*": 1e-3}, "optimizer.rates has qformers.*, which match no parameter"),
+        ({"*": "frozen"}, "every parameter is frozen by optimizer.rates: give some of them a rate"),
+    ],
+)
+def test_rates_that_cannot_be_meant(model, rates, message):
+    with pytest.raises(InputError) as raised:
+        set_rates(model, OptimizerConfig(rates=rates))
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_half_precision_cannot_train(model):
+    model.vision.bfloat16()
+    set_rates(model, OptimizerConfig(rates={**FROZEN, "*": 1e-3}))
+    with pytest.raises(InputError, match=r"vision\..* trains at 0.001 but is in bfloat16: set the dtype of vision"):
+        set_rates(model, OptimizerConfig(rates={"*": 1e-3}))
+
+
+@pytest.mark.parametrize("stage", ["model", "generator"])
+def test_no_decay_on_biases_norms_temperature_and_queries(stage, request):
+    model = request.getfixturevalue(stage)
+    config = OptimizerConfig(rates={**FROZEN, "*": 1e-3}, weight_decay=0.05)
+    rates = set_rates(model, config)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = build_optimizer(model, rates, config).param_groups
+    decayed = {names[p] for group in groups if group["weight_decay"] == 0.05 for p in group["params"]}
+    spared = {names[p] for group in groups if group["weight_decay"] == 0.0 for p in group["params"]}
+    expected = {name for name in rates if name.endswith((".bias", "norm.weight"))}
+    expected |= {"qformer.queries", "temperature"} & set(rates)
+    assert spared == expected
+    assert decayed == set(rates) - expected
+    assert sum(len(group["params"]) for group in groups) == len(rates)
+    assert {name for name in rates if model.get_parameter(name).ndim == 1} <= spared
+
+
+def test_groups_keep_their_own_peak(model):
+    config = OptimizerConfig(rates={"qformer.*": 2e-3, **FROZEN, "*": 1e-3}, betas=(0.8, 0.9))
+    optimizer = build_optimizer(model, set_rates(model, config), config)
+    assert {(group["peak"], group["weight_decay"]) for group in optimizer.param_groups} == {
+        (2e-3, 0.05),
+        (2e-3, 0.0),
+        (1e-3, 0.05),
+        (1e-3, 0.0),
+    }
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.9)}
+    assert set_schedule(optimizer, 0, 10, replace(config, warmup_steps=4)) == 0.25
+    assert {group["lr"] for group in optimizer.param_groups} == {5e-4, 2.5e-4}
+
+
+def schedule(steps, warmup, final):
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([{"params": [parameter], "peak": 1.0}])
+    config = OptimizerConfig(warmup_steps=warmup, final_rate=final)
+    return [set_schedule(optimizer, step, steps, config) for step in range(steps)]
+
+
+def test_schedule_by_hand():
+    # Steps 0 to 3 warm up, step 4 is the top of a cosine that reaches a tenth at step 8.
+    middle = [0.1 + 0.45 * (1 + math.cos(math.pi * share)) for share in (0.25, 0.5, 0.75)]
+    assert schedule(9, 4, 0.1) == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, *middle, 0.1])
+    assert middle[1] == pytest.approx(0.55)
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "expected"),
+    [
+        (1, 0, [1.0]),
+        (1, 2000, [1.0]),
+        (3, 0, [1.0, 0.75, 0.5]),
+        (3, 2000, [0.5, 1.0, 1.0]),  # warm-up is never longer than the run
+    ],
+)
+def test_schedule_of_short_runs(steps, warmup, expected):
+    assert schedule(steps, warmup, 0.5) == pytest.approx(expected)
+
+
+def test_describe_counts_everything(model):
+    config = OptimizerConfig(rates={**FROZEN, "image_norm.*": "frozen", "qformer.queries": 2e-3, "*": 1e-3})
+    model.vision.bfloat16()
+    rows = {row[0]: row[1:] for row in describe(model, set_rates(model, config))}
+
+    def count(part):
+        return sum(p.numel() for name, p in model.named_parameters() if name.split(".")[0] == part)
+
+    assert rows["vision"] == (f"{count('vision'):,}", "frozen", "bfloat16")
+    assert rows["image_norm"] == ("48", "frozen", "float32")
+    assert rows["qformer"] == (f"{count('qformer'):,}", "trains at 0.001, 0.002", "float32")
+    assert rows["temperature"] == ("1", "trains at 0.001", "float32")
+    total = sum(int(row[0].replace(",", "")) for row in rows.values())
+    assert total == sum(p.numel() for p in model.parameters())
+
+
+def test_describe_says_how_much_of_a_part_trains(model):
+    rates = set_rates(model, OptimizerConfig(rates={"qformer.queries": 2e-3, "*": "frozen"}))
+    rows = {row[0]: row[2] for row in describe(model, rates)}
+    assert rows["qformer"] == "128 trains at 0.002"
+    assert rows["temperature"] == "frozen"
+
+
+def test_restored_state_takes_the_recipe_s_rates(model):
+    config = OptimizerConfig(rates={**FROZEN, "*": 1e-3})
+    optimizer = build_optimizer(model, set_rates(model, config), config)
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    state = optimizer.state_dict()
+
+    lower = replace(config, rates={**FROZEN, "*": 1e-4}, weight_decay=0.01)
+    new = build_optimizer(model, set_rates(model, lower), lower)
+    restore_optimizer(new, state)
+    assert {group["peak"] for group in new.param_groups} == {1e-4}
+    assert {group["weight_decay"] for group in new.param_groups} == {0.01, 0.0}
+    for old, group in zip(optimizer.param_groups, new.param_groups, strict=True):
+        for before, after in zip(old["params"], group["params"], strict=True):
+            assert torch.equal(optimizer.state[before]["exp_avg"], new.state[after]["exp_avg"])
+
+
+def test_state_of_other_parameters_is_refused(model):
+    config = OptimizerConfig(rates={**FROZEN, "*": 1e-3})
+    state = build_optimizer(model, set_rates(model, config), config).state_dict()
+    fewer = OptimizerConfig(rates={**FROZEN, "qformer.*": 1e-3, "*": "frozen"})
+    optimizer = build_optimizer(model, set_rates(model, fewer), fewer)
+    with pytest.raises(InputError, match=r"does not fit optimizer\.rates .* go on with the rates"):
+        restore_optimizer(optimizer, state)
