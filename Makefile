@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check clean
 
 demo: .venv/ready  ## train both stages on real pictures in about ten minutes and write runs/demo/report.html
 	$(BIN)/blip2 demo
@@ -14,9 +14,6 @@ check: .venv/ready  ## style, types and shapes of what will be committed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-
-bench: .venv/ready  ## this project and its peers on the same work
-	$(BIN)/python -m benchmarks
 
 clean:
 	rm -rf .venv runs

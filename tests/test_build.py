@@ -7,7 +7,7 @@ import torch
 from transformers import BertModel
 
 from blip2.build import build, choose_device, choose_dtype, end_of_text, load_tokenizer
-from blip2.data.batches import GenerationTexts
+from blip2.data.texts import GenerationTexts
 from blip2.errors import InputError
 from blip2.model.generation import GenerationModel
 from blip2.model.representation import RepresentationModel

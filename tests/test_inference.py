@@ -8,7 +8,7 @@ import torch
 from transformers import set_seed
 
 from blip2 import inference
-from blip2.data.batches import encode_texts
+from blip2.data.texts import encode_texts
 from blip2.errors import InputError
 from blip2.inference import ANSWER, CAPTION, QUESTION, SHORT_QUESTION, load
 from blip2.model.language import Decoding
@@ -219,6 +219,15 @@ def test_captions_look_at_the_image_and_go_on_from_the_prompt(writer):
     assert len(set(writer.caption(PICTURES, decoding=GREEDY))) > 1
     prompts = ["", "a photo of", "zzzz"]
     assert len({writer.caption(PICTURES[0], prompt, GREEDY)[0] for prompt in prompts}) > 1
+
+
+def test_a_prompt_an_image(writer):
+    prompts = ["a photo of", "", "one more of the many pictures of"]
+    expected = [writer.caption(p, prompt, GREEDY)[0] for p, prompt in zip(PICTURES, prompts, strict=True)]
+    assert writer.caption(PICTURES, prompts, GREEDY) == expected
+    with pytest.raises(InputError) as raised:
+        writer.caption(PICTURES, prompts[:2])
+    assert "3 images and 2 prompts" in message(raised)
 
 
 def test_captions_begin_as_the_model_was_trained(runs):

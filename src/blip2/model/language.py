@@ -68,6 +68,7 @@ class LanguageModel(Freezable):
         # What generation does is said by Decoding alone, not by defaults that came with the weights.
         start = getattr(self.network.config, "decoder_start_token_id", None)
         self.network.generation_config = GenerationConfig(decoder_start_token_id=start)
+        self._attention: str = self.network.config._attn_implementation
         self.freeze()
         embedding: Any = self.network.get_input_embeddings()
         self.width: int = embedding.weight.shape[1]
@@ -166,6 +167,12 @@ class LanguageModel(Freezable):
         self, visual: Float[Tensor, "B Q L"], ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "B Q+T L"], Int[Tensor, "B Q+T"]]:
         text = self.embed(ids)
+        if self._attention == "sdpa":
+            # The backward of the CPU's fused kernel is slow in bfloat16, as in the Q-Former.
+            slow = text.device.type == "cpu" and text.dtype == torch.bfloat16
+            fitting = "eager" if slow else "sdpa"
+            if self.network.config._attn_implementation != fitting:
+                self.network.set_attn_implementation(fitting)
         seen = torch.cat([mask.new_ones(visual.shape[:2]), mask], dim=1).long()
         return torch.cat([visual.to(text.dtype), text], dim=1), seen
 

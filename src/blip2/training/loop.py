@@ -24,21 +24,10 @@ from torch import nn
 from blip2.build import Built, build, choose_device
 from blip2.config import Recipe, dump_recipe
 from blip2.data.assets import resolve
-from blip2.data.batches import (
-    GenerationTexts,
-    Loaded,
-    PrefixTexts,
-    Preparation,
-    RepresentationTexts,
-    StageBatch,
-    TextPreparation,
-    load,
-    plan_batches,
-    plan_evaluation,
-    to_device,
-)
+from blip2.data.batches import Loaded, Preparation, load, plan_batches, plan_evaluation, to_device
 from blip2.data.features import cache_features
 from blip2.data.records import Records, RecordStream, open_records
+from blip2.data.texts import GenerationTexts, PrefixTexts, RepresentationTexts, StageBatch, TextPreparation
 from blip2.errors import InputError
 from blip2.model.generation import GenerationModel
 from blip2.model.objectives import Outcome

@@ -1,0 +1,167 @@
+"""From texts to tokens: what each stage reads of a caption.
+
+Legend: B batch, T text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from blip2.model.generation import GenerationBatch
+from blip2.model.objectives import IGNORED
+from blip2.model.representation import RepresentationBatch
+
+StageBatch = RepresentationBatch | GenerationBatch
+
+
+@runtime_checkable
+class TextPreparation(Protocol):
+    """Turns images and captions into the batch that a stage trains on."""
+
+    def __call__(
+        self, images: Tensor, captions: Sequence[str], image_ids: Int[Tensor, "B"], random: np.random.Generator
+    ) -> tuple[StageBatch, int]:
+        """The batch, and how many captions were cut."""
+        ...
+
+
+@dataclass(frozen=True)
+class RepresentationTexts:
+    """Texts of stage 1: [CLS] ... [SEP], padded to the longest of the batch."""
+
+    tokenizer: PreTrainedTokenizerBase
+    max_tokens: int
+
+    def __call__(
+        self, images: Tensor, captions: Sequence[str], image_ids: Int[Tensor, "B"], random: np.random.Generator
+    ) -> tuple[RepresentationBatch, int]:
+        ids, mask, cut = encode_texts(self.tokenizer, captions, self.max_tokens)
+        return RepresentationBatch(images, ids, mask, image_ids), cut
+
+
+@dataclass(frozen=True)
+class GenerationTexts:
+    """Texts of stage 2 for a decoder-only LLM: prompt, caption, end; loss on caption and end."""
+
+    tokenizer: PreTrainedTokenizerBase
+    max_tokens: int
+    prompt: str
+    end: int
+    """Id of the token that ends a caption."""
+
+    def __call__(
+        self, images: Tensor, captions: Sequence[str], image_ids: Int[Tensor, "B"], random: np.random.Generator
+    ) -> tuple[GenerationBatch, int]:
+        ids, mask, labels, cut = encode_continuations(
+            self.tokenizer, [self.prompt] * len(captions), captions, self.max_tokens, self.end
+        )
+        return GenerationBatch(images, ids, mask, labels), cut
+
+
+@dataclass(frozen=True)
+class PrefixTexts:
+    """Texts of stage 2 for an encoder-decoder LLM (prefix language modelling, §3.3).
+
+    With a prompt, the encoder reads the prompt and the decoder writes the caption. Without, each caption is split at
+    random: of n words the first 1 to n // 2 (uniformly) go to the encoder and the rest is what the decoder writes; a
+    caption of one word is written whole. A caption that is too long is cut before it is split.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_tokens: int
+    prompt: str
+    end: int
+
+    def __call__(
+        self, images: Tensor, captions: Sequence[str], image_ids: Int[Tensor, "B"], random: np.random.Generator
+    ) -> tuple[GenerationBatch, int]:
+        prefixes, suffixes, cut = [], [], 0
+        for caption in captions:
+            encoded = self.tokenizer(caption, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            if len(encoded["input_ids"]) >= self.max_tokens:
+                caption = caption[: encoded["offset_mapping"][self.max_tokens - 2][1]]
+                cut += 1
+            prefix, suffix = (self.prompt, caption) if self.prompt else split_caption(caption, random)
+            prefixes.append(prefix)
+            suffixes.append(suffix)
+        ids, mask = encode_prompts(self.tokenizer, prefixes, "right")
+        rows = [self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in suffixes]
+        rows = [[*row[: self.max_tokens - 1], self.end] for row in rows]
+        return GenerationBatch(images, ids, mask, pad(rows, IGNORED)), cut
+
+
+def split_caption(caption: str, random: np.random.Generator) -> tuple[str, str]:
+    """Prefix and suffix of a caption, split at random between its words (see :class:`PrefixTexts`)."""
+    words = caption.split()
+    at = int(random.integers(1, len(words) // 2 + 1)) if len(words) > 1 else 0
+    return " ".join(words[:at]), " ".join(words[at:])
+
+
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int
+) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"], int]:
+    """Ids and mask of texts for the Q-Former, and how many texts were cut to `max_tokens`."""
+    rows: list[list[int]] = tokenizer(list(texts), verbose=False)["input_ids"]
+    cut = sum(len(row) > max_tokens for row in rows)
+    rows = [row if len(row) <= max_tokens else [*row[: max_tokens - 1], row[-1]] for row in rows]  # [SEP] stays
+    return pad(rows, 0), pad([[1] * len(row) for row in rows], 0).bool(), cut
+
+
+def encode_continuations(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], captions: Sequence[str], max_tokens: int, end: int
+) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"], Int[Tensor, "B T"], int]:
+    """Prompt, caption and end token of each row for a decoder-only LLM, padded on the right.
+
+    The text is tokenised in one piece, as the LLM saw text when it was trained, behind whatever the tokenizer puts
+    first by itself (BOS, for those that have one).
+
+    Returns:
+        Ids, mask, labels (-100 on prompt and padding), and how many captions were cut: those that would take more
+        than `max_tokens` tokens, end included.
+    """
+    rows, labels, cut = [], [], 0
+    for prompt, caption in zip(prompts, captions, strict=True):
+        text = f"{prompt} {caption}" if prompt else caption
+        encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
+        ids, offsets = strip_end(tokenizer, encoded["input_ids"]), encoded["offset_mapping"]
+        # A token belongs to the caption if it ends beyond the prompt; special tokens have the empty span (0, 0).
+        first = next((i for i in range(len(ids)) if offsets[i][1] > len(prompt)), len(ids))
+        cut += len(ids) - first + 1 > max_tokens
+        ids = [*ids[: first + max_tokens - 1], end]
+        rows.append(ids)
+        labels.append([IGNORED] * first + ids[first:])
+    return pad(rows, end), pad([[1] * len(row) for row in rows], 0).bool(), pad(labels, IGNORED), cut
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], side: str
+) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:
+    """Ids and mask of prompts; decoder-only LLMs need them padded on the left, encoders on the right."""
+    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    if side == "left":
+        rows = [strip_end(tokenizer, row) for row in rows]
+    return pad(rows, 0, side), pad([[1] * len(row) for row in rows], 0, side).bool()
+
+
+def strip_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    """Without the end token that some tokenizers append by themselves: the text goes on."""
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Int[Tensor, "B T"]:
+    """Rows of ints as one tensor, padded to the longest."""
+    longest = max((len(row) for row in rows), default=0)
+    out = torch.full((len(rows), longest), value, dtype=torch.long)
+    for i, row in enumerate(rows):
+        if row:
+            place = slice(0, len(row)) if side == "right" else slice(longest - len(row), longest)
+            out[i, place] = torch.tensor(row, dtype=torch.long)
+    return out
