@@ -10,10 +10,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from blip2.config import Precision, QFormerConfig, Recipe
 from blip2.data.assets import resolve
+from blip2.data.texts import GenerationTexts, PrefixTexts, RepresentationTexts, TextPreparation
 from blip2.errors import InputError
 from blip2.model.bert import check_fits, initialise_from_bert
 from blip2.model.generation import GenerationModel
 from blip2.model.language import load_language_model
+from blip2.model.pretrained import reading
 from blip2.model.representation import RepresentationModel
 from blip2.model.vision import load_image_encoder
 
@@ -97,14 +99,8 @@ def build(recipe: Recipe, device: torch.device, checkpoint: Path | None = None) 
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    try:
+    with reading(name, "tokenizer", "tokenizer.json"):
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise InputError(
-            f"no tokenizer could be read from {name!r} ({reason}): name a folder that has a tokenizer.json, or a hub"
-            " name when there is a network"
-        ) from error
     if not tokenizer.is_fast:
         raise InputError(f"the tokenizer of {name!r} has no tokenizer.json: save it as a fast tokenizer first")
     return tokenizer
@@ -145,3 +141,14 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase, stop: str | None, name: str)
         )
     assert isinstance(tokenizer.eos_token_id, int)
     return tokenizer.eos_token_id
+
+
+def prepare_texts(recipe: Recipe, built: Built) -> TextPreparation:
+    """How captions become what the stage trains on."""
+    limit = recipe.data.max_tokens
+    if recipe.language is None or not isinstance(built.model, GenerationModel):
+        limit = min(limit, recipe.qformer.max_positions)
+        return RepresentationTexts(built.tokenizer, limit)
+    assert built.end is not None
+    kind = PrefixTexts if built.model.language.is_encoder_decoder else GenerationTexts
+    return kind(built.tokenizer, limit, recipe.language.prompt, built.end)

@@ -2,6 +2,8 @@ import hashlib
 import json
 import logging
 import pickle
+import shutil
+import subprocess
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +14,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from blip2.data.assets import ASSETS, PICTURE_SIZE, Asset, cache_folder, fetch, on_white_square, resolve
+from blip2.data.assets import (
+    ASSETS,
+    CATEGORY_COLUMN,
+    PICTURE_SIZE,
+    Asset,
+    cache_folder,
+    fetch,
+    on_white_square,
+    resolve,
+)
 from blip2.errors import InputError
 
 CONTENT = b"what the package holds"
@@ -224,11 +235,43 @@ def test_drawings_become_pictures_with_sentences(tmp_path: Path, caplog: pytest.
     assert len(parts["all"]) == 48
     captions = {row["key"]: row["caption"] for row in parts["all"]}
     assert captions["1F400"] == "A rat."
+    assert all(row[CATEGORY_COLUMN] == [row["caption"]] for row in parts["all"])
     assert captions["1F402"] == "An ox."
     assert "skipped 1 pictures that cannot be drawn: 1F680" in caplog.text
     keys = {name: [row["key"] for row in rows] for name, rows in parts.items()}
     assert sorted(keys["train"] + keys["held_out"]) == sorted(keys["all"])
     assert 2 <= len(keys["held_out"]) <= 16
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg-deb")
+def test_stamps_have_sentences_and_categories(tmp_path: Path) -> None:
+    stamps = tmp_path / "package/usr/share/tuxpaint/stamps"
+    said = {
+        "animals/birds/cartoon/owl": "An owl.\nsv.utf8=En uggla.",
+        "military/old_ships/galleon": "A galleon!",
+        "symbols/letters/a": "The letter a.",
+        "animals/nameless": "",
+    }
+    for key, text in said.items():
+        (stamps / key).parent.mkdir(parents=True, exist_ok=True)
+        (stamps / f"{key}.txt").write_text(text, encoding="utf-8")
+        Image.new("RGB", (8, 4), "red").save(stamps / f"{key}.png")
+    (stamps / "animals/unseen.txt").write_text("A text without a picture.", encoding="utf-8")
+    licence = tmp_path / "package/usr/share/doc/tuxpaint-stamps-default/copyright"
+    licence.parent.mkdir(parents=True)
+    licence.write_text("GPL-2")
+    control = tmp_path / "package/DEBIAN/control"
+    control.parent.mkdir()
+    control.write_text("Package: stamps\nVersion: 1\nArchitecture: all\nMaintainer: a <a@b.c>\nDescription: none\n")
+    subprocess.run(["dpkg-deb", "--build", tmp_path / "package", tmp_path / "s.deb"], check=True, capture_output=True)
+    (tmp_path / "out").mkdir()
+    ASSETS["tuxpaint-stamps"].unpack(tmp_path / "s.deb", tmp_path / "out")
+    assert (tmp_path / "out/LICENCE").read_text() == "GPL-2"
+    rows = [json.loads(line) for line in (tmp_path / "out/all.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {row["key"]: (row["caption"], row[CATEGORY_COLUMN]) for row in rows} == {
+        "animals/birds/cartoon/owl": ("An owl.", ["An owl.", "An owl, birds, animals."]),
+        "military/old_ships/galleon": ("A galleon!", ["A galleon!", "A galleon, old ships, military."]),
+    }
 
 
 def test_held_out_pictures_stay_held_out(tmp_path: Path) -> None:

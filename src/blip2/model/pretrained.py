@@ -16,16 +16,21 @@ from blip2.errors import InputError
 
 
 @contextmanager
-def reading(name: str, what: str) -> Iterator[None]:
-    """Turn whatever transformers raises while it reads `name` into an :class:`InputError`."""
+def reading(name: str, what: str, files: str = "config.json and model.safetensors") -> Iterator[None]:
+    """Turn whatever transformers raises while it reads `name` into an :class:`InputError`.
+
+    Args:
+        what: is read, for the message.
+        files: that it is read from, for the message.
+    """
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(
-            f"no {what} could be read from {name!r} ({first_line(error)}): name a folder that has a config.json and"
-            " model.safetensors, or a hub name when there is a network"
+            f"no {what} could be read from {name!r} ({first_line(error)}): name a folder that has a {files}, or a hub"
+            " name when there is a network"
         ) from error
 
 

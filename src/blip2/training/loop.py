@@ -21,13 +21,13 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object, set_seed
 from torch import nn
 
-from blip2.build import Built, build, choose_device
+from blip2.build import Built, build, choose_device, prepare_texts
 from blip2.config import Recipe, dump_recipe
 from blip2.data.assets import resolve
 from blip2.data.batches import Loaded, Preparation, load, plan_batches, plan_evaluation, to_device
 from blip2.data.features import cache_features
 from blip2.data.records import Records, RecordStream, open_records
-from blip2.data.texts import GenerationTexts, PrefixTexts, RepresentationTexts, StageBatch, TextPreparation
+from blip2.data.texts import StageBatch
 from blip2.errors import InputError
 from blip2.model.generation import GenerationModel
 from blip2.model.objectives import Outcome
@@ -392,17 +392,6 @@ def start_from(path: Path, built: Built, display: Display) -> None:
         built.model.initialise_projection()
     parts = sorted({name.split(".")[0] for name in new})
     display.say(f"starting from {folder}" + (f"; new: {', '.join(parts)}" if parts else ""))
-
-
-def prepare_texts(recipe: Recipe, built: Built) -> TextPreparation:
-    """How captions become what the stage trains on."""
-    limit = recipe.data.max_tokens
-    if recipe.language is None or not isinstance(built.model, GenerationModel):
-        limit = min(limit, recipe.qformer.max_positions)
-        return RepresentationTexts(built.tokenizer, limit)
-    assert built.end is not None
-    kind = PrefixTexts if built.model.language.is_encoder_decoder else GenerationTexts
-    return kind(built.tokenizer, limit, recipe.language.prompt, built.end)
 
 
 def _mix(seed: int, step: int, process: int) -> int:
