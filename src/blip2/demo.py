@@ -212,6 +212,10 @@ def results(metrics: dict[str, Any]) -> tuple[list[list[str]], list[list[str]]]:
     return first, second
 
 
+RESULTS_TEXT = (
+    "In per cent. R@k: the right one is among the k best. Token F1: words that caption and true sentence share; content"
+    " F1: the same without articles and the like; exact: all words. Loss: nats a token of the true sentences."
+)
 RETRIEVAL_COLUMNS = ("retrieval", "R@1", "R@5", "R@10")
 CAPTION_COLUMNS = ("captioning", "token F1", "content F1", "exact", "loss")
 
@@ -253,7 +257,7 @@ def write_report(
         f" pictures ({counts['source']}) and judged on {counts['held_out']} others, in {metrics['seconds']:.0f} s.",
     )
     first, second = results(metrics)
-    report.section("Results on held-out pictures", "In per cent, but for the loss (nats a token).")
+    report.section("Results on held-out pictures", RESULTS_TEXT)
     report.table(RETRIEVAL_COLUMNS, first)
     report.table(CAPTION_COLUMNS, second)
 
