@@ -13,7 +13,7 @@ test: .venv/ready  ## the whole test suite
 check: .venv/ready  ## style, types and shapes of what will be committed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
 	rm -rf .venv runs
