@@ -19,7 +19,8 @@ from blip2.errors import InputError
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #1c1c1c; }
 h1 { font-size: 1.7rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bottom: 1px solid #ddd; }
-table { border-collapse: collapse; margin-bottom: 1.2rem; } td, th { padding: .25rem .9rem .25rem 0; text-align: left; vertical-align: top; }
+table { border-collapse: collapse; margin-bottom: 1.2rem; }
+td, th { padding: .25rem .9rem .25rem 0; text-align: left; vertical-align: top; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: 1rem; }
 .card { border: 1px solid #e2e2e2; border-radius: .4rem; padding: .6rem; font-size: .85rem; }
