@@ -5,6 +5,7 @@ from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -313,6 +314,7 @@ def test_every_epoch_augments_anew(parts: Parts, bert: PreTrainedTokenizerBase, 
 
 
 def test_to_device(bert: PreTrainedTokenizerBase) -> None:
-    batch, _ = prepare(RepresentationTexts(bert, 6), ["ab"])
+    texts = RepresentationTexts(bert, 6)
+    batch, _ = texts(torch.rand(1, 3, 8, 8), ["ab"], torch.arange(1), np.random.default_rng(0))
     moved = to_device(batch, torch.device("meta"))
     assert {getattr(moved, f.name).device.type for f in fields(moved)} == {"meta"}

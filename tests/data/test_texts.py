@@ -10,6 +10,8 @@ from blip2.data.texts import (
     GenerationTexts,
     PrefixTexts,
     RepresentationTexts,
+    StageBatch,
+    TextPreparation,
     encode_continuations,
     encode_prompts,
     encode_texts,
@@ -24,12 +26,6 @@ from conftest import Parts
 PREPROCESSING = Preprocessing(8)
 END = 256  # of the byte tokenizers
 LONG = " ".join(["word"] * 10_000)
-
-
-@pytest.fixture(scope="module")
-def bert(parts: Parts) -> PreTrainedTokenizerBase:
-    """A token a letter."""
-    return AutoTokenizer.from_pretrained(parts.bert)
 
 
 def merging_tokenizer() -> PreTrainedTokenizerFast:
@@ -157,7 +153,7 @@ def test_captions_are_split_anywhere_in_their_first_half(count: int) -> None:
     assert min(found.values()) > 0.8 * 2000 / len(expected)
 
 
-def prepare(texts: batches.TextPreparation, captions: list[str], seed: int = 0) -> tuple[batches.StageBatch, int]:
+def prepare(texts: TextPreparation, captions: list[str], seed: int = 0) -> tuple[StageBatch, int]:
     count = len(captions)
     images, image_ids = torch.rand(count, 3, 8, 8), torch.arange(count)
     batch, cut = texts(images, captions, image_ids, np.random.default_rng(seed))

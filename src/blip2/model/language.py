@@ -9,14 +9,19 @@ Legend: B batch, Q queries, T text tokens, U target tokens, L width of the LLM, 
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GenerationConfig,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 from blip2.errors import InputError
 from blip2.model.frozen import Freezable
@@ -141,6 +146,12 @@ class LanguageModel(Freezable):
             New tokens only.
         """
         inputs, seen = self._inputs(visual, ids, mask)
+        if not self.is_encoder_decoder:
+            # Padding goes before everything: what comes next is read off the last position, which would be padding
+            # where a prompt is empty and others are not.
+            order = seen.argsort(dim=1, stable=True)
+            inputs = inputs.gather(1, order[..., None].expand_as(inputs))
+            seen = seen.gather(1, order)
         sampling = decoding.top_p is not None
         settings = GenerationConfig(
             max_new_tokens=decoding.max_new_tokens,
@@ -151,16 +162,20 @@ class LanguageModel(Freezable):
             top_k=0 if sampling else None,
             temperature=decoding.temperature if sampling else None,
             length_penalty=None if sampling or decoding.beams == 1 else decoding.length_penalty,
-            repetition_penalty=decoding.repetition_penalty,
             num_return_sequences=copies,
             eos_token_id=end,
             pad_token_id=end,
             decoder_start_token_id=self.network.generation_config.decoder_start_token_id,
         )
-        with self.own_precision(inputs.device), warnings.catch_warnings():
-            # That a repetition penalty does not look at the prompt is what is wanted.
-            warnings.filterwarnings("ignore", "Passing `repetition_penalty` with `inputs_embeds`")
-            new = self.network.generate(inputs_embeds=inputs, attention_mask=seen, generation_config=settings)
+        # Not among the settings, where padding before the prompt would be taken for padding of the new tokens.
+        penalty = RepetitionPenaltyLogitsProcessor(decoding.repetition_penalty)
+        with self.own_precision(inputs.device):
+            new = self.network.generate(
+                inputs_embeds=inputs,
+                attention_mask=seen,
+                generation_config=settings,
+                logits_processor=LogitsProcessorList([penalty] if decoding.repetition_penalty != 1 else []),
+            )
         return new[:, 1:] if self.is_encoder_decoder else new  # a decoder's text begins with its start token
 
     def _inputs(
