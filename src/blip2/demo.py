@@ -287,7 +287,7 @@ def write_report(
             cards.append(
                 (images[image], [("", truth[text] if place == 0 else " "), (style, f"{place + 1}. {truth[image]}")])
             )
-    report.cards(cards[:24])
+    report.cards(cards[:24], columns=6)  # two sentences a row
 
     report.section(
         "What each query looks at",

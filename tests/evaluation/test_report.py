@@ -104,6 +104,15 @@ def test_the_picture_given_stays_as_it_was(tmp_path: Path) -> None:
     assert large.size == (600, 300)
 
 
+def test_cards_a_row(tmp_path: Path) -> None:
+    report = Report("a", "b")
+    report.cards([(picture(), [])])
+    report.cards([(picture(), [])], columns=6)
+    page = save(report, tmp_path)
+    styles = [attributes.get("style") for _, attributes in page.tags if attributes.get("class") == "cards"]
+    assert styles == [None, "grid-template-columns: repeat(6, 1fr)"]
+
+
 def test_tables(tmp_path: Path) -> None:
     report = Report("a", "b")
     report.table(["name", "r1"], [["ours", "0.5"], ["theirs", "0.4"]])

@@ -55,13 +55,18 @@ class Report:
         figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
         self._parts.append(f'<img class="plot" alt="{html.escape(description)}" src="{_data_url(buffer.getvalue())}">')
 
-    def cards(self, cards: Sequence[tuple[Image.Image, Sequence[tuple[str, str]]]]) -> None:
-        """Pictures with lines of (style, text) below; the styles are right, wrong, dim and none."""
+    def cards(self, cards: Sequence[tuple[Image.Image, Sequence[tuple[str, str]]]], columns: int | None = None) -> None:
+        """Pictures with lines of (style, text) below; the styles are right, wrong, dim and none.
+
+        Args:
+            columns: cards a row; None: as many as there is room for.
+        """
         out = []
         for image, lines in cards:
             below = "".join(f'<div class="{style}">{html.escape(text)}</div>' for style, text in lines)
             out.append(f'<div class="card"><img alt="" src="{_picture_url(image)}">{below}</div>')
-        self._parts.append(f'<div class="cards">{"".join(out)}</div>')
+        style = f' style="grid-template-columns: repeat({columns}, 1fr)"' if columns else ""
+        self._parts.append(f'<div class="cards"{style}>{"".join(out)}</div>')
 
     def save(self, path: Path) -> None:
         head = f"<meta charset='utf-8'><title>{html.escape(self._title)}</title><style>{STYLE}</style>"
