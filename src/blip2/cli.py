@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
         return added
 
     demo = command("demo", run_demo, "train both stages on real pictures and show what was learned", "blip2 demo")
-    demo.add_argument("--quick", action="store_true", help="the same in about two minutes, to see that all works")
+    demo.add_argument("--quick", action="store_true", help="the same in two to three minutes, to see that all works")
     demo.add_argument("--output", default="runs/demo", help="folder of the results (default: runs/demo)")
 
     train = commands.add_parser(
