@@ -112,8 +112,9 @@ def cache_features(
                     pixels.append(augment_to_pixels(image, encoder.preprocessing, random, smallest_crop, flip))
                     places.append((i, view))
             for at in range(0, len(pixels), batch_size):
-                features = encoder.features(torch.stack(pixels[at : at + batch_size]).to(device))
-                for place, row in zip(places[at:], features.bfloat16().cpu().view(torch.int16).numpy(), strict=False):
+                part = slice(at, at + batch_size)
+                features = encoder.features(torch.stack(pixels[part]).to(device))
+                for place, row in zip(places[part], features.bfloat16().cpu().view(torch.int16).numpy(), strict=True):
                     bits[place] = row
             report(min(start + batch_size, len(records)), len(records))
         bits.flush()

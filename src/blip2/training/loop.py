@@ -354,7 +354,8 @@ class _Training:
         names = sorted({name for found in gather_object([list(sums)]) for name in found})
         zero = torch.zeros_like(weight)
         totals = self._reduce(torch.stack([*(sums.get(name, zero) for name in names), weight]), "sum").tolist()
-        return {f"validation_{name}": total / totals[-1] for name, total in zip(names, totals, strict=False)}
+        count = totals.pop()
+        return {f"validation_{name}": total / count for name, total in zip(names, totals, strict=True)}
 
     def _save(self) -> Path:
         accelerator = self.accelerator
