@@ -6,11 +6,13 @@ import pytest
 import torch
 from transformers import BertModel
 
-from blip2.build import build, choose_device, choose_dtype, end_of_text, load_tokenizer
+from blip2.build import build, choose_device, choose_dtype, end_of_text
 from blip2.data.texts import GenerationTexts
 from blip2.errors import InputError
+from blip2.interop.foreign import read_tokenizer
 from blip2.model.generation import GenerationModel
 from blip2.model.representation import RepresentationModel
+from blip2.training.checkpoint import open_own
 from conftest import byte_tokenizer, save_bert
 
 CPU = torch.device("cpu")
@@ -145,9 +147,9 @@ def test_the_checkpoint_s_tokenizer_is_used(parts, runs, tmp_path):
     """Nothing of BERT is read once there is a checkpoint."""
     folder = next((runs["stage1"] / "checkpoints").iterdir())
     recipe = parts.recipe(tmp_path, qformer={"bert": str(tmp_path / "gone")})
-    tokenizer = build(recipe, CPU, folder).tokenizer
+    tokenizer = build(recipe, CPU, open_own(folder)).tokenizer
     assert tokenizer.convert_tokens_to_ids("[DEC]") == 57
-    assert tokenizer("a red disc")["input_ids"] == load_tokenizer(parts.bert)("a red disc")["input_ids"]
+    assert tokenizer("a red disc")["input_ids"] == read_tokenizer(parts.bert)("a red disc")["input_ids"]
 
 
 # -- LLMs and their tokenizers -------------------------------------------------------------------------------------
@@ -163,7 +165,7 @@ def test_stage_two(parts, tmp_path, name):
 
 
 def test_stop(parts):
-    tokenizer = load_tokenizer(parts.opt)
+    tokenizer = read_tokenizer(parts.opt)
     assert end_of_text(tokenizer, None, parts.opt) == tokenizer.eos_token_id == 256
     newline = end_of_text(tokenizer, "\n", parts.opt)
     assert tokenizer.decode([newline]) == "\n"
@@ -225,7 +227,7 @@ def test_without_an_end(parts, tmp_path):
         build(recipe, CPU)
     assert "has no end-of-text token, so texts would never end: set language.stop" in message(raised)
     recipe = parts.recipe(tmp_path, stage="generation", language={"name": name, "stop": "\n"})
-    assert build(recipe, CPU).end == load_tokenizer(name)("\n")["input_ids"][0]
+    assert build(recipe, CPU).end == read_tokenizer(name)("\n")["input_ids"][0]
 
 
 @pytest.mark.parametrize(("part", "name"), [("vision", "llama"), ("language", "vision"), ("language", "nowhere")])

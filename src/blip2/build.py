@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from blip2.config import Precision, QFormerConfig, Recipe
+from blip2.config import LanguageConfig, Precision, QFormerConfig, Recipe, VisionConfig
 from blip2.data.assets import resolve
 from blip2.data.texts import GenerationTexts, PrefixTexts, RepresentationTexts, TextPreparation
 from blip2.errors import InputError
+from blip2.interop.foreign import Checkpoint, read_tokenizer
+from blip2.interop.formats import open_foreign
+from blip2.interop.transformers import IMAGE_TOKEN
 from blip2.model.bert import check_fits, initialise_from_bert
 from blip2.model.generation import GenerationModel
-from blip2.model.language import load_language_model
-from blip2.model.pretrained import reading
+from blip2.model.language import LanguageModel, load_language_model
 from blip2.model.representation import RepresentationModel
-from blip2.model.vision import load_image_encoder
+from blip2.model.vision import ImageEncoder, load_image_encoder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DECODER_START = "[DEC]"
@@ -65,7 +66,7 @@ def choose_dtype(wanted: Precision | None, device: torch.device) -> torch.dtype:
     return DTYPES[wanted or ("bf16" if device.type == "cuda" else "fp32")]
 
 
-def build(recipe: Recipe, device: torch.device, checkpoint: Path | None = None) -> Built:
+def build(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None = None) -> Built:
     """Load the frozen parts and make the rest as `recipe` says, in float32.
 
     Args:
@@ -74,12 +75,7 @@ def build(recipe: Recipe, device: torch.device, checkpoint: Path | None = None) 
     Raises:
         InputError: a part cannot be loaded, or the parts do not fit each other.
     """
-    vision = load_image_encoder(
-        resolve(recipe.vision.name),
-        recipe.vision.layer,
-        recipe.vision.image_size,
-        choose_dtype(recipe.vision.dtype, device),
-    )
+    vision = read_image_encoder(recipe.vision, choose_dtype(recipe.vision.dtype, device))
     from_bert = recipe.qformer.bert is not None and checkpoint is None
     if recipe.language is None:
         if from_bert:
@@ -89,8 +85,8 @@ def build(recipe: Recipe, device: torch.device, checkpoint: Path | None = None) 
         if from_bert:
             initialise_from_bert(resolve(recipe.qformer.bert or ""), model.qformer, model.language_head)
         return Built(model.to(device), tokenizer)
-    language = load_language_model(resolve(recipe.language.name), choose_dtype(recipe.language.dtype, device))
-    tokenizer = load_tokenizer(resolve(recipe.language.name))
+    language = read_language_model(recipe.language, choose_dtype(recipe.language.dtype, device))
+    tokenizer = read_tokenizer(resolve(recipe.language.name))
     model = GenerationModel(vision, recipe.qformer, language)
     if from_bert and recipe.start_from is None:
         initialise_from_bert(resolve(recipe.qformer.bert or ""), model.qformer)
@@ -98,27 +94,50 @@ def build(recipe: Recipe, device: torch.device, checkpoint: Path | None = None) 
     return Built(model.to(device), tokenizer, end_of_text(tokenizer, recipe.language.stop, recipe.language.name))
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    with reading(name, "tokenizer", "tokenizer.json"):
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    if not tokenizer.is_fast:
-        raise InputError(f"the tokenizer of {name!r} has no tokenizer.json: save it as a fast tokenizer first")
-    return tokenizer
+def read_image_encoder(config: VisionConfig, dtype: torch.dtype) -> ImageEncoder:
+    """The image encoder that a recipe names, which may lie within a checkpoint of BLIP-2."""
+    within = open_foreign(config.name)
+    if within is None:
+        return load_image_encoder(resolve(config.name), config.layer, config.image_size, dtype)
+    if not within.holds_vision:
+        raise InputError(f"{config.name!r} ({within.about}) holds no image encoder: set vision.name to one that does")
+    return within.image_encoder(config.layer, config.image_size, dtype)
 
 
-def _text_tokenizer(config: QFormerConfig, checkpoint: Path | None) -> PreTrainedTokenizerBase:
+def read_language_model(config: LanguageConfig, dtype: torch.dtype) -> LanguageModel:
+    """The LLM that a recipe names, which may lie within a checkpoint of BLIP-2 of transformers."""
+    within = open_foreign(config.name)
+    if within is None:
+        return load_language_model(resolve(config.name), dtype, config.activation)
+    if not within.holds_language:
+        raise InputError(f"{config.name!r} ({within.about}) holds no LLM: set language.name to one that does")
+    return within.language_model(dtype, config.activation)
+
+
+def _text_tokenizer(config: QFormerConfig, checkpoint: Checkpoint | None) -> PreTrainedTokenizerBase:
     """BERT's tokenizer with [DEC] as its last token."""
-    if checkpoint is not None:
-        return load_tokenizer(str(checkpoint / "tokenizer"))
+    if checkpoint is not None and checkpoint.tokenizer is not None:
+        return _check_vocabulary(read_tokenizer(checkpoint.tokenizer), config, checkpoint.name)
     name = config.tokenizer or config.bert
     if name is None:
         raise InputError("the Q-Former has no text tokenizer: set qformer.tokenizer, or qformer.bert")
-    tokenizer = load_tokenizer(resolve(name))
+    tokenizer = read_tokenizer(resolve(name))
     tokenizer.add_special_tokens({"bos_token": DECODER_START})
     if len(tokenizer) != config.vocabulary:
         raise InputError(
             f"the tokenizer of {name!r} has {len(tokenizer)} tokens with {DECODER_START}, the recipe's"
             f" qformer.vocabulary is {config.vocabulary}: set qformer.vocabulary to {len(tokenizer)}"
+        )
+    return tokenizer
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: QFormerConfig, name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint, if the Q-Former has an embedding for each of its words."""
+    beyond = [token for token, index in tokenizer.get_vocab().items() if index >= config.vocabulary]
+    if set(beyond) - {IMAGE_TOKEN}:  # which stands for the picture and is never embedded
+        raise InputError(
+            f"the tokenizer of {name!r} has tokens beyond the Q-Former's vocabulary of {config.vocabulary}, such as"
+            f" {min(beyond)!r}: copy the tokenizer that belongs to the checkpoint"
         )
     return tokenizer
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -69,6 +69,8 @@ class QFormerConfig:
     """Share of hidden units and attention weights dropped in training."""
     layer_norm_eps: float = 1e-12
     """Epsilon of its LayerNorms, BERT's."""
+    image_norm_eps: float = 1e-5
+    """Epsilon of the LayerNorm on the image features, LAVIS's; transformers' checkpoints have 1e-6."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ class LanguageConfig:
     encoder and the rest for the decoder (§3.3)."""
     stop: str | None = None
     """Text that ends a caption; null: the tokenizer's end-of-text token. The paper's OPT models use a newline."""
+    activation: str | None = None
+    """Of its feed-forwards, where it has to be another than its own: the paper's FlanT5 models ran with gelu."""
 
 
 @dataclass(frozen=True)
@@ -234,6 +238,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "qformer.max_positions": (2, math.inf),
     "qformer.dropout": (0, 1),
     "qformer.layer_norm_eps": (0, 1),
+    "qformer.image_norm_eps": (0, 1),
     "objectives.itc": (0, math.inf),
     "objectives.itm": (0, math.inf),
     "objectives.itg": (0, math.inf),
@@ -310,6 +315,32 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise InputError(f"recipe {path}: {_one_line(error)}") from error
     values.pop("config")
     return Recipe(**values)
+
+
+def override(recipe: Recipe, changes: Mapping[str, object]) -> Recipe:
+    """A recipe with other values at some of its keys (``{"vision.name": "eva_vit_g.pth"}``).
+
+    Raises:
+        InputError: an unknown key, or a value of the wrong type or out of range.
+    """
+    if not changes:
+        return recipe
+    values = json.loads(json.dumps(asdict(recipe)))
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        place = values.get(section)
+        if name:
+            values[section] = {**(place or {}), name: value}
+        else:
+            values[section] = value
+    parser = recipe_parser()
+    try:
+        changed = vars(parser.instantiate(parser.parse_object(values)))
+    except (ArgumentError, TypeError) as error:
+        given = ", ".join(f"{key} {value!r}" for key, value in changes.items())
+        raise InputError(f"{given}: {_one_line(error)}; blip2 train --help lists all keys") from error
+    changed.pop("config", None)
+    return Recipe(**changed)
 
 
 def dump_recipe(recipe: Recipe) -> str:

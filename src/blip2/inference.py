@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Generic, NoReturn, TypeVar
@@ -13,16 +14,18 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from blip2.build import build, choose_device
-from blip2.config import Precision, Recipe, load_recipe
-from blip2.data.assets import resolve
+from blip2.config import Precision, Recipe, Stage
 from blip2.data.images import ImageLike, read_image, to_pixels
 from blip2.data.texts import encode_prompts, encode_texts
 from blip2.errors import InputError
+from blip2.interop.transformers import IMAGE_TOKEN
 from blip2.model import objectives
 from blip2.model.generation import GenerationModel
 from blip2.model.language import Decoding
 from blip2.model.representation import RepresentationModel
 from blip2.training import checkpoint
+
+log = logging.getLogger("blip2")
 
 Model = TypeVar("Model", RepresentationModel, GenerationModel)
 Images = ImageLike | Sequence[ImageLike]
@@ -37,33 +40,43 @@ SHORT_QUESTION = "Question: {} Short answer:"
 
 
 def load(
-    path: str | Path, device: str | None = None, dtype: Precision | None = None
+    path: str | Path,
+    device: str | None = None,
+    dtype: Precision | None = None,
+    *,
+    changes: Mapping[str, object] | None = None,
+    stage: Stage | None = None,
 ) -> RepresentationPipeline | GenerationPipeline:
-    """Load what :command:`blip2 train` made.
+    """Load a checkpoint of any format: what :command:`blip2 train` made, transformers' layout, a file of LAVIS.
 
     Args:
-        path: folder of a run, whose last checkpoint is taken, or of one checkpoint.
+        path: folder of a run, whose last checkpoint is taken, or of one checkpoint; folder or hub name of a
+            ``Blip2ForConditionalGeneration`` or ``Blip2ForImageTextRetrieval`` of transformers; ``.pth`` file of LAVIS.
+            What it was found to be is logged.
         device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``; None: a GPU if there is one.
         dtype: of the frozen parts; None: as the recipe says, or else bf16 on a GPU and fp32 on a CPU.
+        changes: keys of the recipe that are to have another value (``{"vision.image_size": 364}``), and those that a
+            ``.pth`` does not say (``{"vision.name": "eva_vit_g.pth", "language.name": "facebook/opt-2.7b"}``).
+        stage: which one, where a checkpoint holds both stages; None: the one that it names itself.
 
     Raises:
-        InputError: there is no checkpoint, it is damaged, its frozen parts cannot be loaded, or there is no such
-            device.
+        InputError: there is no checkpoint, it is damaged or of another model, its frozen parts cannot be loaded, or
+            there is no such device.
     """
-    folder = checkpoint.find(Path(resolve(str(path))))
-    recipe = load_recipe(folder / "recipe.yaml")
+    found = checkpoint.open_checkpoint(str(path), changes).of_stage(stage)
+    log.info("%s: %s", found.name, found.about)
+    recipe = found.recipe
     if dtype is not None:
         vision = replace(recipe.vision, dtype=dtype)
         language = None if recipe.language is None else replace(recipe.language, dtype=dtype)
         recipe = replace(recipe, vision=vision, language=language)
-    where = choose_device(device)
-    built = build(recipe, where, folder)
-    checkpoint.load_weights(folder, built.model)
+    built = build(recipe, choose_device(device), found)
+    checkpoint.load_weights(found, built.model)
     built.model.eval()
     if isinstance(built.model, RepresentationModel):
-        return RepresentationPipeline(built.model, built.tokenizer, recipe, folder)
+        return RepresentationPipeline(built.model, built.tokenizer, recipe, Path(found.name))
     assert built.end is not None
-    return GenerationPipeline(built.model, built.tokenizer, recipe, folder, built.end)
+    return GenerationPipeline(built.model, built.tokenizer, recipe, Path(found.name), built.end)
 
 
 class Pipeline(Generic[Model]):
@@ -257,6 +270,10 @@ class GenerationPipeline(Pipeline[GenerationModel]):
         features = self.features(images)
         if len(features) != len(prompts):
             raise InputError(f"there are {len(features)} images and {len(prompts)} prompts: give one prompt an image")
+        placeholders = next((prompt for prompt in prompts if IMAGE_TOKEN in prompt), None)
+        if placeholders is not None:
+            raise InputError(f"the prompt {placeholders!r} holds {IMAGE_TOKEN}: leave it out, the image comes first by"
+                             " itself")  # fmt: skip
         side = "right" if self.model.language.is_encoder_decoder else "left"
         texts: list[str] = []
         for start in range(0, len(prompts), self.batch_size):

@@ -57,7 +57,7 @@ def test_round_trip_is_bit_identical(save, built, recipe):
     folder = save(7)
     shift(built.model)
     assert not torch.equal(built.model.qformer.queries, before["qformer.queries"])
-    checkpoint.load_weights(folder, built.model)
+    checkpoint.load_weights(checkpoint.open_own(folder), built.model)
     after = checkpoint.trained_state(built.model)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert set(before) == set(after)
@@ -122,7 +122,7 @@ def test_is_complete_or_absent(save, built, monkeypatch, moment):
     last = checkpoint.latest(save.run)
     assert last.name == "step-00000002"
     assert list((save.run / "checkpoints").glob("*.tmp"))  # a half-written one lies there, and does no harm
-    checkpoint.load_weights(last, built.model)
+    checkpoint.load_weights(checkpoint.open_own(last), built.model)
     assert torch.equal(built.model.qformer.queries, kept)
     checkpoint.read_state(last)
 
@@ -154,7 +154,7 @@ def test_disk_full_names_the_last_good_checkpoint(save, built, monkeypatch, targ
     assert "no space left on the disk while saving the checkpoint of step 4" in message
     assert "go on with --resume from step-00000002" in message
     assert [path.name for path in (save.run / "checkpoints").iterdir()] == ["step-00000002"]
-    checkpoint.load_weights(checkpoint.latest(save.run), built.model)
+    checkpoint.load_weights(checkpoint.open_own(checkpoint.latest(save.run)), built.model)
     assert torch.equal(built.model.qformer.queries, kept)
 
 
@@ -174,7 +174,7 @@ def test_really_full_disk(built, recipe, tmp_path, small_disk, share):
         save(run, 4)
     assert checkpoint.latest(run) == good
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]
-    checkpoint.load_weights(good, built.model)
+    checkpoint.load_weights(checkpoint.open_own(good), built.model)
     checkpoint.read_state(good)
 
 
@@ -201,7 +201,7 @@ def test_what_does_not_fit_is_listed(save, built, change, message):
     before = built.model.qformer.embedding_norm.weight.clone()
     shift(built.model)
     with pytest.raises(InputError) as raised:
-        checkpoint.load_weights(folder, built.model)
+        checkpoint.load_weights(checkpoint.open_own(folder), built.model)
     assert message in one_line(raised)
     assert str(folder) in str(raised.value)
     # Nothing was loaded by halves.
@@ -212,7 +212,7 @@ def test_long_lists_are_cut(save, built):
     folder = save(2)
     rewrite(folder, lambda weights: [weights.pop(name) for name in list(weights)[:10]])
     with pytest.raises(InputError, match="and 6 more"):
-        checkpoint.load_weights(folder, built.model)
+        checkpoint.load_weights(checkpoint.open_own(folder), built.model)
 
 
 @pytest.mark.parametrize("size", [0, 4, 1000, 50_000])
@@ -221,7 +221,7 @@ def test_truncated_weights(save, built, size):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(InputError, match=r"cannot be read .* use another, or train again") as raised:
-        checkpoint.load_weights(folder, built.model)
+        checkpoint.load_weights(checkpoint.open_own(folder), built.model)
     assert str(folder) in one_line(raised)
 
 
@@ -267,8 +267,8 @@ def test_a_trained_encoder_is_kept(parts, recipe, tmp_path):
     set_rates(built.model, recipe.optimizer)
     shift(built.model)
     folder = checkpoint.save(tmp_path / "run", 1, built.model, recipe, built.tokenizer, {}, {}, 1)
-    other = build(recipe, CPU, folder)
-    checkpoint.load_weights(folder, other.model)
+    other = build(recipe, CPU, checkpoint.open_own(folder))
+    checkpoint.load_weights(checkpoint.open_own(folder), other.model)
     own, new = built.model.state_dict(), other.model.state_dict()
     assert all(torch.equal(own[name], new[name]) for name in own)
 
@@ -283,8 +283,8 @@ def test_tied_weights_of_a_trained_llm(parts, tmp_path):
     set_rates(built.model, recipe.optimizer)
     shift(built.model)
     folder = checkpoint.save(tmp_path / "run", 1, built.model, recipe, None, {}, {}, 1)
-    other = build(recipe, CPU, folder)
-    checkpoint.load_weights(folder, other.model)
+    other = build(recipe, CPU, checkpoint.open_own(folder))
+    checkpoint.load_weights(checkpoint.open_own(folder), other.model)
     own, new = built.model.state_dict(), other.model.state_dict()
     assert all(torch.equal(own[name], new[name]) for name in own if not name.startswith("vision."))
 
@@ -300,7 +300,7 @@ def second_stage(parts, tmp_path):
 def test_second_stage_takes_the_qformer_of_the_first(save, built, second_stage):
     shift(built.model)
     language = second_stage.language.network.lm_head.weight.clone()
-    new = checkpoint.load_previous_stage(save(2), second_stage)
+    new = checkpoint.load_previous_stage(checkpoint.open_own(save(2)), second_stage)
     assert new == ["projection.bias", "projection.weight"]
     assert torch.equal(second_stage.qformer.queries, built.model.qformer.queries)
     assert torch.equal(second_stage.image_norm.weight, built.model.image_norm.weight)
@@ -313,14 +313,14 @@ def test_previous_stage_of_other_shapes(save, second_stage):
     folder = save(2)
     rewrite(folder, lambda weights: weights.update({"image_norm.weight": torch.zeros(7)}))
     with pytest.raises(InputError, match=r"image_norm\.weight is \(7,\), expected \(24,\)"):
-        checkpoint.load_previous_stage(folder, second_stage)
+        checkpoint.load_previous_stage(checkpoint.open_own(folder), second_stage)
 
 
 def test_previous_stage_without_qformer(save, second_stage):
     folder = save(2)
     save_file({"something": torch.zeros(1)}, folder / "model.safetensors")
     with pytest.raises(InputError, match=r"holds no Q-Former that fits: its first names are \['something'\]"):
-        checkpoint.load_previous_stage(folder, second_stage)
+        checkpoint.load_previous_stage(checkpoint.open_own(folder), second_stage)
 
 
 def test_previous_stage_whose_encoder_would_be_lost(recipe, second_stage, tmp_path):
@@ -330,4 +330,4 @@ def test_previous_stage_whose_encoder_would_be_lost(recipe, second_stage, tmp_pa
     set_rates(built.model, trained.optimizer)
     folder = checkpoint.save(tmp_path / "run", 1, built.model, trained, built.tokenizer, {}, {}, 1)
     with pytest.raises(InputError, match=r'trained weights of vision, .* give "vision\.\*" a rate'):
-        checkpoint.load_previous_stage(folder, second_stage)
+        checkpoint.load_previous_stage(checkpoint.open_own(folder), second_stage)

@@ -49,7 +49,7 @@ class GenerationModel(nn.Module):
     def __init__(self, vision: ImageEncoder, config: QFormerConfig, language: LanguageModel) -> None:
         super().__init__()
         self.vision = vision
-        self.image_norm = nn.LayerNorm(vision.width)
+        self.image_norm = nn.LayerNorm(vision.width, eps=config.image_norm_eps)
         self.qformer = QFormer(config, vision.width, has_text=False)
         self.projection = nn.Linear(config.hidden_size, language.width)
         self.language = language

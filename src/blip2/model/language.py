@@ -22,6 +22,7 @@ from transformers import (
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
 )
+from transformers.activations import ACT2FN
 
 from blip2.errors import InputError
 from blip2.model.frozen import Freezable
@@ -192,16 +193,34 @@ class LanguageModel(Freezable):
         return torch.cat([visual.to(text.dtype), text], dim=1), seen
 
 
-def load_language_model(name: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
+def load_language_model(name: str, dtype: torch.dtype = torch.float32, activation: str | None = None) -> LanguageModel:
     """Load any ``AutoModelForCausalLM`` or ``AutoModelForSeq2SeqLM``, frozen.
 
     Args:
         name: a folder or hub name in transformers' format.
         dtype: of the weights and of the computation. The paper used float16 for OPT, bfloat16 for FlanT5.
+        activation: of its feed-forwards, in place of its own.
 
     Raises:
         InputError: there is no such model, or it is not a language model.
     """
     config = read_config(name, "language model")
+    set_activation(config, activation)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return LanguageModel(read_model(auto, name, "language model", dtype)[0])
+    return LanguageModel(read_model(auto, name, "language model", dtype, config=config)[0])
+
+
+def set_activation(config: Any, activation: str | None) -> None:
+    """Have the feed-forwards of an LLM use another activation than its own; None leaves it as it is.
+
+    Raises:
+        InputError: transformers has no such activation, or the LLM does not say which it has.
+    """
+    if activation is None:
+        return
+    if activation not in ACT2FN:
+        raise InputError(f"language.activation is {activation!r}, expected one that transformers has, such as gelu")
+    key = next((k for k in ("dense_act_fn", "hidden_act", "activation_function") if hasattr(config, k)), None)
+    if key is None:
+        raise InputError(f"an LLM of type {config.model_type} has no activation to set: leave out language.activation")
+    setattr(config, key, activation)

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig
+from torch import Tensor
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+)
 from transformers.utils import logging
 
 from blip2.errors import InputError
@@ -47,29 +54,78 @@ def read_config(name: str, what: str) -> Any:
 
 
 def read_model(
-    auto: Any, name: str, what: str, dtype: torch.dtype = torch.float32, optional: str = "(?!)"
+    auto: Any, name: str, what: str, dtype: torch.dtype = torch.float32, optional: str = "(?!)", config: Any = None
 ) -> tuple[Any, set[str]]:
     """A pretrained model of transformers, and the names of weights that its files do not have.
 
     Args:
         auto: the class to load it with.
         optional: regular expression, found in the names of weights that may be missing.
+        config: in place of its own.
 
     Raises:
         InputError: there is no such model, its files are damaged, or they lack weights that are not optional.
     """
+    with _quiet(), reading(name, what):
+        model, info = auto.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
+    missing = set(info["missing_keys"])
+    _check_missing(model, {key for key in missing if not re.search(optional, key)}, name, what)
+    return model, missing
+
+
+def read_part(config: Any, weights: Mapping[str, Tensor], name: str, what: str, optional: str = "(?!)") -> Any:
+    """A model of transformers from weights that lie within a larger checkpoint, in their dtypes and without a copy.
+
+    Args:
+        config: of the model; says its class too.
+        weights: under the names that the model itself has for them.
+        name: of the checkpoint, for messages.
+
+    Raises:
+        InputError: weights are missing, left over or of other shapes than `config` says.
+    """
+    auto = AutoModel
+    if getattr(config, "is_encoder_decoder", False):
+        auto = AutoModelForSeq2SeqLM
+    elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "patch_size"):
+        auto = AutoModelForCausalLM
+    with _quiet(), reading(name, what):
+        with torch.device("meta"):
+            kind: Any = type(auto.from_config(config))
+        dtype = next(iter(weights.values())).dtype
+        model, info = kind.from_pretrained(
+            None, config=config, state_dict=dict(weights), dtype=dtype, output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    for where, found, expected in sorted(info["mismatched_keys"])[:1]:
+        raise InputError(
+            f"{name}: {where} of the {what} is {tuple(found)}, its config.json says {tuple(expected)}: one of the two"
+            " belongs to another model"
+        )
+    left = sorted(set(info["unexpected_keys"]))
+    if left:
+        raise InputError(
+            f"{name} has {len(left)} weights that its {what}, a {kind.__name__}, does not have, such as {left[0]}: its"
+            " config.json belongs to another model"
+        )
+    _check_missing(model, {key for key in info["missing_keys"] if not re.search(optional, key)}, name, what)
+    return model
+
+
+def _check_missing(model: Any, missing: set[str], name: str, what: str) -> None:
+    if missing:
+        raise InputError(
+            f"the weights in {name!r} are not those of a {type(model).__name__}: {len(missing)} are missing, such as"
+            f" {min(missing)}; name the folder of a complete {what}"
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What is missing or left over is handled here, not printed by transformers."""
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what is missing or left over is handled here
+    logging.set_verbosity_error()
     try:
-        with reading(name, what):
-            model, info = auto.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        yield
     finally:
         logging.set_verbosity(verbosity)
-    missing = set(info["missing_keys"])
-    needed = sorted(key for key in missing if not re.search(optional, key))
-    if needed:
-        raise InputError(
-            f"the weights in {name!r} are not those of a {type(model).__name__}: {len(needed)} are missing, such as"
-            f" {needed[0]}; name the folder of a complete {what}"
-        )
-    return model, missing

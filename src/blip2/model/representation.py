@@ -80,7 +80,7 @@ class RepresentationModel(nn.Module):
         super().__init__()
         self.enabled = enabled
         self.vision = vision
-        self.image_norm = nn.LayerNorm(vision.width)
+        self.image_norm = nn.LayerNorm(vision.width, eps=config.image_norm_eps)
         self.qformer = QFormer(config, vision.width)
         self.image_projection = nn.Linear(config.hidden_size, config.contrastive_width)
         self.text_projection = nn.Linear(config.hidden_size, config.contrastive_width)

@@ -8,6 +8,7 @@ Legend: B batch, P image tokens, E width of the image encoder.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +129,13 @@ def wrap_transformers(network: nn.Module, preprocessing: Preprocessing, layer: L
     is_vit = len(stacks) == 1 and hasattr(config, "patch_size") and not hasattr(config, "depths")
     if layer is None:
         layer = "second-last" if is_vit else "last"
+    if isinstance(network, Blip2VisionModel):
+        # The last layer was removed before it was published, and what is its final norm there is the trained norm of
+        # the features (image_norm) here.
+        if layer == "last":
+            raise InputError("the last layer of BLIP-2's own image encoder is gone: leave out vision.layer")
+        layer = "last"
+        network.register_module("post_layernorm", nn.Identity())
     if is_vit and layer == "second-last":
         # The paper removes the last layer; what is left must not be overwritten by the final norm's output.
         del stacks[0][-1]
@@ -140,7 +148,7 @@ def wrap_transformers(network: nn.Module, preprocessing: Preprocessing, layer: L
         fitting = " or ".join(str(n) for n in (size - size % patch, size - size % patch + patch) if n)
         raise InputError(f"image_size {size} is not a multiple of the encoder's patch size {patch}: use {fitting}")
     inputs: dict[str, Any] = {}
-    if is_vit and getattr(config, "image_size", size) != size:
+    if is_vit and getattr(config, "image_size", size) != size and not _set_image_size(network, size):
         inputs["interpolate_pos_encoding"] = True
 
     def encode(pixels: Tensor) -> Tensor:
@@ -152,6 +160,34 @@ def wrap_transformers(network: nn.Module, preprocessing: Preprocessing, layer: L
         return hidden.hidden_states[-1 if is_vit else -2]
 
     return ImageEncoder(network, encode, preprocessing)
+
+
+def _set_image_size(network: Any, size: int) -> bool:
+    """Interpolate the position embeddings of BLIP-2's and CLIP's encoders once and for all, as a fine-tuning at another
+    size needs; others do it themselves at each call, and False is returned."""
+    places: Any = getattr(network, "embeddings", None)
+    grid = size // network.config.patch_size
+    if isinstance(network, Blip2VisionModel):
+        places.position_embedding = nn.Parameter(resize_positions(places.position_embedding.data, grid))
+    elif isinstance(getattr(places, "position_embedding", None), nn.Embedding) and hasattr(places, "class_embedding"):
+        resized = resize_positions(places.position_embedding.weight.data[None], grid)[0]
+        places.position_embedding = nn.Embedding.from_pretrained(resized)
+        places.register_buffer("position_ids", torch.arange(len(resized))[None], persistent=False)
+    else:
+        return False
+    network.config.image_size = places.image_size = size
+    places.num_patches, places.num_positions = grid**2, grid**2 + 1
+    return True
+
+
+def resize_positions(positions: Float[Tensor, "1 P E"], grid: int) -> Float[Tensor, "1 N E"]:
+    """Position embeddings of [CLS] and a square of patches for a square of `grid` x `grid`, interpolated (bicubic)."""
+    had = math.isqrt(positions.shape[1] - 1)
+    if had == grid:
+        return positions
+    square = positions[:, 1:].float().unflatten(1, (had, had)).permute(0, 3, 1, 2)  # [1, E, had, had]
+    square = F.interpolate(square, size=(grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:, :1], square.flatten(2).mT.to(positions.dtype)], dim=1)
 
 
 def _encode_siglip2(network: nn.Module, pixels: Tensor, patch: int, layer: Layer) -> Tensor:

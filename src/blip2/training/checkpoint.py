@@ -16,18 +16,25 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from blip2.config import Recipe, dump_recipe
+from blip2.config import QFormerConfig, Recipe, dump_recipe, load_recipe, override
+from blip2.data.assets import resolve
 from blip2.errors import InputError
+from blip2.interop.foreign import Checkpoint
+from blip2.interop.formats import is_blip2, open_foreign
+from blip2.interop.transformers import read_json
+from blip2.interop.weights import Weights, open_file
 from blip2.model.frozen import Freezable
 
 FOLDER = "checkpoints"
@@ -138,61 +145,121 @@ def find(path: Path) -> Path:
     Raises:
         InputError: there is none.
     """
-    if (path / "model.safetensors").is_file() and (path / "recipe.yaml").is_file():
+    if is_checkpoint(path):
         return path
     last = latest(path)
     if last is None:
-        what = "is not a folder" if not path.is_dir() else "holds no checkpoint"
-        raise InputError(f"{path} {what}: give the folder of a run, or a folder {FOLDER}/step-... inside one")
+        if not path.is_dir():
+            what = "is not a folder"
+        elif (path / "config.json").is_file():
+            kind = read_json(path / "config.json").get("model_type")
+            what = f"is a model of type {kind} of transformers, not a BLIP-2"
+        else:
+            what = "holds no checkpoint"
+        raise InputError(
+            f"{path} {what}: give the folder of a run, or a folder {FOLDER}/step-... inside one; or a BLIP-2 of"
+            " transformers, or a .pth file of LAVIS"
+        )
     return last
 
 
-def load_weights(folder: Path, model: nn.Module) -> None:
+def is_checkpoint(path: Path) -> bool:
+    return (path / "model.safetensors").is_file() and (path / "recipe.yaml").is_file()
+
+
+def open_checkpoint(name: str, changes: Mapping[str, object] | None = None) -> Checkpoint:
+    """A checkpoint of any format: a run or checkpoint of this project, transformers' layout, a file of LAVIS.
+
+    Args:
+        changes: keys of its recipe that are to have another value (``{"vision.image_size": 364}``), and those that
+            its format does not say (``{"language.name": "facebook/opt-2.7b"}``).
+
+    Raises:
+        InputError: there is none, it is damaged, or two formats lie in one folder.
+    """
+    path = Path(resolve(name)).expanduser()
+    if is_checkpoint(path) or latest(path) is not None:
+        if is_blip2(path):
+            raise InputError(f"{path} holds two formats: a checkpoint of this project (recipe.yaml) and one of"
+                             " transformers (config.json); give each a folder of its own")  # fmt: skip
+    else:
+        foreign = open_foreign(name, changes)
+        if foreign is not None:
+            return replace(foreign, recipe=override(foreign.recipe, changes or {}))
+    return open_own(find(path), changes)
+
+
+def open_own(folder: Path, changes: Mapping[str, object] | None = None) -> Checkpoint:
+    """A checkpoint folder of this project.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    recipe = override(load_recipe(folder / "recipe.yaml"), changes or {})
+    try:
+        weights = open_file(folder / "model.safetensors")
+    except InputError as error:
+        raise InputError(f"checkpoint {folder} cannot be read ({error}): use another, or train again") from error
+    tokenizer = folder / "tokenizer"
+    return Checkpoint(
+        name=str(folder),
+        format="blip2",
+        about=f"this project's stage {1 if recipe.stage == 'representation' else 2}, {folder.name}",
+        recipe=recipe,
+        weights=weights,
+        tokenizer=tokenizer if tokenizer.is_dir() else None,
+    )
+
+
+def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Load what was trained into a model of the same recipe.
 
     Raises:
         InputError: the file is damaged, or names or shapes differ; the message lists them.
     """
-    weights = read_weights(folder)
+    weights = checkpoint.trained()
     # A part that was trained is in the checkpoint, though it may be frozen here.
     trained = tuple(f"{part}." for part in _freezable(model) if any(name.startswith(f"{part}.") for name in weights))
     expected = {name for name in _untied_state(model) if name.startswith(trained)} | set(trained_state(model))
-    _load(weights, model, folder, expected)
+    new = {name for name in expected if name.startswith(checkpoint.optional)} if checkpoint.optional else set()
+    _load(weights, model, checkpoint, expected - (new - set(weights)))
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(folder / "model.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"checkpoint {folder} cannot be read ({error}): use another, or train again") from error
-
-
-def load_previous_stage(folder: Path, model: nn.Module) -> list[str]:
+def load_previous_stage(checkpoint: Checkpoint, model: nn.Module) -> list[str]:
     """Start a model from a checkpoint of another stage: what both have is loaded.
 
     Returns:
         Names of parameters of `model` that the checkpoint does not have.
 
     Raises:
-        InputError: a shape differs, the checkpoint lacks the Q-Former, or it holds a trained image encoder or LLM that
-            is frozen here.
+        InputError: a shape differs, the checkpoint lacks the Q-Former or has another number of heads, or it holds a
+            trained image encoder or LLM that is frozen here.
     """
-    weights = read_weights(folder)
+    weights = checkpoint.weights if checkpoint.format == "blip2" else checkpoint.trained()
     here = set(trained_state(model))
     lost = sorted({name.split(".")[0] for name in set(weights) & set(model.state_dict()) - here})
     if lost:
         raise InputError(
-            f"checkpoint {folder} holds trained weights of {', '.join(lost)}, which optimizer.rates freezes: give"
-            f' "{lost[0]}.*" a rate, or they would be lost'
+            f"checkpoint {checkpoint.name} holds trained weights of {', '.join(lost)}, which optimizer.rates freezes:"
+            f' give "{lost[0]}.*" a rate, or they would be lost'
         )
     shared = here & set(weights)
     if not any(name.startswith("qformer.") for name in shared):
-        raise InputError(f"checkpoint {folder} holds no Q-Former that fits: its first names are {sorted(weights)[:3]}")
-    _load({name: weights[name] for name in shared}, model, folder, expected=shared)
+        raise InputError(
+            f"checkpoint {checkpoint.name} holds no Q-Former that fits: its first names are {sorted(weights)[:3]}"
+        )
+    config: QFormerConfig = model.qformer.config  # pyright: ignore
+    for key in ("heads", "cross_attention_every"):  # which no shape tells
+        theirs, ours = getattr(checkpoint.recipe.qformer, key), getattr(config, key)
+        if theirs != ours:
+            raise InputError(
+                f"checkpoint {checkpoint.name} has qformer.{key} {theirs}, the recipe {ours}: set it to {theirs}"
+            )
+    _load(Weights({name: weights.places[name] for name in shared}), model, checkpoint, expected=shared)
     return sorted(here - shared)
 
 
-def _load(weights: dict[str, Tensor], model: nn.Module, folder: Path, expected: set[str]) -> None:
+def _load(weights: Mapping[str, Tensor], model: nn.Module, checkpoint: Checkpoint, expected: set[str]) -> None:
     here = {name: tensor for name, tensor in model.state_dict().items() if name in expected}
     missing, left = sorted(set(here) - set(weights)), sorted(set(weights) - set(here))
     shapes = [
@@ -200,11 +267,12 @@ def _load(weights: dict[str, Tensor], model: nn.Module, folder: Path, expected: 
         for name, tensor in here.items()
         if name in weights and weights[name].shape != tensor.shape
     ]
+    says = "recipe" if checkpoint.format == "blip2" else "configuration"
     for what, names in (("of other shapes", shapes), ("without", missing), ("with unknown", left)):
         if names:
             listed = "; ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-            raise InputError(f"checkpoint {folder} does not fit the recipe ({what}: {listed}): use the recipe it was"
-                             " made with, which lies beside it")  # fmt: skip
+            raise InputError(f"checkpoint {checkpoint.name} does not fit the {says} ({what}: {listed}): use the {says}"
+                             " it was made with, which lies beside it")  # fmt: skip
     with torch.no_grad():
         for name, tensor in weights.items():
             here[name].copy_(tensor)

@@ -29,6 +29,7 @@ from blip2.data.features import cache_features
 from blip2.data.records import Records, RecordStream, open_records
 from blip2.data.texts import StageBatch
 from blip2.errors import InputError
+from blip2.interop.formats import is_pickle, open_foreign
 from blip2.model.generation import GenerationModel
 from blip2.model.objectives import Outcome
 from blip2.training import checkpoint
@@ -121,13 +122,14 @@ class _Training:
         self.step: int = state["step"] if state else 0
 
         set_seed(recipe.training.seed)
-        built = build(recipe, accelerator.device, last)
+        going_on = None if last is None else checkpoint.open_own(last)
+        built = build(recipe, accelerator.device, going_on)
         self.built = built
         rates = set_rates(built.model, recipe.optimizer)
-        if last is not None:
-            checkpoint.load_weights(last, built.model)
+        if going_on is not None:
+            checkpoint.load_weights(going_on, built.model)
         elif recipe.start_from is not None:
-            start_from(Path(resolve(recipe.start_from)), built, display)
+            start_from(recipe, built, display)
         if accelerator.is_main_process:
             display.table(
                 f"stage: {recipe.stage}", ["part", "parameters", "state", "dtype"], describe(built.model, rates)
@@ -385,14 +387,19 @@ class _Training:
         return bool(self._reduce(flag, "sum"))
 
 
-def start_from(path: Path, built: Built, display: Display) -> None:
-    """Load the trained weights of an earlier run, of this stage or of the one before."""
-    folder = checkpoint.find(path)
-    new = checkpoint.load_previous_stage(folder, built.model)
+def start_from(recipe: Recipe, built: Built, display: Display) -> None:
+    """Load the trained weights of a checkpoint of any format, of this stage or of the one before."""
+    assert recipe.start_from is not None
+    known: dict[str, object] = {"vision.name": recipe.vision.name, "qformer.heads": recipe.qformer.heads}
+    if recipe.language is not None:
+        known["language.name"] = recipe.language.name
+    name = recipe.start_from  # a pickle says nothing of its frozen parts
+    found = (open_foreign(name, known) if is_pickle(name) else None) or checkpoint.open_checkpoint(name)
+    new = checkpoint.load_previous_stage(found, built.model)
     if isinstance(built.model, GenerationModel) and "projection.weight" in new:
         built.model.initialise_projection()
     parts = sorted({name.split(".")[0] for name in new})
-    display.say(f"starting from {folder}" + (f"; new: {', '.join(parts)}" if parts else ""))
+    display.say(f"starting from {found.name} ({found.about})" + (f"; new: {', '.join(parts)}" if parts else ""))
 
 
 def _mix(seed: int, step: int, process: int) -> int:

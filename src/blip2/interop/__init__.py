@@ -1,0 +1,1 @@
+"""Other people's checkpoints: read as this project's, and written back."""

@@ -1,0 +1,128 @@
+"""What a checkpoint of another format is, once it is seen as this project's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from blip2.config import Recipe
+from blip2.errors import InputError
+from blip2.interop.weights import Weights
+from blip2.model.language import LanguageModel, set_activation
+from blip2.model.pretrained import read_part, reading
+from blip2.model.vision import ImageEncoder, Layer, Preprocessing, wrap_transformers
+
+Format = Literal["blip2", "transformers", "lavis"]
+VISION, LANGUAGE = "vision.network.", "language.network."
+STAGE_1_ALONE = (
+    "qformer.word_embedding", "qformer.position_embedding", "image_projection", "text_projection", "matching_head",
+    "language_head", "temperature",
+)  # fmt: skip
+"""Beginnings of the names of weights that stage 2 has not."""
+STAGE_2_ALONE = ("projection.", LANGUAGE)
+"""Beginnings of the names of weights that stage 1 has not."""
+QFORMER_TOKENIZER = "qformer_tokenizer"
+"""Folder, within one that holds both stages, of the tokenizer of the Q-Former's text."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of any format, under this project's names."""
+
+    name: str
+    """Folder, file or hub name."""
+    format: Format
+    about: str
+    """What it was found to be, in a few words."""
+    recipe: Recipe
+    """The sizes of its parts and the names of its frozen ones; there are no data in it if it is of another format."""
+    weights: Weights
+    """All that it holds; frozen parts under the names that transformers has for them behind :data:`VISION` and
+    :data:`LANGUAGE`."""
+    tokenizer: Path | None = None
+    """Folder of its tokenizer: of the Q-Former's text in stage 1, of the LLM in stage 2."""
+    vision_config: Any = None
+    """Of its image encoder, where the weights have one."""
+    language_config: Any = None
+    """Of its LLM, where the weights have one."""
+    preprocessing: Preprocessing | None = None
+    """What its image encoder expects of pixels, where the weights have one."""
+    optional: tuple[str, ...] = ()
+    """Beginnings of the names of weights that its format cannot hold, which start anew."""
+
+    @property
+    def holds_vision(self) -> bool:
+        return self.vision_config is not None
+
+    @property
+    def holds_language(self) -> bool:
+        return self.language_config is not None
+
+    def trained(self) -> Weights:
+        """What its stage trains: all but the frozen parts that :meth:`image_encoder`, :meth:`language_model` read."""
+        frozen = (VISION,) * self.holds_vision + (LANGUAGE,) * self.holds_language
+        other = STAGE_2_ALONE if self.recipe.stage == "representation" else STAGE_1_ALONE
+        kept = self.weights.without(*frozen, *other)
+        if self.recipe.stage == "generation":
+            kept = Weights({name: place for name, place in kept.places.items() if ".text_feed_forward." not in name})
+        return kept
+
+    def of_stage(self, stage: Literal["representation", "generation"] | None) -> Checkpoint:
+        """The same weights seen as those of a stage, where it holds those of both.
+
+        Raises:
+            InputError: it does not.
+        """
+        if stage in (None, self.recipe.stage):
+            return self
+        needed = STAGE_1_ALONE[2] if stage == "representation" else STAGE_2_ALONE[0]
+        if not self.weights.part(needed):
+            raise InputError(f"{self.name} is of stage {self.recipe.stage} alone: load a model of stage {stage}")
+        language = None if stage == "representation" else self.recipe.language
+        tokenizer = None if self.tokenizer is None else self.tokenizer / QFORMER_TOKENIZER
+        return replace(self, recipe=replace(self.recipe, stage=stage, language=language), tokenizer=tokenizer)
+
+    def image_encoder(self, layer: Layer | None, image_size: int | None, dtype: torch.dtype) -> ImageEncoder:
+        """Its image encoder, frozen, for images of `image_size` (its own when None)."""
+        assert self.vision_config is not None and self.preprocessing is not None
+        network = read_part(
+            copy.deepcopy(self.vision_config),
+            converted(self.weights.stripped(VISION), dtype),
+            self.name,
+            "image encoder",
+            optional="post_layernorm|pooler",
+        )
+        preprocessing = replace(self.preprocessing, image_size=image_size or self.preprocessing.image_size)
+        return wrap_transformers(network, preprocessing, layer)
+
+    def language_model(self, dtype: torch.dtype, activation: str | None = None) -> LanguageModel:
+        """Its LLM, frozen."""
+        config = copy.deepcopy(self.language_config)
+        set_activation(config, activation)
+        weights = converted(self.weights.stripped(LANGUAGE), dtype)
+        return LanguageModel(read_part(config, weights, self.name, "language model"))
+
+
+def converted(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights in a dtype, each read and converted before the next."""
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+
+
+def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """A fast tokenizer.
+
+    Raises:
+        InputError: there is none, it is damaged, or it is a slow one.
+    """
+    with reading(str(folder), "tokenizer", "tokenizer.json"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not tokenizer.is_fast:
+        raise InputError(f"the tokenizer of {str(folder)!r} has no tokenizer.json: save it as a fast tokenizer first")
+    return tokenizer

@@ -1,0 +1,66 @@
+"""Which format a checkpoint has."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+from blip2.data.assets import resolve
+from blip2.errors import InputError
+from blip2.interop import lavis, transformers
+from blip2.interop.foreign import QFORMER_TOKENIZER, Checkpoint
+from blip2.model.pretrained import first_line
+
+PICKLES = (".pth", ".pt", ".bin", ".ckpt")
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", f"{QFORMER_TOKENIZER}/*"]
+
+
+def open_foreign(name: str, changes: Mapping[str, object] | None = None) -> Checkpoint | None:
+    """A checkpoint of BLIP-2 in another format; None where there is none of that name.
+
+    Args:
+        name: folder in transformers' layout, hub name, or ``.pth`` file.
+        changes: keys of the recipe that say what the file does not; see :func:`lavis.read`.
+
+    Raises:
+        InputError: it is damaged, or lacks something.
+    """
+    path = Path(resolve(name)).expanduser()
+    if is_pickle(name):
+        return lavis.read(path.absolute(), changes or {})
+    if is_blip2(path):
+        return transformers.read(str(path.absolute()), path.absolute())
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        folder = _fetch(name)
+        if folder is not None:
+            return transformers.read(name, folder)
+    return None
+
+
+def is_pickle(name: str) -> bool:
+    """Whether a name is that of a file of :func:`torch.save`."""
+    return Path(name).suffix in PICKLES
+
+
+def is_blip2(folder: Path) -> bool:
+    """Whether a folder holds a BLIP-2 of transformers' layout."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") == "blip-2"
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _fetch(name: str) -> Path | None:
+    """The folder of a BLIP-2 of the hub; None where the hub has none of that name."""
+    try:
+        folder = Path(snapshot_download(name, allow_patterns="config.json"))
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES)) if is_blip2(folder) else None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError):
+        return None
+    except (HfHubHTTPError, OSError) as error:
+        raise InputError(f"{name!r} cannot be fetched from the hub ({first_line(error)}): check its name") from error

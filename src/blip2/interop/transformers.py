@@ -1,0 +1,213 @@
+"""Checkpoints in transformers' layout: ``Blip2ForConditionalGeneration`` and ``Blip2ForImageTextRetrieval``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import Blip2Config, PreTrainedTokenizerBase
+
+from blip2.config import DataConfig, LanguageConfig, QFormerConfig, Recipe, VisionConfig
+from blip2.errors import InputError
+from blip2.interop.foreign import Checkpoint, read_tokenizer
+from blip2.interop.names import Table
+from blip2.interop.weights import Weights, open_folder
+from blip2.model.pretrained import first_line, reading
+from blip2.model.vision import read_preprocessing
+
+RETRIEVAL, GENERATION = "Blip2ForImageTextRetrieval", "Blip2ForConditionalGeneration"
+IMAGE_TOKEN = "<image>"
+BLOCK, THEIRS = "qformer.blocks.{}", "qformer.encoder.layer.{}"
+NAMES: Table = (
+    ("query_tokens", "qformer.queries"),
+    ("vision_model.post_layernorm", "image_norm"),
+    ("vision_model.{...}", "vision.network.{...}"),
+    ("embeddings.word_embeddings", "qformer.word_embedding"),
+    ("embeddings.position_embeddings", "qformer.position_embedding"),
+    ("qformer.layernorm", "qformer.embedding_norm"),
+    (f"{THEIRS}.attention.attention.query", f"{BLOCK}.self_attention.query"),
+    (f"{THEIRS}.attention.attention.key", f"{BLOCK}.self_attention.key"),
+    (f"{THEIRS}.attention.attention.value", f"{BLOCK}.self_attention.value"),
+    (f"{THEIRS}.attention.output.dense", f"{BLOCK}.self_attention.output"),
+    (f"{THEIRS}.attention.output.LayerNorm", f"{BLOCK}.self_attention.norm"),
+    (f"{THEIRS}.crossattention.attention.query", f"{BLOCK}.cross_attention.query"),
+    (f"{THEIRS}.crossattention.attention.key", f"{BLOCK}.cross_attention.key"),
+    (f"{THEIRS}.crossattention.attention.value", f"{BLOCK}.cross_attention.value"),
+    (f"{THEIRS}.crossattention.output.dense", f"{BLOCK}.cross_attention.output"),
+    (f"{THEIRS}.crossattention.output.LayerNorm", f"{BLOCK}.cross_attention.norm"),
+    (f"{THEIRS}.intermediate_query.dense", f"{BLOCK}.query_feed_forward.expand"),
+    (f"{THEIRS}.output_query.dense", f"{BLOCK}.query_feed_forward.contract"),
+    (f"{THEIRS}.output_query.LayerNorm", f"{BLOCK}.query_feed_forward.norm"),
+    (f"{THEIRS}.intermediate.dense", f"{BLOCK}.text_feed_forward.expand"),
+    (f"{THEIRS}.output.dense", f"{BLOCK}.text_feed_forward.contract"),
+    (f"{THEIRS}.output.LayerNorm", f"{BLOCK}.text_feed_forward.norm"),
+    ("vision_projection", "image_projection"),
+    ("text_projection", "text_projection"),
+    ("itm_head", "matching_head"),
+    ("language_projection", "projection"),
+    ("language_model.{...}", "language.network.{...}"),
+    # What the layout has no place for goes under LAVIS's names, which transformers passes over.
+    ("temp", "temperature"),
+    ("cls.predictions.transform.dense", "language_head.transform"),
+    ("cls.predictions.transform.LayerNorm", "language_head.norm"),
+    ("cls.predictions.bias", "language_head.bias"),
+)
+
+
+def read(name: str, folder: Path) -> Checkpoint:
+    """A folder in transformers' layout.
+
+    Args:
+        name: what it is called: the folder, or the hub name that it was fetched from.
+
+    Raises:
+        InputError: it is of another model, its files are damaged, or they do not fit each other.
+    """
+    settings = read_json(folder / "config.json")
+    kind = settings.get("model_type")
+    if kind != "blip-2":
+        raise InputError(f"{name} is a model of type {kind}, expected blip-2: name a BLIP-2 checkpoint")
+    for part, expected in (("vision_config", "blip_2_vision_model"), ("qformer_config", "blip_2_qformer")):
+        found = (settings.get(part) or {}).get("model_type", expected)
+        if found != expected:
+            raise InputError(
+                f"{name}: its {part} is of type {found}, which transformers would take for a {expected} in silence: no"
+                " checkpoint of this layout can have it"
+            )
+    with reading(name, "configuration"):
+        config: Any = Blip2Config.from_dict(settings)
+    weights = open_folder(folder).renamed(NAMES, name)
+    generates = GENERATION in (settings.get("architectures") or []) or (
+        RETRIEVAL not in (settings.get("architectures") or []) and "projection.weight" in weights
+    )
+    tokenizer = read_tokenizer(folder)
+    check_conventions(name, folder, config, tokenizer, generates)
+    recipe = _recipe(name, config, weights, tokenizer, generates)
+    vision = config.vision_config
+    _set_size(name, vision, weights)
+    llm = config.text_config.model_type
+    about = (
+        f"transformers' {GENERATION if generates else RETRIEVAL}: a ViT of {vision.num_hidden_layers} layers for"
+        f" {vision.image_size} pixels, {config.num_query_tokens} queries"
+        + (f", an LLM of type {llm}" if generates else "")
+    )
+    return Checkpoint(
+        name=name,
+        format="transformers",
+        about=about,
+        recipe=recipe,
+        weights=weights,
+        tokenizer=folder,
+        vision_config=vision,
+        language_config=config.text_config if "projection.weight" in weights else None,
+        preprocessing=read_preprocessing(str(folder), vision, None),
+        optional=("temperature", "language_head") if "temperature" not in weights else (),
+    )
+
+
+def _recipe(name: str, config: Any, weights: Weights, tokenizer: PreTrainedTokenizerBase, generates: bool) -> Recipe:
+    theirs = config.qformer_config
+    if theirs.hidden_act != "gelu":
+        raise InputError(f"{name}: its Q-Former has the activation {theirs.hidden_act}, expected gelu")
+    positions = weights.get("qformer.position_embedding.weight")
+    shapes = {
+        "num_query_tokens": (config.num_query_tokens, weights["qformer.queries"].shape[1]),
+        "qformer_config.hidden_size": (theirs.hidden_size, weights["qformer.queries"].shape[2]),
+    }
+    for key, (said, found) in shapes.items():
+        if said != found:
+            raise InputError(
+                f"{name}: its config.json says {key} {said}, its weights have {found}: correct the one that is wrong"
+            )
+    try:
+        qformer = QFormerConfig(
+            bert=None,
+            tokenizer=None,
+            hidden_size=theirs.hidden_size,
+            layers=theirs.num_hidden_layers,
+            heads=theirs.num_attention_heads,
+            intermediate_size=theirs.intermediate_size,
+            queries=config.num_query_tokens,
+            cross_attention_every=theirs.cross_attention_frequency,
+            contrastive_width=config.image_text_hidden_size,
+            vocabulary=theirs.vocab_size,
+            max_positions=theirs.max_position_embeddings if positions is None else len(positions),
+            dropout=theirs.hidden_dropout_prob,
+            layer_norm_eps=theirs.layer_norm_eps,
+            image_norm_eps=config.vision_config.layer_norm_eps,
+        )
+        language = None
+        if generates:
+            language = LanguageConfig(name=name, stop=_stop(name, config.text_config, tokenizer))
+        return Recipe(
+            stage="generation" if generates else "representation",
+            output="",
+            vision=VisionConfig(name=name),
+            data=DataConfig(train=""),
+            qformer=qformer,
+            language=language,
+        )
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+
+
+def _stop(name: str, text_config: Any, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The text whose token ends a text, where that is not the tokenizer's own end: a newline for the paper's OPT."""
+    ends = getattr(text_config, "eos_token_id", None)
+    ends = list(ends) if isinstance(ends, list | tuple) else [ends]
+    end: Any = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
+    if end in (None, tokenizer.eos_token_id):
+        return None
+    stop = str(tokenizer.decode([end]))
+    if tokenizer(stop, add_special_tokens=False)["input_ids"] != [end]:
+        raise InputError(f"{name}: its texts end with token {end}, {stop!r}, which its tokenizer does not make: correct"
+                         " text_config.eos_token_id")  # fmt: skip
+    return stop
+
+
+def _set_size(name: str, vision: Any, weights: Weights) -> None:
+    """The image size that the position embeddings are for, whatever the configuration says."""
+    key = "vision.network.embeddings.position_embedding"
+    if key not in weights:
+        raise InputError(f"{name} has no image encoder ({key} is missing): download its weights again")
+    grid = round((weights[key].shape[1] - 1) ** 0.5)
+    vision.image_size = grid * vision.patch_size
+
+
+def check_conventions(
+    name: str, folder: Path, config: Any, tokenizer: PreTrainedTokenizerBase, generates: bool
+) -> None:
+    """What transformers passes over in silence: placeholders that are not as many as queries, or are other tokens."""
+    settings = read_json(folder / "processor_config.json") if (folder / "processor_config.json").is_file() else {}
+    queries = settings.get("num_query_tokens")
+    if queries not in (None, config.num_query_tokens):
+        raise InputError(
+            f"{name}: its processor puts {queries} {IMAGE_TOKEN} tokens before a text, but it has"
+            f" {config.num_query_tokens} queries: set num_query_tokens to {config.num_query_tokens} in"
+            " processor_config.json"
+        )
+    index = config.image_token_index
+    if not generates or index is None:
+        return
+    found = tokenizer.get_vocab().get(IMAGE_TOKEN)
+    if found is None:
+        raise InputError(
+            f"{name}: its tokenizer has no {IMAGE_TOKEN}, which its config.json says is token {index}: copy the"
+            " tokenizer that belongs to it"
+        )
+    if found != index:
+        raise InputError(
+            f"{name}: {IMAGE_TOKEN} is token {found} of its tokenizer, its config.json says {index}: set"
+            f" image_token_index to {found}"
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({first_line(error)}): copy or download it again") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds no object: copy or download it again")
+    return found

@@ -1,0 +1,157 @@
+"""Weights in files, read one at a time.
+
+A file of weights may be larger than the memory. Nothing is read before it is asked for, and what was read is given back
+when its tensor goes: a model that is loaded in another dtype or onto another device is never in memory twice.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from blip2.errors import InputError
+from blip2.interop.names import Table, listing, rename
+from blip2.model.pretrained import first_line
+
+SINGLE = ("model.safetensors", "pytorch_model.bin")
+
+
+class Weights(Mapping[str, Tensor]):
+    """Tensors by name, each mapped from its file when it is asked for.
+
+    Args:
+        places: for each name the file that holds it and its name there, or the tensor itself.
+    """
+
+    def __init__(self, places: Mapping[str, tuple[Path, str] | Tensor]) -> None:
+        self.places = dict(places)
+
+    def __getitem__(self, name: str) -> Tensor:
+        place = self.places[name]
+        if isinstance(place, Tensor):
+            return place
+        with _reading(place[0]), safe_open(place[0], framework="pt") as file:
+            return file.get_tensor(place[1])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def renamed(self, table: Table, where: str, back: bool = False) -> Weights:
+        """Under the names of another format; see :func:`rename`."""
+        return Weights({new: self.places[old] for old, new in rename(self, table, where, back).items()})
+
+    def part(self, *prefixes: str) -> Weights:
+        """Those whose names begin with one of `prefixes`."""
+        return Weights({name: place for name, place in self.places.items() if name.startswith(prefixes)})
+
+    def without(self, *prefixes: str) -> Weights:
+        """Those whose names begin with none of `prefixes`."""
+        return Weights({name: place for name, place in self.places.items() if not name.startswith(prefixes)})
+
+    def stripped(self, prefix: str) -> Weights:
+        """Those whose names begin with `prefix`, without it."""
+        return Weights({name.removeprefix(prefix): place for name, place in self.part(prefix).places.items()})
+
+    def with_prefix(self, prefix: str) -> Weights:
+        return Weights({prefix + name: place for name, place in self.places.items()})
+
+    def __or__(self, other: Mapping[str, Tensor]) -> Weights:
+        """Both; where both have a name, that of `other`."""
+        return Weights({**self.places, **(other.places if isinstance(other, Weights) else other)})
+
+
+def open_folder(folder: Path) -> Weights:
+    """All weights of a folder in transformers' layout: one file or shards, safetensors before pickles.
+
+    Raises:
+        InputError: there are none, one is damaged, or a shard is missing.
+    """
+    for name in SINGLE:
+        if (folder / name).is_file():
+            return open_file(folder / name)
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            return _open_shards(folder, index)
+    raise InputError(f"{folder} has no {SINGLE[0]} and no {SINGLE[0]}.index.json: copy or download its weights too")
+
+
+def _open_shards(folder: Path, index: Path) -> Weights:
+    try:
+        homes: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{index} is damaged ({type(error).__name__}): copy or download it again") from error
+    shards = sorted(set(homes.values()))
+    missing = [name for name in shards if not (folder / name).is_file()]
+    if missing:
+        raise InputError(
+            f"{folder} lacks {len(missing)} of its {len(shards)} shards ({listing(missing)}): copy or download them too"
+        )
+    opened = {name: open_file(folder / name) for name in shards}
+    absent = [name for name, home in homes.items() if name not in opened[home]]
+    if absent:
+        raise InputError(f"{folder}: {listing(absent)} are not in the shards that {index.name} says: download it again")
+    return Weights({name: opened[home].places[name] for name, home in homes.items()})
+
+
+def open_file(path: Path) -> Weights:
+    """All weights of a safetensors file, or of a file of :func:`torch.save`, of which nothing is ever executed.
+
+    Raises:
+        InputError: the file is damaged, or holds more than tensors, numbers and texts.
+    """
+    if path.suffix != ".safetensors":
+        return Weights(_tensors(read_pickle(path), path))
+    with _reading(path), safe_open(path, framework="pt") as file:
+        return Weights({name: (path, name) for name in file.keys()})  # noqa: SIM118
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is damaged ({error}): copy or download it again") from error
+
+
+def read_pickle(path: Path) -> Any:
+    """What :func:`torch.save` wrote, its tensors mapped from the file; nothing is executed.
+
+    Raises:
+        InputError: there is no such file, it is damaged, or it holds objects, which would have to be executed.
+    """
+    if not path.is_file():
+        raise InputError(f"there is no file {path}: check its path")
+    try:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            return torch.load(path, map_location="cpu", weights_only=True)  # written before PyTorch 1.6
+    except Exception as error:  # unpickling damaged bytes raises nearly anything
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if wanted:
+            raise InputError(
+                f"{path} is refused: it wants to run {wanted[1]} while it is read, and files of weights need no code;"
+                " save its state dict alone, with tensors, numbers and texts"
+            ) from error
+        raise InputError(f"{path} is damaged ({first_line(error)}): copy or download it again") from error
+
+
+def _tensors(found: Any, path: Path) -> dict[str, Tensor]:
+    if isinstance(found, Mapping) and isinstance(found.get("model"), Mapping):
+        found = found["model"]
+    if not isinstance(found, Mapping) or not found or not all(isinstance(v, Tensor) for v in found.values()):
+        raise InputError(f"{path} holds no state dict (names with tensors): give a file of weights")
+    return dict(found)
