@@ -80,7 +80,7 @@ def build(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None = 
     if recipe.language is None:
         if from_bert:
             check_fits(resolve(recipe.qformer.bert or ""), recipe.qformer)
-        tokenizer = _text_tokenizer(recipe.qformer, checkpoint)
+        tokenizer = text_tokenizer(recipe.qformer, checkpoint)
         model = RepresentationModel(vision, recipe.qformer, recipe.objectives)
         if from_bert:
             initialise_from_bert(resolve(recipe.qformer.bert or ""), model.qformer, model.language_head)
@@ -114,7 +114,7 @@ def read_language_model(config: LanguageConfig, dtype: torch.dtype) -> LanguageM
     return within.language_model(dtype, config.activation)
 
 
-def _text_tokenizer(config: QFormerConfig, checkpoint: Checkpoint | None) -> PreTrainedTokenizerBase:
+def text_tokenizer(config: QFormerConfig, checkpoint: Checkpoint | None) -> PreTrainedTokenizerBase:
     """BERT's tokenizer with [DEC] as its last token."""
     if checkpoint is not None and checkpoint.tokenizer is not None:
         return _check_vocabulary(read_tokenizer(checkpoint.tokenizer), config, checkpoint.name)

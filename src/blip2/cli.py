@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -24,10 +25,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     parser = build_parser()
-    options, rest = parser.parse_known_args(arguments)
-    if rest and options.command != "train":
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    options.rest = rest
+    given, changes = take_changes(sys.argv[1:] if arguments is None else arguments)
+    options, rest = parser.parse_known_args(given)
+    if options.command != "train":
+        unknown = rest + ([] if options.takes_changes else [f"--{key}" for key in changes])
+        if unknown:
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    options.rest, options.changes = rest, changes
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -45,6 +49,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def take_changes(arguments: Sequence[str]) -> tuple[list[str], dict[str, object]]:
+    """The keys of a recipe among the arguments (``--vision.name eva_vit_g.pth``), apart from the others.
+
+    Those of ``blip2 train`` stay where they are: its recipe reads them.
+    """
+    rest: list[str] = []
+    changes: dict[str, object] = {}
+    left = iter(arguments)
+    for argument in left:
+        key, equals, value = argument.partition("=")
+        if re.fullmatch(r"--[a-z]+\.[a-z_]+", key) and rest[:1] != ["train"]:
+            changes[key.removeprefix("--")] = value if equals else next(left, None)
+        else:
+            rest.append(argument)
+    return rest, changes
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="blip2",
@@ -55,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: Run, summary: str, example: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=summary, description=summary, epilog=f"example: {example}")
-        added.set_defaults(run=run)
+        added.set_defaults(run=run, takes_changes=False)
         return added
 
     demo = command("demo", run_demo, "train both stages on real pictures and show what was learned", "blip2 demo")
@@ -107,11 +128,51 @@ def build_parser() -> argparse.ArgumentParser:
     embed.add_argument(
         "--output", required=True, metavar="FILE", help="a .safetensors file with images [I, Q, C] and texts [T, C]"
     )
+
+    convert = command(
+        "convert",
+        run_convert,
+        "write a checkpoint in another format: transformers, vLLM, LAVIS or this project's",
+        "blip2 convert runs/mine/stage2 mine --to transformers",
+    )
+    convert.add_argument("source", metavar="SRC", help=f"{CHECKPOINT}")
+    convert.add_argument("target", metavar="DST", help="folder to make; for lavis a .pth file")
+    convert.add_argument("--to", required=True, choices=["transformers", "vllm", "lavis", "blip2"], help="its format")
+    convert.add_argument(
+        "--stage1",
+        metavar="SRC",
+        help="for transformers: a stage 1 with the same Q-Former, whose heads go into the folder too",
+    )
+    convert.add_argument(
+        "--with-language", action="store_true", help="for lavis: put the LLM in too, which its own files leave out"
+    )
+    take_keys(convert)
+
+    push = command(
+        "push", run_push, "upload a converted folder to the Hugging Face hub", "blip2 push mine my-name/my-model"
+    )
+    push.add_argument("folder", metavar="FOLDER", help="what blip2 convert wrote")
+    push.add_argument("repository", metavar="NAME", help="owner and name of the repository, made if need be")
+    push.add_argument("--private", action="store_true", help="make it private")
     return parser
 
 
+CHECKPOINT = "run, checkpoint, folder or hub name of transformers' BLIP-2, or .pth of LAVIS"
+
+
+def take_keys(parser: argparse.ArgumentParser) -> None:
+    """Let a command take keys of a recipe."""
+    parser.set_defaults(takes_changes=True)
+    parser.epilog = (
+        f"{parser.epilog} --- keys of a recipe can be given too: those that a .pth does not say (--vision.name"
+        " eva_vit_g.pth --language.name facebook/opt-2.7b), or another value (--vision.image_size 364)"
+    )
+
+
 def add_model(parser: argparse.ArgumentParser, stage: str) -> None:
-    parser.add_argument("model", metavar="MODEL", help=f"folder of a run of stage {stage}, or of one checkpoint")
+    parser.add_argument("model", metavar="MODEL", help=f"of stage {stage}: {CHECKPOINT}")
+    take_keys(parser)
+    parser.set_defaults(stage=stage)
     parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: a GPU if there is one)")
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="of the frozen parts (default: the recipe's)")
 
@@ -195,10 +256,23 @@ def run_embed(options: argparse.Namespace) -> None:
     print(", ".join(f"{key} {list(tensor.shape)}" for key, tensor in out.items()), "->", options.output)
 
 
+def run_convert(options: argparse.Namespace) -> None:
+    from blip2.convert import convert
+
+    print(convert(options.source, options.target, options.to, options.changes, options.stage1, options.with_language))
+
+
+def run_push(options: argparse.Namespace) -> None:
+    from blip2.publish import push
+
+    print(push(options.folder, options.repository, options.private))
+
+
 def _load(options: argparse.Namespace):
     from blip2.inference import load
 
-    return load(options.model, options.device, options.dtype)
+    # A checkpoint that holds both stages can be used as either; one that holds the other alone says so itself.
+    return load(options.model, options.device, options.dtype, changes=options.changes, stage=options.stage)
 
 
 def _decoding(options: argparse.Namespace, questions: bool):

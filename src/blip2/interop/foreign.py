@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, Blip2VisionConfig, PreTrainedTokenizerBase
 
 from blip2.config import Recipe
 from blip2.errors import InputError
@@ -65,14 +65,25 @@ class Checkpoint:
     def holds_language(self) -> bool:
         return self.language_config is not None
 
+    @property
+    def holds_stage_1(self) -> bool:
+        """Whether all is there that :class:`RepresentationModel` has; beside it there may be a stage 2."""
+        return "matching_head.weight" in self.weights
+
+    def is_stage_1_alone(self, name: str) -> bool:
+        """Whether a weight is of the text transformer or the heads, which stage 2 has not."""
+        return name.startswith(STAGE_1_ALONE) or ".text_feed_forward." in name
+
+    def only_stage(self) -> Weights:
+        """The weights that its stage has, frozen parts included, where those of both are there."""
+        if self.recipe.stage == "representation":
+            return self.weights.without(*STAGE_2_ALONE)
+        return Weights({n: place for n, place in self.weights.places.items() if not self.is_stage_1_alone(n)})
+
     def trained(self) -> Weights:
         """What its stage trains: all but the frozen parts that :meth:`image_encoder`, :meth:`language_model` read."""
         frozen = (VISION,) * self.holds_vision + (LANGUAGE,) * self.holds_language
-        other = STAGE_2_ALONE if self.recipe.stage == "representation" else STAGE_1_ALONE
-        kept = self.weights.without(*frozen, *other)
-        if self.recipe.stage == "generation":
-            kept = Weights({name: place for name, place in kept.places.items() if ".text_feed_forward." not in name})
-        return kept
+        return self.only_stage().without(*frozen)
 
     def of_stage(self, stage: Literal["representation", "generation"] | None) -> Checkpoint:
         """The same weights seen as those of a stage, where it holds those of both.
@@ -82,12 +93,10 @@ class Checkpoint:
         """
         if stage in (None, self.recipe.stage):
             return self
-        needed = STAGE_1_ALONE[2] if stage == "representation" else STAGE_2_ALONE[0]
-        if not self.weights.part(needed):
+        if stage == "generation" or not self.holds_stage_1:
             raise InputError(f"{self.name} is of stage {self.recipe.stage} alone: load a model of stage {stage}")
-        language = None if stage == "representation" else self.recipe.language
         tokenizer = None if self.tokenizer is None else self.tokenizer / QFORMER_TOKENIZER
-        return replace(self, recipe=replace(self.recipe, stage=stage, language=language), tokenizer=tokenizer)
+        return replace(self, recipe=replace(self.recipe, stage=stage, language=None), tokenizer=tokenizer)
 
     def image_encoder(self, layer: Layer | None, image_size: int | None, dtype: torch.dtype) -> ImageEncoder:
         """Its image encoder, frozen, for images of `image_size` (its own when None)."""
@@ -100,6 +109,8 @@ class Checkpoint:
             optional="post_layernorm|pooler",
         )
         preprocessing = replace(self.preprocessing, image_size=image_size or self.preprocessing.image_size)
+        if layer is None and not isinstance(self.vision_config, Blip2VisionConfig):
+            layer = "last"  # of those that are left: the last of all has been removed
         return wrap_transformers(network, preprocessing, layer)
 
     def language_model(self, dtype: torch.dtype, activation: str | None = None) -> LanguageModel:

@@ -25,14 +25,15 @@ def open_foreign(name: str, changes: Mapping[str, object] | None = None) -> Chec
 
     Args:
         name: folder in transformers' layout, hub name, or ``.pth`` file.
-        changes: keys of the recipe that say what the file does not; see :func:`lavis.read`.
+        changes: keys of the recipe that say what the file does not; None where only the frozen parts that it holds
+            are asked for. See :func:`lavis.read`.
 
     Raises:
         InputError: it is damaged, or lacks something.
     """
     path = Path(resolve(name)).expanduser()
     if is_pickle(name):
-        return lavis.read(path.absolute(), changes or {})
+        return lavis.read(path.absolute(), changes)
     if is_blip2(path):
         return transformers.read(str(path.absolute()), path.absolute())
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):

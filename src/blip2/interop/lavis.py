@@ -76,19 +76,25 @@ CLIP_NAMES: Table = (
     ("visual_encoder.transformer.resblocks.{}.mlp.c_fc", f"{CLIP}.mlp.fc1"),
     ("visual_encoder.transformer.resblocks.{}.mlp.c_proj", f"{CLIP}.mlp.fc2"),
 )
-ENCODER_ALONE = ("norm.", "fc_norm.", "head.", "mask_token")
-"""What a file of EVA-CLIP alone may hold beside the blocks, of which BLIP-2 uses nothing."""
-EVA_WIDTH, EVA_BLOCKS, EVA_HEAD = 1408, 40, 88
-"""EVA-CLIP ViT-g/14: its width, blocks before the last is removed, and width of a head."""
+ENCODER_ALONE = ("norm.", "fc_norm.", "head.", "mask_token", "ln_post.", "proj")
+"""What a file of EVA-CLIP or CLIP alone may hold beside the blocks, of which BLIP-2 uses nothing."""
+NORM_EPS = 1e-5
+"""Of ``ln_vision``."""
 BERT = "google-bert/bert-base-uncased"
+"""Whose tokenizer LAVIS's Q-Former has."""
+EVA_HEAD, CLIP_HEAD = 88, 64
+"""Widths of a head."""
+SHORTENED = ((1408, 39), (1024, 23))
+"""Width and number of blocks of EVA-CLIP ViT-g/14 and CLIP ViT-L/14 when the last block has been removed already."""
 
 
-def read(path: Path, changes: Mapping[str, object]) -> Checkpoint:
+def read(path: Path, changes: Mapping[str, object] | None) -> Checkpoint:
     """A ``.pth`` file of LAVIS.
 
     Args:
         changes: keys of the recipe that say what the file does not: ``vision.name`` and ``language.name`` (for stage 2)
-            of frozen parts that are not in it, ``qformer.heads`` where a head is not 64 wide.
+            of frozen parts that are not in it, ``qformer.heads`` where a head is not 64 wide. An image encoder inside
+            gives way to one that is named. None: only the parts inside are asked for, and nothing need be named.
 
     Raises:
         InputError: the file is damaged or carries code, holds another model, or something it needs is not named.
@@ -104,6 +110,8 @@ def read(path: Path, changes: Mapping[str, object]) -> Checkpoint:
     if any(name.startswith("llm_") for name in state):
         raise InputError(f"{path} is of InstructBLIP (it has llm_proj), whose Q-Former reads the question too: name a"
                          " checkpoint of BLIP-2")  # fmt: skip
+    if changes and changes.get("vision.name", str(path)) != str(path):
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("visual_encoder.")}
     untie(state, path)
     is_clip = "visual_encoder.conv1.weight" in state
     split_attention(state) if is_clip else join_biases(state)
@@ -128,8 +136,14 @@ def read(path: Path, changes: Mapping[str, object]) -> Checkpoint:
 
 
 def _recipe(
-    path: Path, weights: Weights, stage: Any, is_t5: bool, has_vision: bool, changes: Mapping[str, object]
+    path: Path,
+    weights: Weights,
+    stage: Any,
+    is_t5: bool,
+    has_vision: bool,
+    given: Mapping[str, object] | None,
 ) -> Recipe:
+    changes = {"qformer.heads": 1} if given is None else given
     if stage == "representation":
         changes = {key: value for key, value in changes.items() if key != "language.name"}
     queries = weights["qformer.queries"].shape
@@ -142,12 +156,12 @@ def _recipe(
     if width % 64 and "qformer.heads" not in changes:
         raise InputError(f"{path}: its Q-Former is {width} wide, no multiple of 64, a head's width in BERT: set"
                          " qformer.heads")  # fmt: skip
-    if not has_vision and "vision.name" not in changes:
+    if given is not None and not has_vision and "vision.name" not in changes:
         raise InputError(
             f"{path} holds no image encoder, which is frozen: set vision.name to it, for example to LAVIS's"
             " eva_vit_g.pth, or to Salesforce/blip2-itm-vit-g, of which only the image encoder is taken"
         )
-    if stage == "generation" and "language.name" not in changes:
+    if given is not None and stage == "generation" and "language.name" not in changes:
         raise InputError(f"{path} does not say which LLM it is for: set language.name, for example to"
                          f" {'google/flan-t5-xl' if is_t5 else 'facebook/opt-2.7b'}")  # fmt: skip
     projection = weights.get("image_projection.weight")
@@ -168,6 +182,7 @@ def _recipe(
             contrastive_width=256 if projection is None else len(projection),
             vocabulary=30523 if words is None else len(words),
             max_positions=512 if positions is None else len(positions),
+            image_norm_eps=NORM_EPS,
         ),
         language=None
         if stage == "representation"
@@ -183,11 +198,9 @@ def _read_encoder(path: Path, state: dict[str, Tensor]) -> Checkpoint:
     is_clip = "visual_encoder.conv1.weight" in state
     split_attention(state) if is_clip else join_biases(state)
     weights = Weights(state).renamed(CLIP_NAMES if is_clip else EVA_NAMES, str(path))
-    if not is_clip:
-        blocks = _blocks(weights)
-        width = weights[f"{VISION}embeddings.class_embedding"].shape[-1]
-        if not (width == EVA_WIDTH and blocks < EVA_BLOCKS):  # else it has been removed already
-            weights = weights.without(f"{VISION}encoder.layers.{blocks - 1}.")
+    blocks, width = _blocks(weights), weights[f"{VISION}embeddings.class_embedding"].shape[-1]
+    if (width, blocks) not in SHORTENED:
+        weights = weights.without(f"{VISION}encoder.layers.{blocks - 1}.")
     vision = _vision_config(path, weights)
     return Checkpoint(
         name=str(path),
@@ -213,9 +226,7 @@ def _vision_config(path: Path, weights: Weights) -> Any:
     table = weights[f"{VISION}embeddings.position_embedding{'.weight' if is_clip else ''}"]
     grid = round((table.shape[-2] - 1) ** 0.5)
     width, patch = patches.shape[0], patches.shape[-1]
-    head = 64 if is_clip else EVA_HEAD
-    if width % head and not is_clip:
-        head = 64
+    head = EVA_HEAD if width % EVA_HEAD == 0 and not is_clip else CLIP_HEAD
     sizes: dict[str, Any] = {
         "hidden_size": width,
         "num_hidden_layers": _blocks(weights),
@@ -299,8 +310,33 @@ def state_of(checkpoint: Checkpoint, is_t5: bool) -> dict[str, Tensor]:
         InputError: its image encoder is none that LAVIS has.
     """
     is_clip = f"{VISION}pre_layrnorm.weight" in checkpoint.weights
+    if checkpoint.vision_config is not None:
+        understood = _vision_config(Path(checkpoint.name), checkpoint.weights)
+        for key in ("num_attention_heads", "hidden_act", "layer_norm_eps"):  # which no weight tells
+            here, there = getattr(checkpoint.vision_config, key), getattr(understood, key)
+            if here != there:
+                raise InputError(
+                    f"the image encoder of {checkpoint.name} has {key} {here}, where LAVIS, which knows EVA-CLIP and"
+                    f" CLIP ViT-L alone, would take {there}: convert it to transformers"
+                )
     table = QFORMER + (T5 if is_t5 else OPT) + (CLIP_NAMES if is_clip else EVA_NAMES)
     state = dict(checkpoint.weights.renamed(table, checkpoint.name, back=True))
     join_attention(state) if is_clip else split_biases(state)
     tie(state, checkpoint.recipe.qformer.max_positions)
     return state
+
+
+def differences(checkpoint: Checkpoint) -> list[str]:
+    """Sizes of a checkpoint that LAVIS itself does not build, and what its file does not say."""
+    qformer, vision = checkpoint.recipe.qformer, checkpoint.vision_config
+    notes = []
+    if (qformer.hidden_size, qformer.layers, qformer.heads) != (768, 12, 12):
+        notes.append("LAVIS builds a Q-Former of BERT-base's sizes alone: this file is for a changed LAVIS")
+    if (vision.hidden_size, vision.num_hidden_layers) not in SHORTENED:
+        notes.append("LAVIS builds EVA-CLIP ViT-g and CLIP ViT-L alone: this file is for a changed LAVIS")
+    if qformer.image_norm_eps != NORM_EPS:
+        notes.append(
+            f"the norm of its image features has an epsilon of {qformer.image_norm_eps}, LAVIS's is {NORM_EPS}, which"
+            " no file says: results differ in the sixth digit"
+        )
+    return notes

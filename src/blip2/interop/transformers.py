@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import Blip2Config, PreTrainedTokenizerBase
+import torch
+from torch import Tensor
+from transformers import (
+    Blip2Config,
+    Blip2Processor,
+    Blip2QFormerConfig,
+    BlipImageProcessorPil,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
 
 from blip2.config import DataConfig, LanguageConfig, QFormerConfig, Recipe, VisionConfig
 from blip2.errors import InputError
@@ -211,3 +221,66 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise InputError(f"{path} holds no object: copy or download it again")
     return found
+
+
+def write_settings(folder: Path, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> Blip2Config:
+    """Processor, tokenizer and generation settings of a checkpoint that holds its frozen parts.
+
+    Returns:
+        Its configuration.
+    """
+    recipe, vision, llm = checkpoint.recipe, checkpoint.vision_config, checkpoint.language_config
+    preprocessing = checkpoint.preprocessing
+    assert preprocessing is not None
+    size = {"height": preprocessing.image_size, "width": preprocessing.image_size}
+    images = BlipImageProcessorPil(size=size, image_mean=list(preprocessing.mean), image_std=list(preprocessing.std))
+    processor = Blip2Processor(images, tokenizer, num_query_tokens=recipe.qformer.queries)  # adds <image>
+    processor.save_pretrained(folder)
+    # Some versions of transformers look for the one file, some for the other; none for a class made for PIL alone.
+    settings = read_json(folder / "processor_config.json")
+    settings["image_processor"]["image_processor_type"] = "BlipImageProcessor"
+    write_json(folder / "processor_config.json", settings)
+    write_json(
+        folder / "preprocessor_config.json", {**settings["image_processor"], "processor_class": "Blip2Processor"}
+    )
+    qformer = Blip2QFormerConfig(
+        vocab_size=recipe.qformer.vocabulary,
+        hidden_size=recipe.qformer.hidden_size,
+        num_hidden_layers=recipe.qformer.layers,
+        num_attention_heads=recipe.qformer.heads,
+        intermediate_size=recipe.qformer.intermediate_size,
+        hidden_dropout_prob=recipe.qformer.dropout,
+        attention_probs_dropout_prob=recipe.qformer.dropout,
+        max_position_embeddings=recipe.qformer.max_positions,
+        layer_norm_eps=recipe.qformer.layer_norm_eps,
+        cross_attention_frequency=recipe.qformer.cross_attention_every,
+        encoder_hidden_size=vision.hidden_size,
+        use_qformer_text_input=any(".text_feed_forward." in name for name in checkpoint.weights),
+    )
+    config = Blip2Config(
+        vision_config=vision,
+        qformer_config=qformer,
+        text_config=llm,
+        num_query_tokens=recipe.qformer.queries,
+        image_text_hidden_size=recipe.qformer.contrastive_width,
+        image_token_index=tokenizer.get_vocab()[IMAGE_TOKEN],
+    )
+    if llm is not None:
+        start = getattr(llm, "decoder_start_token_id", None)
+        GenerationConfig(
+            num_beams=5, max_new_tokens=30, eos_token_id=llm.eos_token_id, decoder_start_token_id=start,
+            bos_token_id=getattr(llm, "bos_token_id", None), pad_token_id=getattr(llm, "pad_token_id", None),
+        ).save_pretrained(folder)  # fmt: skip
+    return config
+
+
+def write_config(folder: Path, config: Any, weights: Mapping[str, Tensor]) -> None:
+    """config.json, with the class and the dtype that the weights are of: float32 where they are of several."""
+    config.architectures = [GENERATION if "language_projection.weight" in weights else RETRIEVAL]
+    dtypes = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
+    config.dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    config.save_pretrained(folder)
+
+
+def write_json(path: Path, settings: dict[str, Any]) -> None:
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -204,10 +204,15 @@ def load_language_model(name: str, dtype: torch.dtype = torch.float32, activatio
     Raises:
         InputError: there is no such model, or it is not a language model.
     """
+    return LanguageModel(read_network(name, dtype, activation))
+
+
+def read_network(name: str, dtype: torch.dtype | str, activation: str | None = None) -> Any:
+    """The network of :func:`load_language_model` alone; `dtype` may be ``auto``, that of its files."""
     config = read_config(name, "language model")
     set_activation(config, activation)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return LanguageModel(read_model(auto, name, "language model", dtype, config=config)[0])
+    return read_model(auto, name, "language model", dtype, config=config)[0]
 
 
 def set_activation(config: Any, activation: str | None) -> None:

@@ -16,6 +16,8 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    Blip2VisionConfig,
+    Blip2VisionModel,
 )
 from transformers.utils import logging
 
@@ -54,7 +56,12 @@ def read_config(name: str, what: str) -> Any:
 
 
 def read_model(
-    auto: Any, name: str, what: str, dtype: torch.dtype = torch.float32, optional: str = "(?!)", config: Any = None
+    auto: Any,
+    name: str,
+    what: str,
+    dtype: torch.dtype | str = torch.float32,
+    optional: str = "(?!)",
+    config: Any = None,
 ) -> tuple[Any, set[str]]:
     """A pretrained model of transformers, and the names of weights that its files do not have.
 
@@ -84,14 +91,8 @@ def read_part(config: Any, weights: Mapping[str, Tensor], name: str, what: str, 
     Raises:
         InputError: weights are missing, left over or of other shapes than `config` says.
     """
-    auto = AutoModel
-    if getattr(config, "is_encoder_decoder", False):
-        auto = AutoModelForSeq2SeqLM
-    elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "patch_size"):
-        auto = AutoModelForCausalLM
     with _quiet(), reading(name, what):
-        with torch.device("meta"):
-            kind: Any = type(auto.from_config(config))
+        kind: Any = type(empty_model(config))
         dtype = next(iter(weights.values())).dtype
         model, info = kind.from_pretrained(
             None, config=config, state_dict=dict(weights), dtype=dtype, output_loading_info=True,
@@ -110,6 +111,20 @@ def read_part(config: Any, weights: Mapping[str, Tensor], name: str, what: str, 
         )
     _check_missing(model, {key for key in info["missing_keys"] if not re.search(optional, key)}, name, what)
     return model
+
+
+def empty_model(config: Any) -> Any:
+    """A model of transformers without any weights: an LLM with its head, or an image encoder."""
+    auto: Any = AutoModel
+    if isinstance(config, Blip2VisionConfig):
+        with torch.device("meta"):
+            return Blip2VisionModel(config)
+    if getattr(config, "is_encoder_decoder", False):
+        auto = AutoModelForSeq2SeqLM
+    elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "patch_size"):
+        auto = AutoModelForCausalLM
+    with torch.device("meta"):
+        return auto.from_config(config)
 
 
 def _check_missing(model: Any, missing: set[str], name: str, what: str) -> None:

@@ -183,7 +183,9 @@ def open_checkpoint(name: str, changes: Mapping[str, object] | None = None) -> C
             raise InputError(f"{path} holds two formats: a checkpoint of this project (recipe.yaml) and one of"
                              " transformers (config.json); give each a folder of its own")  # fmt: skip
     else:
-        foreign = open_foreign(name, changes)
+        foreign = open_foreign(name, changes or {})
+        if foreign is not None and "qformer.queries" not in foreign.weights:
+            raise InputError(f"{name} holds {foreign.about}: name it as vision.name")
         if foreign is not None:
             return replace(foreign, recipe=override(foreign.recipe, changes or {}))
     return open_own(find(path), changes)
@@ -221,6 +223,7 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
     # A part that was trained is in the checkpoint, though it may be frozen here.
     trained = tuple(f"{part}." for part in _freezable(model) if any(name.startswith(f"{part}.") for name in weights))
     expected = {name for name in _untied_state(model) if name.startswith(trained)} | set(trained_state(model))
+    expected |= set(weights) & {name for name in model.state_dict() if name.startswith(trained)}  # both of two tied
     new = {name for name in expected if name.startswith(checkpoint.optional)} if checkpoint.optional else set()
     _load(weights, model, checkpoint, expected - (new - set(weights)))
 

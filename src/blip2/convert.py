@@ -1,0 +1,302 @@
+"""Checkpoints from any format to any other, number for number.
+
+Weights go from file to file under other names, in their own dtypes; no model is built but those of frozen parts that
+lie elsewhere. What a format cannot hold is said before anything is written.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor
+from transformers import Blip2VisionConfig, PreTrainedTokenizerBase
+
+from blip2.build import choose_dtype, end_of_text, read_image_encoder, text_tokenizer
+from blip2.config import LanguageConfig, dump_recipe
+from blip2.data.assets import resolve
+from blip2.errors import InputError
+from blip2.interop import lavis, transformers
+from blip2.interop.foreign import LANGUAGE, QFORMER_TOKENIZER, VISION, Checkpoint, read_tokenizer
+from blip2.interop.formats import open_foreign
+from blip2.interop.vision import to_blip2
+from blip2.interop.weights import Weights
+from blip2.model.language import read_network, set_activation
+from blip2.model.pretrained import empty_model
+from blip2.model.vision import resize_positions
+from blip2.publish import model_card
+from blip2.training.checkpoint import open_checkpoint
+
+log = logging.getLogger("blip2")
+
+Target = Literal["transformers", "vllm", "lavis", "blip2"]
+Writer = Callable[[Path], None]
+CPU = torch.device("cpu")
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    to: Target,
+    changes: Mapping[str, object] | None = None,
+    stage1: str | Path | None = None,
+    with_language: bool = False,
+) -> Path:
+    """Write a checkpoint in another format.
+
+    Args:
+        source: whatever :func:`blip2.load` takes.
+        target: folder to be made; for ``lavis`` a ``.pth`` file.
+        to: ``transformers``: a folder for ``Blip2ForConditionalGeneration`` (stage 2) or
+            ``Blip2ForImageTextRetrieval`` (stage 1). ``vllm``: the former with nothing else in it. ``lavis``: a
+            ``.pth``. ``blip2``: what was trained, beside the names of the frozen parts.
+        changes: keys of the recipe, as :func:`blip2.load` takes them.
+        stage1: for ``transformers``: the checkpoint of stage 1 whose text transformer and heads a stage 2 with the
+            same Q-Former is written with, so that both classes load the one folder.
+        with_language: for ``lavis``: put the LLM into the file too, which LAVIS's own files leave out.
+
+    Returns:
+        `target`.
+
+    Raises:
+        InputError: the source cannot be read, the format cannot hold it, or `target` is there already.
+    """
+    if to not in get_args(Target):
+        raise InputError(f"there is no format {to!r}: choose from {', '.join(get_args(Target))}")
+    target = Path(target).expanduser()
+    if target.exists():
+        raise InputError(f"{target} is there already: give the name of a new {'file' if to == 'lavis' else 'folder'}")
+    if to == "lavis" and target.suffix != ".pth":
+        raise InputError(f"{target} is not the name of a .pth file, which LAVIS reads: give one")
+    if stage1 is not None and to != "transformers":
+        raise InputError(f"a second checkpoint for stage 1 goes with the format transformers alone, not {to}")
+    checkpoint = open_checkpoint(str(source), changes)
+    log.info("%s: %s", checkpoint.name, checkpoint.about)
+    if to == "blip2":
+        write = _blip2(checkpoint)
+    elif to == "lavis":
+        write = _lavis(checkpoint, with_language)
+    else:
+        beginning = None if stage1 is None else open_checkpoint(str(stage1)).of_stage("representation")
+        write = _transformers(checkpoint, beginning, to)
+    building = target.with_name(f"{target.name}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove(building)
+        write(building)
+        building.rename(target)
+    except OSError as error:
+        raise InputError(f"{target} cannot be written ({error.strerror or error}): give another place") from error
+    finally:
+        _remove(building)
+    return target
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# -- formats -----------------------------------------------------------------------------------------------------------
+
+
+def _transformers(checkpoint: Checkpoint, stage1: Checkpoint | None, to: Target) -> Writer:
+    """A folder in transformers' layout; for vLLM with exactly the weights that its loader knows."""
+    generates = checkpoint.recipe.stage == "generation"
+    if to == "vllm":
+        if not generates:
+            raise InputError(f"{checkpoint.name} is of stage 1, which writes nothing for vLLM to serve: give a stage 2")
+        checkpoint = replace(checkpoint, weights=checkpoint.only_stage())
+    if stage1 is not None:
+        checkpoint = _with_stage1(checkpoint, stage1)
+    complete = _with_vision(checkpoint, clip=False)
+    tokenizer: Any = None
+    text: Any = None
+    if generates:
+        complete, tokenizer = _with_image_token(_with_language(complete))
+        if to == "vllm" and complete.language_config.is_encoder_decoder:
+            raise InputError(
+                f"{checkpoint.name} has an LLM of type {complete.language_config.model_type}, an encoder-decoder; vLLM"
+                " serves BLIP-2 with a decoder-only LLM alone: convert it to transformers"
+            )
+    holder = checkpoint.of_stage("representation") if checkpoint.holds_stage_1 else None
+    if holder is not None:
+        text = text_tokenizer(holder.recipe.qformer, stage1 or holder)
+    card = model_card(checkpoint, to, stage1=stage1)
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        config = transformers.write_settings(folder, complete, tokenizer or text)
+        if generates and text is not None:
+            text.save_pretrained(str(folder / QFORMER_TOKENIZER))
+        weights = complete.weights.renamed(transformers.NAMES, checkpoint.name, back=True)
+        transformers.write_config(folder, config, weights)
+        save_torch_state_dict(dict(weights), folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+    return write
+
+
+def _lavis(checkpoint: Checkpoint, with_language: bool) -> Writer:
+    complete = _with_vision(checkpoint, clip=True)
+    kind = None
+    if checkpoint.recipe.language is not None:
+        complete = _with_language(complete)
+        kind = complete.language_config.model_type
+        if kind not in ("opt", "t5"):
+            raise InputError(
+                f"{checkpoint.name} has an LLM of type {kind}; LAVIS's BLIP-2 has OPT or T5: convert it to transformers"
+            )
+        if not with_language:
+            complete = replace(complete, weights=complete.weights.without(LANGUAGE))
+    state = lavis.state_of(complete, is_t5=kind == "t5")
+    for note in lavis.differences(complete):
+        log.warning("%s", note)
+    return lambda path: torch.save({"model": state}, path)
+
+
+def _blip2(checkpoint: Checkpoint) -> Writer:
+    frozen = (VISION,) * checkpoint.holds_vision + (LANGUAGE,) * checkpoint.holds_language
+    weights = checkpoint.weights.without(*frozen)
+    recipe = checkpoint.recipe
+    text = text_tokenizer(recipe.qformer, checkpoint) if recipe.language is None else None
+    card = model_card(checkpoint, "blip2")
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        save_torch_state_dict(dict(weights), folder, max_shard_size="1TB")
+        if text is not None:
+            text.save_pretrained(str(folder / "tokenizer"))
+        (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+    return write
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+
+
+def _with_stage1(checkpoint: Checkpoint, stage1: Checkpoint) -> Checkpoint:
+    """A stage 2 with what stage 1 alone has, if their Q-Formers are the same."""
+    if checkpoint.recipe.stage != "generation":
+        raise InputError(f"{checkpoint.name} is of stage 1 itself: give a second checkpoint to a stage 2 alone")
+    here = checkpoint.weights.part("qformer.", "image_norm")
+    other = [name for name in here if name not in stage1.weights or not torch.equal(here[name], stage1.weights[name])]
+    if other:
+        raise InputError(
+            f"{checkpoint.name} and {stage1.name} have different Q-Formers ({len(other)} weights differ, such as"
+            f" {min(other)}), and one folder holds one: convert each to a folder of its own"
+        )
+    added = {n: p for n, p in stage1.weights.places.items() if stage1.is_stage_1_alone(n)}
+    sizes = {key: getattr(stage1.recipe.qformer, key) for key in ("vocabulary", "max_positions", "contrastive_width")}
+    qformer = replace(checkpoint.recipe.qformer, **sizes)
+    return replace(
+        checkpoint, weights=checkpoint.weights | Weights(added), recipe=replace(checkpoint.recipe, qformer=qformer)
+    )
+
+
+def _with_vision(checkpoint: Checkpoint, clip: bool) -> Checkpoint:
+    """The checkpoint with its image encoder inside, in the layout of BLIP-2's own, or of CLIP where it may be."""
+    recipe = checkpoint.recipe
+    trained = () if checkpoint.holds_vision else tuple(checkpoint.weights.part("vision."))
+    holder = checkpoint if checkpoint.holds_vision else open_foreign(recipe.vision.name)
+    size = recipe.vision.image_size
+    if holder is not None and isinstance(holder.vision_config, Blip2VisionConfig) and not trained:
+        assert holder.preprocessing is not None
+        config: Any = copy.deepcopy(holder.vision_config)
+        preprocessing = holder.preprocessing
+        weights = holder.weights.part(VISION)
+        if size is not None and size != config.image_size:
+            place = f"{VISION}embeddings.position_embedding"
+            weights = weights | {place: resize_positions(weights[place], size // config.patch_size)}
+            config.image_size, preprocessing = size, replace(preprocessing, image_size=size)
+    else:
+        encoder = read_image_encoder(recipe.vision, choose_dtype(recipe.vision.dtype, CPU))
+        state = encoder.state_dict()
+        for name in trained:
+            state[name.removeprefix("vision.")].copy_(checkpoint.weights[name])
+        preprocessing = encoder.preprocessing
+        if clip and hasattr(encoder.network, "pre_layrnorm"):
+            config, found = encoder.network.config, encoder.network.state_dict()
+            found = {name: tensor for name, tensor in found.items() if not name.startswith("post_layernorm")}
+        else:
+            config, found = to_blip2(encoder, recipe.vision.layer)
+        weights = Weights(found).with_prefix(VISION)
+    return replace(
+        checkpoint,
+        weights=checkpoint.weights.without("vision.") | weights,
+        vision_config=config,
+        preprocessing=preprocessing,
+    )
+
+
+def _with_language(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with its LLM inside."""
+    named: LanguageConfig | None = checkpoint.recipe.language
+    assert named is not None
+    if checkpoint.holds_language:
+        config, weights = copy.deepcopy(checkpoint.language_config), checkpoint.weights.part(LANGUAGE)
+    else:
+        holder = open_foreign(named.name)
+        if holder is not None and holder.holds_language:
+            config, weights = copy.deepcopy(holder.language_config), holder.weights.part(LANGUAGE)
+        else:
+            network = read_network(resolve(named.name), "auto")
+            config, weights = network.config, Weights(_untied(network)).with_prefix(LANGUAGE)
+        weights = weights | checkpoint.weights.part(LANGUAGE)
+    set_activation(config, named.activation)
+    return replace(checkpoint, weights=checkpoint.weights | weights, language_config=config)
+
+
+def _untied(network: Any) -> dict[str, Tensor]:
+    """The weights of an LLM, each once."""
+    state = network.state_dict()
+    tied = network.all_tied_weights_keys.items()
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if not any(name == twin and state[first].data_ptr() == tensor.data_ptr() for twin, first in tied)
+    }
+
+
+def _with_image_token(checkpoint: Checkpoint) -> tuple[Checkpoint, PreTrainedTokenizerBase]:
+    """The checkpoint and its LLM's tokenizer with a token that stands for the picture, and an embedding for it.
+
+    The embedding is never read, since the picture takes its place, and what stands at the output is the mean of the
+    other rows: its logit is the mean of theirs, so it is never the next token.
+    """
+    named = checkpoint.recipe.language
+    assert named is not None
+    tokenizer = read_tokenizer(resolve(named.name))
+    tokenizer.add_special_tokens({"additional_special_tokens": [transformers.IMAGE_TOKEN]}, False)
+    side = "right" if checkpoint.language_config.is_encoder_decoder else "left"
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = side  # the latter is what is saved
+    end = end_of_text(tokenizer, named.stop, named.name)
+    config = copy.deepcopy(checkpoint.language_config)
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if end not in ends:
+        config.eos_token_id = end
+    weights: Mapping[str, Tensor] = checkpoint.weights
+    needed = len(tokenizer)
+    if config.vocab_size < needed:
+        network = empty_model(config)
+        ends_of = (network.get_input_embeddings(), network.get_output_embeddings())
+        tables = {id(tensor) for module in ends_of for tensor in module.parameters()}
+        added: dict[str, Tensor] = {}
+        for name, tensor in network.named_parameters(remove_duplicate=False):
+            if id(tensor) in tables and LANGUAGE + name in weights:
+                rows = weights[LANGUAGE + name]
+                mean = rows.float().mean(dim=0, keepdim=True).to(rows.dtype)
+                added[LANGUAGE + name] = torch.cat([rows, mean.expand(needed - len(rows), *rows.shape[1:])])
+        weights = checkpoint.weights | added
+        config.vocab_size = needed
+    return replace(checkpoint, weights=weights, language_config=config), tokenizer

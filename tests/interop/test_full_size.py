@@ -1,0 +1,122 @@
+"""The published checkpoints' names and shapes, built without memory from their published sizes, fit with nothing left.
+
+Each is told twice: as transformers' own class has it, and as this project's model of those sizes.
+"""
+
+import pytest
+import torch
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2ForImageTextRetrieval,
+    Blip2QFormerConfig,
+    Blip2VisionConfig,
+    Blip2VisionModel,
+    OPTConfig,
+    T5Config,
+)
+
+from blip2.config import ObjectivesConfig, QFormerConfig
+from blip2.interop import lavis, transformers
+from blip2.interop.foreign import Checkpoint
+from blip2.interop.names import rename
+from blip2.interop.weights import Weights
+from blip2.model.generation import GenerationModel
+from blip2.model.language import LanguageModel
+from blip2.model.representation import RepresentationModel
+from blip2.model.vision import ImageEncoder, Preprocessing, wrap_transformers
+
+OPT = OPTConfig(
+    vocab_size=50304,
+    hidden_size=2560,
+    ffn_dim=10240,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    word_embed_proj_dim=2560,
+    max_position_embeddings=2048,
+    eos_token_id=50118,
+)
+FLAN_T5 = T5Config(
+    vocab_size=32128,
+    d_model=2048,
+    d_kv=64,
+    d_ff=5120,
+    num_layers=24,
+    num_heads=32,
+    feed_forward_proj="gated-gelu",
+    dense_act_fn="gelu",
+    tie_word_embeddings=False,
+)
+PUBLISHED = {
+    "blip2-opt-2.7b": (Blip2ForConditionalGeneration, OPT, 3_744_761_856),
+    "blip2-flan-t5-xl": (Blip2ForConditionalGeneration, FLAN_T5, None),
+    "blip2-itm-vit-g": (Blip2ForImageTextRetrieval, None, None),
+}
+
+
+@pytest.fixture(scope="module", params=PUBLISHED)
+def published(request):
+    kind, llm, _ = PUBLISHED[request.param]
+    qformer = Blip2QFormerConfig(vocab_size=30523, use_qformer_text_input=llm is None)
+    config = Blip2Config(vision_config=Blip2VisionConfig(), qformer_config=qformer, text_config=llm)
+    with torch.device("meta"):
+        return kind(config)
+
+
+@pytest.fixture
+def ours(published, monkeypatch):
+    """This project's model of the same sizes."""
+
+    def probe(self, network, encode, preprocessing):  # which would need memory
+        super(ImageEncoder, self).__init__()
+        self.network, self.preprocessing, self.tokens, self.width = network, preprocessing, 257, 1408
+
+    monkeypatch.setattr(ImageEncoder, "__init__", probe)
+    config = published.config
+    with torch.device("meta"):
+        vision = wrap_transformers(Blip2VisionModel(config.vision_config), Preprocessing(224))
+        if isinstance(published, Blip2ForImageTextRetrieval):
+            return RepresentationModel(vision, QFormerConfig(), ObjectivesConfig())
+        monkeypatch.setattr(LanguageModel, "embedding_scale", lambda self: 1.0)
+        monkeypatch.setattr(GenerationModel, "initialise_projection", lambda self: None)
+        return GenerationModel(vision, QFormerConfig(), LanguageModel(published.language_model))
+
+
+def shapes(state):
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def test_names_and_shapes(published, ours):
+    theirs = published.state_dict()
+    renamed = rename(theirs, transformers.NAMES, "theirs")
+    found = {renamed[name]: shape for name, shape in shapes(theirs).items()}
+    expected = shapes(ours.state_dict())
+    assert not [name for name in expected if "post_layernorm" in name]
+    new = set(expected) - set(found)
+    assert {name.split(".")[0] for name in new} <= {"language_head", "temperature"}  # which transformers drops
+    assert found == {name: shape for name, shape in expected.items() if name not in new}
+    back = rename(found, transformers.NAMES, "ours", back=True)
+    assert {back[name]: shape for name, shape in found.items()} == shapes(theirs)
+
+
+def test_the_q_former_has_the_paper_s_size(ours):
+    """188M in stage 1 (§3.1), without the image encoder."""
+    if isinstance(ours, RepresentationModel):
+        trained = sum(p.numel() for name, p in ours.named_parameters() if not name.startswith("vision."))
+        assert trained == pytest.approx(188e6, rel=0.01)
+
+
+def test_for_lavis(published, ours):
+    """Nothing is left over on the way to LAVIS's names and back."""
+    state = {name: tensor for name, tensor in ours.state_dict().items() if not name.startswith("language.")}
+    eva = {k for k in state if k.startswith("vision.")}
+    recipe = lavis.Recipe("representation", "", lavis.VisionConfig(""), lavis.DataConfig(""))
+    is_t5 = "t5" in type(getattr(ours, "language", ours)).__name__.lower()
+    for name in [name for name in eva if name.endswith("qkv.bias")]:
+        state[name] = torch.zeros(state[name].shape)  # to see that keys have none needs numbers
+    made = lavis.state_of(Checkpoint("ours", "blip2", "", recipe, Weights(state)), is_t5=is_t5)
+    assert len([name for name in made if name.startswith("visual_encoder.")]) == 511 - 39 * 0
+    lavis.join_biases(made)
+    made = {k: t for k, t in made.items() if "decoder" not in k and "position_ids" not in k}
+    table = lavis.QFORMER + lavis.OPT + lavis.EVA_NAMES
+    assert shapes(Weights(made).renamed(table, "theirs")) == shapes(state)

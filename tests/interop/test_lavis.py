@@ -1,0 +1,365 @@
+"""LAVIS's files: the same numbers there and back, and the image encoders that it loads."""
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+import blip2
+from blip2.build import build
+from blip2.config import ObjectivesConfig, QFormerConfig
+from blip2.convert import convert
+from blip2.errors import InputError
+from blip2.interop import lavis
+from blip2.interop.foreign import Checkpoint
+from blip2.interop.weights import Weights
+from blip2.model.generation import GenerationBatch
+from blip2.model.representation import Negatives, RepresentationBatch, RepresentationModel
+from blip2.model.vision import load_image_encoder
+from conftest import draw
+from fixtures.checkpoints import lavis_state
+from fixtures.tiny import no_encoder, randomise
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+PICTURES = [draw("disc", "red", 0), draw("square", "blue", 7), draw("stripe", "green", 3)]
+TEXTS = ["a red disc", "the square is blue here and there"]
+
+
+@pytest.fixture
+def save(tmp_path):
+    def make(state, name="blip2.pth", **more):
+        torch.save({"model": state, **more} if more or name != "bare.pth" else state, tmp_path / name)
+        return tmp_path / name
+
+    return make
+
+
+def same(first, second):
+    here, there = (torch.load(path, weights_only=True)["model"] for path in (first, second))
+    assert set(here) == set(there)
+    return all(here[n].dtype == there[n].dtype and torch.equal(here[n], there[n]) for n in here)
+
+
+def refuses(path, match, **changes):
+    with pytest.raises(InputError, match=match) as error:
+        blip2.load(path, device="cpu", changes={key.replace("__", "."): value for key, value in changes.items()})
+    assert "\n" not in str(error.value)
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_fixture_of_stage_1_gives_its_losses(parts, save, tmp_path):
+    """A .pth made of what LAVIS saved; the images of the fixture are features."""
+    arrays = np.load(FIXTURES / "stage1.npz")
+    state = {k.removeprefix("param/"): torch.from_numpy(arrays[k]) for k in arrays.files if k.startswith("param/")}
+    clip = CLIPVisionConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=14, patch_size=2)
+    CLIPVisionModel(clip).save_pretrained(tmp_path / "clip")
+    changes = {"vision.name": str(tmp_path / "clip"), "qformer.heads": 4, "qformer.tokenizer": parts.bert}
+    with pytest.raises(InputError, match=r"has 58 tokens with \[DEC\], the recipe's qformer.vocabulary is 201"):
+        blip2.load(save(state), device="cpu", changes=changes)
+    # The fixture's vocabulary has no words, only 201 ids.
+    tokenizer = _tokenizer_of(201, tmp_path / "words")
+    model = blip2.load(save(state), device="cpu", changes={**changes, "qformer.tokenizer": tokenizer}).model
+    image, ids, mask = (torch.from_numpy(arrays[f"input/{k}"]) for k in ("image", "input_ids", "attention_mask"))
+    drawn = Negatives(*(torch.from_numpy(arrays[k]) for k in ("neg_image_for_text", "neg_text_for_image")))
+    losses = model(RepresentationBatch(image, ids, mask.bool(), torch.arange(4)), negatives=drawn).losses
+    for here, there in (("itc", "loss_itc"), ("itm", "loss_itm"), ("itg", "loss_lm")):
+        assert losses[here].item() == pytest.approx(arrays[f"loss/{there}"].item(), abs=1e-5)
+
+
+def _tokenizer_of(size, folder):
+    from transformers import BertTokenizerFast
+
+    folder.mkdir()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(size - 6))]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_fixture_of_stage_2_gives_its_loss(parts, save, tmp_path):
+    arrays = np.load(FIXTURES / "stage2_opt.npz")
+    state = {k.removeprefix("param/"): torch.from_numpy(arrays[k]) for k in arrays.files if k.startswith("param/")}
+    assert any(name.startswith("opt_model.") for name in state)
+    assert any(name.startswith("visual_encoder.") for name in state)  # no real one: the one named takes its place
+    _opt_of(260, tmp_path / "opt")
+    clip = CLIPVisionConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=14, patch_size=2)
+    CLIPVisionModel(clip).save_pretrained(tmp_path / "clip")
+    changes = {"vision.name": str(tmp_path / "clip"), "language.name": str(tmp_path / "opt"), "qformer.heads": 4}
+    model = blip2.load(save(state), device="cpu", changes=changes).model
+    image, ids, mask = (torch.from_numpy(arrays[f"input/{k}"]) for k in ("image", "ids", "mask"))
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, : int(arrays["prompt_length"][0])] = -100
+    loss = model(GenerationBatch(image, ids, mask.bool(), labels)).losses["lm"]
+    assert loss.item() == pytest.approx(arrays["loss"].item(), abs=1e-5)
+
+
+def _opt_of(size, folder):
+    """An OPT of the fixture's sizes and other weights: the right ones are in the .pth."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    from conftest import byte_tokenizer
+
+    sizes = {"vocab_size": size, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2}
+    OPTForCausalLM(OPTConfig(**sizes, num_attention_heads=4, max_position_embeddings=128)).save_pretrained(folder)
+    byte_tokenizer(True).save_pretrained(folder)
+
+
+def test_names_and_shapes_of_the_real_checkpoint():
+    """Of stage 1, as LAVIS saves it, without its image encoder."""
+    rows = [line.split("\t") for line in (FIXTURES / "lavis_keys_stage1.txt").read_text().splitlines()]
+    expected = {name: tuple(int(n) for n in shape.strip("()").split(",") if n.strip()) for name, shape, _ in rows}
+    encoder = no_encoder(4, 1408)
+    with torch.device("meta"):
+        model = RepresentationModel(encoder, QFormerConfig(), ObjectivesConfig())
+    weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("vision.")}
+    recipe = lavis.Recipe("representation", "", lavis.VisionConfig(""), lavis.DataConfig(""))
+    checkpoint = Checkpoint("ours", "blip2", "", recipe, Weights(weights))
+    state = lavis.state_of(checkpoint, is_t5=False)
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == expected
+    with torch.device("meta"):
+        theirs = {name: torch.empty(shape) for name, shape in expected.items()}
+    lavis.untie({k: torch.zeros(1) if "predictions" in k or "word" in k else t for k, t in theirs.items()}, Path("x"))
+    kept = Weights({k: t for k, t in theirs.items() if "predictions.decoder" not in k and "position_ids" not in k})
+    back = kept.renamed(lavis.QFORMER, "theirs")
+    assert {k: t.shape for k, t in back.items()} == {k: t.shape for k, t in weights.items()}
+
+
+# -- there and back ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["1", "opt", "t5"])
+def test_through_transformers_and_back(parts, save, tmp_path, stage):
+    """LAVIS to this project to transformers to this project to LAVIS, bit for bit."""
+    there = save(lavis_state(stage))
+    changes = {"qformer.tokenizer": parts.bert} if stage == "1" else {"language.name": getattr(parts, stage)}
+    convert(there, tmp_path / "ours", "blip2", changes)
+    convert(tmp_path / "ours", tmp_path / "theirs", "transformers")
+    convert(tmp_path / "theirs", tmp_path / "ours-again", "blip2")
+    convert(tmp_path / "ours-again", tmp_path / "back.pth", "lavis")
+    assert same(there, tmp_path / "back.pth")
+
+
+def test_mixed_dtypes_stay(parts, save, tmp_path):
+    """LAVIS halves the matrices of its image encoder and nothing else."""
+    state = lavis_state("1")
+    for name in state:
+        if name.startswith("visual_encoder.") and name.endswith(("proj.weight", "fc1.weight", "fc2.weight")):
+            state[name] = state[name].half()
+    there = save(state)
+    convert(there, tmp_path / "theirs", "transformers", {"qformer.tokenizer": parts.bert})
+    convert(tmp_path / "theirs", tmp_path / "back.pth", "lavis")
+    assert same(there, tmp_path / "back.pth")
+
+
+def test_with_the_llm_inside(parts, save, tmp_path):
+    changes = {"language.name": parts.opt}
+    convert(save(lavis_state("opt")), tmp_path / "full.pth", "lavis", changes, with_language=True)
+    state = torch.load(tmp_path / "full.pth", weights_only=True)["model"]
+    assert "opt_model.model.decoder.embed_tokens.weight" in state and "opt_model.lm_head.weight" not in state
+    loaded = blip2.load(tmp_path / "full.pth", device="cpu", changes=changes)
+    expected = blip2.load(save(lavis_state("opt")), device="cpu", changes=changes)
+    assert loaded.caption(PICTURES) == expected.caption(PICTURES)
+
+
+def test_what_else_lies_in_the_file_is_no_matter(parts, save):
+    """Optimiser and settings of a training run of LAVIS; a state dict by itself."""
+    state = lavis_state("1")
+    changes = {"qformer.tokenizer": parts.bert}
+    full = blip2.load(
+        save(state, optimizer={"state": {}}, config={"run": {"lr": 1e-4}}, epoch=3), "cpu", changes=changes
+    )
+    bare = blip2.load(save(state, "bare.pth"), "cpu", changes=changes)
+    assert torch.equal(full.match(PICTURES, TEXTS), bare.match(PICTURES, TEXTS))
+    assert full.match(PICTURES, TEXTS).std() > 0
+
+
+def test_captions_stop_where_lavis_stops(parts, save):
+    ours = blip2.load(save(lavis_state("opt")), device="cpu", changes={"language.name": parts.opt})
+    assert ours.recipe.language.stop == "\n" and ours.tokenizer.decode([ours.end]) == "\n"
+    ours = blip2.load(save(lavis_state("t5")), device="cpu", changes={"language.name": parts.t5})
+    assert ours.end == ours.tokenizer.eos_token_id
+    assert ours.model.language.network.config.dense_act_fn == "gelu"
+
+
+def test_train_on_from_it(parts, save, tmp_path):
+    """Stage 2 begins with LAVIS's stage 1."""
+    from blip2.training.loop import train
+
+    path = str(save(lavis_state("1")))
+    sizes = {"layers": 3, "bert": None, "hidden_size": 64, "heads": 1}
+    recipe = parts.recipe(
+        tmp_path / "run", stage="generation", vision={"name": path}, qformer=sizes, language={"name": parts.opt},
+        start_from=path, training={"steps": 1, "device": "cpu"},
+    )  # fmt: skip
+    after = blip2.load(train(recipe), device="cpu").model.state_dict()
+    before = lavis_state("1")
+    torch.testing.assert_close(after["qformer.queries"], before["query_tokens"], atol=0.01, rtol=0)
+    torch.testing.assert_close(after["image_norm.weight"], before["ln_vision.weight"], atol=0.01, rtol=0)
+
+
+# -- image encoders ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_eva_is_computed_as_lavis_does(parts, save):
+    """Its blocks written out: no bias of keys, queries scaled, pre-norm, no norm at the end."""
+    state = lavis_state("1")
+    encoder = blip2.load(save(state), device="cpu", changes={"qformer.tokenizer": parts.bert}).model.vision
+    image = torch.randn(2, 3, 28, 28)
+    w = {k.removeprefix("visual_encoder."): t for k, t in state.items() if k.startswith("visual_encoder.")}
+    f = torch.nn.functional
+    patches = f.conv2d(image, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=7).flatten(2).mT
+    x = torch.cat([w["cls_token"].expand(2, -1, -1), patches], 1) + w["pos_embed"]
+    for i in range(2):
+        b = {k.removeprefix(f"blocks.{i}."): t for k, t in w.items() if k.startswith(f"blocks.{i}.")}
+        y = f.layer_norm(x, [176], b["norm1.weight"], b["norm1.bias"], 1e-6)
+        bias = torch.cat([b["attn.q_bias"], torch.zeros(176), b["attn.v_bias"]])
+        q, k, v = f.linear(y, b["attn.qkv.weight"], bias).unflatten(2, (3, 2, 88)).permute(2, 0, 3, 1, 4)
+        seen = ((q * 88**-0.5) @ k.mT).softmax(-1) @ v
+        x = x + f.linear(seen.transpose(1, 2).flatten(2), b["attn.proj.weight"], b["attn.proj.bias"])
+        y = f.layer_norm(x, [176], b["norm2.weight"], b["norm2.bias"], 1e-6)
+        y = f.gelu(f.linear(y, b["mlp.fc1.weight"], b["mlp.fc1.bias"]))
+        x = x + f.linear(y, b["mlp.fc2.weight"], b["mlp.fc2.bias"])
+    torch.testing.assert_close(encoder.features(image), x, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("file", [21, 28, 42])
+@pytest.mark.parametrize("size", [21, 28, 42])
+def test_any_size_from_a_file_of_any(parts, save, file, size):
+    state = lavis_state("1")
+    state["visual_encoder.pos_embed"] = torch.randn(1, (file // 7) ** 2 + 1, 176)
+    changes = {"qformer.tokenizer": parts.bert, "vision.image_size": size}
+    vision = blip2.load(save(state), device="cpu", changes=changes).model.vision
+    table = vision.network.embeddings.position_embedding
+    assert table.shape[1] == vision.tokens == (size // 7) ** 2 + 1
+    assert torch.equal(table[:, 0], state["visual_encoder.pos_embed"][:, 0])
+    if file == size:
+        assert torch.equal(table, state["visual_encoder.pos_embed"])
+    assert vision.features(torch.randn(1, 3, size, size)).isfinite().all()
+
+
+@torch.no_grad()
+def test_the_file_of_the_encoder_alone(parts, save, tmp_path):
+    """As eva_vit_g.pth is: with the block that BLIP-2 removes, and a head that it has no use for."""
+    state = {k.removeprefix("visual_encoder."): t for k, t in lavis_state("1").items() if "visual_encoder" in k}
+    last = {k.replace("blocks.1", "blocks.2"): torch.randn_like(t) for k, t in state.items() if "blocks.1" in k}
+    whole = {
+        **state,
+        **last,
+        "norm.weight": torch.ones(176),
+        "norm.bias": torch.ones(176),
+        "head.weight": torch.ones(2, 176),
+    }
+    torch.save(whole, tmp_path / "eva.pth")
+    without = save({k: t for k, t in lavis_state("1").items() if "visual_encoder" not in k})
+    changes = {"qformer.tokenizer": parts.bert}
+    refuses(without, "holds no image encoder, which is frozen: set vision.name to it, for example")
+    named = blip2.load(without, device="cpu", changes={**changes, "vision.name": str(tmp_path / "eva.pth")})
+    inside = blip2.load(save(lavis_state("1"), "whole.pth"), device="cpu", changes=changes)
+    assert torch.equal(named.features(PICTURES), inside.features(PICTURES))
+    recipe = parts.recipe(tmp_path / "run", vision={"name": str(tmp_path / "eva.pth")})
+    assert build(recipe, torch.device("cpu")).model.vision.width == 176
+    refuses(tmp_path / "eva.pth", "holds an image encoder alone: name it as vision.name")
+
+
+@torch.no_grad()
+def test_clip_inside(parts, save, tmp_path):
+    """LAVIS's ViT-L: CLIP's, without its last block."""
+    config = CLIPVisionConfig(
+        hidden_size=64, num_hidden_layers=3, num_attention_heads=1, intermediate_size=40, image_size=28, patch_size=7
+    )
+    clip = randomise(CLIPVisionModel(config)).eval()
+    clip.save_pretrained(tmp_path / "clip")
+    there = {k: t for k, t in lavis_state("1").items() if "visual_encoder" not in k}
+    for name in [name for name in there if "crossattention.self.key" in name or "crossattention.self.value" in name]:
+        if name.endswith("weight"):
+            there[name] = there[name][:, :64]
+    there["ln_vision.weight"], there["ln_vision.bias"] = there["ln_vision.weight"][:64], there["ln_vision.bias"][:64]
+    there = {k: t.clone() for k, t in there.items()}
+    changes = {"qformer.tokenizer": parts.bert, "vision.name": str(tmp_path / "clip")}
+    convert(save(there), tmp_path / "with.pth", "lavis", changes)
+    state = torch.load(tmp_path / "with.pth", weights_only=True)["model"]
+    block = "visual_encoder.transformer.resblocks"
+    own = clip.state_dict()
+    joint = torch.cat([own[f"encoder.layers.1.self_attn.{p}_proj.weight"] for p in "qkv"])
+    assert torch.equal(state[f"{block}.1.attn.in_proj_weight"], joint)
+    assert not any(name.startswith((f"{block}.2.", "visual_encoder.ln_post")) for name in state)
+    again = blip2.load(tmp_path / "with.pth", device="cpu", changes={"qformer.tokenizer": parts.bert})
+    expected = load_image_encoder(str(tmp_path / "clip"), image_size=28)
+    images = torch.randn(2, 3, 28, 28)
+    torch.testing.assert_close(again.model.vision.features(images), expected.features(images))
+    convert(tmp_path / "with.pth", tmp_path / "again.pth", "lavis", {"qformer.tokenizer": parts.bert})
+    assert same(tmp_path / "with.pth", tmp_path / "again.pth")
+
+
+# -- what can be wrong -------------------------------------------------------------------------------------------------
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/never",)
+
+
+def test_a_file_that_carries_code(save, tmp_path):
+    path = save({"query_tokens": Evil()})
+    refuses(path, r"blip2.pth is refused: it wants to run (posix|nt|os).system while it is read")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Evil()))
+    refuses(tmp_path / "plain.pth", "plain.pth is (refused|damaged)")
+
+
+def test_a_truncated_file(save):
+    path = save(lavis_state("1"))
+    path.write_bytes(path.read_bytes()[:1000])
+    refuses(path, r"blip2.pth is damaged \(.*\): copy or download it again")
+
+
+def test_no_file(tmp_path):
+    refuses(tmp_path / "none.pth", r"there is no file .*none.pth: check its path")
+
+
+def test_files_of_other_models(save):
+    refuses(save({"linear.weight": torch.zeros(2)}), r"\(it has no query_tokens, but linear.weight\)")
+    refuses(save({"a": 1}), "holds no state dict")
+    instruct = {**lavis_state("1"), "llm_proj.weight": torch.zeros(2, 2)}
+    refuses(save(instruct), r"is of InstructBLIP \(it has llm_proj\)")
+    refuses(
+        save({**lavis_state("1"), "extra.weight": torch.zeros(2)}),
+        "has 1 weight that belong.* to no part of BLIP-2: ext",
+    )
+
+
+def test_what_has_to_be_named(parts, save):
+    refuses(save(lavis_state("opt")), "does not say which LLM it is for: set language.name, for example to facebook")
+    refuses(save(lavis_state("t5")), "set language.name, for example to google/flan-t5-xl")
+    state = lavis_state("1")
+    state["query_tokens"] = torch.zeros(1, 4, 48)
+    refuses(save(state), "its Q-Former is 48 wide, no multiple of 64, a head's width in BERT: set qformer.heads")
+
+
+def test_an_output_matrix_that_is_not_tied(save):
+    state = lavis_state("1")
+    state["Qformer.cls.predictions.decoder.weight"] = torch.zeros(58, 64)
+    refuses(save(state), "decoder.weight is not Qformer.bert.embeddings.word_embeddings.weight, to which LAVIS ties it")
+
+
+# -- what LAVIS cannot hold --------------------------------------------------------------------------------------------
+
+
+def test_other_parts_are_refused_before_anything_is_written(runs, tmp_path, parts):
+    for source, match in (
+        (
+            runs["stage1"],
+            "the image encoder of .* has num_attention_heads 2, where LAVIS, .*, would take 1: conv",
+        ),
+        (runs["llama"], "has an LLM of type llama; LAVIS's BLIP-2 has OPT or T5: convert it to transformers"),
+    ):
+        with pytest.raises(InputError, match=match):
+            convert(source, tmp_path / "out.pth", "lavis")
+    assert not list(tmp_path.iterdir())

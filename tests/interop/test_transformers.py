@@ -1,0 +1,426 @@
+"""Checkpoints of transformers: the same numbers, the same tokens, and one error for each thing that can be wrong."""
+
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval, Blip2Processor
+
+import blip2
+from blip2.convert import convert
+from blip2.data.texts import encode_prompts, encode_texts
+from blip2.errors import InputError
+from blip2.interop.weights import open_folder
+from blip2.model.language import Decoding
+from conftest import byte_tokenizer, draw
+from fixtures.checkpoints import FLAVOURS, QUERIES, processor, save_transformers
+
+PICTURES = [draw("disc", "red", 0), draw("square", "blue", 7), draw("stripe", "green", 3)]
+TEXTS = ["a red disc", "the square is blue here and there", "a"]
+PROMPTS = {"none": ["", "", ""], "one": ["a photo of"] * 3, "several": ["a", "a photo of something", "what is it?"]}
+
+
+@pytest.fixture(scope="module")
+def saved(parts, tmp_path_factory):
+    """Folders and models of transformers, by flavour; ``retrieval`` for that of stage 1."""
+    root = tmp_path_factory.mktemp("transformers")
+    flavours = {**{name: name for name in FLAVOURS}, "retrieval": None}
+    return {name: (root / name, save_transformers(root / name, kind, parts.bert)) for name, kind in flavours.items()}
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    """A copy that may be damaged."""
+
+    def make(name):
+        shutil.copytree(saved[name][0], tmp_path / name)
+        return tmp_path / name
+
+    return make
+
+
+def edit(file, **changes):
+    settings = json.loads(file.read_text())
+    for key, value in changes.items():
+        place, *keys = settings, *key.split("__")
+        for part in keys[:-1]:
+            place = place[part]
+        place[keys[-1]] = value
+    file.write_text(json.dumps(settings))
+
+
+def same(first, second):
+    """Whether two folders hold the same weights, names and dtypes included, bit for bit."""
+    here, there = open_folder(first), open_folder(second)
+    assert set(here) == set(there)
+    return all(here[n].dtype == there[n].dtype and torch.equal(here[n], there[n]) for n in here)
+
+
+def pixels(flavour, bert):
+    return processor(flavour, bert)(images=PICTURES, return_tensors="pt")["pixel_values"]
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*FLAVOURS, "retrieval"])
+def test_it_says_what_it_found(saved, name, caplog):
+    with caplog.at_level(logging.INFO, logger="blip2"):
+        blip2.load(saved[name][0], device="cpu")
+    assert "a ViT of 3 layers for 28 pixels, 4 queries" in caplog.text
+    kind = "Blip2ForImageTextRetrieval" if name == "retrieval" else "Blip2ForConditionalGeneration"
+    assert f"transformers' {kind}" in caplog.text
+    assert (f"an LLM of type {name}" in caplog.text) == (name != "retrieval")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FLAVOURS)
+def test_logits(saved, parts, name):
+    folder, theirs = saved[name]
+    ours = blip2.load(folder, device="cpu")
+    images = pixels(name, parts.bert)
+    features = ours.features(PICTURES)
+    vision = theirs.vision_model(images)
+    torch.testing.assert_close(ours.model.image_norm(features), vision.last_hidden_state, atol=1e-5, rtol=1e-5)
+
+    ids, mask = encode_prompts(ours.tokenizer, PROMPTS["several"], "right")
+    placeholders = torch.full((3, QUERIES), theirs.config.image_token_index)
+    inputs = {"input_ids": torch.cat([placeholders, ids], 1), "pixel_values": images}
+    inputs["attention_mask"] = torch.cat([torch.ones_like(placeholders), mask.long()], 1)
+    if name == "t5":
+        labels = torch.tensor([[5, 6, 256], [7, 256, -100], [8, 9, 10]])
+        expected = theirs(**inputs, labels=labels).logits[labels != -100]
+    else:
+        labels = ids.masked_fill(~mask, -100)
+        labels[:, 0] = -100
+        expected = theirs(**inputs).logits[:, QUERIES - 1 : -1][labels != -100]
+    logits, targets = ours.model.language.logits(ours.model.visual_prompt(features), ids, mask, labels)
+    assert torch.equal(targets, labels[labels != -100])
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    assert logits.std() > 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", ["itc", "itm"])
+def test_scores(saved, parts, head):
+    folder, theirs = saved["retrieval"]
+    ours = blip2.load(folder, device="cpu")
+    words = processor(None, parts.bert)(images=PICTURES, text=TEXTS, padding=True, return_tensors="pt")
+    # The class strips the placeholders from the ids, and for ITM expects them in the mask.
+    out = theirs(**words, use_image_text_matching_head=head == "itm").logits_per_image
+    if head == "itc":
+        torch.testing.assert_close(ours.similarity(PICTURES, TEXTS), out, atol=1e-5, rtol=0)
+    else:
+        ids, mask, _ = encode_texts(ours.tokenizer, TEXTS, 40)
+        logits = ours.model.match(ours.model.memory(ours.features(PICTURES)), ids, mask)
+        torch.testing.assert_close(logits, out, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours.match(PICTURES, TEXTS).diagonal(), out.softmax(1)[:, 1], atol=1e-5, rtol=0)
+    assert out.std() > 0.01
+
+
+@pytest.mark.parametrize("beams", [1, 5])
+@pytest.mark.parametrize("prompts", PROMPTS)
+@pytest.mark.parametrize("name", FLAVOURS)
+def test_generated_tokens(saved, parts, name, prompts, beams):
+    folder, theirs = saved[name]
+    ours = blip2.load(folder, device="cpu")
+    ours.batch_size = 3
+    given = {"text": PROMPTS[prompts], "padding": True} if prompts != "none" else {}
+    inputs = processor(name, parts.bert)(images=PICTURES, return_tensors="pt", **given)
+    out = theirs.generate(**inputs, num_beams=beams, max_new_tokens=8, min_new_tokens=1)
+    start = inputs["input_ids"].shape[1] if prompts != "none" else QUERIES + 1
+    new = out[:, 1:] if name == "t5" else out[:, start:]
+    expected = [text.strip() for text in ours.tokenizer.batch_decode(new, skip_special_tokens=True)]
+    decoding = Decoding(beams=beams, max_new_tokens=8)
+    assert ours.generate(PICTURES, PROMPTS[prompts], decoding) == expected
+    alone = [ours.generate(one, [text], decoding)[0] for one, text in zip(PICTURES, PROMPTS[prompts], strict=True)]
+    assert alone == expected
+    assert len(set(expected)) > 1
+
+
+# -- there and back ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*FLAVOURS, "retrieval"])
+def test_there_and_back(saved, tmp_path, name):
+    """Through this project's own format."""
+    folder = saved[name][0]
+    convert(folder, tmp_path / "ours", "blip2")
+    convert(tmp_path / "ours", tmp_path / "back", "transformers")
+    assert same(folder, tmp_path / "back")
+    before, after = (json.loads((f / "config.json").read_text()) for f in (folder, tmp_path / "back"))
+    assert before == after
+    processors = [Blip2Processor.from_pretrained(f) for f in (folder, tmp_path / "back")]
+    inputs = [p(images=PICTURES, text=TEXTS, padding=True, return_tensors="pt") for p in processors]
+    assert all(torch.equal(inputs[0][key], inputs[1][key]) for key in ("pixel_values", "input_ids", "attention_mask"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["opt", "t5", "retrieval"])
+def test_shards_and_half_precision(parts, tmp_path, name, dtype):
+    flavour = None if name == "retrieval" else name
+    save_transformers(tmp_path / "there", flavour, parts.bert, dtype, shard="40KB")
+    assert len(list((tmp_path / "there").glob("model-*.safetensors"))) > 2
+    convert(tmp_path / "there", tmp_path / "back", "transformers")
+    assert same(tmp_path / "there", tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == str(dtype).split(".")[1]
+
+
+@pytest.mark.parametrize("name", [*FLAVOURS, "retrieval"])
+def test_transformers_loads_what_is_written(saved, tmp_path, name):
+    """Nothing missing, nothing left over, nothing of another shape; the same outputs."""
+    convert(saved[name][0], tmp_path / "out", "transformers")
+    kind = Blip2ForImageTextRetrieval if name == "retrieval" else Blip2ForConditionalGeneration
+    model, info = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    expected = saved[name][1].state_dict()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in model.state_dict().items())
+
+
+def test_a_run_of_ours_for_transformers(runs, parts, tmp_path):
+    """A ViT of transformers, a Llama, our own training: generation agrees with transformers' class."""
+    convert(runs["llama"], tmp_path / "out", "transformers")
+    model, info = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    processor = Blip2Processor.from_pretrained(tmp_path / "out")
+    ours = blip2.load(runs["llama"], device="cpu")
+    inputs = processor(images=PICTURES, text=PROMPTS["several"], padding=True, return_tensors="pt")
+    assert processor.tokenizer.padding_side == "left"
+    out = model.eval().generate(**inputs, num_beams=3, max_new_tokens=8, min_new_tokens=1)
+    new = out[:, inputs["input_ids"].shape[1] :]
+    expected = [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+    assert ours.generate(PICTURES, PROMPTS["several"], Decoding(beams=3, max_new_tokens=8)) == expected
+    again = blip2.load(tmp_path / "out", device="cpu")
+    assert again.generate(PICTURES, PROMPTS["several"], Decoding(beams=3, max_new_tokens=8)) == expected
+
+
+@torch.no_grad()
+def test_a_stage_1_of_ours_for_transformers(runs, tmp_path):
+    """All that transformers has no place for is there too, so that it comes back whole."""
+    convert(runs["stage1"], tmp_path / "out", "transformers")
+    _, info = Blip2ForImageTextRetrieval.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    assert {"temp", "cls.predictions.bias"} <= set(info["unexpected_keys"])
+    ours, again = blip2.load(runs["stage1"], device="cpu"), blip2.load(tmp_path / "out", device="cpu")
+    torch.testing.assert_close(again.similarity(PICTURES, TEXTS), ours.similarity(PICTURES, TEXTS), atol=1e-4, rtol=0)
+    here, there = ours.model.state_dict(), again.model.state_dict()
+    assert all(torch.equal(here[k], there[k]) for k in here if not k.startswith("vision."))
+
+
+def test_both_classes_load_one_folder(saved, parts, tmp_path):
+    """A stage 2 whose Q-Former is that of a stage 1."""
+    first, second = saved["retrieval"][1], tmp_path / "second"
+    model = save_transformers(second, "opt", parts.bert)
+    for part in ("qformer", "vision_model"):
+        getattr(model, part).load_state_dict(getattr(first, part).state_dict(), strict=False)
+    model.query_tokens.data.copy_(first.query_tokens.data)
+    model.save_pretrained(second)
+    convert(second, tmp_path / "both", "transformers", stage1=saved["retrieval"][0])
+    for kind, twin in ((Blip2ForConditionalGeneration, model), (Blip2ForImageTextRetrieval, first)):
+        loaded, info = kind.from_pretrained(tmp_path / "both", output_loading_info=True)
+        assert not info["missing_keys"] and not info["mismatched_keys"]
+        expected = twin.state_dict()
+        assert all(torch.equal(t, expected[k]) for k, t in loaded.state_dict().items() if k in expected)
+    writer = blip2.load(tmp_path / "both", device="cpu")
+    judge = blip2.load(tmp_path / "both", device="cpu", stage="representation")
+    assert writer.caption(PICTURES) == blip2.load(second, device="cpu").caption(PICTURES)
+    expected = blip2.load(saved["retrieval"][0], device="cpu").match(PICTURES, TEXTS)
+    assert torch.equal(judge.match(PICTURES, TEXTS), expected)
+    convert(tmp_path / "both", tmp_path / "again", "transformers")
+    assert same(tmp_path / "both", tmp_path / "again")
+
+
+def test_two_q_formers_do_not_go_into_one_folder(saved, tmp_path):
+    with pytest.raises(InputError, match=r"have different Q-Formers \(\d+ weights differ, such as .*convert each to a"):
+        convert(saved["opt"][0], tmp_path / "out", "transformers", stage1=saved["retrieval"][0])
+    assert not list(tmp_path.iterdir())
+
+
+def test_train_on_from_it(saved, parts, tmp_path):
+    """Stage 1 goes on from transformers' file, which transformers itself cannot train."""
+    from blip2.training.loop import train
+
+    folder = str(saved["retrieval"][0])
+    sizes = {"layers": 3, "bert": None, "tokenizer": parts.bert}
+    recipe = parts.recipe(
+        tmp_path / "run",
+        vision={"name": folder},
+        qformer=sizes,
+        start_from=folder,
+        training={"steps": 1, "device": "cpu"},
+    )
+    last = train(recipe)
+    after = blip2.load(last, device="cpu").model.state_dict()
+    before = blip2.load(folder, device="cpu").model.state_dict()
+    moved = [k for k in before if not torch.allclose(before[k], after[k], atol=0.01)]
+    assert not [k for k in moved if not k.startswith(("language_head", "temperature"))]
+    with pytest.raises(InputError, match=r"has qformer.heads 4, the recipe 8: set it to 4"):
+        train(
+            parts.recipe(tmp_path / "other", vision={"name": folder}, qformer={**sizes, "heads": 8}, start_from=folder)
+        )
+
+
+# -- image size --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [28, 42, 63])
+def test_other_image_sizes(saved, tmp_path, size):
+    """Position embeddings are interpolated once, as transformers does it at every call."""
+    folder, theirs = saved["retrieval"]
+    changes = {"vision.image_size": size}
+    ours = blip2.load(folder, device="cpu", changes=changes)
+    features = ours.model.image_norm(ours.features(PICTURES))
+    images = torch.stack([torch.randn(3, size, size)] * 2)
+    expected = theirs.vision_model(images, interpolate_pos_encoding=True).last_hidden_state
+    torch.testing.assert_close(
+        ours.model.image_norm(ours.model.vision.features(images)), expected, atol=1e-5, rtol=1e-5
+    )
+    assert features.shape[1] == (size // 7) ** 2 + 1
+    convert(folder, tmp_path / "resized", "transformers", changes)
+    again = blip2.load(tmp_path / "resized", device="cpu")
+    assert again.model.vision.preprocessing.image_size == size
+    torch.testing.assert_close(again.features(PICTURES), ours.features(PICTURES))
+
+
+# -- what can be wrong -------------------------------------------------------------------------------------------------
+
+
+def refuses(folder, match, **options):
+    with pytest.raises(InputError, match=match) as error:
+        blip2.load(folder, device="cpu", **options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_truncated_file(copy):
+    folder = copy("opt")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    refuses(folder, r"model.safetensors is damaged \(.*\): copy or download it again")
+    file.write_bytes(b"")
+    refuses(folder, "model.safetensors is damaged")
+
+
+def test_a_missing_shard(parts, tmp_path):
+    save_transformers(tmp_path / "shards", "opt", parts.bert, shard="40KB")
+    shards = sorted((tmp_path / "shards").glob("model-*.safetensors"))
+    shards[1].unlink()
+    refuses(tmp_path / "shards", rf"lacks 1 of its {len(shards)} shards \({shards[1].name}\)")
+
+
+def test_no_weights(copy):
+    folder = copy("opt")
+    (folder / "model.safetensors").unlink()
+    refuses(folder, "has no model.safetensors")
+
+
+def test_another_architecture(copy, parts):
+    refuses(parts.llama, "is a model of type llama of transformers, not a BLIP-2")
+    folder = copy("opt")
+    edit(folder / "config.json", model_type="instructblip")
+    refuses(folder, "is a model of type instructblip of transformers, not a BLIP-2")
+
+
+def test_another_image_encoder_in_the_configuration(copy):
+    """transformers takes it for a Blip2VisionModel in silence."""
+    folder = copy("opt")
+    edit(folder / "config.json", vision_config__model_type="siglip_vision_model")
+    refuses(folder, "its vision_config is of type siglip_vision_model, which transformers would take for")
+
+
+def test_another_llm_in_the_configuration(copy):
+    folder = copy("opt")
+    edit(folder / "config.json", text_config__num_hidden_layers=3)
+    refuses(folder, "the weights in .* are not those of a OPTForCausalLM: 16 are missing")
+    edit(folder / "config.json", text_config__num_hidden_layers=1)
+    refuses(folder, "has 16 weights that its language model, a OPTForCausalLM, does not have, such as")
+    edit(folder / "config.json", text_config__num_hidden_layers=2, text_config__ffn_dim=64)
+    refuses(folder, r"of the language model is \(48,?.*\), its config.json says \(64,?.*\): one of the two belongs")
+
+
+def test_another_number_of_queries(copy):
+    folder = copy("retrieval")
+    edit(folder / "config.json", num_query_tokens=8)
+    edit(folder / "processor_config.json", num_query_tokens=8)
+    refuses(folder, "its config.json says num_query_tokens 8, its weights have 4")
+
+
+def test_another_number_of_heads(copy):
+    folder = copy("retrieval")
+    edit(folder / "config.json", qformer_config__num_attention_heads=5)
+    refuses(folder, "qformer.hidden_size 32 is not a multiple of qformer.heads 5")
+
+
+def test_another_depth_of_the_q_former(copy):
+    folder = copy("opt")
+    edit(folder / "config.json", qformer_config__num_hidden_layers=2)
+    refuses(folder, "does not fit the configuration .with unknown: qformer.blocks.2")
+
+
+def test_weights_of_no_part(copy):
+    folder = copy("opt")
+    weights = load_file(folder / "model.safetensors")
+    weights["adapter.down.weight"] = weights["adapter.up.weight"] = torch.zeros(2)
+    save_file({k: t.clone() for k, t in weights.items()}, folder / "model.safetensors")
+    refuses(folder, r"has 2 weights that belong to no part of BLIP-2: adapter.down.weight, adapter.up.weight; is it")
+
+
+def test_a_tokenizer_without_the_placeholder(copy):
+    folder = copy("opt")
+    byte_tokenizer(True).save_pretrained(folder)
+    refuses(folder, "its tokenizer has no <image>, which its config.json says is token 258: copy the tokenizer")
+
+
+def test_another_placeholder(copy):
+    folder = copy("opt")
+    edit(folder / "config.json", image_token_index=57)
+    refuses(folder, "<image> is token 258 of its tokenizer, its config.json says 57: set image_token_index to 258")
+
+
+def test_too_few_placeholders(copy):
+    """transformers gives the queries of one picture to another text, in silence."""
+    folder = copy("opt")
+    edit(folder / "processor_config.json", num_query_tokens=2)
+    refuses(
+        folder, "its processor puts 2 <image> tokens before a text, but it has 4 queries: set num_query_tokens to 4"
+    )
+
+
+def test_a_tokenizer_of_another_model(copy):
+    folder = copy("retrieval")
+    byte_tokenizer().save_pretrained(folder)
+    refuses(folder, "has tokens beyond the Q-Former's vocabulary of 58")
+
+
+def test_placeholders_in_a_prompt(saved):
+    with pytest.raises(InputError, match=r"the prompt '<image>a' holds <image>: leave it out, the image comes first"):
+        blip2.load(saved["opt"][0], device="cpu").caption(PICTURES[0], "<image>a")
+
+
+def test_two_formats_in_one_folder(copy, runs):
+    folder = copy("opt")
+    shutil.copytree(runs["llama"] / "checkpoints", folder / "checkpoints")
+    refuses(folder, r"holds two formats: a checkpoint of this project .* and one of transformers")
+
+
+def test_a_damaged_configuration(copy):
+    folder = copy("opt")
+    (folder / "config.json").write_text("{")
+    refuses(folder, r"config.json cannot be read \(.*\): copy or download it again")
+
+
+def test_a_stage_that_is_not_there(saved):
+    refuses(
+        saved["opt"][0], "is of stage generation alone: load a model of stage representation", stage="representation"
+    )
+    refuses(saved["retrieval"][0], "is of stage representation alone", stage="generation")
+
+
+def test_the_dec_token(saved):
+    """The last of the vocabulary, as LAVIS adds it to BERT's."""
+    ours = blip2.load(saved["retrieval"][0], device="cpu")
+    assert AutoTokenizer.from_pretrained(saved["retrieval"][0]).convert_tokens_to_ids("[DEC]") == 57
+    assert ours.model.qformer.decoder_start == 57
