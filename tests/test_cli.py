@@ -237,13 +237,13 @@ def test_dtype(capsys, runs, pictures):
     ("arguments", "expected"),
     [
         (["embed", "STAGE1", "--output", "x.safetensors"], "nothing to embed: give image files, --text, or both"),
-        (["caption", "STAGE1", "PICTURE"], "which cannot write captions: load a model of stage generation"),
-        (["ask", "STAGE1", "PICTURE", "what?"], "which cannot answer questions: load a model of stage generation"),
+        (["caption", "STAGE1", "PICTURE"], "is of stage representation alone: load a model of stage generation"),
+        (["ask", "STAGE1", "PICTURE", "what?"], "is of stage representation alone: load a model of stage generation"),
         (
             ["match", "LLAMA", "PICTURE", "a disc"],
-            "cannot match images and texts: load a model of stage representation",
+            "is of stage generation alone: load a model of stage representation",
         ),
-        (["embed", "LLAMA", "PICTURE", "--output", "x"], "cannot embed images: load a model of stage representation"),
+        (["embed", "LLAMA", "PICTURE", "--output", "x"], "is of stage generation alone: load a model of stage repr"),
         (["embed", "STAGE1", "PICTURE", "--output", "NOWHERE/x"], "there is no folder for"),
         (["embed", "STAGE1", "PICTURE", "--output", "FOLDER"], "cannot be written"),
         (["caption", "NOWHERE", "PICTURE"], "give the folder of a run"),

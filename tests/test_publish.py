@@ -13,8 +13,10 @@ import yaml
 from huggingface_hub import ModelCard
 
 from blip2.config import DataConfig, LanguageConfig, VisionConfig, load_recipe
+from blip2.convert import convert
 from blip2.data.assets import ASSETS
 from blip2.errors import InputError
+from blip2.inference import load
 from blip2.publish import UNKNOWN, licence_of, model_card, push
 from blip2.training.checkpoint import FOLDER, open_checkpoint
 from blip2.training.loop import train
@@ -139,7 +141,7 @@ def test_nothing_is_said_to_be_measured_that_was_not(runs, tmp_path):
     shutil.copytree(runs["llama"], run)
     (run / "metrics.jsonl").unlink()
     card = model_card(open_checkpoint(str(run)), "transformers")
-    assert card.split("## Results")[1].split("##")[1].strip(" #").split("\n\n")[1:2] == ["No results were measured."]
+    assert "## Results\n\n### Stage 2\n\nNo results were measured.\n\n## Parts" in card
 
 
 def test_card_of_both_stages(runs):
@@ -176,11 +178,10 @@ def test_a_licence_is_stated_only_if_all_parts_have_it(foreign):
         )
         return replace(foreign, format="blip2", recipe=recipe)
 
-    free = ModelCard(model_card(parts("package:efficientnet-lite0", "google/flan-t5-xl", "google-bert/b"), "blip2"))
-    # Apache-2.0 of the package is the hub's apache-2.0, once.
-    assert free.data.license == "other"
-    same = parts("package:efficientnet-lite0", "package:smollm2-135m-instruct", "package:minilm")
-    assert ModelCard(model_card(same, "blip2")).data.license == "apache-2.0"
+    # The packages' Apache-2.0 is the hub's apache-2.0.
+    same = parts("package:efficientnet-lite0", "google/flan-t5-xl", "google-bert/bert-base-uncased")
+    data = ModelCard(model_card(same, "blip2")).data
+    assert (data.license, data.license_name) == ("apache-2.0", None)
     mixed = ModelCard(model_card(parts("openai/clip-vit-large-patch14", "google/flan-t5-xl", "nobody/bert"), "blip2"))
     assert (mixed.data.license, mixed.data.license_name) == ("other", "see-frozen-parts")
     assert mixed.data.base_model == ["openai/clip-vit-large-patch14", "google/flan-t5-xl", "nobody/bert"]
@@ -206,6 +207,45 @@ def test_programs_of_the_card_compile(runs, name, to):
         compile(program, to, "exec")
     if to == "vllm":
         assert blocks(card, "sh")[0].startswith("vllm serve . ") and "/v1/chat/completions" in card
+
+
+def run_programs(folder, parts, monkeypatch, capsys):
+    """What the programs of a folder's card print, run in the folder as they stand."""
+    monkeypatch.chdir(folder)
+    shutil.copy(Path(parts.pictures).parent / "red-disc-0.png", "picture.png")
+    capsys.readouterr()
+    for program in blocks(Path("README.md").read_text(encoding="utf-8"), "python"):
+        exec(program, {})
+    return capsys.readouterr().out
+
+
+def test_programs_of_the_card_say_what_blip2_says(parts, runs, tmp_path, monkeypatch, capsys):
+    frozen = dict.fromkeys(["vision.*", "language.*", "qformer.*", "image_norm.*"], "frozen")
+    recipe = parts.recipe(
+        tmp_path / "run",
+        stage="generation",
+        language={"name": parts.llama, "prompt": 'a "picture" of'},
+        start_from=str(runs["stage1"]),
+        optimizer={"rates": {**frozen, "*": 1e-3}},
+        training={"steps": 1, "device": "cpu", "precision": "fp32"},
+    )
+    train(recipe)
+    convert(tmp_path / "run", tmp_path / "mine", "transformers", stage1=runs["stage1"])
+    printed = run_programs(tmp_path / "mine", parts, monkeypatch, capsys)
+    written, cosine, probability = re.fullmatch(
+        r'a "picture" of(.*)\ncosine: (.*)\nprobability that they match: (.*)\n', printed, re.DOTALL
+    ).groups()
+    (caption,) = load(tmp_path / "run").caption("picture.png")
+    assert written == caption
+    judge = load(runs["stage1"])
+    assert float(cosine) == pytest.approx(judge.similarity("picture.png", "a text").item(), abs=1e-5)
+    assert float(probability) == pytest.approx(judge.match("picture.png", "a text").item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(("name", "to"), [("stage1", "transformers"), ("stage1", "blip2"), ("llama", "blip2")])
+def test_programs_of_the_card_run(parts, runs, tmp_path, monkeypatch, capsys, name, to):
+    convert(runs[name], tmp_path / "mine", to)
+    assert run_programs(tmp_path / "mine", parts, monkeypatch, capsys)
 
 
 # -- licences ----------------------------------------------------------------------------------------------------------
@@ -267,33 +307,29 @@ class Hub:
         self.commits: list[dict[str, bytes]] = []
         self.tokens: set[str | None] = set()
         self.private = True
-        self.licence = "mpl-2.0"
+        self.card = {"license": "mpl-2.0"}
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
             def log_message(self, format, *args):
                 pass
 
-            def answer(self, status, body=b"", **headers):
+            def answer(self, status, value):
+                body = json.dumps(value).encode()
                 self.send_response(status)
-                for name, value in {**headers, "Content-Length": str(len(body))}.items():
-                    self.send_header(name.replace("_", "-"), value)
+                self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
-                if self.command != "HEAD":
-                    self.wfile.write(body)
+                self.wfile.write(body)
 
             def handle_any(self):
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 hub.tokens.add(self.headers.get("Authorization"))
                 status = next((s for start, s in hub.refuses.items() if self.path.startswith(start)), None)
                 if status is not None:
-                    return self.answer(status, json.dumps({"error": "refused"}).encode())
-                if self.path.endswith("/resolve/main/README.md"):
-                    card = f"---\nlicense: {hub.licence}\n---\n".encode()
-                    return self.answer(200, card, ETag='"1"', X_Repo_Commit="0" * 40)
-                return self.answer(200, json.dumps(hub.reply(self.command, self.path, body)).encode())
+                    return self.answer(status, {"error": "refused", "url": f"{hub.url}/me/model"})
+                return self.answer(200, hub.reply(self.command, self.path, body))
 
-            do_GET = do_POST = do_HEAD = handle_any  # noqa: N815
+            do_GET = do_POST = handle_any  # noqa: N815
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -314,7 +350,7 @@ class Hub:
             self.commits.append({file["path"]: base64.b64decode(file["content"]) for file in files})
             return {"commitUrl": f"{self.url}/me/model/commit/1", "commitOid": "1"}
         assert method == "GET" and path.startswith("/api/models/"), (method, path)
-        return {"id": path.removeprefix("/api/models/"), "private": self.private}
+        return {"id": path.removeprefix("/api/models/"), "private": self.private, "cardData": self.card}
 
 
 @pytest.fixture
@@ -324,8 +360,6 @@ def hub(monkeypatch):
     thread = threading.Thread(target=hub.server.serve_forever, args=(0.01,))
     thread.start()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setenv("HF_ENDPOINT", f"{hub.url}/")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -372,16 +406,10 @@ def test_a_name_without_an_owner_is_one_s_own(hub, folder):
     assert len(hub.commits) == 1
 
 
-def test_a_repository_that_is_there_is_pushed_to(hub, folder, monkeypatch):
-    reply = hub.reply
-    monkeypatch.setitem(hub.refuses, "/nowhere", 500)
-
-    def exists(method, path, body):
-        return {"url": f"{hub.url}/me/model"} if path == "/api/repos/create" else reply(method, path, body)
-
-    monkeypatch.setattr(hub, "reply", exists)
+def test_a_repository_that_is_there_is_pushed_to(hub, folder):
+    hub.refuses["/api/repos/create"] = 409
     push(folder, "me/model")
-    assert len(hub.commits) == 1
+    assert hub.commits == [files(folder)]
 
 
 def test_nothing_is_shown_to_others_that_was_to_be_private(hub, folder):
@@ -440,16 +468,16 @@ def test_folders_that_are_not_to_be_pushed(hub, folder, tmp_path):
 
 
 def test_licence_by_the_hub_s_card(hub):
-    assert licence_of("somebody/model") == "mpl-2.0"
+    assert licence_of("somebody/model") == licence_of("timm:model") == "mpl-2.0"
+    hub.card = None
+    assert licence_of("somebody/model") is None
     hub.refuses["/"] = 404
-    assert licence_of("somebody/other") is None
+    assert licence_of("somebody/model") is None
 
 
 def test_licence_without_a_network(monkeypatch, hub):
-    monkeypatch.setattr(
-        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/{revision}/{filename}"
-    )
-    assert licence_of("somebody/third") is None
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert licence_of("somebody/model") is None
 
 
 def test_paths_of_this_file_are_not_hub_names(tmp_path, monkeypatch):

@@ -59,7 +59,7 @@ def take_changes(arguments: Sequence[str]) -> tuple[list[str], dict[str, object]
     left = iter(arguments)
     for argument in left:
         key, equals, value = argument.partition("=")
-        if re.fullmatch(r"--[a-z]+\.[a-z_]+", key) and rest[:1] != ["train"]:
+        if re.fullmatch(r"--(vision|language|qformer)\.[a-z_]+", key) and rest[:1] != ["train"]:
             changes[key.removeprefix("--")] = value if equals else next(left, None)
         else:
             rest.append(argument)

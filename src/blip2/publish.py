@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCardData, get_token, hf_hub_download, is_offline_mode, metadata_load
+from huggingface_hub import HfApi, ModelCardData, get_token, is_offline_mode, metadata_load
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import httpx, validate_repo_id
 from yaml import YAMLError
@@ -81,8 +81,9 @@ def model_card(checkpoint: Checkpoint, to: str, *, stage1: Checkpoint | None = N
 
 def _front_matter(checkpoint: Checkpoint, to: str, licences: dict[str, str | None]) -> str:
     generates = checkpoint.recipe.language is not None
-    licence = next(iter(licences.values())) if len(set(licences.values())) == 1 else None
-    licence = None if licence is None or licence.startswith("other") else licence.lower()
+    stated = {licence and licence.lower() for licence in licences.values()}
+    licence = stated.pop() if len(stated) == 1 else None
+    licence = None if licence is None or licence.startswith("other") else licence
     base = [hub for hub in map(_hub_name, licences) if hub is not None]
     return ModelCardData(
         library_name="transformers" if to == "vllm" else to,
@@ -216,7 +217,8 @@ image = Image.open("picture.png").convert("RGB")
 processor = Blip2Processor.from_pretrained(name)
 model = Blip2ForConditionalGeneration.from_pretrained(name)
 inputs = processor(images=image, text={prompt}, return_tensors="pt")
-print(processor.batch_decode(model.generate(**inputs), skip_special_tokens=True)[0].strip())"""
+written = model.generate(**inputs, num_beams=5, max_new_tokens=30)
+print(processor.batch_decode(written, skip_special_tokens=True)[0].strip())"""
 COMPARE = """\
 from PIL import Image
 from transformers import {also}Blip2ForImageTextRetrieval, Blip2Processor
@@ -293,24 +295,29 @@ def licence_of(name: str) -> str | None:
         asset = ASSETS.get(name.removeprefix(PREFIX).partition("/")[0])
         return None if asset is None else asset.licence
     known = next((licence for pattern, licence in LICENCES.items() if fnmatchcase(name, pattern)), None)
-    stated = _stated(Path(name).expanduser() / "README.md") or known
-    if stated is None and (hub := _hub_name(name)) is not None:
+    try:
+        stated = _stated(metadata_load(Path(name).expanduser() / "README.md"))
+    except (OSError, ValueError, YAMLError):
+        stated = None
+    if (stated or known) is None and (hub := _hub_name(name)) is not None:
         try:
-            return _stated(Path(hf_hub_download(hub, "README.md", etag_timeout=5)))
+            card = _api().model_info(hub, timeout=5).card_data
         except Exception:  # no network, no such model, no access: none is a reason to stop
             return None
-    return stated
+        return _stated(card.to_dict() if card is not None else None)
+    return stated or known
 
 
-def _stated(card: Path) -> str | None:
-    try:
-        data = metadata_load(card) or {}
-    except (OSError, ValueError, YAMLError):
-        return None
-    licence, name = data.get("license"), data.get("license_name")
+def _stated(front_matter: dict[str, Any] | None) -> str | None:
+    licence, name = (front_matter or {}).get("license"), (front_matter or {}).get("license_name")
     if isinstance(licence, list):
         licence = ", ".join(map(str, licence))
     return f"other ({name})" if licence == "other" and name else str(licence) if licence else None
+
+
+def _api(token: str | None = None) -> HfApi:
+    # Read here, so that it can be set after huggingface_hub was imported.
+    return HfApi(endpoint=os.environ.get("HF_ENDPOINT", "").rstrip("/") or None, token=token)
 
 
 def _hub_name(name: str) -> str | None:
@@ -356,7 +363,7 @@ def push(folder: str | Path, repository: str, private: bool = False) -> str:
     token = get_token()
     if token is None:
         raise InputError("nobody is logged in to the hub: run hf auth login, or set HF_TOKEN")
-    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT", "").rstrip("/") or None, token=token)
+    api = _api(token)
     try:
         made = api.create_repo(repository, private=private or None, exist_ok=True)
         exposed = private and not api.model_info(made.repo_id).private

@@ -11,9 +11,10 @@ import torch
 import transformers as hf
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.models.blip_2.modeling_blip_2 import Blip2VisionEmbeddings
 
 from blip2.errors import InputError
-from blip2.model.vision import CLIP_MEAN, CLIP_STD, load_image_encoder
+from blip2.model.vision import CLIP_MEAN, CLIP_STD, load_image_encoder, resize_positions
 from fixtures.tiny import randomise
 
 NO_SIZE: dict[str, Any] = {
@@ -38,8 +39,8 @@ VITS: dict[str, Callable[[], nn.Module]] = {
     "DINOv2, registers": lambda: hf.Dinov2WithRegistersModel(hf.Dinov2WithRegistersConfig(**SIZES, mlp_ratio=2)),
     "DINOv3": lambda: hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**SIZES, num_register_tokens=2)),
     "ViT": lambda: hf.ViTModel(hf.ViTConfig(**SIZES)),
-    "BLIP-2": lambda: hf.Blip2VisionModel(hf.Blip2VisionConfig(**SIZES)),
 }
+OWN = {"BLIP-2": lambda: hf.Blip2VisionModel(hf.Blip2VisionConfig(**SIZES))}
 CNNS: dict[str, Callable[[], nn.Module]] = {
     "ResNet": lambda: hf.ResNetModel(hf.ResNetConfig(embedding_size=8, **STAGES)),
     "ConvNeXt": lambda: hf.ConvNextModel(hf.ConvNextConfig(**STAGES)),
@@ -53,7 +54,7 @@ def saved(tmp_path_factory) -> Callable[[str], tuple[Any, str]]:
 
     def save(name: str) -> tuple[nn.Module, str]:
         if name not in made:
-            model: Any = randomise({**VITS, **CNNS}[name]()).eval()
+            model: Any = randomise({**VITS, **CNNS, **OWN}[name]()).eval()
             folder = str(tmp_path_factory.mktemp("encoder"))
             model.save_pretrained(folder)
             made[name] = getattr(model, "vision_model", model), folder
@@ -104,6 +105,36 @@ def test_the_last_layer_is_gone(saved, name):
     networks = (model, load_image_encoder(folder).network)
     layers = [[len(m) for m in network.modules() if isinstance(m, nn.ModuleList)] for network in networks]
     assert layers == [[3], [2]]
+
+
+@pytest.mark.parametrize("size", [28, 42])
+def test_blip2_s_own_has_lost_its_last_layer_already(saved, size):
+    """Its final norm is the trained one of the features, which comes later."""
+    model, folder = saved("BLIP-2")
+    encoder = load_image_encoder(folder, image_size=size)
+    expected = outputs(model, pixels(size))
+    torch.testing.assert_close(model.post_layernorm(encoder.features(pixels(size))), expected.last_hidden_state)
+    assert (encoder.tokens, encoder.width) == expected.last_hidden_state.shape[1:]
+    with pytest.raises(InputError, match="the last layer of BLIP-2's own image encoder is gone: leave out vision.layer"):
+        load_image_encoder(folder, layer="last")
+
+
+def test_a_vit_of_one_layer(tmp_path):
+    hf.ViTModel(hf.ViTConfig(**{**SIZES, "num_hidden_layers": 1})).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="has one layer, and second-last leaves it out: set vision.layer to last"):
+        load_image_encoder(str(tmp_path))
+    assert load_image_encoder(str(tmp_path), layer="last").width == 32
+
+
+@pytest.mark.parametrize("size", [364, 490])
+def test_positions_of_the_paper_s_encoders(size):
+    """EVA-CLIP ViT-g's table for 224 pixels, at the sizes of fine-tuning, as transformers interpolates it."""
+    table = torch.randn(1, 257, 1408)
+    places = Blip2VisionEmbeddings(hf.Blip2VisionConfig(hidden_size=1408, num_attention_heads=16))
+    places.position_embedding.data.copy_(table)
+    there = places.interpolate_pos_encoding(torch.empty(1, (size // 14) ** 2 + 1, 1408), size, size)
+    torch.testing.assert_close(resize_positions(table, size // 14), there, atol=0, rtol=0)
+    assert torch.equal(resize_positions(table, 16), table)
 
 
 @pytest.mark.parametrize("name", CNNS)

@@ -114,7 +114,7 @@ def to_blip2(encoder: ImageEncoder, layer: Layer | None) -> tuple[Blip2VisionCon
     width, _, height, patch = state[f"{PATCHES}.weight"].shape
     size = encoder.preprocessing.image_size
     grid = size // patch
-    if height != patch or encoder.tokens != grid**2 + 1:
+    if encoder.tokens != grid**2 + 1:
         raise _refusal(network, f"{height} x {patch} pixels a patch make {encoder.tokens} tokens of a square of {size}")
     if getattr(network, "no_embed_class", False):  # in timm: its CLS token has no position
         state[POSITIONS] = F.pad(state[POSITIONS], (0, 0, 1, 0))
