@@ -7,6 +7,7 @@ import shutil
 import string
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="blip2-tests-")
 os.environ["HF_DATASETS_CACHE"] = f"{os.environ['HF_HOME']}/datasets"
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -50,6 +52,7 @@ from blip2.config import (
     TrainingConfig,
     VisionConfig,
 )
+from fixtures.hub import Hub
 
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 transformers.utils.logging.disable_progress_bar()
@@ -218,6 +221,23 @@ def save_pictures(folder: Path, copies: int = 2) -> Path:
     table = folder / "pictures.jsonl"
     table.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return table
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub of this test's own that somebody is logged in to."""
+    hub = Hub()
+    thread = threading.Thread(target=hub.server.serve_forever, args=(0.01,))
+    thread.start()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_ENDPOINT", f"{hub.url}/")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    yield hub
+    huggingface_hub.close_session()
+    hub.server.shutdown()
+    thread.join()
+    hub.server.server_close()
 
 
 @pytest.fixture

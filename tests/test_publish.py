@@ -1,10 +1,7 @@
-import base64
 import json
 import re
 import shutil
-import threading
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import huggingface_hub
@@ -295,79 +292,6 @@ def test_licence_by_a_folder_s_own_readme(tmp_path, readme, licence):
 
 
 # -- the hub -----------------------------------------------------------------------------------------------------------
-
-
-class Hub:
-    """The part of the hub's HTTP interface that making a repository and uploading a folder ask for."""
-
-    def __init__(self):
-        self.refuses: dict[str, int] = {}
-        """Status by the beginning of the path."""
-        self.created: list[dict] = []
-        self.commits: list[dict[str, bytes]] = []
-        self.tokens: set[str | None] = set()
-        self.private = True
-        self.card = {"license": "mpl-2.0"}
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, format, *args):
-                pass
-
-            def answer(self, status, value):
-                body = json.dumps(value).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def handle_any(self):
-                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                hub.tokens.add(self.headers.get("Authorization"))
-                status = next((s for start, s in hub.refuses.items() if self.path.startswith(start)), None)
-                if status is not None:
-                    return self.answer(status, {"error": "refused", "url": f"{hub.url}/me/model"})
-                return self.answer(200, hub.reply(self.command, self.path, body))
-
-            do_GET = do_POST = handle_any  # noqa: N815
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-
-    def reply(self, method, path, body):
-        if path == "/api/repos/create":
-            self.created.append(json.loads(body))
-            owner = self.created[-1]["organization"] or "me"
-            return {"url": f"{self.url}/{owner}/{self.created[-1]['name']}"}
-        if path == "/api/validate-yaml":
-            return {}
-        if path.endswith("/preupload/main"):
-            files = json.loads(body)["files"]
-            return {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
-        if path.endswith("/commit/main"):
-            lines = [json.loads(line) for line in body.splitlines()]
-            files = [line["value"] for line in lines if line["key"] == "file"]
-            self.commits.append({file["path"]: base64.b64decode(file["content"]) for file in files})
-            return {"commitUrl": f"{self.url}/me/model/commit/1", "commitOid": "1"}
-        assert method == "GET" and path.startswith("/api/models/"), (method, path)
-        return {"id": path.removeprefix("/api/models/"), "private": self.private, "cardData": self.card}
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A hub of this test's own that somebody is logged in to."""
-    hub = Hub()
-    thread = threading.Thread(target=hub.server.serve_forever, args=(0.01,))
-    thread.start()
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_ENDPOINT", f"{hub.url}/")
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    yield hub
-    huggingface_hub.close_session()
-    hub.server.shutdown()
-    thread.join()
-    hub.server.server_close()
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from blip2.model.generation import GenerationBatch
 from blip2.model.representation import Negatives, RepresentationBatch, RepresentationModel
 from blip2.model.vision import load_image_encoder
 from conftest import draw
-from fixtures.checkpoints import lavis_state
+from fixtures.checkpoints import lavis_state, save_transformers
 from fixtures.tiny import no_encoder, randomise
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -363,3 +363,16 @@ def test_other_parts_are_refused_before_anything_is_written(runs, tmp_path, part
         with pytest.raises(InputError, match=match):
             convert(source, tmp_path / "out.pth", "lavis")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_bias_of_keys_is_refused(parts, tmp_path):
+    """In EVA's layout there is no place for it."""
+    model = save_transformers(tmp_path / "there", None, parts.bert, width=64, heads=1, vision=176)
+    convert(tmp_path / "there", tmp_path / "out.pth", "lavis")
+    model.vision_model.encoder.layers[1].self_attn.qkv.bias.data[200] = 1
+    model.save_pretrained(tmp_path / "there")
+    with pytest.raises(
+        InputError, match=r"no bias of keys, and visual_encoder.blocks.1.attn.qkv.bias has one"
+    ):
+        convert(tmp_path / "there", tmp_path / "other.pth", "lavis")
+    assert not (tmp_path / "other.pth").exists()

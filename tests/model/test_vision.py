@@ -115,13 +115,13 @@ def test_blip2_s_own_has_lost_its_last_layer_already(saved, size):
     expected = outputs(model, pixels(size))
     torch.testing.assert_close(model.post_layernorm(encoder.features(pixels(size))), expected.last_hidden_state)
     assert (encoder.tokens, encoder.width) == expected.last_hidden_state.shape[1:]
-    with pytest.raises(InputError, match="the last layer of BLIP-2's own image encoder is gone: leave out vision.layer"):
+    with pytest.raises(InputError, match=r"the last layer of BLIP-2's own image encoder is gone: leave out"):
         load_image_encoder(folder, layer="last")
 
 
 def test_a_vit_of_one_layer(tmp_path):
     hf.ViTModel(hf.ViTConfig(**{**SIZES, "num_hidden_layers": 1})).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="has one layer, and second-last leaves it out: set vision.layer to last"):
+    with pytest.raises(InputError, match=r"has one layer, and second-last leaves it out: set vision.layer to"):
         load_image_encoder(str(tmp_path))
     assert load_image_encoder(str(tmp_path), layer="last").width == 32
 

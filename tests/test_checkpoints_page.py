@@ -1,0 +1,122 @@
+"""Every command and every line of Python of docs/checkpoints.md, with tiny models where it names published ones."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import blip2
+from blip2.build import build
+from blip2.cli import main
+from blip2.config import dump_recipe
+from blip2.training import checkpoint
+from conftest import draw
+from fixtures.checkpoints import lavis_state, save_transformers
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^    (blip2 .*)$", PAGE, flags=re.MULTILINE)
+PYTHON = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE)
+SIZES = {"layers": 3, "bert": None, "hidden_size": 64, "heads": 1}
+
+
+@pytest.fixture(scope="module")
+def place(parts, runs, tmp_path_factory):
+    """A folder in which all names of the page mean something."""
+    root = tmp_path_factory.mktemp("page")
+    draw("disc", "red", 0).save(root / "cat.jpg")
+    for name, flavour in (("opt-2.7b", "opt"), ("flan-t5-xl", "t5"), ("itm-vit-g", None)):
+        # Of the sizes that LAVIS's names say: heads of 64 in the Q-Former and of 88 in the image encoder.
+        sizes = {"width": 64, "heads": 1, "vision": 176}
+        save_transformers(root / "Salesforce" / f"blip2-{name}", flavour, parts.bert, **sizes)
+    for name, folder in (("facebook/opt-2.7b", parts.opt), ("google/flan-t5-xl", parts.t5)):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).symlink_to(folder)
+    (root / "google-bert").mkdir()
+    (root / "google-bert" / "bert-base-uncased").symlink_to(parts.bert)
+    torch.save({"model": lavis_state("1", vision=False)}, root / "blip2_pretrained.pth")
+    torch.save({"model": lavis_state("opt", vision=False)}, root / "blip2_pretrained_opt2.7b.pth")
+    torch.save({"model": lavis_state("t5")}, root / "caption_coco_flant5xl.pth")
+    eva = {k.removeprefix("visual_encoder."): t for k, t in lavis_state("1").items() if k.startswith("visual_encoder.")}
+    last = {k.replace("blocks.1", "blocks.2"): t for k, t in eva.items() if "blocks.1" in k}
+    torch.save({**eva, **last}, root / "eva_vit_g.pth")
+    (root / "runs" / "mine").mkdir(parents=True)
+    (root / "runs" / "mine" / "stage1").symlink_to(runs["stage1"])
+    (root / "runs" / "mine" / "stage2").symlink_to(runs["llama"])
+    for stage in ("stage1", "stage2"):
+        language = {} if stage == "stage1" else {"language": {"name": parts.opt}}
+        recipe = parts.recipe(
+            root / "runs" / stage, stage="representation" if stage == "stage1" else "generation", qformer=SIZES,
+            training={"steps": 1, "device": "cpu", "precision": "fp32"}, **language,
+        )  # fmt: skip
+        recipe = replace(recipe, qformer=replace(recipe.qformer, tokenizer=parts.bert))
+        (root / f"{stage}.yaml").write_text(dump_recipe(recipe))
+    frozen_stage_2(parts, runs, root / "runs" / "mine" / "stage2-frozen")
+    return root
+
+
+def frozen_stage_2(parts, runs, folder):
+    """A stage 2 that left the Q-Former of stage 1 as it was."""
+    recipe = parts.recipe(folder, stage="generation", language={"name": parts.opt}, start_from=str(runs["stage1"]))
+    built = build(recipe, torch.device("cpu"))
+    checkpoint.load_previous_stage(checkpoint.open_checkpoint(str(runs["stage1"])), built.model)
+    checkpoint.save(folder, 1, built.model, recipe, None, {}, {}, 1)
+
+
+def test_the_commands(place, monkeypatch, capsys, hub):
+    """One after the other, as a reader would."""
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert len(COMMANDS) >= 15
+    for command in COMMANDS:
+        if command.startswith("blip2 push"):
+            monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        status = main(shlex.split(command)[1:])
+        printed = capsys.readouterr()
+        assert status == 0, f"{command}\n{printed.err}"
+        assert printed.out.strip(), command
+    assert set(hub.commits[0]) >= {"config.json", "README.md", "model.safetensors", "processor_config.json"}
+    for written in ("mine", "mine-retrieval", "served", "from-lavis", "ours", "both"):
+        assert (place / written / "README.md").is_file() and (place / written / "model.safetensors").is_file()
+    assert blip2.load("both", device="cpu", stage="representation").match("cat.jpg", "a disc").shape == (1, 1)
+
+
+def test_the_python(place, monkeypatch):
+    monkeypatch.chdir(place)
+    assert len(PYTHON) == 1
+    exec(compile(PYTHON[0], "checkpoints.md", "exec"), {})
+    assert (place / "served-2.7b" / "config.json").is_file()
+
+
+def test_what_each_command_found_is_said(place, monkeypatch, caplog):
+    monkeypatch.chdir(place)
+    with caplog.at_level("INFO", logger="blip2"):
+        assert main(["caption", "caption_coco_flant5xl.pth", "cat.jpg", "--language.name", "google/flan-t5-xl"]) == 0
+    assert "LAVIS's stage 2 with T5, 4 queries, image encoder inside" in caplog.text
+
+
+def test_memory_is_not_taken_twice():
+    """The model is read in another dtype than its file's, which is where two copies would be."""
+    script = str(ROOT / "benchmarks" / "loading_memory.py")
+    done = subprocess.run([sys.executable, script, "--gigabytes", "0.3"], check=True, capture_output=True, text=True)
+    rows = [line.split("|") for line in done.stdout.splitlines() if line.startswith("| bf16")]
+    assert [row[2].strip() for row in rows] == ["bf16", "fp32"]
+    assert all(float(row[4]) < 1.3 and float(row[5]) < 1.3 for row in rows), done.stdout
+
+
+def test_a_conversion_is_not_written_over(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    shutil.copytree("Salesforce/blip2-opt-2.7b", "there")
+    for target, to, match in (
+        ("there", "vllm", "there is there already: give the name of a new folder"),
+        ("new", "lavis", "new is not the name of a .pth file, which LAVIS reads: give one"),
+    ):
+        assert main(["convert", "Salesforce/blip2-opt-2.7b", target, "--to", to]) == 2
+        assert match in capsys.readouterr().err
+    assert not (place / "new").exists()
