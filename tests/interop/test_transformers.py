@@ -141,6 +141,36 @@ def test_generated_tokens(saved, parts, name, prompts, beams):
     assert len(set(expected)) > 1
 
 
+def test_a_tokenizer_that_begins_with_nothing(parts, tmp_path):
+    """Without a text transformers begins with the configuration's BOS all the same."""
+    theirs = save_transformers(tmp_path / "llama", "llama", parts.bert)
+    plain = byte_tokenizer()
+    plain.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    plain.save_pretrained(tmp_path / "llama")
+    ours = blip2.load(tmp_path / "llama", device="cpu")
+    images = processor("llama", parts.bert)(images=PICTURES, return_tensors="pt")
+    out = theirs.generate(**images, num_beams=5, max_new_tokens=8, min_new_tokens=1)[:, QUERIES + 1 :]
+    expected = [text.strip() for text in plain.batch_decode(out, skip_special_tokens=True)]
+    assert ours.caption(PICTURES, decoding=Decoding(max_new_tokens=8)) == expected
+
+
+def test_several_ends(parts, tmp_path):
+    """As chat models have them: the first of them that is written ends the text."""
+    save_transformers(tmp_path / "llama", "llama", parts.bert)
+    ours = blip2.load(tmp_path / "llama", device="cpu")
+    decoding = Decoding(beams=1, max_new_tokens=8)
+    whole = ours.generate(PICTURES, [""] * 3, decoding)
+    ids, mask = encode_prompts(ours.tokenizer, [""] * 3, "left")
+    also = int(ours.model.generate(ours.features(PICTURES), ids, mask, decoding, ours.end)[0, 2])
+    edit(tmp_path / "llama" / "config.json", text_config__eos_token_id=[256, also])
+    theirs = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "llama")
+    images = processor("llama", parts.bert)(images=PICTURES, return_tensors="pt")
+    out = theirs.generate(**images, max_new_tokens=8, min_new_tokens=1)[:, QUERIES + 1 :]
+    expected = [text.strip() for text in ours.tokenizer.batch_decode(out, skip_special_tokens=True)]
+    assert blip2.load(tmp_path / "llama", device="cpu").generate(PICTURES, [""] * 3, decoding) == expected
+    assert expected != whole
+
+
 # -- there and back ----------------------------------------------------------------------------------------------------
 
 

@@ -149,7 +149,8 @@ def _recipe(name: str, config: Any, weights: Weights, tokenizer: PreTrainedToken
         )
         language = None
         if generates:
-            language = LanguageConfig(name=name, stop=_stop(name, config.text_config, tokenizer))
+            prompt, stop = _prompt(config.text_config, tokenizer), _stop(name, config.text_config, tokenizer)
+            language = LanguageConfig(name=name, prompt=prompt, stop=stop)
         return Recipe(
             stage="generation" if generates else "representation",
             output="",
@@ -160,6 +161,15 @@ def _recipe(name: str, config: Any, weights: Weights, tokenizer: PreTrainedToken
         )
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
+
+
+def _prompt(text_config: Any, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What transformers puts behind the picture when there is no text: a BOS, though the tokenizer may put none."""
+    start = getattr(text_config, "bos_token_id", None)
+    if text_config.is_encoder_decoder or start is None or tokenizer("")["input_ids"]:
+        return ""
+    text = str(tokenizer.decode([start]))
+    return text if tokenizer(text)["input_ids"] == [start] else ""
 
 
 def _stop(name: str, text_config: Any, tokenizer: PreTrainedTokenizerBase) -> str | None:

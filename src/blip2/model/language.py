@@ -153,6 +153,8 @@ class LanguageModel(Freezable):
             order = seen.argsort(dim=1, stable=True)
             inputs = inputs.gather(1, order[..., None].expand_as(inputs))
             seen = seen.gather(1, order)
+        # Some chat models end in one of several tokens; where the end asked for is one of them, so are the others.
+        own = getattr(self.network.config, "eos_token_id", None)
         sampling = decoding.top_p is not None
         settings = GenerationConfig(
             max_new_tokens=decoding.max_new_tokens,
@@ -164,7 +166,7 @@ class LanguageModel(Freezable):
             temperature=decoding.temperature if sampling else None,
             length_penalty=None if sampling or decoding.beams == 1 else decoding.length_penalty,
             num_return_sequences=copies,
-            eos_token_id=end,
+            eos_token_id=own if isinstance(own, list) and end in own else end,
             pad_token_id=end,
             decoder_start_token_id=self.network.generation_config.decoder_start_token_id,
         )

@@ -400,6 +400,9 @@ def start_from(recipe: Recipe, built: Built, display: Display) -> None:
         built.model.initialise_projection()
     parts = sorted({name.split(".")[0] for name in new})
     display.say(f"starting from {found.name} ({found.about})" + (f"; new: {', '.join(parts)}" if parts else ""))
+    theirs, ours = found.recipe.qformer.image_norm_eps, recipe.qformer.image_norm_eps
+    if theirs != ours:
+        display.say(f"its qformer.image_norm_eps is {theirs}, the recipe's {ours}: results begin a little apart")
 
 
 def _mix(seed: int, step: int, process: int) -> int:
