@@ -12,14 +12,30 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 MAY_IMPORT = {
     "model": {"model", "config", "errors"},
     "data": {"data", "model", "config", "errors"},
+    "interop": {"interop", "data", "model", "config", "errors"},
+}
+ABOVE = {
+    "cli",
+    "demo",
+    "evaluation",
+    "convert",
+    "publish",
+    "inference",
+    "training",
+    "build",
+    "interop",
+    "data",
+    "model",
 }
 MAY_NOT_IMPORT = {
-    "training": {"cli", "inference", "evaluation", "demo"},
-    "evaluation": {"cli", "demo"},
-    "config": {"model", "data", "build", "training", "inference", "evaluation", "demo", "cli"},
-    "errors": {"config", "model", "data", "build", "training", "inference", "evaluation", "demo", "cli"},
-    "build": {"training", "inference", "evaluation", "demo", "cli"},
-    "inference": {"evaluation", "demo", "cli"},
+    "config": ABOVE,
+    "errors": ABOVE | {"config"},
+    "build": ABOVE - {"interop", "data", "model"},
+    "training": ABOVE - {"training", "build", "interop", "data", "model"},
+    "inference": {"cli", "demo", "evaluation", "convert", "publish"},
+    "publish": {"cli", "demo", "evaluation", "convert", "inference"},
+    "convert": {"cli", "demo", "evaluation", "inference"},
+    "evaluation": {"cli", "demo", "convert", "publish"},
     "demo": {"cli"},
 }
 

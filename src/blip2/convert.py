@@ -12,15 +12,16 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import Blip2VisionConfig, PreTrainedTokenizerBase
 
 from blip2.build import choose_dtype, end_of_text, read_image_encoder, text_tokenizer
-from blip2.config import LanguageConfig, dump_recipe
+from blip2.config import LanguageConfig, Recipe, dump_recipe
 from blip2.data.assets import resolve
 from blip2.errors import InputError
 from blip2.interop import lavis, transformers
@@ -29,14 +30,14 @@ from blip2.interop.formats import open_foreign
 from blip2.interop.vision import to_blip2
 from blip2.interop.weights import Weights
 from blip2.model.language import read_network, set_activation
-from blip2.model.pretrained import empty_model
-from blip2.model.vision import resize_positions
+from blip2.model.pretrained import empty_model, first_line
 from blip2.publish import model_card
 from blip2.training.checkpoint import open_checkpoint
 
 log = logging.getLogger("blip2")
 
-Target = Literal["transformers", "vllm", "lavis", "blip2"]
+TARGETS = ("transformers", "vllm", "lavis", "blip2")
+"""Formats that can be written."""
 Writer = Callable[[Path], None]
 CPU = torch.device("cpu")
 
@@ -44,7 +45,7 @@ CPU = torch.device("cpu")
 def convert(
     source: str | Path,
     target: str | Path,
-    to: Target,
+    to: str,
     changes: Mapping[str, object] | None = None,
     stage1: str | Path | None = None,
     with_language: bool = False,
@@ -68,8 +69,8 @@ def convert(
     Raises:
         InputError: the source cannot be read, the format cannot hold it, or `target` is there already.
     """
-    if to not in get_args(Target):
-        raise InputError(f"there is no format {to!r}: choose from {', '.join(get_args(Target))}")
+    if to not in TARGETS:
+        raise InputError(f"there is no format {to!r}: choose from {', '.join(TARGETS)}")
     target = Path(target).expanduser()
     if target.exists():
         raise InputError(f"{target} is there already: give the name of a new {'file' if to == 'lavis' else 'folder'}")
@@ -92,8 +93,8 @@ def convert(
         _remove(building)
         write(building)
         building.rename(target)
-    except OSError as error:
-        raise InputError(f"{target} cannot be written ({error.strerror or error}): give another place") from error
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
+        raise InputError(f"{target} cannot be written ({first_line(error)}): give another place") from error
     finally:
         _remove(building)
     return target
@@ -109,7 +110,7 @@ def _remove(path: Path) -> None:
 # -- formats -----------------------------------------------------------------------------------------------------------
 
 
-def _transformers(checkpoint: Checkpoint, stage1: Checkpoint | None, to: Target) -> Writer:
+def _transformers(checkpoint: Checkpoint, stage1: Checkpoint | None, to: str) -> Writer:
     """A folder in transformers' layout; for vLLM with exactly the weights that its loader knows."""
     generates = checkpoint.recipe.stage == "generation"
     if to == "vllm":
@@ -167,7 +168,7 @@ def _lavis(checkpoint: Checkpoint, with_language: bool) -> Writer:
 def _blip2(checkpoint: Checkpoint) -> Writer:
     frozen = (VISION,) * checkpoint.holds_vision + (LANGUAGE,) * checkpoint.holds_language
     weights = checkpoint.weights.without(*frozen)
-    recipe = checkpoint.recipe
+    recipe = _with_whole_paths(checkpoint.recipe)
     text = text_tokenizer(recipe.qformer, checkpoint) if recipe.language is None else None
     card = model_card(checkpoint, "blip2")
 
@@ -180,6 +181,18 @@ def _blip2(checkpoint: Checkpoint) -> Writer:
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     return write
+
+
+def _with_whole_paths(recipe: Recipe) -> Recipe:
+    """Frozen parts that are files here are found from anywhere."""
+
+    def whole(name: str) -> str:
+        path = Path(name).expanduser()
+        return str(path.absolute()) if path.exists() else name
+
+    vision = replace(recipe.vision, name=whole(recipe.vision.name))
+    language = None if recipe.language is None else replace(recipe.language, name=whole(recipe.language.name))
+    return replace(recipe, vision=vision, language=language)
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
@@ -209,16 +222,11 @@ def _with_vision(checkpoint: Checkpoint, clip: bool) -> Checkpoint:
     recipe = checkpoint.recipe
     trained = () if checkpoint.holds_vision else tuple(checkpoint.weights.part("vision."))
     holder = checkpoint if checkpoint.holds_vision else open_foreign(recipe.vision.name)
-    size = recipe.vision.image_size
-    if holder is not None and isinstance(holder.vision_config, Blip2VisionConfig) and not trained:
+    fits = holder is not None and (clip or isinstance(holder.vision_config, Blip2VisionConfig))
+    if holder is not None and holder.holds_vision and fits and not trained:
         assert holder.preprocessing is not None
-        config: Any = copy.deepcopy(holder.vision_config)
-        preprocessing = holder.preprocessing
-        weights = holder.weights.part(VISION)
-        if size is not None and size != config.image_size:
-            place = f"{VISION}embeddings.position_embedding"
-            weights = weights | {place: resize_positions(weights[place], size // config.patch_size)}
-            config.image_size, preprocessing = size, replace(preprocessing, image_size=size)
+        config, weights = holder.resized(recipe.vision.image_size)
+        preprocessing = replace(holder.preprocessing, image_size=config.image_size)
     else:
         encoder = read_image_encoder(recipe.vision, choose_dtype(recipe.vision.dtype, CPU))
         state = encoder.state_dict()

@@ -295,8 +295,17 @@ def test_clip_inside(parts, save, tmp_path):
     expected = load_image_encoder(str(tmp_path / "clip"), image_size=28)
     images = torch.randn(2, 3, 28, 28)
     torch.testing.assert_close(again.model.vision.features(images), expected.features(images))
-    convert(tmp_path / "with.pth", tmp_path / "again.pth", "lavis", {"qformer.tokenizer": parts.bert})
-    assert same(tmp_path / "with.pth", tmp_path / "again.pth")
+    for name in [name for name in state if name.startswith("visual_encoder.") and "ln" not in name]:
+        state[name] = state[name].half()
+    torch.save({"model": state}, tmp_path / "half.pth")
+    convert(tmp_path / "half.pth", tmp_path / "again.pth", "lavis", {"qformer.tokenizer": parts.bert})
+    assert same(tmp_path / "half.pth", tmp_path / "again.pth")
+    larger = {"qformer.tokenizer": parts.bert, "vision.image_size": 42}
+    convert(tmp_path / "with.pth", tmp_path / "larger.pth", "lavis", larger)
+    resized = blip2.load(tmp_path / "larger.pth", device="cpu", changes={"qformer.tokenizer": parts.bert})
+    expected = load_image_encoder(str(tmp_path / "clip"), image_size=42)
+    images = torch.randn(2, 3, 42, 42)
+    torch.testing.assert_close(resized.model.vision.features(images), expected.features(images))
 
 
 # -- what can be wrong -------------------------------------------------------------------------------------------------
@@ -371,8 +380,6 @@ def test_a_bias_of_keys_is_refused(parts, tmp_path):
     convert(tmp_path / "there", tmp_path / "out.pth", "lavis")
     model.vision_model.encoder.layers[1].self_attn.qkv.bias.data[200] = 1
     model.save_pretrained(tmp_path / "there")
-    with pytest.raises(
-        InputError, match=r"no bias of keys, and visual_encoder.blocks.1.attn.qkv.bias has one"
-    ):
+    with pytest.raises(InputError, match=r"no bias of keys, and visual_encoder.blocks.1.attn.qkv.bias has one"):
         convert(tmp_path / "there", tmp_path / "other.pth", "lavis")
     assert not (tmp_path / "other.pth").exists()

@@ -17,7 +17,7 @@ from blip2.errors import InputError
 from blip2.interop.weights import Weights
 from blip2.model.language import LanguageModel, set_activation
 from blip2.model.pretrained import read_part, reading
-from blip2.model.vision import ImageEncoder, Layer, Preprocessing, wrap_transformers
+from blip2.model.vision import ImageEncoder, Layer, Preprocessing, resize_positions, wrap_transformers
 
 Format = Literal["blip2", "transformers", "lavis"]
 VISION, LANGUAGE = "vision.network.", "language.network."
@@ -112,6 +112,20 @@ class Checkpoint:
         if layer is None and not isinstance(self.vision_config, Blip2VisionConfig):
             layer = "last"  # of those that are left: the last of all has been removed
         return wrap_transformers(network, preprocessing, layer)
+
+    def resized(self, image_size: int | None) -> tuple[Any, Weights]:
+        """Configuration and weights of its image encoder for images of another size (its own when None)."""
+        config, weights = copy.deepcopy(self.vision_config), self.weights.part(VISION)
+        if image_size not in (None, config.image_size):
+            place = f"{VISION}embeddings.position_embedding"
+            grid = image_size // config.patch_size
+            if place in weights:
+                weights = weights | {place: resize_positions(weights[place], grid)}
+            else:  # CLIP's table is a module, without a dimension for the batch
+                table = resize_positions(weights[f"{place}.weight"][None], grid)[0]
+                weights = weights | {f"{place}.weight": table}
+            config.image_size = image_size
+        return config, weights
 
     def language_model(self, dtype: torch.dtype, activation: str | None = None) -> LanguageModel:
         """Its LLM, frozen."""

@@ -8,7 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 
 from blip2.data.assets import resolve
 from blip2.errors import InputError
@@ -61,7 +67,7 @@ def _fetch(name: str) -> Path | None:
     try:
         folder = Path(snapshot_download(name, allow_patterns="config.json"))
         return Path(snapshot_download(name, allow_patterns=HUB_FILES)) if is_blip2(folder) else None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError):
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError, RepositoryNotFoundError):
         return None
     except (HfHubHTTPError, OSError) as error:
         raise InputError(f"{name!r} cannot be fetched from the hub ({first_line(error)}): check its name") from error

@@ -1,0 +1,127 @@
+"""Conversions of this project's own runs, and what is left when one fails."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+
+import blip2
+from blip2.convert import convert
+from blip2.errors import InputError
+from blip2.training.loop import train
+from conftest import draw
+from fixtures.checkpoints import lavis_state, save_transformers
+from fixtures.tiny import randomise
+
+PICTURES = [draw("disc", "red", 0), draw("square", "blue", 7)]
+SHORT = {"steps": 1, "device": "cpu", "precision": "fp32"}
+SIZES = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+@pytest.fixture(scope="module")
+def whole(parts, tmp_path_factory):
+    """A stage 2 of which everything was trained."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    optimizer = {"rates": {"*": 1e-2}}
+    train(parts.recipe(run, stage="generation", language={"name": parts.opt}, optimizer=optimizer, training=SHORT))
+    return run
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("to", ["transformers", "vllm", "blip2"])
+def test_trained_encoder_and_llm_go_along(whole, parts, tmp_path, to):
+    convert(whole, tmp_path / "out", to)
+    ours, again = blip2.load(whole, device="cpu"), blip2.load(tmp_path / "out", device="cpu")
+    torch.testing.assert_close(again.features(PICTURES), ours.features(PICTURES), atol=1e-5, rtol=1e-5)
+    moved = ours.features(PICTURES) - blip2.load(whole, changes={"vision.name": parts.vision}).features(PICTURES)
+    assert torch.equal(moved, torch.zeros_like(moved))  # the checkpoint's weights, not those of the folder it names
+    embeddings = [p.model.language.network.get_input_embeddings().weight[:258] for p in (ours, again)]
+    assert torch.equal(*embeddings)
+    assert again.caption(PICTURES) == ours.caption(PICTURES)
+
+
+def test_an_embedding_for_the_placeholder(whole, tmp_path):
+    """It has one more row than before, which no text makes."""
+    convert(whole, tmp_path / "out", "transformers")
+    network = blip2.load(tmp_path / "out", device="cpu").model.language.network
+    rows = network.get_input_embeddings().weight
+    assert len(rows) == network.config.vocab_size == 259
+    torch.testing.assert_close(rows[258], rows[:258].mean(dim=0))
+    logits = network(torch.arange(80)[None]).logits
+    assert (logits[..., 258] < logits.max(dim=-1).values).all()
+
+
+@pytest.mark.parametrize("to", ["transformers", "vllm"])
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (
+            lambda: CLIPVisionModel(CLIPVisionConfig(**SIZES, image_size=32, patch_size=8)),
+            "CLIP.*norm before its",
+        ),
+        (lambda: SiglipVisionModel(SiglipVisionConfig(**SIZES, image_size=32, patch_size=8)), "Siglip.*no CLS token"),
+    ],
+)
+def test_other_encoders_are_refused_before_anything_is_written(parts, tmp_path, model, reason, to):
+    randomise(model()).save_pretrained(tmp_path / "encoder")
+    run = tmp_path / "run"
+    vision = {"name": str(tmp_path / "encoder")}
+    train(parts.recipe(run, stage="generation", vision=vision, language={"name": parts.opt}, training=SHORT))
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(InputError, match=reason) as error:
+        convert(run, tmp_path / "out", to)
+    assert "\n" not in str(error.value)
+    assert sorted(tmp_path.iterdir()) == before
+    convert(run, tmp_path / "ours", "blip2")  # which holds anything
+    assert blip2.load(tmp_path / "ours", device="cpu").caption(PICTURES) == blip2.load(run, "cpu").caption(PICTURES)
+
+
+def test_a_conversion_is_found_from_anywhere(parts, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    torch.save({"model": lavis_state("opt")}, "blip2.pth")
+    Path("opt").symlink_to(parts.opt)
+    convert("blip2.pth", "ours", "blip2", {"language.name": "opt"})
+    monkeypatch.chdir(tmp_path)
+    assert len(blip2.load("here/ours", device="cpu").caption(PICTURES)) == 2
+
+
+def test_nothing_is_left_of_a_conversion_that_fails(parts, tmp_path, small_disk):
+    save_transformers(tmp_path / "there", "opt", parts.bert)
+    disk = small_disk(100)
+    with pytest.raises(InputError, match=r"cannot be written \(.*\): give another place"):
+        convert(tmp_path / "there", disk / "out", "transformers")
+    assert not list(disk.iterdir())
+
+
+def test_a_half_written_folder_of_a_killed_conversion_goes(parts, tmp_path):
+    save_transformers(tmp_path / "there", "opt", parts.bert)
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp" / "model.safetensors").write_bytes(b"half")
+    convert(tmp_path / "there", tmp_path / "out", "transformers")
+    assert not (tmp_path / "out.tmp").exists()
+    assert blip2.load(tmp_path / "out", device="cpu").caption(PICTURES)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"to": "onnx"}, "there is no format 'onnx': choose from transformers, vllm, lavis, blip2"),
+        ({"to": "vllm", "stage1": "STAGE1"}, "goes with the format transformers alone, not vllm"),
+        (
+            {"to": "transformers", "stage1": "OTHER"},
+            "is of stage generation alone: load a model of stage repr",
+        ),
+        (
+            {"to": "blip2", "changes": {"vision.nme": "x"}},
+            "vision.nme 'x': Group 'vision' does not accept option",
+        ),
+    ],
+)
+def test_options_that_do_not_go(whole, runs, tmp_path, options, match):
+    if "stage1" in options:
+        options = {**options, "stage1": runs["stage1" if options["stage1"] == "STAGE1" else "t5"]}
+    with pytest.raises(InputError, match=match):
+        convert(whole, tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
