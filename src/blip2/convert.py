@@ -93,7 +93,9 @@ def convert(
         _remove(building)
         write(building)
         building.rename(target)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and shutil.disk_usage(target.parent).free >= 2**20:
+            raise  # which is torch's error for a full disk, and for much else
         raise InputError(f"{target} cannot be written ({first_line(error)}): give another place") from error
     finally:
         _remove(building)
