@@ -125,3 +125,43 @@ def test_options_that_do_not_go(whole, runs, tmp_path, options, match):
     with pytest.raises(InputError, match=match):
         convert(whole, tmp_path / "out", **options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("to", ["transformers", "blip2"])
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"qformer.hidden_size": 64}, r"qformer.* is \(.*\), the configuration says \(.*\): correct the sizes"),
+        ({"qformer.layers": 2}, r"qformer.blocks.2.* is \(.*\), the configuration says nothing of it"),
+        ({"qformer.queries": 5}, r"qformer.queries is \(1, 4, 32\), the configuration says \(1, 5, 32\)"),
+    ],
+)
+def test_sizes_that_are_not_those_of_the_weights(parts, tmp_path, to, changes, match):
+    save_transformers(tmp_path / "there", "opt", parts.bert)
+    with pytest.raises(InputError, match=match):
+        convert(tmp_path / "there", tmp_path / "out", to, changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_frozen_parts_take_the_place_of_those_inside(parts, tmp_path):
+    save_transformers(tmp_path / "there", "opt", parts.bert)
+    save_transformers(tmp_path / "other", "opt", parts.bert, vision=32)
+    model = save_transformers(tmp_path / "same", "llama", parts.bert)
+    with pytest.raises(InputError, match="is for an image encoder of width 24, the one named is 32 wide"):
+        convert(tmp_path / "there", tmp_path / "out", "transformers", {"vision.name": str(tmp_path / "other")})
+    with pytest.raises(InputError, match=r"of other shapes|image encoder"):
+        blip2.load(tmp_path / "there", "cpu", changes={"vision.name": str(tmp_path / "other")})
+    layer = model.vision_model.encoder.layers[0].mlp.fc1
+    layer.weight.data *= 2
+    model.save_pretrained(tmp_path / "same")
+    changes = {"vision.name": str(tmp_path / "same"), "language.name": str(tmp_path / "same"), "language.stop": None}
+    convert(tmp_path / "there", tmp_path / "out", "transformers", changes)
+    out = blip2.load(tmp_path / "out", "cpu").model
+    assert torch.equal(out.vision.network.encoder.layers[0].mlp.fc1.weight, layer.weight)
+    assert out.language.network.config.model_type == "llama"
+
+
+def test_image_sizes_that_no_patches_fill(parts, tmp_path):
+    save_transformers(tmp_path / "there", "opt", parts.bert)
+    with pytest.raises(InputError, match="image_size 30 is not a multiple of the encoder's patch size 7: use 28 or 35"):
+        convert(tmp_path / "there", tmp_path / "out", "transformers", {"vision.image_size": 30})

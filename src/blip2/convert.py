@@ -31,6 +31,7 @@ from blip2.interop.vision import to_blip2
 from blip2.interop.weights import Weights
 from blip2.model.language import read_network, set_activation
 from blip2.model.pretrained import empty_model, first_line
+from blip2.model.qformer import QFormer
 from blip2.publish import model_card
 from blip2.training.checkpoint import open_checkpoint
 
@@ -131,6 +132,7 @@ def _transformers(checkpoint: Checkpoint, stage1: Checkpoint | None, to: str) ->
                 f"{checkpoint.name} has an LLM of type {complete.language_config.model_type}, an encoder-decoder; vLLM"
                 " serves BLIP-2 with a decoder-only LLM alone: convert it to transformers"
             )
+    _check_fits(complete)
     holder = checkpoint.of_stage("representation") if checkpoint.holds_stage_1 else None
     if holder is not None:
         text = text_tokenizer(holder.recipe.qformer, stage1 or holder)
@@ -161,6 +163,7 @@ def _lavis(checkpoint: Checkpoint, with_language: bool) -> Writer:
             )
         if not with_language:
             complete = replace(complete, weights=complete.weights.without(LANGUAGE))
+    _check_fits(complete)
     state = lavis.state_of(complete, is_t5=kind == "t5")
     for note in lavis.differences(complete):
         log.warning("%s", note)
@@ -171,6 +174,7 @@ def _blip2(checkpoint: Checkpoint) -> Writer:
     frozen = (VISION,) * checkpoint.holds_vision + (LANGUAGE,) * checkpoint.holds_language
     weights = checkpoint.weights.without(*frozen)
     recipe = _with_whole_paths(checkpoint.recipe)
+    _check_fits(checkpoint)
     text = text_tokenizer(recipe.qformer, checkpoint) if recipe.language is None else None
     card = model_card(checkpoint, "blip2")
 
@@ -195,6 +199,36 @@ def _with_whole_paths(recipe: Recipe) -> Recipe:
     vision = replace(recipe.vision, name=whole(recipe.vision.name))
     language = None if recipe.language is None else replace(recipe.language, name=whole(recipe.language.name))
     return replace(recipe, vision=vision, language=language)
+
+
+def _check_fits(checkpoint: Checkpoint) -> None:
+    """See that the weights are those of the recipe and of the frozen parts, as loading them would.
+
+    Raises:
+        InputError: they are not; what was to be written would be of no use.
+    """
+    weights, recipe = checkpoint.weights, checkpoint.recipe
+    width = len(weights["image_norm.weight"])
+    has_text = any(".text_feed_forward." in name for name in weights)
+    with torch.device("meta"):
+        network = QFormer(recipe.qformer, width, has_text and "qformer.word_embedding.weight" in weights)
+    expected = {f"qformer.{name}": tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.part("qformer.").items()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        raise InputError(
+            f"{checkpoint.name}: {wrong[0]} is {found.get(wrong[0], 'missing')}, the configuration says"
+            f" {expected.get(wrong[0], 'nothing of it')}: correct the sizes in qformer"
+        )
+    for what, config, here in (
+        ("image encoder", checkpoint.vision_config, width),
+        ("LLM", checkpoint.language_config, len(weights.get("projection.weight", ()))),
+    ):
+        if config is not None and config.hidden_size != here:
+            raise InputError(
+                f"{checkpoint.name} is for an {what} of width {here}, the one named is {config.hidden_size} wide: name"
+                " the one that it was trained with"
+            )
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------

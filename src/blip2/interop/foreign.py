@@ -17,7 +17,14 @@ from blip2.errors import InputError
 from blip2.interop.weights import Weights
 from blip2.model.language import LanguageModel, set_activation
 from blip2.model.pretrained import read_part, reading
-from blip2.model.vision import ImageEncoder, Layer, Preprocessing, resize_positions, wrap_transformers
+from blip2.model.vision import (
+    ImageEncoder,
+    Layer,
+    Preprocessing,
+    check_image_size,
+    resize_positions,
+    wrap_transformers,
+)
 
 Format = Literal["blip2", "transformers", "lavis"]
 VISION, LANGUAGE = "vision.network.", "language.network."
@@ -98,6 +105,15 @@ class Checkpoint:
         tokenizer = None if self.tokenizer is None else self.tokenizer / QFORMER_TOKENIZER
         return replace(self, recipe=replace(self.recipe, stage=stage, language=None), tokenizer=tokenizer)
 
+    def with_recipe(self, recipe: Recipe) -> Checkpoint:
+        """The same with another recipe; a frozen part that it names elsewhere is no longer this checkpoint's."""
+        weights, vision, language = self.weights, self.vision_config, self.language_config
+        if self.holds_vision and recipe.vision.name != self.name:
+            weights, vision = weights.without(VISION), None
+        if self.holds_language and recipe.language is not None and recipe.language.name != self.name:
+            weights, language = weights.without(LANGUAGE), None
+        return replace(self, recipe=recipe, weights=weights, vision_config=vision, language_config=language)
+
     def image_encoder(self, layer: Layer | None, image_size: int | None, dtype: torch.dtype) -> ImageEncoder:
         """Its image encoder, frozen, for images of `image_size` (its own when None)."""
         assert self.vision_config is not None and self.preprocessing is not None
@@ -117,6 +133,7 @@ class Checkpoint:
         """Configuration and weights of its image encoder for images of another size (its own when None)."""
         config, weights = copy.deepcopy(self.vision_config), self.weights.part(VISION)
         if image_size not in (None, config.image_size):
+            check_image_size(image_size, config.patch_size)
             place = f"{VISION}embeddings.position_embedding"
             grid = image_size // config.patch_size
             if place in weights:

@@ -146,9 +146,8 @@ def wrap_transformers(network: nn.Module, preprocessing: Preprocessing, layer: L
 
     patch = getattr(config, "patch_size", 1)
     size = preprocessing.image_size
-    if is_vit and size % patch:
-        fitting = " or ".join(str(n) for n in (size - size % patch, size - size % patch + patch) if n)
-        raise InputError(f"image_size {size} is not a multiple of the encoder's patch size {patch}: use {fitting}")
+    if is_vit:
+        check_image_size(size, patch)
     inputs: dict[str, Any] = {}
     if is_vit and getattr(config, "image_size", size) != size and not _set_image_size(network, size):
         inputs["interpolate_pos_encoding"] = True
@@ -162,6 +161,13 @@ def wrap_transformers(network: nn.Module, preprocessing: Preprocessing, layer: L
         return hidden.hidden_states[-1 if is_vit else -2]
 
     return ImageEncoder(network, encode, preprocessing)
+
+
+def check_image_size(size: int, patch: int) -> None:
+    """Raise :class:`InputError` where patches do not divide the height and width of images."""
+    if size % patch:
+        fitting = " or ".join(str(n) for n in (size - size % patch, size - size % patch + patch) if n)
+        raise InputError(f"image_size {size} is not a multiple of the encoder's patch size {patch}: use {fitting}")
 
 
 def _set_image_size(network: Any, size: int) -> bool:

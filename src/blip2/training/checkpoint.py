@@ -17,7 +17,6 @@ import os
 import platform
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -187,7 +186,7 @@ def open_checkpoint(name: str, changes: Mapping[str, object] | None = None) -> C
         if foreign is not None and "qformer.queries" not in foreign.weights:
             raise InputError(f"{name} holds {foreign.about}: name it as vision.name")
         if foreign is not None:
-            return replace(foreign, recipe=override(foreign.recipe, changes or {}))
+            return foreign.with_recipe(override(foreign.recipe, changes or {}))
     return open_own(find(path), changes)
 
 
