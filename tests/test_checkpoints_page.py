@@ -84,6 +84,16 @@ def test_the_commands(place, monkeypatch, capsys, hub):
     assert set(hub.commits[0]) >= {"config.json", "README.md", "model.safetensors", "processor_config.json"}
     for written in ("mine", "mine-retrieval", "served", "from-lavis", "ours", "both"):
         assert (place / written / "README.md").is_file() and (place / written / "model.safetensors").is_file()
+    pictures, texts = ["cat.jpg"], ["a disc", "red"]
+    for source, target in (("runs/mine/stage2", "mine"), ("runs/mine/stage2", "served")):
+        assert blip2.load(target, "cpu").caption(pictures) == blip2.load(source, "cpu").caption(pictures)
+    published = blip2.load("Salesforce/blip2-itm-vit-g", "cpu").match(pictures, texts)
+    tokenizer = {"qformer.tokenizer": "google-bert/bert-base-uncased"}
+    for target, options in (("itm.pth", {"changes": tokenizer}), ("ours", {})):
+        torch.testing.assert_close(
+            blip2.load(target, "cpu", **options).match(pictures, texts), published, atol=1e-4, rtol=0
+        )
+    assert blip2.load("from-lavis", "cpu").match(pictures, texts).shape == (1, 2)
     assert blip2.load("both", device="cpu", stage="representation").match("cat.jpg", "a disc").shape == (1, 1)
 
 

@@ -1,14 +1,17 @@
 """Conversions of this project's own runs, and what is left when one fails."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 import blip2
 from blip2.convert import convert
 from blip2.errors import InputError
+from blip2.interop.weights import open_folder
 from blip2.training.loop import train
 from conftest import draw
 from fixtures.checkpoints import lavis_state, save_transformers
@@ -95,13 +98,20 @@ def test_nothing_is_left_of_a_conversion_that_fails(parts, tmp_path, small_disk)
     assert not list(disk.iterdir())
 
 
-def test_a_half_written_folder_of_a_killed_conversion_goes(parts, tmp_path):
+def test_nothing_else_is_touched(parts, tmp_path):
     save_transformers(tmp_path / "there", "opt", parts.bert)
     (tmp_path / "out.tmp").mkdir()
-    (tmp_path / "out.tmp" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / "out.tmp" / "mine").write_bytes(b"precious")
     convert(tmp_path / "there", tmp_path / "out", "transformers")
-    assert not (tmp_path / "out.tmp").exists()
-    assert blip2.load(tmp_path / "out", device="cpu").caption(PICTURES)
+    assert (tmp_path / "out.tmp" / "mine").read_bytes() == b"precious"
+    assert {path.name for path in tmp_path.iterdir()} == {"there", "out", "out.tmp"}
+
+
+@pytest.mark.parametrize("target", ["there/config.json/out", "o" * 300])
+def test_places_that_cannot_be_written(parts, tmp_path, target):
+    save_transformers(tmp_path / "there", "opt", parts.bert)
+    with pytest.raises(InputError, match=r"cannot be written|is there already"):
+        convert(tmp_path / "there", tmp_path / target, "blip2")
 
 
 @pytest.mark.parametrize(
@@ -131,16 +141,72 @@ def test_options_that_do_not_go(whole, runs, tmp_path, options, match):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"qformer.hidden_size": 64}, r"qformer.* is \(.*\), the configuration says \(.*\): correct the sizes"),
-        ({"qformer.layers": 2}, r"qformer.blocks.2.* is \(.*\), the configuration says nothing of it"),
-        ({"qformer.queries": 5}, r"qformer.queries is \(1, 4, 32\), the configuration says \(1, 5, 32\)"),
+        ({"intermediate_size": 64}, r"qformer.* is \(.*\), the configuration says \(.*\): correct the sizes"),
+        ({"num_hidden_layers": 2}, r"qformer.blocks.2.* is \(.*\), the configuration says nothing of it"),
     ],
 )
 def test_sizes_that_are_not_those_of_the_weights(parts, tmp_path, to, changes, match):
     save_transformers(tmp_path / "there", "opt", parts.bert)
+    settings = json.loads((tmp_path / "there" / "config.json").read_text())
+    settings["qformer_config"] |= changes
+    (tmp_path / "there" / "config.json").write_text(json.dumps(settings))
     with pytest.raises(InputError, match=match):
-        convert(tmp_path / "there", tmp_path / "out", to, changes)
+        convert(tmp_path / "there", tmp_path / "out", to)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("key", ["heads", "queries", "layer_norm_eps"])
+def test_what_the_weights_are_for_cannot_be_changed(whole, parts, tmp_path, key):
+    save_transformers(tmp_path / "there", "opt", parts.bert)
+    for source in (whole, tmp_path / "there"):
+        with pytest.raises(InputError, match=rf"qformer.{key} of .* is .*, which its weights are for; it cannot be 1"):
+            blip2.load(source, "cpu", changes={f"qformer.{key}": 1})
+
+
+def test_a_trained_llm_whose_old_file_holds_its_matrix_twice(parts, tmp_path):
+    """The second is not left behind as it was."""
+    model = save_transformers(tmp_path / "there", "opt", parts.bert)
+    weights = {k: t.clone() for k, t in model.state_dict().items()}
+    assert "language_model.lm_head.weight" in weights
+    save_file(weights, tmp_path / "there" / "model.safetensors")
+    name = str(tmp_path / "there")
+    recipe = parts.recipe(
+        tmp_path / "run", stage="generation", vision={"name": name}, language={"name": name, "stop": "\n"},
+        optimizer={"rates": {"vision.*": "frozen", "*": 1e-2}, "warmup_steps": 0}, training=SHORT,
+    )  # fmt: skip
+    train(recipe)
+    expected = blip2.load(tmp_path / "run", "cpu").caption(PICTURES)
+    for to in ("transformers", "vllm"):
+        convert(tmp_path / "run", tmp_path / to, to)
+        assert blip2.load(tmp_path / to, "cpu").caption(PICTURES) == expected
+        names = open_folder(tmp_path / to)
+        assert "language_model.lm_head.weight" not in names
+
+
+def test_a_stage_1_of_transformers_stays_usable(parts, tmp_path):
+    """What its layout dropped begins anew, and is said to."""
+    save_transformers(tmp_path / "there", None, parts.bert, width=64, heads=1, vision=176)
+    expected = blip2.load(tmp_path / "there", "cpu").match(PICTURES, ["a", "b c"])
+    for to, name in (("blip2", "ours"), ("lavis", "its.pth")):
+        convert(tmp_path / "there", tmp_path / name, to)
+        again = blip2.load(tmp_path / name, "cpu", changes={"qformer.tokenizer": parts.bert})
+        torch.testing.assert_close(again.match(PICTURES, ["a", "b c"]), expected, atol=2e-5, rtol=0)
+
+
+def test_a_folder_of_both_stages_keeps_both(parts, tmp_path):
+    judge = save_transformers(tmp_path / "first", None, parts.bert)
+    writer = save_transformers(tmp_path / "second", "opt", parts.bert)
+    for part in ("qformer", "vision_model"):
+        getattr(writer, part).load_state_dict(getattr(judge, part).state_dict(), strict=False)
+    writer.query_tokens.data.copy_(judge.query_tokens.data)
+    writer.save_pretrained(tmp_path / "second")
+    convert(tmp_path / "second", tmp_path / "both", "transformers", stage1=tmp_path / "first")
+    convert(tmp_path / "both", tmp_path / "ours", "blip2")
+    assert blip2.load(tmp_path / "ours", "cpu").caption(PICTURES) == blip2.load(tmp_path / "second", "cpu").caption(
+        PICTURES
+    )
+    scores = [blip2.load(tmp_path / n, "cpu", stage="representation").match(PICTURES, ["a"]) for n in ("ours", "first")]
+    assert torch.equal(*scores)
 
 
 def test_other_frozen_parts_take_the_place_of_those_inside(parts, tmp_path):

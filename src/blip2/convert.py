@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -73,7 +75,7 @@ def convert(
     if to not in TARGETS:
         raise InputError(f"there is no format {to!r}: choose from {', '.join(TARGETS)}")
     target = Path(target).expanduser()
-    if target.exists():
+    if os.path.lexists(target):
         raise InputError(f"{target} is there already: give the name of a new {'file' if to == 'lavis' else 'folder'}")
     if to == "lavis" and target.suffix != ".pth":
         raise InputError(f"{target} is not the name of a .pth file, which LAVIS reads: give one")
@@ -88,26 +90,20 @@ def convert(
     else:
         beginning = None if stage1 is None else open_checkpoint(str(stage1)).of_stage("representation")
         write = _transformers(checkpoint, beginning, to)
-    building = target.with_name(f"{target.name}.tmp")
+    building = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove(building)
-        write(building)
-        building.rename(target)
+        building = Path(tempfile.mkdtemp(prefix=f".{target.name[:40]}.", suffix=".tmp", dir=target.parent))
+        write(building / target.name)
+        (building / target.name).rename(target)
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and shutil.disk_usage(target.parent).free >= 2**20:
             raise  # which is torch's error for a full disk, and for much else
         raise InputError(f"{target} cannot be written ({first_line(error)}): give another place") from error
     finally:
-        _remove(building)
+        if building is not None:
+            shutil.rmtree(building, ignore_errors=True)
     return target
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 # -- formats -----------------------------------------------------------------------------------------------------------
@@ -132,7 +128,13 @@ def _transformers(checkpoint: Checkpoint, stage1: Checkpoint | None, to: str) ->
                 f"{checkpoint.name} has an LLM of type {complete.language_config.model_type}, an encoder-decoder; vLLM"
                 " serves BLIP-2 with a decoder-only LLM alone: convert it to transformers"
             )
+        if to == "vllm":
+            language = _without_twins(complete.language_config, complete.weights.part(LANGUAGE))
+            complete = replace(complete, weights=complete.weights.without(LANGUAGE) | language)
     _check_fits(complete)
+    eps = (checkpoint.recipe.qformer.image_norm_eps, complete.vision_config.layer_norm_eps)
+    if eps[0] != eps[1]:
+        log.warning("the norm of its image features has an epsilon of %g, this format takes the ViT's own, %g", *eps)
     holder = checkpoint.of_stage("representation") if checkpoint.holds_stage_1 else None
     if holder is not None:
         text = text_tokenizer(holder.recipe.qformer, stage1 or holder)
@@ -161,7 +163,10 @@ def _lavis(checkpoint: Checkpoint, with_language: bool) -> Writer:
             raise InputError(
                 f"{checkpoint.name} has an LLM of type {kind}; LAVIS's BLIP-2 has OPT or T5: convert it to transformers"
             )
-        if not with_language:
+        # What was trained goes along, and what the file of LAVIS had inside.
+        own = not checkpoint.holds_language and checkpoint.weights.part(LANGUAGE)
+        if not with_language and not own:
+            log.info("its LLM, %s, is left out, as LAVIS does", checkpoint.recipe.language.name)
             complete = replace(complete, weights=complete.weights.without(LANGUAGE))
     _check_fits(complete)
     state = lavis.state_of(complete, is_t5=kind == "t5")
@@ -175,14 +180,16 @@ def _blip2(checkpoint: Checkpoint) -> Writer:
     weights = checkpoint.weights.without(*frozen)
     recipe = _with_whole_paths(checkpoint.recipe)
     _check_fits(checkpoint)
-    text = text_tokenizer(recipe.qformer, checkpoint) if recipe.language is None else None
+    holder = checkpoint.of_stage("representation") if checkpoint.holds_stage_1 else None
+    text = None if holder is None else text_tokenizer(holder.recipe.qformer, holder)
+    inside = "tokenizer" if recipe.language is None else f"tokenizer/{QFORMER_TOKENIZER}"
     card = model_card(checkpoint, "blip2")
 
     def write(folder: Path) -> None:
         folder.mkdir()
         save_torch_state_dict(dict(weights), folder, max_shard_size="1TB")
         if text is not None:
-            text.save_pretrained(str(folder / "tokenizer"))
+            text.save_pretrained(str(folder / inside))
         (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
         (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -198,7 +205,9 @@ def _with_whole_paths(recipe: Recipe) -> Recipe:
 
     vision = replace(recipe.vision, name=whole(recipe.vision.name))
     language = None if recipe.language is None else replace(recipe.language, name=whole(recipe.language.name))
-    return replace(recipe, vision=vision, language=language)
+    named = {key: getattr(recipe.qformer, key) for key in ("tokenizer", "bert")}
+    qformer = replace(recipe.qformer, **{key: name and whole(name) for key, name in named.items()})
+    return replace(recipe, vision=vision, language=language, qformer=qformer)
 
 
 def _check_fits(checkpoint: Checkpoint) -> None:
@@ -296,9 +305,18 @@ def _with_language(checkpoint: Checkpoint) -> Checkpoint:
         else:
             network = read_network(resolve(named.name), "auto")
             config, weights = network.config, Weights(_untied(network)).with_prefix(LANGUAGE)
-        weights = weights | checkpoint.weights.part(LANGUAGE)
+        trained = checkpoint.weights.part(LANGUAGE)
+        weights = (_without_twins(config, weights) | trained) if trained else weights
     set_activation(config, named.activation)
     return replace(checkpoint, weights=checkpoint.weights | weights, language_config=config)
+
+
+def _without_twins(config: Any, weights: Weights) -> Weights:
+    """Without the second of two names of one matrix, of which old files hold both."""
+    tied = empty_model(config).all_tied_weights_keys
+    pairs = [(LANGUAGE + twin, LANGUAGE + first) for twin, first in tied.items()]
+    twins = [a for a, b in pairs if a in weights and b in weights and torch.equal(weights[a], weights[b])]
+    return Weights({name: place for name, place in weights.places.items() if name not in twins})
 
 
 def _untied(network: Any) -> dict[str, Tensor]:

@@ -66,6 +66,8 @@ def load(
     found = checkpoint.open_checkpoint(str(path), changes).of_stage(stage)
     log.info("%s: %s", found.name, found.about)
     recipe = found.recipe
+    if found.absent and recipe.stage == "representation":
+        log.info("it has no %s, which begins anew", " and no ".join(part.rstrip(".") for part in found.absent))
     if dtype is not None:
         vision = replace(recipe.vision, dtype=dtype)
         language = None if recipe.language is None else replace(recipe.language, dtype=dtype)

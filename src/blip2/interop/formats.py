@@ -51,7 +51,7 @@ def open_foreign(name: str, changes: Mapping[str, object] | None = None) -> Chec
 
 def is_pickle(name: str) -> bool:
     """Whether a name is that of a file of :func:`torch.save`."""
-    return Path(name).suffix in PICKLES
+    return not name.startswith("timm:") and Path(name).suffix in PICKLES and not Path(name).expanduser().is_dir()
 
 
 def is_blip2(folder: Path) -> bool:

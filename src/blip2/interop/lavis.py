@@ -14,11 +14,11 @@ from blip2.config import DataConfig, LanguageConfig, QFormerConfig, Recipe, Visi
 from blip2.errors import InputError
 from blip2.interop.foreign import LANGUAGE, VISION, Checkpoint
 from blip2.interop.names import Table, listing
-from blip2.interop.weights import Weights, open_file
+from blip2.interop.weights import Weights, open_file, understood
 from blip2.model.vision import CLIP_MEAN, CLIP_STD, Preprocessing
 
 BLOCK, THEIRS = "qformer.blocks.{}", "Qformer.bert.encoder.layer.{}"
-EVA, CLIP = f"{VISION}encoder.layers.{{}}", f"{VISION}encoder.layers.{{}}"
+LAYER = f"{VISION}encoder.layers.{{}}"
 QFORMER: Table = (
     ("query_tokens", "qformer.queries"),
     ("temp", "temperature"),
@@ -55,26 +55,26 @@ EVA_NAMES: Table = (
     ("visual_encoder.cls_token", f"{VISION}embeddings.class_embedding"),
     ("visual_encoder.pos_embed", f"{VISION}embeddings.position_embedding"),
     ("visual_encoder.patch_embed.proj", f"{VISION}embeddings.patch_embedding"),
-    ("visual_encoder.blocks.{}.norm1", f"{EVA}.layer_norm1"),
-    ("visual_encoder.blocks.{}.attn.qkv", f"{EVA}.self_attn.qkv"),
-    ("visual_encoder.blocks.{}.attn.proj", f"{EVA}.self_attn.projection"),
-    ("visual_encoder.blocks.{}.norm2", f"{EVA}.layer_norm2"),
-    ("visual_encoder.blocks.{}.mlp.fc1", f"{EVA}.mlp.fc1"),
-    ("visual_encoder.blocks.{}.mlp.fc2", f"{EVA}.mlp.fc2"),
+    ("visual_encoder.blocks.{}.norm1", f"{LAYER}.layer_norm1"),
+    ("visual_encoder.blocks.{}.attn.qkv", f"{LAYER}.self_attn.qkv"),
+    ("visual_encoder.blocks.{}.attn.proj", f"{LAYER}.self_attn.projection"),
+    ("visual_encoder.blocks.{}.norm2", f"{LAYER}.layer_norm2"),
+    ("visual_encoder.blocks.{}.mlp.fc1", f"{LAYER}.mlp.fc1"),
+    ("visual_encoder.blocks.{}.mlp.fc2", f"{LAYER}.mlp.fc2"),
 )
 CLIP_NAMES: Table = (
     ("visual_encoder.class_embedding", f"{VISION}embeddings.class_embedding"),
     ("visual_encoder.positional_embedding", f"{VISION}embeddings.position_embedding.weight"),
     ("visual_encoder.conv1", f"{VISION}embeddings.patch_embedding"),
     ("visual_encoder.ln_pre", f"{VISION}pre_layrnorm"),
-    ("visual_encoder.transformer.resblocks.{}.ln_1", f"{CLIP}.layer_norm1"),
-    ("visual_encoder.transformer.resblocks.{}.attn.q_proj", f"{CLIP}.self_attn.q_proj"),
-    ("visual_encoder.transformer.resblocks.{}.attn.k_proj", f"{CLIP}.self_attn.k_proj"),
-    ("visual_encoder.transformer.resblocks.{}.attn.v_proj", f"{CLIP}.self_attn.v_proj"),
-    ("visual_encoder.transformer.resblocks.{}.attn.out_proj", f"{CLIP}.self_attn.out_proj"),
-    ("visual_encoder.transformer.resblocks.{}.ln_2", f"{CLIP}.layer_norm2"),
-    ("visual_encoder.transformer.resblocks.{}.mlp.c_fc", f"{CLIP}.mlp.fc1"),
-    ("visual_encoder.transformer.resblocks.{}.mlp.c_proj", f"{CLIP}.mlp.fc2"),
+    ("visual_encoder.transformer.resblocks.{}.ln_1", f"{LAYER}.layer_norm1"),
+    ("visual_encoder.transformer.resblocks.{}.attn.q_proj", f"{LAYER}.self_attn.q_proj"),
+    ("visual_encoder.transformer.resblocks.{}.attn.k_proj", f"{LAYER}.self_attn.k_proj"),
+    ("visual_encoder.transformer.resblocks.{}.attn.v_proj", f"{LAYER}.self_attn.v_proj"),
+    ("visual_encoder.transformer.resblocks.{}.attn.out_proj", f"{LAYER}.self_attn.out_proj"),
+    ("visual_encoder.transformer.resblocks.{}.ln_2", f"{LAYER}.layer_norm2"),
+    ("visual_encoder.transformer.resblocks.{}.mlp.c_fc", f"{LAYER}.mlp.fc1"),
+    ("visual_encoder.transformer.resblocks.{}.mlp.c_proj", f"{LAYER}.mlp.fc2"),
 )
 ENCODER_ALONE = ("norm.", "fc_norm.", "head.", "mask_token", "ln_post.", "proj")
 """What a file of EVA-CLIP or CLIP alone may hold beside the blocks, of which BLIP-2 uses nothing."""
@@ -99,7 +99,11 @@ def read(path: Path, changes: Mapping[str, object] | None) -> Checkpoint:
     Raises:
         InputError: the file is damaged or carries code, holds another model, or something it needs is not named.
     """
-    state = dict(open_file(path))
+    with understood(str(path)):
+        return _read(path, dict(open_file(path)), changes)
+
+
+def _read(path: Path, state: dict[str, Tensor], changes: Mapping[str, object] | None) -> Checkpoint:
     bare = not any(name.startswith(("visual_encoder.", "Qformer.")) for name in state)
     if bare and ("cls_token" in state or "class_embedding" in state):
         return _read_encoder(path, state)
@@ -110,8 +114,11 @@ def read(path: Path, changes: Mapping[str, object] | None) -> Checkpoint:
     if any(name.startswith("llm_") for name in state):
         raise InputError(f"{path} is of InstructBLIP (it has llm_proj), whose Q-Former reads the question too: name a"
                          " checkpoint of BLIP-2")  # fmt: skip
+    replaced = False
     if changes and changes.get("vision.name", str(path)) != str(path):
+        whole = len(state)
         state = {name: tensor for name, tensor in state.items() if not name.startswith("visual_encoder.")}
+        replaced = len(state) < whole
     untie(state, path)
     is_clip = "visual_encoder.conv1.weight" in state
     split_attention(state) if is_clip else join_biases(state)
@@ -124,6 +131,8 @@ def read(path: Path, changes: Mapping[str, object] | None) -> Checkpoint:
     inside = [what for what, prefix in (("image encoder", VISION), ("LLM", LANGUAGE)) if weights.part(prefix)]
     about = f"LAVIS's stage {'1' if stage == 'representation' else '2 with T5' if is_t5 else '2 with OPT'}"
     about += f", {recipe.qformer.queries} queries, {' and '.join(inside) or 'nothing frozen'} inside"
+    if replaced:
+        about += f"; its own image encoder is left out for {recipe.vision.name}"
     return Checkpoint(
         name=str(path),
         format="lavis",
@@ -175,7 +184,7 @@ def _recipe(
             tokenizer=BERT,
             hidden_size=width,
             layers=layers,
-            heads=int(str(heads)),
+            heads=width if not str(heads).isdigit() else int(str(heads)),  # what is no number is refused below
             intermediate_size=len(weights["qformer.blocks.0.query_feed_forward.expand.weight"]),
             queries=queries[1],
             cross_attention_every=crossed[1] if len(crossed) > 1 else layers,
@@ -196,6 +205,9 @@ def _read_encoder(path: Path, state: dict[str, Tensor]) -> Checkpoint:
     """A file of an image encoder alone, such as LAVIS's ``eva_vit_g.pth``, without the block that BLIP-2 removes."""
     state = {f"visual_encoder.{name}": t for name, t in state.items() if not name.startswith(ENCODER_ALONE)}
     is_clip = "visual_encoder.conv1.weight" in state
+    if not is_clip and not any(name.endswith(".attn.q_bias") for name in state):
+        raise InputError(f"{path} is of an image encoder that is neither EVA-CLIP nor CLIP: give timm's models as"
+                         f" timm:NAME@{path.name}")  # fmt: skip
     split_attention(state) if is_clip else join_biases(state)
     weights = Weights(state).renamed(CLIP_NAMES if is_clip else EVA_NAMES, str(path))
     blocks, width = _blocks(weights), weights[f"{VISION}embeddings.class_embedding"].shape[-1]
@@ -310,6 +322,12 @@ def state_of(checkpoint: Checkpoint, is_t5: bool) -> dict[str, Tensor]:
         InputError: its image encoder is none that LAVIS has.
     """
     is_clip = f"{VISION}pre_layrnorm.weight" in checkpoint.weights
+    found = checkpoint.preprocessing
+    if found is not None and (found.mean, found.std) != (CLIP_MEAN, CLIP_STD):
+        raise InputError(
+            f"the image encoder of {checkpoint.name} expects pixels of mean {found.mean} and deviation {found.std};"
+            " LAVIS's have CLIP's, and its files cannot say otherwise: convert it to transformers"
+        )
     if checkpoint.vision_config is not None:
         understood = _vision_config(Path(checkpoint.name), checkpoint.weights)
         for key in ("num_attention_heads", "hidden_act", "layer_norm_eps"):  # which no weight tells
@@ -328,12 +346,22 @@ def state_of(checkpoint: Checkpoint, is_t5: bool) -> dict[str, Tensor]:
 
 def differences(checkpoint: Checkpoint) -> list[str]:
     """Sizes of a checkpoint that LAVIS itself does not build, and what its file does not say."""
-    qformer, vision = checkpoint.recipe.qformer, checkpoint.vision_config
+    qformer, vision, language = checkpoint.recipe.qformer, checkpoint.vision_config, checkpoint.recipe.language
     notes = []
     if (qformer.hidden_size, qformer.layers, qformer.heads) != (768, 12, 12):
         notes.append("LAVIS builds a Q-Former of BERT-base's sizes alone: this file is for a changed LAVIS")
     if (vision.hidden_size, vision.num_hidden_layers) not in SHORTENED:
         notes.append("LAVIS builds EVA-CLIP ViT-g and CLIP ViT-L alone: this file is for a changed LAVIS")
+    if (qformer.layer_norm_eps, qformer.cross_attention_every) != (1e-12, 2):
+        notes.append("LAVIS's Q-Former has norms of epsilon 1e-12 and looks at the image in every second block")
+    if checkpoint.absent and language is None:
+        notes.append("it has no temperature or no head that writes text, which LAVIS will draw anew")
+    if language is not None:
+        llm = checkpoint.language_config
+        if llm is not None and llm.model_type == "t5" and llm.dense_act_fn != "gelu":
+            notes.append(f"its T5 has the activation {llm.dense_act_fn}; LAVIS's has gelu: results differ")
+        if llm is not None and llm.model_type == "opt" and language.stop != "\n":
+            notes.append("its texts end with the LLM's own token; LAVIS's end with a newline")
     if qformer.image_norm_eps != NORM_EPS:
         notes.append(
             f"the norm of its image features has an epsilon of {qformer.image_norm_eps}, LAVIS's is {NORM_EPS}, which"

@@ -15,6 +15,7 @@ from transformers import (
     Blip2QFormerConfig,
     BlipImageProcessorPil,
     GenerationConfig,
+    ImageProcessingMixin,
     PreTrainedTokenizerBase,
 )
 
@@ -22,7 +23,7 @@ from blip2.config import DataConfig, LanguageConfig, QFormerConfig, Recipe, Visi
 from blip2.errors import InputError
 from blip2.interop.foreign import Checkpoint, read_tokenizer
 from blip2.interop.names import Table
-from blip2.interop.weights import Weights, open_folder
+from blip2.interop.weights import Weights, open_folder, understood
 from blip2.model.pretrained import first_line, reading
 from blip2.model.vision import read_preprocessing
 
@@ -74,7 +75,11 @@ def read(name: str, folder: Path) -> Checkpoint:
     Raises:
         InputError: it is of another model, its files are damaged, or they do not fit each other.
     """
-    settings = read_json(folder / "config.json")
+    with understood(name):
+        return _read(name, folder, read_json(folder / "config.json"))
+
+
+def _read(name: str, folder: Path, settings: dict[str, Any]) -> Checkpoint:
     kind = settings.get("model_type")
     if kind != "blip-2":
         raise InputError(f"{name} is a model of type {kind}, expected blip-2: name a BLIP-2 checkpoint")
@@ -112,7 +117,6 @@ def read(name: str, folder: Path) -> Checkpoint:
         vision_config=vision,
         language_config=config.text_config if "projection.weight" in weights else None,
         preprocessing=read_preprocessing(str(folder), vision, None),
-        optional=("temperature", "language_head") if "temperature" not in weights else (),
     )
 
 
@@ -207,6 +211,17 @@ def check_conventions(
             f" {config.num_query_tokens} queries: set num_query_tokens to {config.num_query_tokens} in"
             " processor_config.json"
         )
+    with reading(name, "image processor", "processor_config.json"):
+        try:
+            images, _ = ImageProcessingMixin.get_image_processor_dict(str(folder))
+        except OSError:  # there is none: CLIP's conventions hold
+            images = {}
+    for key, expected in (("do_resize", True), ("do_rescale", True), ("do_normalize", True), ("resample", 3)):
+        if images.get(key, expected) != expected:
+            raise InputError(
+                f"{name}: its image processor has {key} {images[key]}, BLIP-2's {expected}: images would be prepared in"
+                " another way than those that it was trained on"
+            )
     index = config.image_token_index
     if not generates or index is None:
         return

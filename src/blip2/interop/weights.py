@@ -88,8 +88,8 @@ def open_folder(folder: Path) -> Weights:
 
 def _open_shards(folder: Path, index: Path) -> Weights:
     try:
-        homes: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError) as error:
+        homes = dict[str, str](json.loads(index.read_text(encoding="utf-8"))["weight_map"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index} is damaged ({type(error).__name__}): copy or download it again") from error
     shards = sorted(set(homes.values()))
     missing = [name for name in shards if not (folder / name).is_file()]
@@ -124,6 +124,22 @@ def _reading(path: Path) -> Iterator[None]:
         raise InputError(f"{path} is damaged ({error}): copy or download it again") from error
 
 
+@contextmanager
+def understood(name: str) -> Iterator[None]:
+    """Turn whatever goes wrong while the parts of a checkpoint are made out into an :class:`InputError`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except KeyError as error:
+        raise InputError(f"{name} has no {error.args[0]}, which a BLIP-2 has: copy or download it again") from error
+    except Exception as error:  # sizes and settings can be wrong in any way
+        raise InputError(
+            f"{name} is no whole BLIP-2 ({type(error).__name__}: {' '.join(str(error).split())[:200]}): copy or"
+            " download it again"
+        ) from error
+
+
 def read_pickle(path: Path) -> Any:
     """What :func:`torch.save` wrote, its tensors mapped from the file; nothing is executed.
 
@@ -152,6 +168,7 @@ def read_pickle(path: Path) -> Any:
 def _tensors(found: Any, path: Path) -> dict[str, Tensor]:
     if isinstance(found, Mapping) and isinstance(found.get("model"), Mapping):
         found = found["model"]
-    if not isinstance(found, Mapping) or not found or not all(isinstance(v, Tensor) for v in found.values()):
+    good = isinstance(found, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items())
+    if not good or not found:
         raise InputError(f"{path} holds no state dict (names with tensors): give a file of weights")
     return dict(found)

@@ -91,6 +91,8 @@ def read_part(config: Any, weights: Mapping[str, Tensor], name: str, what: str, 
     Raises:
         InputError: weights are missing, left over or of other shapes than `config` says.
     """
+    if not weights:
+        raise InputError(f"{name} holds no weights of its {what}: copy or download it again")
     with _quiet(), reading(name, what):
         kind: Any = type(empty_model(config))
         dtype = next(iter(weights.values())).dtype

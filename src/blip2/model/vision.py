@@ -239,10 +239,10 @@ def _load_timm(name: str, layer: Layer | None, image_size: int | None, dtype: to
         ) from error
     name, _, checkpoint = name.partition("@")
     options: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
-    if checkpoint:  # which may have a head, or be for another image size
-        options["pretrained_cfg_overlay"] = {"file": checkpoint}
     try:
-        network = timm.create_model(name, pretrained=True, num_classes=0, **options)
+        network = timm.create_model(
+            name, pretrained=not checkpoint, checkpoint_path=checkpoint, num_classes=0, **options
+        )
     except (RuntimeError, OSError, TypeError) as error:
         raise InputError(f"timm could not load {name!r}: {first_line(error)}") from error
     is_vit = hasattr(network, "blocks") and hasattr(network, "patch_embed")

@@ -17,6 +17,7 @@ import os
 import platform
 import shutil
 from collections.abc import Mapping
+from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -186,7 +187,7 @@ def open_checkpoint(name: str, changes: Mapping[str, object] | None = None) -> C
         if foreign is not None and "qformer.queries" not in foreign.weights:
             raise InputError(f"{name} holds {foreign.about}: name it as vision.name")
         if foreign is not None:
-            return foreign.with_recipe(override(foreign.recipe, changes or {}))
+            return foreign.with_recipe(_change(foreign, changes))
     return open_own(find(path), changes)
 
 
@@ -196,13 +197,13 @@ def open_own(folder: Path, changes: Mapping[str, object] | None = None) -> Check
     Raises:
         InputError: it is damaged.
     """
-    recipe = override(load_recipe(folder / "recipe.yaml"), changes or {})
+    recipe = load_recipe(folder / "recipe.yaml")
     try:
         weights = open_file(folder / "model.safetensors")
     except InputError as error:
         raise InputError(f"checkpoint {folder} cannot be read ({error}): use another, or train again") from error
     tokenizer = folder / "tokenizer"
-    return Checkpoint(
+    found = Checkpoint(
         name=str(folder),
         format="blip2",
         about=f"this project's stage {1 if recipe.stage == 'representation' else 2}, {folder.name}",
@@ -210,6 +211,20 @@ def open_own(folder: Path, changes: Mapping[str, object] | None = None) -> Check
         weights=weights,
         tokenizer=tokenizer if tokenizer.is_dir() else None,
     )
+    return replace(found, recipe=_change(found, changes))
+
+
+def _change(checkpoint: Checkpoint, changes: Mapping[str, object] | None) -> Recipe:
+    """The recipe of a checkpoint with `changes`, which may not change what its weights are."""
+    recipe = override(checkpoint.recipe, changes or {})
+    for field in fields(QFormerConfig):
+        had, given = getattr(checkpoint.recipe.qformer, field.name), getattr(recipe.qformer, field.name)
+        if had != given and field.name not in ("bert", "tokenizer", "dropout"):
+            raise InputError(
+                f"qformer.{field.name} of {checkpoint.name} is {had}, which its weights are for; it cannot be {given}:"
+                " leave it out"
+            )
+    return recipe
 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
@@ -223,8 +238,7 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
     trained = tuple(f"{part}." for part in _freezable(model) if any(name.startswith(f"{part}.") for name in weights))
     expected = {name for name in _untied_state(model) if name.startswith(trained)} | set(trained_state(model))
     expected |= set(weights) & {name for name in model.state_dict() if name.startswith(trained)}  # both of two tied
-    new = {name for name in expected if name.startswith(checkpoint.optional)} if checkpoint.optional else set()
-    _load(weights, model, checkpoint, expected - (new - set(weights)))
+    _load(weights, model, checkpoint, {name for name in expected if not name.startswith(checkpoint.absent)})
 
 
 def load_previous_stage(checkpoint: Checkpoint, model: nn.Module) -> list[str]:

@@ -400,9 +400,12 @@ def start_from(recipe: Recipe, built: Built, display: Display) -> None:
         built.model.initialise_projection()
     parts = sorted({name.split(".")[0] for name in new})
     display.say(f"starting from {found.name} ({found.about})" + (f"; new: {', '.join(parts)}" if parts else ""))
-    theirs, ours = found.recipe.qformer.image_norm_eps, recipe.qformer.image_norm_eps
-    if theirs != ours:
-        display.say(f"its qformer.image_norm_eps is {theirs}, the recipe's {ours}: results begin a little apart")
+    if found.holds_vision and found.name not in (recipe.vision.name, str(Path(recipe.vision.name).absolute())):
+        display.say(f"its own image encoder is left out for vision.name {recipe.vision.name}")
+    for key, of in (("image_norm_eps", "qformer"), ("activation", "language")):
+        theirs, ours = (getattr(getattr(each, of), key, None) for each in (found.recipe, recipe))
+        if theirs != ours and getattr(found.recipe, of) is not None:
+            display.say(f"its {of}.{key} is {theirs}, the recipe's {ours}: results begin a little apart")
 
 
 def _mix(seed: int, step: int, process: int) -> int:
