@@ -139,7 +139,7 @@ def _kind(network: nn.Module) -> str:
 
 def _refusal(network: nn.Module, reason: str) -> InputError:
     return InputError(
-        f"the image encoder, a {_kind(network)}, does not fit transformers' layout of BLIP-2 ({reason}): convert to"
+        f"the image encoder, a {_kind(network)}, does not fit the layout of BLIP-2's own ({reason}): convert to"
         " blip2's own format instead"
     )
 
