@@ -14,7 +14,7 @@ from blip2.errors import InputError
 from blip2.interop.weights import open_folder
 from blip2.training.loop import train
 from conftest import draw
-from fixtures.checkpoints import lavis_state, save_transformers
+from fixtures.checkpoints import lavis_state, save_transformers, share_qformer
 from fixtures.tiny import randomise
 
 PICTURES = [draw("disc", "red", 0), draw("square", "blue", 7)]
@@ -196,10 +196,7 @@ def test_a_stage_1_of_transformers_stays_usable(parts, tmp_path):
 def test_a_folder_of_both_stages_keeps_both(parts, tmp_path):
     judge = save_transformers(tmp_path / "first", None, parts.bert)
     writer = save_transformers(tmp_path / "second", "opt", parts.bert)
-    for part in ("qformer", "vision_model"):
-        getattr(writer, part).load_state_dict(getattr(judge, part).state_dict(), strict=False)
-    writer.query_tokens.data.copy_(judge.query_tokens.data)
-    writer.save_pretrained(tmp_path / "second")
+    share_qformer(writer, judge, tmp_path / "second")
     convert(tmp_path / "second", tmp_path / "both", "transformers", stage1=tmp_path / "first")
     convert(tmp_path / "both", tmp_path / "ours", "blip2")
     texts = [blip2.load(tmp_path / name, "cpu").caption(PICTURES) for name in ("ours", "second")]

@@ -75,7 +75,7 @@ def build(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None = 
     Raises:
         InputError: a part cannot be loaded, or the parts do not fit each other.
     """
-    vision = read_image_encoder(recipe.vision, choose_dtype(recipe.vision.dtype, device))
+    vision = read_image_encoder(recipe.vision, choose_dtype(recipe.vision.dtype, device), checkpoint)
     from_bert = recipe.qformer.bert is not None and checkpoint is None
     if recipe.language is None:
         if from_bert:
@@ -85,7 +85,7 @@ def build(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None = 
         if from_bert:
             initialise_from_bert(resolve(recipe.qformer.bert or ""), model.qformer, model.language_head)
         return Built(model.to(device), tokenizer)
-    language = read_language_model(recipe.language, choose_dtype(recipe.language.dtype, device))
+    language = read_language_model(recipe.language, choose_dtype(recipe.language.dtype, device), checkpoint)
     tokenizer = read_tokenizer(resolve(recipe.language.name))
     model = GenerationModel(vision, recipe.qformer, language)
     if from_bert and recipe.start_from is None:
@@ -94,9 +94,9 @@ def build(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None = 
     return Built(model.to(device), tokenizer, end_of_text(tokenizer, recipe.language.stop, recipe.language.name))
 
 
-def read_image_encoder(config: VisionConfig, dtype: torch.dtype) -> ImageEncoder:
-    """The image encoder that a recipe names, which may lie within a checkpoint of BLIP-2."""
-    within = open_foreign(config.name)
+def read_image_encoder(config: VisionConfig, dtype: torch.dtype, opened: Checkpoint | None = None) -> ImageEncoder:
+    """The image encoder that a recipe names, which may lie within a checkpoint of BLIP-2: `opened`, or another."""
+    within = opened if opened is not None and opened.holds_vision else open_foreign(config.name)
     if within is None:
         return load_image_encoder(resolve(config.name), config.layer, config.image_size, dtype)
     if not within.holds_vision:
@@ -104,9 +104,9 @@ def read_image_encoder(config: VisionConfig, dtype: torch.dtype) -> ImageEncoder
     return within.image_encoder(config.layer, config.image_size, dtype)
 
 
-def read_language_model(config: LanguageConfig, dtype: torch.dtype) -> LanguageModel:
-    """The LLM that a recipe names, which may lie within a checkpoint of BLIP-2 of transformers."""
-    within = open_foreign(config.name)
+def read_language_model(config: LanguageConfig, dtype: torch.dtype, opened: Checkpoint | None = None) -> LanguageModel:
+    """The LLM that a recipe names, which may lie within a BLIP-2 of transformers: `opened`, or another."""
+    within = opened if opened is not None and opened.holds_language else open_foreign(config.name)
     if within is None:
         return load_language_model(resolve(config.name), dtype, config.activation)
     if not within.holds_language:

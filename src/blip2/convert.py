@@ -123,12 +123,12 @@ def _transformers(checkpoint: Checkpoint, stage1: Checkpoint | None, to: str) ->
     text: Any = None
     if generates:
         complete, tokenizer = _with_image_token(_with_language(complete))
-        if to == "vllm" and complete.language_config.is_encoder_decoder:
-            raise InputError(
-                f"{checkpoint.name} has an LLM of type {complete.language_config.model_type}, an encoder-decoder; vLLM"
-                " serves BLIP-2 with a decoder-only LLM alone: convert it to transformers"
-            )
         if to == "vllm":
+            if complete.language_config.is_encoder_decoder:
+                raise InputError(
+                    f"{checkpoint.name} has an LLM of type {complete.language_config.model_type}, an encoder-decoder;"
+                    " vLLM serves BLIP-2 with a decoder-only LLM alone: convert it to transformers"
+                )
             language = _without_twins(complete.language_config, complete.weights.part(LANGUAGE))
             complete = replace(complete, weights=complete.weights.without(LANGUAGE) | language)
     _check_fits(complete)
@@ -254,11 +254,12 @@ def _with_stage1(checkpoint: Checkpoint, stage1: Checkpoint) -> Checkpoint:
             f"{checkpoint.name} and {stage1.name} have different Q-Formers ({len(other)} weights differ, such as"
             f" {min(other)}), and one folder holds one: convert each to a folder of its own"
         )
-    added = {n: p for n, p in stage1.weights.places.items() if stage1.is_stage_1_alone(n)}
     sizes = {key: getattr(stage1.recipe.qformer, key) for key in ("vocabulary", "max_positions", "contrastive_width")}
     qformer = replace(checkpoint.recipe.qformer, **sizes)
     return replace(
-        checkpoint, weights=checkpoint.weights | Weights(added), recipe=replace(checkpoint.recipe, qformer=qformer)
+        checkpoint,
+        weights=checkpoint.weights | stage1.weights.where(stage1.is_stage_1_alone),
+        recipe=replace(checkpoint.recipe, qformer=qformer),
     )
 
 
@@ -304,7 +305,8 @@ def _with_language(checkpoint: Checkpoint) -> Checkpoint:
             config, weights = copy.deepcopy(holder.language_config), holder.weights.part(LANGUAGE)
         else:
             network = read_network(resolve(named.name), "auto")
-            config, weights = network.config, Weights(_untied(network)).with_prefix(LANGUAGE)
+            config = network.config
+            weights = _without_twins(config, Weights(network.state_dict()).with_prefix(LANGUAGE))
         trained = checkpoint.weights.part(LANGUAGE)
         weights = (_without_twins(config, weights) | trained) if trained else weights
     set_activation(config, named.activation)
@@ -312,22 +314,11 @@ def _with_language(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _without_twins(config: Any, weights: Weights) -> Weights:
-    """Without the second of two names of one matrix, of which old files hold both."""
+    """Without the second of two names of one matrix, of which old files, and every module, hold both."""
     tied = empty_model(config).all_tied_weights_keys
     pairs = [(LANGUAGE + twin, LANGUAGE + first) for twin, first in tied.items()]
     twins = [a for a, b in pairs if a in weights and b in weights and torch.equal(weights[a], weights[b])]
-    return Weights({name: place for name, place in weights.places.items() if name not in twins})
-
-
-def _untied(network: Any) -> dict[str, Tensor]:
-    """The weights of an LLM, each once."""
-    state = network.state_dict()
-    tied = network.all_tied_weights_keys.items()
-    return {
-        name: tensor
-        for name, tensor in state.items()
-        if not any(name == twin and state[first].data_ptr() == tensor.data_ptr() for twin, first in tied)
-    }
+    return weights.without(*twins)
 
 
 def _with_image_token(checkpoint: Checkpoint) -> tuple[Checkpoint, PreTrainedTokenizerBase]:

@@ -16,7 +16,7 @@ from blip2.errors import InputError
 from blip2.interop.weights import open_folder
 from blip2.model.language import Decoding
 from conftest import byte_tokenizer, draw
-from fixtures.checkpoints import FLAVOURS, QUERIES, processor, save_transformers
+from fixtures.checkpoints import FLAVOURS, QUERIES, processor, save_transformers, share_qformer
 
 PICTURES = [draw("disc", "red", 0), draw("square", "blue", 7), draw("stripe", "green", 3)]
 TEXTS = ["a red disc", "the square is blue here and there", "a"]
@@ -244,10 +244,7 @@ def test_both_classes_load_one_folder(saved, parts, tmp_path):
     """A stage 2 whose Q-Former is that of a stage 1."""
     first, second = saved["retrieval"][1], tmp_path / "second"
     model = save_transformers(second, "opt", parts.bert)
-    for part in ("qformer", "vision_model"):
-        getattr(model, part).load_state_dict(getattr(first, part).state_dict(), strict=False)
-    model.query_tokens.data.copy_(first.query_tokens.data)
-    model.save_pretrained(second)
+    share_qformer(model, first, second)
     convert(second, tmp_path / "both", "transformers", stage1=saved["retrieval"][0])
     for kind, twin in ((Blip2ForConditionalGeneration, model), (Blip2ForImageTextRetrieval, first)):
         loaded, info = kind.from_pretrained(tmp_path / "both", output_loading_info=True)

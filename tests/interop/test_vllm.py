@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, Blip2Processor
 from blip2.convert import convert
 from blip2.errors import InputError
 from blip2.interop.weights import open_folder
-from fixtures.checkpoints import QUERIES, save_transformers
+from fixtures.checkpoints import QUERIES, save_transformers, share_qformer
 
 LINEAR = r"\.(weight|bias)"
 MODULES = (
@@ -69,10 +69,7 @@ def test_the_heads_of_stage_1_are_left_out(parts, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     judge = save_transformers(first, None, parts.bert)
     writer = save_transformers(second, "opt", parts.bert)
-    for part in ("qformer", "vision_model"):
-        getattr(writer, part).load_state_dict(getattr(judge, part).state_dict(), strict=False)
-    writer.query_tokens.data.copy_(judge.query_tokens.data)
-    writer.save_pretrained(second)
+    share_qformer(writer, judge, second)
     convert(second, tmp_path / "both", "transformers", stage1=first)
     convert(tmp_path / "both", tmp_path / "served", "vllm")
     check(tmp_path / "served", set(open_folder(second)), 3)

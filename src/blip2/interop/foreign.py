@@ -89,7 +89,7 @@ class Checkpoint:
         """The weights that its stage has, frozen parts included, where those of both are there."""
         if self.recipe.stage == "representation":
             return self.weights.without(*STAGE_2_ALONE)
-        return Weights({n: place for n, place in self.weights.places.items() if not self.is_stage_1_alone(n)})
+        return self.weights.where(lambda name: not self.is_stage_1_alone(name))
 
     def trained(self) -> Weights:
         """What its stage trains: all but the frozen parts that :meth:`image_encoder`, :meth:`language_model` read."""

@@ -37,7 +37,7 @@ def open_foreign(name: str, changes: Mapping[str, object] | None = None) -> Chec
     Raises:
         InputError: it is damaged, or lacks something.
     """
-    path = Path(resolve(name)).expanduser()
+    path = Path(resolve(name))
     if is_pickle(name):
         return lavis.read(path.absolute(), changes)
     if is_blip2(path):

@@ -13,11 +13,10 @@ from transformers import Blip2VisionConfig, CLIPVisionConfig
 from blip2.config import DataConfig, LanguageConfig, QFormerConfig, Recipe, VisionConfig, override
 from blip2.errors import InputError
 from blip2.interop.foreign import LANGUAGE, VISION, Checkpoint
-from blip2.interop.names import Table, listing
+from blip2.interop.names import Table, block_names, listing
 from blip2.interop.weights import Weights, open_file, understood
 from blip2.model.vision import CLIP_MEAN, CLIP_STD, Preprocessing
 
-BLOCK, THEIRS = "qformer.blocks.{}", "Qformer.bert.encoder.layer.{}"
 LAYER = f"{VISION}encoder.layers.{{}}"
 QFORMER: Table = (
     ("query_tokens", "qformer.queries"),
@@ -26,22 +25,7 @@ QFORMER: Table = (
     ("Qformer.bert.embeddings.word_embeddings", "qformer.word_embedding"),
     ("Qformer.bert.embeddings.position_embeddings", "qformer.position_embedding"),
     ("Qformer.bert.embeddings.LayerNorm", "qformer.embedding_norm"),
-    (f"{THEIRS}.attention.self.query", f"{BLOCK}.self_attention.query"),
-    (f"{THEIRS}.attention.self.key", f"{BLOCK}.self_attention.key"),
-    (f"{THEIRS}.attention.self.value", f"{BLOCK}.self_attention.value"),
-    (f"{THEIRS}.attention.output.dense", f"{BLOCK}.self_attention.output"),
-    (f"{THEIRS}.attention.output.LayerNorm", f"{BLOCK}.self_attention.norm"),
-    (f"{THEIRS}.crossattention.self.query", f"{BLOCK}.cross_attention.query"),
-    (f"{THEIRS}.crossattention.self.key", f"{BLOCK}.cross_attention.key"),
-    (f"{THEIRS}.crossattention.self.value", f"{BLOCK}.cross_attention.value"),
-    (f"{THEIRS}.crossattention.output.dense", f"{BLOCK}.cross_attention.output"),
-    (f"{THEIRS}.crossattention.output.LayerNorm", f"{BLOCK}.cross_attention.norm"),
-    (f"{THEIRS}.intermediate_query.dense", f"{BLOCK}.query_feed_forward.expand"),
-    (f"{THEIRS}.output_query.dense", f"{BLOCK}.query_feed_forward.contract"),
-    (f"{THEIRS}.output_query.LayerNorm", f"{BLOCK}.query_feed_forward.norm"),
-    (f"{THEIRS}.intermediate.dense", f"{BLOCK}.text_feed_forward.expand"),
-    (f"{THEIRS}.output.dense", f"{BLOCK}.text_feed_forward.contract"),
-    (f"{THEIRS}.output.LayerNorm", f"{BLOCK}.text_feed_forward.norm"),
+    *block_names("Qformer.bert.encoder.layer.{}", attention="self"),
     ("Qformer.cls.predictions.transform.dense", "language_head.transform"),
     ("Qformer.cls.predictions.transform.LayerNorm", "language_head.norm"),
     ("Qformer.cls.predictions.bias", "language_head.bias"),
@@ -123,8 +107,7 @@ def _read(path: Path, state: dict[str, Tensor], changes: Mapping[str, object] | 
     is_clip = "visual_encoder.conv1.weight" in state
     split_attention(state) if is_clip else join_biases(state)
     is_t5 = "t5_proj.weight" in state
-    table = QFORMER + (T5 if is_t5 else OPT) + (CLIP_NAMES if is_clip else EVA_NAMES)
-    weights = Weights(state).renamed(table, str(path))
+    weights = Weights(state).renamed(_table(is_t5, is_clip), str(path))
     stage = "generation" if "projection.weight" in weights else "representation"
     vision = _vision_config(path, weights) if weights.part(VISION) else None
     recipe = _recipe(path, weights, stage, is_t5, vision is not None, changes)
@@ -144,6 +127,10 @@ def _read(path: Path, state: dict[str, Tensor], changes: Mapping[str, object] | 
     )
 
 
+def _table(is_t5: bool, is_clip: bool) -> Table:
+    return QFORMER + (T5 if is_t5 else OPT) + (CLIP_NAMES if is_clip else EVA_NAMES)
+
+
 def _recipe(
     path: Path,
     weights: Weights,
@@ -161,7 +148,6 @@ def _recipe(
     words = weights.get("qformer.word_embedding.weight")
     positions = weights.get("qformer.position_embedding.weight")
     width = queries[2]
-    heads = changes.get("qformer.heads", width // 64)
     if width % 64 and "qformer.heads" not in changes:
         raise InputError(f"{path}: its Q-Former is {width} wide, no multiple of 64, a head's width in BERT: set"
                          " qformer.heads")  # fmt: skip
@@ -184,7 +170,7 @@ def _recipe(
             tokenizer=BERT,
             hidden_size=width,
             layers=layers,
-            heads=width if not str(heads).isdigit() else int(str(heads)),  # what is no number is refused below
+            heads=1 if "qformer.heads" in changes else width // 64,
             intermediate_size=len(weights["qformer.blocks.0.query_feed_forward.expand.weight"]),
             queries=queries[1],
             cross_attention_every=crossed[1] if len(crossed) > 1 else layers,
@@ -337,8 +323,7 @@ def state_of(checkpoint: Checkpoint, is_t5: bool) -> dict[str, Tensor]:
                     f"the image encoder of {checkpoint.name} has {key} {here}, where LAVIS, which knows EVA-CLIP and"
                     f" CLIP ViT-L alone, would take {there}: convert it to transformers"
                 )
-    table = QFORMER + (T5 if is_t5 else OPT) + (CLIP_NAMES if is_clip else EVA_NAMES)
-    state = dict(checkpoint.weights.renamed(table, checkpoint.name, back=True))
+    state = dict(checkpoint.weights.renamed(_table(is_t5, is_clip), checkpoint.name, back=True))
     join_attention(state) if is_clip else split_biases(state)
     tie(state, checkpoint.recipe.qformer.max_positions)
     return state

@@ -15,6 +15,26 @@ from blip2.errors import InputError
 Table = tuple[tuple[str, str], ...]
 
 
+def block_names(theirs: str, attention: str) -> Table:
+    """The rows of a block of the Q-Former, which both formats have from BERT.
+
+    Args:
+        theirs: name of a block.
+        attention: name within an attention of what makes queries, keys and values.
+    """
+    ours = "qformer.blocks.{}"
+    rows: list[tuple[str, str]] = []
+    for of, own in (("attention", "self_attention"), ("crossattention", "cross_attention")):
+        rows += [(f"{theirs}.{of}.{attention}.{part}", f"{ours}.{own}.{part}") for part in ("query", "key", "value")]
+        rows += [(f"{theirs}.{of}.output.dense", f"{ours}.{own}.output")]
+        rows += [(f"{theirs}.{of}.output.LayerNorm", f"{ours}.{own}.norm")]
+    for of, own in (("_query", "query_feed_forward"), ("", "text_feed_forward")):
+        rows += [(f"{theirs}.intermediate{of}.dense", f"{ours}.{own}.expand")]
+        rows += [(f"{theirs}.output{of}.dense", f"{ours}.{own}.contract")]
+        rows += [(f"{theirs}.output{of}.LayerNorm", f"{ours}.{own}.norm")]
+    return tuple(rows)
+
+
 def rename(names: Iterable[str], table: Table, where: str, back: bool = False) -> dict[str, str]:
     """From each of `names` to its name in the other format.
 

@@ -22,14 +22,13 @@ from transformers import (
 from blip2.config import DataConfig, LanguageConfig, QFormerConfig, Recipe, VisionConfig
 from blip2.errors import InputError
 from blip2.interop.foreign import Checkpoint, read_tokenizer
-from blip2.interop.names import Table
+from blip2.interop.names import Table, block_names
 from blip2.interop.weights import Weights, open_folder, understood
 from blip2.model.pretrained import first_line, reading
 from blip2.model.vision import read_preprocessing
 
 RETRIEVAL, GENERATION = "Blip2ForImageTextRetrieval", "Blip2ForConditionalGeneration"
 IMAGE_TOKEN = "<image>"
-BLOCK, THEIRS = "qformer.blocks.{}", "qformer.encoder.layer.{}"
 NAMES: Table = (
     ("query_tokens", "qformer.queries"),
     ("vision_model.post_layernorm", "image_norm"),
@@ -37,22 +36,7 @@ NAMES: Table = (
     ("embeddings.word_embeddings", "qformer.word_embedding"),
     ("embeddings.position_embeddings", "qformer.position_embedding"),
     ("qformer.layernorm", "qformer.embedding_norm"),
-    (f"{THEIRS}.attention.attention.query", f"{BLOCK}.self_attention.query"),
-    (f"{THEIRS}.attention.attention.key", f"{BLOCK}.self_attention.key"),
-    (f"{THEIRS}.attention.attention.value", f"{BLOCK}.self_attention.value"),
-    (f"{THEIRS}.attention.output.dense", f"{BLOCK}.self_attention.output"),
-    (f"{THEIRS}.attention.output.LayerNorm", f"{BLOCK}.self_attention.norm"),
-    (f"{THEIRS}.crossattention.attention.query", f"{BLOCK}.cross_attention.query"),
-    (f"{THEIRS}.crossattention.attention.key", f"{BLOCK}.cross_attention.key"),
-    (f"{THEIRS}.crossattention.attention.value", f"{BLOCK}.cross_attention.value"),
-    (f"{THEIRS}.crossattention.output.dense", f"{BLOCK}.cross_attention.output"),
-    (f"{THEIRS}.crossattention.output.LayerNorm", f"{BLOCK}.cross_attention.norm"),
-    (f"{THEIRS}.intermediate_query.dense", f"{BLOCK}.query_feed_forward.expand"),
-    (f"{THEIRS}.output_query.dense", f"{BLOCK}.query_feed_forward.contract"),
-    (f"{THEIRS}.output_query.LayerNorm", f"{BLOCK}.query_feed_forward.norm"),
-    (f"{THEIRS}.intermediate.dense", f"{BLOCK}.text_feed_forward.expand"),
-    (f"{THEIRS}.output.dense", f"{BLOCK}.text_feed_forward.contract"),
-    (f"{THEIRS}.output.LayerNorm", f"{BLOCK}.text_feed_forward.norm"),
+    *block_names("qformer.encoder.layer.{}", attention="attention"),
     ("vision_projection", "image_projection"),
     ("text_projection", "text_projection"),
     ("itm_head", "matching_head"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,13 +51,17 @@ class Weights(Mapping[str, Tensor]):
         """Under the names of another format; see :func:`rename`."""
         return Weights({new: self.places[old] for old, new in rename(self, table, where, back).items()})
 
+    def where(self, keep: Callable[[str], bool]) -> Weights:
+        """Those whose names `keep` is true of."""
+        return Weights({name: place for name, place in self.places.items() if keep(name)})
+
     def part(self, *prefixes: str) -> Weights:
         """Those whose names begin with one of `prefixes`."""
-        return Weights({name: place for name, place in self.places.items() if name.startswith(prefixes)})
+        return self.where(lambda name: name.startswith(prefixes))
 
     def without(self, *prefixes: str) -> Weights:
         """Those whose names begin with none of `prefixes`."""
-        return Weights({name: place for name, place in self.places.items() if not name.startswith(prefixes)})
+        return self.where(lambda name: not name.startswith(prefixes))
 
     def stripped(self, prefix: str) -> Weights:
         """Those whose names begin with `prefix`, without it."""

@@ -34,7 +34,7 @@ from blip2.errors import InputError
 from blip2.interop.foreign import Checkpoint
 from blip2.interop.formats import is_blip2, open_foreign
 from blip2.interop.transformers import read_json
-from blip2.interop.weights import Weights, open_file
+from blip2.interop.weights import open_file
 from blip2.model.frozen import Freezable
 
 FOLDER = "checkpoints"
@@ -177,7 +177,7 @@ def open_checkpoint(name: str, changes: Mapping[str, object] | None = None) -> C
     Raises:
         InputError: there is none, it is damaged, or two formats lie in one folder.
     """
-    path = Path(resolve(name)).expanduser()
+    path = Path(resolve(name))
     if is_checkpoint(path) or latest(path) is not None:
         if is_blip2(path):
             raise InputError(f"{path} holds two formats: a checkpoint of this project (recipe.yaml) and one of"
@@ -271,7 +271,7 @@ def load_previous_stage(checkpoint: Checkpoint, model: nn.Module) -> list[str]:
             raise InputError(
                 f"checkpoint {checkpoint.name} has qformer.{key} {theirs}, the recipe {ours}: set it to {theirs}"
             )
-    _load(Weights({name: weights.places[name] for name in shared}), model, checkpoint, expected=shared)
+    _load(weights.where(shared.__contains__), model, checkpoint, expected=shared)
     return sorted(here - shared)
 
 
