@@ -199,7 +199,7 @@ class RepresentationPipeline(Pipeline[RepresentationModel]):
             chunks = []
             for chunk in wanted.split(4 * self.batch_size):
                 longest = int(mask[chunk].sum(dim=1).max())
-                shared = memory.expand(len(chunk))
+                shared = memory.repeat(len(chunk))
                 chunks.append(self.model.match(shared, ids[chunk, :longest], mask[chunk, :longest]))
             rows.append(torch.cat(chunks))
         return torch.stack(rows)

@@ -6,11 +6,19 @@ from torch import nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
 from blip2.config import ObjectivesConfig, QFormerConfig
-from blip2.model.qformer import Attention, ImageMemory, QFormer, attention_mask, contrast_and_generate_mask
+from blip2.model.qformer import (
+    CrossAttention,
+    ImageMemory,
+    QFormer,
+    SelfAttention,
+    attention_mask,
+    contrast_and_generate_mask,
+)
 from blip2.model.representation import RepresentationModel
 from fixtures.tiny import QFORMER, no_encoder, randomise, texts
 
 WIDTH = 24
+NORM = randomise(nn.LayerNorm(WIDTH))
 KINDS = ("unimodal", "causal", "bidirectional")
 
 
@@ -167,23 +175,23 @@ def peer(qformer: QFormer, has_text: bool) -> Blip2QFormerModel:
 
 def test_text_and_queries_agree_with_transformers(qformer, features):
     ids, mask = texts(6, 4, 2)
-    ours = qformer(qformer.memory(features), ids, attention_mask("bidirectional", 4, mask))
+    ours = qformer(qformer.memory(features, NORM), ids, attention_mask("bidirectional", 4, mask))
     text = qformer.word_embedding(ids) + qformer.position_embedding(torch.arange(6))
     out = peer(qformer, has_text=True)(
         query_embeds=torch.cat([qformer.queries.expand(3, -1, -1), text], dim=1),
         query_length=4,
         attention_mask=torch.cat([torch.ones(3, 4), mask], dim=1),
-        encoder_hidden_states=features,
+        encoder_hidden_states=NORM(features),
     ).last_hidden_state
     torch.testing.assert_close(ours.queries, out[:, :4], atol=1e-5, rtol=0)
     torch.testing.assert_close(ours.text[mask], out[:, 4:][mask], atol=1e-5, rtol=0)
 
 
 def test_queries_alone_and_attention_maps_agree_with_transformers(qformer, features):
-    memory = qformer.memory(features)
+    memory = qformer.memory(features, NORM)
     ours, maps = qformer(memory), qformer.attention_maps(memory)
     theirs = peer(qformer, has_text=False)(
-        query_embeds=qformer.queries.expand(3, -1, -1), encoder_hidden_states=features, output_attentions=True
+        query_embeds=qformer.queries.expand(3, -1, -1), encoder_hidden_states=NORM(features), output_attentions=True
     )
     torch.testing.assert_close(ours.queries, theirs.last_hidden_state, atol=1e-5, rtol=0)
     assert ours.text.shape == (3, 0, 32)
@@ -194,7 +202,7 @@ def test_queries_alone_and_attention_maps_agree_with_transformers(qformer, featu
 
 
 def test_attention_maps_leave_nothing_behind(qformer, features):
-    memory = qformer.memory(features)
+    memory = qformer.memory(features, NORM)
     qformer.attention_maps(memory)
     assert not any(module._forward_pre_hooks for module in qformer.modules())
 
@@ -203,13 +211,13 @@ def test_attention_maps_leave_nothing_behind(qformer, features):
 
 
 def run(qformer, features, ids, mask, kind):
-    return qformer(qformer.memory(features), ids, attention_mask(kind, QFORMER.queries, mask))
+    return qformer(qformer.memory(features, NORM), ids, attention_mask(kind, QFORMER.queries, mask))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_the_bidirectional_mask_shows_the_text_to_the_queries(qformer, features, kind):
     one, two = (run(qformer, features, *texts(5, 5, 5, seed=seed), kind).queries for seed in (0, 1))
-    alone = qformer(qformer.memory(features)).queries
+    alone = qformer(qformer.memory(features, NORM)).queries
     if kind == "bidirectional":
         assert (one - two).abs().amax(dim=(1, 2)).min() > 1e-2
     else:
@@ -256,7 +264,7 @@ def test_one_pass_contrasts_and_generates(qformer, features):
     begun = ids.clone()
     begun[:, 0] = qformer.decoder_start
     both = qformer(
-        qformer.memory(features),
+        qformer.memory(features, NORM),
         torch.cat([ids, begun], dim=1),
         contrast_and_generate_mask(4, mask),
         torch.arange(6).repeat(2),
@@ -269,7 +277,7 @@ def test_one_pass_contrasts_and_generates(qformer, features):
 
 def test_text_begins_at_position_zero_behind_the_queries(qformer, features):
     ids, mask = texts(5, 5, 5)
-    memory, causal = qformer.memory(features), attention_mask("causal", 4, mask)
+    memory, causal = qformer.memory(features, NORM), attention_mask("causal", 4, mask)
     torch.testing.assert_close(qformer(memory, ids, causal).text, qformer(memory, ids, causal, torch.arange(5)).text)
     moved = qformer(memory, ids, causal, torch.arange(5) + 4).text
     assert (moved - qformer(memory, ids, causal).text).abs().max() > 1e-2
@@ -282,20 +290,99 @@ def test_decoder_start_is_the_last_id(qformer):
 # -- image memory --------------------------------------------------------------------------------------------------
 
 
+def keys_and_values(memory: ImageMemory) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of each layer, a row for each that looks."""
+    return [
+        tuple(torch.cat([looked[part].repeat(looked.copies, 1, 1, 1) for looked in layer]) for part in (0, 1))
+        for layer in memory.layers
+    ]
+
+
 def assert_same_memory(one: ImageMemory, two: ImageMemory) -> None:
     assert len(one) == len(two)
-    for here, there in zip(one.layers, two.layers, strict=True):
-        torch.testing.assert_close(here, there)
+    torch.testing.assert_close(keys_and_values(one), keys_and_values(two))
 
 
 def test_memories_are_made_from_each_image_alone(qformer, features):
-    memory = qformer.memory(features)
+    memory = qformer.memory(features, NORM)
     assert len(memory) == 3
     assert len(memory.layers) == 2
     order = torch.tensor([2, 0, 0, 1])
-    assert_same_memory(memory.select(order), qformer.memory(features[order]))
-    assert_same_memory(memory.select(order[:1]).expand(3), qformer.memory(features[[2, 2, 2]]))
-    assert_same_memory(qformer.memory(features[:1]).append(qformer.memory(features[1:])), memory)
+    assert_same_memory(memory.select(order), qformer.memory(features[order], NORM))
+    assert_same_memory(memory.select(order[:1]).repeat(3), qformer.memory(features[[2, 2, 2]], NORM))
+    assert_same_memory(qformer.memory(features[:1], NORM).join(qformer.memory(features[1:], NORM)), memory)
+
+
+def test_rows_that_share_an_image_see_what_they_would_see_alone(qformer, features):
+    """Two rounds of the three images, then two rows that look at images drawn: as in ITM."""
+    memory, drawn = qformer.memory(features, NORM), torch.tensor([2, 0])
+    ids, mask = texts(5, 3, 6, 2, 4, 6, 3, 5)
+    shared = memory.repeat(2).join(memory.select(drawn))
+    whole = qformer(shared, ids, attention_mask("bidirectional", 4, mask)).queries
+    for row, image in enumerate([0, 1, 2, 0, 1, 2, 2, 0]):
+        one, length = slice(row, row + 1), int(mask[row].sum())
+        alone = run(qformer, features[image : image + 1], ids[one, :length], mask[one, :length], "bidirectional")
+        torch.testing.assert_close(whole[one], alone.queries)
+
+
+def test_the_norm_of_the_features_is_folded_exactly(features):
+    """Its gradient and those of the projections are those of normalising first and projecting then."""
+    torch.set_grad_enabled(True)
+    attention, norm = randomise(CrossAttention(QFORMER, WIDTH)), randomise(nn.LayerNorm(WIDTH))
+    plain = nn.functional.layer_norm(features, (WIDTH,))
+    results = []
+    for keys, values in (
+        attention.keys_and_values(plain, norm),
+        [attention.split_heads(projection(norm(features))) for projection in (attention.key, attention.value)],
+    ):
+        attention.zero_grad()
+        norm.zero_grad()
+        (keys.cumsum(1).sin().sum() + values.cumsum(2).cos().sum()).backward()
+        found = {name: p.grad.clone() for name, p in attention.named_parameters() if p.grad is not None}
+        results.append((keys, values, found, norm.weight.grad.clone(), norm.bias.grad.clone()))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
+
+
+def test_frozen_features_need_no_gradient(features):
+    """What is made of them first, their normalised form, carries none: the widest product of a step is not computed."""
+    torch.set_grad_enabled(True)
+    qformer, norm = QFormer(QFORMER, WIDTH), nn.LayerNorm(WIDTH)
+    key = qformer.memory(features, norm).layers[0][0].keys
+    node, inputs = key.grad_fn, []
+    while node is not None and not inputs:
+        inputs = [tensor for tensor in (getattr(node, "_saved_mat1", None),) if tensor is not None]
+        node = node.next_functions[0][0] if node.next_functions and not inputs else node
+        if inputs:
+            assert node.next_functions[1][0] is None  # addmm(bias, features, weight): no path to the features
+    assert inputs
+
+
+def test_checkpointing_changes_nothing_but_memory(features):
+    torch.set_grad_enabled(True)
+    qformer = randomise(QFormer(dataclasses.replace(QFORMER, dropout=0.3), WIDTH)).train()
+    ids, mask = texts(6, 4, 2)
+    results = []
+    for qformer.checkpointing in (False, True):
+        qformer.zero_grad()
+        torch.manual_seed(5)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
+            out = run(qformer, features, ids, mask, "causal")
+        out.queries.sin().sum().add(out.text[mask].cos().sum()).backward()
+        gradients = {name: p.grad.clone() for name, p in qformer.named_parameters() if p.grad is not None}
+        results.append((out, gradients, sum(kept)))
+    (one, there, whole), (two, here, less) = results
+    torch.testing.assert_close(one, two, rtol=0, atol=0)
+    torch.testing.assert_close(there, here, rtol=0, atol=0)
+    assert less < whole / 2
+
+
+def test_without_text_output_the_queries_are_the_same(qformer, features):
+    ids, mask = texts(6, 4, 2)
+    arguments = (qformer.memory(features, NORM), ids, attention_mask("bidirectional", 4, mask))
+    whole, queries = qformer(*arguments), qformer(*arguments, text_output=False)
+    torch.testing.assert_close(queries.queries, whole.queries)
+    assert queries.text.shape[1] == 0
 
 
 # -- errors, precision, training -----------------------------------------------------------------------------------
@@ -309,20 +396,20 @@ def test_nothing_to_read(qformer):
 def test_text_for_a_qformer_without_text(features):
     qformer = QFormer(QFORMER, WIDTH, has_text=False)
     with pytest.raises(ValueError, match="without its text transformer"):
-        qformer(qformer.memory(features), texts(5, 5, 5)[0])
+        qformer(qformer.memory(features, NORM), texts(5, 5, 5)[0])
 
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_attention_in_bfloat16_agrees_with_float32(masked):
-    half = randomise(Attention(QFORMER, 32)).bfloat16()
-    full = Attention(QFORMER, 32)
+    half = randomise(SelfAttention(QFORMER, 32)).bfloat16()
+    full = SelfAttention(QFORMER, 32)
     full.load_state_dict(half.state_dict())
     x = torch.randn(3, 9, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
     mask = attention_mask("causal", 4, texts(5, 3, 2)[1])[:, None] if masked else None
     gradients = []
     with torch.enable_grad():
         for attention, source in ((half, x), (full, x.float())):
-            out = attention(source, *attention.keys_and_values(source), mask)
+            out = attention(source, mask, 9)
             assert out.dtype == source.dtype
             out.float().square().cumsum(dim=1).sum().backward()
             gradients.append((out.float(), attention.query.weight.grad.float(), attention.value.weight.grad.float()))
@@ -341,7 +428,7 @@ def test_autocast_agrees_with_float32(qformer, features):
 
 def test_dropout_acts_in_training_only(features):
     qformer = randomise(QFormer(dataclasses.replace(QFORMER, dropout=0.5), WIDTH))
-    memory = qformer.memory(features)
+    memory = qformer.memory(features, NORM)
     assert not torch.equal(qformer(memory).queries, qformer(memory).queries)
     qformer.eval()
     assert torch.equal(qformer(memory).queries, qformer(memory).queries)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Shaped
+from jaxtyping import Int, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -52,3 +52,41 @@ def gather_padded(tensor: Shaped[Tensor, "B T"], padding: int | bool) -> Shaped[
     longest = torch.tensor(tensor.shape[1], device=tensor.device)
     dist.all_reduce(longest, op=dist.ReduceOp.MAX)
     return gather(F.pad(tensor, (0, int(longest) - tensor.shape[1]), value=padding))
+
+
+class _Fetch(torch.autograd.Function):
+    """Rows of other processes, which alone travel; backward takes their gradients home."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, wanted: Tensor) -> Tensor:
+        every = gather(wanted).view(process_count(), -1)  # [processes, N]: what each of them wants
+        owner = every // len(tensor)
+        mine = process_index()
+        ctx.sent = torch.cat([rows[own == mine] for rows, own in zip(every, owner, strict=True)]) - mine * len(tensor)
+        ctx.order = owner[mine].argsort(stable=True)
+        ctx.going = (owner == mine).sum(dim=1).tolist()
+        ctx.coming = owner[mine].bincount(minlength=process_count()).tolist()
+        ctx.rows = len(tensor)
+        received = tensor.new_empty(len(wanted), *tensor.shape[1:])
+        dist.all_to_all_single(received, tensor[ctx.sent], ctx.coming, ctx.going)
+        return torch.empty_like(received).index_copy_(0, ctx.order, received)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        gradient = gradients[0][ctx.order]
+        returned = gradient.new_empty(len(ctx.sent), *gradient.shape[1:])
+        dist.all_to_all_single(returned, gradient, ctx.going, ctx.coming)
+        return gradient.new_zeros(ctx.rows, *gradient.shape[1:]).index_add_(0, ctx.sent, returned), None
+
+
+def fetch(tensor: Shaped[Tensor, "B *rest"], wanted: Int[Tensor, "M"]) -> Shaped[Tensor, "M *rest"]:
+    """The rows `wanted` of the tensors of all processes, B rows each, of which no others travel.
+
+    Gradients flow back to the process that made each row; of a tensor without gradient nothing does.
+
+    Args:
+        wanted: row r of process p is p * B + r.
+    """
+    if process_count() == 1:
+        return tensor[wanted]
+    return _Fetch.apply(tensor, wanted)

@@ -70,7 +70,7 @@ class GenerationModel(nn.Module):
 
     def visual_prompt(self, images: Shaped[Tensor, "B ..."]) -> Float[Tensor, "B Q L"]:
         """The soft visual prompt of images: pixels [B, 3, H, W] or features [B, P, E]."""
-        memory = self.qformer.memory(self.image_norm(self.vision.features(images)))
+        memory = self.qformer.memory(self.vision.features(images), self.image_norm)
         return self.projection(self.qformer(memory).queries)
 
     def forward(self, batch: GenerationBatch, label_count: float | None = None) -> Outcome:

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from blip2.config import QFormerConfig
 
@@ -80,6 +81,17 @@ def contrast_and_generate_mask(
     return mask
 
 
+class Looked(NamedTuple):
+    """What rows look at in one cross-attention: keys and values of B images, by `copies` * B rows.
+
+    Row c * B + b looks at image b. Rows that look at the same image share its keys and values: nothing is copied.
+    """
+
+    keys: Float[Tensor, "B H P d"]
+    values: Float[Tensor, "B H P d"]
+    copies: int = 1
+
+
 @dataclass(frozen=True)
 class ImageMemory:
     """Keys and values that the cross-attentions make of image features.
@@ -89,25 +101,26 @@ class ImageMemory:
     questions about one picture.
     """
 
-    layers: tuple[tuple[Float[Tensor, "B H P d"], Float[Tensor, "B H P d"]], ...]
-    """(keys, values) of each block that has cross-attention, in order."""
+    layers: tuple[tuple[Looked, ...], ...]
+    """Of each block that has cross-attention, in order: what its rows look at, one group of rows after the other."""
 
     def __len__(self) -> int:
-        """B, the number of images."""
-        return self.layers[0][0].shape[0]
+        """Number of rows that look."""
+        return sum(looked.copies * len(looked.keys) for looked in self.layers[0])
 
     def select(self, images: Int[Tensor, "N"]) -> ImageMemory:
-        """The memories of `images` (indices, with repeats), without projecting anything again."""
-        return ImageMemory(tuple((keys[images], values[images]) for keys, values in self.layers))
+        """The memories of `images` (indices, with repeats), gathered without projecting anything again."""
+        return ImageMemory(
+            tuple(tuple(Looked(k[images], v[images], copies) for k, v, copies in layer) for layer in self.layers)
+        )
 
-    def expand(self, copies: int) -> ImageMemory:
-        """One image's memory seen `copies` times, without copying it. Only for a memory of one image."""
-        return ImageMemory(tuple((k.expand(copies, -1, -1, -1), v.expand(copies, -1, -1, -1)) for k, v in self.layers))
+    def repeat(self, copies: int) -> ImageMemory:
+        """All images seen by `copies` rows each, one round of the images after the other. Copies nothing."""
+        return ImageMemory(tuple(tuple(Looked(k, v, c * copies) for k, v, c in layer) for layer in self.layers))
 
-    def append(self, other: ImageMemory) -> ImageMemory:
-        """The images of this memory, then those of `other`."""
-        pairs = zip(self.layers, other.layers, strict=True)
-        return ImageMemory(tuple((torch.cat([a, c]), torch.cat([b, d])) for (a, b), (c, d) in pairs))
+    def join(self, other: ImageMemory) -> ImageMemory:
+        """The rows of this memory, then those of `other`. Copies nothing."""
+        return ImageMemory(tuple(mine + theirs for mine, theirs in zip(self.layers, other.layers, strict=True)))
 
 
 class QFormerOutput(NamedTuple):
@@ -118,6 +131,14 @@ class QFormerOutput(NamedTuple):
     text: Float[Tensor, "B T D"]
 
 
+def _drop(x: Float[Tensor, "*shape"], share: float) -> Float[Tensor, "*shape"]:
+    """Dropout that keeps one byte an element for the backward pass."""
+    if x.device.type != "cpu":
+        return torch.native_dropout(x, share, True)[0]
+    # A CPU draws uniform numbers twice as fast as Bernoulli's.
+    return x * (torch.rand(x.shape) >= share) / (1 - share)
+
+
 def _attend(
     queries: Float[Tensor, "B H N d"],
     keys: Float[Tensor, "B H M d"],
@@ -125,16 +146,40 @@ def _attend(
     mask: Bool[Tensor, "B 1 N M"] | None,
     dropout: float,
 ) -> Float[Tensor, "B H N d"]:
-    if queries.device.type == "cpu" and not dropout and queries.dtype == torch.bfloat16:
+    if queries.device.type != "cpu":
+        return F.scaled_dot_product_attention(queries, keys, values, mask, dropout)
+    if dropout:
+        # The CPU has no fused kernel with dropout, and PyTorch's own way without one keeps twice as much.
+        scores = (queries / math.sqrt(queries.shape[-1])) @ keys.mT
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        return _drop(scores.softmax(dim=-1), dropout).to(values.dtype) @ values
+    if queries.dtype == torch.bfloat16:
         # The backward of the CPU's fused kernel takes four times as long in bfloat16 as in float32.
         with torch.autocast("cpu", enabled=False):
             seen = F.scaled_dot_product_attention(queries.float(), keys.float(), values.float(), mask)
         return seen.to(queries.dtype)
-    return F.scaled_dot_product_attention(queries, keys, values, mask, dropout)
+    return F.scaled_dot_product_attention(queries, keys, values, mask)
+
+
+class Dropout(nn.Module):
+    """Sets a share of hidden units to zero in training, and makes up for them with the others."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+
+    @property
+    def now(self) -> float:
+        """The share that is dropped now."""
+        return self.share if self.training else 0.0
+
+    def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        return _drop(x, self.now) if self.now else x
 
 
 class Attention(nn.Module):
-    """Multi-head attention, its output projection, residual and LayerNorm (post-norm, as in BERT)."""
+    """What both kinds of attention share: the projections, residual and LayerNorm (post-norm, as in BERT)."""
 
     def __init__(self, config: QFormerConfig, source_width: int) -> None:
         super().__init__()
@@ -145,25 +190,66 @@ class Attention(nn.Module):
         self.value = nn.Linear(source_width, width)
         self.output = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def split_heads(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B H N d"]:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def keys_and_values(
-        self, source: Float[Tensor, "B N F"]
-    ) -> tuple[Float[Tensor, "B H N d"], Float[Tensor, "B H N d"]]:
-        return self.split_heads(self.key(source)), self.split_heads(self.value(source))
+        self, features: Float[Tensor, "B P E"], norm: nn.LayerNorm
+    ) -> tuple[Float[Tensor, "B H P d"], Float[Tensor, "B H P d"]]:
+        """Of image features that were normalised, but not yet scaled and shifted by `norm`.
+
+        Its weight and bias go into the projections instead: W (g * x + b) = (W * g) x + W b. The gradient of `norm`
+        then comes from that of the projections' weights, and none has to be computed for the features.
+        """
+        key, value = (
+            F.linear(features, p.weight * norm.weight, p.bias + (p.weight * norm.bias).sum(dim=1))
+            for p in (self.key, self.value)
+        )
+        return self.split_heads(key), self.split_heads(value)
+
+    def finish(self, x: Float[Tensor, "B N D"], seen: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        return self.norm(x + self.dropout(self.output(seen)))
+
+
+class SelfAttention(Attention):
+    """Of [queries; text] among themselves."""
 
     def forward(
-        self,
-        x: Float[Tensor, "B N D"],
-        keys: Float[Tensor, "B H M d"],
-        values: Float[Tensor, "B H M d"],
-        mask: Bool[Tensor, "B 1 N M"] | None = None,
-    ) -> Float[Tensor, "B N D"]:
-        seen = _attend(self.split_heads(self.query(x)), keys, values, mask, self.dropout.p if self.training else 0.0)
-        return self.norm(x + self.dropout(self.output(seen.transpose(1, 2).flatten(2))))
+        self, x: Float[Tensor, "B S D"], mask: Bool[Tensor, "B 1 S S"] | None, kept: int
+    ) -> Float[Tensor, "B {kept} D"]:
+        """Every position is seen; the outputs of the first `kept` are made."""
+        asking = x[:, :kept]
+        queries = self.split_heads(self.query(asking))
+        keys, values = self.split_heads(self.key(x)), self.split_heads(self.value(x))
+        mask = mask if mask is None else mask[:, :, :kept]
+        seen = _attend(queries, keys, values, mask, self.dropout.now)
+        return self.finish(asking, seen.transpose(1, 2).flatten(2))
+
+
+class CrossAttention(Attention):
+    """Of the queries to image features."""
+
+    def forward(self, x: Float[Tensor, "N Q D"], memory: tuple[Looked, ...]) -> Float[Tensor, "N Q D"]:
+        queries, start, parts = self.query(x), 0, []
+        for keys, values, copies in memory:
+            rows = slice(start, start + copies * len(keys))
+            parts.append(self._look(queries[rows], keys, values, copies))
+            start = rows.stop
+        return self.finish(x, torch.cat(parts) if len(parts) > 1 else parts[0])
+
+    def _look(
+        self, queries: Float[Tensor, "N Q D"], keys: Float[Tensor, "B H P d"], values: Float[Tensor, "B H P d"],
+        copies: int,
+    ) -> Float[Tensor, "N Q D"]:  # fmt: skip
+        """All rows that look at one image ask as one long row, so that its keys and values are read once."""
+        count = queries.shape[1]
+        heads = queries.unflatten(0, (copies, -1)).unflatten(-1, (self.heads, -1))  # [copies, B, Q, H, d]
+        heads = heads.permute(1, 3, 0, 2, 4).flatten(2, 3)  # [B, H, copies * Q, d]
+        seen = _attend(heads, keys, values, None, self.dropout.now)
+        seen = seen.unflatten(2, (copies, count)).permute(2, 0, 3, 1, 4)  # [copies, B, Q, H, d]
+        return seen.flatten(3).flatten(0, 1)
 
 
 class FeedForward(nn.Module):
@@ -174,10 +260,15 @@ class FeedForward(nn.Module):
         self.expand = nn.Linear(config.hidden_size, config.intermediate_size)
         self.contract = nn.Linear(config.intermediate_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        return self.norm(x + self.dropout(self.contract(F.gelu(self.expand(x)))))
+        # The widest activation is not kept for the backward pass: its GELU is soon computed again.
+        written = checkpoint(self._contract, self.expand(x), use_reentrant=False, preserve_rng_state=False)
+        return self.norm(x + self.dropout(written))
+
+    def _contract(self, x: Float[Tensor, "B N F"]) -> Float[Tensor, "B N D"]:
+        return self.contract(F.gelu(x))
 
 
 class Block(nn.Module):
@@ -185,8 +276,8 @@ class Block(nn.Module):
 
     def __init__(self, config: QFormerConfig, image_width: int, has_cross_attention: bool, has_text: bool) -> None:
         super().__init__()
-        self.self_attention = Attention(config, config.hidden_size)
-        self.cross_attention = Attention(config, image_width) if has_cross_attention else None
+        self.self_attention = SelfAttention(config, config.hidden_size)
+        self.cross_attention = CrossAttention(config, image_width) if has_cross_attention else None
         self.query_feed_forward = FeedForward(config)
         self.text_feed_forward = FeedForward(config) if has_text else None
 
@@ -195,18 +286,20 @@ class Block(nn.Module):
         x: Float[Tensor, "B S D"],
         queries: int,
         mask: Bool[Tensor, "B 1 S S"] | None,
-        memory: tuple[Float[Tensor, "B H P d"], Float[Tensor, "B H P d"]] | None,
-    ) -> Float[Tensor, "B S D"]:
-        x = self.self_attention(x, *self.self_attention.keys_and_values(x), mask)
+        memory: tuple[Looked, ...] | None,
+        kept: int,
+    ) -> Float[Tensor, "B {kept} D"]:
+        """The outputs of the first `kept` positions."""
+        x = self.self_attention(x, mask, kept)
         parts = []
         if queries:
             z = x[:, :queries]
             if self.cross_attention is not None and memory is not None:
-                z = self.cross_attention(z, *memory)
+                z = self.cross_attention(z, memory)
             parts.append(self.query_feed_forward(z))
-        if x.shape[1] > queries and self.text_feed_forward is not None:
+        if kept > queries and self.text_feed_forward is not None:
             parts.append(self.text_feed_forward(x[:, queries:]))
-        return torch.cat(parts, dim=1)
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
 class QFormer(nn.Module):
@@ -224,12 +317,14 @@ class QFormer(nn.Module):
         width = config.hidden_size
         self.config = config
         self.image_width = image_width
+        self.checkpointing = False
+        """Keep only the inputs of each block for the backward pass, and compute the rest of it a second time."""
         self.queries = nn.Parameter(torch.empty(1, config.queries, width))
         self.word_embedding = nn.Embedding(config.vocabulary, width) if has_text else None
         self.position_embedding = nn.Embedding(config.max_positions, width) if has_text else None
         # BERT's LayerNorm of embeddings also normalises the learned queries, in both stages.
         self.embedding_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks: Sequence[Block] = nn.ModuleList(  # pyright: ignore[reportAttributeAccessIssue]
             Block(config, image_width, i % config.cross_attention_every == 0, has_text) for i in range(config.layers)
         )
@@ -248,19 +343,25 @@ class QFormer(nn.Module):
         """The id of [DEC], which replaces [CLS] to signal the decoding task (§3.2)."""
         return self.config.vocabulary - 1
 
-    def memory(self, features: Float[Tensor, "B P E"]) -> ImageMemory:
-        """Keys and values of every cross-attention for these image features."""
+    def memory(self, features: Float[Tensor, "B P E"], norm: nn.LayerNorm) -> ImageMemory:
+        """Keys and values of every cross-attention for these image features.
+
+        Args:
+            features: as they leave the image encoder.
+            norm: their LayerNorm, which the Q-Former's owner trains with it.
+        """
+        features = F.layer_norm(features, norm.normalized_shape, eps=norm.eps)
         attentions = (block.cross_attention for block in self.blocks)
-        return ImageMemory(tuple(a.keys_and_values(features) for a in attentions if a is not None))
+        return ImageMemory(tuple((Looked(*a.keys_and_values(features, norm)),) for a in attentions if a is not None))
 
     @torch.no_grad()
     def attention_maps(self, memory: ImageMemory) -> Float[Tensor, "B layers Q P"]:
         """Where each query looks: cross-attention weights, averaged over heads, which sum to 1 over P."""
         maps: list[Tensor] = []
 
-        def note(attention: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
-            assert isinstance(attention, Attention)
-            queries, keys = attention.split_heads(attention.query(inputs[0])), inputs[1]
+        def note(attention: nn.Module, inputs: tuple[Tensor, tuple[Looked, ...]]) -> None:
+            assert isinstance(attention, CrossAttention)
+            queries, keys = attention.split_heads(attention.query(inputs[0])), inputs[1][0].keys
             maps.append((queries @ keys.mT / math.sqrt(keys.shape[-1])).softmax(dim=-1).mean(dim=1))
 
         hooks = [
@@ -279,14 +380,16 @@ class QFormer(nn.Module):
         ids: Int[Tensor, "B T"] | None = None,
         mask: Bool[Tensor, "B S S"] | None = None,
         positions: Int[Tensor, "T"] | None = None,
+        text_output: bool = True,
     ) -> QFormerOutput:
         """Run [queries; text] through all blocks.
 
         Args:
-            memory: of B images; None runs the text transformer alone, without queries.
+            memory: with B rows; None runs the text transformer alone, without queries.
             ids: text token ids; None runs the queries alone.
             mask: from :func:`attention_mask`; None lets everything see everything.
             positions: of the text tokens; 0..T-1 when None. Queries have no position.
+            text_output: False leaves the text out of the last block, when only Z is wanted.
 
         Raises:
             ValueError: both `memory` and `ids` are None, or a text is given to a Q-Former without text transformer.
@@ -306,7 +409,13 @@ class QFormer(nn.Module):
 
         queries = 0 if memory is None else self.config.queries
         memories = iter(memory.layers if memory is not None else ())
-        for block in self.blocks:
+        mask = None if mask is None else mask[:, None]
+        for number, block in enumerate(self.blocks):
             looks = block.cross_attention is not None and memory is not None
-            x = block(x, queries, None if mask is None else mask[:, None], next(memories) if looks else None)
+            kept = queries if number == len(self.blocks) - 1 and not text_output else x.shape[1]
+            arguments = (x, queries, mask, next(memories) if looks else None, kept)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x = block(*arguments)
         return QFormerOutput(x[:, :queries], x[:, queries:])

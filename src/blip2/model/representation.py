@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from blip2.config import ObjectivesConfig, QFormerConfig
 from blip2.model import objectives
-from blip2.model.distributed import gather, gather_padded, process_count, process_index
+from blip2.model.distributed import fetch, gather, gather_padded, process_count, process_index
 from blip2.model.objectives import Outcome
 from blip2.model.qformer import (
     ImageMemory,
@@ -93,7 +93,7 @@ class RepresentationModel(nn.Module):
 
     def memory(self, images: Shaped[Tensor, "B ..."]) -> ImageMemory:
         """What the Q-Former remembers of images: pixels [B, 3, H, W] or features [B, P, E]."""
-        return self.qformer.memory(self.image_norm(self.vision.features(images)))
+        return self.qformer.memory(self.vision.features(images), self.image_norm)
 
     def embed_memory(self, memory: ImageMemory) -> Float[Tensor, "B Q C"]:
         """Unit vectors, one a query, of images in the contrastive space."""
@@ -107,7 +107,9 @@ class RepresentationModel(nn.Module):
     def match(self, memory: ImageMemory, ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B 2"]:
         """Logits of (not matched, matched) of pairs, averaged over the queries (§3.2, ITM)."""
         bidirectional = attention_mask("bidirectional", self.qformer.config.queries, mask)
-        return self.matching_head(self.qformer(memory, ids, bidirectional).queries).float().mean(dim=1)
+        return (
+            self.matching_head(self.qformer(memory, ids, bidirectional, text_output=False).queries).float().mean(dim=1)
+        )
 
     @staticmethod
     def _project(projection: nn.Linear, hidden: Float[Tensor, "*rest D"]) -> Float[Tensor, "*rest C"]:
@@ -133,7 +135,7 @@ class RepresentationModel(nn.Module):
             other way round, averaged), ``itm_accuracy``, ``itg_perplexity``.
         """
         features = self.vision.features(batch.images)  # [B, P, E]
-        memory = self.qformer.memory(self.image_norm(features))
+        memory = self.qformer.memory(features, self.image_norm)
         queries, length = self.qformer.config.queries, batch.ids.shape[1]
         losses: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
@@ -219,20 +221,18 @@ class RepresentationModel(nn.Module):
                 objectives.draw_hard_negatives(text_to_image, positive),
                 objectives.draw_hard_negatives(image_to_text, positive),
             )
-        own = torch.arange(len(memory), device=features.device)
-        image_for_text = negatives.image_for_text
-        first = process_index() * len(own) if self.training else 0
+        own = torch.arange(len(features), device=features.device)
         if self.training and process_count() > 1:
             # A negative image of another process is projected here, so that its gradient reaches our parameters.
-            drawn = self._gather(features)[image_for_text]
-            memory = memory.append(self.qformer.memory(self.image_norm(drawn)))
-            image_for_text = own + len(own)
+            drawn = self.qformer.memory(fetch(features, negatives.image_for_text), self.image_norm)
+        else:
+            drawn = memory.select(negatives.image_for_text)
         ids, mask = self._gather_padded(batch.ids, 0), self._gather_padded(batch.mask, False)  # [N, L]
-        texts = torch.cat([own + first, own + first, negatives.text_for_image])
+        mine = own + (process_index() * len(own) if self.training else 0)
+        texts = torch.cat([mine, negatives.text_for_image, mine])
         longest = int(mask[texts].sum(dim=1).max())
-        logits = self.match(
-            memory.select(torch.cat([own, image_for_text, own])), ids[texts, :longest], mask[texts, :longest]
-        )
+        # Each image with its text, each image with a wrong text, each text with a wrong image.
+        logits = self.match(memory.repeat(2).join(drawn), ids[texts, :longest], mask[texts, :longest])
         labels = torch.cat([torch.ones_like(own), torch.zeros_like(own), torch.zeros_like(own)])
         counted = torch.cat([torch.ones_like(exists), exists, exists])
         right = logits.argmax(dim=1) == labels

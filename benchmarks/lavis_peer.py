@@ -1,0 +1,146 @@
+"""LAVIS's own Q-Former and stage 1, as they are in the package salesforce-lavis 1.0.2.
+
+Runs in an environment of its own (transformers 4.33.2), which `peers.py` makes. Only `Qformer.py`, `blip2_qformer.py`
+`blip_outputs.py` of the package are imported; what they import of the rest of it, which does not install any more, is
+put in their place here: the registry, the base class, the gathering over processes of which there is one, and an image
+encoder that hands on the features it is given.
+
+    python lavis_peer.py {stage1,rerank} FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from contest import serve
+from torch import nn
+
+
+def import_lavis(package: Path) -> tuple[Any, Any]:
+    """The modules Qformer and blip2_qformer."""
+    sys.path.insert(0, str(package))
+
+    def module(name: str, **members: Any) -> None:
+        made = ModuleType(name)
+        made.__dict__.update(members)
+        made.__path__ = [str(package / name.replace(".", "/"))]
+        sys.modules[name] = made
+
+    class Base(nn.Module):
+        device = torch.device("cpu")
+
+        def init_tokenizer(self) -> Any:
+            raise NotImplementedError
+
+    registry = SimpleNamespace(register_model=lambda name: lambda cls: cls)
+    for name in ("lavis", "lavis.common", "lavis.models", "lavis.models.blip2_models", "lavis.models.blip_models"):
+        module(name)
+    module("lavis.common.registry", registry=registry)
+    module("lavis.models.base_model", concat_all_gather=lambda t: t, all_gather_with_grad=lambda t: t)
+    module("lavis.models.blip2_models.blip2", Blip2Base=Base, compute_sim_matrix=None, disabled_train=None)
+    torch.distributed.get_rank = lambda: 0
+    from lavis.models.blip2_models import Qformer, blip2_qformer  # type: ignore[import-not-found]
+
+    return Qformer, blip2_qformer
+
+
+def build(about: dict[str, Any], folder: Path) -> Any:
+    """LAVIS's stage 1 with the weights of `folder`."""
+    qformer, stage1 = import_lavis(Path(about["package"]))
+    sizes = about["qformer"]
+    config = qformer.BertConfig(
+        vocab_size=sizes["vocabulary"],
+        hidden_size=sizes["hidden_size"],
+        num_hidden_layers=sizes["layers"],
+        num_attention_heads=sizes["heads"],
+        intermediate_size=sizes["intermediate_size"],
+        hidden_dropout_prob=about["dropout"],
+        attention_probs_dropout_prob=about["dropout"],
+    )
+    config.encoder_width = about["width"]
+    config.add_cross_attention = True
+    config.cross_attention_freq = sizes["cross_attention_every"]
+    config.query_length = sizes["queries"]
+    model = stage1.Blip2Qformer.__new__(stage1.Blip2Qformer)
+    nn.Module.__init__(model)
+    model.visual_encoder, model.ln_vision = nn.Identity(), nn.LayerNorm(about["width"])
+    model.Qformer = qformer.BertLMHeadModel(config)
+    model.query_tokens = nn.Parameter(torch.zeros(1, sizes["queries"], sizes["hidden_size"]))
+    for name in ("vision_proj", "text_proj"):
+        setattr(model, name, nn.Linear(sizes["hidden_size"], sizes["contrastive_width"]))
+    model.itm_head = nn.Linear(sizes["hidden_size"], 2)
+    model.temp = nn.Parameter(torch.tensor(0.07))
+    model.max_txt_len = about["padded"]
+    missing = model.load_state_dict(torch.load(folder / "lavis.pth", weights_only=True)["model"], strict=False)
+    assert set(missing.missing_keys) <= {"Qformer.bert.embeddings.position_ids"} and not missing.unexpected_keys, (
+        missing
+    )
+    return model.to(about["device"])
+
+
+class Texts(dict):
+    """What LAVIS's tokenizer gives: texts padded to 32 whatever their length."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
+
+    def to(self, device: Any) -> Texts:
+        return Texts({key: tensor.to(device) for key, tensor in self.items()})
+
+
+def pad(ids: torch.Tensor, mask: torch.Tensor, length: int) -> Texts:
+    longer = (0, length - ids.shape[1])
+    return Texts(input_ids=nn.functional.pad(ids, longer), attention_mask=nn.functional.pad(mask.long(), longer))
+
+
+def main() -> None:
+    work, folder = sys.argv[1], Path(sys.argv[2])
+    about = json.loads((folder / "about.json").read_text())
+    data = torch.load(folder / "inputs.pt", weights_only=True)
+    model, device = build(about, folder), about["device"]
+    texts = pad(data["ids"], data["mask"], about["padded"])
+    features = data["features"].to(device)
+
+    if work == "stage1":
+        # Both sides take the hardest negatives, so that they compare the same pairs.
+        torch.multinomial = lambda weights, count: weights.argmax(dim=-1, keepdim=True)
+        tokenizer = SimpleNamespace(bos_token_id=about["qformer"]["vocabulary"] - 1, pad_token_id=0)
+        model.tokenizer = type("Tokenizer", (), {**vars(tokenizer), "__call__": lambda self, text, **options: texts})()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0 if about["still"] else 1e-4, betas=(0.9, 0.98))
+        model.train()
+        samples = {"image": features, "text_input": [""] * len(features)}
+
+        def step() -> list[float]:
+            optimizer.zero_grad()
+            with torch.autocast(device, torch.bfloat16, enabled=about["peer_bf16"]):
+                out = model(samples)
+            out.loss.backward()
+            optimizer.step()
+            return [float(out.loss_itc), float(out.loss_itm), float(out.loss_lm)]
+
+        serve(step, device)
+        return
+
+    model.eval()
+
+    @torch.no_grad()
+    def rerank() -> list[float]:
+        scores = []
+        for image, wanted in zip(features, data["candidates"], strict=True):
+            # As its evaluation does: the encoder's features are kept, normalised ones are repeated for each text.
+            repeated = model.ln_vision(image)[None].repeat(len(wanted), 1, 1)
+            scores.append(
+                model.compute_itm(repeated, texts.input_ids[wanted].to(device), texts.attention_mask[wanted].to(device))
+            )
+        return torch.cat(scores).tolist()
+
+    serve(rerank, device)
+
+
+if __name__ == "__main__":
+    main()

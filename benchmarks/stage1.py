@@ -1,0 +1,163 @@
+"""Stage 1 beside LAVIS: a training step, its memory, and re-ranking. Run as a contender:
+
+python stage1.py {step,rerank} FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from contest import serve
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Case:
+    """One size of the work; the defaults are BERT-base, EVA-CLIP's features and 16 captions of COCO's lengths."""
+
+    batch: int = 16
+    shortest: int = 9
+    longest: int = 14
+    tokens: int = 257
+    width: int = 1408
+    queries: int = 32
+    layers: int = 12
+    hidden: int = 768
+    vocabulary: int = 30523
+    dropout: float = 0.0
+    bf16: bool = False
+    peer_bf16: bool = False
+    checkpointing: bool = False
+    compile: bool = False
+    still: bool = True
+    """Rates are zero, so that every step gives the same losses and they can be compared."""
+    candidates: int = 128
+    device: str = "cpu"
+
+
+def config_of(case: Case) -> Any:
+    from blip2.config import QFormerConfig
+
+    return QFormerConfig(
+        bert=None,
+        hidden_size=case.hidden,
+        layers=case.layers,
+        heads=case.hidden // 64,
+        intermediate_size=4 * case.hidden,
+        queries=case.queries,
+        vocabulary=case.vocabulary,
+        dropout=case.dropout,
+    )
+
+
+def prepare(case: Case, folder: Path, texts: int | None = None, package: Path | None = None) -> None:
+    """Write the weights, once for each side, and the inputs of both: `texts` captions, or one for each picture."""
+    from blip2.interop.lavis import QFORMER, tie
+    from blip2.interop.weights import Weights
+
+    torch.manual_seed(0)
+    model = build(case)
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("vision.")}
+    torch.save(state, folder / "weights.pt")
+    theirs = dict(Weights(state).renamed(QFORMER, "the model", back=True))
+    tie(theirs, config_of(case).max_positions)
+    torch.save({"model": theirs}, folder / "lavis.pth")
+    count = texts or case.batch
+    lengths = torch.randint(case.shortest, case.longest + 1, (count,))
+    lengths[0] = case.longest
+    ids = torch.randint(1, case.vocabulary - 1, (count, case.longest))
+    mask = torch.arange(case.longest) < lengths[:, None]
+    candidates = torch.stack([torch.randperm(count)[: case.candidates] for _ in range(case.batch)])
+    features = torch.randn(case.batch, case.tokens, case.width)
+    torch.save({"ids": ids * mask, "mask": mask, "features": features, "candidates": candidates}, folder / "inputs.pt")
+    about = {
+        **asdict(case),
+        "qformer": asdict(config_of(case)),
+        "padded": 35 if texts else 32,  # what LAVIS pads to in evaluation and in training
+        "package": str(package),
+    }
+    (folder / "about.json").write_text(json.dumps(about))
+
+
+def build(case: Case) -> Any:
+    from blip2.config import ObjectivesConfig
+    from blip2.model.representation import RepresentationModel
+    from blip2.model.vision import ImageEncoder, Preprocessing
+
+    encoder = ImageEncoder(
+        nn.Conv2d(3, case.width, 1), lambda pixels: pixels.new_zeros(len(pixels), case.tokens, case.width),
+        Preprocessing(14),
+    )  # fmt: skip
+    return RepresentationModel(encoder, config_of(case), ObjectivesConfig())
+
+
+def work(kind: str, folder: Path) -> None:
+    about = json.loads((folder / "about.json").read_text())
+    case = Case(**{key: value for key, value in about.items() if key in Case.__dataclass_fields__})
+    model = build(case)
+    model.load_state_dict(torch.load(folder / "weights.pt", weights_only=True), strict=False)
+    model.to(case.device)
+    data = {name: t.to(case.device) for name, t in torch.load(folder / "inputs.pt", weights_only=True).items()}
+    if kind == "step":
+        serve(step(case, model, data), case.device, warm_up=2)
+    else:
+        serve(rerank(case, model, data), case.device)
+
+
+def step(case: Case, model: Any, data: dict[str, Tensor]) -> Any:
+    from blip2.config import OptimizerConfig
+    from blip2.model import objectives
+    from blip2.model.representation import RepresentationBatch
+    from blip2.training.optimizer import build_optimizer, set_rates
+
+    # Both sides take the hardest negatives, so that they compare the same pairs.
+    objectives.torch = _Hardest()  # type: ignore[attr-defined]
+    config = OptimizerConfig()
+    optimizer = build_optimizer(model, set_rates(model, config), config)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0 if case.still else 1e-4
+    batch = RepresentationBatch(
+        data["features"], data["ids"], data["mask"], torch.arange(case.batch, device=case.device)
+    )
+    precision = torch.autocast(case.device, torch.bfloat16) if case.bf16 else nullcontext()
+
+    def run() -> list[float]:
+        optimizer.zero_grad()
+        with precision:
+            losses = model(batch).losses
+        torch.stack(list(losses.values())).sum().backward()
+        optimizer.step()
+        return [float(losses[name]) for name in ("itc", "itm", "itg")]
+
+    return run
+
+
+class _Hardest:
+    """torch, but that it draws what is most probable."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def multinomial(weights: Tensor, count: int) -> Tensor:
+        return weights.argmax(dim=-1, keepdim=True)
+
+
+def rerank(case: Case, model: Any, data: dict[str, Tensor]) -> Any:
+    model.eval()
+
+    def run() -> Sequence[float]:
+        raise NotImplementedError
+
+    return run
+
+
+if __name__ == "__main__":
+    work(sys.argv[1], Path(sys.argv[2]))
