@@ -43,7 +43,7 @@ def cached_features(
         raise InputError("data.cached_views needs a frozen image encoder, but optimizer.rates trains it: set it to 0")
     data = recipe.data
     root = Path(data.features) if data.features is not None else Path(recipe.output).parent / "features"
-    display = Display(f"features in {views} view{'s' if views > 1 else ''} each", enabled=process_index() == 0)
+    display = Display(f"features in {count(views, 'view')}", enabled=process_index() == 0)
 
     def report(done: int, total: int) -> None:
         if done:
@@ -108,11 +108,15 @@ def make_features(recipe: Recipe) -> list[str]:
 
 def summary(features: CachedFeatures) -> str:
     """How many images there are, how they are kept and where, in one line."""
-    layout = features.layout
-    error = "" if features.error is None else f" (relative error {100 * features.error:.2g} %)"
+    layout, encoded = features.layout, features.encoded
+    error = "" if features.error is None else f", relative error {100 * features.error:.2g} %"
     return (
-        f"{features.images} images in {layout.views} view{'s' if layout.views > 1 else ''} each, of which"
-        f" {features.encoded} were encoded now and {features.images - features.encoded} were there;"
-        f" {len(features.broken)} records without a usable image; {features.bytes / 1e6:,.1f} MB in"
-        f" {layout.dtype}{error} in {features.folder}"
+        f"{count(features.images, 'image')} in {count(layout.views, 'view')}, {encoded} encoded now and"
+        f" {features.images - encoded} found; {count(len(features.broken), 'record')} without a usable image;"
+        f" {features.bytes / 1e6:,.1f} MB in {layout.dtype}{error}; in {features.folder}"
     )
+
+
+def count(number: int, what: str) -> str:
+    """``1 image``, ``2 images``."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
