@@ -386,6 +386,19 @@ def test_what_is_stopped_keeps_what_was_done(tmp_path: Path) -> None:
     assert encoder.seen == 15
 
 
+def test_what_others_made_is_not_there(tmp_path: Path) -> None:
+    """As on two machines that do not share the folder."""
+
+    def elsewhere(done: int, total: int) -> None:
+        if done == total:
+            for path in (tmp_path / "cache").glob("*/*.bin"):
+                os.truncate(path, 0)
+
+    records = pictures(tmp_path / "pictures")
+    with pytest.raises(InputError, match=r"row 0 .* set data\.features to a folder that all machines share"):
+        cached(tmp_path, records, CountingEncoder(), report=elsewhere)
+
+
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 @pytest.mark.parametrize("after", [0, 2, 4, 5])
 def test_a_killed_build_is_gone_on_with(tmp_path: Path, after: int) -> None:

@@ -111,9 +111,9 @@ def summary(features: CachedFeatures) -> str:
     layout, encoded = features.layout, features.encoded
     error = "" if features.error is None else f", relative error {100 * features.error:.2g} %"
     return (
-        f"{count(features.images, 'image')} in {count(layout.views, 'view')}, {encoded} encoded now and"
-        f" {features.images - encoded} found; {count(len(features.broken), 'record')} without a usable image;"
-        f" {features.bytes / 1e6:,.1f} MB in {layout.dtype}{error}; in {features.folder}"
+        f"{count(len(features), 'record')}, {count(features.images, 'image')} in {count(layout.views, 'view')},"
+        f" {encoded} encoded now and {features.images - encoded} found; {count(len(features.broken), 'record')} without"
+        f" a usable image; {features.bytes / 1e6:,.1f} MB in {layout.dtype}{error}; in {features.folder}"
     )
 
 
