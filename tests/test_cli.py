@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from blip2.model.language import Decoding
 from blip2.training.progress import read_metrics
 from conftest import draw
 
-COMMANDS = ("demo", "train", "caption", "ask", "match", "embed")
+COMMANDS = ("demo", "train", "features", "caption", "ask", "match", "embed")
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +161,71 @@ def test_both_stages_one_after_the_other(capsys, parts, recipe_file, tmp_path, p
     assert main(["train", str(path), "--start_from", str(tmp_path / "run")]) == 0
     assert "starting from" in capsys.readouterr().err
     assert main(["caption", str(tmp_path / "second"), pictures[0]]) == 0
+
+
+# -- features ------------------------------------------------------------------------------------------------------
+
+
+def test_features(capsys, parts, recipe_file, tmp_path, pictures):
+    """Made beforehand, found by training."""
+    (tmp_path / "broken.png").write_text("no picture")
+    held_out = tmp_path / "held_out.jsonl"
+    names = [*pictures, str(tmp_path / "broken.png")]
+    held_out.write_text("".join(json.dumps({"image": name, "caption": "a disc"}) + "\n" for name in names))
+    keys = ["--data.validation", str(held_out), "--data.cached_views", "2", "--data.cached_dtype=int8"]
+    keys += ["--data.features", str(tmp_path / "kept")]
+    said = r"(\d+) images in (\d) views?, (\d+) encoded now and (\d+) found; (\d) records?"
+    for new in (True, False):
+        assert main(["features", recipe_file, *keys]) == 0
+        train, validation, broken = capsys.readouterr().out.splitlines()
+        assert train.startswith("data.train: ") and validation.startswith("data.validation: ")
+        found = [re.search(said, line).groups() for line in (train, validation)]
+        assert found == [
+            ("24", "2", *(("24", "0") if new else ("0", "24")), "0"),
+            ("3", "1", *(("3", "0") if new else ("0", "3")), "1"),
+        ]
+        assert re.search(r"a usable image; [\d.]+ MB in int8, relative error 0\.\d+ %; in .*kept/int8-2-", train)
+        assert "broken.png): it is not an image" in broken
+    stores = sorted((tmp_path / "kept").iterdir())
+    assert len(stores) == 2
+    files = sorted((tmp_path / "kept").rglob("*"))
+    assert main(["train", recipe_file, *keys]) == 0
+    assert "24 images in 2 views, 0 encoded now and 24 found" in capsys.readouterr().err
+    assert sorted((tmp_path / "kept").rglob("*")) == files
+    assert "validation_itc" in read_metrics(tmp_path / "run")[-1]
+
+
+def test_features_beside_the_run_in_one_view(capsys, recipe_file, tmp_path):
+    """As a recipe without data.cached_views and data.features has it."""
+    assert main(["features", recipe_file]) == 0
+    assert "24 images in 1 view," in capsys.readouterr().out
+    assert [folder.name[:7] for folder in (tmp_path / "features").iterdir()] == ["bf16-1-"]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--data.cached_views", "-1"], "data.cached_views is -1, expected at least 0"),
+        (["--data.cached_dtype", "int4"], "cached_dtype"),
+        (["--data.cache", "1"], "data.cache"),
+        (["--optimizer.rates", '{"*": 0.1}'], "data.cached_views needs a frozen image encoder"),
+        (["--data.streaming", "true"], "data.cached_views needs a table or a folder, not a stream"),
+        (["--data.features", "FILE"], "cannot hold features (Not a directory): set data.features to a folder"),
+    ],
+)
+def test_features_that_cannot_be_made(capsys, recipe_file, arguments, expected):
+    filled = [recipe_file if argument == "FILE" else argument for argument in arguments]
+    assert expected in error(capsys, "features", recipe_file, *filled)
+
+
+def test_no_room_for_features(capsys, recipe_file, small_disk, monkeypatch):
+    """The disk was filled by somebody else after it was looked at."""
+    disk = small_disk(16)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**9))
+    line = error(capsys, "features", recipe_file, "--data.cached_views", "8", "--data.features", str(disk))
+    assert "no space left on the disk while writing features to" in line
+    assert line.endswith("make room and start again; what was made stays")
 
 
 # -- using what was trained ----------------------------------------------------------------------------------------

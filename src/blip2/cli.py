@@ -16,6 +16,8 @@ from blip2.errors import InputError
 from blip2.training.interruption import Interruption
 
 Run = Callable[[argparse.Namespace], None]
+RECIPE_COMMANDS = ("train", "features")
+"""They take any key of a recipe."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     given, changes = take_changes(sys.argv[1:] if arguments is None else arguments)
     options, rest = parser.parse_known_args(given)
-    if options.command != "train":
+    if options.command not in RECIPE_COMMANDS:
         unknown = rest + ([] if options.takes_changes else [f"--{key}" for key in changes])
         if unknown:
             parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -52,14 +54,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def take_changes(arguments: Sequence[str]) -> tuple[list[str], dict[str, object]]:
     """The keys of a recipe among the arguments (``--vision.name eva_vit_g.pth``), apart from the others.
 
-    Those of ``blip2 train`` stay where they are: its recipe reads them.
+    Those of :data:`RECIPE_COMMANDS` stay where they are: the recipe reads them.
     """
+    if arguments and arguments[0] in RECIPE_COMMANDS:
+        return list(arguments), {}
     rest: list[str] = []
     changes: dict[str, object] = {}
     left = iter(arguments)
     for argument in left:
         key, equals, value = argument.partition("=")
-        if re.fullmatch(r"--(vision|language|qformer)\.[a-z_]+", key) and rest[:1] != ["train"]:
+        if re.fullmatch(r"--(vision|language|qformer)\.[a-z_]+", key) and rest[:1] not in (
+            [name] for name in RECIPE_COMMANDS
+        ):
             changes[key.removeprefix("--")] = value if equals else next(left, None)
         else:
             rest.append(argument)
@@ -92,6 +98,22 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true")
     train.add_argument("-h", "--help", action="store_true")
     train.set_defaults(run=run_train)
+
+    features = command(
+        "features",
+        run_features,
+        "make the image features that a recipe trains on, without training",
+        "blip2 features demo-stage1 --data.cached_dtype int8",
+    )
+    features.usage = "blip2 features RECIPE [--KEY VALUE ...]"
+    features.description = (
+        "Run the frozen image encoder once over data.train, in data.cached_views views of each image (1 if the recipe"
+        " has 0), and once over data.validation. Training with data.cached_views then reads the features. It can be"
+        " killed at any moment and started again: it goes on where it was, and only new pictures are ever encoded."
+        " Under torchrun or accelerate launch each process encodes its share."
+    )
+    features.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of one that comes with blip2")
+    features.epilog = f"blip2 train --help lists the keys --- {features.epilog}"
 
     caption = command(
         "caption", run_caption, "write a caption for each image", "blip2 caption runs/demo/stage2 cat.jpg"
@@ -209,6 +231,16 @@ def run_train(options: argparse.Namespace) -> None:
     from blip2.training.loop import train
 
     print(train(recipe, resume=options.resume))
+
+
+def run_features(options: argparse.Namespace) -> None:
+    from blip2.config import find_recipe, load_recipe
+
+    recipe = load_recipe(find_recipe(options.recipe), options.rest)
+    from blip2.training.features import make_features
+
+    for line in make_features(recipe):
+        print(line)
 
 
 def run_caption(options: argparse.Namespace) -> None:

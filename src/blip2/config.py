@@ -138,7 +138,12 @@ class DataConfig:
     """Processes that decode images beside the training process; 0 decodes within it."""
     cached_views: int = 0
     """Above 0: run the frozen image encoder once over so many augmented views of each image before training, keep
-    their features on disk, and train on those."""
+    their features on disk, and train on those. blip2 features makes them without training."""
+    cached_dtype: Literal["bf16", "int8"] = "bf16"
+    """How cached features are kept. int8 takes half the room and loses more; how much is measured and shown."""
+    features: str | None = None
+    """Folder of cached features, which runs, data sets and processes may share; null: features beside the run's
+    folder."""
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from blip2.evaluation.report import Report, new_figure, plot_attention, plot_cur
 from blip2.evaluation.retrieval import Retrieval, evaluate_retrieval
 from blip2.inference import GenerationPipeline, RepresentationPipeline, load
 from blip2.model.language import Decoding
+from blip2.training.features import cached_features
 from blip2.training.loop import train
 from blip2.training.progress import read_metrics
 
@@ -85,7 +86,10 @@ def demo(output: Path, quick: bool = False) -> dict[str, Any]:
     with clock.measure("retrieval on held-out pictures"):
         representation = load(recipes["stage 1"].output)
         assert isinstance(representation, RepresentationPipeline)
-        features = representation.features([record.image or "" for record in records])
+        # Training has made them already.
+        device = representation.device
+        cached = cached_features(recipes["stage 1"], held_out, representation.model.vision, 1, device)
+        features = cached.read_all().to(device)
         retrieval = evaluate_retrieval(representation, features, _truth(records), _positive(records), CANDIDATES)
     captions = {}
     for name in ("stage 2", "stage 2 without stage 1"):

@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from blip2.config import DataConfig
 from blip2.data import batches
-from blip2.data.batches import Draw, Plan, Preparation, load, plan_batches, plan_evaluation, to_device
+from blip2.data.batches import Draw, Plan, Preparation, plan_batches, plan_evaluation, to_device
 from blip2.data.images import read_image, to_pixels
+from blip2.data.loading import load
 from blip2.data.records import Records, RecordStream, open_records
 from blip2.data.texts import RepresentationTexts
 from blip2.errors import InputError

@@ -15,8 +15,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from blip2.build import read_image_encoder
 from blip2.config import dump_recipe
+from blip2.data.features import CachedFeatures
+from blip2.data.images import read_image, to_pixels
+from blip2.data.records import open_records
 from blip2.errors import InputError
+from blip2.model.vision import ImageEncoder
 from blip2.training import checkpoint
 from blip2.training.loop import Interruption, train
 from blip2.training.progress import read_metrics
@@ -176,6 +181,7 @@ VARIANTS = {
     "workers": {"data": {"workers": 2}},
     "stream": {"data": {"workers": 1}, "streaming": True},
     "cached": {"data": {"cached_views": 3}},
+    "cached int8": {"data": {"cached_views": 1, "cached_dtype": "int8", "workers": 2}},
     "accumulate": {"training": {"accumulate": 2}},
     "bf16": {"training": {"precision": "bf16"}},
     "trained encoder": {"optimizer": {"rates": {"*": 1e-3}}},
@@ -505,6 +511,44 @@ def test_tensorboard(parts, tmp_path):
     assert [event.step for event in written.Scalars("itc")] == [1, 2, 3, 4]
 
 
+# -- cached features -----------------------------------------------------------------------------------------------
+
+
+def test_training_reads_what_the_encoder_says(parts, tmp_path):
+    """One view, unaugmented, is what training on the same pictures, never cropped or mirrored, would see."""
+    still = {"smallest_crop": 1.0, "flip": False}
+    recipe = parts.recipe(tmp_path / "plain", data={**still, "validation": parts.pictures})
+    encoder = read_image_encoder(recipe.vision, torch.float32)
+    cached = replace(recipe, output=str(tmp_path / "cached"), data=replace(recipe.data, cached_views=1))
+    given = []
+    compute = ImageEncoder.features
+
+    def note(self, images):
+        given.append(images)
+        return compute(self, images)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ImageEncoder, "features", note)
+        train(cached)
+    seen = [images for images in given if images.ndim == 3]
+    assert len(seen) == 4 + 6  # steps, and batches of validation
+    assert sum(len(images) for images in given if images.ndim == 4) == 24 + 1  # and the probe of its shape
+
+    records = open_records(parts.pictures, recipe.data)
+    every = torch.stack([to_pixels(read_image(record.image), encoder.preprocessing) for record in records])
+    exact = encoder.features(every).bfloat16()
+    for images in seen:
+        assert images.dtype == torch.bfloat16
+        assert all(any(torch.equal(image, one) for one in exact) for image in images)
+    assert torch.equal(torch.cat(seen[4:]), exact)
+
+    # The same as from the same features given directly.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CachedFeatures, "read", lambda self, index, random: exact[index])
+        train(replace(cached, output=str(tmp_path / "directly")))
+    assert_same_run(tmp_path / "cached", tmp_path / "directly")
+
+
 # -- several processes ---------------------------------------------------------------------------------------------
 
 
@@ -532,16 +576,48 @@ def test_two_processes(parts, tmp_path):
 
     # The same by hand, going on from step 2.
     copy = cut_short(tmp_path / "run", 2)
+    start_two(command(recipe, copy, "--resume"), tmp_path)
+    assert_same_run(tmp_path / "run", copy)
+
+
+def start_two(arguments, folder):
+    """``blip2`` in two processes that know each other; what each printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     shared |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    logs = [tmp_path / f"{rank}.log" for rank in range(2)]
-    ranks = [
-        start(command(recipe, copy, "--resume"), log, RANK=str(rank), LOCAL_RANK=str(rank), **shared)
-        for rank, log in enumerate(logs)
-    ]
+    logs = [folder / f"{rank}.log" for rank in range(2)]
+    ranks = [start(arguments, log, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank, log in enumerate(logs)]
+    printed = []
     for process, log in zip(ranks, logs, strict=True):
-        status, printed = finish(process, log)
-        assert status == 0, printed
-    assert_same_run(tmp_path / "run", copy)
+        status, text = finish(process, log)
+        assert status == 0, text
+        printed.append(text)
+    return printed
+
+
+def test_two_processes_share_the_encoding(parts, tmp_path):
+    """Each image is encoded once, by one of them; both train on all."""
+    # One held-out picture, so that a process has none to encode; one cannot be decoded, and one is missing.
+    held_out = write_table(tmp_path / "data", [(Image.new("RGB", (8, 8)), ["a black square"])] * 3)
+    (tmp_path / "data" / "1.png").write_text("no picture")
+    (tmp_path / "data" / "2.png").unlink()
+    changes = {"validation": held_out, "cached_views": 2, "cached_dtype": "int8"}
+    recipe = parts.recipe(tmp_path / "run", data={**changes, "batch_size": 3}, training={"steps": 2, "save_every": 2})
+    first, second = start_two(["features", *command(recipe, tmp_path / "run")[1:]], tmp_path)
+    assert "24 images in 2 views, 24 encoded now and 0 found; 0 records" in first
+    assert "1 image in 1 view, 1 encoded now and 0 found; 2 records" in first
+    assert "1.png): it is not an image" in first and "2.png cannot be read" in first
+    assert "images in" not in second
+
+    store = next((tmp_path / "features").glob("int8-2-*"))
+    rows = [
+        [json.loads(line)["image"] for line in path.read_text().splitlines() if '"row"' in line]
+        for path in store.glob("*.index.jsonl")
+    ]
+    assert len(rows) == 2 and min(map(len, rows)) > 0
+    assert len({image for part in rows for image in part}) == sum(map(len, rows)) == 24
+
+    kept = {path: path.stat().st_size for path in (tmp_path / "features").rglob("*")}
+    start_two(command(recipe, tmp_path / "run"), tmp_path)
+    assert {path: path.stat().st_size for path in (tmp_path / "features").rglob("*")} == kept

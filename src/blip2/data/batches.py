@@ -6,22 +6,17 @@ worker processes, and training can go on from any batch as if it had never stopp
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice
-from multiprocessing import parent_process
-from threading import Thread
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from blip2.data.features import FeatureCache
+from blip2.data.features import CachedFeatures
 from blip2.data.images import ImageError, augment_to_pixels, read_image, to_pixels
 from blip2.data.records import Record, Records, RecordStream
 from blip2.data.texts import StageBatch, TextPreparation
@@ -184,7 +179,7 @@ class Preparation(Dataset[Loaded]):
         train: bool,
         smallest_crop: float = 0.5,
         flip: bool = True,
-        features: FeatureCache | None = None,
+        features: CachedFeatures | None = None,
     ) -> None:
         self.records = records if isinstance(records, Records) else None
         self.texts = texts
@@ -237,54 +232,6 @@ class Preparation(Dataset[Loaded]):
         if not self.train:
             return to_pixels(image, self.preprocessing)
         return augment_to_pixels(image, self.preprocessing, random, self.smallest_crop, self.flip)
-
-
-def load(plans: Iterator[Plan], preparation: Preparation, workers: int) -> Iterator[Loaded]:
-    """Run `preparation` over `plans` in `workers` processes beside this one (0: within it), in order."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are parallel already
-    loader = DataLoader(
-        preparation,
-        sampler=_Endless(plans),
-        batch_size=None,
-        num_workers=workers,
-        collate_fn=_as_is,  # pyright: ignore[reportArgumentType]
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=_outlive_signals,
-    )
-    return iter(loader)
-
-
-def _outlive_signals(worker: int) -> None:
-    """Leave it to the training process what SIGINT and SIGTERM do.
-
-    Ctrl-C and schedulers signal every process of a run, but without its workers it could not finish a step.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = parent_process()
-    if parent is not None and sys.platform == "linux":
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        Thread(target=_obey, args=(parent.pid,), daemon=True).start()
-
-
-def _obey(parent: int | None) -> None:
-    """End this process at a SIGTERM of its parent; others are ignored."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
-
-
-class _Endless:
-    """An iterator of plans where DataLoader expects a sampler."""
-
-    def __init__(self, plans: Iterator[Plan]) -> None:
-        self.plans = plans
-
-    def __iter__(self) -> Iterator[Plan]:
-        return self.plans
-
-
-def _as_is(loaded: Loaded) -> Loaded:
-    return loaded
 
 
 def plan_evaluation(records: Records, batch_size: int, process: int = 0, processes: int = 1) -> Iterator[Plan]:

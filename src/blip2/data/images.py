@@ -35,8 +35,29 @@ class ImageError(InputError):
     """An image that cannot be decoded; the message names it and says why."""
 
 
-def read_image(image: ImageLike) -> Image.Image:
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of an image file.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    try:
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: the path holds what no path can
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: str | os.PathLike[str], error: OSError | ValueError) -> ImageError:
+    """What to say of a file that cannot be read."""
+    why = getattr(error, "strerror", None) or error
+    return ImageError(f"image {os.fspath(path)} cannot be read ({why}): check its path")
+
+
+def read_image(image: ImageLike, name: str | None = None) -> Image.Image:
     """Decode to 8-bit RGB.
+
+    Args:
+        name: of a file or its bytes, for messages; None: its path or its length.
 
     Raises:
         ImageError: no such file, empty, not an image, damaged, or more than :data:`MAX_PIXELS`.
@@ -48,13 +69,9 @@ def read_image(image: ImageLike) -> Image.Image:
         return _from_array(image, "the array given as an image")
     if isinstance(image, Image.Image):
         return _decode(image, f"image {getattr(image, 'filename', '') or 'given by PIL'}")
-    name = f"image of {len(image)} bytes" if isinstance(image, bytes) else f"image {os.fspath(image)}"
-    try:
-        data = image if isinstance(image, bytes) else Path(image).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: the path holds what no path can
-        raise ImageError(
-            f"{name} cannot be read ({getattr(error, 'strerror', None) or error}): check its path"
-        ) from error
+    if name is None:
+        name = f"image of {len(image)} bytes" if isinstance(image, bytes) else f"image {os.fspath(image)}"
+    data = image if isinstance(image, bytes) else read_bytes(image)
     if not data:
         raise ImageError(f"{name} is empty (0 bytes): copy or download it again")
     try:

@@ -19,6 +19,15 @@ def process_index() -> int:
     return dist.get_rank() if process_count() > 1 else 0
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """The values of all processes, in their order. All of them must call this, and wait for each other here."""
+    if process_count() == 1:
+        return [value]
+    values: list[Any] = [None] * process_count()
+    dist.all_gather_object(values, value)
+    return values
+
+
 class _Gather(torch.autograd.Function):
     """All-gather whose backward adds up what every process wants of this process's part."""
 

@@ -24,8 +24,8 @@ from torch import nn
 from blip2.build import Built, build, choose_device, prepare_texts
 from blip2.config import Recipe, dump_recipe
 from blip2.data.assets import resolve
-from blip2.data.batches import Loaded, Preparation, load, plan_batches, plan_evaluation, to_device
-from blip2.data.features import cache_features
+from blip2.data.batches import Loaded, Preparation, plan_batches, plan_evaluation, to_device
+from blip2.data.loading import load
 from blip2.data.records import Records, RecordStream, open_records
 from blip2.data.texts import StageBatch
 from blip2.errors import InputError
@@ -33,6 +33,7 @@ from blip2.interop.formats import is_pickle, open_foreign
 from blip2.model.generation import GenerationModel
 from blip2.model.objectives import Outcome
 from blip2.training import checkpoint
+from blip2.training.features import cached_features, summary
 from blip2.training.interruption import Interruption, note_signals
 from blip2.training.optimizer import build_optimizer, describe, restore_optimizer, set_rates, set_schedule
 from blip2.training.progress import Display, MetricsFile, note
@@ -170,9 +171,11 @@ class _Training:
         def prepare(source: str, train: bool) -> tuple[Records | RecordStream, Preparation]:
             with self.accelerator.main_process_first():
                 records = open_records(resolve(source), data, process, processes)
-                features = None
-                if data.cached_views:
-                    features = self._cache(records, data.cached_views if train else 1)
+            features = None
+            if data.cached_views:
+                views = data.cached_views if train else 1
+                features = cached_features(recipe, records, encoder, views, self.accelerator.device)
+                self.display.say(f"features of {source}: {summary(features)}")
             preparation = Preparation(
                 records, texts, encoder.preprocessing, train, data.smallest_crop, data.flip, features
             )
@@ -188,25 +191,6 @@ class _Training:
             if not isinstance(held_out, Records):
                 raise InputError("data.validation is a stream, expected a table or folder: set data.streaming to false")
         return load(plans, preparation, data.workers), validation
-
-    def _cache(self, records: Records | RecordStream, views: int) -> Any:
-        if not isinstance(records, Records):
-            raise InputError("data.cached_views needs a table or a folder, not a stream: set it to 0")
-        if not self.built.model.vision.is_frozen:
-            raise InputError(
-                "data.cached_views needs a frozen image encoder, but optimizer.rates trains it: set it to 0"
-            )
-        label = f"features of {len(records)} images, {views} view{'s' if views > 1 else ''} each"
-        shown = Display(label, enabled=self.accelerator.is_main_process)
-        shown.start(len(records))
-        try:
-            return cache_features(
-                self.folder.parent / "features", records, self.built.model.vision, views,
-                self.recipe.data.smallest_crop, self.recipe.data.flip, self.accelerator.device,
-                report=lambda done, total: shown.advance(done),
-            )  # fmt: skip
-        finally:
-            shown.close()
 
     def _next(self) -> tuple[Loaded, StageBatch]:
         for _ in range(BROKEN_IN_A_ROW):

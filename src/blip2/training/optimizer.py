@@ -15,6 +15,18 @@ from blip2.errors import InputError
 UNDECAYED = ("temperature", "qformer.queries")
 
 
+def pattern_of(name: str, config: OptimizerConfig) -> str:
+    """The pattern of ``config.rates`` that decides about a parameter.
+
+    Raises:
+        InputError: there is none.
+    """
+    pattern = next((p for p in config.rates if fnmatchcase(name, p)), None)
+    if pattern is None:
+        raise InputError(f'no pattern of optimizer.rates matches {name}: end the list with "*"')
+    return pattern
+
+
 def set_rates(model: nn.Module, config: OptimizerConfig) -> dict[str, float]:
     """Freeze and unfreeze the parameters of `model` as ``config.rates`` says.
 
@@ -28,9 +40,7 @@ def set_rates(model: nn.Module, config: OptimizerConfig) -> dict[str, float]:
     rates: dict[str, float] = {}
     used: set[str] = set()
     for name, parameter in model.named_parameters():
-        pattern = next((p for p in config.rates if fnmatchcase(name, p)), None)
-        if pattern is None:
-            raise InputError(f'no pattern of optimizer.rates matches {name}: end the list with "*"')
+        pattern = pattern_of(name, config)
         used.add(pattern)
         rate = config.rates[pattern]
         parameter.requires_grad_(rate != "frozen")
