@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -131,6 +131,12 @@ class QFormerOutput(NamedTuple):
     text: Float[Tensor, "B T D"]
 
 
+def _cast(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """To the dtype that autocast would cast it to, once for all the projections that read it."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 def _drop(x: Float[Tensor, "*shape"], share: float) -> Float[Tensor, "*shape"]:
     """Dropout that keeps one byte an element for the backward pass."""
     if x.device.type != "cpu":
@@ -220,9 +226,9 @@ class SelfAttention(Attention):
         self, x: Float[Tensor, "B S D"], mask: Bool[Tensor, "B 1 S S"] | None, kept: int
     ) -> Float[Tensor, "B {kept} D"]:
         """Every position is seen; the outputs of the first `kept` are made."""
-        asking = x[:, :kept]
-        queries = self.split_heads(self.query(asking))
-        keys, values = self.split_heads(self.key(x)), self.split_heads(self.value(x))
+        asking, cast = x[:, :kept], _cast(x)
+        queries, keys, values = self.query(cast[:, :kept]), self.key(cast), self.value(cast)
+        queries, keys, values = (self.split_heads(part) for part in (queries, keys, values))
         mask = mask if mask is None else mask[:, :, :kept]
         seen = _attend(queries, keys, values, mask, self.dropout.now)
         return self.finish(asking, seen.transpose(1, 2).flatten(2))
@@ -252,6 +258,22 @@ class CrossAttention(Attention):
         return seen.flatten(3).flatten(0, 1)
 
 
+class _GeluLinear(torch.autograd.Function):
+    """A linear layer of an exact GELU, whose output, the widest there is, is computed again instead of kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.gelu(x), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        above = gradients[0].flatten(0, -2)  # [M, D]
+        below = torch.ops.aten.gelu_backward((above @ weight).view_as(x), x)
+        return below, above.T @ F.gelu(x).flatten(0, -2), above.sum(dim=0)
+
+
 class FeedForward(nn.Module):
     """Two layers with an exact GELU between them, residual and LayerNorm."""
 
@@ -263,12 +285,9 @@ class FeedForward(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        # The widest activation is not kept for the backward pass: its GELU is soon computed again.
-        written = checkpoint(self._contract, self.expand(x), use_reentrant=False, preserve_rng_state=False)
-        return self.norm(x + self.dropout(written))
-
-    def _contract(self, x: Float[Tensor, "B N F"]) -> Float[Tensor, "B N D"]:
-        return self.contract(F.gelu(x))
+        hidden = self.expand(x)
+        weight, bias = (parameter.to(hidden.dtype) for parameter in (self.contract.weight, self.contract.bias))
+        return self.norm(x + self.dropout(_GeluLinear.apply(hidden, weight, bias)))
 
 
 class Block(nn.Module):
@@ -350,7 +369,7 @@ class QFormer(nn.Module):
             features: as they leave the image encoder.
             norm: their LayerNorm, which the Q-Former's owner trains with it.
         """
-        features = F.layer_norm(features, norm.normalized_shape, eps=norm.eps)
+        features = _cast(F.layer_norm(features, norm.normalized_shape, eps=norm.eps))
         attentions = (block.cross_attention for block in self.blocks)
         return ImageMemory(tuple((Looked(*a.keys_and_values(features, norm)),) for a in attentions if a is not None))
 
