@@ -97,7 +97,8 @@ def test_logits(saved, parts, name):
         labels = ids.masked_fill(~mask, -100)
         labels[:, 0] = -100
         expected = theirs(**inputs).logits[:, QUERIES - 1 : -1][labels != -100]
-    logits, targets = ours.model.language.logits(ours.model.visual_prompt(features), ids, mask, labels)
+    states, targets = ours.model.language.states(ours.model.visual_prompt(features), ids, mask, labels)
+    logits = ours.model.language.head(states)
     assert torch.equal(targets, labels[labels != -100])
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
     assert logits.std() > 0.1

@@ -95,7 +95,8 @@ def test_loss_and_metrics(build, name):
     model, batch = build(name), pairs()
     losses, metrics = model(batch)
     visual = model.visual_prompt(batch.images)
-    logits, labels = model.language.logits(visual, batch.ids, batch.mask, batch.labels)
+    states, labels = model.language.states(visual, batch.ids, batch.mask, batch.labels)
+    logits = model.language.head(states)
     surprise = [-row.log_softmax(dim=0)[label].item() for row, label in zip(logits, labels, strict=True)]
     assert batch.label_count == len(surprise) == 3 + 2 + 1
     assert losses["lm"].item() == pytest.approx(sum(surprise) / 6, abs=1e-5)

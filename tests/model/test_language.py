@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from blip2.errors import InputError
 from blip2.model.language import Decoding, LanguageModel, load_language_model
@@ -68,7 +76,8 @@ def training_texts(llm: LanguageModel) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def loss(llm: LanguageModel, visual: Tensor) -> Tensor:
-    return language_modeling(*llm.logits(visual, *training_texts(llm)))
+    states, labels = llm.states(visual, *training_texts(llm))
+    return language_modeling(states, llm.head, labels).loss
 
 
 def test_loss_is_that_of_transformers(llm):
@@ -83,9 +92,25 @@ def test_loss_is_that_of_transformers(llm):
 
 def test_only_positions_with_a_label_are_projected_to_the_vocabulary(llm):
     ids, mask, labels = training_texts(llm)
-    logits, chosen = llm.logits(draw((3, 4, 32)), ids, mask, labels)
-    assert logits.shape == (int((labels != -100).sum()), 258)
+    states, chosen = llm.states(draw((3, 4, 32)), ids, mask, labels)
+    assert states.shape == (int((labels != -100).sum()), 32)
+    assert llm.head(states).shape == (len(states), 258)
     assert chosen.tolist() == labels[labels != -100].tolist()
+
+
+def test_logits_that_are_changed_after_the_output_matrix():
+    """Gemma 2 caps its logits, Cohere scales them: what is left to do is nothing, and they are those of transformers."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"vocab_size": 258, "intermediate_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": END}
+    for config in (Gemma2Config(**sizes, head_dim=8, final_logit_softcapping=0.5), CohereConfig(**sizes)):
+        llm = LanguageModel(randomise(AutoModelForCausalLM.from_config(config)))
+        visual, (ids, mask, labels) = draw((3, 4, 32)), training_texts(llm)
+        inputs = torch.cat([visual, llm.network.get_input_embeddings()(ids)], dim=1)
+        seen = torch.cat([torch.ones(3, 4), mask], dim=1).long()
+        whole = torch.cat([torch.full((3, 4), -100), labels], dim=1)
+        expected = llm.network(inputs_embeds=inputs, attention_mask=seen, labels=whole).loss
+        assert loss(llm, visual).item() == pytest.approx(expected.item(), abs=1e-5)
+        assert llm.states(visual, ids, mask, labels)[0].shape[1] == 258
 
 
 def test_the_visual_prompt_learns_and_the_llm_does_not(llm):
@@ -115,7 +140,7 @@ def test_half_precision_weights_stay_so(load, name, dtype):
     spared = "wo.weight" if dtype == torch.float16 and name == "t5" else None
     assert {p.dtype for key, p in llm.named_parameters() if spared is None or spared not in key} == {dtype}
     visual = draw((3, 4, 32)).requires_grad_()
-    assert llm.logits(visual, *training_texts(llm))[0].dtype == dtype
+    assert llm.head(llm.states(visual, *training_texts(llm))[0]).dtype == dtype
     near, exact = loss(llm, visual), loss(load(name), visual)
     assert near.item() == pytest.approx(exact.item(), rel=0.03)
     near.backward()
@@ -126,10 +151,10 @@ def test_half_precision_weights_stay_so(load, name, dtype):
 def test_a_frozen_llm_ignores_autocast(llm):
     visual = draw((3, 4, 32))
     with torch.autocast("cpu", torch.bfloat16):
-        logits, _ = llm.logits(visual.bfloat16(), *training_texts(llm))
+        logits = llm.head(llm.states(visual.bfloat16(), *training_texts(llm))[0])
         new = llm.generate(visual, *words(*LENGTHS, side="left"), GREEDY, END)
     assert logits.dtype == torch.float32
-    torch.testing.assert_close(logits, llm.logits(visual.bfloat16(), *training_texts(llm))[0])
+    torch.testing.assert_close(logits, llm.head(llm.states(visual.bfloat16(), *training_texts(llm))[0]))
     assert torch.equal(new, llm.generate(visual, *words(*LENGTHS, side="left"), GREEDY, END))
 
 

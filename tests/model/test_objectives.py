@@ -2,8 +2,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
+from blip2.model import objectives
 from blip2.model.objectives import (
     draw_hard_negatives,
     image_text_contrastive,
@@ -129,18 +131,48 @@ def test_matching_loss_ignores_rows_that_do_not_count():
 def test_language_modeling_loss(smoothing):
     logits, labels = 3 * random(4, 7), torch.tensor([6, 0, 3, 3])
     expected = cross_entropies(logits, F.one_hot(labels, 7).tolist(), smoothing)
-    assert language_modeling(logits, labels, None, smoothing).item() == pytest.approx(sum(expected) / 4, abs=1e-6)
+    assert language_modeling(logits, nn.Identity(), labels, None, smoothing).loss.item() == pytest.approx(
+        sum(expected) / 4, abs=1e-6
+    )
 
 
 def test_label_count_makes_micro_batches_one_mean():
     logits, labels = random(10, 7), torch.arange(10) % 7
-    whole = language_modeling(logits, labels, None, 0.1)
+    whole = language_modeling(logits, nn.Identity(), labels, None, 0.1).loss
     sizes = (1, 6, 3)
     average = sum(sizes) / len(sizes)
     parts = zip(logits.split(sizes), labels.split(sizes), strict=True)
-    losses = [language_modeling(*part, average, 0.1) for part in parts]
+    losses = [language_modeling(part, nn.Identity(), wanted, average, 0.1).loss for part, wanted in parts]
     assert torch.stack(losses).mean().item() == pytest.approx(whole.item(), abs=1e-6)
 
 
 def test_language_modeling_without_labels_is_zero():
-    assert language_modeling(torch.zeros(0, 7), torch.zeros(0, dtype=torch.long)).item() == 0
+    assert language_modeling(torch.zeros(0, 7), nn.Identity(), torch.zeros(0, dtype=torch.long)).loss.item() == 0
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_logits_in_chunks_are_the_same_and_few(monkeypatch, smoothing):
+    states, labels, head = random(11, 5).requires_grad_(), torch.arange(11) % 7, nn.Linear(5, 7).double()
+    seen = []
+    head.register_forward_hook(lambda module, inputs, logits: seen.append(logits.numel()))
+    results = []
+    for at_once in (11 * 7, 3 * 7, 1):
+        monkeypatch.setattr(objectives, "LOGITS_AT_ONCE", at_once)
+        states.grad = None
+        head.zero_grad()
+        seen.clear()
+        written = language_modeling(states, head, labels, 4.0, smoothing)
+        written.loss.backward()
+        results.append((*written, states.grad, head.weight.grad, head.bias.grad))
+        assert max(seen) <= max(at_once, 7)
+        assert sum(seen) == 11 * 7 * (1 if at_once == 11 * 7 else 2)  # once more in the backward pass
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0])
+
+
+def test_perplexity_and_accuracy_of_what_is_written():
+    logits, labels = 3 * random(4, 7), torch.tensor([6, 0, 3, 3])
+    written = language_modeling(logits, nn.Identity(), labels, 99.0, 0.5)
+    expected = cross_entropies(logits, F.one_hot(labels, 7).tolist(), 0.0)
+    assert written.perplexity.item() == pytest.approx(math.exp(sum(expected) / 4), rel=1e-5)
+    assert written.accuracy.item() == (logits.argmax(dim=1) == labels).float().mean().item()

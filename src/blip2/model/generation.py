@@ -86,14 +86,10 @@ class GenerationModel(nn.Module):
         Returns:
             The loss, and beside it ``lm_perplexity`` and ``lm_accuracy`` (share of tokens predicted right).
         """
-        logits, labels = self.language.logits(self.visual_prompt(batch.images), batch.ids, batch.mask, batch.labels)
-        loss = objectives.language_modeling(logits, labels, label_count)
-        with torch.no_grad():
-            metrics = {
-                "lm_perplexity": objectives.language_modeling(logits, labels).exp(),
-                "lm_accuracy": (logits.argmax(dim=-1) == labels).float().mean(),
-            }
-        return Outcome({"lm": loss}, metrics)
+        visual = self.visual_prompt(batch.images)
+        states, labels = self.language.states(visual, batch.ids, batch.mask, batch.labels)
+        written = objectives.language_modeling(states, self.language.head, labels, label_count)
+        return Outcome({"lm": written.loss}, {"lm_perplexity": written.perplexity, "lm_accuracy": written.accuracy})
 
     @torch.no_grad()
     def generate(

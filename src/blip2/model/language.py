@@ -9,7 +9,10 @@ Legend: B batch, Q queries, T text tokens, U target tokens, L width of the LLM, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -90,14 +93,14 @@ class LanguageModel(Freezable):
         ids = torch.arange(0, self.vocabulary, step, device=self.network.device)
         return float(self.embed(ids[None]).float().square().mean().sqrt())
 
-    def logits(
+    def states(
         self,
         visual: Float[Tensor, "B Q L"],
         ids: Int[Tensor, "B T"],
         mask: Bool[Tensor, "B T"],
         labels: Int[Tensor, "B U"],
-    ) -> tuple[Float[Tensor, "M V"], Int[Tensor, "M"]]:
-        """Logits and labels of the M positions that carry a label, and of no others.
+    ) -> tuple[Float[Tensor, "M S"], Int[Tensor, "M"]]:
+        """What :meth:`head` makes logits of, and the labels, at the M positions that carry a label and no others.
 
         Args:
             visual: the soft visual prompt, put before the text.
@@ -108,21 +111,57 @@ class LanguageModel(Freezable):
         """
         inputs, seen = self._inputs(visual, ids, mask)
         counted = labels != IGNORED
-        with self.own_precision(inputs.device):
-            if self.is_encoder_decoder:
-                out = self.network(
-                    inputs_embeds=inputs,
-                    attention_mask=seen,
-                    decoder_input_ids=self.network.prepare_decoder_input_ids_from_labels(labels=labels),
-                    use_cache=False,
-                )
-                return out.logits[counted], labels[counted]
-            columns = counted.any(dim=0).nonzero().squeeze(1)
+        columns = counted.any(dim=0).nonzero().squeeze(1)
+        arguments: dict[str, Any] = {"inputs_embeds": inputs, "attention_mask": seen, "use_cache": False}
+        if self.is_encoder_decoder:
+            arguments["decoder_input_ids"] = self.network.prepare_decoder_input_ids_from_labels(labels=labels)
+        else:
             # The token at column t is predicted one position before it.
-            positions = visual.shape[1] + columns - 1
-            out = self.network(inputs_embeds=inputs, attention_mask=seen, logits_to_keep=positions, use_cache=False)
-        counted = counted[:, columns]
-        return out.logits[counted], labels[:, columns][counted]
+            arguments["logits_to_keep"] = visual.shape[1] + columns - 1
+            counted, labels = counted[:, columns], labels[:, columns]
+        with self.own_precision(inputs.device), self._without_head():
+            states = self.network(**arguments).logits
+        return states[counted], labels[counted]
+
+    def head(self, states: Float[Tensor, "M S"]) -> Float[Tensor, "M V"]:
+        """The logits of states."""
+        with self.own_precision(states.device):
+            return self._head(states)
+
+    @property
+    def _head(self) -> Any:
+        """The output matrix; the identity where what an LLM does to its logits afterwards leaves no other way."""
+        return self.network.get_output_embeddings() if self._ends_in_head else nn.Identity()
+
+    @contextmanager
+    def _without_head(self) -> Iterator[None]:
+        """Have the network put out what its output matrix would read."""
+        if not self._ends_in_head:
+            yield
+            return
+        matrix = self.network.get_output_embeddings()
+        matrix.forward = nn.Identity().forward
+        try:
+            yield
+        finally:
+            del matrix.forward
+
+    @cached_property
+    @torch.no_grad()
+    def _ends_in_head(self) -> bool:
+        """Whether logits are what the output matrix puts out, unscaled and uncapped: seen by handing on marked ones."""
+        matrix = self.network.get_output_embeddings()
+        if not isinstance(matrix, nn.Linear):
+            return False
+        marks = torch.linspace(-60, 60, matrix.out_features, device=matrix.weight.device).to(matrix.weight.dtype)
+        matrix.forward = lambda states: marks.expand(*states.shape[:-1], -1)
+        try:
+            ids = torch.zeros(1, 1, dtype=torch.long, device=matrix.weight.device)
+            decoder = {"decoder_input_ids": ids} if self.is_encoder_decoder else {}
+            logits = self.network(input_ids=ids, use_cache=False, **decoder).logits
+        finally:
+            del matrix.forward
+        return torch.equal(logits[0, 0], marks.to(logits.dtype))
 
     @torch.no_grad()
     def generate(

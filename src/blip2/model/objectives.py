@@ -5,15 +5,19 @@ Legend: B batch of this process, N batch of all processes, Q queries, C contrast
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100
 """Label of positions that carry no loss."""
+LOGITS_AT_ONCE = 2**24
+"""So many are in memory together: 64 MiB in float32, some of which PyTorch keeps twice."""
 
 
 class Outcome(NamedTuple):
@@ -75,17 +79,55 @@ def image_text_matching(
     return (losses * counted).sum() / counted.sum()
 
 
+class Written(NamedTuple):
+    """How well a text is predicted."""
+
+    loss: Float[Tensor, ""]
+    perplexity: Float[Tensor, ""]
+    """Without label smoothing and without gradient, as is what follows."""
+    accuracy: Float[Tensor, ""]
+    """Share of tokens predicted right."""
+
+
 def language_modeling(
-    logits: Float[Tensor, "M V"],
+    states: Float[Tensor, "M D"],
+    head: Callable[[Float[Tensor, "M D"]], Float[Tensor, "M V"]],
     labels: Int[Tensor, "M"],
     label_count: float | None = None,
     label_smoothing: float = 0.0,
-) -> Float[Tensor, ""]:
+) -> Written:
     """Next-token cross-entropy in nats, summed over M labelled positions and divided by `label_count` (§3.2, §3.3).
 
+    Logits are made a chunk of positions at a time, and again in the backward pass where there are several chunks: no
+    more than :data:`LOGITS_AT_ONCE` are in memory, however many positions and words there are.
+
     Args:
+        states: hidden states at the labelled positions.
+        head: what makes logits of them.
         label_count: what to divide by; M when None. The training loop gives the average M over the micro-batches
             and processes of one optimiser step, which makes their sum one mean over all labels of the step.
     """
-    total = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
-    return total / (label_count if label_count is not None else max(labels.shape[0], 1))
+    rows = max(LOGITS_AT_ONCE // head(states[:0]).shape[-1], 1)
+    chunks = list(zip(states.split(rows), labels.split(rows), strict=True))
+    if len(chunks) > 1 and torch.is_grad_enabled():
+        sums = [cast(Tensor, checkpoint(_entropies, head, *chunk, use_reentrant=False)) for chunk in chunks]
+    else:
+        sums = [_entropies(head, *chunk) for chunk in chunks]
+    entropy, spread, right = torch.stack(sums).sum(dim=0)
+    count = max(len(labels), 1)
+    total = (1 - label_smoothing) * entropy + label_smoothing * spread
+    return Written(
+        total / (label_count if label_count is not None else count),
+        (entropy.detach() / count).exp(),
+        right.detach() / count,
+    )
+
+
+def _entropies(
+    head: Callable[[Float[Tensor, "M D"]], Float[Tensor, "M V"]], states: Float[Tensor, "M D"], labels: Int[Tensor, "M"]
+) -> Float[Tensor, "3"]:
+    """Sums over positions: cross-entropy with the label, cross-entropy with all words alike, number predicted right."""
+    log_probabilities = head(states).float().log_softmax(dim=-1)
+    entropy = F.nll_loss(log_probabilities, labels, reduction="sum")
+    right = (log_probabilities.detach().argmax(dim=-1) == labels).sum()
+    return torch.stack([entropy, -log_probabilities.mean(dim=-1).sum(), right.float()])

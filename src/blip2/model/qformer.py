@@ -202,13 +202,17 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def keys_and_values(
-        self, features: Float[Tensor, "B P E"], norm: nn.LayerNorm
+        self, features: Float[Tensor, "B P E"], norm: nn.LayerNorm | None = None
     ) -> tuple[Float[Tensor, "B H P d"], Float[Tensor, "B H P d"]]:
-        """Of image features that were normalised, but not yet scaled and shifted by `norm`.
+        """Of image features.
 
-        Its weight and bias go into the projections instead: W (g * x + b) = (W * g) x + W b. The gradient of `norm`
-        then comes from that of the projections' weights, and none has to be computed for the features.
+        Args:
+            norm: what the features were normalised, but not yet scaled and shifted by. Its weight and bias go into the
+                projections instead: W (g * x + b) = (W * g) x + W b. The gradient of the norm then comes from that of
+                the projections' weights, and none has to be computed for the features.
         """
+        if norm is None:
+            return self.split_heads(self.key(features)), self.split_heads(self.value(features))
         key, value = (
             F.linear(features, p.weight * norm.weight, p.bias + (p.weight * norm.bias).sum(dim=1))
             for p in (self.key, self.value)
@@ -369,9 +373,15 @@ class QFormer(nn.Module):
             features: as they leave the image encoder.
             norm: their LayerNorm, which the Q-Former's owner trains with it.
         """
-        features = _cast(F.layer_norm(features, norm.normalized_shape, eps=norm.eps))
-        attentions = (block.cross_attention for block in self.blocks)
-        return ImageMemory(tuple((Looked(*a.keys_and_values(features, norm)),) for a in attentions if a is not None))
+        attentions = [block.cross_attention for block in self.blocks if block.cross_attention is not None]
+        # What is frozen needs no gradient, but the norm behind it does: see there.
+        folded = norm if torch.is_grad_enabled() and not features.requires_grad else None
+        if folded is None:
+            features = norm(features)
+        else:
+            features = F.layer_norm(features, norm.normalized_shape, eps=norm.eps)
+        features = _cast(features)
+        return ImageMemory(tuple((Looked(*each.keys_and_values(features, folded)),) for each in attentions))
 
     @torch.no_grad()
     def attention_maps(self, memory: ImageMemory) -> Float[Tensor, "B layers Q P"]:

@@ -7,6 +7,7 @@ E image encoder width, C contrastive width, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -167,13 +168,12 @@ class RepresentationModel(nn.Module):
 
         if self.enabled.itg:
             labelled = batch.mask[:, 1:]
-            hidden = out.text[:, length:-1][labelled]  # [M, D]: the vocabulary is projected to nowhere else
+            states = out.text[:, length:-1][labelled]  # [M, D]: the vocabulary is projected to nowhere else
             assert self.qformer.word_embedding is not None
-            logits = self.language_head(hidden, self.qformer.word_embedding.weight)
+            head = partial(self.language_head, word_embedding=self.qformer.word_embedding.weight)
             labels = batch.ids[:, 1:][labelled]
-            losses["itg"] = objectives.language_modeling(logits, labels, label_count, self.enabled.label_smoothing)
-            with torch.no_grad():
-                metrics["itg_perplexity"] = objectives.language_modeling(logits, labels).exp()
+            written = objectives.language_modeling(states, head, labels, label_count, self.enabled.label_smoothing)
+            losses["itg"], metrics["itg_perplexity"] = written.loss, written.perplexity
         return Outcome(losses, metrics)
 
     def _gather(self, tensor: Shaped[Tensor, "B *rest"]) -> Shaped[Tensor, "N *rest"]:
