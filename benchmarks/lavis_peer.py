@@ -121,7 +121,7 @@ def main() -> None:
                 out = model(samples)
             out.loss.backward()
             optimizer.step()
-            return [float(out.loss_itc), float(out.loss_itm), float(out.loss_lm)]
+            return [out.loss_itc.item(), out.loss_itm.item(), out.loss_lm.item()]
 
         serve(step, device)
         return

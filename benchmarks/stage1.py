@@ -134,7 +134,7 @@ def step(case: Case, model: Any, data: dict[str, Tensor]) -> Any:
             losses = model(batch).losses
         torch.stack(list(losses.values())).sum().backward()
         optimizer.step()
-        return [float(losses[name]) for name in ("itc", "itm", "itg")]
+        return [losses[name].item() for name in ("itc", "itm", "itg")]
 
     return run
 
@@ -154,7 +154,8 @@ def rerank(case: Case, model: Any, data: dict[str, Tensor]) -> Any:
     model.eval()
 
     def run() -> Sequence[float]:
-        raise NotImplementedError
+        scores = model.match_candidates(data["features"], data["ids"], data["mask"], data["candidates"])
+        return scores[..., 1].flatten().tolist()
 
     return run
 

@@ -192,17 +192,10 @@ class RepresentationPipeline(Pipeline[RepresentationModel]):
         self, images: Images, texts: Sequence[str], candidates: Int[Tensor, "I K"]
     ) -> Float[Tensor, "I K 2"]:
         """Logits of (not matched, matched) of each image with K texts of its own, for re-ranking (§4.4)."""
-        ids, mask = self._encode(texts)
-        rows = []
-        for features, wanted in zip(self.features(images), candidates.to(self.device), strict=True):
-            memory = self.model.memory(features[None])  # once an image, shared by all its texts
-            chunks = []
-            for chunk in wanted.split(4 * self.batch_size):
-                longest = int(mask[chunk].sum(dim=1).max())
-                shared = memory.repeat(len(chunk))
-                chunks.append(self.model.match(shared, ids[chunk, :longest], mask[chunk, :longest]))
-            rows.append(torch.cat(chunks))
-        return torch.stack(rows)
+        features = self.features(images)
+        return self.model.match_candidates(
+            features, *self._encode(texts), candidates.to(self.device), 4 * self.batch_size
+        )
 
     def _encode(self, texts: Sequence[str]) -> tuple[Int[Tensor, "T L"], Bool[Tensor, "T L"]]:
         limit = min(self.recipe.qformer.max_positions, 2 * self.recipe.data.max_tokens)

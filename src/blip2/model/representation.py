@@ -112,6 +112,37 @@ class RepresentationModel(nn.Module):
             self.matching_head(self.qformer(memory, ids, bidirectional, text_output=False).queries).float().mean(dim=1)
         )
 
+    @torch.no_grad()
+    def match_candidates(
+        self,
+        images: Shaped[Tensor, "I ..."],
+        ids: Int[Tensor, "T L"],
+        mask: Bool[Tensor, "T L"],
+        candidates: Int[Tensor, "I K"],
+        at_once: int = 64,
+    ) -> Float[Tensor, "I K 2"]:
+        """Logits of (not matched, matched) of each image with K texts of its own, for re-ranking (§4.4).
+
+        An image's memory is made once for all its texts, and texts of like length go through together.
+
+        Args:
+            images: pixels [I, 3, H, W] or features [I, P, E].
+            ids, mask: all texts.
+            candidates: which texts, for each image.
+            at_once: pairs that go through the Q-Former together.
+        """
+        lengths = mask.sum(dim=1)
+        rows = []
+        for features, wanted in zip(self.vision.features(images), candidates, strict=True):
+            memory = self.qformer.memory(features[None], self.image_norm)
+            order = lengths[wanted].argsort()
+            parts = []
+            for texts in wanted[order].split(at_once):
+                longest = int(lengths[texts].max())
+                parts.append(self.match(memory.repeat(len(texts)), ids[texts, :longest], mask[texts, :longest]))
+            rows.append(torch.cat(parts)[order.argsort()])
+        return torch.stack(rows)
+
     @staticmethod
     def _project(projection: nn.Linear, hidden: Float[Tensor, "*rest D"]) -> Float[Tensor, "*rest C"]:
         # Cosines divided by a temperature of .07 lose too much in half precision.
