@@ -11,7 +11,7 @@ from blip2 import inference
 from blip2.data.texts import encode_texts
 from blip2.errors import InputError
 from blip2.inference import ANSWER, CAPTION, QUESTION, SHORT_QUESTION, load
-from blip2.model.language import Decoding
+from blip2.model.decoding import Decoding
 from conftest import draw
 from fixtures.tiny import randomise
 

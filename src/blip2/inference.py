@@ -20,8 +20,8 @@ from blip2.data.texts import encode_prompts, encode_texts
 from blip2.errors import InputError
 from blip2.interop.transformers import IMAGE_TOKEN
 from blip2.model import objectives
+from blip2.model.decoding import Decoding
 from blip2.model.generation import GenerationModel
-from blip2.model.language import Decoding
 from blip2.model.representation import RepresentationModel
 from blip2.training import checkpoint
 

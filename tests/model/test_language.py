@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from blip2.errors import InputError
-from blip2.model.language import Decoding, LanguageModel, load_language_model
+from blip2.model.decoding import Decoding
+from blip2.model.language import LanguageModel, load_language_model
 from blip2.model.objectives import language_modeling
 from fixtures.tiny import randomise
 
