@@ -34,6 +34,9 @@ from blip2.errors import InputError
 UNWRITTEN = -1
 """In place of a token that a text does not have."""
 
+ALIBI = {"bloom", "mpt"}
+"""LLMs that look at distances between tokens and so need no positions."""
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -149,7 +152,8 @@ def write_plainly(
 def is_supported(network: Any) -> bool:
     """Whether :func:`write` can run an LLM: what it keeps of a text is the keys and values of each row, and no more.
 
-    Not so for recurrent LLMs (Mamba and its hybrids) and for those with steps of their own before each pass.
+    Not so for recurrent LLMs (Mamba and its hybrids), for those with steps of their own before each pass, and for those
+    that cannot be told the positions of tokens.
     """
     config = network.config
     needed = {"attention_mask", "past_key_values", "use_cache"}
@@ -159,6 +163,8 @@ def is_supported(network: Any) -> bool:
             return False
     else:
         needed |= {"input_ids", "inputs_embeds"}
+        if config.model_type not in ALIBI:  # others would number tokens by column, padding too
+            needed |= {"position_ids"}
     hooks = (
         "generate",
         "prepare_inputs_for_generation",
