@@ -10,32 +10,20 @@ tokens, L width of the LLM, V vocabulary.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import (
-    DynamicCache,
-    EncoderDecoderCache,
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-)
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.modeling_outputs import BaseModelOutput
+from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from blip2.errors import InputError
+from blip2.model.reading import DecoderOnlyReader, EncoderDecoderReader, Prompts, Reader
 
 UNWRITTEN = -1
 """In place of a token that a text does not have."""
-
-ALIBI = {"bloom", "mpt"}
-"""LLMs that look at distances between tokens and so need no positions."""
 
 
 @dataclass(frozen=True)
@@ -72,26 +60,6 @@ class Decoding:
         return 1 if self.top_p is not None else max(self.beams, copies)
 
 
-@dataclass(frozen=True)
-class Prompts:
-    """What the LLM is to continue: for each prompt a picture, then text."""
-
-    visual: Float[Tensor, "I Q L"]
-    """Soft visual prompts."""
-    text: Float[Tensor, "B T L"]
-    """Embeddings of the text, padded on the right. T may be 0."""
-    mask: Bool[Tensor, "B T"]
-    """True where there is text."""
-    image_of: Int[Tensor, "B"]
-    """The row of `visual` that each prompt belongs to."""
-
-    def joined(self) -> tuple[Float[Tensor, "B S L"], Bool[Tensor, "B S"]]:
-        """The visual prompt before each text (S = Q + T), and the mask of both."""
-        visual = self.visual[self.image_of]
-        seen = self.mask.new_ones(visual.shape[:2])
-        return torch.cat([visual, self.text], dim=1), torch.cat([seen, self.mask], dim=1)
-
-
 @torch.no_grad()
 def write(
     network: Any, prompts: Prompts, decoding: Decoding, ends: Sequence[int], copies: int = 1
@@ -99,13 +67,14 @@ def write(
     """The continuation of each prompt, `copies` of each beside each other.
 
     Args:
-        network: an LLM of which :func:`is_supported` holds.
+        network: an LLM of which :func:`blip2.model.reading.is_supported` holds.
         ends: ids of the tokens that end a text; the first of them pads the result.
 
     Returns:
         New tokens only; U is the length of the longest text, its end included.
     """
-    reader = EncoderDecoderReader(network, prompts) if network.config.is_encoder_decoder else Reader(network, prompts)
+    kind = EncoderDecoderReader if network.config.is_encoder_decoder else DecoderOnlyReader
+    reader = kind(network, prompts)
     search = beam_search if decoding.width(copies) > 1 else follow
     texts = search(reader, decoding, torch.tensor(ends, device=prompts.text.device), copies)
     longest = int((texts != UNWRITTEN).any(dim=0).sum())
@@ -149,159 +118,15 @@ def write_plainly(
     return new[:, 1:] if network.config.is_encoder_decoder else new  # a decoder's text begins with its start token
 
 
-def is_supported(network: Any) -> bool:
-    """Whether :func:`write` can run an LLM: what it keeps of a text is the keys and values of each row, and no more.
-
-    Not so for recurrent LLMs (Mamba and its hybrids), for those with steps of their own before each pass, and for those
-    that cannot be told the positions of tokens.
-    """
-    config = network.config
-    needed = {"attention_mask", "past_key_values", "use_cache"}
-    if config.is_encoder_decoder:
-        needed |= {"decoder_input_ids", "encoder_outputs"}
-        if network.generation_config.decoder_start_token_id is None:
-            return False
-    else:
-        needed |= {"input_ids", "inputs_embeds"}
-        if config.model_type not in ALIBI:  # others would number tokens by column, padding too
-            needed |= {"position_ids"}
-    hooks = (
-        "generate",
-        "prepare_inputs_for_generation",
-        "_prepare_position_ids_for_generation",
-        "_update_model_kwargs_for_generation",
-        "_reorder_cache",
-    )
-    layers = DynamicCache(config=config.get_text_config(decoder=True)).layers
-    return (
-        needed <= set(inspect.signature(network.forward).parameters)
-        and all(getattr(type(network), hook, None) is getattr(GenerationMixin, hook, None) for hook in hooks)
-        and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-    )
-
-
-# -- what the LLM has read -----------------------------------------------------------------------------------------
-
-
-class Reader:
-    """A decoder-only LLM that has read the prompts, a row each, and goes on reading token by token.
-
-    `logits` [N, V] are those of the token that comes next in each row.
-    """
-
-    start: int | None = None
-    """What a text begins with."""
-
-    def __init__(self, network: Any, prompts: Prompts) -> None:
-        parameters = inspect.signature(network.forward).parameters
-        self.network = network
-        self._takes_positions = "position_ids" in parameters
-        self._takes_places = "logits_to_keep" in parameters
-        # Also where the LLM looks at a window only: what lies in it is not known before the padding is moved.
-        self._cache = DynamicCache()
-        if len(prompts.visual) < len(prompts.text):
-            visual = prompts.visual
-            self._mask = prompts.mask.new_ones(len(visual), 0)
-            self._pass(prompts.mask.new_ones(visual.shape[:2]), inputs_embeds=visual)
-            self._select(prompts.image_of)
-            after_visual = self.logits[prompts.image_of]
-            if prompts.text.shape[1]:
-                self._pass(prompts.mask, inputs_embeds=prompts.text)
-                after_visual = self.logits.where(prompts.mask.any(dim=1, keepdim=True), after_visual)
-            self.logits = after_visual
-        else:
-            inputs, seen = prompts.joined()
-            self._mask = seen[:, :0]
-            self._pass(seen, inputs_embeds=inputs)
-        self._move_padding_to_the_front()
-
-    def read(self, tokens: Int[Tensor, "M"], rows: Int[Tensor, "M"]) -> None:
-        """Read a token after each of these rows: one that is left out is gone, one that repeats goes on twice."""
-        self._select(rows)
-        self._pass(self._mask.new_ones(len(tokens), 1), input_ids=tokens[:, None])
-
-    def _select(self, rows: Int[Tensor, "M"]) -> None:
-        if not is_every_row(rows, len(self._mask)):
-            self._mask = self._mask[rows]
-            self._cache.reorder_cache(rows)
-
-    def _pass(self, seen: Bool[Tensor, "N S"], **inputs: Tensor) -> None:
-        """Run the LLM over S more columns, those that are `seen`; the rest is padding on the right."""
-        self._mask = torch.cat([self._mask, seen], dim=1)
-        last = (seen.sum(dim=1) - 1).clamp(min=0)
-        given: dict[str, Any] = {}
-        if self._takes_positions:
-            given["position_ids"] = self._mask.long().cumsum(dim=1)[:, -seen.shape[1] :] - 1
-        if self._takes_places and seen.shape[1] > 1:
-            given["logits_to_keep"], last = last.unique(return_inverse=True)
-        out = self.network(
-            **inputs, **given, attention_mask=self._mask.long(), past_key_values=self._cache, use_cache=True
-        )
-        self.logits: Float[Tensor, "N V"] = out.logits[torch.arange(len(last)), last].float()
-
-    def _move_padding_to_the_front(self) -> None:
-        """Leave no gap between a prompt and what comes next: some LLMs look a number of columns back."""
-        if self._mask.all():
-            return
-        order = self._mask.long().argsort(dim=1, stable=True)
-        self._mask = self._mask.gather(1, order)
-        for layer in self._cache.layers:
-            layer.keys, layer.values = (
-                kept.gather(2, order[:, None, :, None].expand_as(kept)) for kept in (layer.keys, layer.values)
-            )
-
-
-class EncoderDecoderReader:
-    """The same for an encoder-decoder: its encoder has read the prompts, its decoder a start token."""
-
-    def __init__(self, network: Any, prompts: Prompts) -> None:
-        inputs, seen = prompts.joined()
-        decoder = network.config.get_text_config(decoder=True)
-        self.network = network
-        self.start: int = network.generation_config.decoder_start_token_id
-        self._seen = seen.long()
-        self._hidden = network.get_encoder()(inputs_embeds=inputs, attention_mask=self._seen).last_hidden_state
-        self._prompt = torch.arange(len(inputs), device=inputs.device)  # of each row
-        self._cache = EncoderDecoderCache(DynamicCache(config=decoder), DynamicCache(config=decoder))
-        self.read(torch.full_like(self._prompt, self.start), self._prompt)
-
-    def read(self, tokens: Int[Tensor, "M"], rows: Int[Tensor, "M"]) -> None:
-        self._select(rows)
-        out = self.network(
-            encoder_outputs=BaseModelOutput(last_hidden_state=self._hidden),
-            attention_mask=self._seen,
-            decoder_input_ids=tokens[:, None],
-            past_key_values=self._cache,
-            use_cache=True,
-        )
-        self.logits: Float[Tensor, "N V"] = out.logits[:, -1].float()
-
-    def _select(self, rows: Int[Tensor, "M"]) -> None:
-        if is_every_row(rows, len(self._prompt)):
-            return
-        self._cache.self_attention_cache.reorder_cache(rows)
-        prompt = self._prompt[rows]
-        if not torch.equal(prompt, self._prompt):  # all beams of a prompt look at the same encoding
-            self._prompt, self._seen, self._hidden = prompt, self._seen[rows], self._hidden[rows]
-            self._cache.cross_attention_cache.reorder_cache(rows)
-
-
-def is_every_row(rows: Int[Tensor, "M"], count: int) -> bool:
-    """Whether they are 0, 1, ... count - 1."""
-    return torch.equal(rows, torch.arange(count, device=rows.device))
-
-
 # -- search --------------------------------------------------------------------------------------------------------
 
 
-def beam_search(
-    reader: Reader | EncoderDecoderReader, decoding: Decoding, ends: Int[Tensor, "ends"], copies: int
-) -> Int[Tensor, "N U"]:
+def beam_search(reader: Reader, decoding: Decoding, ends: Int[Tensor, "ends"], copies: int) -> Int[Tensor, "N U"]:
     """The best `copies` texts of each prompt among those that a beam meets.
 
     The score of a text of n tokens is log P / n ** length_penalty. A text is finished when it ends while it is among
     the K best. A prompt is settled when it has K finished texts and the best of those that go on, if it ended where it
-    is, would not be among them.
+    is, would not be among them; or when nothing that goes on can come before the `copies` best, for P only falls.
     """
     count, beams, longest = len(reader.logits), decoding.width(copies), decoding.max_new_tokens
     device = reader.logits.device
@@ -329,7 +154,9 @@ def beam_search(
 
         chances, order = totals.masked_fill(ended, -torch.inf).topk(min(beams, totals.shape[1]))
         texts, parents = pick(candidates, order), pick(parents, order)
+        longer = max((step + 2) ** decoding.length_penalty, longest**decoding.length_penalty)
         goes_on = chances[:, 0] / length > scores[:, -1]
+        goes_on &= chances[:, 0] / longer >= scores[:, copies - 1]
         settled[prompts[~goes_on]] = finished[~goes_on]
         if not goes_on.any():
             break
@@ -341,9 +168,7 @@ def beam_search(
     return settled[:, :copies].flatten(0, 1)
 
 
-def follow(
-    reader: Reader | EncoderDecoderReader, decoding: Decoding, ends: Int[Tensor, "ends"], copies: int
-) -> Int[Tensor, "N U"]:
+def follow(reader: Reader, decoding: Decoding, ends: Int[Tensor, "ends"], copies: int) -> Int[Tensor, "N U"]:
     """Texts written token by token: the likeliest each time, or one drawn from the nucleus."""
     device = reader.logits.device
     rows = torch.arange(len(reader.logits), device=device).repeat_interleave(copies)  # of the reader, for each text
@@ -372,7 +197,7 @@ def adjust(
     """Scores of the next token with what a :class:`Decoding` says of repetitions and of the shortest text."""
     if decoding.repetition_penalty != 1:
         # As in transformers the start of a decoder's text is one of its tokens.
-        before = written if start is None else torch.cat([torch.full_like(written[:, :1], start), written], dim=1)
+        before = written if start is None else torch.cat([written.new_full((len(written), 1), start), written], dim=1)
         old = scores.gather(1, before)
         new = torch.where(old < 0, old * decoding.repetition_penalty, old / decoding.repetition_penalty)
         scores = scores.scatter(1, before, new)

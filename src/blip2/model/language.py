@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Generation
 from transformers.activations import ACT2FN
 
 from blip2.errors import InputError
-from blip2.model.decoding import Decoding, Prompts, is_supported, write, write_plainly
+from blip2.model.decoding import Decoding, write, write_plainly
 from blip2.model.frozen import Freezable
 from blip2.model.objectives import IGNORED
 from blip2.model.pretrained import read_config, read_model
+from blip2.model.reading import Prompts, is_supported
 
 
 class LanguageModel(Freezable):
