@@ -122,7 +122,7 @@ class DecoderOnlyReader(Reader):
         self._takes_positions = "position_ids" in parameters
         self._takes_places = "logits_to_keep" in parameters
         # Of all that was read, also where the LLM looks at a window of it: some of that may still be padding.
-        self._cache = DynamicCache()
+        self._cache: Any = DynamicCache()
         if len(prompts.visual) < len(prompts.text):
             self._read_visual_prompts_once(prompts)
         else:
@@ -187,11 +187,12 @@ class EncoderDecoderReader(Reader):
         super().__init__(network, prompts)
         inputs, seen = prompts.joined()
         decoder = network.config.get_text_config(decoder=True)
-        self.start: int = network.generation_config.decoder_start_token_id
+        start = network.generation_config.decoder_start_token_id
+        self.start = start
         self._mask = seen.long()
         self._hidden = network.get_encoder()(inputs_embeds=inputs, attention_mask=self._mask).last_hidden_state
-        self._cache = EncoderDecoderCache(DynamicCache(config=decoder), DynamicCache(config=decoder))
-        self._read(torch.full_like(self._prompt, self.start))
+        self._cache: Any = EncoderDecoderCache(DynamicCache(config=decoder), DynamicCache(config=decoder))
+        self._read(torch.full_like(self._prompt, start))
 
     def _read(self, tokens: Int[Tensor, "N"]) -> None:
         out = self.network(
@@ -217,35 +218,40 @@ class PromptLayer(DynamicLayer):
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
         self.lazy_initialization(keys, values)
-        self.keys, self.values = keys, values
         self._prompt = keys.shape[-2]
-        self._with_room = keys, values
+        self._room = [with_room(kept) for kept in (keys, values)]
+        self._fill(self._prompt)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add tokens, where there is room without copying those before."""
-        before = self.keys.shape[-2]
+        before = self.get_seq_length()
         after = before + key_states.shape[-2]
-        if after > self._with_room[0].shape[-2]:
-            self._with_room = with_room(self.keys, after + ROOM), with_room(self.values, after + ROOM)
-        keys, values = self._with_room
-        keys[..., before:after, :] = key_states
-        values[..., before:after, :] = value_states
-        self.keys, self.values = keys[..., :after, :], values[..., :after, :]
-        return self.keys, self.values
+        if after > self._room[0].shape[-2]:
+            self._room = [with_room(kept) for kept in self._room]
+        for room, new in zip(self._room, (key_states, value_states), strict=True):
+            room[..., before:after, :] = new
+        return self._fill(after)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep these rows."""
-        super().reorder_cache(beam_idx)
-        self._with_room = self.keys, self.values
+        length = self.get_seq_length()
+        self._room = [room.index_select(0, beam_idx) for room in self._room]
+        self._fill(length)
 
     def exchange(self, rows: Int[Tensor, "N"]) -> None:
         """Keep these rows, whose prompts are those that stand there already."""
-        for kept in (self.keys, self.values):
-            kept[..., self._prompt :, :] = kept[rows, :, self._prompt :]
+        written = slice(self._prompt, self.get_seq_length())
+        for room in self._room:
+            room[..., written, :] = room[rows, :, written]
+
+    def _fill(self, length: int) -> tuple[Tensor, Tensor]:
+        keys, values = (room[..., :length, :] for room in self._room)
+        self.keys, self.values = keys, values
+        return keys, values
 
 
-def with_room(kept: Tensor, tokens: int) -> Tensor:
-    """A copy of keys or values [N, heads, tokens, width] that has room for so many tokens."""
-    roomy = kept.new_empty(*kept.shape[:-2], tokens, kept.shape[-1])
+def with_room(kept: Tensor) -> Tensor:
+    """A copy of keys or values [N, heads, tokens, width] that has room for more tokens."""
+    roomy = kept.new_empty(*kept.shape[:-2], kept.shape[-2] + ROOM, kept.shape[-1])
     roomy[..., : kept.shape[-2], :] = kept
     return roomy
