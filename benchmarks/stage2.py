@@ -1,6 +1,6 @@
 """What transformers can do too, beside transformers: a step of stage 2, answers, matching. Run as a contender:
 
-    python stage2.py {step,cached,answers,matching} {blip2,transformers} FOLDER
+    python stage2.py {step,cached,answers,answers-from-pixels,matching} {blip2,transformers} FOLDER
 
 Both sides read one folder in transformers' layout, with random weights. Pictures go in as pixels; the frozen encoder is
 a ViT-S/16, the Q-Former 6 blocks of 384, the LLM has the shapes of OPT-125M or SmolLM2-135M.
@@ -19,7 +19,10 @@ from torch import Tensor
 
 QUERIES = 32
 LANGUAGE: dict[str, dict[str, Any]] = {
-    "opt": {"vocab_size": 50272, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "ffn_dim": 3072},
+    "opt": {
+        "vocab_size": 50272, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "ffn_dim": 3072,
+        "dropout": 0.0,
+    },
     "llama": {
         "vocab_size": 49152, "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9,
         "num_key_value_heads": 3, "intermediate_size": 1536,
@@ -56,15 +59,13 @@ def prepare(work: str, language: str, folder: Path, batch: int = 8, texts: tuple
             **sizes, num_hidden_layers=6, vocab_size=words, use_qformer_text_input=work == "matching",
             hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         ),
-        text_config=kind(**LANGUAGE[language], pad_token_id=0, bos_token_id=END, eos_token_id=END, dropout=0.0)
-        if language == "opt"
-        else kind(**LANGUAGE[language], pad_token_id=0, bos_token_id=END, eos_token_id=END),
+        text_config=kind(**LANGUAGE[language], pad_token_id=0, bos_token_id=END, eos_token_id=END),
         num_query_tokens=QUERIES,
         image_token_index=None if work == "matching" else IMAGE,
     )  # fmt: skip
     model = (Blip2ForImageTextRetrieval if work == "matching" else Blip2ForConditionalGeneration)(config)
     model.query_tokens.data.normal_(std=0.02)  # zeros, as transformers begins, would make all queries one
-    if work == "answers":
+    if work.startswith("answers"):
         model.language_projection.weight.data.normal_(std=0.05)
         model.language_model.get_output_embeddings().weight.data.mul_(20)  # or all words would be as probable
     model.save_pretrained(folder)
@@ -91,22 +92,25 @@ def prepare(work: str, language: str, folder: Path, batch: int = 8, texts: tuple
 
 def ours(work: str, folder: Path, data: dict[str, Tensor]) -> Callable[[], Sequence[float]]:
     import blip2
+    from blip2.model.decoding import Decoding
     from blip2.model.generation import GenerationBatch
-    from blip2.model.language import Decoding
     from blip2.training.optimizer import build_optimizer, set_rates
 
     pipeline = blip2.load(folder, device="cpu", dtype="fp32")
     model: Any = pipeline.model
     pixels, ids, mask = data["pixels"], data["ids"], data["mask"]
-    if work == "answers":
+    if work.startswith("answers"):
         decoding = Decoding(beams=5, max_new_tokens=5, length_penalty=-1.0)
+        with torch.no_grad():
+            visual = model.visual_prompt(pixels)
 
         def answer() -> Sequence[float]:
-            return pad(model.generate(pixels, ids, mask, decoding, END), 5)
+            if work == "answers-from-pixels":
+                return pad(model.generate(pixels, ids, mask, decoding, END), 5)
+            return pad(model.language.generate(visual, ids, mask, decoding, END), 5)
 
         return answer
     if work == "matching":
-
         every = torch.arange(len(ids)).expand(len(pixels), -1)
 
         def match() -> Sequence[float]:
@@ -155,15 +159,21 @@ def theirs(work: str, folder: Path, data: dict[str, Tensor]) -> Callable[[], Seq
         "input_ids": torch.cat([places, ids], 1),
         "attention_mask": torch.cat([torch.ones_like(places), mask], 1),
     }
-    if work == "answers":
+    if work.startswith("answers"):
+        how = {
+            "num_beams": 5, "max_new_tokens": 5, "min_new_tokens": 1, "length_penalty": -1.0, "eos_token_id": END,
+            "pad_token_id": END,
+        }  # fmt: skip
+        with torch.no_grad():
+            visual = model.get_image_features(pixels).pooler_output
+            embeds = torch.cat([visual, model.get_input_embeddings()(ids)], 1)
 
         @torch.no_grad()
         def answer() -> Sequence[float]:
-            new = model.generate(
-                **inputs, num_beams=5, max_new_tokens=5, min_new_tokens=1, length_penalty=-1.0, eos_token_id=END,
-                pad_token_id=END,
-            )  # fmt: skip
-            return pad(new[:, inputs["input_ids"].shape[1] :], 5)
+            if work == "answers-from-pixels":
+                return pad(model.generate(**inputs, **how)[:, inputs["input_ids"].shape[1] :], 5)
+            seen = inputs["attention_mask"]
+            return pad(model.language_model.generate(inputs_embeds=embeds, attention_mask=seen, **how), 5)
 
         return answer
     # Nothing is frozen there by itself; its users who know freeze what BLIP-2 freezes.

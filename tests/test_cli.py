@@ -16,7 +16,7 @@ from blip2 import config
 from blip2.cli import main
 from blip2.config import dump_recipe, load_recipe
 from blip2.inference import load
-from blip2.model.language import Decoding
+from blip2.model.decoding import Decoding
 from blip2.training.progress import read_metrics
 from conftest import draw
 

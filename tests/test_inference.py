@@ -11,7 +11,7 @@ from blip2 import inference
 from blip2.data.texts import encode_texts
 from blip2.errors import InputError
 from blip2.inference import ANSWER, CAPTION, QUESTION, SHORT_QUESTION, load
-from blip2.model.language import Decoding
+from blip2.model.decoding import Decoding
 from conftest import draw
 from fixtures.tiny import randomise
 
@@ -274,6 +274,54 @@ def test_batches_of_prompts(writer, monkeypatch):
     expected = writer.answer(PICTURES, QUESTIONS)
     monkeypatch.setattr(writer, "batch_size", 2)
     assert writer.answer(PICTURES, QUESTIONS) == expected
+    expected = writer.answer(PICTURES[0], QUESTIONS)
+    monkeypatch.setattr(writer, "batch_size", 1)
+    assert writer.answer(PICTURES[0], QUESTIONS) == expected
+
+
+def test_prompts_say_which_image_they_are_about(writer, monkeypatch):
+    asked = [(1, QUESTIONS[1]), (0, QUESTIONS[0]), (1, QUESTIONS[2]), (2, ""), (1, QUESTIONS[0])]
+    expected = [writer.generate(PICTURES[i], [prompt], GREEDY)[0] for i, prompt in asked]
+    image_of, prompts = zip(*asked, strict=True)
+    assert writer.generate(PICTURES, prompts, GREEDY, image_of=image_of) == expected
+    assert len(set(expected)) > 2
+    beams = [writer.generate(PICTURES[i], [prompt], ANSWER, 2) for i, prompt in asked]
+    monkeypatch.setattr(writer, "batch_size", 2)
+    assert writer.generate(PICTURES, prompts, GREEDY, image_of=image_of) == expected
+    assert writer.generate(PICTURES, prompts, ANSWER, 2, image_of) == [text for pair in beams for text in pair]
+
+
+def test_an_image_of_several_questions_is_encoded_once(writer):
+    rows = []
+    hook = writer.model.projection.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    writer.answer(PICTURES[0], QUESTIONS, GREEDY)
+    writer.answer(PICTURES, QUESTIONS, GREEDY)
+    hook.remove()
+    assert rows == [1, 3]
+
+
+def test_prompts_of_like_length_are_written_together(writer, monkeypatch):
+    widths = []
+    language = writer.model.language
+    original = type(language).generate
+
+    def note(self, visual, ids, *rest):
+        widths.append(ids.shape[1])
+        return original(self, visual, ids, *rest)
+
+    monkeypatch.setattr(type(language), "generate", note)
+    monkeypatch.setattr(writer, "batch_size", 2)
+    prompts = ["a", "a much longer one", "b", "another that is longer"]
+    writer.generate([*PICTURES, PICTURES[0]], prompts, GREEDY)
+    assert widths[0] < widths[1] == max(widths)
+    assert widths[0] <= 3
+
+
+def test_images_that_prompts_cannot_be_about(writer):
+    with pytest.raises(InputError, match="image_of has 1 numbers for 2 prompts: give one a prompt"):
+        writer.generate(PICTURES, ["", ""], GREEDY, image_of=[0])
+    with pytest.raises(InputError, match="image_of holds 3, expected numbers from 0 to 2"):
+        writer.generate(PICTURES, ["", ""], GREEDY, image_of=[0, 3])
 
 
 def test_sampling_follows_the_seed(writer):

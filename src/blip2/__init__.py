@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from blip2.errors import InputError
     from blip2.inference import GenerationPipeline, RepresentationPipeline, load
-    from blip2.model.language import Decoding
+    from blip2.model.decoding import Decoding
     from blip2.training.loop import train
 
 __all__ = ["Decoding", "GenerationPipeline", "InputError", "RepresentationPipeline", "load", "train"]
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Decoding": "blip2.model.language",
+    "Decoding": "blip2.model.decoding",
     "GenerationPipeline": "blip2.inference",
     "InputError": "blip2.errors",
     "RepresentationPipeline": "blip2.inference",

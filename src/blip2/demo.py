@@ -32,7 +32,7 @@ from blip2.evaluation.captioning import score_captions
 from blip2.evaluation.report import Report, new_figure, plot_attention, plot_curves
 from blip2.evaluation.retrieval import Retrieval, evaluate_retrieval
 from blip2.inference import GenerationPipeline, RepresentationPipeline, load
-from blip2.model.language import Decoding
+from blip2.model.decoding import Decoding
 from blip2.training.features import cached_features
 from blip2.training.loop import train
 from blip2.training.progress import read_metrics

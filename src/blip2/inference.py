@@ -20,8 +20,8 @@ from blip2.data.texts import encode_prompts, encode_texts
 from blip2.errors import InputError
 from blip2.interop.transformers import IMAGE_TOKEN
 from blip2.model import objectives
+from blip2.model.decoding import Decoding
 from blip2.model.generation import GenerationModel
-from blip2.model.language import Decoding
 from blip2.model.representation import RepresentationModel
 from blip2.training import checkpoint
 
@@ -244,41 +244,74 @@ class GenerationPipeline(Pipeline[GenerationModel]):
         features, listed = self.features(images), check_texts(questions, "question")
         if len(listed) == 1:
             listed = listed * len(features)
-        if len(features) == 1:
-            features = features.expand(len(listed), -1, -1)
-        if len(features) != len(listed):
+        image_of = [0] * len(listed) if len(features) == 1 else range(len(features))
+        if len(image_of) != len(listed):
             raise InputError(
                 f"there are {len(features)} images and {len(listed)} questions: give one question an image, or one of"
                 " either for all of the other"
             )
         template = SHORT_QUESTION if self.model.language.is_encoder_decoder else QUESTION
         prompts = [template.format(question) for question in listed]
-        return self.generate(features, prompts, decoding or ANSWER)
+        return self.generate(features, prompts, decoding or ANSWER, image_of=image_of)
 
     @torch.no_grad()
-    def generate(self, images: Images, prompts: Sequence[str], decoding: Decoding, copies: int = 1) -> list[str]:
-        """`copies` texts for each pair of image and prompt, the copies of one pair beside each other.
+    def generate(
+        self,
+        images: Images,
+        prompts: Sequence[str],
+        decoding: Decoding,
+        copies: int = 1,
+        image_of: Sequence[int] | None = None,
+    ) -> list[str]:
+        """`copies` texts for each prompt, the copies of one prompt beside each other.
+
+        Args:
+            image_of: the image that each prompt is about, counted from 0; None: one each. The vision encoder and the
+                Q-Former see an image once, and the LLM once in each batch of its prompts.
 
         Raises:
-            InputError: there is another number of prompts than of images, or one is longer than the LLM can read.
+            InputError: there is another number of prompts than of images (than of `image_of`, where it is given), no
+                image of such a number, or a prompt that is longer than the LLM can read.
         """
         features = self.features(images)
-        if len(features) != len(prompts):
+        owners = list(range(len(features)) if image_of is None else image_of)
+        if image_of is None and len(owners) != len(prompts):
             raise InputError(f"there are {len(features)} images and {len(prompts)} prompts: give one prompt an image")
+        if len(owners) != len(prompts):
+            raise InputError(f"image_of has {len(owners)} numbers for {len(prompts)} prompts: give one a prompt")
+        wrong = next((owner for owner in owners if not 0 <= owner < len(features)), None)
+        if wrong is not None:
+            raise InputError(f"image_of holds {wrong}, expected numbers from 0 to {len(features) - 1}")
         placeholders = next((prompt for prompt in prompts if IMAGE_TOKEN in prompt), None)
         if placeholders is not None:
             raise InputError(f"the prompt {placeholders!r} holds {IMAGE_TOKEN}: leave it out, the image comes first by"
                              " itself")  # fmt: skip
         side = "right" if self.model.language.is_encoder_decoder else "left"
-        texts: list[str] = []
-        for start in range(0, len(prompts), self.batch_size):
-            chunk = slice(start, start + self.batch_size)
-            ids, mask = encode_prompts(self.tokenizer, prompts[chunk], side)
-            self._check_length(ids.shape[1], decoding)
-            new = self.model.generate(
-                features[chunk], ids.to(self.device), mask.to(self.device), decoding, self.end, copies
+        ids, mask = encode_prompts(self.tokenizer, prompts, side)
+        self._check_length(ids.shape[1], decoding)
+        visual = torch.cat([self.model.visual_prompt(part) for part in features.split(self.batch_size)])
+        # Prompts about one image stand together, and otherwise those of like length.
+        lengths, shared = mask.sum(dim=1).tolist(), len(set(owners)) < len(owners)
+        order = sorted(range(len(prompts)), key=lambda i: (owners[i] if shared else 0, lengths[i]))
+        texts = [""] * len(prompts) * copies
+        for start in range(0, len(order), self.batch_size):
+            rows = torch.tensor(order[start : start + self.batch_size])
+            used, image = torch.tensor(owners)[rows].unique(return_inverse=True)
+            columns = mask[rows].any(dim=0)
+            new = self.model.language.generate(
+                visual[used.to(self.device)],
+                ids[rows][:, columns].to(self.device),
+                mask[rows][:, columns].to(self.device),
+                decoding,
+                self.end,
+                copies,
+                image.to(self.device),
             )
-            texts += [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+            written = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+            for i, row in enumerate(rows.tolist()):
+                texts[row * copies : (row + 1) * copies] = (
+                    text.strip() for text in written[i * copies : (i + 1) * copies]
+                )
         return texts
 
     def _check_length(self, tokens: int, decoding: Decoding) -> None:

@@ -14,7 +14,7 @@ from blip2.convert import convert
 from blip2.data.texts import encode_prompts, encode_texts
 from blip2.errors import InputError
 from blip2.interop.weights import open_folder
-from blip2.model.language import Decoding
+from blip2.model.decoding import Decoding
 from conftest import byte_tokenizer, draw
 from fixtures.checkpoints import FLAVOURS, QUERIES, processor, save_transformers, share_qformer
 

@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from blip2.errors import InputError
-from blip2.model.language import Decoding, LanguageModel, load_language_model
+from blip2.model.decoding import Decoding
+from blip2.model.language import LanguageModel, load_language_model
 from blip2.model.objectives import language_modeling
 from fixtures.tiny import randomise
 
@@ -99,7 +100,7 @@ def test_only_positions_with_a_label_are_projected_to_the_vocabulary(llm):
 
 
 def test_logits_that_are_changed_after_the_output_matrix():
-    """Gemma 2 caps its logits, Cohere scales them: what is left to do is nothing, and they are those of transformers."""
+    """Gemma 2 caps its logits, Cohere scales them."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     sizes |= {"vocab_size": 258, "intermediate_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": END}
     for config in (Gemma2Config(**sizes, head_dim=8, final_logit_softcapping=0.5), CohereConfig(**sizes)):

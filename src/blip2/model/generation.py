@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from blip2.config import QFormerConfig
 from blip2.model import objectives
-from blip2.model.language import Decoding, LanguageModel
+from blip2.model.decoding import Decoding
+from blip2.model.language import LanguageModel
 from blip2.model.objectives import Outcome
 from blip2.model.qformer import QFormer
 from blip2.model.vision import ImageEncoder
@@ -94,12 +95,13 @@ class GenerationModel(nn.Module):
     @torch.no_grad()
     def generate(
         self,
-        images: Shaped[Tensor, "B ..."],
+        images: Shaped[Tensor, "I ..."],
         ids: Int[Tensor, "B T"],
         mask: Bool[Tensor, "B T"],
         decoding: Decoding,
         end: int,
         copies: int = 1,
+        image_of: Int[Tensor, "B"] | None = None,
     ) -> Int[Tensor, "N U"]:
-        """Write a text about each image; see :meth:`LanguageModel.generate` for the arguments."""
-        return self.language.generate(self.visual_prompt(images), ids, mask, decoding, end, copies)
+        """Write about images, each of which is encoded once; see :meth:`LanguageModel.generate` for the arguments."""
+        return self.language.generate(self.visual_prompt(images), ids, mask, decoding, end, copies, image_of)

@@ -4,63 +4,28 @@ Both kinds take a soft visual prompt before the embeddings of the text. They dif
 decoder-only LLM reads prompt and caption as one sequence, an encoder-decoder reads the prompt (or the prefix of the
 caption) in its encoder and writes the rest in its decoder.
 
-Legend: B batch, Q queries, T text tokens, U target tokens, L width of the LLM, V vocabulary.
+Legend: B batch, I pictures, Q queries, T text tokens, U target tokens, L width of the LLM, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    GenerationConfig,
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
 from transformers.activations import ACT2FN
 
 from blip2.errors import InputError
+from blip2.model.decoding import Decoding, write, write_plainly
 from blip2.model.frozen import Freezable
 from blip2.model.objectives import IGNORED
 from blip2.model.pretrained import read_config, read_model
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How text is generated."""
-
-    beams: int = 5
-    """Beam width; 1 is greedy. Not used when sampling."""
-    max_new_tokens: int = 30
-    """Longest text, in tokens of the LLM."""
-    min_new_tokens: int = 1
-    """Shortest text, in tokens of the LLM."""
-    length_penalty: float = 1.0
-    """Beam scores are divided by length to this power: below 0 favours short texts (-1 for answers, §4.1)."""
-    top_p: float | None = None
-    """Nucleus sampling from the smallest set of tokens with this probability, instead of beam search."""
-    temperature: float = 1.0
-    """Of sampling."""
-    repetition_penalty: float = 1.0
-    """Above 1 discourages tokens that were written already (those of the prompt do not count)."""
-
-    def __post_init__(self) -> None:
-        for name, smallest in (("beams", 1), ("max_new_tokens", 1), ("min_new_tokens", 0)):
-            if getattr(self, name) < smallest:
-                raise InputError(f"{name} is {getattr(self, name)}, expected at least {smallest}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise InputError(f"top_p is {self.top_p}, expected a probability above 0")
-        for name in ("temperature", "repetition_penalty"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} is {getattr(self, name)}, expected more than 0")
+from blip2.model.reading import Prompts, is_supported
 
 
 class LanguageModel(Freezable):
@@ -78,6 +43,7 @@ class LanguageModel(Freezable):
         start = getattr(self.network.config, "decoder_start_token_id", None)
         self.network.generation_config = GenerationConfig(decoder_start_token_id=start)
         self._attention: str = self.network.config._attn_implementation
+        self._writes = is_supported(self.network)
         self.freeze()
         embedding: Any = self.network.get_input_embeddings()
         self.width: int = embedding.weight.shape[1]
@@ -150,11 +116,11 @@ class LanguageModel(Freezable):
     @torch.no_grad()
     def _ends_in_head(self) -> bool:
         """Whether logits are what the output matrix puts out, unscaled and uncapped: seen by handing on marked ones."""
-        matrix = self.network.get_output_embeddings()
+        matrix: Any = self.network.get_output_embeddings()
         if not isinstance(matrix, nn.Linear):
             return False
         marks = torch.linspace(-60, 60, matrix.out_features, device=matrix.weight.device).to(matrix.weight.dtype)
-        matrix.forward = lambda states: marks.expand(*states.shape[:-1], -1)
+        setattr(matrix, "forward", lambda states: marks.expand(*states.shape[:-1], -1))  # noqa: B010
         try:
             ids = torch.zeros(1, 1, dtype=torch.long, device=matrix.weight.device)
             decoder = {"decoder_input_ids": ids} if self.is_encoder_decoder else {}
@@ -166,72 +132,67 @@ class LanguageModel(Freezable):
     @torch.no_grad()
     def generate(
         self,
-        visual: Float[Tensor, "B Q L"],
+        visual: Float[Tensor, "I Q L"],
         ids: Int[Tensor, "B T"],
         mask: Bool[Tensor, "B T"],
         decoding: Decoding,
         end: int,
         copies: int = 1,
+        image_of: Int[Tensor, "B"] | None = None,
     ) -> Int[Tensor, "N U"]:
         """Write the continuation of each prompt.
 
         Args:
-            ids, mask: prompts, padded on the left for a decoder-only LLM and on the right for an encoder-decoder.
-                T may be 0.
+            visual: soft visual prompts.
+            ids, mask: texts of the prompts, padded on either side. T may be 0.
             decoding: how.
             end: id of the token that ends a text; it also pads the result.
             copies: how many texts for each prompt; N = B * copies.
+            image_of: the row of `visual` that each prompt begins with; None: one each (I = B). A decoder-only LLM reads
+                a visual prompt once, however many prompts begin with it.
 
         Returns:
-            New tokens only.
+            New tokens only, the copies of a prompt beside each other.
         """
-        inputs, seen = self._inputs(visual, ids, mask)
-        if not self.is_encoder_decoder:
-            # Padding goes before everything: what comes next is read off the last position, which would be padding
-            # where a prompt is empty and others are not.
-            order = seen.argsort(dim=1, stable=True)
-            inputs = inputs.gather(1, order[..., None].expand_as(inputs))
-            seen = seen.gather(1, order)
-        # Some chat models end in one of several tokens; where the end asked for is one of them, so are the others.
+        prompts = self.prompts(visual, ids, mask, image_of)
+        with self.own_precision(prompts.text.device):
+            return (write if self._writes else write_plainly)(self.network, prompts, decoding, self.ends(end), copies)
+
+    def prompts(
+        self,
+        visual: Float[Tensor, "I Q L"],
+        ids: Int[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+        image_of: Int[Tensor, "B"] | None = None,
+    ) -> Prompts:
+        """Prompts as the LLM reads them; see :meth:`generate`."""
+        order = (~mask).long().argsort(dim=1, stable=True)  # padding goes to the right
+        text = self.embed(ids.gather(1, order))
+        self._choose_attention(text)
+        if image_of is None:
+            image_of = torch.arange(len(ids), device=ids.device)
+        return Prompts(visual.to(text.dtype), text, mask.gather(1, order), image_of)
+
+    def ends(self, end: int) -> list[int]:
+        """Tokens that end a text. Some chat models have several; where `end` is one of them, so are the others."""
         own = getattr(self.network.config, "eos_token_id", None)
-        sampling = decoding.top_p is not None
-        settings = GenerationConfig(
-            max_new_tokens=decoding.max_new_tokens,
-            min_new_tokens=decoding.min_new_tokens,
-            do_sample=sampling,
-            num_beams=1 if sampling else max(decoding.beams, copies),
-            top_p=decoding.top_p,
-            top_k=0 if sampling else None,
-            temperature=decoding.temperature if sampling else None,
-            length_penalty=None if sampling or decoding.beams == 1 else decoding.length_penalty,
-            num_return_sequences=copies,
-            eos_token_id=own if isinstance(own, list) and end in own else end,
-            pad_token_id=end,
-            decoder_start_token_id=self.network.generation_config.decoder_start_token_id,
-        )
-        # Not among the settings, where padding before the prompt would be taken for padding of the new tokens.
-        penalty = RepetitionPenaltyLogitsProcessor(decoding.repetition_penalty)
-        with self.own_precision(inputs.device):
-            new = self.network.generate(
-                inputs_embeds=inputs,
-                attention_mask=seen,
-                generation_config=settings,
-                logits_processor=LogitsProcessorList([penalty] if decoding.repetition_penalty != 1 else []),
-            )
-        return new[:, 1:] if self.is_encoder_decoder else new  # a decoder's text begins with its start token
+        return [end, *(other for other in own if other != end)] if isinstance(own, list) and end in own else [end]
 
     def _inputs(
         self, visual: Float[Tensor, "B Q L"], ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "B Q+T L"], Int[Tensor, "B Q+T"]]:
         text = self.embed(ids)
+        self._choose_attention(text)
+        seen = torch.cat([mask.new_ones(visual.shape[:2]), mask], dim=1).long()
+        return torch.cat([visual.to(text.dtype), text], dim=1), seen
+
+    def _choose_attention(self, text: Tensor) -> None:
         if self._attention == "sdpa":
             # The backward of the CPU's fused kernel is slow in bfloat16, as in the Q-Former.
             slow = text.device.type == "cpu" and text.dtype == torch.bfloat16
             fitting = "eager" if slow else "sdpa"
             if self.network.config._attn_implementation != fitting:
                 self.network.set_attn_implementation(fitting)
-        seen = torch.cat([mask.new_ones(visual.shape[:2]), mask], dim=1).long()
-        return torch.cat([visual.to(text.dtype), text], dim=1), seen
 
 
 def load_language_model(name: str, dtype: torch.dtype = torch.float32, activation: str | None = None) -> LanguageModel:

@@ -376,11 +376,8 @@ class QFormer(nn.Module):
         attentions = [block.cross_attention for block in self.blocks if block.cross_attention is not None]
         # What is frozen needs no gradient, but the norm behind it does: see there.
         folded = norm if torch.is_grad_enabled() and not features.requires_grad else None
-        if folded is None:
-            features = norm(features)
-        else:
-            features = F.layer_norm(features, norm.normalized_shape, eps=norm.eps)
-        features = _cast(features)
+        plain = folded is None
+        features = _cast(norm(features) if plain else F.layer_norm(features, norm.normalized_shape, eps=norm.eps))
         return ImageMemory(tuple((Looked(*each.keys_and_values(features, folded)),) for each in attentions))
 
     @torch.no_grad()
