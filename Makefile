@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test check bench clean
 
 demo: .venv/ready  ## train both stages on real pictures in about ten minutes and write runs/demo/report.html
 	$(BIN)/blip2 demo
@@ -15,8 +15,12 @@ check: .venv/ready  ## style, types and shapes of what will be committed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+bench: .venv/ready  ## this project beside its peers: the numbers and the plot of docs/performance.md, in about an hour
+	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/sweep.py
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-lavis runs
 
 # The constraints keep torch at a build without CUDA where the index has one: see CONTRIBUTING.md for GPUs.
 .venv/ready: pyproject.toml constraints.txt

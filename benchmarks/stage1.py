@@ -35,7 +35,6 @@ class Case:
     bf16: bool = False
     peer_bf16: bool = False
     checkpointing: bool = False
-    compile: bool = False
     still: bool = True
     """Rates are zero, so that every step gives the same losses and they can be compared."""
     candidates: int = 128
@@ -104,6 +103,7 @@ def work(kind: str, folder: Path) -> None:
     model = build(case)
     model.load_state_dict(torch.load(folder / "weights.pt", weights_only=True), strict=False)
     model.to(case.device)
+    model.qformer.checkpointing = case.checkpointing
     data = {name: t.to(case.device) for name, t in torch.load(folder / "inputs.pt", weights_only=True).items()}
     if kind == "step":
         serve(step(case, model, data), case.device, warm_up=2)

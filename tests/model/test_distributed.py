@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from blip2.config import ObjectivesConfig
-from blip2.model.distributed import gather, gather_padded, process_count, process_index
+from blip2.model.distributed import fetch, gather, gather_padded, process_count, process_index
 from blip2.model.representation import Negatives, RepresentationBatch, RepresentationModel
 from blip2.model.vision import ImageEncoder, Preprocessing
 from fixtures.tiny import QFORMER, randomise, texts
@@ -108,12 +108,34 @@ def work(rank: int, folder: Path) -> None:
 
     results["gathered"] = gather(torch.full((2, 1), rank)), gather_padded(torch.full((1, 2 + rank), rank), 9)
     results["process"] = process_index(), process_count()
+    both: list = [None, None]
+    dist.all_gather_object(both, fetch_and_learn(rank))
+    results["fetched"] = both
     if rank == 0:
         # Only this process evaluates: it would wait for the other forever if it gathered anything.
         results["evaluation"] = build({"itc", "itm", "itg"}, False).eval()(batch, negatives=LOCAL).losses
         torch.save(results, folder / "results.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def fetch_and_learn(rank: int) -> tuple[Tensor, Tensor, list[int]]:
+    """What a process fetches of rows 0 to 5, the gradients of its own rows, and how many rows it sends each."""
+    own = (3 * rank + torch.arange(3.0))[:, None].repeat(1, 2).requires_grad_()
+    sent = []
+    exchange = dist.all_to_all_single
+
+    def note(out: Tensor, tensor: Tensor, coming: list[int], going: list[int]) -> None:
+        sent.append(going)
+        exchange(out, tensor, coming, going)
+
+    dist.all_to_all_single = note
+    try:
+        rows = fetch(own, torch.tensor([[4, 0, 4, 2], [0, 5, 1, 0]][rank]))
+        (rows * torch.tensor([1.0, 10, 100, 1000])[:, None]).sum().backward()
+    finally:
+        dist.all_to_all_single = exchange
+    return rows.detach()[:, 0], own.grad[:, 0], sent[0]
 
 
 # -- what comes of it ----------------------------------------------------------------------------------------------
@@ -160,8 +182,19 @@ def test_gathering_keeps_the_order_of_processes(results):
     assert results["process"] == (0, 2)
 
 
+def test_only_what_was_drawn_travels_and_its_gradient_comes_home(results):
+    (rows0, gradient0, sent0), (rows1, gradient1, sent1) = results["fetched"]
+    assert rows0.tolist() == [4, 0, 4, 2]
+    assert rows1.tolist() == [0, 5, 1, 0]
+    assert sent0 == [2, 3]  # to itself rows 0 and 2, to the other rows 0, 1 and 0
+    assert sent1 == [2, 1]
+    assert gradient0.tolist() == [10 + 1 + 1000, 100, 1000]
+    assert gradient1.tolist() == [0, 1 + 100, 10]
+
+
 def test_one_process_gathers_nothing():
     tensor = torch.ones(2, 3)
     assert gather(tensor) is tensor
     assert gather_padded(tensor, 0) is tensor
+    assert fetch(torch.arange(4), torch.tensor([2, 0, 2])).tolist() == [2, 0, 2]
     assert (process_index(), process_count()) == (0, 1)

@@ -1,4 +1,6 @@
 import dataclasses
+import shutil
+import warnings
 
 import pytest
 import torch
@@ -6,14 +8,8 @@ from torch import nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
 from blip2.config import ObjectivesConfig, QFormerConfig
-from blip2.model.qformer import (
-    CrossAttention,
-    ImageMemory,
-    QFormer,
-    SelfAttention,
-    attention_mask,
-    contrast_and_generate_mask,
-)
+from blip2.model.attention import CrossAttention, ImageMemory, SelfAttention
+from blip2.model.qformer import QFormer, attention_mask, contrast_and_generate_mask
 from blip2.model.representation import RepresentationModel
 from fixtures.tiny import QFORMER, no_encoder, randomise, texts
 
@@ -343,18 +339,16 @@ def test_the_norm_of_the_features_is_folded_exactly(features):
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
 
 
-def test_frozen_features_need_no_gradient(features):
-    """What is made of them first, their normalised form, carries none: the widest product of a step is not computed."""
+def test_no_gradient_is_computed_for_frozen_features(features):
+    """A projection of features has a bias, a weight and features behind it; of frozen features nothing is asked."""
     torch.set_grad_enabled(True)
     qformer, norm = QFormer(QFORMER, WIDTH), nn.LayerNorm(WIDTH)
-    key = qformer.memory(features, norm).layers[0][0].keys
-    node, inputs = key.grad_fn, []
-    while node is not None and not inputs:
-        inputs = [tensor for tensor in (getattr(node, "_saved_mat1", None),) if tensor is not None]
-        node = node.next_functions[0][0] if node.next_functions and not inputs else node
-        if inputs:
-            assert node.next_functions[1][0] is None  # addmm(bias, features, weight): no path to the features
-    assert inputs
+    for given, asked in ((features, False), (features.clone().requires_grad_(), True)):
+        node = qformer.memory(given, norm).layers[0][0].keys.grad_fn
+        while node.name() != "AddmmBackward0":
+            node = node.next_functions[0][0]
+        bias, source, weight = (behind is not None for behind, _ in node.next_functions)
+        assert (bias, source, weight) == (True, asked, True)
 
 
 def test_checkpointing_changes_nothing_but_memory(features):
@@ -375,6 +369,31 @@ def test_checkpointing_changes_nothing_but_memory(features):
     torch.testing.assert_close(one, two, rtol=0, atol=0)
     torch.testing.assert_close(there, here, rtol=0, atol=0)
     assert less < whole / 2
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPUs")
+def test_compiled_blocks_give_the_same_and_no_length_compiles_them_anew(features):
+    torch.set_grad_enabled(True)
+    plain = randomise(QFormer(QFORMER, WIDTH)).train()
+    compiled = QFormer(QFORMER, WIDTH).train()
+    compiled.load_state_dict(plain.state_dict())
+    compiled.compile_blocks()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # inductor's own
+        torch._dynamo.reset()
+        for lengths in ((6, 4, 2), (5, 5, 5), (9, 8, 7), (3, 2, 1)):
+            ids, mask = texts(*lengths)
+            results = []
+            for qformer in (plain, compiled):
+                qformer.zero_grad()
+                out = run(qformer, features, ids, mask, "causal")
+                out.queries.sin().sum().add(out.text[mask].cos().sum()).backward()
+                results.append((*out, {name: p.grad for name, p in qformer.named_parameters() if p.grad is not None}))
+            torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            if lengths == (6, 4, 2):
+                first = graphs
+    assert 0 < graphs == first
 
 
 def test_without_text_output_the_queries_are_the_same(qformer, features):

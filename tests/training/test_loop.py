@@ -92,6 +92,18 @@ def test_stage_one_learns(parts, tmp_path):
     assert mean(last, "itc_r1") > mean(first, "itc_r1") + 0.1
 
 
+def test_activation_checkpointing_changes_nothing(parts, tmp_path):
+    for name, checkpointing in (("plain", False), ("lean", True)):
+        train(
+            parts.recipe(
+                tmp_path / name,
+                qformer={"dropout": 0.2},
+                training={"steps": 3, "save_every": 3, "activation_checkpointing": checkpointing},
+            )
+        )
+    assert_same_run(tmp_path / "plain", tmp_path / "lean")
+
+
 @pytest.mark.parametrize(("name", "fall"), [("llama", 0.8), ("opt", 0.6), ("t5", 0.05)])
 def test_stage_two_learns(parts, tmp_path, name, fall):
     recipe = parts.recipe(

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 from blip2.config import ObjectivesConfig, QFormerConfig
 from blip2.model import objectives
+from blip2.model.attention import ImageMemory
 from blip2.model.distributed import fetch, gather, gather_padded, process_count, process_index
 from blip2.model.objectives import Outcome
 from blip2.model.qformer import (
-    ImageMemory,
     QFormer,
     attention_mask,
     contrast_and_generate_mask,

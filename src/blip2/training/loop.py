@@ -135,6 +135,11 @@ class _Training:
             display.table(
                 f"stage: {recipe.stage}", ["part", "parameters", "state", "dtype"], describe(built.model, rates)
             )
+        built.model.qformer.checkpointing = recipe.training.activation_checkpointing
+        if recipe.training.compile:
+            built.model.qformer.compile_blocks()
+            if built.model.vision.is_frozen:
+                built.model.vision.network.compile()
         positions = state["positions"] if state else []
         self.loaded, self.validation = self._open_data(self._own(positions, display))
 

@@ -1,0 +1,52 @@
+"""python benchmarks/epoch.py FOLDER ROUNDS
+
+The second epoch of the demo's stage 1 with features of the frozen encoder cached, beside the same without the cache,
+where every picture is decoded, augmented and encoded anew.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from blip2.demo import demo_recipes, fetch_all
+from blip2.training.loop import train
+from blip2.training.progress import read_metrics
+
+
+def main() -> None:
+    folder, rounds = Path(sys.argv[1]), int(sys.argv[2])
+    pictures = fetch_all()
+    recipe = demo_recipes(folder, pictures, quick=False)["stage 1"]
+    count = len((pictures / "train.jsonl").read_text(encoding="utf-8").splitlines())
+    epoch = count // recipe.data.batch_size
+    training = replace(recipe.training, steps=2 * epoch, save_every=10_000, validate_every=10_000)
+    seconds: dict[str, list[float]] = {"cached": [], "not cached": []}
+    for number in range(rounds):
+        for kind, views, workers in (("cached", recipe.data.cached_views, 0), ("not cached", 0, 2)):
+            data = replace(recipe.data, cached_views=views, workers=workers, validation=None)
+            run = replace(recipe, output=str(folder / f"{kind} {number}"), data=data, training=training)
+            train(run)
+            second = read_metrics(Path(run.output))[epoch:]
+            seconds[kind].append(sum(step["seconds"] for step in second))
+            print(f"  {kind}: {seconds[kind][-1]:.1f} s", file=sys.stderr)
+    ratios = [slow / fast for fast, slow in zip(seconds["cached"], seconds["not cached"], strict=True)]
+    print(
+        json.dumps(
+            {
+                "ours": statistics.median(seconds["cached"]),
+                "peer": statistics.median(seconds["not cached"]),
+                "ratio": statistics.median(ratios),
+                "lowest": min(ratios),
+                "highest": max(ratios),
+                "unit": f"{epoch} steps of {recipe.data.batch_size}",
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""Attention of the Q-Former, and what it remembers of images (paper §3.1).
+
+Legend: B images, N rows that look at them, Q queries, T text tokens, S = Q + T, P image tokens, D width of the
+Q-Former, H heads, d = D / H.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blip2.config import QFormerConfig
+
+
+class Looked(NamedTuple):
+    """What rows look at in one cross-attention: keys and values of B images, by `copies` * B rows.
+
+    Row c * B + b looks at image b. Rows that look at the same image share its keys and values: nothing is copied.
+    """
+
+    keys: Float[Tensor, "B H P d"]
+    values: Float[Tensor, "B H P d"]
+    copies: int = 1
+
+
+@dataclass(frozen=True)
+class ImageMemory:
+    """Keys and values that the cross-attentions make of image features.
+
+    They depend on the image alone, not on queries or text, so they are made once an image and shared by every pass
+    that looks at it: ITC, ITG and the three ITM passes of a training step, all candidates in re-ranking, all
+    questions about one picture.
+    """
+
+    layers: tuple[tuple[Looked, ...], ...]
+    """Of each block that has cross-attention, in order: what its rows look at, one group of rows after the other."""
+
+    def __len__(self) -> int:
+        """Number of rows that look."""
+        return sum(looked.copies * len(looked.keys) for looked in self.layers[0])
+
+    def select(self, images: Int[Tensor, "N"]) -> ImageMemory:
+        """The memories of `images` (indices, with repeats), gathered without projecting anything again."""
+        return ImageMemory(
+            tuple(tuple(Looked(k[images], v[images], copies) for k, v, copies in layer) for layer in self.layers)
+        )
+
+    def repeat(self, copies: int) -> ImageMemory:
+        """All images seen by `copies` rows each, one round of the images after the other. Copies nothing."""
+        return ImageMemory(tuple(tuple(Looked(k, v, c * copies) for k, v, c in layer) for layer in self.layers))
+
+    def join(self, other: ImageMemory) -> ImageMemory:
+        """The rows of this memory, then those of `other`. Copies nothing."""
+        return ImageMemory(tuple(mine + theirs for mine, theirs in zip(self.layers, other.layers, strict=True)))
+
+
+def cast(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """To the dtype that autocast would cast it to, once for all the projections that read it."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def drop(x: Float[Tensor, "*shape"], share: float) -> Float[Tensor, "*shape"]:
+    """Dropout that keeps one byte an element for the backward pass."""
+    if x.device.type != "cpu":
+        return torch.native_dropout(x, share, True)[0]
+    # A CPU draws uniform numbers twice as fast as Bernoulli's.
+    return x * (torch.rand(x.shape) >= share) / (1 - share)
+
+
+def attend(
+    queries: Float[Tensor, "B H N d"],
+    keys: Float[Tensor, "B H M d"],
+    values: Float[Tensor, "B H M d"],
+    mask: Bool[Tensor, "B 1 N M"] | None,
+    dropout: float,
+) -> Float[Tensor, "B H N d"]:
+    if queries.device.type != "cpu":
+        return F.scaled_dot_product_attention(queries, keys, values, mask, dropout)
+    if dropout:
+        # The CPU has no fused kernel with dropout, and PyTorch's own way without one keeps twice as much.
+        scores = (queries / math.sqrt(queries.shape[-1])) @ keys.mT
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        return drop(scores.softmax(dim=-1), dropout).to(values.dtype) @ values
+    if queries.dtype == torch.bfloat16:
+        # The backward of the CPU's fused kernel takes four times as long in bfloat16 as in float32.
+        with torch.autocast("cpu", enabled=False):
+            seen = F.scaled_dot_product_attention(queries.float(), keys.float(), values.float(), mask)
+        return seen.to(queries.dtype)
+    return F.scaled_dot_product_attention(queries, keys, values, mask)
+
+
+class Dropout(nn.Module):
+    """Sets a share of hidden units to zero in training, and makes up for them with the others."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+
+    @property
+    def now(self) -> float:
+        """The share that is dropped now."""
+        return self.share if self.training else 0.0
+
+    def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        return drop(x, self.now) if self.now else x
+
+
+class Attention(nn.Module):
+    """What both kinds of attention share: the projections, residual and LayerNorm (post-norm, as in BERT)."""
+
+    def __init__(self, config: QFormerConfig, source_width: int) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.heads = config.heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(source_width, width)
+        self.value = nn.Linear(source_width, width)
+        self.output = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.dropout = Dropout(config.dropout)
+
+    def split_heads(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B H N d"]:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def keys_and_values(
+        self, features: Float[Tensor, "B P E"], norm: nn.LayerNorm | None = None
+    ) -> tuple[Float[Tensor, "B H P d"], Float[Tensor, "B H P d"]]:
+        """Of image features.
+
+        Args:
+            norm: what the features were normalised, but not yet scaled and shifted by. Its weight and bias go into the
+                projections instead: W (g * x + b) = (W * g) x + W b. The gradient of the norm then comes from that of
+                the projections' weights, and none has to be computed for the features.
+        """
+        if norm is None:
+            return self.split_heads(self.key(features)), self.split_heads(self.value(features))
+        key, value = (
+            F.linear(features, p.weight * norm.weight, p.bias + (p.weight * norm.bias).sum(dim=1))
+            for p in (self.key, self.value)
+        )
+        return self.split_heads(key), self.split_heads(value)
+
+    def finish(self, x: Float[Tensor, "B N D"], seen: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        return self.norm(x + self.dropout(self.output(seen)))
+
+
+class SelfAttention(Attention):
+    """Of [queries; text] among themselves."""
+
+    def forward(
+        self, x: Float[Tensor, "B S D"], mask: Bool[Tensor, "B 1 S S"] | None, kept: int
+    ) -> Float[Tensor, "B {kept} D"]:
+        """Every position is seen; the outputs of the first `kept` are made."""
+        asking, source = x[:, :kept], cast(x)
+        projected = self.query(source[:, :kept]), self.key(source), self.value(source)
+        queries, keys, values = (self.split_heads(part) for part in projected)
+        mask = mask if mask is None else mask[:, :, :kept]
+        seen = attend(queries, keys, values, mask, self.dropout.now)
+        return self.finish(asking, seen.transpose(1, 2).flatten(2))
+
+
+class CrossAttention(Attention):
+    """Of the queries to image features."""
+
+    def forward(self, x: Float[Tensor, "N Q D"], memory: tuple[Looked, ...]) -> Float[Tensor, "N Q D"]:
+        queries, start, parts = self.query(x), 0, []
+        for keys, values, copies in memory:
+            rows = slice(start, start + copies * len(keys))
+            parts.append(self._look(queries[rows], keys, values, copies))
+            start = rows.stop
+        return self.finish(x, torch.cat(parts) if len(parts) > 1 else parts[0])
+
+    def _look(
+        self, queries: Float[Tensor, "N Q D"], keys: Float[Tensor, "B H P d"], values: Float[Tensor, "B H P d"],
+        copies: int,
+    ) -> Float[Tensor, "N Q D"]:  # fmt: skip
+        """All rows that look at one image ask as one long row, so that its keys and values are read once."""
+        count = queries.shape[1]
+        heads = queries.unflatten(0, (copies, -1)).unflatten(-1, (self.heads, -1))  # [copies, B, Q, H, d]
+        heads = heads.permute(1, 3, 0, 2, 4).flatten(2, 3)  # [B, H, copies * Q, d]
+        seen = attend(heads, keys, values, None, self.dropout.now)
+        seen = seen.unflatten(2, (copies, count)).permute(2, 0, 3, 1, 4)  # [copies, B, Q, H, d]
+        return seen.flatten(3).flatten(0, 1)
+
+
+class GeluLinear(torch.autograd.Function):
+    """A linear layer of an exact GELU, whose output, the widest there is, is computed again instead of kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.gelu(x), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        above = gradients[0].flatten(0, -2)  # [M, D]
+        below = torch.ops.aten.gelu_backward((above @ weight).view_as(x), x)
+        return below, above.T @ F.gelu(x).flatten(0, -2), above.sum(dim=0)
