@@ -139,7 +139,7 @@ def main() -> None:
             )
         return torch.cat(scores).tolist()
 
-    serve(rerank, device)
+    serve(rerank, device, warm_up=0)
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def work(kind: str, folder: Path) -> None:
     if kind == "step":
         serve(step(case, model, data), case.device, warm_up=2)
     else:
-        serve(rerank(case, model, data), case.device)
+        serve(rerank(case, model, data), case.device, warm_up=0)
 
 
 def step(case: Case, model: Any, data: dict[str, Tensor]) -> Any:

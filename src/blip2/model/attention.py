@@ -67,9 +67,9 @@ def cast(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 def drop(x: Float[Tensor, "*shape"], share: float) -> Float[Tensor, "*shape"]:
-    """Dropout that keeps one byte an element for the backward pass."""
+    """Dropout that keeps one byte an element for the backward pass, as PyTorch's own does on GPUs but not on CPUs."""
     if x.device.type != "cpu":
-        return torch.native_dropout(x, share, True)[0]
+        return F.dropout(x, share)
     # A CPU draws uniform numbers twice as fast as Bernoulli's.
     return x * (torch.rand(x.shape) >= share) / (1 - share)
 
