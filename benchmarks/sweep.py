@@ -98,6 +98,7 @@ def draw(points: dict[str, list[tuple[int, float, float]]], path: Path) -> None:
         axis.legend(frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("seconds a step")
+    axes[-1].set_ylabel("seconds")
     figure.savefig(path, dpi=110)
 
 
