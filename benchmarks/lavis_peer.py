@@ -123,17 +123,18 @@ def main() -> None:
             optimizer.step()
             return [out.loss_itc.item(), out.loss_itm.item(), out.loss_lm.item()]
 
-        serve(step, device)
+        serve(step, device, warm_up=2)
         return
 
     model.eval()
+    with torch.no_grad():
+        features = model.ln_vision(features)  # its evaluation keeps the encoder's features normalised
 
     @torch.no_grad()
     def rerank() -> list[float]:
         scores = []
         for image, wanted in zip(features, data["candidates"], strict=True):
-            # As its evaluation does: the encoder's features are kept, normalised ones are repeated for each text.
-            repeated = model.ln_vision(image)[None].repeat(len(wanted), 1, 1)
+            repeated = image[None].repeat(len(wanted), 1, 1)
             scores.append(
                 model.compute_itm(repeated, texts.input_ids[wanted].to(device), texts.attention_mask[wanted].to(device))
             )

@@ -84,10 +84,12 @@ def main() -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    train(recipe)
-    done.set()
-    watcher.join()
-    early = [memory for step, memory in seen.items() if EARLY <= step < 2 * EARLY]
+    try:
+        train(recipe)
+    finally:
+        done.set()
+        watcher.join()
+    early = [memory for step, memory in sorted(seen.items()) if step >= EARLY][:1]
     late = [memory for step, memory in seen.items() if step >= STEPS - 5 * EARLY]
     ratios = [memory / max(early) for memory in late]
     print(

@@ -41,7 +41,7 @@ def measured(ours: Result, peer: Result, tolerance: float | None, **more: Any) -
         tolerance: largest difference between the values of both; None: they are not the same by intent.
     """
     difference = contest.largest_difference(ours, peer)
-    if tolerance is not None and difference > tolerance:
+    if tolerance is not None and not difference <= tolerance:  # NaN neither
         raise SystemExit(f"the results differ by {difference}, which is more than {tolerance}: this is no comparison")
     median, low, high = contest.ratios(ours, peer)
     return {

@@ -31,10 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     given, changes = take_changes(sys.argv[1:] if arguments is None else arguments)
     options, rest = parser.parse_known_args(given)
-    if options.command not in RECIPE_COMMANDS:
-        unknown = rest + ([] if options.takes_changes else [f"--{key}" for key in changes])
-        if unknown:
-            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    unknown = (
+        [] if getattr(options, "takes_changes", False) else [f"--{key}" for key in changes]
+    )  # a recipe's own are left in the rest
+    unknown += [] if options.command in RECIPE_COMMANDS else rest
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     options.rest, options.changes = rest, changes
     from transformers.utils import logging as transformers_logging
 
@@ -65,9 +67,7 @@ def take_changes(arguments: Sequence[str]) -> tuple[list[str], dict[str, object]
     left = iter(arguments)
     for argument in left:
         key, equals, value = argument.partition("=")
-        if re.fullmatch(r"--(vision|language|qformer)\.[a-z_]+", key) and rest[:1] not in (
-            [name] for name in RECIPE_COMMANDS
-        ):
+        if re.fullmatch(r"--(vision|language|qformer)\.[a-z_]+", key):
             changes[key.removeprefix("--")] = value if equals else next(left, None)
         else:
             rest.append(argument)

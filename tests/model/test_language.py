@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
     CohereConfig,
     Gemma2Config,
     GemmaConfig,
@@ -112,6 +114,20 @@ def test_logits_that_are_changed_after_the_output_matrix():
         expected = llm.network(inputs_embeds=inputs, attention_mask=seen, labels=whole).loss
         assert loss(llm, visual).item() == pytest.approx(expected.item(), abs=1e-5)
         assert llm.states(visual, ids, mask, labels)[0].shape[1] == 258
+
+
+def test_an_encoder_decoder_that_adds_to_its_logits():
+    """BART adds a bias as wide as the vocabulary, so its output matrix cannot be left out."""
+    sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    sizes |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "vocab_size": 258, "pad_token_id": 0}
+    config = BartConfig(**sizes, max_position_embeddings=64, decoder_start_token_id=1, eos_token_id=END)
+    llm = LanguageModel(randomise(AutoModelForSeq2SeqLM.from_config(config)))
+    llm.network.final_logits_bias.normal_(generator=torch.Generator().manual_seed(1))
+    visual, (ids, mask, labels) = draw((3, 4, 32)), training_texts(llm)
+    inputs = torch.cat([visual, llm.network.get_input_embeddings()(ids)], dim=1)
+    seen = torch.cat([torch.ones(3, 4), mask], dim=1).long()
+    expected = llm.network(inputs_embeds=inputs, attention_mask=seen, labels=labels).loss
+    assert loss(llm, visual).item() == pytest.approx(expected.item(), abs=1e-5)
 
 
 def test_the_visual_prompt_learns_and_the_llm_does_not(llm):

@@ -36,6 +36,8 @@ from blip2.errors import InputError
 from blip2.model.distributed import gather_objects, process_count, process_index
 from blip2.model.vision import ImageEncoder, Preprocessing
 
+UNIMPORTANT = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
+"""What a configuration says that changes no feature."""
 MEASURED = 8
 """The error is measured over so many batches of each process."""
 
@@ -201,7 +203,10 @@ def _settings(encoder: ImageEncoder, augmentation: Augmentation, layout: Layout)
             continue
         weights.update(name.encode())
         weights.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    # The shape tells the layers of a network apart, whose weights are the same.
+    # Two encoders of the same weights may differ in activation, epsilon or layer.
+    config = getattr(encoder.network, "config", None)
+    known = {} if config is None else {key: v for key, v in config.to_dict().items() if key not in UNIMPORTANT}
+    weights.update(json.dumps([encoder.layer, known], sort_keys=True, default=str).encode())
     settings = {"format": 1, "encoder": weights.hexdigest(), **asdict(layout), **asdict(encoder.preprocessing)}
     if augmentation.views > 1:
         settings |= {"smallest_crop": augmentation.smallest_crop, "flip": augmentation.flip}

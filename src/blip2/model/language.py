@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -48,6 +47,7 @@ class LanguageModel(Freezable):
         embedding: Any = self.network.get_input_embeddings()
         self.width: int = embedding.weight.shape[1]
         self.vocabulary: int = embedding.weight.shape[0]
+        self._ends_in_head = self._finds_head()
 
     def embed(self, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T L"]:
         return self.network.get_input_embeddings()(ids)
@@ -112,22 +112,23 @@ class LanguageModel(Freezable):
         finally:
             del matrix.forward
 
-    @cached_property
     @torch.no_grad()
-    def _ends_in_head(self) -> bool:
-        """Whether logits are what the output matrix puts out, unscaled and uncapped: seen by handing on marked ones."""
+    def _finds_head(self) -> bool:
+        """Whether logits are what the output matrix puts out and nothing else: what it reads is handed on, and seen."""
         matrix: Any = self.network.get_output_embeddings()
-        if not isinstance(matrix, nn.Linear):
+        if not isinstance(matrix, nn.Linear) or matrix.weight.is_meta:
             return False
-        marks = torch.linspace(-60, 60, matrix.out_features, device=matrix.weight.device).to(matrix.weight.dtype)
-        setattr(matrix, "forward", lambda states: marks.expand(*states.shape[:-1], -1))  # noqa: B010
+        ids = torch.zeros(1, 1, dtype=torch.long, device=matrix.weight.device)
+        decoder = {"decoder_input_ids": ids} if self.is_encoder_decoder else {}
+        read: list[Tensor] = []
+        setattr(matrix, "forward", lambda states: read.append(states) or states)  # noqa: B010
         try:
-            ids = torch.zeros(1, 1, dtype=torch.long, device=matrix.weight.device)
-            decoder = {"decoder_input_ids": ids} if self.is_encoder_decoder else {}
             logits = self.network(input_ids=ids, use_cache=False, **decoder).logits
+        except (RuntimeError, ValueError, TypeError):  # something is added that is as wide as the vocabulary
+            return False
         finally:
             del matrix.forward
-        return torch.equal(logits[0, 0], marks.to(logits.dtype))
+        return len(read) == 1 and logits.shape == read[0].shape and torch.equal(logits, read[0].to(logits.dtype))
 
     @torch.no_grad()
     def generate(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -175,6 +175,9 @@ class QFormer(nn.Module):
     def compile_blocks(self) -> None:
         """Compile each block, which stays as it is otherwise: for any length of text, so that no new length compiles
         it anew."""
+        # All blocks share one cache of graphs: with cross-attention and without, to train and to judge.
+        settings: Any = torch._dynamo.config  # pyright: ignore[reportPrivateUsage]
+        settings.recompile_limit = max(settings.recompile_limit, 64)
         for block in self.blocks:
             block.compile(dynamic=True)
 

@@ -50,10 +50,14 @@ class ImageEncoder(Freezable):
         network: the module that holds the weights.
         encode: pixels [B, 3, H, W] to features: [B, P, E], or a grid [B, E, h, w], which becomes P = h * w tokens.
         preprocessing: what `encode` expects.
+        layer: whose output `encode` gives, where the weights do not tell.
     """
 
-    def __init__(self, network: nn.Module, encode: Callable[[Tensor], Tensor], preprocessing: Preprocessing) -> None:
+    def __init__(
+        self, network: nn.Module, encode: Callable[[Tensor], Tensor], preprocessing: Preprocessing, layer: str = ""
+    ) -> None:
         super().__init__()
+        self.layer = layer
         self.network = network
         self.preprocessing = preprocessing
         self._encode = encode
@@ -61,6 +65,10 @@ class ImageEncoder(Freezable):
         size = preprocessing.image_size
         probe = self.features(torch.zeros(1, 3, size, size))
         self.tokens, self.width = probe.shape[1], probe.shape[2]
+
+    def compile_network(self) -> None:
+        """Let torch.compile fuse what lies between the matrix products of the network."""
+        self._encode = torch.compile(self._encode)
 
     def features(self, images: Shaped[Tensor, "B ..."]) -> Float[Tensor, "B P E"]:
         """Features in float32.
@@ -160,7 +168,7 @@ def wrap_transformers(network: nn.Module, preprocessing: Preprocessing, layer: L
         hidden = network(pixel_values=pixels, output_hidden_states=True if not is_vit else -1, **inputs)
         return hidden.hidden_states[-1 if is_vit else -2]
 
-    return ImageEncoder(network, encode, preprocessing)
+    return ImageEncoder(network, encode, preprocessing, layer)
 
 
 def check_image_size(size: int, patch: int) -> None:

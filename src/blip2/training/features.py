@@ -58,7 +58,10 @@ def cached_features(
         )  # fmt: skip
     except OSError as error:
         if not is_full(error):
-            raise
+            raise InputError(
+                f"features cannot be written to {root} ({error.strerror or error}): make it writable, or set"
+                " data.features to a folder that is"
+            ) from error
         raise InputError(
             f"no space left on the disk while writing features to {root}: make room and start again; what was made"
             " stays"

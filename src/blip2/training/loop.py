@@ -139,7 +139,7 @@ class _Training:
         if recipe.training.compile:
             built.model.qformer.compile_blocks()
             if built.model.vision.is_frozen:
-                built.model.vision.network.compile()
+                built.model.vision.compile_network()
         positions = state["positions"] if state else []
         self.loaded, self.validation = self._open_data(self._own(positions, display))
 
