@@ -110,6 +110,8 @@ def test_unknown_command_and_option(capsys, runs, pictures):
     assert "invalid choice: 'paint'" in usage_error(capsys, "paint")
     caption = ("caption", str(runs["llama"]), pictures[0])
     assert "unrecognized arguments: --colour" in usage_error(capsys, *caption, "--colour")
+    misplaced = ("--vision.name", "x", "train", "demo-stage1")  # which would otherwise train with another encoder
+    assert "unrecognized arguments: --vision.name" in usage_error(capsys, *misplaced)
     assert "unrecognized arguments: --data.batch_size" in usage_error(capsys, *caption, "--data.batch_size", "3")
     assert "invalid int value: 'many'" in usage_error(capsys, *caption, "--beams", "many")
     assert "invalid choice: 'fp8'" in usage_error(capsys, *caption, "--dtype", "fp8")

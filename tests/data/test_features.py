@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from transformers import ViTConfig
 
 from blip2.config import DataConfig
 from blip2.data.batches import Preparation, plan_batches
@@ -182,6 +183,16 @@ def brighter(encoder: ImageEncoder) -> ImageEncoder:
     return encoder
 
 
+def configured(encoder: ImageEncoder, **config: Any) -> ImageEncoder:
+    encoder.network.config = ViTConfig(**config)  # pyright: ignore[reportAttributeAccessIssue]
+    return encoder
+
+
+def of_layer(encoder: ImageEncoder, layer: str) -> ImageEncoder:
+    encoder.layer = layer
+    return encoder
+
+
 @pytest.mark.parametrize(
     ("encoder", "settings"),
     [
@@ -191,12 +202,14 @@ def brighter(encoder: ImageEncoder) -> ImageEncoder:
         (lambda: CountingEncoder(preprocessing=replace(PREPROCESSING, std=(1.0, 1.0, 1.0))), {}),
         # The same weights used otherwise, as another layer of one network would be.
         (lambda: CountingEncoder(stride=2), {}),
+        (lambda: of_layer(CountingEncoder(), "second-last"), {}),
+        (lambda: configured(CountingEncoder(), hidden_act="relu"), {}),
         (CountingEncoder, {"views": 2}),
         (CountingEncoder, {"smallest_crop": 0.6}),
         (CountingEncoder, {"flip": False}),
         (CountingEncoder, {"dtype": "int8"}),
     ],
-    ids=["weight", "dtype", "size", "std", "shape", "views", "crop", "flip", "int8"],
+    ids=["weight", "dtype", "size", "std", "shape", "layer", "configuration", "views", "crop", "flip", "int8"],
 )
 def test_made_anew_for_another(tmp_path: Path, encoder: Callable[[], ImageEncoder], settings: dict[str, Any]) -> None:
     records = pictures(tmp_path / "pictures", 2)
@@ -206,6 +219,16 @@ def test_made_anew_for_another(tmp_path: Path, encoder: Callable[[], ImageEncode
     assert second.folder != first.folder
     assert second.encoded == 2
     assert second.read(1, None).shape == (other.tokens, other.width)
+
+
+def test_a_name_changes_nothing(tmp_path: Path) -> None:
+    records = pictures(tmp_path / "pictures", 2)
+    first, second = (
+        cached(tmp_path, records, configured(CountingEncoder(), hidden_act="relu", name_or_path=name))
+        for name in ("here", "there")
+    )
+    assert second.folder == first.folder
+    assert second.encoded == 0
 
 
 def test_one_view_does_not_ask_how_others_are_made(tmp_path: Path) -> None:
