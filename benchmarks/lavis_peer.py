@@ -5,7 +5,7 @@ Runs in an environment of its own (transformers 4.33.2), which `peers.py` makes.
 put in their place here: the registry, the base class, the gathering over processes of which there is one, and an image
 encoder that hands on the features it is given.
 
-    python lavis_peer.py {stage1,rerank} FOLDER
+    python lavis_peer.py {step,rerank} FOLDER
 """
 
 from __future__ import annotations
@@ -106,12 +106,12 @@ def main() -> None:
     texts = pad(data["ids"], data["mask"], about["padded"])
     features = data["features"].to(device)
 
-    if work == "stage1":
+    if work == "step":
         # Both sides take the hardest negatives, so that they compare the same pairs.
         torch.multinomial = lambda weights, count: weights.argmax(dim=-1, keepdim=True)
         tokenizer = SimpleNamespace(bos_token_id=about["qformer"]["vocabulary"] - 1, pad_token_id=0)
         model.tokenizer = type("Tokenizer", (), {**vars(tokenizer), "__call__": lambda self, text, **options: texts})()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0 if about["still"] else 1e-4, betas=(0.9, 0.98))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98))
         model.train()
         samples = {"image": features, "text_input": [""] * len(features)}
 

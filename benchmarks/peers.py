@@ -1,4 +1,4 @@
-"""The environment and the package that LAVIS's rows need, made once in .venv-lavis."""
+"""LAVIS as a contender: the environment and the package that it needs, made once in .venv-lavis."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import sys
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 HOME = ROOT / ".venv-lavis"
 LAVIS = "salesforce-lavis==1.0.2"
 
@@ -25,3 +26,12 @@ def lavis() -> tuple[Path, Path]:
         with zipfile.ZipFile(next(HOME.glob("*.whl"))) as wheel:
             wheel.extractall(package)
     return python, package
+
+
+def stage1_sides(work: str, folder: Path) -> list[tuple[str, list[str | Path]]]:
+    """The contenders of stage 1, both with the inputs of `folder`: blip2 and LAVIS."""
+    python, _ = lavis()
+    return [
+        ("blip2", [sys.executable, HERE / "stage1.py", work, folder]),
+        ("LAVIS", [python, HERE / "lavis_peer.py", work, folder]),
+    ]

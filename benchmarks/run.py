@@ -34,7 +34,7 @@ LOOSE = 5e-5
 Row = Callable[[int, Path], dict[str, dict[str, Any]]]
 
 
-def measured(ours: Result, peer: Result, tolerance: float | None, **more: Any) -> dict[str, Any]:
+def measured(ours: Result, peer: Result, tolerance: float | None) -> dict[str, Any]:
     """A row of the table.
 
     Args:
@@ -46,7 +46,7 @@ def measured(ours: Result, peer: Result, tolerance: float | None, **more: Any) -
     median, low, high = contest.ratios(ours, peer)
     return {
         "ours": ours.median, "peer": peer.median, "ratio": median, "lowest": low, "highest": high,
-        "ours_gib": ours.peak / GIB, "peer_gib": peer.peak / GIB, "difference": difference, **more,
+        "ours_gib": ours.peak / GIB, "peer_gib": peer.peak / GIB, "difference": difference,
     }  # fmt: skip
 
 
@@ -57,14 +57,12 @@ def stage1_step(peer: stage1.Case, tolerance: float | None = None, **ours: stage
     """LAVIS at one case, and this project at several that are the same work."""
 
     def run(rounds: int, folder: Path) -> dict[str, dict[str, Any]]:
-        python, package = peers.lavis()
         sides: list[tuple[str, list[str | Path]]] = []
         for name, case in {**ours, "LAVIS": peer}.items():
             (folder / name).mkdir()
-            stage1.prepare(case, folder / name, package=package)
-            command = [PYTHON, HERE / "stage1.py", "step"]
-            sides.append((name, [*(command if name != "LAVIS" else [python, HERE / "lavis_peer.py", "stage1"]),
-                                 folder / name]))  # fmt: skip
+            stage1.prepare(case, folder / name)
+            command = dict(peers.stage1_sides("step", folder / name))["LAVIS" if name == "LAVIS" else "blip2"]
+            sides.append((name, command))
         found = contest.compete(sides, rounds)
         return {
             name: measured(found[name], found["LAVIS"], None if case.bf16 else tolerance) for name, case in ours.items()
@@ -74,13 +72,8 @@ def stage1_step(peer: stage1.Case, tolerance: float | None = None, **ours: stage
 
 
 def reranking(rounds: int, folder: Path) -> dict[str, dict[str, Any]]:
-    python, package = peers.lavis()
-    stage1.prepare(stage1.Case(), folder, texts=128, package=package)
-    sides = [
-        ("blip2", [PYTHON, HERE / "stage1.py", "rerank", folder]),
-        ("LAVIS", [python, HERE / "lavis_peer.py", "rerank", folder]),
-    ]
-    both = contest.compete(sides, rounds)
+    stage1.prepare(stage1.Case(), folder, texts=128)
+    both = contest.compete(peers.stage1_sides("rerank", folder), rounds)
     return {"": measured(both["blip2"], both["LAVIS"], LOOSE)}
 
 
@@ -119,6 +112,7 @@ def script(name: str) -> Row:
 CASE = stage1.Case()
 TRAINING = replace(CASE, dropout=0.1)
 LONG = replace(CASE, shortest=28, longest=32)
+WEB = replace(CASE, shortest=5, longest=32)
 ROWS: dict[str, tuple[str, str, Row]] = {
     "stage1": (
         "stage-1 step, captions of 9 to 14 tokens, dropout off", "LAVIS",
@@ -134,6 +128,9 @@ ROWS: dict[str, tuple[str, str, Row]] = {
     ),
     "stage1-long": (
         "stage-1 step, captions of 28 to 32 tokens, dropout off", "LAVIS", stage1_step(LONG, LOOSE, fp32=LONG)
+    ),
+    "stage1-web": (
+        "stage-1 step, captions of 5 to 32 tokens, dropout off", "LAVIS", stage1_step(WEB, LOOSE, fp32=WEB)
     ),
     "rerank": ("re-ranking, 16 pictures x 128 captions", "LAVIS", reranking),
     "matching": ("ITM scores of 8 pictures x 8 texts", "transformers", beside_transformers("matching", "opt")),

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import peers
 import torch
 from contest import serve
 from torch import Tensor, nn
@@ -35,8 +36,6 @@ class Case:
     bf16: bool = False
     peer_bf16: bool = False
     checkpointing: bool = False
-    still: bool = True
-    """Rates are zero, so that every step gives the same losses and they can be compared."""
     candidates: int = 128
     device: str = "cpu"
 
@@ -56,7 +55,7 @@ def config_of(case: Case) -> Any:
     )
 
 
-def prepare(case: Case, folder: Path, texts: int | None = None, package: Path | None = None) -> None:
+def prepare(case: Case, folder: Path, texts: int | None = None) -> None:
     """Write the weights, once for each side, and the inputs of both: `texts` captions, or one for each picture."""
     from blip2.interop.lavis import QFORMER, tie
     from blip2.interop.weights import Weights
@@ -80,7 +79,7 @@ def prepare(case: Case, folder: Path, texts: int | None = None, package: Path | 
         **asdict(case),
         "qformer": asdict(config_of(case)),
         "padded": 35 if texts else 32,  # what LAVIS pads to in evaluation and in training
-        "package": str(package),
+        "package": str(peers.lavis()[1]),
     }
     (folder / "about.json").write_text(json.dumps(about))
 
@@ -122,7 +121,7 @@ def step(case: Case, model: Any, data: dict[str, Tensor]) -> Any:
     config = OptimizerConfig()
     optimizer = build_optimizer(model, set_rates(model, config), config)
     for group in optimizer.param_groups:
-        group["lr"] = 0.0 if case.still else 1e-4
+        group["lr"] = 0.0  # every step gives the same losses, which can be compared
     batch = RepresentationBatch(
         data["features"], data["ids"], data["mask"], torch.arange(case.batch, device=case.device)
     )

@@ -1,4 +1,4 @@
-"""python benchmarks/sweep.py [--rounds 2]
+"""python benchmarks/sweep.py [--rounds 3]
 
 What a step of stage 1 costs against batch, caption length, image tokens and queries, beside LAVIS, and what cached
 features cost against the size of a data set. Writes docs/performance.png. The Q-Former has 6 blocks of 384.
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import contest
 import peers
+import run
 import stage1
 
 HERE = Path(__file__).resolve().parent
@@ -32,18 +33,14 @@ PICTURES = (64, 128, 256, 512)
 
 def steps(rounds: int) -> dict[str, list[tuple[int, float, float]]]:
     """(size, seconds of blip2, seconds of LAVIS) of every sweep."""
-    python, package = peers.lavis()
     points: dict[str, list[tuple[int, float, float]]] = {}
     for title, cases in SWEEPS.items():
         for size, case in cases:
             with tempfile.TemporaryDirectory() as folder:
-                stage1.prepare(case, Path(folder), package=package)
-                sides = [
-                    ("blip2", [sys.executable, HERE / "stage1.py", "step", folder]),
-                    ("LAVIS", [python, HERE / "lavis_peer.py", "stage1", folder]),
-                ]
-                both = contest.compete(sides, rounds)
-            points.setdefault(title, []).append((size, min(both["blip2"].seconds), min(both["LAVIS"].seconds)))
+                stage1.prepare(case, Path(folder))
+                both = contest.compete(peers.stage1_sides("step", Path(folder)), rounds)
+            run.measured(both["blip2"], both["LAVIS"], run.LOOSE)
+            points.setdefault(title, []).append((size, both["blip2"].median, both["LAVIS"].median))
             print(title, *points[title][-1], file=sys.stderr, flush=True)
     return points
 
@@ -59,14 +56,15 @@ def features() -> list[tuple[int, float, float]]:
     from blip2.demo import fetch_all
     from blip2.model.vision import load_image_encoder
 
-    table = (fetch_all() / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    pictures = fetch_all()
+    table = (pictures / "train.jsonl").read_text(encoding="utf-8").splitlines()
     encoder, points = load_image_encoder(resolve("package:efficientnet-lite0")), []
     for count in PICTURES:
         with tempfile.TemporaryDirectory() as folder:
             rows = [json.loads(line) for line in table[:count]]
             source = Path(folder) / "some.jsonl"
             source.write_text(
-                "".join(json.dumps({**row, "image": str(fetch_all() / row["image"])}) + "\n" for row in rows)
+                "".join(json.dumps({**row, "image": str(pictures / row["image"])}) + "\n" for row in rows)
             )
             records = open_records(str(source), DataConfig(train=str(source), cached_views=1))
             seconds = []
@@ -104,7 +102,7 @@ def draw(points: dict[str, list[tuple[int, float, float]]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2, help="turns of each side, of which the fastest counts")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each side (default: 3)")
     options = parser.parse_args()
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     points = {**steps(options.rounds), "pictures": features()}

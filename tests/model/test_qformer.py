@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
 from blip2.config import ObjectivesConfig, QFormerConfig
-from blip2.model.attention import CrossAttention, ImageMemory, SelfAttention
+from blip2.model.attention import CrossAttention, ImageMemory, Layout, SelfAttention
 from blip2.model.qformer import QFormer, attention_mask, contrast_and_generate_mask
 from blip2.model.representation import RepresentationModel
 from fixtures.tiny import QFORMER, no_encoder, randomise, texts
@@ -257,6 +257,16 @@ def test_padding_changes_nothing(qformer, features, kind):
         torch.testing.assert_close(padded.text[only, :length], alone.text)
 
 
+def test_padding_is_not_computed(qformer, features):
+    ids, mask = texts(6, 4, 2)
+    tokens = []
+    for block in qformer.blocks:
+        block.text_feed_forward.register_forward_hook(lambda module, inputs, output: tokens.append(len(inputs[0])))
+    text = run(qformer, features, ids, mask, "causal").text
+    assert tokens == [12] * len(qformer.blocks)
+    assert text.shape[:2] == mask.shape and not text[~mask].any()
+
+
 def test_one_pass_contrasts_and_generates(qformer, features):
     ids, mask = texts(6, 4, 2)
     begun = ids.clone()
@@ -433,14 +443,15 @@ def test_attention_in_bfloat16_agrees_with_float32(masked):
     half = randomise(SelfAttention(QFORMER, 32)).bfloat16()
     full = SelfAttention(QFORMER, 32)
     full.load_state_dict(half.state_dict())
-    x = torch.randn(3, 9, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
-    mask = attention_mask("causal", 4, texts(5, 3, 2)[1])[:, None] if masked else None
+    real = texts(5, 3, 2)[1] if masked else torch.ones(3, 5, dtype=torch.bool)
+    layout, mask = Layout.of(3, 4, real), attention_mask("causal", 4, real)[:, None] if masked else None
+    x = torch.randn(12 + int(real.sum()), 32, generator=torch.Generator().manual_seed(1)).bfloat16()
     gradients = []
     with torch.enable_grad():
         for attention, source in ((half, x), (full, x.float())):
-            out = attention(source, mask, 9)
+            out = attention(source, layout, mask)
             assert out.dtype == source.dtype
-            out.float().square().cumsum(dim=1).sum().backward()
+            out.float().square().cumsum(dim=0).sum().backward()
             gradients.append((out.float(), attention.query.weight.grad.float(), attention.value.weight.grad.float()))
     for near, exact in zip(*gradients, strict=True):
         assert (near - exact).norm() < 0.03 * exact.norm()

@@ -1,7 +1,7 @@
 """Attention of the Q-Former, and what it remembers of images (paper §3.1).
 
-Legend: B images, N rows that look at them, Q queries, T text tokens, S = Q + T, P image tokens, D width of the
-Q-Former, H heads, d = D / H.
+Legend: B images, N rows that look at them, Q queries, T text tokens, S = Q + T, M tokens of all rows that are not
+padding, P image tokens, D width of the Q-Former, H heads, d = D / H.
 """
 
 from __future__ import annotations
@@ -58,6 +58,48 @@ class ImageMemory:
     def join(self, other: ImageMemory) -> ImageMemory:
         """The rows of this memory, then those of `other`. Copies nothing."""
         return ImageMemory(tuple(mine + theirs for mine, theirs in zip(self.layers, other.layers, strict=True)))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where tokens sit in the rows of [queries; text] that they belong to.
+
+    Tokens go through a block as one long list, [M, D]: the queries of all rows, then all text without its padding.
+    Attention alone needs rows of one length; it spreads the tokens out and collects them again.
+    """
+
+    rows: int
+    """N."""
+    queries: int
+    """Q, 0 where the text is alone."""
+    size: int
+    """S."""
+    places: Int[Tensor, "M"] | None = None
+    """Of each token in [N * S]; None where there is no text, and tokens are in order."""
+
+    @classmethod
+    def of(cls, rows: int, queries: int, text: Bool[Tensor, "N T"] | None = None) -> Layout:
+        """For rows that all have these queries, and the text that is True."""
+        if text is None:
+            return cls(rows, queries, queries)
+        size = queries + text.shape[1]
+        places = torch.arange(rows * size, device=text.device).view(rows, size)
+        return cls(rows, queries, size, torch.cat([places[:, :queries].flatten(), places[:, queries:][text]]))
+
+    @property
+    def asking(self) -> int:
+        """How many of the tokens are queries."""
+        return self.rows * self.queries
+
+    def spread(self, x: Float[Tensor, "M E"]) -> Float[Tensor, "N S E"]:
+        """Padding is zero."""
+        if self.places is not None:
+            # Unlike index_copy, it does not keep x for the backward pass.
+            x = x.new_zeros(self.rows * self.size, x.shape[1]).index_put_((self.places,), x)
+        return x.unflatten(0, (self.rows, self.size))
+
+    def collect(self, x: Float[Tensor, "N S E"]) -> Float[Tensor, "M E"]:
+        return x.flatten(0, 1) if self.places is None else x.flatten(0, 1).index_select(0, self.places)
 
 
 def cast(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -148,7 +190,7 @@ class Attention(nn.Module):
         )
         return self.split_heads(key), self.split_heads(value)
 
-    def finish(self, x: Float[Tensor, "B N D"], seen: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+    def finish(self, x: Float[Tensor, "*shape D"], seen: Float[Tensor, "*shape D"]) -> Float[Tensor, "*shape D"]:
         return self.norm(x + self.dropout(self.output(seen)))
 
 
@@ -156,15 +198,18 @@ class SelfAttention(Attention):
     """Of [queries; text] among themselves."""
 
     def forward(
-        self, x: Float[Tensor, "B S D"], mask: Bool[Tensor, "B 1 S S"] | None, kept: int
-    ) -> Float[Tensor, "B {kept} D"]:
-        """Every position is seen; the outputs of the first `kept` are made."""
-        asking, source = x[:, :kept], cast(x)
-        projected = self.query(source[:, :kept]), self.key(source), self.value(source)
-        queries, keys, values = (self.split_heads(part) for part in projected)
-        mask = mask if mask is None else mask[:, :, :kept]
+        self, x: Float[Tensor, "M D"], layout: Layout, mask: Bool[Tensor, "N 1 S S"] | None, text_output: bool = True
+    ) -> Float[Tensor, "_ D"]:
+        """All tokens are seen; without `text_output` only the queries see."""
+        source = cast(x)
+        keys, values = (self.split_heads(layout.spread(part(source))) for part in (self.key, self.value))
+        if not text_output:
+            x, source = x[: layout.asking], source[: layout.asking]
+            mask = mask if mask is None else mask[:, :, : layout.queries]
+            layout = Layout.of(layout.rows, layout.queries)
+        queries = self.split_heads(layout.spread(self.query(source)))
         seen = attend(queries, keys, values, mask, self.dropout.now)
-        return self.finish(asking, seen.transpose(1, 2).flatten(2))
+        return self.finish(x, layout.collect(seen.transpose(1, 2).flatten(2)))
 
 
 class CrossAttention(Attention):

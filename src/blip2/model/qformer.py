@@ -4,8 +4,8 @@ Two transformers that share their self-attention: one reads the image through a 
 (cross-attention in every second block), the other reads or writes text. The same weights serve every objective;
 only the self-attention mask differs (Figure 2 right), and all masks are made in :func:`attention_mask`.
 
-Legend: B batch, Q queries, T text tokens, S = Q + T, P image tokens, D width of the Q-Former, E width of the image
-encoder, H heads.
+Legend: B batch, Q queries, T text tokens, S = Q + T, M tokens of the batch that are not padding, P image tokens, D
+width of the Q-Former, E width of the image encoder, H heads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from blip2.config import QFormerConfig
-from blip2.model.attention import CrossAttention, Dropout, GeluLinear, ImageMemory, Looked, SelfAttention, cast
+from blip2.model.attention import CrossAttention, Dropout, GeluLinear, ImageMemory, Layout, Looked, SelfAttention, cast
 
 MaskKind = Literal["unimodal", "causal", "bidirectional"]
 
@@ -82,7 +82,7 @@ def contrast_and_generate_mask(
 
 
 class QFormerOutput(NamedTuple):
-    """What the two transformers put out; a part that was not given in is empty."""
+    """What the two transformers put out; a part that was not given in is empty, and padding is zero."""
 
     queries: Float[Tensor, "B Q D"]
     """Z of the paper."""
@@ -99,7 +99,7 @@ class FeedForward(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+    def forward(self, x: Float[Tensor, "M D"]) -> Float[Tensor, "M D"]:
         hidden = self.expand(x)
         weight, bias = (parameter.to(hidden.dtype) for parameter in (self.contract.weight, self.contract.bias))
         return self.norm(x + self.dropout(GeluLinear.apply(hidden, weight, bias)))
@@ -117,23 +117,23 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "B S D"],
-        queries: int,
+        x: Float[Tensor, "M D"],
+        layout: Layout,
         mask: Bool[Tensor, "B 1 S S"] | None,
         memory: tuple[Looked, ...] | None,
-        kept: int,
-    ) -> Float[Tensor, "B {kept} D"]:
-        """The outputs of the first `kept` positions."""
-        x = self.self_attention(x, mask, kept)
+        text_output: bool,
+    ) -> Float[Tensor, "_ D"]:
+        """The outputs of all tokens, or of the queries alone."""
+        x = self.self_attention(x, layout, mask, text_output)
         parts = []
-        if queries:
-            z = x[:, :queries]
+        if layout.queries:
+            z = x[: layout.asking]
             if self.cross_attention is not None and memory is not None:
-                z = self.cross_attention(z, memory)
+                z = self.cross_attention(z.unflatten(0, (layout.rows, -1)), memory).flatten(0, 1)
             parts.append(self.query_feed_forward(z))
-        if kept > queries and self.text_feed_forward is not None:
-            parts.append(self.text_feed_forward(x[:, queries:]))
-        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        if layout.places is not None and text_output and self.text_feed_forward is not None:
+            parts.append(self.text_feed_forward(x[layout.asking :]))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 class QFormer(nn.Module):
@@ -240,28 +240,36 @@ class QFormer(nn.Module):
         Raises:
             ValueError: both `memory` and `ids` are None, or a text is given to a Q-Former without text transformer.
         """
-        parts = []
+        if memory is None and ids is None:
+            raise ValueError("give the Q-Former an image memory, text ids, or both")
+        queries = 0 if memory is None else self.config.queries
+        rows, parts, real = 0, [], None
         if memory is not None:
-            parts.append(self.queries.expand(len(memory), -1, -1))
+            rows = len(memory)
+            parts.append(self.queries.expand(rows, -1, -1).flatten(0, 1))
         if ids is not None:
             if self.word_embedding is None or self.position_embedding is None:
                 raise ValueError("this Q-Former was built without its text transformer (has_text=False)")
+            rows, length = ids.shape
             if positions is None:
-                positions = torch.arange(ids.shape[1], device=ids.device)
-            parts.append(self.word_embedding(ids) + self.position_embedding(positions))
-        if not parts:
-            raise ValueError("give the Q-Former an image memory, text ids, or both")
-        x = self.dropout(self.embedding_norm(torch.cat(parts, dim=1)))  # [B, Q+T, D]
+                positions = torch.arange(length, device=ids.device)
+            # Padding does not even see itself.
+            real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.diagonal(0, 1, 2)[:, queries:]
+            parts.append(self.word_embedding(ids[real]) + self.position_embedding(positions.expand(rows, -1)[real]))
+        x = self.dropout(self.embedding_norm(torch.cat(parts)))  # [M, D]
 
-        queries = 0 if memory is None else self.config.queries
+        layout = Layout.of(rows, queries, real)
         memories = iter(memory.layers if memory is not None else ())
         mask = None if mask is None else mask[:, None]
         for number, block in enumerate(self.blocks):
             looks = block.cross_attention is not None and memory is not None
-            kept = queries if number == len(self.blocks) - 1 and not text_output else x.shape[1]
-            arguments = (x, queries, mask, next(memories) if looks else None, kept)
+            written = text_output or number < len(self.blocks) - 1
+            arguments = (x, layout, mask, next(memories) if looks else None, written)
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 x = block(*arguments)
-        return QFormerOutput(x[:, :queries], x[:, queries:])
+        if not text_output:
+            layout = Layout.of(rows, queries)
+        out = layout.spread(x)
+        return QFormerOutput(out[:, :queries], out[:, queries:])
