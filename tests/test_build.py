@@ -189,7 +189,9 @@ def save_llm(source, folder, **tokens):
 
 
 def prepare(built, images, texts, prompt=""):
-    return GenerationTexts(built.tokenizer, 32, prompt, built.end)(images, texts, torch.arange(len(texts)), NO_DRAWS)[0]
+    return GenerationTexts(built.tokenizer, 32, prompt, built.end)(
+        images, texts, [""] * len(texts), torch.arange(len(texts)), NO_DRAWS
+    )[0]
 
 
 @torch.no_grad()

@@ -32,6 +32,13 @@ class Built:
     tokenizer: PreTrainedTokenizerBase
     end: int | None = None
     """Stage 2: id of the token that ends a text."""
+    reader: PreTrainedTokenizerBase | None = None
+    """Stage 2: tokenizer of a Q-Former that reads questions."""
+
+    @property
+    def qformer_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """Of the Q-Former's text, if it reads any."""
+        return self.tokenizer if isinstance(self.model, RepresentationModel) else self.reader
 
 
 def choose_device(wanted: str | None) -> torch.device:
@@ -87,11 +94,13 @@ def build(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None = 
         return Built(model.to(device), tokenizer)
     language = read_language_model(recipe.language, choose_dtype(recipe.language.dtype, device), checkpoint)
     tokenizer = read_tokenizer(resolve(recipe.language.name))
+    reader = text_tokenizer(recipe.qformer, checkpoint) if recipe.qformer.reads_questions else None
     model = GenerationModel(vision, recipe.qformer, language)
     if from_bert and recipe.start_from is None:
         initialise_from_bert(resolve(recipe.qformer.bert or ""), model.qformer)
         model.initialise_projection()
-    return Built(model.to(device), tokenizer, end_of_text(tokenizer, recipe.language.stop, recipe.language.name))
+    end = end_of_text(tokenizer, recipe.language.stop, recipe.language.name)
+    return Built(model.to(device), tokenizer, end, reader)
 
 
 def read_image_encoder(config: VisionConfig, dtype: torch.dtype, opened: Checkpoint | None = None) -> ImageEncoder:
@@ -123,6 +132,7 @@ def text_tokenizer(config: QFormerConfig, checkpoint: Checkpoint | None) -> PreT
         raise InputError("the Q-Former has no text tokenizer: set qformer.tokenizer, or qformer.bert")
     tokenizer = read_tokenizer(resolve(name))
     tokenizer.add_special_tokens({"bos_token": DECODER_START})
+    tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_positions)
     if len(tokenizer) != config.vocabulary:
         raise InputError(
             f"the tokenizer of {name!r} has {len(tokenizer)} tokens with {DECODER_START}, the recipe's"
@@ -170,4 +180,4 @@ def prepare_texts(recipe: Recipe, built: Built) -> TextPreparation:
         return RepresentationTexts(built.tokenizer, limit)
     assert built.end is not None
     kind = PrefixTexts if built.model.language.is_encoder_decoder else GenerationTexts
-    return kind(built.tokenizer, limit, recipe.language.prompt, built.end)
+    return kind(built.tokenizer, limit, recipe.language.prompt, built.end, built.reader)

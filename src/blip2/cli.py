@@ -31,10 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     given, changes = take_changes(sys.argv[1:] if arguments is None else arguments)
     options, rest = parser.parse_known_args(given)
-    unknown = (
-        [] if getattr(options, "takes_changes", False) else [f"--{key}" for key in changes]
-    )  # a recipe's own are left in the rest
-    unknown += [] if options.command in RECIPE_COMMANDS else rest
+    unknown = [] if options.command in RECIPE_COMMANDS else rest
+    if not options.takes_changes:
+        unknown = [*unknown, *(f"--{key}" for key in changes)]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     options.rest, options.changes = rest, changes
@@ -99,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("recipe", nargs="?")
     train.add_argument("--resume", action="store_true")
     train.add_argument("-h", "--help", action="store_true")
-    train.set_defaults(run=run_train)
+    train.set_defaults(run=run_train, takes_changes=False)
 
     features = command(
         "features",

@@ -21,6 +21,8 @@ from blip2.errors import InputError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Stage = Literal["representation", "generation"]
+QUESTION_PLACE = "{}"
+"""Where a prompt takes its question."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,9 @@ class QFormerConfig:
     """Number of its tokens, [DEC] included, which is the last."""
     max_positions: int = 512
     """Longest text in tokens that it has positions for."""
+    reads_questions: bool = False
+    """The question's tokens go into the Q-Former beside the queries, so that it looks for what is asked (Figure 7).
+    Only for stage generation."""
     dropout: float = 0.1
     """Share of hidden units and attention weights dropped in training."""
     layer_norm_eps: float = 1e-12
@@ -85,11 +90,17 @@ class LanguageConfig:
     prompt: str = ""
     """Text after the visual prompt and before the caption ("a photo of", §4.2), which carries no loss. An
     encoder-decoder reads it in its encoder; without one, captions are split at random into a prefix for the
-    encoder and the rest for the decoder (§3.3)."""
+    encoder and the rest for the decoder (§3.3). {} in it stands for the question of a record, whose answer is then
+    what is written: "Question: {} Answer:" for OPT, "Question: {} Short answer:" for FlanT5 (§4.1)."""
     stop: str | None = None
     """Text that ends a caption; null: the tokenizer's end-of-text token. The paper's OPT models use a newline."""
     activation: str | None = None
     """Of its feed-forwards, where it has to be another than its own: the paper's FlanT5 models ran with gelu."""
+
+    @property
+    def asks(self) -> bool:
+        """Whether the prompt holds a question."""
+        return QUESTION_PLACE in self.prompt
 
 
 @dataclass(frozen=True)
@@ -120,8 +131,10 @@ class DataConfig:
     image_column: str | None = None
     """Column with the image (a path, a URL-free Hugging Face image, or bytes); null: found by its usual names."""
     caption_column: str | None = None
-    """Column with a caption or a list of captions, of which one is drawn at each step; null: found by its usual
-    names."""
+    """Column with a caption or a list of captions, of which one is drawn at each step, or with the answers to a
+    question, which are drawn as often as they were given; null: found by its usual names."""
+    question_column: str | None = None
+    """Column with the question that the answers are to; null: question, where there is one."""
     streaming: bool | None = None
     """Read in order without counting or copying; null: for WebDataset shards only."""
     batch_size: int = 64
@@ -229,6 +242,11 @@ class Recipe:
                 if isinstance(number, float | int) and not smallest <= number <= largest:
                     expected = f"at least {smallest}" if largest == math.inf else f"{smallest} to {largest}"
                     raise InputError(f"{name} is {number}, expected {expected}")
+        if self.qformer.reads_questions and (self.language is None or not self.language.asks):
+            raise InputError(
+                "qformer.reads_questions is for stage generation with questions: put {} into language.prompt where the"
+                ' question goes, as in "Question: {} Answer:"'
+            )
         if self.qformer.hidden_size % self.qformer.heads:
             raise InputError(
                 f"qformer.hidden_size {self.qformer.hidden_size} is not a multiple of qformer.heads"

@@ -83,6 +83,11 @@ def convert(
         raise InputError(f"a second checkpoint for stage 1 goes with the format transformers alone, not {to}")
     checkpoint = open_checkpoint(str(source), changes)
     log.info("%s: %s", checkpoint.name, checkpoint.about)
+    if checkpoint.recipe.qformer.reads_questions and to != "blip2":
+        raise InputError(
+            f"{checkpoint.name} has a Q-Former that reads questions, for which the BLIP-2 of {to} has no place: convert"
+            " it to blip2"
+        )
     if to == "blip2":
         write = _blip2(checkpoint)
     elif to == "lavis":

@@ -16,12 +16,12 @@ from transformers import PreTrainedTokenizerBase
 from blip2.build import build, choose_device
 from blip2.config import Precision, Recipe, Stage
 from blip2.data.images import ImageLike, read_image, to_pixels
-from blip2.data.texts import encode_prompts, encode_texts
+from blip2.data.texts import encode_prompts, encode_questions, encode_texts, fill_prompts
 from blip2.errors import InputError
 from blip2.interop.transformers import IMAGE_TOKEN
 from blip2.model import objectives
 from blip2.model.decoding import Decoding
-from blip2.model.generation import GenerationModel
+from blip2.model.generation import GenerationModel, Questions
 from blip2.model.representation import RepresentationModel
 from blip2.training import checkpoint
 
@@ -78,7 +78,7 @@ def load(
     if isinstance(built.model, RepresentationModel):
         return RepresentationPipeline(built.model, built.tokenizer, recipe, Path(found.name))
     assert built.end is not None
-    return GenerationPipeline(built.model, built.tokenizer, recipe, Path(found.name), built.end)
+    return GenerationPipeline(built.model, built.tokenizer, recipe, Path(found.name), built.end, built.reader)
 
 
 class Pipeline(Generic[Model]):
@@ -207,10 +207,17 @@ class GenerationPipeline(Pipeline[GenerationModel]):
     """A model of stage 2: writes about images."""
 
     def __init__(
-        self, model: GenerationModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, path: Path, end: int
+        self,
+        model: GenerationModel,
+        tokenizer: PreTrainedTokenizerBase,
+        recipe: Recipe,
+        path: Path,
+        end: int,
+        reader: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__(model, tokenizer, recipe, path)
         self.end = end
+        self.reader = reader
 
     def caption(
         self, images: Images, prompt: str | Sequence[str] | None = None, decoding: Decoding | None = None
@@ -223,11 +230,15 @@ class GenerationPipeline(Pipeline[GenerationModel]):
             decoding: how; None: :data:`CAPTION`.
 
         Raises:
-            InputError: an image cannot be decoded, in which case the message names it, or there is another number of
-                prompts than of images.
+            InputError: an image cannot be decoded, in which case the message names it, there is another number of
+                prompts than of images, or no prompt for a model that was trained to answer.
         """
         assert self.recipe.language is not None
         features = self.features(images)
+        if prompt is None and self.recipe.language.asks:
+            raise InputError(
+                f"{self.path} was trained to answer questions: call answer, or give a prompt to go on from"
+            )
         prompt = self.recipe.language.prompt if prompt is None else prompt
         prompts = [prompt] * len(features) if isinstance(prompt, str) else list(prompt)
         return self.generate(features, prompts, decoding or CAPTION)
@@ -250,9 +261,18 @@ class GenerationPipeline(Pipeline[GenerationModel]):
                 f"there are {len(features)} images and {len(listed)} questions: give one question an image, or one of"
                 " either for all of the other"
             )
-        template = SHORT_QUESTION if self.model.language.is_encoder_decoder else QUESTION
-        prompts = [template.format(question) for question in listed]
-        return self.generate(features, prompts, decoding or ANSWER, image_of=image_of)
+        return self.generate(
+            features, fill_prompts(self.question_prompt, listed), decoding or ANSWER, image_of=image_of,
+            questions=listed,
+        )  # fmt: skip
+
+    @property
+    def question_prompt(self) -> str:
+        """How a question is put: as the model was trained to read it, or else as in the paper."""
+        assert self.recipe.language is not None
+        if self.recipe.language.asks:
+            return self.recipe.language.prompt
+        return SHORT_QUESTION if self.model.language.is_encoder_decoder else QUESTION
 
     @torch.no_grad()
     def generate(
@@ -262,12 +282,15 @@ class GenerationPipeline(Pipeline[GenerationModel]):
         decoding: Decoding,
         copies: int = 1,
         image_of: Sequence[int] | None = None,
+        questions: Sequence[str] | None = None,
     ) -> list[str]:
         """`copies` texts for each prompt, the copies of one prompt beside each other.
 
         Args:
             image_of: the image that each prompt is about, counted from 0; None: one each. The vision encoder and the
                 Q-Former see an image once, and the LLM once in each batch of its prompts.
+            questions: what each prompt asks, for a Q-Former that reads questions, which then looks once a question;
+                others leave them out.
 
         Raises:
             InputError: there is another number of prompts than of images (than of `image_of`, where it is given), no
@@ -289,7 +312,10 @@ class GenerationPipeline(Pipeline[GenerationModel]):
         side = "right" if self.model.language.is_encoder_decoder else "left"
         ids, mask = encode_prompts(self.tokenizer, prompts, side)
         self._check_length(ids.shape[1], decoding)
-        visual = torch.cat([self.model.visual_prompt(part) for part in features.split(self.batch_size)])
+        asked = encode_questions(self.reader, questions) if questions is not None else None
+        visual = self._visual_prompts(features, asked, torch.tensor(owners))
+        if asked is not None:  # a visual prompt is of one question alone
+            owners = list(range(len(prompts)))
         # Prompts about one image stand together, and otherwise those of like length.
         lengths, shared = mask.sum(dim=1).tolist(), len(set(owners)) < len(owners)
         order = sorted(range(len(prompts)), key=lambda i: (owners[i] if shared else 0, lengths[i]))
@@ -313,6 +339,20 @@ class GenerationPipeline(Pipeline[GenerationModel]):
                     text.strip() for text in written[i * copies : (i + 1) * copies]
                 )
         return texts
+
+    def _visual_prompts(
+        self, features: Float[Tensor, "I P E"], questions: Questions | None, image_of: Int[Tensor, "B"]
+    ) -> Float[Tensor, "N Q L"]:
+        """One an image, or one a question where the Q-Former reads them."""
+        if questions is None:
+            return torch.cat([self.model.visual_prompt(part) for part in features.split(self.batch_size)])
+        parts = []
+        for rows in torch.arange(len(image_of)).split(self.batch_size):
+            used, image = image_of[rows].unique(return_inverse=True)
+            words = int(questions.mask[rows].sum(dim=1).max())
+            part = Questions(*(each[rows, :words].to(self.device) for each in questions))
+            parts.append(self.model.visual_prompt(features[used.to(self.device)], part, image.to(self.device)))
+        return torch.cat(parts)
 
     def _check_length(self, tokens: int, decoding: Decoding) -> None:
         language, queries = self.model.language, self.recipe.qformer.queries

@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from blip2.data.texts import (
     pad,
     split_caption,
 )
+from blip2.model.generation import GenerationBatch
 from blip2.model.objectives import IGNORED
 from blip2.model.representation import RepresentationBatch
 from blip2.model.vision import Preprocessing
@@ -153,10 +155,12 @@ def test_captions_are_split_anywhere_in_their_first_half(count: int) -> None:
     assert min(found.values()) > 0.8 * 2000 / len(expected)
 
 
-def prepare(texts: TextPreparation, captions: list[str], seed: int = 0) -> tuple[StageBatch, int]:
+def prepare(
+    texts: TextPreparation, captions: list[str], seed: int = 0, questions: list[str] | None = None
+) -> tuple[StageBatch, int]:
     count = len(captions)
     images, image_ids = torch.rand(count, 3, 8, 8), torch.arange(count)
-    batch, cut = texts(images, captions, image_ids, np.random.default_rng(seed))
+    batch, cut = texts(images, captions, questions or [""] * count, image_ids, np.random.default_rng(seed))
     assert batch.images is images
     return batch, cut
 
@@ -179,6 +183,25 @@ def test_generation_texts(parts: Parts) -> None:
         "<pad><pad> ab</s><pad><pad>",
     ]
     assert (batch.mask.sum(dim=1).tolist(), cut) == ([8, 6], 1)
+
+
+@pytest.mark.parametrize("kind", [GenerationTexts, PrefixTexts])
+def test_a_prompt_takes_the_question_of_each_answer(parts: Parts, bert: PreTrainedTokenizerBase, kind: type) -> None:
+    is_prefix = kind is PrefixTexts
+    tokenizer = AutoTokenizer.from_pretrained(parts.t5 if is_prefix else parts.llama)
+    texts = kind(tokenizer, 6, "Q: {} A:", END, bert)
+    assert texts.asks and not kind(tokenizer, 6, "a photo of", END).asks
+    batch, _ = prepare(texts, ["no", "two"], questions=["is it?", "how many {}?"])
+    assert isinstance(batch, GenerationBatch)
+    answers = ["</s>", "</s>"] if is_prefix else [" no</s>", " two</s>"]
+    asked = [f"Q: {question} A:{end}" for question, end in zip(["is it?", "how many {}?"], answers, strict=True)]
+    assert [tokenizer.decode(row[real]) for row, real in zip(batch.ids, batch.mask, strict=True)] == asked
+    assert tokenizer.decode(batch.labels[0][batch.labels[0] != IGNORED]).strip() == "no</s>"
+    assert batch.questions is not None
+    ids, mask, _ = encode_texts(bert, ["is it?", "how many {}?"], 64)
+    assert torch.equal(batch.questions.ids, ids) and torch.equal(batch.questions.mask, mask)
+    plain, _ = prepare(replace(texts, reader=None), ["no", "two"], questions=["is it?", "how many {}?"])
+    assert plain.questions is None and torch.equal(plain.ids, batch.ids)
 
 
 def test_prefix_texts_with_a_prompt(parts: Parts) -> None:

@@ -13,9 +13,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from blip2.config import QUESTION_PLACE
 from blip2.data.features import CachedFeatures
 from blip2.data.images import ImageError, augment_to_pixels, read_image, to_pixels
 from blip2.data.records import Record, Records, RecordStream
@@ -194,18 +196,20 @@ class Preparation(Dataset[Loaded]):
         for draw in plan.draws:
             record = self._record(draw)
             try:
-                good.append((record, self._image(record, draw), self._caption(record, draw)))
+                good.append((record, self._image(record, draw), self._caption(record, draw), self._question(record)))
             except ImageError as error:
                 skipped.append(f"{record.key}: {error}")
-        keys = tuple(record.key for record, _, _ in good)
+        keys = tuple(record.key for record, *_ in good)
         if not good:
             return Loaded(None, keys, tuple(skipped), 0, plan.position)
         if self.train:
             good = [good[i % len(good)] for i in range(len(plan.draws))]
+        records, images, captions, questions = zip(*good, strict=True)
         batch, cut = self.texts(
-            torch.stack([image for _, image, _ in good]),
-            [caption for _, _, caption in good],
-            torch.tensor([record.image_id for record, _, _ in good]),
+            torch.stack(images),
+            captions,
+            questions,
+            torch.tensor([record.image_id for record in records]),
             np.random.default_rng((*plan.draws[0].seed, 2)),
         )
         return Loaded(batch, keys, tuple(skipped), cut, plan.position)
@@ -220,6 +224,11 @@ class Preparation(Dataset[Loaded]):
         if draw.caption < 0:
             raise ImageError("it has no caption: every image needs a text that is not blank")
         return record.captions[draw.caption]
+
+    def _question(self, record: Record) -> str:
+        if self.texts.asks and record.question is None:
+            raise ImageError(f"it has no question, and language.prompt has {QUESTION_PLACE} where one goes")
+        return record.question or ""
 
     def _image(self, record: Record, draw: Draw) -> Tensor:
         random = np.random.default_rng((*draw.seed, 1))
@@ -249,4 +258,5 @@ Batch = TypeVar("Batch", bound=StageBatch)
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """A batch with all its tensors on a device."""
-    return replace(batch, **{f.name: getattr(batch, f.name).to(device, non_blocking=True) for f in fields(batch)})
+    named = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return replace(batch, **send_to_device(named, device, non_blocking=True))

@@ -10,8 +10,8 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ from blip2.errors import InputError
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "image_path", "file_name", "filename", "img", "path")
 CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "texts", "sentence", "sentences")
+ANSWER_COLUMNS = ("answers", "answer")
+QUESTION_COLUMNS = ("question",)
+ABOUT_COLUMNS = ("image_id", "question_id", "question_type", "answer_type", "domain")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 BUILDERS = {
     ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".tar": "webdataset"
@@ -38,7 +41,11 @@ class Record:
     image: str | bytes | None
     """Path or encoded bytes; None where the data set has none, which is found out when it is decoded."""
     captions: tuple[str, ...]
-    """Those that are not blank."""
+    """Those that are not blank; of a question the answers, each as often as it was given."""
+    question: str | None = None
+    """What is asked about the image; None where captions are to be written."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """What its row says in the :data:`ABOUT_COLUMNS`, by which results are told apart and handed in."""
 
     @property
     def image_id(self) -> int:
@@ -54,6 +61,8 @@ class _Columns:
     source: str
     image: str
     caption: str
+    question: str | None
+    about: tuple[str, ...]
     root: Path
     """Where relative paths of images start."""
 
@@ -64,7 +73,9 @@ class _Columns:
         if image and not isinstance(image, bytes):
             image = str(self.root / str(image))
         key = f"{self.source} row {number}" + (f" ({image})" if isinstance(image, str) else "")
-        return Record(key, image or None, clean_captions(row[self.caption]))
+        question = " ".join(str(row[self.question] or "").split()) if self.question else ""
+        about = {name: row[name] for name in self.about if row[name] is not None}
+        return Record(key, image or None, clean_captions(row[self.caption]), question or None, about)
 
 
 def clean_captions(value: Any) -> tuple[str, ...]:
@@ -207,7 +218,7 @@ def _open_folder(folder: Path, config: DataConfig, process: int, processes: int)
     table = datasets.Dataset.from_dict(
         {"image": [str(path.relative_to(folder)) for path in images], "captions": captions}
     )
-    return Records(table, _Columns(str(folder), "image", "captions", folder))
+    return Records(table, _Columns(str(folder), "image", "captions", None, (), folder))
 
 
 def _load(source: str, load: Callable[..., Any], name: str, **options: Any) -> Any:
@@ -244,10 +255,15 @@ def _records(
     if not features:
         raise _empty(source)
     image = _column(features, config.image_column, IMAGE_COLUMNS, "image", source)
-    caption = _column(features, config.caption_column, CAPTION_COLUMNS, "caption", source)
+    question = None
+    if config.question_column or any(name in features for name in QUESTION_COLUMNS):
+        question = _column(features, config.question_column, QUESTION_COLUMNS, "question", source)
+    usual = CAPTION_COLUMNS if question is None else ANSWER_COLUMNS
+    caption = _column(features, config.caption_column, usual, "caption", source)
     if isinstance(features[image], datasets.Image):
         dataset = dataset.cast_column(image, datasets.Image(decode=False))
-    columns = _Columns(source, image, caption, root)
+    about = tuple(name for name in ABOUT_COLUMNS if name in features)
+    columns = _Columns(source, image, caption, question, about, root)
     if isinstance(dataset, datasets.IterableDataset):
         return RecordStream(dataset, columns, process, processes)
     if len(dataset) == 0:

@@ -15,7 +15,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from blip2.model.generation import GenerationBatch
+from blip2.config import QUESTION_PLACE
+from blip2.model.generation import GenerationBatch, Questions
 from blip2.model.objectives import IGNORED
 from blip2.model.representation import RepresentationBatch
 
@@ -26,8 +27,18 @@ StageBatch = RepresentationBatch | GenerationBatch
 class TextPreparation(Protocol):
     """Turns images and captions into the batch that a stage trains on."""
 
+    @property
+    def asks(self) -> bool:
+        """Whether captions are answers, and each needs its question."""
+        ...
+
     def __call__(
-        self, images: Tensor, captions: Sequence[str], image_ids: Int[Tensor, "B"], random: np.random.Generator
+        self,
+        images: Tensor,
+        captions: Sequence[str],
+        questions: Sequence[str],
+        image_ids: Int[Tensor, "B"],
+        random: np.random.Generator,
     ) -> tuple[StageBatch, int]:
         """The batch, and how many captions were cut."""
         ...
@@ -39,9 +50,15 @@ class RepresentationTexts:
 
     tokenizer: PreTrainedTokenizerBase
     max_tokens: int
+    asks = False
 
     def __call__(
-        self, images: Tensor, captions: Sequence[str], image_ids: Int[Tensor, "B"], random: np.random.Generator
+        self,
+        images: Tensor,
+        captions: Sequence[str],
+        questions: Sequence[str],
+        image_ids: Int[Tensor, "B"],
+        random: np.random.Generator,
     ) -> tuple[RepresentationBatch, int]:
         ids, mask, cut = encode_texts(self.tokenizer, captions, self.max_tokens)
         return RepresentationBatch(images, ids, mask, image_ids), cut
@@ -54,20 +71,31 @@ class GenerationTexts:
     tokenizer: PreTrainedTokenizerBase
     max_tokens: int
     prompt: str
+    """:data:`QUESTION_PLACE` in it stands for the question."""
     end: int
     """Id of the token that ends a caption."""
+    reader: PreTrainedTokenizerBase | None = None
+    """Tokenizer of a Q-Former that reads questions."""
+
+    @property
+    def asks(self) -> bool:
+        return QUESTION_PLACE in self.prompt
 
     def __call__(
-        self, images: Tensor, captions: Sequence[str], image_ids: Int[Tensor, "B"], random: np.random.Generator
+        self,
+        images: Tensor,
+        captions: Sequence[str],
+        questions: Sequence[str],
+        image_ids: Int[Tensor, "B"],
+        random: np.random.Generator,
     ) -> tuple[GenerationBatch, int]:
-        ids, mask, labels, cut = encode_continuations(
-            self.tokenizer, [self.prompt] * len(captions), captions, self.max_tokens, self.end
-        )
-        return GenerationBatch(images, ids, mask, labels), cut
+        prompts = fill_prompts(self.prompt, questions if self.asks else [""] * len(captions))
+        ids, mask, labels, cut = encode_continuations(self.tokenizer, prompts, captions, self.max_tokens, self.end)
+        return GenerationBatch(images, ids, mask, labels, encode_questions(self.reader, questions)), cut
 
 
 @dataclass(frozen=True)
-class PrefixTexts:
+class PrefixTexts(GenerationTexts):
     """Texts of stage 2 for an encoder-decoder LLM (prefix language modelling, §3.3).
 
     With a prompt, the encoder reads the prompt and the decoder writes the caption. Without, each caption is split at
@@ -75,27 +103,41 @@ class PrefixTexts:
     caption of one word is written whole. A caption that is too long is cut before it is split.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    max_tokens: int
-    prompt: str
-    end: int
-
     def __call__(
-        self, images: Tensor, captions: Sequence[str], image_ids: Int[Tensor, "B"], random: np.random.Generator
+        self,
+        images: Tensor,
+        captions: Sequence[str],
+        questions: Sequence[str],
+        image_ids: Int[Tensor, "B"],
+        random: np.random.Generator,
     ) -> tuple[GenerationBatch, int]:
+        prompts = fill_prompts(self.prompt, questions if self.asks else [""] * len(captions))
         prefixes, suffixes, cut = [], [], 0
-        for caption in captions:
+        for caption, prompt in zip(captions, prompts, strict=True):
             encoded = self.tokenizer(caption, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             if len(encoded["input_ids"]) >= self.max_tokens:
                 caption = caption[: encoded["offset_mapping"][self.max_tokens - 2][1]]
                 cut += 1
-            prefix, suffix = (self.prompt, caption) if self.prompt else split_caption(caption, random)
+            prefix, suffix = (prompt, caption) if prompt else split_caption(caption, random)
             prefixes.append(prefix)
             suffixes.append(suffix)
         ids, mask = encode_prompts(self.tokenizer, prefixes, "right")
         rows = [self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in suffixes]
         rows = [[*row[: self.max_tokens - 1], self.end] for row in rows]
-        return GenerationBatch(images, ids, mask, pad(rows, IGNORED)), cut
+        return GenerationBatch(images, ids, mask, pad(rows, IGNORED), encode_questions(self.reader, questions)), cut
+
+
+def fill_prompts(prompt: str, questions: Sequence[str]) -> list[str]:
+    """The prompt of each question."""
+    return [prompt.replace(QUESTION_PLACE, question) for question in questions]
+
+
+def encode_questions(tokenizer: PreTrainedTokenizerBase | None, questions: Sequence[str]) -> Questions | None:
+    """Questions for a Q-Former that reads them; None for one that has no tokenizer."""
+    if tokenizer is None:
+        return None
+    ids, mask, _ = encode_texts(tokenizer, questions, tokenizer.model_max_length)
+    return Questions(ids, mask)
 
 
 def split_caption(caption: str, random: np.random.Generator) -> tuple[str, str]:

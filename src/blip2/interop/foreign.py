@@ -28,10 +28,10 @@ from blip2.model.vision import (
 
 Format = Literal["blip2", "transformers", "lavis"]
 VISION, LANGUAGE = "vision.network.", "language.network."
-STAGE_1_ALONE = (
-    "qformer.word_embedding", "qformer.position_embedding", "image_projection", "text_projection", "matching_head",
-    "language_head", "temperature",
-)  # fmt: skip
+TEXT = ("qformer.word_embedding", "qformer.position_embedding")
+"""Beginnings of the names of weights that stage 2 has only if its Q-Former reads questions, beside the text
+feed-forwards."""
+STAGE_1_ALONE = ("image_projection", "text_projection", "matching_head", "language_head", "temperature")
 """Beginnings of the names of weights that stage 2 has not."""
 STAGE_2_ALONE = ("projection.", LANGUAGE)
 """Beginnings of the names of weights that stage 1 has not."""
@@ -82,8 +82,9 @@ class Checkpoint:
         return "matching_head.weight" in self.weights
 
     def is_stage_1_alone(self, name: str) -> bool:
-        """Whether a weight is of the text transformer or the heads, which stage 2 has not."""
-        return name.startswith(STAGE_1_ALONE) or ".text_feed_forward." in name
+        """Whether a weight is of the heads, or of a text transformer that stage 2 has not."""
+        is_text = name.startswith(TEXT) or ".text_feed_forward." in name
+        return name.startswith(STAGE_1_ALONE) or (is_text and not self.recipe.qformer.reads_questions)
 
     def only_stage(self) -> Weights:
         """The weights that its stage has, frozen parts included, where those of both are there."""

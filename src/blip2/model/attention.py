@@ -182,11 +182,11 @@ class Attention(nn.Module):
                 projections instead: W (g * x + b) = (W * g) x + W b. The gradient of the norm then comes from that of
                 the projections' weights, and none has to be computed for the features.
         """
-        if norm is None:
-            return self.split_heads(self.key(features)), self.split_heads(self.value(features))
         key, value = (
-            F.linear(features, p.weight * norm.weight, p.bias + (p.weight * norm.bias).sum(dim=1))
-            for p in (self.key, self.value)
+            part(features)
+            if norm is None
+            else F.linear(features, part.weight * norm.weight, part.bias + (part.weight * norm.bias).sum(dim=1))
+            for part in (self.key, self.value)
         )
         return self.split_heads(key), self.split_heads(value)
 

@@ -1,12 +1,14 @@
 """Stage 2: vision-to-language generative learning from a frozen LLM (paper §3.3).
 
-Legend: B batch, Q queries, T text tokens, U target tokens, D Q-Former width, L width of the LLM.
+Legend: B batch, I images, Q queries, T text tokens, U target tokens, W tokens of a question, D Q-Former width, L width
+of the LLM.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -17,8 +19,17 @@ from blip2.model import objectives
 from blip2.model.decoding import Decoding
 from blip2.model.language import LanguageModel
 from blip2.model.objectives import Outcome
-from blip2.model.qformer import QFormer
+from blip2.model.qformer import QFormer, attention_mask
 from blip2.model.vision import ImageEncoder
+
+
+class Questions(NamedTuple):
+    """What the Q-Former reads beside its queries (Figure 7)."""
+
+    ids: Int[Tensor, "N W"]
+    """In the Q-Former's tokens: [CLS] ... [SEP], padded on the right."""
+    mask: Bool[Tensor, "N W"]
+    """True where a token is real."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,8 @@ class GenerationBatch:
     """True where an id is real."""
     labels: Int[Tensor, "B U"]
     """Decoder-only: `ids` where they belong to the caption. Encoder-decoder: the suffix. -100 elsewhere."""
+    questions: Questions | None = None
+    """Of a Q-Former that reads them."""
 
     @property
     def label_count(self) -> int:
@@ -41,7 +54,9 @@ class GenerationBatch:
 
 
 class GenerationModel(nn.Module):
-    """Frozen image encoder, Q-Former without text transformer, one linear layer, frozen LLM.
+    """Frozen image encoder, Q-Former, one linear layer, frozen LLM.
+
+    The Q-Former has its text transformer only if it reads questions (``config.reads_questions``).
 
     The names of its parts begin the names of its parameters: ``vision``, ``image_norm``, ``qformer``,
     ``projection``, ``language``.
@@ -51,7 +66,7 @@ class GenerationModel(nn.Module):
         super().__init__()
         self.vision = vision
         self.image_norm = nn.LayerNorm(vision.width, eps=config.image_norm_eps)
-        self.qformer = QFormer(config, vision.width, has_text=False)
+        self.qformer = QFormer(config, vision.width, has_text=config.reads_questions)
         self.projection = nn.Linear(config.hidden_size, language.width)
         self.language = language
         self.initialise_projection()
@@ -69,10 +84,25 @@ class GenerationModel(nn.Module):
         nn.init.normal_(self.projection.weight, std=std)
         nn.init.zeros_(self.projection.bias)
 
-    def visual_prompt(self, images: Shaped[Tensor, "B ..."]) -> Float[Tensor, "B Q L"]:
-        """The soft visual prompt of images: pixels [B, 3, H, W] or features [B, P, E]."""
+    def visual_prompt(
+        self,
+        images: Shaped[Tensor, "I ..."],
+        questions: Questions | None = None,
+        image_of: Int[Tensor, "N"] | None = None,
+    ) -> Float[Tensor, "N Q L"]:
+        """The soft visual prompt of images: pixels [I, 3, H, W] or features [I, P, E].
+
+        Args:
+            questions: queries and questions see each other, and there is a prompt for each question.
+            image_of: which image each question is about, None: one each. Every image is encoded once.
+        """
         memory = self.qformer.memory(self.vision.features(images), self.image_norm)
-        return self.projection(self.qformer(memory).queries)
+        if questions is None:
+            return self.projection(self.qformer(memory).queries)
+        if image_of is not None:
+            memory = memory.select(image_of)
+        mask = attention_mask("bidirectional", self.qformer.config.queries, questions.mask)
+        return self.projection(self.qformer(memory, questions.ids, mask, text_output=False).queries)
 
     def forward(self, batch: GenerationBatch, label_count: float | None = None) -> Outcome:
         """The language-modelling loss ``lm`` of the captions, given images and prompts.
@@ -87,7 +117,7 @@ class GenerationModel(nn.Module):
         Returns:
             The loss, and beside it ``lm_perplexity`` and ``lm_accuracy`` (share of tokens predicted right).
         """
-        visual = self.visual_prompt(batch.images)
+        visual = self.visual_prompt(batch.images, batch.questions)
         states, labels = self.language.states(visual, batch.ids, batch.mask, batch.labels)
         written = objectives.language_modeling(states, self.language.head, labels, label_count)
         return Outcome({"lm": written.loss}, {"lm_perplexity": written.perplexity, "lm_accuracy": written.accuracy})

@@ -194,7 +194,7 @@ class QFormer(nn.Module):
             norm: their LayerNorm, which the Q-Former's owner trains with it.
         """
         attentions = [block.cross_attention for block in self.blocks if block.cross_attention is not None]
-        # What is frozen needs no gradient, but the norm behind it does: see there.
+        # What is frozen needs no gradient, but its norm does: Attention.keys_and_values gets it another way.
         folded = norm if torch.is_grad_enabled() and not features.requires_grad else None
         plain = folded is None
         features = cast(norm(features) if plain else F.layer_norm(features, norm.normalized_shape, eps=norm.eps))

@@ -20,11 +20,7 @@ from blip2.model import objectives
 from blip2.model.attention import ImageMemory
 from blip2.model.distributed import fetch, gather, gather_padded, process_count, process_index
 from blip2.model.objectives import Outcome
-from blip2.model.qformer import (
-    QFormer,
-    attention_mask,
-    contrast_and_generate_mask,
-)
+from blip2.model.qformer import QFormer, attention_mask, contrast_and_generate_mask
 from blip2.model.vision import ImageEncoder
 
 
@@ -108,9 +104,8 @@ class RepresentationModel(nn.Module):
     def match(self, memory: ImageMemory, ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B 2"]:
         """Logits of (not matched, matched) of pairs, averaged over the queries (§3.2, ITM)."""
         bidirectional = attention_mask("bidirectional", self.qformer.config.queries, mask)
-        return (
-            self.matching_head(self.qformer(memory, ids, bidirectional, text_output=False).queries).float().mean(dim=1)
-        )
+        queries = self.qformer(memory, ids, bidirectional, text_output=False).queries
+        return self.matching_head(queries).float().mean(dim=1)
 
     @torch.no_grad()
     def match_candidates(

@@ -3,7 +3,7 @@
 A checkpoint is a folder ``step-00001000``::
 
     model.safetensors   what was trained: everything but the frozen image encoder and LLM
-    tokenizer/          of the Q-Former's text (stage 1)
+    tokenizer/          of the Q-Former's text (stage 1, and stage 2 where it reads questions)
     recipe.yaml         the recipe, which names the frozen parts
     state.json          step, position in the data, versions
     optimizer.pt        what resuming needs besides, read with weights_only=True

@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from torch import nn
 
 from blip2.build import Built, build, choose_device, prepare_texts
@@ -30,6 +30,7 @@ from blip2.data.records import Records, RecordStream, open_records
 from blip2.data.texts import StageBatch
 from blip2.errors import InputError
 from blip2.interop.formats import is_pickle, open_foreign
+from blip2.model.distributed import gather_objects
 from blip2.model.generation import GenerationModel
 from blip2.model.objectives import Outcome
 from blip2.training import checkpoint
@@ -87,10 +88,11 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
 def _accelerator(recipe: Recipe) -> Accelerator:
     device = choose_device(recipe.training.device)
     precision = recipe.training.precision or ("bf16" if device.type == "cuda" else "fp32")
-    # Without one of the losses its head has no gradient; nor has what an image encoder does after our layer.
+    # Without one of the losses its head has no gradient; nor has what an image encoder does after our layer, or what
+    # the last block makes of a question.
     trains_vision = any(rate != "frozen" for name, rate in recipe.optimizer.rates.items() if name.startswith("vision"))
     losses = recipe.objectives
-    all_used = not trains_vision and (
+    all_used = not (trains_vision or recipe.qformer.reads_questions) and (
         recipe.stage == "generation" or (losses.itc > 0 and losses.itm > 0 and losses.itg > 0)
     )
     if precision == "fp16" and device.type == "cpu":
@@ -308,7 +310,7 @@ class _Training:
             return
         keys = [key for loaded, _ in taken for key in loaded.keys]
         guilty = what == "gradient" or not bool(torch.isfinite(own_loss))
-        found = [key for keys in gather_object([keys if guilty else []]) for key in keys]
+        found = [key for keys in gather_objects(keys if guilty else []) for key in keys]
         last = checkpoint.latest(self.folder)
         raise InputError(
             f"the {what} is {value} at step {self.step + 1}, in the batch of {', '.join(found[:8])}"
@@ -342,7 +344,7 @@ class _Training:
         if skipped:
             self.display.say(f"skipped {len(skipped)} records of data.validation; the first is {skipped[0]}")
         # A process may have had no record of its own.
-        names = sorted({name for found in gather_object([list(sums)]) for name in found})
+        names = sorted({name for found in gather_objects(list(sums)) for name in found})
         zero = torch.zeros_like(weight)
         totals = self._reduce(torch.stack([*(sums.get(name, zero) for name in names), weight]), "sum").tolist()
         count = totals.pop()
@@ -350,7 +352,7 @@ class _Training:
 
     def _save(self) -> Path:
         accelerator = self.accelerator
-        positions = gather_object([self.positions])
+        positions = gather_objects(self.positions)
         path = self.folder
         if accelerator.is_main_process:
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
@@ -359,7 +361,7 @@ class _Training:
                 self.step,
                 accelerator.unwrap_model(self.model),
                 self.recipe,
-                self.built.tokenizer if self.recipe.stage == "representation" else None,
+                self.built.qformer_tokenizer,
                 {"optimizer": self.optimizer.state_dict(), "scaler": scaler},
                 {"positions": positions, "counts": self.counts},
                 self.recipe.training.keep,

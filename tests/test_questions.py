@@ -1,0 +1,224 @@
+"""Questions about images, from a table to answers: the question-conditioned Q-Former (paper §4.3, Figure 7)."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from blip2.convert import convert
+from blip2.data.records import open_records
+from blip2.data.texts import encode_questions
+from blip2.errors import InputError
+from blip2.inference import load
+from blip2.model.decoding import Decoding
+from blip2.model.generation import GenerationBatch, GenerationModel, Questions
+from blip2.model.language import load_language_model
+from blip2.model.qformer import attention_mask
+from blip2.model.vision import load_image_encoder
+from blip2.training import checkpoint
+from blip2.training.loop import train
+from blip2.training.progress import read_metrics
+from conftest import COLOURS, SHAPES, draw
+from fixtures.tiny import QFORMER, randomise, texts
+
+PROMPT = "Question: {} Answer:"
+READING = replace(QFORMER, reads_questions=True)
+GREEDY = Decoding(beams=1, max_new_tokens=6)
+
+
+@pytest.fixture
+def model(parts):
+    torch.manual_seed(0)
+    made = GenerationModel(load_image_encoder(parts.vision), READING, load_language_model(parts.llama))
+    randomise(made.qformer)
+    made.initialise_projection()
+    return made
+
+
+@pytest.fixture(scope="module")
+def table(parts, tmp_path_factory):
+    """Two questions about each of twelve pictures, one of whose answers was given more often than the other."""
+    folder = tmp_path_factory.mktemp("questions")
+    rows = []
+    for shape in SHAPES:
+        for colour in COLOURS:
+            draw(shape, colour, 0).save(folder / f"{colour}-{shape}.png")
+            for question, answers in (("what colour?", [colour] * 8 + ["dark", ""]), ("what shape?", [shape])):
+                rows.append({"image": f"{colour}-{shape}.png", "question": question, "answers": answers})
+    file = folder / "questions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def recipe(parts, table, tmp_path_factory):
+    def make(output, **changes):
+        sections = {
+            "stage": "generation",
+            "language": {"name": parts.llama, "prompt": PROMPT},
+            "qformer": {"reads_questions": True, "dropout": 0.0},
+            "data": {"train": table, "batch_size": 4, "workers": 0, "flip": False, "smallest_crop": 1.0},
+        }
+        return parts.recipe(output, **{**sections, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def run(recipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "vqa"
+    train(recipe(folder))
+    return folder
+
+
+def pixels(count):
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(7))
+
+
+# -- the model -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_queries_look_for_what_is_asked(model):
+    images, (ids, mask) = pixels(2), texts(6, 4)
+    prompt = model.visual_prompt(images, Questions(ids, mask))
+    memory = model.qformer.memory(model.vision.features(images), model.image_norm)
+    seen = model.qformer(memory, ids, attention_mask("bidirectional", QFORMER.queries, mask)).queries
+    torch.testing.assert_close(prompt, model.projection(seen))
+    other = model.visual_prompt(images, Questions(ids.flip(0), mask.flip(0)))
+    assert (other - prompt).abs().amax(dim=(1, 2)).min() > 0.01
+    assert not torch.allclose(prompt, model.visual_prompt(images), atol=0.01)
+
+
+@torch.no_grad()
+def test_several_questions_about_one_image_encode_it_once(model, monkeypatch):
+    images, (ids, mask) = pixels(2), texts(6, 4, 5)
+    alone = [model.visual_prompt(images[[i]], Questions(ids[[n]], mask[[n]])) for n, i in enumerate([1, 0, 1])]
+    encoded = []
+    features = model.vision.features
+    monkeypatch.setattr(model.vision, "features", lambda given: encoded.append(len(given)) or features(given))
+    together = model.visual_prompt(images, Questions(ids, mask), torch.tensor([1, 0, 1]))
+    torch.testing.assert_close(together, torch.cat(alone))
+    assert encoded == [2]
+
+
+def test_the_text_transformer_learns(model):
+    (questions, mask), ids = texts(6, 4), torch.randint(0, 255, (2, 5), generator=torch.Generator().manual_seed(8))
+    batch = GenerationBatch(pixels(2), ids, torch.ones_like(ids).bool(), ids, Questions(questions, mask))
+    model(batch).losses["lm"].backward()
+    idle = {name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
+    # A question goes no further than the queries of the last block look; keys have no use for a bias.
+    last = f"qformer.blocks.{QFORMER.layers - 1}.text_feed_forward."
+    assert {name for name in idle if not name.endswith(".key.bias")} == {
+        name for name, _ in model.named_parameters() if name.startswith(last)
+    }
+
+
+# -- training --------------------------------------------------------------------------------------------------------
+
+
+def test_answers_are_drawn_as_often_as_they_were_given(recipe, tmp_path):
+    asked = recipe(tmp_path)
+    records = open_records(asked.data.train, asked.data)
+    assert [record.question for record in records][:2] == ["what colour?", "what shape?"]
+    assert records[0].captions == ("red",) * 8 + ("dark",)
+    assert records[1].captions == ("square",)
+
+
+def test_training_resumes_and_the_model_answers(recipe, run, tmp_path):
+    again = shutil.copytree(run, tmp_path / "again")
+    shutil.rmtree(checkpoint.latest(again))
+    train(recipe(again), resume=True)
+    mine, theirs = (load_file(checkpoint.latest(folder) / "model.safetensors") for folder in (run, again))
+    assert mine.keys() == theirs.keys() and "qformer.word_embedding.weight" in mine
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+    pipeline = load(run, device="cpu")
+    randomise(pipeline.model.qformer)
+    for parameter in pipeline.model.language.parameters():
+        if parameter.ndim > 1:
+            parameter.data *= 2
+    pictures, questions = [draw("disc", "red", 0), draw("square", "blue", 7)], ["what colour?", "is it a disc or not?"]
+    answers = pipeline.answer(pictures, questions, GREEDY)
+    assert pipeline.question_prompt == PROMPT
+    features = pipeline.features(pictures)
+    for picture in range(2):
+        seen = encode_questions(pipeline.reader, questions[picture : picture + 1])
+        prompt = pipeline.model.visual_prompt(features[[picture]], seen)
+        ids = pipeline.tokenizer(PROMPT.format(questions[picture]), return_tensors="pt")["input_ids"]
+        new = pipeline.model.language.generate(prompt, ids, torch.ones_like(ids).bool(), GREEDY, pipeline.end)
+        assert pipeline.tokenizer.decode(new[0], skip_special_tokens=True).strip() == answers[picture]
+    both = pipeline.answer(pictures[0], questions, GREEDY)
+    assert both[0] == answers[0] and pipeline.answer(pictures[0], questions[1], GREEDY) == both[1:]
+
+
+def test_the_text_transformer_comes_from_stage_one(parts, recipe, runs, tmp_path):
+    train(recipe(tmp_path / "run", start_from=str(runs["stage1"]), optimizer={"rates": {"*": 0.0}}))
+    before = load_file(checkpoint.latest(runs["stage1"]) / "model.safetensors")
+    after = load_file(checkpoint.latest(tmp_path / "run") / "model.safetensors")
+    text = [name for name in after if "word_embedding" in name or "text_feed_forward" in name]
+    assert len(text) > 8
+    assert all(torch.equal(before[name], after[name]) for name in text)
+
+
+def test_any_llm_learns_to_answer_without_a_question_for_the_qformer(parts, recipe, tmp_path):
+    for name in ("llama", "t5"):
+        language = {"name": getattr(parts, name), "prompt": PROMPT}
+        train(recipe(tmp_path / name, language=language, qformer={"dropout": 0.0}))
+        assert load(tmp_path / name, device="cpu").answer(draw("disc", "red", 0), "what?", GREEDY)
+
+
+# -- what cannot be --------------------------------------------------------------------------------------------------
+
+
+def test_a_question_needs_a_place(parts, tmp_path):
+    for changes in ({}, {"stage": "generation", "language": {"name": parts.llama, "prompt": "a photo of"}}):
+        with pytest.raises(InputError, match=r"put \{\} into language.prompt where the question goes"):
+            parts.recipe(tmp_path, qformer={"reads_questions": True}, **changes)
+
+
+def test_records_without_questions_are_named(parts, recipe, tmp_path):
+    with pytest.raises(
+        InputError, match=r"no image that can be used.*it has no question, and language.prompt has \{\}"
+    ):
+        train(recipe(tmp_path / "run", data={"train": parts.pictures, "batch_size": 4, "workers": 0}))
+
+
+def test_a_question_without_answers_is_left_out(recipe, table, tmp_path):
+    rows = [json.loads(line) for line in Path(table).read_text().splitlines()]
+    folder = tmp_path / "some"
+    folder.mkdir()
+    for row in rows:
+        draw("disc", "red", 0).save(folder / row["image"])
+    rows[0]["answers"] = [""]
+    (folder / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train": str(folder / "some.jsonl"), "batch_size": 24, "workers": 0}
+    train(recipe(tmp_path / "run", data=data))
+    assert {row["skipped"] for row in read_metrics(tmp_path / "run")} == {1, 2, 3, 4}
+
+
+def test_a_model_that_answers_needs_a_prompt_for_captions(run):
+    pipeline = load(run, device="cpu")
+    with pytest.raises(InputError, match="was trained to answer questions: call answer, or give a prompt"):
+        pipeline.caption(draw("disc", "red", 0))
+    assert len(pipeline.caption(draw("disc", "red", 0), "a photo of", GREEDY)) == 1
+
+
+@pytest.mark.parametrize("to", ["transformers", "vllm", "lavis"])
+def test_other_formats_have_no_place_for_it(run, tmp_path, to):
+    with pytest.raises(InputError, match=f"reads questions, for which the BLIP-2 of {to} has no place"):
+        convert(run, tmp_path / "out.pth", to)
+    convert(run, tmp_path / "own", "blip2")
+    picture = draw("disc", "red", 0)
+    answers = [load(path, device="cpu").answer(picture, "what is it?", GREEDY) for path in (run, tmp_path / "own")]
+    assert answers[0] == answers[1]
+
+
+def test_the_tokenizer_of_questions_is_saved(parts, run):
+    saved = AutoTokenizer.from_pretrained(checkpoint.latest(run) / "tokenizer")
+    assert saved.convert_ids_to_tokens([57]) == ["[DEC]"]
