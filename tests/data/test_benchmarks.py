@@ -463,6 +463,9 @@ def test_gqa(tmp_path: Path) -> None:
     first, second = rows(f"gqa:val:{make_gqa(tmp_path)}")
     assert (first["question_id"], first["image_id"], first["answers"]) == ("05451384", "1", ["no"])
     assert (second["question"], second["question_type"]) == ("Which?", "verify")
+    edit_json(tmp_path / "val_balanced_questions.json", lambda c: c["05451384"].pop("types"))
+    untyped, typed = rows(f"gqa:val:{tmp_path}")
+    assert untyped | {"question_type": "verify"} == first and typed == second
 
 
 def test_easy_vqa_s_validation_images_are_no_training_images(tmp_path: Path) -> None:
@@ -547,7 +550,7 @@ REFUSED = {
     "coco:test:{}": ("coco has no split 'test': choose from train, val", make_coco),
     "coco:train+train:{}": ("names a split twice", make_coco),
     "vqav2:train+test-dev:{}": ("vqav2's split test-dev has no published answers: read it alone", make_vqav2),
-    "coco:val:{}/nowhere": ("nowhere is not a folder: give the one with COCO captions's files", make_coco),
+    "coco:val:{}/nowhere": ("nowhere is not a folder: give the one with the files of COCO captions", make_coco),
 }
 
 
@@ -679,6 +682,11 @@ UNFIT: dict[str, tuple[str, Callable[[Path], None], str]] = {
         edit(T, lambda c: c["annotations"][0].update(answers=[])),
         "question 57870000 has no answers in",
     ),
+    "two annotations": (
+        "vqav2:train",
+        edit(T, lambda c: c["annotations"].append(c["annotations"][0])),
+        "question 57870000 has two annotations in",
+    ),
     "another image": (
         "vqav2:train",
         edit(T, lambda c: c["annotations"][2].update(image_id=57870)),
@@ -752,7 +760,7 @@ UNFIT: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "GQA's scene graphs": (
         "gqa:val",
         lambda folder: write_json(folder / "val_balanced_questions.json", {"1": {"width": 4, "objects": {}}}),
-        "has an entry with width, objects, expected question, imageId, answer, types",
+        "has an entry with width, objects, expected question, imageId, answer",
     ),
     "a list": (
         "vqav2:val",

@@ -154,7 +154,9 @@ def _parse(source: str) -> tuple[Benchmark, list[str], Path]:
         )
     folder = Path(resolve(place)).absolute()
     if not folder.is_dir():
-        raise InputError(f"source {source!r}: {folder} is not a folder: give the one with {benchmark.title}'s files")
+        raise InputError(
+            f"source {source!r}: {folder} is not a folder: give the one with the files of {benchmark.title}"
+        )
     return benchmark, splits, folder
 
 
@@ -237,13 +239,13 @@ BENCHMARKS = {
     ),
     "vg-regions": Benchmark(
         "Visual Genome's region descriptions",
-        "https://homes.cs.washington.edu/~ranjay/visualgenome/api.html",
+        "https://homes.cs.washington.edu/~ranjay/visualgenome/",
         {"all": ("region_descriptions.json", *_VISUAL_GENOME)},
         official.read_regions,
     ),
     "vg-qa": Benchmark(
         "Visual Genome's questions",
-        "https://homes.cs.washington.edu/~ranjay/visualgenome/api.html",
+        "https://homes.cs.washington.edu/~ranjay/visualgenome/",
         {"all": ("question_answers.json", *_VISUAL_GENOME)},
         official.read_visual_genome_questions,
     ),

@@ -217,6 +217,8 @@ def _annotations(path: Path, subset: str, data_set: str) -> dict[int, _Annotatio
         number, image_id, question_type, answer_type, answers = fields(path, entry, *names)
         if not answers:
             raise InputError(f"question {number} has no answers in {path}: download it again")
+        if number in found:
+            raise InputError(f"question {number} has two annotations in {path}: download it again")
         fields(path, answers[0], "answer")
         raw = "raw_answer" in answers[0]  # only OK-VQA's have it
         if raw != (data_set == "OK-VQA"):
@@ -245,16 +247,16 @@ def _refuse_version_1(path: Path, number: Any, image_id: Any) -> None:
 def read_gqa(split: str, questions: Path, pictures: Pictures) -> Iterator[Row]:
     """GQA's balanced questions; ``question_type`` is their structural type."""
     for number, entry in stream_json(questions):
-        question, image_id, answer, types = fields(questions, entry, "question", "imageId", "answer", "types")
-        yield {
+        question, image_id, answer = fields(questions, entry, "question", "imageId", "answer")
+        row = {
             "image": pictures.path(f"{image_id}.jpg", image_id),
             "image_id": image_id,
             "image_key": f"{'visual-genome' if str(image_id).isdecimal() else 'gqa'}/{image_id}",
             "question": question,
             "question_id": number,
-            "question_type": fields(questions, types, "structural")[0],
             "answers": [answer],
         }
+        yield row | ({"question_type": entry["types"]["structural"]} if "types" in entry else {})
 
 
 def read_visual_genome_questions(
