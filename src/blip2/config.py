@@ -123,7 +123,8 @@ class DataConfig:
 
     train: str
     """JSONL, CSV, TSV or Parquet file(s), a folder of images with a .txt beside each or a metadata.jsonl, WebDataset
-    shards (.tar, globs and {000..127} allowed), a folder of datasets' save_to_disk, or hub:NAME."""
+    shards (.tar, globs and {000..127} allowed), a folder of datasets' save_to_disk, hub:NAME, or a data set of the
+    paper in its publisher's own files as NAME:SPLIT:FOLDER (docs/data.md)."""
     validation: str | None = None
     """Pairs of the same kind to measure the losses on, never trained on."""
     split: str = "train"

@@ -105,12 +105,12 @@ class Pipeline(Generic[Model]):
         pixels = [to_pixels(read_image(image), self.model.vision.preprocessing) for image in as_list(images)]
         if not pixels:
             raise InputError("no image was given, expected at least one")
-        with torch.no_grad():
-            parts = [
-                self.model.vision.features(torch.stack(pixels[i : i + self.batch_size]).to(self.device))
-                for i in range(0, len(pixels), self.batch_size)
-            ]
-        return torch.cat(parts)
+        return self.encode(torch.stack(pixels))
+
+    @torch.no_grad()
+    def encode(self, pixels: Float[Tensor, "I 3 H W"]) -> Float[Tensor, "I P E"]:
+        """Features of images that are prepared already, as the frozen encoder wants them."""
+        return torch.cat([self.model.vision.features(part.to(self.device)) for part in pixels.split(self.batch_size)])
 
     @property
     def _feature_shape(self) -> tuple[int, int]:

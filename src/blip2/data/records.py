@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import datasets
 from datasets.distributed import split_dataset_by_node
 
 from blip2.config import DataConfig
+from blip2.data.benchmarks import find_shards, is_benchmark, read_benchmark
 from blip2.errors import InputError
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "image_path", "file_name", "filename", "img", "path")
@@ -30,6 +32,10 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".ti
 BUILDERS = {
     ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".tar": "webdataset"
 }  # fmt: skip
+
+
+ROWS_AT_ONCE = 50_000
+"""Of a benchmark become a table together: as Python's objects they take ten times as much memory."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +157,11 @@ def open_records(source: str, config: DataConfig, process: int = 0, processes: i
         InputError: there is nothing there, it cannot be read, it is empty, or a column is missing.
     """
     streaming = config.streaming
+    if is_benchmark(source):
+        shards = find_shards(source)
+        if shards is None:
+            return _records(_table(source), source, config, Path(), process, processes)
+        source = shards
     if source.startswith("hub:"):
         name = source.removeprefix("hub:")
         dataset = _load(source, datasets.load_dataset, name, split=config.split, streaming=bool(streaming))
@@ -172,6 +183,16 @@ def open_records(source: str, config: DataConfig, process: int = 0, processes: i
     streaming = builder == "webdataset" if streaming is None else streaming
     dataset = _load(source, datasets.load_dataset, builder, streaming=streaming, **options)
     return _records(dataset, source, config, path.parent, process, processes)
+
+
+def _table(source: str) -> datasets.Dataset:
+    """The rows of a benchmark that records are made of, in memory without their pictures."""
+    wanted = ("image", *CAPTION_COLUMNS, *QUESTION_COLUMNS, *ANSWER_COLUMNS, *ABOUT_COLUMNS)
+    rows = ({name: value for name, value in row.items() if name in wanted} for row in read_benchmark(source))
+    parts = []
+    while part := list(islice(rows, ROWS_AT_ONCE)):
+        parts.append(datasets.Dataset.from_list(part))
+    return datasets.concatenate_datasets(parts)
 
 
 def expand_files(pattern: str) -> list[str]:
