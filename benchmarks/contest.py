@@ -75,16 +75,20 @@ class Contender:
         raise SystemExit(f"{self.name} ended with status {self._process.wait()}: what it said is above")
 
 
-def serve(work: Callable[[], Sequence[float]], device: str = "cpu", warm_up: int = 1) -> None:
+def serve(work: Callable[[], Sequence[float]], device: str = "cpu", warm_up: int = 1, settle: bool = False) -> None:
     """In a contender: do `work` at each line read; what it returns are the values to compare.
 
     Args:
         warm_up: times that the work is done before it counts.
+        settle: at each turn it is done once before it is timed. Whoever slept while the other worked is slower at
+            first, by up to half a second on the machine of docs/performance.md, which matters where the work is short.
     """
     for _ in range(warm_up):
         work()
     print(json.dumps({"ready": True}), flush=True)
     for _ in sys.stdin:
+        if settle:
+            work()
         started = time.perf_counter()
         values = list(work())
         if device == "cuda":

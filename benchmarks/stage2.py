@@ -209,4 +209,4 @@ def pad(new: Tensor, length: int) -> list[float]:
 if __name__ == "__main__":
     what, side, where = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     given = torch.load(where / "inputs.pt", weights_only=True)
-    serve({"blip2": ours, "transformers": theirs}[side](what, where, given), warm_up=2)
+    serve({"blip2": ours, "transformers": theirs}[side](what, where, given), warm_up=2, settle=True)

@@ -178,7 +178,7 @@ def test_an_image_without_caption(run, table, tmp_path, caption):
     lines = run(status=0, data={"train": source}, training={"steps": 1})
     (said,) = (line for line in lines if line.startswith("skipped"))
     assert said.startswith(f"skipped {source} row 1 ")
-    assert said.endswith("it has no caption: every image needs a text that is not blank")
+    assert said.endswith("it has no caption or answer: every image needs a text that is not blank")
     assert read_metrics(tmp_path / "run")[0]["skipped"] == 1
 
 

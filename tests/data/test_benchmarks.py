@@ -22,7 +22,7 @@ from blip2.data.benchmarks import (
 )
 from blip2.data.entries import stream_json
 from blip2.data.images import read_image
-from blip2.data.records import RecordStream, open_records
+from blip2.data.records import Records, RecordStream, open_records
 from blip2.errors import InputError
 
 Json = dict[str, Any]
@@ -490,6 +490,20 @@ def test_web_shards_are_what_open_records_reads(name: str, tmp_path: Path) -> No
     records = open_records(shards, DataConfig(train=shards))
     assert isinstance(records, RecordStream)
     assert [(r.image, list(r.captions)) for r in records.read()] == [(r["image"], r["captions"]) for r in found]
+
+
+@pytest.mark.parametrize(("name", "split"), [pair for pair in SPLITS if pair[0] not in WEB])
+def test_every_split_opens_as_records(name: str, split: str, tmp_path: Path) -> None:
+    source = f"{name}:{split}:{MAKE[name](tmp_path)}"
+    records, found = open_records(source, DataConfig(train=source)), rows(source)
+    assert isinstance(records, Records) and len(records) == len(found)
+    captions = records.captions(range(len(found)))
+    for record, texts, row in zip(records, captions, found, strict=True):
+        assert record.captions == texts == tuple(row.get("answers", row.get("captions", ())))
+        assert (record.image, record.question) == (row["image"], row.get("question"))
+        assert record.about["image_id"] == row["image_id"]
+        for key in ("question_id", "question_type", "answer_type", "domain"):
+            assert record.about.get(key) == row.get(key)
 
 
 def test_other_data_sets_have_no_shards(tmp_path: Path) -> None:

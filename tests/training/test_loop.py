@@ -3,7 +3,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -26,7 +25,7 @@ from blip2.training import checkpoint
 from blip2.training.loop import Interruption, train
 from blip2.training.progress import read_metrics
 from conftest import draw
-from fixtures.processes import finish, start
+from fixtures.processes import finish, start, start_two
 
 TIMES = ("seconds", "images_per_second")
 
@@ -590,22 +589,6 @@ def test_two_processes(parts, tmp_path):
     copy = cut_short(tmp_path / "run", 2)
     start_two(command(recipe, copy, "--resume"), tmp_path)
     assert_same_run(tmp_path / "run", copy)
-
-
-def start_two(arguments, folder):
-    """``blip2`` in two processes that know each other; what each printed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    shared |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    logs = [folder / f"{rank}.log" for rank in range(2)]
-    ranks = [start(arguments, log, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank, log in enumerate(logs)]
-    printed = []
-    for process, log in zip(ranks, logs, strict=True):
-        status, text = finish(process, log)
-        assert status == 0, text
-        printed.append(text)
-    return printed
 
 
 def test_two_processes_share_the_encoding(parts, tmp_path):

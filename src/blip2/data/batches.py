@@ -222,7 +222,7 @@ class Preparation(Dataset[Loaded]):
 
     def _caption(self, record: Record, draw: Draw) -> str:
         if draw.caption < 0:
-            raise ImageError("it has no caption: every image needs a text that is not blank")
+            raise ImageError("it has no caption or answer: every image needs a text that is not blank")
         return record.captions[draw.caption]
 
     def _question(self, record: Record) -> str:

@@ -66,7 +66,8 @@ class _Columns:
 
     source: str
     image: str
-    caption: str
+    caption: str | None
+    """None for questions whose answers are not published."""
     question: str | None
     about: tuple[str, ...]
     root: Path
@@ -81,7 +82,8 @@ class _Columns:
         key = f"{self.source} row {number}" + (f" ({image})" if isinstance(image, str) else "")
         question = " ".join(str(row[self.question] or "").split()) if self.question else ""
         about = {name: row[name] for name in self.about if row[name] is not None}
-        return Record(key, image or None, clean_captions(row[self.caption]), question or None, about)
+        captions = clean_captions(row[self.caption]) if self.caption else ()
+        return Record(key, image or None, captions, question or None, about)
 
 
 def clean_captions(value: Any) -> tuple[str, ...]:
@@ -96,7 +98,7 @@ class Records(Sequence[Record]):
     def __init__(self, dataset: datasets.Dataset, columns: _Columns) -> None:
         self._dataset = dataset
         self._columns = columns
-        self._captions = dataset.select_columns([columns.caption])
+        self._captions = dataset.select_columns([columns.caption] if columns.caption else [])
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -106,6 +108,8 @@ class Records(Sequence[Record]):
 
     def captions(self, indices: Sequence[int]) -> list[tuple[str, ...]]:
         """Captions of some records, without reading their images."""
+        if self._columns.caption is None:
+            return [()] * len(indices)
         return [clean_captions(value) for value in self._captions[list(indices)][self._columns.caption]]
 
 
@@ -279,8 +283,11 @@ def _records(
     question = None
     if config.question_column or any(name in features for name in QUESTION_COLUMNS):
         question = _column(features, config.question_column, QUESTION_COLUMNS, "question", source)
-    usual = CAPTION_COLUMNS if question is None else ANSWER_COLUMNS
-    caption = _column(features, config.caption_column, usual, "caption", source)
+    caption = None
+    if question is None:
+        caption = _column(features, config.caption_column, CAPTION_COLUMNS, "caption", source)
+    elif config.caption_column or any(name in features for name in ANSWER_COLUMNS):
+        caption = _column(features, config.caption_column, ANSWER_COLUMNS, "caption", source)
     if isinstance(features[image], datasets.Image):
         dataset = dataset.cast_column(image, datasets.Image(decode=False))
     about = tuple(name for name in ABOUT_COLUMNS if name in features)
