@@ -138,6 +138,8 @@ BAD = [
     ("objectives.label_smoothing", 1.5),
     ("optimizer.betas", (0.9, 1.0)),
     ("optimizer.clip_norm", 0.0),
+    ("optimizer.layer_decay", 0.0),
+    ("optimizer.layer_decay", 1.1),
     ("optimizer.final_rate", -0.1),
     ("optimizer.rates", {"*": -1.0}),
     ("optimizer.rates", {"*": math.nan}),
@@ -155,6 +157,7 @@ BAD = [
     ("training.seed", 2**32),
     ("training.steps", 0),
     ("training.validate_every", 0),
+    ("vision.drop_path", 1.0),
     ("vision.image_size", 0),
 ]
 
@@ -199,6 +202,25 @@ def test_what_does_not_go_together(write, changes, expected):
     with pytest.raises(InputError) as raised:
         load_recipe(write(**changes))
     assert expected in message(raised)
+
+
+@pytest.mark.parametrize(
+    ("rates", "trains"),
+    [
+        ({"vision.*": "frozen", "*": 1e-4}, False),
+        ({"*": 1e-4}, True),
+        ({"*": "frozen"}, False),
+        ({"qformer.*": 1e-4, "*": "frozen"}, False),
+        ({"qformer.*": 1e-4, "vision.*": 1e-5, "*": "frozen"}, True),
+        ({"vision.network.layers.[12].*": 1e-5, "vision.*": "frozen", "*": 1e-4}, True),
+        ({"vision.*": "frozen", "vision.network.layers.1.*": 1e-5, "*": 1e-4}, False),  # the first decides
+        ({"vision*": 1e-5, "*": "frozen"}, True),
+        ({"*.bias": 1e-5, "*": "frozen"}, True),
+        ({"image_norm.*": 1e-5}, False),
+    ],
+)
+def test_whether_a_part_trains(rates, trains):
+    assert config.OptimizerConfig(rates=rates).trains("vision") is trains
 
 
 def test_one_objective_is_enough(write):

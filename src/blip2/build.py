@@ -61,13 +61,13 @@ def choose_device(wanted: str | None) -> torch.device:
     return device
 
 
-def choose_dtype(wanted: Precision | None, device: torch.device) -> torch.dtype:
-    """The dtype asked for; bfloat16 on a GPU and float32 elsewhere when none was."""
-    return DTYPES[wanted or ("bf16" if device.type == "cuda" else "fp32")]
+def choose_dtype(wanted: Precision | None, device: torch.device, trains: bool = False) -> torch.dtype:
+    """The dtype asked for; when none was, bfloat16 for what is frozen on a GPU and float32 elsewhere."""
+    return DTYPES[wanted or ("bf16" if device.type == "cuda" and not trains else "fp32")]
 
 
 def build(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None = None) -> Built:
-    """Load the frozen parts and make the rest as `recipe` says, in float32.
+    """Load the pretrained parts and make the rest as `recipe` says; what trains is in float32.
 
     Args:
         checkpoint: its tokenizer is used and BERT is not read, since all weights will come from there.
@@ -75,7 +75,8 @@ def build(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None = 
     Raises:
         InputError: a part cannot be loaded, or the parts do not fit each other.
     """
-    vision = read_image_encoder(recipe.vision, choose_dtype(recipe.vision.dtype, device), checkpoint)
+    trains = recipe.optimizer.trains
+    vision = read_image_encoder(recipe.vision, choose_dtype(recipe.vision.dtype, device, trains("vision")), checkpoint)
     from_bert = recipe.qformer.bert is not None and checkpoint is None
     if recipe.language is None:
         if from_bert:
@@ -85,7 +86,8 @@ def build(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None = 
         if from_bert:
             initialise_from_bert(resolve(recipe.qformer.bert or ""), model.qformer, model.language_head)
         return Built(model.to(device), tokenizer)
-    language = read_language_model(recipe.language, choose_dtype(recipe.language.dtype, device), checkpoint)
+    dtype = choose_dtype(recipe.language.dtype, device, trains("language"))
+    language = read_language_model(recipe.language, dtype, checkpoint)
     tokenizer = read_tokenizer(resolve(recipe.language.name))
     model = GenerationModel(vision, recipe.qformer, language)
     if from_bert and recipe.start_from is None:

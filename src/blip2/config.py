@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ Stage = Literal["representation", "generation"]
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The frozen image encoder (§3.4)."""
+    """The image encoder (§3.4), frozen unless optimizer.rates trains it (§4.2-4.4)."""
 
     name: str
     """Folder or hub name in transformers' format (CLIP, SigLIP, DINO, ViT, EVA-g, CNNs ...), timm:NAME with the extra
@@ -35,7 +36,10 @@ class VisionConfig:
     image_size: int | None = None
     """Height and width of images in pixels; null: the encoder's own. Position embeddings are interpolated."""
     dtype: Precision | None = None
-    """Of its weights and computation; null: bf16 on a GPU, fp32 on a CPU."""
+    """Of its weights and computation; null: fp32 where it trains or runs on a CPU, otherwise bf16."""
+    drop_path: float = 0.0
+    """Stochastic depth while it trains: how often its last block is left out for an image; falls evenly to 0 at its
+    first. The paper fine-tunes with 0."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,8 @@ class LanguageConfig:
     """Folder or hub name of any decoder-only or encoder-decoder LLM of transformers, or
     package:smollm2-135m-instruct."""
     dtype: Precision | None = None
-    """Of its weights and computation; null: bf16 on a GPU, fp32 on a CPU. The paper: fp16 for OPT, bf16 for FlanT5."""
+    """Of its weights and computation; null: fp32 where it trains or runs on a CPU, otherwise bf16. The paper: fp16 for
+    OPT, bf16 for FlanT5."""
     prompt: str = ""
     """Text after the visual prompt and before the caption ("a photo of", §4.2), which carries no loss. An
     encoder-decoder reads it in its encoder; without one, captions are split at random into a prefix for the
@@ -154,6 +159,9 @@ class OptimizerConfig:
         default_factory=lambda: {"vision.*": "frozen", "language.*": "frozen", "*": 1e-4}
     )
     """Which parameters train at which peak rate: shell patterns of their names; the first that matches decides."""
+    layer_decay: float = 1.0
+    """Layer-wise decay of the rates of an image encoder that trains: of N blocks, the i-th learns at its rate times
+    layer_decay ** (N + 1 - i), and what comes before the first as if i were 0. The paper: 0.9 to 1 (Tables 7-9)."""
     betas: tuple[float, float] = (0.9, 0.98)
     """Of AdamW."""
     weight_decay: float = 0.05
@@ -164,6 +172,16 @@ class OptimizerConfig:
     """Where the cosine ends, as a share of the peak. The paper's stage 2 ends at half its peak."""
     clip_norm: float | None = 1.0
     """Gradients are scaled down to this norm; null: never."""
+
+    def trains(self, part: str) -> bool:
+        """Whether anything of a part (``vision``) has a rate, as far as the patterns tell."""
+        for pattern, rate in self.rates.items():
+            begins = re.split(r"[*?[]", pattern)[0]
+            if rate != "frozen" and (begins.startswith(f"{part}.") or f"{part}.".startswith(begins)):
+                return True
+            if pattern in (f"{part}.*", "*"):
+                return False
+        return False
 
 
 @dataclass(frozen=True)
@@ -238,6 +256,7 @@ class Recipe:
 
 RANGES: dict[str, tuple[float, float]] = {
     "vision.image_size": (1, math.inf),
+    "vision.drop_path": (0, 0.99),
     "qformer.hidden_size": (1, math.inf),
     "qformer.layers": (1, math.inf),
     "qformer.heads": (1, math.inf),
@@ -260,6 +279,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "data.workers": (0, math.inf),
     "data.cached_views": (0, math.inf),
     "optimizer.rates": (0, math.inf),
+    "optimizer.layer_decay": (0.01, 1),
     "optimizer.betas": (0, 0.999999),
     "optimizer.weight_decay": (0, math.inf),
     "optimizer.warmup_steps": (0, math.inf),
