@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from blip2 import config
-from blip2.config import LanguageConfig, Recipe, dump_recipe, find_recipe, load_recipe
+from blip2.config import LanguageConfig, LoraConfig, Recipe, dump_recipe, find_recipe, load_recipe
 from blip2.errors import InputError
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -83,6 +83,8 @@ def test_the_language_of_stage_two(write):
     path = write(stage="generation", language={"name": "opt"})
     recipe = load_recipe(path, ["--language.prompt=a photo of", r"--language.stop=\n"])
     assert recipe.language == LanguageConfig("opt", prompt="a photo of", stop=r"\n")
+    recipe = load_recipe(path, ["--language.lora.rank=4"])
+    assert recipe.language == LanguageConfig("opt", lora=LoraConfig(rank=4))
 
 
 @pytest.mark.parametrize(
@@ -186,6 +188,7 @@ def test_every_number_has_a_range(smallest):
         for field in fields(getattr(smallest, section.name))
         if re.search(r"\b(int|float)\b", str(field.type))
     }
+    numbers |= {f"language.lora.{field.name}" for field in fields(LoraConfig) if field.type in ("int", "float")}
     assert numbers == set(config.RANGES)
 
 
@@ -230,7 +233,9 @@ def test_one_objective_is_enough(write):
 
 @pytest.mark.parametrize("stage", ["representation", "generation"])
 def test_dumped_and_loaded_it_is_the_same(tmp_path, write, stage):
-    language = LanguageConfig("opt", dtype="fp16", prompt='a "photo": of', stop="\n") if stage == "generation" else None
+    lora = LoraConfig(rank=4, targets=["q_proj"])
+    language = LanguageConfig("opt", dtype="fp16", prompt='a "photo": of', stop="\n", lora=lora)
+    language = language if stage == "generation" else None
     recipe = replace(load_recipe(write()), stage=stage, language=language)
     recipe = replace(
         recipe,

@@ -17,6 +17,7 @@ from blip2.interop.transformers import IMAGE_TOKEN
 from blip2.model.bert import check_fits, initialise_from_bert
 from blip2.model.generation import GenerationModel
 from blip2.model.language import LanguageModel, load_language_model
+from blip2.model.lora import add_adapters
 from blip2.model.representation import RepresentationModel
 from blip2.model.vision import ImageEncoder, load_image_encoder
 
@@ -86,8 +87,11 @@ def build(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None = 
         if from_bert:
             initialise_from_bert(resolve(recipe.qformer.bert or ""), model.qformer, model.language_head)
         return Built(model.to(device), tokenizer)
-    dtype = choose_dtype(recipe.language.dtype, device, trains("language"))
+    adapts = recipe.language.lora is not None
+    dtype = choose_dtype(recipe.language.dtype, device, trains("language") and not adapts)
     language = read_language_model(recipe.language, dtype, checkpoint)
+    if recipe.language.lora is not None:
+        add_adapters(language, recipe.language.lora)
     tokenizer = read_tokenizer(resolve(recipe.language.name))
     model = GenerationModel(vision, recipe.qformer, language)
     if from_bert and recipe.start_from is None:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -78,6 +78,21 @@ class QFormerConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (LoRA) that train in an LLM whose own weights stay frozen. Needs the extra blip2[lora]; their
+    rate is that of "language.*lora_*" in optimizer.rates, before "language.*"."""
+
+    rank: int = 16
+    """Rank of what is added to a matrix."""
+    alpha: float = 32.0
+    """What is added is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Share of an adapter's inputs dropped in training."""
+    targets: list[str] | None = None
+    """Ends of the names of the matrices that get one (q_proj); null: PEFT's choice for the LLM."""
+
+
+@dataclass(frozen=True)
 class LanguageConfig:
     """The frozen LLM (§3.3). Only for stage generation."""
 
@@ -95,6 +110,7 @@ class LanguageConfig:
     """Text that ends a caption; null: the tokenizer's end-of-text token. The paper's OPT models use a newline."""
     activation: str | None = None
     """Of its feed-forwards, where it has to be another than its own: the paper's FlanT5 models ran with gelu."""
+    lora: LoraConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -241,8 +257,9 @@ class Recipe:
         if self.stage == "representation" and not (self.objectives.itc or self.objectives.itm or self.objectives.itg):
             raise InputError("all objectives are switched off: give one of objectives.itc, .itm, .itg a weight")
         for name, (smallest, largest) in RANGES.items():
-            section, key = name.split(".")
-            value = getattr(getattr(self, section), key)
+            value: Any = self
+            for key in name.split("."):
+                value = None if value is None else getattr(value, key)  # a section may be left out
             for number in value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else [value]:
                 if isinstance(number, float | int) and not smallest <= number <= largest:
                     expected = f"at least {smallest}" if largest == math.inf else f"{smallest} to {largest}"
@@ -269,6 +286,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "qformer.dropout": (0, 1),
     "qformer.layer_norm_eps": (0, 1),
     "qformer.image_norm_eps": (0, 1),
+    "language.lora.rank": (1, math.inf),
+    "language.lora.alpha": (0, math.inf),
+    "language.lora.dropout": (0, 1),
     "objectives.itc": (0, math.inf),
     "objectives.itm": (0, math.inf),
     "objectives.itg": (0, math.inf),
@@ -312,6 +332,7 @@ def recipe_help() -> str:
     try:
         language = ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
         language.add_class_arguments(LanguageConfig, "language")  # an optional section is not spelled out by itself
+        language.add_class_arguments(LoraConfig, "language.lora")
         return f"{recipe_parser().format_help()}\n{language.format_help().strip()}"
     finally:
         set_parsing_settings(docstring_parse_attribute_docstrings=False)

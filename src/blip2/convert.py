@@ -83,6 +83,8 @@ def convert(
         raise InputError(f"a second checkpoint for stage 1 goes with the format transformers alone, not {to}")
     checkpoint = open_checkpoint(str(source), changes)
     log.info("%s: %s", checkpoint.name, checkpoint.about)
+    if to != "blip2" and checkpoint.recipe.language is not None and checkpoint.recipe.language.lora is not None:
+        raise InputError(f"{checkpoint.name} has adapters in its LLM, for which {to} has no place: convert it to blip2")
     if to == "blip2":
         write = _blip2(checkpoint)
     elif to == "lavis":

@@ -49,6 +49,19 @@ class LanguageModel(Freezable):
         self.vocabulary: int = embedding.weight.shape[0]
         self._ends_in_head = self._finds_head()
 
+    def train(self, mode: bool = True) -> LanguageModel:
+        """Adapters train in an LLM that stays in eval(), as one without them does."""
+        super().train(mode)
+        if self.adapters:
+            self.network.eval()
+            for name, module in self.named_modules():
+                if self.adapters in name:
+                    module.train(mode and not self.is_frozen)
+        return self
+
+    def own_precision(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, enabled=False) if self.adapters else super().own_precision(device)
+
     def embed(self, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T L"]:
         return self.network.get_input_embeddings()(ids)
 

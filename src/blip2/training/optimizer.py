@@ -11,6 +11,7 @@ from torch import nn
 
 from blip2.config import OptimizerConfig
 from blip2.errors import InputError
+from blip2.model.frozen import Freezable
 from blip2.model.vision import ImageEncoder
 
 UNDECAYED = ("temperature", "qformer.queries")
@@ -37,7 +38,8 @@ def set_rates(model: nn.Module, config: OptimizerConfig) -> dict[str, float]:
 
     Raises:
         InputError: a pattern matches nothing, a parameter is matched by no pattern, nothing trains, what trains is in
-            half precision, or rates are to decay in an image encoder that is frozen or has no layers to speak of.
+            half precision, adapters are frozen or what they adapt is not, or rates are to decay in an image encoder
+            that is frozen or is no ViT.
     """
     rates: dict[str, float] = {}
     used: set[str] = set()
@@ -63,8 +65,24 @@ def set_rates(model: nn.Module, config: OptimizerConfig) -> dict[str, float]:
         )
     if not rates:
         raise InputError("every parameter is frozen by optimizer.rates: give some of them a rate")
+    _check_adapters(model, rates)
     model.train()  # a part that was unfrozen may now leave eval()
     return _decayed_by_layer(model, rates, config.layer_decay)
+
+
+def _check_adapters(model: nn.Module, rates: dict[str, float]) -> None:
+    """Adapters train, and what they adapt does not."""
+    for part, module in model.named_children():
+        if not isinstance(module, Freezable) or not module.adapters:
+            continue
+        trained = [name for name in rates if name.startswith(f"{part}.")]
+        beside = [name for name in trained if module.adapters not in name]
+        if beside or not trained:
+            found = f"gives {beside[0]} a rate beside them" if beside else "freezes them"
+            raise InputError(
+                f"{part} has adapters, and optimizer.rates {found}: begin optimizer.rates with"
+                f' "{part}.*lora_*": 1e-4 and "{part}.*": frozen'
+            )
 
 
 def _decayed_by_layer(model: nn.Module, rates: dict[str, float], decay: float) -> dict[str, float]:
