@@ -89,7 +89,7 @@ def build(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None = 
         return Built(model.to(device), tokenizer)
     adapts = recipe.language.lora is not None
     dtype = choose_dtype(recipe.language.dtype, device, trains("language") and not adapts)
-    language = read_language_model(recipe.language, dtype, checkpoint)
+    language = read_language_model(recipe.language, dtype, checkpoint, device)
     if recipe.language.lora is not None:
         add_adapters(language, recipe.language.lora)
     tokenizer = read_tokenizer(resolve(recipe.language.name))
@@ -110,13 +110,21 @@ def read_image_encoder(config: VisionConfig, dtype: torch.dtype, opened: Checkpo
     return within.image_encoder(config.layer, config.image_size, dtype)
 
 
-def read_language_model(config: LanguageConfig, dtype: torch.dtype, opened: Checkpoint | None = None) -> LanguageModel:
-    """The LLM that a recipe names, which may lie within a BLIP-2 of transformers: `opened`, or another."""
+def read_language_model(
+    config: LanguageConfig, dtype: torch.dtype, opened: Checkpoint | None = None, device: torch.device | None = None
+) -> LanguageModel:
+    """The LLM that a recipe names, which may lie within a BLIP-2 of transformers: `opened`, or another.
+
+    Args:
+        device: where it is quantised, if it is to be.
+    """
     within = opened if opened is not None and opened.holds_language else open_foreign(config.name)
     if within is None:
-        return load_language_model(resolve(config.name), dtype, config.activation)
+        return load_language_model(resolve(config.name), dtype, config.activation, config.quantization, device)
     if not within.holds_language:
         raise InputError(f"{config.name!r} ({within.about}) holds no LLM: set language.name to one that does")
+    if config.quantization is not None:
+        raise InputError(f"the LLM inside {within.name} cannot be quantised: set language.name to the LLM's own files")
     return within.language_model(dtype, config.activation)
 
 

@@ -84,7 +84,7 @@ class LoraConfig:
 
     rank: int = 16
     """Rank of what is added to a matrix."""
-    alpha: float = 32.0
+    alpha: int = 32
     """What is added is scaled by alpha / rank."""
     dropout: float = 0.0
     """Share of an adapter's inputs dropped in training."""
@@ -111,6 +111,9 @@ class LanguageConfig:
     activation: str | None = None
     """Of its feed-forwards, where it has to be another than its own: the paper's FlanT5 models ran with gelu."""
     lora: LoraConfig | None = None
+    quantization: Literal["4bit", "8bit"] | None = None
+    """Bits a number of its matrices (4: NF4), by bitsandbytes, the extra blip2[quantization]; dtype is then that of the
+    computation. null: all in dtype."""
 
 
 @dataclass(frozen=True)
@@ -330,10 +333,13 @@ def recipe_help() -> str:
     """Every field of a recipe, with its docstring."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # slow, and of no use but here
     try:
-        language = ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
-        language.add_class_arguments(LanguageConfig, "language")  # an optional section is not spelled out by itself
-        language.add_class_arguments(LoraConfig, "language.lora")
-        return f"{recipe_parser().format_help()}\n{language.format_help().strip()}"
+        pages = [recipe_parser().format_help()]
+        # An optional section is not spelled out by itself.
+        for section, name in ((LanguageConfig, "language"), (LoraConfig, "language.lora")):
+            parser = ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
+            parser.add_class_arguments(section, name)
+            pages.append(parser.format_help().strip())
+        return "\n".join(pages)
     finally:
         set_parsing_settings(docstring_parse_attribute_docstrings=False)
 

@@ -22,7 +22,7 @@ RATES = {"language.*lora_*": 1e-2, "vision.*": "frozen", "language.*": "frozen",
 
 
 def tune(parts, run, name="llama", rates=RATES, dtype=None, **changes):
-    language = {"name": getattr(parts, name), "lora": LoraConfig(rank=2, alpha=4.0, dropout=0.1), "dtype": dtype}
+    language = {"name": getattr(parts, name), "lora": LoraConfig(rank=2, alpha=4, dropout=0.1), "dtype": dtype}
     optimizer = {"rates": rates, "warmup_steps": 0}
     return parts.recipe(run, stage="generation", language=language, optimizer=optimizer, **changes)
 
@@ -170,7 +170,7 @@ def test_converted_to_its_own_format_it_is_the_same(tuned, tmp_path):
     assert all(torch.equal(one[key], other[key]) for key in one if ".pooler." not in key)  # which no file has
 
 
-@pytest.mark.parametrize(("key", "value"), [("rank", 0), ("alpha", -1.0), ("dropout", 1.5)])
+@pytest.mark.parametrize(("key", "value"), [("rank", 0), ("alpha", -1), ("dropout", 1.5)])
 def test_ranges(parts, tmp_path, key, value):
     recipe = tune(parts, tmp_path)
     with pytest.raises(InputError, match=f"^language.lora.{key} is {value}, expected"):
