@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from blip2 import config
-from blip2.config import LanguageConfig, Recipe, dump_recipe, find_recipe, load_recipe
+from blip2.config import LanguageConfig, LoraConfig, Recipe, dump_recipe, find_recipe, load_recipe
 from blip2.errors import InputError
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -83,6 +83,8 @@ def test_the_language_of_stage_two(write):
     path = write(stage="generation", language={"name": "opt"})
     recipe = load_recipe(path, ["--language.prompt=a photo of", r"--language.stop=\n"])
     assert recipe.language == LanguageConfig("opt", prompt="a photo of", stop=r"\n")
+    recipe = load_recipe(path, ["--language.lora.rank=4"])
+    assert recipe.language == LanguageConfig("opt", lora=LoraConfig(rank=4))
 
 
 @pytest.mark.parametrize(
@@ -138,6 +140,8 @@ BAD = [
     ("objectives.label_smoothing", 1.5),
     ("optimizer.betas", (0.9, 1.0)),
     ("optimizer.clip_norm", 0.0),
+    ("optimizer.layer_decay", 0.0),
+    ("optimizer.layer_decay", 1.1),
     ("optimizer.final_rate", -0.1),
     ("optimizer.rates", {"*": -1.0}),
     ("optimizer.rates", {"*": math.nan}),
@@ -155,6 +159,7 @@ BAD = [
     ("training.seed", 2**32),
     ("training.steps", 0),
     ("training.validate_every", 0),
+    ("vision.drop_path", 1.0),
     ("vision.image_size", 0),
 ]
 
@@ -183,6 +188,7 @@ def test_every_number_has_a_range(smallest):
         for field in fields(getattr(smallest, section.name))
         if re.search(r"\b(int|float)\b", str(field.type))
     }
+    numbers |= {f"language.lora.{field.name}" for field in fields(LoraConfig) if field.type in ("int", "float")}
     assert numbers == set(config.RANGES)
 
 
@@ -201,6 +207,25 @@ def test_what_does_not_go_together(write, changes, expected):
     assert expected in message(raised)
 
 
+@pytest.mark.parametrize(
+    ("rates", "trains"),
+    [
+        ({"vision.*": "frozen", "*": 1e-4}, False),
+        ({"*": 1e-4}, True),
+        ({"*": "frozen"}, False),
+        ({"qformer.*": 1e-4, "*": "frozen"}, False),
+        ({"qformer.*": 1e-4, "vision.*": 1e-5, "*": "frozen"}, True),
+        ({"vision.network.layers.[12].*": 1e-5, "vision.*": "frozen", "*": 1e-4}, True),
+        ({"vision.*": "frozen", "vision.network.layers.1.*": 1e-5, "*": 1e-4}, False),  # the first decides
+        ({"vision*": 1e-5, "*": "frozen"}, True),
+        ({"*.bias": 1e-5, "*": "frozen"}, True),
+        ({"image_norm.*": 1e-5}, False),
+    ],
+)
+def test_whether_a_part_trains(rates, trains):
+    assert config.OptimizerConfig(rates=rates).trains("vision") is trains
+
+
 def test_one_objective_is_enough(write):
     recipe = load_recipe(write(objectives={"itc": 0, "itm": 0}))
     assert recipe.objectives.itg == 1.0
@@ -208,7 +233,9 @@ def test_one_objective_is_enough(write):
 
 @pytest.mark.parametrize("stage", ["representation", "generation"])
 def test_dumped_and_loaded_it_is_the_same(tmp_path, write, stage):
-    language = LanguageConfig("opt", dtype="fp16", prompt='a "photo": of', stop="\n") if stage == "generation" else None
+    lora = LoraConfig(rank=4, targets=["q_proj"])
+    language = LanguageConfig("opt", dtype="fp16", prompt='a "photo": of', stop="\n", lora=lora)
+    language = language if stage == "generation" else None
     recipe = replace(load_recipe(write()), stage=stage, language=language)
     recipe = replace(
         recipe,

@@ -17,6 +17,7 @@ from blip2.interop.transformers import IMAGE_TOKEN
 from blip2.model.bert import check_fits, initialise_from_bert
 from blip2.model.generation import GenerationModel
 from blip2.model.language import LanguageModel, load_language_model
+from blip2.model.lora import add_adapters
 from blip2.model.representation import RepresentationModel
 from blip2.model.vision import ImageEncoder, load_image_encoder
 
@@ -68,13 +69,13 @@ def choose_device(wanted: str | None) -> torch.device:
     return device
 
 
-def choose_dtype(wanted: Precision | None, device: torch.device) -> torch.dtype:
-    """The dtype asked for; bfloat16 on a GPU and float32 elsewhere when none was."""
-    return DTYPES[wanted or ("bf16" if device.type == "cuda" else "fp32")]
+def choose_dtype(wanted: Precision | None, device: torch.device, trains: bool = False) -> torch.dtype:
+    """The dtype asked for; when none was, bfloat16 for what is frozen on a GPU and float32 elsewhere."""
+    return DTYPES[wanted or ("bf16" if device.type == "cuda" and not trains else "fp32")]
 
 
 def build(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None = None) -> Built:
-    """Load the frozen parts and make the rest as `recipe` says, in float32.
+    """Load the pretrained parts and make the rest as `recipe` says; what trains is in float32.
 
     Args:
         checkpoint: its tokenizer is used and BERT is not read, since all weights will come from there.
@@ -82,7 +83,8 @@ def build(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None = 
     Raises:
         InputError: a part cannot be loaded, or the parts do not fit each other.
     """
-    vision = read_image_encoder(recipe.vision, choose_dtype(recipe.vision.dtype, device), checkpoint)
+    trains = recipe.optimizer.trains
+    vision = read_image_encoder(recipe.vision, choose_dtype(recipe.vision.dtype, device, trains("vision")), checkpoint)
     from_bert = recipe.qformer.bert is not None and checkpoint is None
     if recipe.language is None:
         if from_bert:
@@ -92,7 +94,11 @@ def build(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None = 
         if from_bert:
             initialise_from_bert(resolve(recipe.qformer.bert or ""), model.qformer, model.language_head)
         return Built(model.to(device), tokenizer)
-    language = read_language_model(recipe.language, choose_dtype(recipe.language.dtype, device), checkpoint)
+    adapts = recipe.language.lora is not None
+    dtype = choose_dtype(recipe.language.dtype, device, trains("language") and not adapts)
+    language = read_language_model(recipe.language, dtype, checkpoint, device)
+    if recipe.language.lora is not None:
+        add_adapters(language, recipe.language.lora)
     tokenizer = read_tokenizer(resolve(recipe.language.name))
     reader = text_tokenizer(recipe.qformer, checkpoint) if recipe.qformer.reads_questions else None
     model = GenerationModel(vision, recipe.qformer, language)
@@ -113,13 +119,21 @@ def read_image_encoder(config: VisionConfig, dtype: torch.dtype, opened: Checkpo
     return within.image_encoder(config.layer, config.image_size, dtype)
 
 
-def read_language_model(config: LanguageConfig, dtype: torch.dtype, opened: Checkpoint | None = None) -> LanguageModel:
-    """The LLM that a recipe names, which may lie within a BLIP-2 of transformers: `opened`, or another."""
+def read_language_model(
+    config: LanguageConfig, dtype: torch.dtype, opened: Checkpoint | None = None, device: torch.device | None = None
+) -> LanguageModel:
+    """The LLM that a recipe names, which may lie within a BLIP-2 of transformers: `opened`, or another.
+
+    Args:
+        device: where it is quantised, if it is to be.
+    """
     within = opened if opened is not None and opened.holds_language else open_foreign(config.name)
     if within is None:
-        return load_language_model(resolve(config.name), dtype, config.activation)
+        return load_language_model(resolve(config.name), dtype, config.activation, config.quantization, device)
     if not within.holds_language:
         raise InputError(f"{config.name!r} ({within.about}) holds no LLM: set language.name to one that does")
+    if config.quantization is not None:
+        raise InputError(f"the LLM inside {within.name} cannot be quantised: set language.name to the LLM's own files")
     return within.language_model(dtype, config.activation)
 
 

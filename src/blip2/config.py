@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -27,7 +28,7 @@ QUESTION_PLACE = "{}"
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The frozen image encoder (§3.4)."""
+    """The image encoder (§3.4), frozen unless optimizer.rates trains it (§4.2-4.4)."""
 
     name: str
     """Folder or hub name in transformers' format (CLIP, SigLIP, DINO, ViT, EVA-g, CNNs ...), timm:NAME with the extra
@@ -37,7 +38,10 @@ class VisionConfig:
     image_size: int | None = None
     """Height and width of images in pixels; null: the encoder's own. Position embeddings are interpolated."""
     dtype: Precision | None = None
-    """Of its weights and computation; null: bf16 on a GPU, fp32 on a CPU."""
+    """Of its weights and computation; null: fp32 where it trains or runs on a CPU, otherwise bf16."""
+    drop_path: float = 0.0
+    """Stochastic depth while it trains: how often its last block is left out for an image; falls evenly to 0 at its
+    first. The paper fine-tunes with 0."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,21 @@ class QFormerConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (LoRA) that train in an LLM whose own weights stay frozen. Needs the extra blip2[lora]; their
+    rate is that of "language.*lora_*" in optimizer.rates, before "language.*"."""
+
+    rank: int = 16
+    """Rank of what is added to a matrix."""
+    alpha: int = 32
+    """What is added is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Share of an adapter's inputs dropped in training."""
+    targets: list[str] | None = None
+    """Ends of the names of the matrices that get one (q_proj); null: PEFT's choice for the LLM."""
+
+
+@dataclass(frozen=True)
 class LanguageConfig:
     """The frozen LLM (§3.3). Only for stage generation."""
 
@@ -86,7 +105,8 @@ class LanguageConfig:
     """Folder or hub name of any decoder-only or encoder-decoder LLM of transformers, or
     package:smollm2-135m-instruct."""
     dtype: Precision | None = None
-    """Of its weights and computation; null: bf16 on a GPU, fp32 on a CPU. The paper: fp16 for OPT, bf16 for FlanT5."""
+    """Of its weights and computation; null: fp32 where it trains or runs on a CPU, otherwise bf16. The paper: fp16 for
+    OPT, bf16 for FlanT5."""
     prompt: str = ""
     """Text after the visual prompt and before the caption ("a photo of", §4.2), which carries no loss. An
     encoder-decoder reads it in its encoder; without one, captions are split at random into a prefix for the
@@ -96,6 +116,10 @@ class LanguageConfig:
     """Text that ends a caption; null: the tokenizer's end-of-text token. The paper's OPT models use a newline."""
     activation: str | None = None
     """Of its feed-forwards, where it has to be another than its own: the paper's FlanT5 models ran with gelu."""
+    lora: LoraConfig | None = None
+    quantization: Literal["4bit", "8bit"] | None = None
+    """Bits a number of its matrices (4: NF4), by bitsandbytes, the extra blip2[quantization]; dtype is then that of the
+    computation. null: all in dtype."""
 
     @property
     def asks(self) -> bool:
@@ -168,6 +192,9 @@ class OptimizerConfig:
         default_factory=lambda: {"vision.*": "frozen", "language.*": "frozen", "*": 1e-4}
     )
     """Which parameters train at which peak rate: shell patterns of their names; the first that matches decides."""
+    layer_decay: float = 1.0
+    """Layer-wise decay of the rates of an image encoder that trains: of N blocks, the i-th learns at its rate times
+    layer_decay ** (N + 1 - i), and what comes before the first as if i were 0. The paper: 0.9 to 1 (Tables 7-9)."""
     betas: tuple[float, float] = (0.9, 0.98)
     """Of AdamW."""
     weight_decay: float = 0.05
@@ -178,6 +205,16 @@ class OptimizerConfig:
     """Where the cosine ends, as a share of the peak. The paper's stage 2 ends at half its peak."""
     clip_norm: float | None = 1.0
     """Gradients are scaled down to this norm; null: never."""
+
+    def trains(self, part: str) -> bool:
+        """Whether anything of a part (``vision``) has a rate, as far as the patterns tell."""
+        for pattern, rate in self.rates.items():
+            begins = re.split(r"[*?[]", pattern)[0]
+            if rate != "frozen" and (begins.startswith(f"{part}.") or f"{part}.".startswith(begins)):
+                return True
+            if pattern in (f"{part}.*", "*"):
+                return False
+        return False
 
 
 @dataclass(frozen=True)
@@ -237,8 +274,9 @@ class Recipe:
         if self.stage == "representation" and not (self.objectives.itc or self.objectives.itm or self.objectives.itg):
             raise InputError("all objectives are switched off: give one of objectives.itc, .itm, .itg a weight")
         for name, (smallest, largest) in RANGES.items():
-            section, key = name.split(".")
-            value = getattr(getattr(self, section), key)
+            value: Any = self
+            for key in name.split("."):
+                value = None if value is None else getattr(value, key)  # a section may be left out
             for number in value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else [value]:
                 if isinstance(number, float | int) and not smallest <= number <= largest:
                     expected = f"at least {smallest}" if largest == math.inf else f"{smallest} to {largest}"
@@ -257,6 +295,7 @@ class Recipe:
 
 RANGES: dict[str, tuple[float, float]] = {
     "vision.image_size": (1, math.inf),
+    "vision.drop_path": (0, 0.99),
     "qformer.hidden_size": (1, math.inf),
     "qformer.layers": (1, math.inf),
     "qformer.heads": (1, math.inf),
@@ -269,6 +308,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "qformer.dropout": (0, 1),
     "qformer.layer_norm_eps": (0, 1),
     "qformer.image_norm_eps": (0, 1),
+    "language.lora.rank": (1, math.inf),
+    "language.lora.alpha": (0, math.inf),
+    "language.lora.dropout": (0, 1),
     "objectives.itc": (0, math.inf),
     "objectives.itm": (0, math.inf),
     "objectives.itg": (0, math.inf),
@@ -279,6 +321,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "data.workers": (0, math.inf),
     "data.cached_views": (0, math.inf),
     "optimizer.rates": (0, math.inf),
+    "optimizer.layer_decay": (0.01, 1),
     "optimizer.betas": (0, 0.999999),
     "optimizer.weight_decay": (0, math.inf),
     "optimizer.warmup_steps": (0, math.inf),
@@ -309,9 +352,13 @@ def recipe_help() -> str:
     """Every field of a recipe, with its docstring."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # slow, and of no use but here
     try:
-        language = ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
-        language.add_class_arguments(LanguageConfig, "language")  # an optional section is not spelled out by itself
-        return f"{recipe_parser().format_help()}\n{language.format_help().strip()}"
+        pages = [recipe_parser().format_help()]
+        # An optional section is not spelled out by itself.
+        for section, name in ((LanguageConfig, "language"), (LoraConfig, "language.lora")):
+            parser = ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
+            parser.add_class_arguments(section, name)
+            pages.append(parser.format_help().strip())
+        return "\n".join(pages)
     finally:
         set_parsing_settings(docstring_parse_attribute_docstrings=False)
 

@@ -1,5 +1,7 @@
 import inspect
 import json
+import math
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -137,6 +139,49 @@ def test_positions_of_the_paper_s_encoders(size):
     assert torch.equal(resize_positions(table, 16), table)
 
 
+def bicubic(had: int, wanted: int) -> Tensor:
+    """[wanted, had]: what each new place takes of each old one on a line, by Keys' kernel with a = -0.75."""
+    weights = torch.zeros(wanted, had, dtype=torch.double)
+    for new in range(wanted):
+        centre = (new + 0.5) * had / wanted - 0.5
+        first = math.floor(centre) - 1
+        for old in range(first, first + 4):
+            x = abs(centre - old)
+            near, far = 1.25 * x**3 - 2.25 * x**2 + 1, -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
+            weights[new, min(max(old, 0), had - 1)] += near if x <= 1 else far
+    return weights
+
+
+@pytest.mark.parametrize("size", [364, 490])
+@pytest.mark.parametrize("name", ["BLIP-2", "CLIP", "ViT", "DINOv2", "SigLIP"])
+def test_positions_at_the_sizes_of_fine_tuning(tmp_path, name, size):
+    """The features are those of a model that was made for this size and has the interpolated table."""
+    kind, config = {
+        "BLIP-2": (hf.Blip2VisionModel, hf.Blip2VisionConfig),
+        "CLIP": (hf.CLIPVisionModel, hf.CLIPVisionConfig),
+        "ViT": (hf.ViTModel, hf.ViTConfig),
+        "DINOv2": (hf.Dinov2Model, hf.Dinov2Config),
+        "SigLIP": (hf.SiglipVisionModel, hf.SiglipVisionConfig),
+    }[name]
+    small = randomise(kind(config(**NO_SIZE, image_size=224))).eval()
+    small.save_pretrained(tmp_path)
+    weights = small.state_dict()
+    (key,) = (key for key in weights if "position_embedding" in key)
+    table = weights[key].double().reshape(-1, 32)
+    classes = len(table) - 256
+    line = bicubic(16, size // 14)
+    square = torch.einsum("ri,cj,ije->rce", line, line, table[classes:].view(16, 16, 32))
+    table = torch.cat([table[:classes], square.flatten(0, 1)]).float()
+    large: Any = kind(config(**NO_SIZE, image_size=size)).eval()
+    large.load_state_dict(weights | {key: table.view_as(large.state_dict()[key])})
+    last = -1 if name == "BLIP-2" else -2
+    features = load_image_encoder(str(tmp_path), image_size=size).features(pixels(size))
+    with torch.no_grad():
+        expected = large(pixel_values=pixels(size), output_hidden_states=True).hidden_states[last]
+    assert features.shape[1] == (size // 14) ** 2 + classes
+    torch.testing.assert_close(features, expected, atol=2e-4, rtol=2e-4)
+
+
 @pytest.mark.parametrize("name", CNNS)
 def test_cnns_give_their_grid_as_tokens(saved, name):
     model, folder = saved(name)
@@ -211,6 +256,74 @@ def test_a_trained_encoder_learns_under_autocast(saved):
     assert without == {"layernorm", "pooler"}  # what comes behind the last layer
     with torch.no_grad():
         assert not encoder.features(pixels()).requires_grad
+
+
+# -- layers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*VITS, *OWN])
+def test_depths(saved, name):
+    encoder = load_image_encoder(saved(name)[1])
+    depths = encoder.depths()
+    assert set(depths) == {key for key, _ in encoder.named_parameters()}
+    last = 3 if name in OWN else 2
+    for key, depth in depths.items():
+        if block := re.search(r"\.layers?\.(\d)\.", key):
+            assert depth == int(block[1]) + 1, key
+        elif re.search(r"embeddings|pre_layrnorm", key):  # CLIP's norm before its first block
+            assert depth == 0, key
+        else:
+            assert re.search(r"layernorm|\.norm\.|pooler|head", key) and depth == last, key
+    assert set(depths.values()) == set(range(last + 1))
+
+
+@pytest.mark.parametrize("name", CNNS)
+def test_cnns_have_no_depths(saved, name):
+    encoder = load_image_encoder(saved(name)[1], image_size=28)
+    for use in (encoder.depths, lambda: encoder.drop_path(0.1)):
+        with pytest.raises(InputError, match=r"is no stack of equal blocks: set optimizer\.layer_decay to 1 and"):
+            use()
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_drop_path_by_hand(saved, name):
+    """Of two blocks the first always stays, and the last does or does not; its mean is that of evaluation."""
+    model, folder = saved(name)
+    before, after = outputs(model, pixels()).hidden_states[1:3]
+    encoder = load_image_encoder(folder).requires_grad_(True)
+    encoder.drop_path(0.25)
+    torch.testing.assert_close(encoder.eval().features(pixels()), after)
+    for block in encoder.blocks:  # alone: DINOv3 moves its positions about in training
+        block.train()
+    torch.manual_seed(0)
+    many = encoder.features(pixels().repeat(200, 1, 1, 1)).detach().view(200, *before.shape)
+    kept = before + (after - before) / 0.75
+    is_left_out = (many - before).abs().amax(dim=(2, 3)) < 1e-4
+    assert is_left_out.float().mean() == pytest.approx(0.25, abs=0.06)
+    assert not torch.equal(is_left_out[:, 0], is_left_out[:, 1])  # each image for itself
+    torch.testing.assert_close(many, torch.where(is_left_out[:, :, None, None], before, kept), atol=1e-4, rtol=1e-4)
+
+
+def test_drop_path_rises_evenly(tmp_path):
+    randomise(hf.CLIPVisionModel(hf.CLIPVisionConfig(**{**SIZES, "num_hidden_layers": 6}))).save_pretrained(tmp_path)
+    encoder = load_image_encoder(str(tmp_path)).requires_grad_(True).train()
+    encoder.drop_path(0.4)
+    left_out: list[float] = []
+    for block in encoder.blocks:
+        block.register_forward_hook(
+            lambda _, given, put_out: left_out.append(float((given[0] == put_out).all(dim=(1, 2)).float().mean()))
+        )
+    torch.manual_seed(0)
+    encoder.features(torch.randn(3000, 3, 28, 28))
+    assert left_out[0] == 0
+    assert left_out == pytest.approx([0, 0.1, 0.2, 0.3, 0.4], abs=0.03)
+
+
+def test_nothing_is_dropped_while_frozen(saved):
+    encoder = load_image_encoder(saved("ViT")[1])
+    encoder.drop_path(0.9)
+    nn.Sequential(encoder).train()
+    torch.testing.assert_close(encoder.features(pixels()), outputs(saved("ViT")[0], pixels()).hidden_states[-2])
 
 
 # -- preprocessing -------------------------------------------------------------------------------------------------

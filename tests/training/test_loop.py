@@ -1,7 +1,6 @@
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,13 +25,7 @@ from blip2.training.loop import Interruption, train
 from blip2.training.progress import read_metrics
 from conftest import draw
 from fixtures.processes import finish, start, start_two
-
-TIMES = ("seconds", "images_per_second")
-
-
-def lines(run):
-    """What a run measured, without what no two runs share."""
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in read_metrics(run)]
+from fixtures.runs import assert_same_run, cut_short, lines
 
 
 def mean(rows, key):
@@ -48,27 +41,6 @@ def write_table(folder, rows):
             picture.save(folder / f"{number}.png")
             file.write(json.dumps({"image": f"{number}.png", "captions": captions}) + "\n")
     return str(table)
-
-
-def assert_same_run(one, other):
-    assert lines(one) == lines(other)
-    last, same = checkpoint.latest(one), checkpoint.latest(other)
-    assert last.name == same.name
-    mine, theirs = load_file(last / "model.safetensors"), load_file(same / "model.safetensors")
-    assert set(mine) == set(theirs)
-    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
-
-
-def cut_short(run, step):
-    """A copy of a run that was killed after the checkpoint of a step, some steps later."""
-    copy = run.with_name(f"{run.name}-from-{step}")
-    shutil.copytree(run, copy)
-    for folder in (copy / "checkpoints").iterdir():
-        if folder.name > f"step-{step:08d}":
-            shutil.rmtree(folder)
-    with (copy / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 9, "lo')
-    return copy
 
 
 # -- learning ------------------------------------------------------------------------------------------------------

@@ -1,12 +1,15 @@
 import math
+import re
 from dataclasses import replace
 
 import pytest
 import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel, ResNetConfig, ResNetModel
 
 from blip2.build import build
 from blip2.config import OptimizerConfig
 from blip2.errors import InputError
+from blip2.model.vision import Preprocessing, wrap_transformers
 from blip2.training.optimizer import build_optimizer, describe, restore_optimizer, set_rates, set_schedule
 
 FROZEN = {"vision.*": "frozen", "language.*": "frozen"}
@@ -101,6 +104,83 @@ def test_groups_keep_their_own_peak(model):
     assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.9)}
     assert set_schedule(optimizer, 0, 10, replace(config, warmup_steps=4)) == 0.25
     assert {group["lr"] for group in optimizer.param_groups} == {5e-4, 2.5e-4}
+
+
+# -- layer-wise decay ----------------------------------------------------------------------------------------------
+
+DECAYED = OptimizerConfig(rates={"vision.*": 1e-3, "*": 2e-3}, layer_decay=0.5, weight_decay=0.0, warmup_steps=4)
+
+
+def share_of(name):
+    """What a parameter's rate is of its pattern's: the tiny encoder has two blocks behind its embeddings."""
+    if not name.startswith("vision."):
+        return 1.0
+    if name.startswith("vision.network.embeddings."):
+        return 0.125
+    return 0.25 if ".layers.0." in name else 0.5
+
+
+def test_rates_decay_by_layer(model):
+    rates = set_rates(model, DECAYED)
+    expected = {name: share_of(name) * (1e-3 if name.startswith("vision.") else 2e-3) for name in rates}
+    assert rates == pytest.approx(expected)
+    assert set(expected.values()) == {2e-3, 0.5e-3, 0.25e-3, 0.125e-3}
+    optimizer = build_optimizer(model, rates, DECAYED)
+    assert set_schedule(optimizer, 0, 10, DECAYED) == 0.25  # warm-up is everybody's
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = {names[p]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert found == pytest.approx({name: rate / 4 for name, rate in expected.items()})
+
+
+def test_parameters_move_as_their_layer_says(model):
+    """AdamW's first step moves a parameter by its rate, whatever its gradient."""
+    rates = set_rates(model, DECAYED)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = build_optimizer(model, rates, DECAYED)
+    set_schedule(optimizer, 3, 10, DECAYED)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 0.3)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        moved = (before[name] - parameter.detach()).mean().item()
+        peak = 1e-3 if name.startswith("vision.") else 2e-3
+        assert moved == pytest.approx(peak * share_of(name), rel=1e-3), name
+
+
+def test_decay_needs_layers_that_train(model, tmp_path):
+    with pytest.raises(InputError, match=r"layer_decay is 0.5, but optimizer\.rates freezes the image encoder: give"):
+        set_rates(model, replace(DECAYED, rates={**FROZEN, "*": 1e-3}))
+    rates = set_rates(model, replace(DECAYED, rates={"vision.network.layers.0.*": 1e-3, **FROZEN, "*": 1e-3}))
+    assert {rate for name, rate in rates.items() if name.startswith("vision.")} == {0.25e-3}
+
+
+def test_a_whole_range_of_rates_is_described_by_its_ends(model):
+    rows = {row[0]: row[2] for row in describe(model, set_rates(model, replace(DECAYED, layer_decay=0.5)))}
+    assert rows["vision"] == "trains at 0.000125, 0.00025, 0.0005"
+    rates = set_rates(model, replace(DECAYED, rates={"vision.network.layernorm.*": 3e-3, **DECAYED.rates}))
+    assert {row[0]: row[2] for row in describe(model, rates)}["vision"] == "trains at 0.000125 to 0.0015"
+
+
+@pytest.mark.parametrize("kind", ["ResNet", "CLIP"])
+def test_no_decay_on_norms_and_biases_of_encoders(model, kind):
+    """Nor on a CNN's batch norms, nor on CLIP's class token, which is a vector."""
+    if kind == "CLIP":
+        sizes = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+        network = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=32, patch_size=8))
+    else:
+        network = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 24], depths=[1, 1], num_stages=2))
+    model.vision = wrap_transformers(getattr(network, "vision_model", network), Preprocessing(32))
+    rates = set_rates(model, OptimizerConfig(rates={"*": 1e-3}))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = build_optimizer(model, rates, OptimizerConfig()).param_groups
+    spared = {names[p] for group in groups if not group["weight_decay"] for p in group["params"]}
+    spared = {name.removeprefix("vision.network.") for name in spared if name.startswith("vision.")}
+    every = {name for name, _ in model.vision.network.named_parameters()}
+    norms = {name for name in every if re.search(r"norm|layrnorm", name)}
+    assert norms and spared == norms | {n for n in every if n.endswith((".bias", "class_embedding"))}
+
+
+# -- schedule ------------------------------------------------------------------------------------------------------
 
 
 def schedule(steps, warmup, final):

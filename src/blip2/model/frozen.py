@@ -17,6 +17,9 @@ class Freezable(nn.Module):
     batch statistics inside a frozen CNN) and computes in the dtype of its own weights, whatever autocast says.
     """
 
+    adapters: str = ""
+    """What stands in the names of the parameters of its adapters, where it has any: they alone train and are kept."""
+
     @property
     def is_frozen(self) -> bool:
         return not any(parameter.requires_grad for parameter in self.parameters())

@@ -9,14 +9,15 @@ Legend: B batch, I pictures, Q queries, T text tokens, U target tokens, L width 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig, GenerationConfig
 from transformers.activations import ACT2FN
 
 from blip2.errors import InputError
@@ -48,6 +49,19 @@ class LanguageModel(Freezable):
         self.width: int = embedding.weight.shape[1]
         self.vocabulary: int = embedding.weight.shape[0]
         self._ends_in_head = self._finds_head()
+
+    def train(self, mode: bool = True) -> LanguageModel:
+        """Adapters train in an LLM that stays in eval(), as one without them does."""
+        super().train(mode)
+        if self.adapters:
+            self.network.eval()
+            for name, module in self.named_modules():
+                if self.adapters in name:
+                    module.train(mode and not self.is_frozen)
+        return self
+
+    def own_precision(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, enabled=False) if self.adapters else super().own_precision(device)
 
     def embed(self, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T L"]:
         return self.network.get_input_embeddings()(ids)
@@ -196,26 +210,52 @@ class LanguageModel(Freezable):
                 self.network.set_attn_implementation(fitting)
 
 
-def load_language_model(name: str, dtype: torch.dtype = torch.float32, activation: str | None = None) -> LanguageModel:
+def load_language_model(
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    activation: str | None = None,
+    quantization: Literal["4bit", "8bit"] | None = None,
+    device: torch.device | None = None,
+) -> LanguageModel:
     """Load any ``AutoModelForCausalLM`` or ``AutoModelForSeq2SeqLM``, frozen.
 
     Args:
         name: a folder or hub name in transformers' format.
         dtype: of the weights and of the computation. The paper used float16 for OPT, bfloat16 for FlanT5.
         activation: of its feed-forwards, in place of its own.
+        quantization: bits a number of its matrices, but for embeddings and the output matrix.
+        device: where it is to run, if it is quantised; it cannot be moved afterwards.
 
     Raises:
-        InputError: there is no such model, or it is not a language model.
+        InputError: there is no such model, it is not a language model, or bitsandbytes is needed and is not installed.
     """
-    return LanguageModel(read_network(name, dtype, activation))
+    if quantization is None:
+        return LanguageModel(read_network(name, dtype, activation))
+    if find_spec("bitsandbytes") is None:
+        raise InputError(
+            f"language.quantization {quantization} needs bitsandbytes: pip install 'blip2[quantization]', or set it to"
+            " null"
+        )
+    bits = {"load_in_4bit": True} if quantization == "4bit" else {"load_in_8bit": True}
+    settings = BitsAndBytesConfig(**bits, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    place = {"": torch.device("cpu") if device is None else device}
+    how = {"quantization_config": settings, "device_map": place}
+    network = read_network(name, dtype, activation, how)
+    for module in network.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # after a pass without gradients it would never pass one on
+    return LanguageModel(network)
 
 
-def read_network(name: str, dtype: torch.dtype | str, activation: str | None = None) -> Any:
-    """The network of :func:`load_language_model` alone; `dtype` may be ``auto``, that of its files."""
+def read_network(
+    name: str, dtype: torch.dtype | str, activation: str | None = None, how: Mapping[str, Any] | None = None
+) -> Any:
+    """The network of :func:`load_language_model` alone; `dtype` may be ``auto``, that of its files; `how` else it is
+    loaded goes to transformers."""
     config = read_config(name, "language model")
     set_activation(config, activation)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return read_model(auto, name, "language model", dtype, config=config)[0]
+    return read_model(auto, name, "language model", dtype, config=config, how=how)[0]
 
 
 def set_activation(config: Any, activation: str | None) -> None:

@@ -62,6 +62,7 @@ def read_model(
     dtype: torch.dtype | str = torch.float32,
     optional: str = "(?!)",
     config: Any = None,
+    how: Mapping[str, Any] | None = None,
 ) -> tuple[Any, set[str]]:
     """A pretrained model of transformers, and the names of weights that its files do not have.
 
@@ -69,12 +70,13 @@ def read_model(
         auto: the class to load it with.
         optional: regular expression, found in the names of weights that may be missing.
         config: in place of its own.
+        how: it is loaded besides, for transformers (``device_map``).
 
     Raises:
         InputError: there is no such model, its files are damaged, or they lack weights that are not optional.
     """
     with _quiet(), reading(name, what):
-        model, info = auto.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
+        model, info = auto.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True, **how or {})
     missing = set(info["missing_keys"])
     _check_missing(model, {key for key in missing if not re.search(optional, key)}, name, what)
     return model, missing

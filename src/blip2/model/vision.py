@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,14 +52,21 @@ class ImageEncoder(Freezable):
         encode: pixels [B, 3, H, W] to features: [B, P, E], or a grid [B, E, h, w], which becomes P = h * w tokens.
         preprocessing: what `encode` expects.
         layer: whose output `encode` gives, where the weights do not tell.
+        blocks: of a ViT, from the first to the last; none where the network is of another kind.
     """
 
     def __init__(
-        self, network: nn.Module, encode: Callable[[Tensor], Tensor], preprocessing: Preprocessing, layer: str = ""
+        self,
+        network: nn.Module,
+        encode: Callable[[Tensor], Tensor],
+        preprocessing: Preprocessing,
+        layer: str = "",
+        blocks: Sequence[nn.Module] = (),
     ) -> None:
         super().__init__()
         self.layer = layer
         self.network = network
+        self.blocks = tuple(blocks)  # not a list of modules, which would give their parameters second names
         self.preprocessing = preprocessing
         self._encode = encode
         self.freeze()
@@ -69,6 +77,49 @@ class ImageEncoder(Freezable):
     def compile_network(self) -> None:
         """Let torch.compile fuse what lies between the matrix products of the network."""
         self._encode = torch.compile(self._encode)
+
+    def depths(self) -> dict[str, int]:
+        """Where in the network each parameter is: 0 before its first block, i in its i-th, N in its last and behind.
+
+        Raises:
+            InputError: the network has no blocks.
+        """
+        block_of = {id(p): number for number, block in enumerate(self._blocks(), 1) for p in block.parameters()}
+        found: dict[str, int] = {}
+        reached = 0
+        for name, parameter in self.named_parameters():  # in the order in which they are used
+            if id(parameter) in block_of:
+                reached = len(self.blocks)
+            found[name] = block_of.get(id(parameter), reached)
+        return found
+
+    def drop_path(self, rate: float) -> None:
+        """Leave out blocks at random while the network is in training mode (stochastic depth).
+
+        For each image, the last block is left out with probability `rate`, those before it with less, evenly down to 0
+        at the first; what a block adds when it is not left out is scaled up, so that its mean stays. A block goes as a
+        whole, its attention and its feed-forward together, which is the same for every family; timm and LAVIS draw
+        for each of the two.
+
+        Args:
+            rate: in [0, 1).
+
+        Raises:
+            InputError: the network has no blocks.
+        """
+        for number, block in enumerate(self._blocks()):
+            share = rate * number / max(len(self.blocks) - 1, 1)
+            if share:
+                # Before the hooks by which transformers notes what a block puts out.
+                block.register_forward_hook(partial(_drop, share), prepend=True, with_kwargs=True)
+
+    def _blocks(self) -> tuple[nn.Module, ...]:
+        if not self.blocks:
+            raise InputError(
+                f"the image encoder, a {type(self.network).__name__}, is no stack of equal blocks: set"
+                " optimizer.layer_decay to 1 and vision.drop_path to 0"
+            )
+        return self.blocks
 
     def features(self, images: Shaped[Tensor, "B ..."]) -> Float[Tensor, "B P E"]:
         """Features in float32.
@@ -85,6 +136,17 @@ class ImageEncoder(Freezable):
         if features.ndim == 4:
             features = features.flatten(2).transpose(1, 2)
         return features.float()
+
+
+def _drop(share: float, block: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
+    """What a block puts out, or for a share of the images what it was given."""
+    if not block.training:
+        return output
+    given: Tensor = arguments[0] if arguments else named["hidden_states"]
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    stays = torch.rand(len(states), *[1] * (states.ndim - 1), device=states.device) >= share
+    states = torch.where(stays, given + (states - given) / (1 - share), given)
+    return (states, *output[1:]) if isinstance(output, tuple) else states
 
 
 def load_image_encoder(
@@ -168,7 +230,7 @@ def wrap_transformers(network: nn.Module, preprocessing: Preprocessing, layer: L
         hidden = network(pixel_values=pixels, output_hidden_states=True if not is_vit else -1, **inputs)
         return hidden.hidden_states[-1 if is_vit else -2]
 
-    return ImageEncoder(network, encode, preprocessing, layer)
+    return ImageEncoder(network, encode, preprocessing, layer, list(stacks[0]) if is_vit else ())
 
 
 def check_image_size(size: int, patch: int) -> None:
@@ -254,13 +316,13 @@ def _load_timm(name: str, layer: Layer | None, image_size: int | None, dtype: to
     except (RuntimeError, OSError, TypeError) as error:
         raise InputError(f"timm could not load {name!r}: {first_line(error)}") from error
     is_vit = hasattr(network, "blocks") and hasattr(network, "patch_embed")
+    blocks: Any = network.blocks if is_vit else ()
     data: dict[str, Any] = timm.data.resolve_data_config({}, model=network)
     preprocessing = Preprocessing(image_size or data["input_size"][-1], tuple(data["mean"]), tuple(data["std"]))
     if is_vit and layer != "last":
-        blocks: Any = network.blocks
         del blocks[-1]
         network.norm = nn.Identity()
-    return ImageEncoder(network.to(dtype), network.forward_features, preprocessing)
+    return ImageEncoder(network.to(dtype), network.forward_features, preprocessing, blocks=blocks)
 
 
 def _load_efficientnet_lite0(

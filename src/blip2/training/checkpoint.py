@@ -41,9 +41,20 @@ FOLDER = "checkpoints"
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Everything that does not belong to a frozen part; a tensor with two names (tied weights) under its first."""
+    """Everything that does not belong to a frozen part, and only the adapters of one that has some; a tensor with two
+    names (tied weights) under its first."""
     frozen = tuple(f"{name}." for name, part in _freezable(model).items() if part.is_frozen)
-    return {name: tensor for name, tensor in _untied_state(model).items() if not name.startswith(frozen)}
+    return {name: t for name, t in _own_state(model).items() if not name.startswith(frozen)}
+
+
+def _own_state(model: nn.Module) -> dict[str, Tensor]:
+    """Everything but what has adapters."""
+    adapted = {f"{name}.": part.adapters for name, part in _freezable(model).items() if part.adapters}
+    return {
+        name: tensor
+        for name, tensor in _untied_state(model).items()
+        if all(adapters in name for part, adapters in adapted.items() if name.startswith(part))
+    }
 
 
 def _freezable(model: nn.Module) -> dict[str, Freezable]:
@@ -235,8 +246,12 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
     """
     weights = checkpoint.trained()
     # A part that was trained is in the checkpoint, though it may be frozen here.
-    trained = tuple(f"{part}." for part in _freezable(model) if any(name.startswith(f"{part}.") for name in weights))
-    expected = {name for name in _untied_state(model) if name.startswith(trained)} | set(trained_state(model))
+    trained = tuple(
+        f"{name}."
+        for name, part in _freezable(model).items()
+        if part.adapters or any(key.startswith(f"{name}.") for key in weights)
+    )
+    expected = {name for name in _own_state(model) if name.startswith(trained)} | set(trained_state(model))
     expected |= set(weights) & {name for name in model.state_dict() if name.startswith(trained)}  # both of two tied
     _load(weights, model, checkpoint, {name for name in expected if not name.startswith(checkpoint.absent)})
 
@@ -249,7 +264,7 @@ def load_previous_stage(checkpoint: Checkpoint, model: nn.Module) -> list[str]:
 
     Raises:
         InputError: a shape differs, the checkpoint lacks the Q-Former or has another number of heads, or it holds a
-            trained image encoder or LLM that is frozen here.
+            trained image encoder or LLM that is frozen or another here.
     """
     weights = checkpoint.weights if checkpoint.format == "blip2" else checkpoint.trained()
     here = set(trained_state(model))
@@ -258,6 +273,13 @@ def load_previous_stage(checkpoint: Checkpoint, model: nn.Module) -> list[str]:
         raise InputError(
             f"checkpoint {checkpoint.name} holds trained weights of {', '.join(lost)}, which optimizer.rates freezes:"
             f' give "{lost[0]}.*" a rate, or they would be lost'
+        )
+    parts = tuple(f"{part}." for part in _freezable(model))
+    homeless = sorted(name for name in set(weights) - set(model.state_dict()) if name.startswith(parts))
+    if homeless:
+        raise InputError(
+            f"checkpoint {checkpoint.name} holds {homeless[0]}, for which there is no place: set"
+            f" {homeless[0].split('.')[0]} (its name and its lora) to what the checkpoint's recipe.yaml says"
         )
     shared = here & set(weights)
     if not any(name.startswith("qformer.") for name in shared):

@@ -90,9 +90,8 @@ def _accelerator(recipe: Recipe) -> Accelerator:
     precision = recipe.training.precision or ("bf16" if device.type == "cuda" else "fp32")
     # Without one of the losses its head has no gradient; nor has what an image encoder does after our layer, or what
     # the last block makes of a question.
-    trains_vision = any(rate != "frozen" for name, rate in recipe.optimizer.rates.items() if name.startswith("vision"))
     losses = recipe.objectives
-    all_used = not (trains_vision or recipe.qformer.reads_questions) and (
+    all_used = not (recipe.optimizer.trains("vision") or recipe.qformer.reads_questions) and (
         recipe.stage == "generation" or (losses.itc > 0 and losses.itm > 0 and losses.itg > 0)
     )
     if precision == "fp16" and device.type == "cpu":
@@ -137,6 +136,13 @@ class _Training:
             display.table(
                 f"stage: {recipe.stage}", ["part", "parameters", "state", "dtype"], describe(built.model, rates)
             )
+        if recipe.vision.drop_path:
+            if built.model.vision.is_frozen:
+                raise InputError(
+                    f"vision.drop_path is {recipe.vision.drop_path}, but optimizer.rates freezes the image encoder: set"
+                    ' it to 0, or give "vision.*" a rate'
+                )
+            built.model.vision.drop_path(recipe.vision.drop_path)
         built.model.qformer.checkpointing = recipe.training.activation_checkpointing
         if recipe.training.compile:
             built.model.qformer.compile_blocks()

@@ -11,6 +11,8 @@ from torch import nn
 
 from blip2.config import OptimizerConfig
 from blip2.errors import InputError
+from blip2.model.frozen import Freezable
+from blip2.model.vision import ImageEncoder
 
 UNDECAYED = ("temperature", "qformer.queries")
 
@@ -31,11 +33,13 @@ def set_rates(model: nn.Module, config: OptimizerConfig) -> dict[str, float]:
     """Freeze and unfreeze the parameters of `model` as ``config.rates`` says.
 
     Returns:
-        The peak rate of each parameter that trains.
+        The peak rate of each parameter that trains; in the image encoder lower from layer to layer, as
+        ``config.layer_decay`` says (Tables 7-9).
 
     Raises:
-        InputError: a pattern matches nothing, a parameter is matched by no pattern, nothing trains, or what trains is
-            in half precision.
+        InputError: a pattern matches nothing, a parameter is matched by no pattern, nothing trains, what trains is in
+            half precision, adapters are frozen or what they adapt is not, or rates are to decay in an image encoder
+            that is frozen or is no ViT.
     """
     rates: dict[str, float] = {}
     used: set[str] = set()
@@ -61,8 +65,40 @@ def set_rates(model: nn.Module, config: OptimizerConfig) -> dict[str, float]:
         )
     if not rates:
         raise InputError("every parameter is frozen by optimizer.rates: give some of them a rate")
+    _check_adapters(model, rates)
     model.train()  # a part that was unfrozen may now leave eval()
-    return rates
+    return _decayed_by_layer(model, rates, config.layer_decay)
+
+
+def _check_adapters(model: nn.Module, rates: dict[str, float]) -> None:
+    """Adapters train, and what they adapt does not."""
+    for part, module in model.named_children():
+        if not isinstance(module, Freezable) or not module.adapters:
+            continue
+        trained = [name for name in rates if name.startswith(f"{part}.")]
+        beside = [name for name in trained if module.adapters not in name]
+        if beside or not trained:
+            found = f"gives {beside[0]} a rate beside them" if beside else "freezes them"
+            raise InputError(
+                f"{part} has adapters, and optimizer.rates {found}: begin optimizer.rates with"
+                f' "{part}.*lora_*": 1e-4 and "{part}.*": frozen'
+            )
+
+
+def _decayed_by_layer(model: nn.Module, rates: dict[str, float], decay: float) -> dict[str, float]:
+    """The rates with those of the image encoder lowered from its last layer to its first."""
+    if decay == 1:
+        return rates
+    vision = model.get_submodule("vision")
+    assert isinstance(vision, ImageEncoder)
+    if vision.is_frozen:
+        raise InputError(
+            f'optimizer.layer_decay is {decay}, but optimizer.rates freezes the image encoder: give "vision.*" a rate,'
+            " or set it to 1"
+        )
+    depths, last = vision.depths(), len(vision.blocks)
+    own = {f"vision.{name}": decay ** (last + 1 - depth) for name, depth in depths.items()}
+    return {name: rate * own.get(name, 1.0) for name, rate in rates.items()}
 
 
 def build_optimizer(model: nn.Module, rates: dict[str, float], config: OptimizerConfig) -> torch.optim.AdamW:
@@ -125,8 +161,9 @@ def describe(model: nn.Module, rates: dict[str, float]) -> list[tuple[str, str, 
     for part, named in parts.items():
         total = sum(parameter.numel() for _, parameter in named)
         trained = sum(parameter.numel() for name, parameter in named if name in rates)
-        peaks = sorted({rates[name] for name, _ in named if name in rates})
-        state = "frozen" if not trained else "trains at " + ", ".join(f"{peak:g}" for peak in peaks)
+        peaks = [f"{peak:.3g}" for peak in sorted({rates[name] for name, _ in named if name in rates})]
+        listed = ", ".join(peaks) if len(peaks) <= 3 else f"{peaks[0]} to {peaks[-1]}"
+        state = f"trains at {listed}" if trained else "frozen"
         if 0 < trained < total:
             state = f"{trained:,} {state}"
         dtype = next(parameter.dtype for _, parameter in named if parameter.is_floating_point())

@@ -1,0 +1,238 @@
+"""Runs that train the image encoder (§4.2-4.4)."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file
+
+import blip2
+from blip2.build import build, choose_dtype, prepare_texts
+from blip2.config import ObjectivesConfig
+from blip2.data.batches import Preparation, plan_evaluation
+from blip2.data.images import read_image
+from blip2.data.records import open_records
+from blip2.errors import InputError
+from blip2.model.vision import load_image_encoder
+from blip2.training import checkpoint
+from blip2.training.features import make_features
+from blip2.training.loop import train
+from blip2.training.optimizer import set_rates
+from fixtures.runs import assert_same_run, cut_short, lines
+from fixtures.tiny import randomise
+
+CPU = torch.device("cpu")
+RATES = {"vision.*": 1e-3, "*": 1e-3}
+FROZEN = {"vision.*": "frozen", "*": 1e-3}
+STAGES = ("representation", "llama", "t5")
+
+
+def tune(parts, run, stage="representation", **changes):
+    """A recipe that trains the image encoder too."""
+    if stage != "representation":
+        changes |= {"stage": "generation", "language": {"name": getattr(parts, stage)}}
+        changes["optimizer"] = {"rates": {"language.*": "frozen", **RATES}, **changes.get("optimizer", {})}
+    changes["optimizer"] = {"rates": RATES, "warmup_steps": 0, "final_rate": 1.0, **changes.get("optimizer", {})}
+    return parts.recipe(run, **changes)
+
+
+def weights(run: Path):
+    return load_file(checkpoint.latest(run) / "model.safetensors")
+
+
+def is_behind(name):
+    """What comes after the last block that is used, and gets no gradient."""
+    return ".layernorm." in name or ".pooler." in name
+
+
+# -- gradients -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradients_of_the_image_encoder_are_the_slope_of_the_loss(parts, tmp_path, stage):
+    """Through the cross-attention, the norm of the features and, in stage 2, the frozen LLM."""
+    objectives = ObjectivesConfig(itm=0.0)  # its negatives are drawn, so that it has no slope
+    recipe = tune(parts, tmp_path, stage, qformer={"dropout": 0.0}, objectives=objectives)
+    built = build(recipe, CPU)
+    model = built.model
+    set_rates(model, recipe.optimizer)
+    for part in (model.vision, model.image_norm, model.qformer):
+        randomise(part)
+    records = open_records(parts.pictures, recipe.data)
+    (plan, *_) = plan_evaluation(records, 4)
+    preparation = Preparation(records, prepare_texts(recipe, built), model.vision.preprocessing, False, 1.0, False)
+    batch = preparation[plan].batch
+    loss = sum(model(batch).losses.values())
+    loss.backward()
+    own = {name: p for name, p in model.vision.named_parameters() if not is_behind(name)}
+    assert {name for name, p in own.items() if p.grad is None or not p.grad.any()} == set()
+
+    slope = sum(float(p.grad.square().sum()) for p in own.values())
+    assert slope > 0
+    step = 2e-3 / slope**0.5
+    around = []
+    with torch.no_grad():
+        for sign in (1, -2):  # step along the gradient, and then as far to the other side
+            for p in own.values():
+                p += sign * step * p.grad
+            around.append(float(sum(model(batch).losses.values())))
+    assert (around[0] - around[1]) / (2 * step) == pytest.approx(slope, rel=0.02)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_only_what_has_a_rate_changes(parts, tmp_path, stage):
+    rates = {"vision.network.layers.1.*": 1e-3, "vision.*": "frozen", "language.*": "frozen", "*": 1e-3}
+    recipe = tune(parts, tmp_path / "run", stage, training={"steps": 1, "save_every": 1})
+    recipe = replace(recipe, optimizer=replace(recipe.optimizer, rates=rates))
+    train(recipe)
+    pretrained = load_image_encoder(parts.vision).state_dict()
+    trained = {k.removeprefix("vision."): v for k, v in weights(tmp_path / "run").items() if k.startswith("vision.")}
+    assert set(trained) == set(pretrained)
+    changed = {name for name in trained if not torch.equal(trained[name], pretrained[name])}
+    # The gradient of the former is nothing but rounding; the latter is drawn, for the files do not have it.
+    rounding = {"network.layers.1.attention.k_proj.bias", "network.pooler.dense.weight"}
+    assert changed - rounding == {name for name in pretrained if ".layers.1." in name} - rounding
+    assert not any(name.startswith("language.") for name in weights(tmp_path / "run"))
+
+
+# -- what is kept --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_trained_encoder_is_kept_and_loaded(parts, tmp_path, precision):
+    """In float32, though it computes in half precision; what cannot be seen in bfloat16 is learned all the same."""
+    recipe = tune(parts, tmp_path / "run", optimizer={"rates": {"*": 1e-5}}, training={"precision": precision})
+    train(recipe)
+    kept = {name: t for name, t in weights(tmp_path / "run").items() if name.startswith("vision.")}
+    pretrained = load_image_encoder(parts.vision)
+    assert {t.dtype for t in kept.values()} == {torch.float32}
+    moved = [name for name, t in kept.items() if not torch.equal(t, pretrained.state_dict()[name[len("vision.") :]])]
+    assert {name for name in kept if not is_behind(name)} - set(moved) == set()
+
+    found = blip2.load(tmp_path / "run", device="cpu")
+    trained = load_image_encoder(parts.vision)
+    trained.load_state_dict({name.removeprefix("vision."): t for name, t in kept.items()})
+    image = open_records(parts.pictures, recipe.data)[0].image
+    pixels = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(found.model.vision.features(pixels), trained.features(pixels), atol=0, rtol=0)
+    assert not torch.equal(found.features(read_image(image)), pretrained.features(pixels[:1]))
+    assert (trained.features(pixels) - pretrained.features(pixels)).abs().max() > 0
+    assert found.model.vision.is_frozen
+
+
+CHANGES = {
+    "fp32": {"optimizer": {"layer_decay": 0.7}, "vision": {"drop_path": 0.4}},
+    "bf16": {"optimizer": {"layer_decay": 0.7}, "vision": {"drop_path": 0.4}, "training": {"precision": "bf16"}},
+}
+
+
+@pytest.mark.parametrize(("variant", "stage"), [("fp32", "representation"), ("bf16", "representation"), ("fp32", "t5")])
+def test_going_on_equals_never_stopping(parts, tmp_path, variant, stage):
+    changes = {key: dict(value) for key, value in CHANGES[variant].items()}
+    changes["training"] = {"steps": 6, "save_every": 2, "keep": 3, **changes.get("training", {})}
+    recipe = tune(parts, tmp_path / "run", stage, **changes)
+    train(recipe)
+    copy = cut_short(tmp_path / "run", 2)
+    train(replace(recipe, output=str(copy)), resume=True)
+    assert_same_run(tmp_path / "run", copy)
+
+
+def test_half_precision_has_full_weights(parts, tmp_path):
+    """bf16 has no number between 1 and 1.0078, and a step of 1e-5 would be lost in it."""
+    recipe = tune(parts, tmp_path / "run", vision={"dtype": "bf16"})
+    with pytest.raises(InputError, match=r"vision\..* trains at 0.001 but is in bfloat16: set the dtype of vision to"):
+        train(recipe)
+    gpu = torch.device("cuda")
+    assert choose_dtype(None, gpu) == torch.bfloat16
+    assert choose_dtype(None, gpu, trains=True) == torch.float32
+    assert choose_dtype("fp16", gpu, trains=True) == torch.float16
+
+
+# -- layer-wise decay and drop path --------------------------------------------------------------------------------
+
+
+def test_a_run_moves_layers_as_layer_decay_says(parts, tmp_path):
+    """The first step of AdamW, from the same gradients."""
+    one = {"steps": 1, "save_every": 1}
+    start = {f"vision.{name}": t for name, t in load_image_encoder(parts.vision).state_dict().items()}
+    moved = []
+    for decay in (1.0, 0.5):
+        recipe = tune(parts, tmp_path / str(decay), optimizer={"layer_decay": decay}, training=one)
+        train(recipe)
+        after = weights(tmp_path / str(decay))
+        moved.append({name: float((after[name] - t).norm()) for name, t in start.items() if not is_behind(name)})
+    for name, plain in moved[0].items():
+        power = 3 if "embeddings" in name else 2 if ".layers.0." in name else 1
+        assert plain > 0
+        assert moved[1][name] / plain == pytest.approx(0.5**power, rel=2e-3), name
+
+
+def test_drop_path_is_applied_in_a_run(parts, tmp_path):
+    """To training and not to validation."""
+    vit = randomise(hf.AutoModel.from_pretrained(parts.vision))
+    vit.save_pretrained(tmp_path / "vit")
+    for name, rate in (("without", 0.0), ("with", 0.9)):
+        train(
+            tune(
+                parts,
+                tmp_path / name,
+                vision={"name": str(tmp_path / "vit"), "drop_path": rate},
+                data={"validation": parts.pictures},
+                qformer={"dropout": 0.0},
+                optimizer={"rates": {"*": 1e-12}, "weight_decay": 0.0},
+                training={"steps": 2, "save_every": 2, "validate_every": 2},
+            )
+        )
+    without, dropped = lines(tmp_path / "without"), lines(tmp_path / "with")
+    for one, other in zip(without, dropped, strict=True):
+        assert other["itc"] != one["itc"]  # in which nothing else is drawn
+    assert dropped[-1]["validation_itg"] == pytest.approx(without[-1]["validation_itg"], rel=1e-6)
+
+
+@pytest.fixture
+def cnn(tmp_path):
+    config = hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 24], depths=[1, 1], num_stages=2)
+    randomise(hf.ResNetModel(config)).save_pretrained(tmp_path / "cnn")
+    return str(tmp_path / "cnn")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"vision": {"drop_path": 0.1}, "optimizer": {"rates": FROZEN}},
+            "vision.drop_path is 0.1, but optimizer",
+        ),
+        ({"optimizer": {"rates": FROZEN, "layer_decay": 0.9}}, "optimizer.layer_decay is 0.9, but optimizer.rates fre"),
+        ({"data": {"cached_views": 2}}, "data.cached_views needs a frozen image encoder, but optimizer.rates trains"),
+    ],
+)
+def test_what_needs_an_encoder_that_trains_or_is_frozen(parts, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message) as raised:
+        train(tune(parts, tmp_path / "run", **changes))
+    assert "\n" not in str(raised.value)
+
+
+def test_features_of_an_encoder_that_trains_are_not_made(parts, tmp_path):
+    with pytest.raises(InputError, match="needs a frozen image encoder"):
+        make_features(tune(parts, tmp_path / "run", data={"cached_views": 2}))
+
+
+@pytest.mark.parametrize("changes", [{"vision": {"drop_path": 0.1}}, {"optimizer": {"layer_decay": 0.9}}])
+def test_a_cnn_trains_at_one_rate(parts, tmp_path, cnn, changes):
+    recipe = tune(parts, tmp_path / "run", **changes)
+    recipe = replace(recipe, vision=replace(recipe.vision, name=cnn, image_size=32))
+    with pytest.raises(InputError, match="a ResNetModel, is no stack of equal blocks"):
+        train(recipe)
+
+
+def test_a_cnn_keeps_the_statistics_that_it_learned(parts, tmp_path, cnn):
+    recipe = tune(parts, tmp_path / "run", vision={"name": cnn, "image_size": 32})
+    train(recipe)
+    kept = weights(tmp_path / "run")
+    (first, *_) = (name for name in kept if name.endswith("running_mean"))
+    assert not torch.equal(kept[first], load_image_encoder(cnn).state_dict()[first.removeprefix("vision.")])
+    found = blip2.load(tmp_path / "run", device="cpu").model
+    assert all(torch.equal(found.state_dict()[name], tensor) for name, tensor in kept.items())
