@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from blip2.cli import main
-from blip2.config import dump_recipe
+from blip2.recipe import dump_recipe
 from blip2.training import checkpoint
 from blip2.training.loop import train
 from blip2.training.progress import read_metrics

@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from blip2 import config
-from blip2.config import LanguageConfig, LoraConfig, Recipe, dump_recipe, find_recipe, load_recipe
+from blip2.config import LanguageConfig, LoraConfig, Recipe
 from blip2.errors import InputError
+from blip2.recipe import dump_recipe, find_recipe, load_recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 MINIMAL = {"stage": "representation", "output": "runs/x", "vision": {"name": "vit"}, "data": {"train": "pairs.jsonl"}}

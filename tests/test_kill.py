@@ -8,7 +8,7 @@ import time
 import torch
 from safetensors.torch import load_file
 
-from blip2.config import dump_recipe
+from blip2.recipe import dump_recipe
 from blip2.training import checkpoint
 from blip2.training.progress import read_metrics
 from fixtures.processes import finish, start

@@ -9,12 +9,13 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from blip2.config import DataConfig, LanguageConfig, VisionConfig, load_recipe
+from blip2.config import DataConfig, LanguageConfig, VisionConfig
 from blip2.convert import convert
 from blip2.data.assets import ASSETS
 from blip2.errors import InputError
 from blip2.inference import load
 from blip2.publish import UNKNOWN, licence_of, model_card, push
+from blip2.recipe import load_recipe
 from blip2.training.checkpoint import FOLDER, open_checkpoint
 from blip2.training.loop import train
 from blip2.training.progress import read_metrics

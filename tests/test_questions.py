@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertForMaskedLM
 
 from blip2.convert import convert
 from blip2.data.records import open_records
@@ -164,6 +164,15 @@ def test_the_text_transformer_comes_from_stage_one(parts, recipe, runs, tmp_path
     text = [name for name in after if "word_embedding" in name or "text_feed_forward" in name]
     assert len(text) > 8
     assert all(torch.equal(before[name], after[name]) for name in text)
+
+
+def test_after_a_stage_two_that_read_no_questions_it_comes_from_bert(parts, recipe, runs, tmp_path):
+    train(recipe(tmp_path / "run", start_from=str(runs["llama"]), optimizer={"rates": {"*": 0.0}}))
+    after = load_file(checkpoint.latest(tmp_path / "run") / "model.safetensors")
+    before = load_file(checkpoint.latest(runs["llama"]) / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    words = BertForMaskedLM.from_pretrained(parts.bert).bert.embeddings.word_embeddings.weight
+    assert torch.equal(after["qformer.word_embedding.weight"][:-1], words)
 
 
 def test_any_llm_learns_to_answer_without_a_question_for_the_qformer(parts, recipe, tmp_path):

@@ -102,7 +102,8 @@ def build(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None = 
     tokenizer = read_tokenizer(resolve(recipe.language.name))
     reader = text_tokenizer(recipe.qformer, checkpoint) if recipe.qformer.reads_questions else None
     model = GenerationModel(vision, recipe.qformer, language)
-    if from_bert and recipe.start_from is None:
+    # A stage 2 that could not read questions has no text transformer to start from.
+    if from_bert and (recipe.start_from is None or recipe.qformer.reads_questions):
         initialise_from_bert(resolve(recipe.qformer.bert or ""), model.qformer)
         model.initialise_projection()
     end = end_of_text(tokenizer, recipe.language.stop, recipe.language.name)

@@ -152,6 +152,34 @@ def build_parser() -> argparse.ArgumentParser:
         "--output", required=True, metavar="FILE", help="a .safetensors file with images [I, Q, C] and texts [T, C]"
     )
 
+    evaluate = command(
+        "evaluate",
+        run_evaluate,
+        "score a model on records: its captions, answers or retrieval",
+        "blip2 evaluate runs/mine/stage2 --task vqa --data vqav2:val:/data/vqav2 --output runs/mine/vqav2",
+    )
+    evaluate.formatter_class = argparse.RawDescriptionHelpFormatter
+    add_model(evaluate, None)
+    evaluate.add_argument("--task", required=True, choices=["captioning", "vqa", "retrieval"], help="what to score")
+    evaluate.add_argument(
+        "--data", required=True, metavar="SOURCE", help="what data.train of a recipe may say; the data sets are below"
+    )
+    evaluate.add_argument(
+        "--output", required=True, metavar="FOLDER", help="for metrics.json, predictions.json and report.html"
+    )
+    evaluate.add_argument("--limit", type=int, metavar="N", help="only the first N records")
+    evaluate.add_argument("--prompt", help="of captions, or of questions with {} in it (default: the model's own)")
+    evaluate.add_argument(
+        "--candidates", type=int, default=128, help="texts an image that are re-ranked in retrieval (default: 128)"
+    )
+    evaluate.add_argument(
+        "--fusion",
+        default="itm",
+        choices=["itm", "itm+itc"],
+        help="what re-ranks them; itm+itc is LAVIS's (default: itm)",
+    )
+    add_decoding(evaluate)
+
     convert = command(
         "convert",
         run_convert,
@@ -192,8 +220,8 @@ def take_keys(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_model(parser: argparse.ArgumentParser, stage: str) -> None:
-    parser.add_argument("model", metavar="MODEL", help=f"of stage {stage}: {CHECKPOINT}")
+def add_model(parser: argparse.ArgumentParser, stage: str | None) -> None:
+    parser.add_argument("model", metavar="MODEL", help=f"of stage {stage}: {CHECKPOINT}" if stage else CHECKPOINT)
     take_keys(parser)
     parser.set_defaults(stage=stage)
     parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: a GPU if there is one)")
@@ -216,7 +244,7 @@ def run_demo(options: argparse.Namespace) -> None:
 
 
 def run_train(options: argparse.Namespace) -> None:
-    from blip2.config import find_recipe, load_recipe, recipe_help
+    from blip2.recipe import find_recipe, load_recipe, recipe_help
 
     if options.help:
         print(recipe_help())
@@ -235,7 +263,7 @@ def run_train(options: argparse.Namespace) -> None:
 
 
 def run_features(options: argparse.Namespace) -> None:
-    from blip2.config import find_recipe, load_recipe
+    from blip2.recipe import find_recipe, load_recipe
 
     recipe = load_recipe(find_recipe(options.recipe), options.rest)
     from blip2.training.features import make_features
@@ -287,6 +315,18 @@ def run_embed(options: argparse.Namespace) -> None:
     except (OSError, SafetensorError) as error:
         raise InputError(f"{options.output} cannot be written ({error}): give another --output") from error
     print(", ".join(f"{key} {list(tensor.shape)}" for key, tensor in out.items()), "->", options.output)
+
+
+def run_evaluate(options: argparse.Namespace) -> None:
+    from blip2.evaluation.evaluate import Settings, evaluate
+
+    decoding = None if options.task == "retrieval" else _decoding(options, questions=options.task == "vqa")
+    settings = Settings(decoding, options.prompt, options.candidates, options.fusion)
+    metrics = evaluate(
+        options.model, options.task, options.data, options.output, settings, limit=options.limit,
+        device=options.device, dtype=options.dtype, changes=options.changes,
+    )  # fmt: skip
+    print(json.dumps(metrics, indent=1))
 
 
 def run_convert(options: argparse.Namespace) -> None:

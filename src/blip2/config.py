@@ -6,17 +6,10 @@ overridden on the command line (``--data.batch_size 32``). A key that is not a f
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Literal
-
-import yaml
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from blip2.errors import InputError
 
@@ -335,95 +328,3 @@ RANGES: dict[str, tuple[float, float]] = {
     "training.validate_every": (1, math.inf),
 }
 """Smallest and largest value of numbers, both allowed; every element of a list and every value of a mapping."""
-
-
-USAGE = "blip2 train RECIPE [--resume] [--KEY VALUE ...]"
-
-
-def recipe_parser() -> ArgumentParser:
-    """What reads a recipe file and the command line that overrides it."""
-    parser = ArgumentParser(prog="blip2 train", usage=USAGE, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="Path to a recipe, a YAML file.")
-    parser.add_class_arguments(Recipe, as_group=False)
-    return parser
-
-
-def recipe_help() -> str:
-    """Every field of a recipe, with its docstring."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # slow, and of no use but here
-    try:
-        pages = [recipe_parser().format_help()]
-        # An optional section is not spelled out by itself.
-        for section, name in ((LanguageConfig, "language"), (LoraConfig, "language.lora")):
-            parser = ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
-            parser.add_class_arguments(section, name)
-            pages.append(parser.format_help().strip())
-        return "\n".join(pages)
-    finally:
-        set_parsing_settings(docstring_parse_attribute_docstrings=False)
-
-
-def find_recipe(name: str) -> Path:
-    """A recipe file: a path, or the name of one that comes with this project (``demo-stage1``)."""
-    here = Path(__file__).parent
-    shipped = [folder for folder in (here / "recipes", here.parents[1] / "recipes") if folder.is_dir()]
-    for path in (Path(name), *(folder / f"{Path(name).stem}.yaml" for folder in shipped)):
-        if path.is_file():
-            return path
-    names = sorted({path.stem for folder in shipped for path in folder.glob("*.yaml")})
-    raise InputError(f"no recipe {name!r}: give a YAML file, or one of those that come with blip2: {', '.join(names)}")
-
-
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file.
-
-    Args:
-        overrides: command-line arguments that override it (``["--data.batch_size", "32"]``).
-
-    Raises:
-        InputError: not YAML, an unknown key, or a value of the wrong type or out of range.
-    """
-    parser = recipe_parser()
-    try:
-        values = vars(parser.instantiate(parser.parse_args(["--config", str(path), *overrides])))
-    except ArgumentError as error:
-        raise InputError(f"recipe {path}: {_one_line(error)}; blip2 train --help lists all keys") from error
-    except TypeError as error:
-        raise InputError(f"recipe {path}: {_one_line(error)}") from error
-    values.pop("config")
-    return Recipe(**values)
-
-
-def override(recipe: Recipe, changes: Mapping[str, object]) -> Recipe:
-    """A recipe with other values at some of its keys (``{"vision.name": "eva_vit_g.pth"}``).
-
-    Raises:
-        InputError: an unknown key, or a value of the wrong type or out of range.
-    """
-    if not changes:
-        return recipe
-    values = json.loads(json.dumps(asdict(recipe)))
-    for key, value in changes.items():
-        section, _, name = key.partition(".")
-        place = values.get(section)
-        if name:
-            values[section] = {**(place or {}), name: value}
-        else:
-            values[section] = value
-    parser = recipe_parser()
-    try:
-        changed = vars(parser.instantiate(parser.parse_object(values)))
-    except (ArgumentError, TypeError) as error:
-        given = ", ".join(f"{key} {value!r}" for key, value in changes.items())
-        raise InputError(f"{given}: {_one_line(error)}; blip2 train --help lists all keys") from error
-    changed.pop("config", None)
-    return Recipe(**changed)
-
-
-def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML, every field spelled out."""
-    return yaml.safe_dump(json.loads(json.dumps(asdict(recipe))), sort_keys=False)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()).rstrip(".")

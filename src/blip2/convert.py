@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import Blip2VisionConfig, PreTrainedTokenizerBase
 
 from blip2.build import choose_dtype, end_of_text, read_image_encoder, text_tokenizer
-from blip2.config import LanguageConfig, Recipe, dump_recipe
+from blip2.config import LanguageConfig, Recipe
 from blip2.data.assets import resolve
 from blip2.errors import InputError
 from blip2.interop import lavis, transformers
@@ -35,6 +35,7 @@ from blip2.model.language import read_network, set_activation
 from blip2.model.pretrained import empty_model, first_line
 from blip2.model.qformer import QFormer
 from blip2.publish import model_card
+from blip2.recipe import dump_recipe
 from blip2.training.checkpoint import open_checkpoint
 
 log = logging.getLogger("blip2")

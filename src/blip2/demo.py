@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from blip2.config import Precision, Recipe, find_recipe, load_recipe
+from blip2.config import Precision, Recipe
 from blip2.data.assets import fetch
 from blip2.data.images import read_image
 from blip2.data.records import Record, Records, open_records
@@ -33,6 +33,7 @@ from blip2.evaluation.report import Report, new_figure, plot_attention, plot_cur
 from blip2.evaluation.retrieval import Retrieval, evaluate_retrieval
 from blip2.inference import GenerationPipeline, RepresentationPipeline, load
 from blip2.model.decoding import Decoding
+from blip2.recipe import find_recipe, load_recipe
 from blip2.training.features import cached_features
 from blip2.training.loop import train
 from blip2.training.progress import read_metrics
@@ -285,7 +286,7 @@ def write_report(
     )
 
     report.section("Text to image", "For a sentence, the three held-out pictures that fit best.")
-    best = retrieval.scores.topk(min(3, len(images)), dim=0).indices.T
+    best = retrieval.text_scores.topk(min(3, len(images)), dim=0).indices.T
     cards = []
     for text in range(0, len(truth), max(len(truth) // 8, 1)):
         for place, image in enumerate(best[text].tolist()):

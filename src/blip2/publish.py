@@ -15,12 +15,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import httpx, validate_repo_id
 from yaml import YAMLError
 
-from blip2.config import dump_recipe
 from blip2.data.assets import ASSETS, PREFIX
 from blip2.errors import InputError
 from blip2.interop.foreign import QFORMER_TOKENIZER, Checkpoint
 from blip2.interop.formats import is_blip2, is_pickle
 from blip2.model.pretrained import first_line
+from blip2.recipe import dump_recipe
 from blip2.training.checkpoint import FOLDER
 from blip2.training.progress import METRICS
 

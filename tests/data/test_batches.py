@@ -316,6 +316,6 @@ def test_every_epoch_augments_anew(parts: Parts, bert: PreTrainedTokenizerBase, 
 
 def test_to_device(bert: PreTrainedTokenizerBase) -> None:
     texts = RepresentationTexts(bert, 6)
-    batch, _ = texts(torch.rand(1, 3, 8, 8), ["ab"], torch.arange(1), np.random.default_rng(0))
+    batch, _ = texts(torch.rand(1, 3, 8, 8), ["ab"], [""], torch.arange(1), np.random.default_rng(0))
     moved = to_device(batch, torch.device("meta"))
     assert {getattr(moved, f.name).device.type for f in fields(moved)} == {"meta"}

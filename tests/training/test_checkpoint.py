@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from blip2.build import build
-from blip2.config import load_recipe
 from blip2.errors import InputError
+from blip2.recipe import load_recipe
 from blip2.training import checkpoint
 from blip2.training.optimizer import set_rates
 

@@ -14,12 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from blip2.build import read_image_encoder
-from blip2.config import dump_recipe
 from blip2.data.features import CachedFeatures
 from blip2.data.images import read_image, to_pixels
 from blip2.data.records import open_records
 from blip2.errors import InputError
 from blip2.model.vision import ImageEncoder
+from blip2.recipe import dump_recipe
 from blip2.training import checkpoint
 from blip2.training.loop import Interruption, train
 from blip2.training.progress import read_metrics

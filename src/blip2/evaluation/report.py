@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from blip2.data.images import read_image
 from blip2.errors import InputError
 
 STYLE = """
@@ -85,6 +88,55 @@ def _picture_url(image: Image.Image) -> str:
     buffer = io.BytesIO()
     small.save(buffer, format="JPEG", quality=85)
     return _data_url(buffer.getvalue(), "jpeg")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One of many, to be shown."""
+
+    score: float | None
+    """Larger is better; None where the truth is not known."""
+    image: str | bytes
+    lines: tuple[str, ...]
+
+
+SHOWN = 12
+"""Cases of each kind on a page."""
+
+
+def write_cases(path: Path, metrics: Mapping[str, Any], cases: Sequence[Case]) -> None:
+    """A page with the numbers, and the best, the worst and some of all cases."""
+    report = Report(f"{metrics['task']} of {metrics['model']}", f"{metrics['records']} records of {metrics['data']}")
+    report.section("Results")
+    report.table(["measure", "value"], [(name, value) for name, value in _flat(metrics) if value])
+    scored = sorted((case for case in cases if case.score is not None), key=lambda case: case.score or 0.0)
+    drawn = random.Random(0).sample(list(cases), min(SHOWN, len(cases)))
+    for title, some in (("Best", scored[::-1][:SHOWN]), ("Worst", scored[:SHOWN]), ("Drawn at random", drawn)):
+        if some:
+            report.section(title)
+            report.cards([(read_image(case.image), _lines(case)) for case in some])
+    report.save(path)
+
+
+def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{before}{key} ")
+        elif isinstance(value, float):
+            yield f"{before}{key}", f"{value:.4f}"
+        else:
+            yield f"{before}{key}", "" if value is None else str(value)
+
+
+def _lines(case: Case) -> list[tuple[str, str]]:
+    style = "" if case.score is None else "right" if case.score >= 0.5 else "wrong"
+    first, *others = case.lines
+    score = [] if case.score is None else [("dim", f"{case.score:.3f}")]
+    return [
+        ("", first),
+        *((style if number == 0 else "dim", text) for number, text in enumerate(others) if text),
+        *score,
+    ]
 
 
 def new_figure(width: float, height: float) -> Any:

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from blip2.config import QFormerConfig, Recipe, dump_recipe, load_recipe, override
+from blip2.config import QFormerConfig, Recipe
 from blip2.data.assets import resolve
 from blip2.errors import InputError
 from blip2.interop.foreign import Checkpoint
@@ -36,6 +36,7 @@ from blip2.interop.formats import is_blip2, open_foreign
 from blip2.interop.transformers import read_json
 from blip2.interop.weights import open_file
 from blip2.model.frozen import Freezable
+from blip2.recipe import dump_recipe, load_recipe, override
 
 FOLDER = "checkpoints"
 

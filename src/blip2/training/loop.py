@@ -22,7 +22,7 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from blip2.build import Built, build, choose_device, prepare_texts
-from blip2.config import Recipe, dump_recipe
+from blip2.config import Recipe
 from blip2.data.assets import resolve
 from blip2.data.batches import Loaded, Preparation, plan_batches, plan_evaluation, to_device
 from blip2.data.loading import load
@@ -33,6 +33,7 @@ from blip2.interop.formats import is_pickle, open_foreign
 from blip2.model.distributed import gather_objects
 from blip2.model.generation import GenerationModel
 from blip2.model.objectives import Outcome
+from blip2.recipe import dump_recipe
 from blip2.training import checkpoint
 from blip2.training.features import cached_features, summary
 from blip2.training.interruption import Interruption, note_signals

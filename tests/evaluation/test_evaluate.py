@@ -1,0 +1,199 @@
+"""Evaluating tiny models on tables of pictures."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from blip2.cli import main
+from blip2.errors import InputError
+from blip2.evaluation import evaluate as module
+from blip2.evaluation.evaluate import Settings, evaluate
+from blip2.evaluation.report import SHOWN
+from blip2.inference import load
+from blip2.model.decoding import Decoding
+from conftest import COLOURS, SHAPES, draw
+from fixtures.processes import start_two
+
+GREEDY = Settings(Decoding(beams=1, max_new_tokens=4))
+QUESTIONS = ("what colour?", "what shape?", "is it round?")
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """Three questions about each of 48 pictures, ten answers to each, and one picture that is broken."""
+    folder = tmp_path_factory.mktemp("table")
+    rows = []
+    for shade in range(4):
+        for shape in SHAPES:
+            for colour in COLOURS:
+                name = f"{colour}-{shape}-{shade}.png"
+                draw(shape, colour, 10 * shade).save(folder / name)
+                for question, answer in zip(
+                    QUESTIONS, (colour, shape, "yes" if shape == "disc" else "no"), strict=True
+                ):
+                    kind = "yes/no" if question == "is it round?" else "other"
+                    rows.append({
+                        "image": name, "question": question, "answers": [answer] * 7 + ["who knows"] * 3,
+                        "question_id": 1000 + len(rows), "answer_type": kind,
+                    })  # fmt: skip
+    (folder / rows[3]["image"]).write_bytes(b"no picture")
+    file = folder / "questions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def read(folder):
+    return [json.loads((folder / name).read_text()) for name in ("metrics.json", "predictions.json")]
+
+
+def test_answers(runs, table, tmp_path):
+    metrics = evaluate(runs["llama"], "vqa", table, tmp_path, GREEDY, device="cpu")
+    found, predictions = read(tmp_path)
+    assert found == json.loads(json.dumps(metrics))
+    rows = [json.loads(line) for line in Path(table).read_text().splitlines()]
+    assert (metrics["records"], metrics["answered"], metrics["images_skipped"]) == (len(rows), len(rows) - 3, 1)
+    assert "is not an image" in metrics["skipped"][0]
+    assert [row["question_id"] for row in predictions] == [
+        r["question_id"] for r in rows if r["image"] != rows[3]["image"]
+    ]
+    pipeline = load(runs["llama"], device="cpu")
+    for row, said in ((rows[0], predictions[0]), (rows[7], predictions[4])):
+        picture = Path(table).parent / row["image"]
+        assert pipeline.answer(picture, row["question"], GREEDY.decoding) == [said["answer"]]
+    page = (tmp_path / "report.html").read_text()
+    assert page.count('class="card"') == 3 * SHOWN and "what colour?" in page
+    assert not (tmp_path / "parts").exists()
+
+
+def test_right_answers_score(runs, table, tmp_path, monkeypatch):
+    rows = {}
+    for line in Path(table).read_text().splitlines():
+        row = json.loads(line)
+        rows[(row["image"], row["question"])] = row["answers"][0]
+    truth = iter(value for (image, _), value in rows.items() if image != "green-square-0.png")
+
+    def know(self, images, prompts, *others, **named):
+        return [next(truth) if "colour" in prompt else (next(truth), "nonsense")[1] for prompt in prompts]
+
+    monkeypatch.setattr(module.GenerationPipeline, "generate", know)
+    metrics = evaluate(runs["llama"], "vqa", table, tmp_path, GREEDY, device="cpu")
+    # Seven of ten gave the answer: 1 beside each of them and beside the three others.
+    assert metrics["accuracy"] == pytest.approx(1 / 3)
+    assert metrics["by_answer_type"] == {"other": pytest.approx(1 / 2), "yes/no": 0.0}
+
+
+def test_a_killed_evaluation_goes_on_and_two_processes_give_the_same(runs, table, tmp_path, monkeypatch):
+    whole = evaluate(runs["llama"], "vqa", table, tmp_path / "whole", GREEDY, device="cpu")
+    generate, calls = module.GenerationPipeline.generate, []
+
+    def stop(self, *given, **named):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(self, *given, **named)
+
+    monkeypatch.setattr(module.GenerationPipeline, "generate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(runs["llama"], "vqa", table, tmp_path / "killed", GREEDY, device="cpu")
+    assert not (tmp_path / "killed" / "metrics.json").exists()
+    assert evaluate(runs["llama"], "vqa", table, tmp_path / "killed", GREEDY, device="cpu") == whole
+    assert len(calls) == 2 + 2  # three parts, of which the first was done
+
+    arguments = [
+        "evaluate",
+        str(runs["llama"]),
+        "--task",
+        "vqa",
+        "--data",
+        table,
+        "--beams",
+        "1",
+        "--max-new-tokens",
+        "4",
+    ]
+    arguments += ["--device", "cpu", "--output", str(tmp_path / "two")]
+    start_two(arguments, tmp_path)
+    assert read(tmp_path / "two")[1] == read(tmp_path / "whole")[1]
+    one, two = (read(tmp_path / name)[0] for name in ("whole", "two"))
+    two["decoding"] = one["decoding"]
+    assert one == two
+
+
+def test_captions(runs, parts, tmp_path):
+    metrics = evaluate(runs["t5"], "captioning", parts.pictures, tmp_path, GREEDY, device="cpu", limit=20)
+    found, predictions = read(tmp_path)
+    assert (metrics["records"], metrics["images"], len(predictions)) == (20, 20, 20)
+    pipeline = load(runs["t5"], device="cpu")
+    first = Path(parts.pictures).parent / json.loads(Path(parts.pictures).read_text().splitlines()[0])["image"]
+    assert pipeline.caption(first, None, GREEDY.decoding) == [predictions[0]["caption"]]
+    assert found["CIDEr"] is not None
+
+
+def test_captions_of_one_image_in_several_rows_are_the_truth_of_one(runs, parts, tmp_path):
+    rows = [json.loads(line) for line in Path(parts.pictures).read_text().splitlines()][:4]
+    file = Path(parts.pictures).parent / "flat.jsonl"
+    file.write_text(
+        "".join(json.dumps({"image": r["image"], "caption": c}) + "\n" for r in rows for c in r["captions"])
+    )
+    flat = evaluate(runs["llama"], "captioning", str(file), tmp_path / "flat", GREEDY, device="cpu")
+    nested = evaluate(runs["llama"], "captioning", parts.pictures, tmp_path / "nested", GREEDY, device="cpu", limit=4)
+    assert (flat["records"], flat["images"]) == (8, 4)
+    assert flat["CIDEr"] == nested["CIDEr"]
+    file.unlink()
+
+
+@pytest.mark.parametrize("fusion", ["itm", "itm+itc"])
+def test_retrieval(runs, parts, tmp_path, fusion):
+    settings = Settings(candidates=5, fusion=fusion)
+    metrics = evaluate(runs["stage1"], "retrieval", parts.pictures, tmp_path, settings, device="cpu")
+    rows = [json.loads(line) for line in Path(parts.pictures).read_text().splitlines()]
+    texts = [text for row in rows for text in row["captions"]]
+    assert (metrics["images"], metrics["texts"]) == (len(rows), len(texts))
+    pipeline = load(runs["stage1"], device="cpu")
+    pictures = [Path(parts.pictures).parent / row["image"] for row in rows]
+    similarity = pipeline.similarity(pictures, texts)
+    positive = torch.zeros_like(similarity, dtype=torch.bool)
+    for i in range(len(rows)):
+        positive[i, 2 * i : 2 * i + 2] = True
+    best = similarity.argmax(dim=1)
+    assert metrics["itc"]["TR@1"] == pytest.approx(float(positive[range(len(rows)), best].float().mean()))
+    # All pairs by matching, of which only those on the shortlist count.
+    every = torch.arange(len(texts)).expand(len(rows), -1)
+    logits = pipeline.match_candidates(pictures, texts, every)
+    scores = logits[..., 1] - logits[..., 0] if fusion == "itm" else logits[..., 1] + similarity
+    among = torch.zeros_like(positive)
+    for t in range(len(texts)):
+        among[similarity[:, t].topk(5).indices, t] = True
+    best = scores.masked_fill(~among, -torch.inf).argmax(dim=0)
+    assert metrics[fusion]["IR@1"] == pytest.approx(float(positive[best, range(len(texts))].float().mean()))
+    assert "its image is number" in (tmp_path / "report.html").read_text()
+
+
+# -- what cannot be --------------------------------------------------------------------------------------------------
+
+
+def test_an_output_belongs_to_one_evaluation(runs, parts, table, tmp_path):
+    evaluate(runs["llama"], "vqa", table, tmp_path, GREEDY, device="cpu", limit=3)
+    with pytest.raises(InputError, match=r"holds another evaluation: its records is 3, not 2: give another output"):
+        evaluate(runs["llama"], "vqa", table, tmp_path, GREEDY, device="cpu", limit=2)
+
+
+def test_tasks_that_do_not_fit(runs, parts, table, tmp_path):
+    with pytest.raises(InputError, match=r"row 0 .* has no question, which the task vqa needs"):
+        evaluate(runs["llama"], "vqa", parts.pictures, tmp_path / "a", GREEDY, device="cpu")
+    with pytest.raises(InputError, match="is of stage representation alone"):
+        evaluate(runs["stage1"], "vqa", table, tmp_path / "b", GREEDY, device="cpu")
+    with pytest.raises(InputError, match="is of stage generation alone"):
+        evaluate(runs["llama"], "retrieval", parts.pictures, tmp_path / "c", device="cpu")
+    with pytest.raises(InputError, match=r"the prompt 'what' has no \{\} where the question goes"):
+        evaluate(runs["llama"], "vqa", table, tmp_path / "d", Settings(prompt="what"), device="cpu")
+
+
+def test_the_command(runs, table, tmp_path, capsys):
+    command = ["evaluate", str(runs["llama"]), "--task", "vqa", "--data", table, "--output", str(tmp_path / "out")]
+    assert main([*command, "--limit", "2", "--beams", "1", "--device", "cpu"]) == 0
+    assert json.loads(capsys.readouterr().out)["answered"] == 2
+    assert main([*command, "--limit", "3", "--beams", "1", "--device", "cpu"]) == 2
+    assert "holds another evaluation" in capsys.readouterr().err
