@@ -345,7 +345,7 @@ def test_a_bug_of_ours_is_not_hidden(monkeypatch, recipe_file):
     def broken(*arguments):
         raise ValueError("a bug")
 
-    monkeypatch.setattr(config, "load_recipe", broken)
+    monkeypatch.setattr("blip2.recipe.load_recipe", broken)
     with pytest.raises(ValueError, match="a bug"):
         main(["train", recipe_file])
 
@@ -354,6 +354,6 @@ def test_ctrl_c_outside_of_training(monkeypatch, capsys, recipe_file):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(config, "load_recipe", interrupted)
+    monkeypatch.setattr("blip2.recipe.load_recipe", interrupted)
     assert main(["train", recipe_file]) == 130
     assert capsys.readouterr().err == "interrupted\n"

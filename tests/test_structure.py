@@ -12,7 +12,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 MAY_IMPORT = {
     "model": {"model", "config", "errors"},
     "data": {"data", "model", "config", "errors"},
-    "interop": {"interop", "data", "model", "config", "errors"},
+    "interop": {"interop", "data", "model", "recipe", "config", "errors"},
 }
 ABOVE = {
     "cli",
@@ -28,7 +28,8 @@ ABOVE = {
     "model",
 }
 MAY_NOT_IMPORT = {
-    "config": ABOVE,
+    "config": ABOVE | {"recipe"},
+    "recipe": ABOVE,
     "errors": ABOVE | {"config"},
     "build": ABOVE - {"interop", "data", "model"},
     "training": ABOVE - {"training", "build", "interop", "data", "model"},

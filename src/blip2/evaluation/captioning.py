@@ -84,7 +84,7 @@ class CaptionScores:
 
 
 def official_scores(
-    written: Mapping[Any, str], truth: Mapping[Any, Sequence[str]], seconds: float = 3600
+    written: Mapping[Any, str], truth: Mapping[Any, Sequence[str]], seconds: float = 3600.0
 ) -> CaptionScores:
     """BLEU, METEOR, ROUGE-L, CIDEr and SPICE by pycocoevalcap, behind the tokenizer of the Penn Treebank (§4.2).
 
@@ -133,7 +133,7 @@ def scores_by_domain(
     written: Mapping[Any, str],
     truth: Mapping[Any, Sequence[str]],
     domains: Mapping[Any, str],
-    seconds: float = 3600,
+    seconds: float = 3600.0,
 ) -> dict[str, CaptionScores]:
     """:func:`official_scores` of the pictures of each domain, each for itself, and of all as ``overall`` (NoCaps).
 

@@ -30,7 +30,8 @@ def meteor(truth: dict[int, list[str]], written: dict[int, list[str]]) -> float:
     scorer = Meteor()
     try:
         return float(scorer.compute_score(truth, written)[0])
-    except (OSError, ValueError):  # Java has ended; it may have said why
+    except (OSError, ValueError):  # Java may have said why
+        scorer.meteor_p.kill()
         said = scorer.meteor_p.stderr
         sys.stderr.write(said.read().decode(errors="replace") if said else "")
         raise

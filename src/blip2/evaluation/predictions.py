@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +42,8 @@ def write_predictions(path: str | Path, kind: Kind, predictions: Mapping[Any, st
         beside.write_text(json.dumps(rows), encoding="utf-8")
         beside.replace(path)
     except OSError as error:
+        with suppress(OSError):
+            beside.unlink()
         raise InputError(f"{path} cannot be written ({error.strerror}): choose another place") from error
 
 
