@@ -285,7 +285,7 @@ def write_report(
     )
 
     report.section("Text to image", "For a sentence, the three held-out pictures that fit best.")
-    best = retrieval.scores.topk(min(3, len(images)), dim=0).indices.T
+    best = retrieval.text_scores.topk(min(3, len(images)), dim=0).indices.T
     cards = []
     for text in range(0, len(truth), max(len(truth) // 8, 1)):
         for place, image in enumerate(best[text].tolist()):

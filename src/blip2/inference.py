@@ -170,7 +170,7 @@ class RepresentationPipeline(Pipeline[RepresentationModel]):
         parts = []
         listed = check_texts(texts, "text")
         for start in range(0, len(listed), 4 * self.batch_size):
-            parts.append(self.model.embed_texts(*self._encode(listed[start : start + 4 * self.batch_size])))
+            parts.append(self.model.embed_texts(*self.encode(listed[start : start + 4 * self.batch_size])))
         return torch.cat(parts)
 
     def similarity(self, images: Images, texts: str | Sequence[str]) -> Float[Tensor, "I T"]:
@@ -194,10 +194,11 @@ class RepresentationPipeline(Pipeline[RepresentationModel]):
         """Logits of (not matched, matched) of each image with K texts of its own, for re-ranking (§4.4)."""
         features = self.features(images)
         return self.model.match_candidates(
-            features, *self._encode(texts), candidates.to(self.device), 4 * self.batch_size
+            features, *self.encode(texts), candidates.to(self.device), 4 * self.batch_size
         )
 
-    def _encode(self, texts: Sequence[str]) -> tuple[Int[Tensor, "T L"], Bool[Tensor, "T L"]]:
+    def encode(self, texts: Sequence[str]) -> tuple[Int[Tensor, "T L"], Bool[Tensor, "T L"]]:
+        """Ids and mask of texts, as the model takes them. Texts beyond the limit are cut."""
         limit = min(self.recipe.qformer.max_positions, 2 * self.recipe.data.max_tokens)
         ids, mask, _ = encode_texts(self.tokenizer, texts, limit)
         return ids.to(self.device), mask.to(self.device)

@@ -1,6 +1,23 @@
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
 import pytest
 
-from blip2.evaluation.captioning import content_f1, score_captions, token_f1, words
+from blip2.errors import InputError
+from blip2.evaluation.captioning import (
+    METRICS,
+    CaptionScores,
+    Missing,
+    content_f1,
+    official_scores,
+    score_captions,
+    scores_by_domain,
+    token_f1,
+    words,
+)
 
 
 def test_words() -> None:
@@ -49,3 +66,186 @@ def test_score_captions() -> None:
 def test_every_caption_needs_its_truth() -> None:
     with pytest.raises(ValueError, match="shorter"):
         score_captions(["a", "b"], ["a"])
+
+
+# -- the official metrics --------------------------------------------------------------------------------------------
+
+TRUTH = {
+    901: ["A cat sits on a mat.", "A cat is sitting on the mat, looking up.", "the cat"],
+    17: ["Two dogs (one black) run after a ball!", "Two dogs are playing in the grass."],
+    "flickr": ["A man's riding a wave on top of a surfboard.", "A surfer rides a big wave."],
+    4: ['Un café déjà vu; the sign says "Stop"', "A sign over a café"],
+    5: ["A plate of food with 1,000 beans - and rice", "Beans and rice on a plate..."],
+    6: ["A train at the station", "."],
+    7: ["A kitchen with a stove and a sink\r\nand a window", "A white kitchen"],
+}
+WRITTEN = {
+    7: "a kitchen with a\nwhite stove",
+    901: "a cat sitting on a mat",
+    17: "two dogs running in the grass with a ball",
+    "flickr": "a man riding a wave on a surfboard",
+    4: "a sign that says stop in front of a café",
+    5: "",
+    6: "a bus, at a stop",
+}
+
+
+@pytest.fixture(scope="module")
+def scores() -> CaptionScores:
+    pytest.importorskip("pycocoevalcap")
+    if shutil.which("java") is None:
+        pytest.skip("needs Java")
+    return official_scores(WRITTEN, TRUTH)
+
+
+def test_official_scores_are_those_of_pycocoevalcap(scores: CaptionScores) -> None:
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.meteor.meteor import Meteor
+    from pycocoevalcap.rouge.rouge import Rouge
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    tokenise = PTBTokenizer().tokenize
+    # Its tokenizer loses count at a carriage return, so that is taken away first.
+    theirs = tokenise({i: [{"caption": t.replace("\r", "")} for t in texts] for i, texts in enumerate(TRUTH.values())})
+    ours = tokenise({i: [{"caption": WRITTEN[key]}] for i, key in enumerate(TRUTH)})
+    assert ours[5] == ["a bus at a stop"] and theirs[3][0] == "un café déjà vu the sign says stop"
+    expected = dict(zip(METRICS, Bleu(4).compute_score(theirs, ours, verbose=0)[0], strict=False))
+    scorer = Meteor()
+    try:
+        expected["METEOR"], _ = scorer.compute_score(theirs, ours)
+    finally:
+        for pipe in (scorer.meteor_p.stdout, scorer.meteor_p.stderr):
+            assert pipe is not None
+            pipe.close()
+    expected["ROUGE-L"], _ = Rouge().compute_score(theirs, ours)
+    expected["CIDEr"], each = Cider().compute_score(theirs, ours)
+    assert {name: scores.metrics[name] for name in expected} == pytest.approx(expected, rel=1e-12)
+    assert list(scores.metrics) == list(METRICS)
+    assert scores.cider == pytest.approx(dict(zip(TRUTH, each.tolist(), strict=True)))
+    assert all(isinstance(score, float) and 0 < score < 10 for score in expected.values())
+    assert scores.cider[5] == 0 < scores.cider[901]
+
+
+def test_spice_is_missing_without_its_download(scores: CaptionScores) -> None:
+    from pycocoevalcap import spice
+
+    spice_score = scores.metrics["SPICE"]
+    if (Path(spice.__file__).parent / "lib" / "stanford-corenlp-3.6.0.jar").exists():
+        assert isinstance(spice_score, float)
+        return
+    assert isinstance(spice_score, Missing)
+    assert spice_score.reason.startswith("SPICE needs CoreNLP 3.6.0: put stanford-corenlp-3.6.0.jar and ")
+    assert not (Path(spice.__file__).parent / "tmp").exists()  # it was not begun
+
+
+def test_the_locale_changes_nothing(scores: CaptionScores, monkeypatch: pytest.MonkeyPatch) -> None:
+    """METEOR waits for ever in a locale without é."""
+    monkeypatch.setenv("LC_ALL", "C")
+    assert official_scores(WRITTEN, TRUTH, seconds=60.0) == scores
+
+
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, meteor: str) -> Path:
+    """A program `java` that breaks captions at spaces, and does what `meteor` says in place of METEOR."""
+    pytest.importorskip("pycocoevalcap")
+    java = tmp_path / "java"
+    java.write_text(f'#!/bin/sh\ncase "$*" in *PTBTokenizer*) exec tr A-Z a-z;; esac\n{meteor}\n', encoding="utf-8")
+    java.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    return java
+
+
+SMALL = {1: ["a cat on a mat", "the cat"], 2: ["two dogs run"], 3: ["a red bus"], 4: ["a bus and a dog"]}
+SAID = {1: "a cat on a mat", 2: "two cats run", 3: "a bus", 4: "a dog"}
+
+
+@pytest.mark.parametrize(
+    ("meteor", "reason"),
+    [
+        (
+            "echo 'Error: Could not reserve enough space' >&2; exit 1",
+            "METEOR failed: Error: Could not reserve enough space",
+        ),
+        ("exit 0", "METEOR failed: "),
+        ("while read line; do echo nonsense; done", "METEOR failed: ValueError: "),
+        ("exec yes nan", "METEOR gave nan"),
+    ],
+)
+def test_meteor_fails(meteor: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, monkeypatch, meteor)
+    scores = official_scores(SAID, SMALL, seconds=60.0)
+    failed = scores.metrics["METEOR"]
+    assert isinstance(failed, Missing)
+    assert failed.reason.startswith(reason) and "\n" not in failed.reason
+    assert [name for name in METRICS if isinstance(scores.metrics[name], Missing)] == ["METEOR", "SPICE"]
+    assert scores.cider[1] > scores.cider[2]
+
+
+def test_meteor_never_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither it nor what it started lives on."""
+    install(tmp_path, monkeypatch, f"sleep 600 & echo $$ $! > {tmp_path}/pids; wait")
+    started = time.monotonic()
+    scores = official_scores(SAID, SMALL, seconds=3.0)
+    assert time.monotonic() - started < 60
+    assert scores.metrics["METEOR"] == Missing("METEOR did not finish within 3 s and was ended")
+    assert isinstance(scores.metrics["CIDEr"], float)
+    for pid in (tmp_path / "pids").read_text(encoding="utf-8").split():
+        stat = Path(f"/proc/{pid}/stat")
+        for _ in range(100):  # whoever inherited it has yet to collect it
+            if not stat.exists() or stat.read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0] == "Z":
+                break
+            time.sleep(0.05)
+        else:
+            pytest.fail(f"process {pid} is still there")
+
+
+def test_a_tokenizer_that_loses_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    java = install(tmp_path, monkeypatch, "exit 1")
+    java.write_text("#!/bin/sh\nexec head -n 3\n", encoding="utf-8")
+    scores = official_scores(SAID, SMALL)
+    assert scores == CaptionScores(
+        dict.fromkeys(METRICS, Missing("the tokenizer gave 3 lines for 9 captions")), {}
+    )  # fmt: skip
+
+
+def test_without_java(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("pycocoevalcap")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    scores = official_scores(SAID, SMALL)
+    reason = "Java is not installed, which the official metrics need: apt install default-jre-headless"
+    assert scores == CaptionScores(dict.fromkeys(METRICS, Missing(reason)), {})
+
+
+def test_without_pycocoevalcap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pycocoevalcap.tokenizer", None)
+    scores = official_scores(SAID, SMALL)
+    assert scores.cider == {}
+    for score in scores.metrics.values():
+        assert isinstance(score, Missing)
+        assert score.reason == "the official metrics need the extra captioning: pip install 'blip2[captioning]'"
+
+
+def test_domains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each as if its pictures were all there are: CIDEr's weights of words are its own."""
+    install(tmp_path, monkeypatch, "exit 1")
+    domains = {1: "near-domain", 2: "in-domain", 3: "near-domain", 4: "in-domain"}
+    scores = scores_by_domain(SAID, SMALL, domains)
+    assert list(scores) == ["in-domain", "near-domain", "overall"]
+    assert scores["overall"] == official_scores(SAID, SMALL)
+    for domain, keys in (("in-domain", (2, 4)), ("near-domain", (1, 3))):
+        assert scores[domain] == official_scores({k: SAID[k] for k in keys}, {k: SMALL[k] for k in keys})
+        assert list(scores[domain].cider) == list(keys)
+    assert scores["near-domain"].cider[1] != scores["overall"].cider[1]
+    with pytest.raises(InputError, match=r"^the table of domains lacks 1 image_id \(4\) of 4"):
+        scores_by_domain(SAID, SMALL, {1: "a", 2: "a", 3: "b"})
+
+
+def test_captions_of_other_pictures() -> None:
+    with pytest.raises(InputError, match=r"^the captions lacks 1 image_id \(2\) of 2"):
+        official_scores({1: "a"}, {1: ["a"], 2: ["b"]})
+    with pytest.raises(InputError, match=r"^the captions has 1 image_id \(2\) that nobody asked for"):
+        official_scores({1: "a", 2: "b"}, {1: ["a"]})
+    with pytest.raises(InputError, match=r"^2 pictures have no true caption, the first is 2: leave them out"):
+        official_scores({1: "a", 2: "b", 3: "c"}, {1: ["a"], 2: [], 3: [" "]})
+    with pytest.raises(InputError, match="there are no captions to score"):
+        official_scores({}, {})

@@ -44,7 +44,8 @@ def test_ranks() -> None:
 
 @pytest.mark.parametrize("score", [0.0, float("nan")])
 def test_a_model_that_says_nothing_finds_nothing(score: float) -> None:
-    retrieval = Retrieval(torch.full((20, 20), score), torch.eye(20).bool())
+    scores = torch.full((20, 20), score)
+    retrieval = Retrieval(scores, scores, torch.eye(20).bool())
     assert retrieval.image_to_text == retrieval.text_to_image == {"r1": 0.0, "r5": 0.0, "r10": 0.0}
 
 
@@ -52,9 +53,39 @@ def test_directions() -> None:
     """Two images, three texts: both images find their texts, but every text finds the first image."""
     scores = torch.tensor([[9.0, 8.0, 7.0], [1.0, 2.0, 3.0]])
     positive = torch.tensor([[1, 0, 0], [0, 1, 1]]).bool()
-    retrieval = Retrieval(scores, positive)
+    retrieval = Retrieval(scores, scores, positive)
     assert retrieval.image_to_text["r1"] == 1.0
     assert retrieval.text_to_image["r1"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("levels", [3, 12, 1000])
+@pytest.mark.parametrize("seed", range(5))
+def test_five_texts_an_image(levels: int, seed: int) -> None:
+    """TR@k: any of the five is enough. IR@k: there is one image. In each direction by its own scores."""
+    generator = torch.Generator().manual_seed(seed)
+    count = 24
+    owner = torch.arange(5 * count) // 5
+    owner = owner[torch.randperm(5 * count, generator=generator)]  # not beside each other
+    positive = owner == torch.arange(count)[:, None]
+    scores, others = torch.randint(levels, (2, count, 5 * count), generator=generator).float()
+    scores[positive] += levels / 4
+    retrieval = Retrieval(scores, others, positive)
+    expected = {f"r{k}": 0.0 for k in CUTOFFS}
+    for image in range(count):
+        ahead = []  # for each of its texts: the wrong texts that come before it
+        for text in (owner == image).nonzero().flatten().tolist():
+            ahead.append(
+                sum(bool(scores[image, t] >= scores[image, text]) for t in range(5 * count) if owner[t] != image)
+            )
+        for k in CUTOFFS:
+            expected[f"r{k}"] += (min(ahead) < k) / count
+    assert retrieval.image_to_text == pytest.approx(expected) == by_sorting(scores, positive)
+    expected = {f"r{k}": 0.0 for k in CUTOFFS}
+    for text in range(5 * count):
+        ahead = sum(bool(others[i, text] >= others[owner[text], text]) for i in range(count) if i != owner[text])
+        for k in CUTOFFS:
+            expected[f"r{k}"] += (ahead < k) / (5 * count)
+    assert retrieval.text_to_image == pytest.approx(expected) == by_sorting(others.T, positive.T)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +102,8 @@ def test_chance_is_the_mean_over_all_rankings(rows: list[list[int]]) -> None:
 
     sides = [mean(positive), mean(positive.T)]
     expected = {key: (sides[0][key] + sides[1][key]) / 2 for key in sides[0]}
-    assert Retrieval(torch.zeros(positive.shape), positive).chance == pytest.approx(expected)
+    scores = torch.zeros(positive.shape)
+    assert Retrieval(scores, scores, positive).chance == pytest.approx(expected)
 
 
 # -- with a model ----------------------------------------------------------------------------------------------------
@@ -98,8 +130,10 @@ POSITIVE = torch.zeros(5, len(TEXTS)).bool().fill_diagonal_(True)
 
 def test_similarity_alone(pipeline: RepresentationPipeline, features: Tensor) -> None:
     retrieval = evaluate_retrieval(pipeline, features, TEXTS, POSITIVE, candidates=0)
-    assert torch.equal(retrieval.scores, pipeline.similarity(features, TEXTS))
+    for scores in (retrieval.image_scores, retrieval.text_scores):
+        assert torch.equal(scores, pipeline.similarity(features, TEXTS))
     assert torch.equal(retrieval.positive, POSITIVE)
+    assert retrieval.by_similarity is None
 
 
 @pytest.mark.parametrize("candidates", [7, 128])
@@ -107,24 +141,45 @@ def test_enough_candidates_rank_all_by_matching(
     pipeline: RepresentationPipeline, features: Tensor, candidates: int
 ) -> None:
     matched = pipeline.match(features, TEXTS)
-    scores = evaluate_retrieval(pipeline, features, TEXTS, POSITIVE, candidates).scores
+    retrieval = evaluate_retrieval(pipeline, features, TEXTS, POSITIVE, candidates)
+    assert torch.equal(retrieval.image_scores, retrieval.text_scores)
+    scores = retrieval.image_scores
     torch.testing.assert_close(scores.sigmoid(), matched)
+    similarity = pipeline.similarity(features, TEXTS)
     for dimension in (0, 1):
         order = matched.argsort(dimension)
         assert torch.equal(scores.argsort(dimension), order)
-        assert not torch.equal(pipeline.similarity(features, TEXTS).argsort(dimension), order)
+        assert not torch.equal(similarity.argsort(dimension), order)
+    assert retrieval.by_similarity is not None
+    for scores in (retrieval.by_similarity.image_scores, retrieval.by_similarity.text_scores):
+        assert torch.equal(scores, similarity)
 
 
 def test_few_candidates(pipeline: RepresentationPipeline, features: Tensor) -> None:
-    """The best of each image and of each text are ranked anew, before all others in the order they had."""
+    """In each direction the best are ranked anew, before all others in the order they had."""
     similarity, matched = pipeline.similarity(features, TEXTS), pipeline.match(features, TEXTS)
-    scores = evaluate_retrieval(pipeline, features, TEXTS, POSITIVE, candidates=2).scores
-    anew = torch.zeros_like(POSITIVE)
-    for i in range(5):
-        anew[i, similarity[i].argsort(descending=True)[:2]] = True
-    for j in range(len(TEXTS)):
-        anew[similarity[:, j].argsort(descending=True)[:2], j] = True
-    assert 10 < anew.sum() < anew.numel()
-    torch.testing.assert_close(scores[anew].sigmoid(), matched[anew])
-    assert scores[~anew].max() < scores[anew].min()
-    assert torch.equal(scores[~anew].argsort(), similarity[~anew].argsort())
+    retrieval = evaluate_retrieval(pipeline, features, TEXTS, POSITIVE, candidates=2)
+    sides = [
+        (retrieval.image_scores, similarity, matched),
+        (retrieval.text_scores.T, similarity.T, matched.T),
+    ]
+    for scores, before, wanted in sides:
+        anew = torch.zeros(scores.shape).bool()
+        for i in range(len(scores)):
+            anew[i, before[i].argsort(descending=True)[:2]] = True
+        assert anew.sum() == 2 * len(scores)
+        torch.testing.assert_close(scores[anew].sigmoid(), wanted[anew])
+        assert scores[~anew].max() < scores[anew].min()
+        for i in range(len(scores)):
+            assert torch.equal(scores[i][~anew[i]].argsort(), before[i][~anew[i]].argsort())
+
+
+def test_fusion_adds_the_similarity_to_the_logit(pipeline: RepresentationPipeline, features: Tensor) -> None:
+    every = torch.arange(len(TEXTS)).expand(5, -1)
+    logits = pipeline.match_candidates(features, TEXTS, every)[..., 1]
+    similarity = pipeline.similarity(features, TEXTS)
+    retrieval = evaluate_retrieval(pipeline, features, TEXTS, POSITIVE, fusion="itm+itc")
+    torch.testing.assert_close(retrieval.image_scores, logits + similarity)
+    torch.testing.assert_close(retrieval.text_scores, logits + similarity)
+    alone = evaluate_retrieval(pipeline, features, TEXTS, POSITIVE).image_scores
+    assert not torch.equal(alone.argsort(1), retrieval.image_scores.argsort(1))

@@ -1,5 +1,8 @@
 """Image-text retrieval (paper §4.4): recall at k of both directions.
 
+An image of COCO or Flickr30K has five texts: it counts as found at k (TR@k) if any of them is among its k best texts,
+and a text (IR@k) if its one image is among its k best images. Of equal scores the wrong ones come first.
+
 Legend: I images, T texts.
 """
 
@@ -7,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import comb
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,23 +21,32 @@ from blip2.inference import RepresentationPipeline
 CUTOFFS = (1, 5, 10)
 Recall = dict[str, float]
 """``r1``, ``r5``, ``r10``: shares in [0, 1]."""
+Fusion = Literal["itm", "itm+itc"]
+"""What candidates are ranked anew by. ``itm``: the matching score, as the paper says. ``itm+itc``: the logit of
+"matched" plus the similarity, which is what the reference implementation does."""
 
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Scores of all pairs, and what follows from them."""
+    """Scores of all pairs, and what follows from them. Larger is better."""
 
-    scores: Float[Tensor, "I T"]
-    """Larger is better; only the order along a row or a column means something."""
+    image_scores: Float[Tensor, "I T"]
+    """What texts are ranked by for each image: only the order along a row means something."""
+    text_scores: Float[Tensor, "I T"]
+    """What images are ranked by for each text: only the order down a column means something."""
     positive: Bool[Tensor, "I T"]
+    by_similarity: Retrieval | None = None
+    """The same by similarity (ITC) alone, where the best were ranked anew."""
 
     @property
     def image_to_text(self) -> Recall:
-        return recall(self.scores, self.positive)
+        """TR@k."""
+        return recall(self.image_scores, self.positive)
 
     @property
     def text_to_image(self) -> Recall:
-        return recall(self.scores.T, self.positive.T)
+        """IR@k."""
+        return recall(self.text_scores.T, self.positive.T)
 
     @property
     def chance(self) -> Recall:
@@ -67,22 +80,30 @@ def evaluate_retrieval(
     texts: list[str],
     positive: Bool[Tensor, "I T"],
     candidates: int = 128,
+    fusion: Fusion = "itm",
 ) -> Retrieval:
     """Rank all texts for each image and all images for each text.
 
-    As in the paper, the `candidates` best by similarity (ITC) are ranked anew by their matching score (ITM). 0
-    leaves the ranking to the similarity alone.
+    As in the paper, the `candidates` best by similarity (ITC) are ranked anew by their matching score (ITM), in each
+    direction its own. 0 leaves the ranking to the similarity alone.
     """
     similarity = pipeline.similarity(features, texts).cpu()
+    first = Retrieval(similarity, similarity, positive)
     if not candidates:
-        return Retrieval(similarity, positive)
-    shortlist = torch.zeros_like(positive)
-    for dimension, count in ((1, len(texts)), (0, len(features))):
-        shortlist.scatter_(dimension, similarity.topk(min(candidates, count), dimension).indices, True)
-    scores = similarity - 1000.0  # behind every candidate, in their own order
-    for i, row in enumerate(shortlist):
-        chosen = row.nonzero().squeeze(1)
-        own = [texts[j] for j in chosen]
-        logits = pipeline.match_candidates(features[i : i + 1], own, torch.arange(len(own))[None])
-        scores[i, chosen] = (logits[0, :, 1] - logits[0, :, 0]).cpu()
-    return Retrieval(scores, positive)
+        return first
+    for_images, for_texts = torch.zeros_like(positive), torch.zeros_like(positive)
+    for dimension, chosen in ((1, for_images), (0, for_texts)):
+        best = similarity.topk(min(candidates, similarity.shape[dimension]), dimension).indices
+        chosen.scatter_(dimension, best, True)
+    matching = torch.zeros_like(similarity)
+    ids, mask = pipeline.encode(texts)
+    for i, row in enumerate(for_images | for_texts):
+        wanted = row.nonzero().squeeze(1)
+        logits = pipeline.model.match_candidates(
+            features[i : i + 1], ids, mask, wanted[None].to(ids.device), 4 * pipeline.batch_size
+        )[0].cpu()
+        matching[i, wanted] = logits[:, 1] - (logits[:, 0] if fusion == "itm" else 0)
+    if fusion == "itm+itc":
+        matching += similarity
+    behind = similarity - 1000.0  # behind every candidate, in their own order
+    return Retrieval(matching.where(for_images, behind), matching.where(for_texts, behind), positive, first)
