@@ -158,11 +158,10 @@ def build_parser() -> argparse.ArgumentParser:
         "score a model on records: its captions, answers or retrieval",
         "blip2 evaluate runs/mine/stage2 --task vqa --data vqav2:val:/data/vqav2 --output runs/mine/vqav2",
     )
-    evaluate.formatter_class = argparse.RawDescriptionHelpFormatter
     add_model(evaluate, None)
     evaluate.add_argument("--task", required=True, choices=["captioning", "vqa", "retrieval"], help="what to score")
     evaluate.add_argument(
-        "--data", required=True, metavar="SOURCE", help="what data.train of a recipe may say; the data sets are below"
+        "--data", required=True, metavar="SOURCE", help="what data.train of a recipe may say (docs/data.md)"
     )
     evaluate.add_argument(
         "--output", required=True, metavar="FOLDER", help="for metrics.json, predictions.json and report.html"
@@ -177,6 +176,12 @@ def build_parser() -> argparse.ArgumentParser:
         default="itm",
         choices=["itm", "itm+itc"],
         help="what re-ranks them; itm+itc is LAVIS's (default: itm)",
+    )
+    evaluate.add_argument(
+        "--rules",
+        default="official",
+        choices=["official", "lavis"],
+        help="of comparing answers (default: official)",
     )
     add_decoding(evaluate)
 
@@ -321,7 +326,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
     from blip2.evaluation.evaluate import Settings, evaluate
 
     decoding = None if options.task == "retrieval" else _decoding(options, questions=options.task == "vqa")
-    settings = Settings(decoding, options.prompt, options.candidates, options.fusion)
+    settings = Settings(decoding, options.prompt, options.candidates, options.fusion, options.rules)
     metrics = evaluate(
         options.model, options.task, options.data, options.output, settings, limit=options.limit,
         device=options.device, dtype=options.dtype, changes=options.changes,

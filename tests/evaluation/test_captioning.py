@@ -167,7 +167,7 @@ SAID = {1: "a cat on a mat", 2: "two cats run", 3: "a bus", 4: "a dog"}
             "METEOR failed: Error: Could not reserve enough space",
         ),
         ("exit 0", "METEOR failed: "),
-        ("exec yes nonsense", "METEOR failed: ValueError: "),
+        ("while read line; do echo nonsense; done", "METEOR failed: ValueError: "),
         ("exec yes nan", "METEOR gave nan"),
     ],
 )

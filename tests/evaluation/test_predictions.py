@@ -95,7 +95,7 @@ def test_ids_of_a_dict() -> None:
         ({"1": "yes"}, "holds one dict, expected a list [{\"question_id\": whole number"),
         (["yes"], 'has 1 entry (0) of another kind, the first "yes": expected'),
         ([{"image_id": 1, "caption": "a dog"}], 'has 1 entry (0) of another kind, the first {"image_id": 1'),
-        ([*answers(1), {"question_id": "2", "answer": "yes"}], 'entry (1) of another kind, the first {"question_id"'),
+        ([*answers(1), {"question_id": "2", "answer": "yes"}], 'has 1 entry (1) of another kind, the first {"'),
         ([{"question_id": 2, "answer": 3}] * 7, "has 7 entry (0, 1, 2, 3, 4, ...) of another kind"),
         ([{"question_id": True, "answer": "no"}], "has 1 entry (0) of another kind"),
     ],

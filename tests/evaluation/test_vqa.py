@@ -14,7 +14,7 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 TABLE: list[dict[str, str]] = [
     json.loads(line) for line in (FIXTURES / "vqa_answers.jsonl").read_text(encoding="utf-8").splitlines()
 ]
-"""Answers, their normalised form and the rule that each shows, thought through by hand."""
+"""Answers, their normalised form and the rule that each shows, written down from the rules."""
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row['rule']}: {row['answer']!r}")

@@ -27,7 +27,7 @@ from blip2.evaluation.parts import Parts
 from blip2.evaluation.predictions import Kind, write_predictions
 from blip2.evaluation.report import Case, write_cases
 from blip2.evaluation.retrieval import Fusion, Retrieval, choose, match, ranks, rerank
-from blip2.evaluation.vqa import Question, score_answers, score_exact
+from blip2.evaluation.vqa import Question, Rules, score_answers, score_exact
 from blip2.inference import ANSWER, GenerationPipeline, Pipeline, RepresentationPipeline, load
 from blip2.model.decoding import Decoding
 from blip2.model.distributed import process_index
@@ -68,6 +68,8 @@ class Settings:
     """Of retrieval: how many the similarity (ITC) gives to the matching score (ITM); 0 leaves it to the similarity."""
     fusion: Fusion = "itm"
     """Of retrieval: what ranks the candidates."""
+    rules: Rules = "official"
+    """Of answers: see :mod:`blip2.evaluation.vqa`."""
 
 
 def evaluate(
@@ -232,7 +234,7 @@ def _answers(pipeline: GenerationPipeline, records: Sequence[Record], settings: 
     scores: dict[Any, float] = {}
     if truth:
         one = all(len(question.answers) == 1 for question in truth.values())
-        found = (score_exact if one else score_answers)({i: answers[i] for i in truth}, truth)
+        found = (score_exact if one else score_answers)({i: answers[i] for i in truth}, truth, settings.rules)
         metrics |= {
             "accuracy": found.accuracy, "by_question_type": found.by_question_type,
             "by_answer_type": found.by_answer_type,

@@ -4,9 +4,8 @@ Two sets of rules exist, and published numbers are of either:
 
 - ``official``: the scripts of the benchmarks as they are today. VQA's normalises nothing where all ten people
   gave the same answer: there "Yes" and "a dog" are wrong beside "yes" and "dog". GQA's compares as is.
-- ``lavis``: what the reference implementation, and so the paper, used. It has an earlier script of VQA, which always
-  normalises the prediction, and never the numbers, articles and contractions of the truth. It normalises GQA's
-  predictions too.
+- ``lavis``: those of the reference implementation. It has an earlier script of VQA, which always normalises the
+  prediction, and never the numbers, articles and contractions of the truth. It normalises GQA's predictions too.
 """
 
 from __future__ import annotations
@@ -71,8 +70,8 @@ def score_answers(
 ) -> AnswerScores:
     """VQA accuracy, of VQAv2 and OK-VQA: see :func:`accuracy`.
 
-    For OK-VQA, whose answers are base forms, the paper's numbers are of predictions that :func:`lemmatise` made base
-    forms too.
+    For OK-VQA, whose answers are base forms, the reference implementation puts predictions through :func:`lemmatise`
+    first.
 
     Raises:
         InputError: a question has no prediction or fewer than two answers, or a prediction has no question.
