@@ -156,7 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
         "evaluate",
         run_evaluate,
         "score a model on records: its captions, answers or retrieval",
-        "blip2 evaluate runs/mine/stage2 --task vqa --data vqav2:val:/data/vqav2 --output runs/mine/vqav2",
+        "blip2 evaluate runs/mine/stage2 --task vqa --data vqav2:val:/data/coco --output runs/mine/vqav2",
     )
     add_model(evaluate, None)
     evaluate.add_argument("--task", required=True, choices=["captioning", "vqa", "retrieval"], help="what to score")

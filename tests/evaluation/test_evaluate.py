@@ -172,6 +172,43 @@ def test_retrieval(runs, parts, tmp_path, fusion):
     assert "its image is number" in (tmp_path / "report.html").read_text()
 
 
+def write(folder, rows):
+    folder.mkdir()
+    for row in rows:
+        draw("disc", "red", 0).save(folder / row["image"])
+    file = folder / "some.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def test_what_was_done_is_not_done_again(runs, table, tmp_path, monkeypatch):
+    once = evaluate(runs["llama"], "vqa", table, tmp_path, GREEDY, device="cpu", limit=3)
+    monkeypatch.setattr(module.GenerationPipeline, "generate", None)
+    assert evaluate(runs["llama"], "vqa", table, tmp_path, GREEDY, device="cpu", limit=3) == once
+
+
+@pytest.mark.parametrize(
+    ("task", "keys"), [("vqa", ("questionId", "prediction")), ("captioning", ("image_id", "caption"))]
+)
+def test_ids_may_be_names(runs, tmp_path, task, keys):
+    text = (
+        {"question": "what?", "answers": ["a disc"], "question_id": "first"} if task == "vqa" else {"caption": "a disc"}
+    )
+    data = write(tmp_path / "data", [{"image": "a.png", "image_id": "first", **text}])
+    evaluate(runs["llama"], task, data, tmp_path / "out", GREEDY, device="cpu")
+    (said,) = read(tmp_path / "out")[1]
+    assert tuple(said) == keys and said[keys[0]] == "first"
+
+
+def test_domains(runs, tmp_path):
+    rows = [{"image": f"{i}.png", "caption": f"a disc {i}", "domain": "in" if i % 2 else "out"} for i in range(4)]
+    metrics = evaluate(
+        runs["llama"], "captioning", write(tmp_path / "data", rows), tmp_path / "out", GREEDY, device="cpu"
+    )
+    assert set(metrics["by_domain"]) == {"in", "out"}
+    assert metrics["by_domain"]["in"].keys() == set(metrics["by_domain"]["out"]) >= {"CIDEr", "SPICE"}
+
+
 # -- what cannot be --------------------------------------------------------------------------------------------------
 
 
@@ -190,6 +227,12 @@ def test_tasks_that_do_not_fit(runs, parts, table, tmp_path):
         evaluate(runs["llama"], "retrieval", parts.pictures, tmp_path / "c", device="cpu")
     with pytest.raises(InputError, match=r"the prompt 'what' has no \{\} where the question goes"):
         evaluate(runs["llama"], "vqa", table, tmp_path / "d", Settings(prompt="what"), device="cpu")
+
+
+def test_two_questions_of_one_id(runs, tmp_path):
+    row = {"image": "a.png", "question": "what?", "answers": ["a disc"], "question_id": 7}
+    with pytest.raises(InputError, match="question_id 7 and 0 others stand more than once in the data"):
+        evaluate(runs["llama"], "vqa", write(tmp_path / "data", [row, row]), tmp_path / "out", GREEDY, device="cpu")
 
 
 def test_the_command(runs, table, tmp_path, capsys):

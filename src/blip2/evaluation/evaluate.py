@@ -87,7 +87,8 @@ def evaluate(
     """Evaluate a checkpoint of any format; ``metrics.json``, ``predictions.json`` and ``report.html`` go to `output`.
 
     Under ``torchrun`` or ``accelerate launch`` the processes share the work. A killed evaluation goes on where it was
-    when it is started again; an output of another model, task, data or settings is refused.
+    when it is started again, and one that was done is not done again; an output of another model, task, data or
+    settings is refused.
 
     Args:
         data: what ``data.train`` of a recipe may say, or a section of a recipe that says it.
@@ -113,6 +114,8 @@ def evaluate(
         "records": count, "dtype": str(pipeline.model.vision.dtype), **json.loads(json.dumps(asdict(settings))),
     }  # fmt: skip
     parts = _claim(folder, about)
+    if (folder / METRICS).exists():  # it was done before
+        return json.loads((folder / METRICS).read_text(encoding="utf-8"))
     findings = _WORK[task](pipeline, [records[i] for i in range(count)], settings, parts)
     metrics = {**about, **findings.metrics}
     if process_index() == 0:
@@ -202,6 +205,13 @@ def _answers(pipeline: GenerationPipeline, records: Sequence[Record], settings: 
     unasked = next((record.key for record in records if record.question is None), None)
     if unasked is not None:
         raise InputError(f"{unasked} has no question, which the task vqa needs: choose another task")
+    ids = [record.about.get("question_id", i) for i, record in enumerate(records)]
+    doubled = [key for key, times in Counter(ids).items() if times > 1]
+    if doubled:
+        raise InputError(
+            f"question_id {doubled[0]!r} and {len(doubled) - 1} others stand more than once in the data, expected one a"
+            " question"
+        )
     spans = _spans(len(records))
 
     def work(part: int) -> dict[str, Any]:
@@ -248,7 +258,8 @@ def _answers(pipeline: GenerationPipeline, records: Sequence[Record], settings: 
         )
         for i, answer in answers.items()
     ]
-    return Findings(metrics, "answer", {records[i].about.get("question_id", i): answers[i] for i in answers}, cases)
+    named = {ids[i]: answer for i, answer in answers.items()}
+    return _told(metrics, "answer", named, cases)
 
 
 @torch.no_grad()
@@ -273,18 +284,24 @@ def _captions(pipeline: GenerationPipeline, records: Sequence[Record], settings:
     truth = {i: texts for i, texts in truth.items() if texts}
     domains = {i: str(records[owners[i][0]].about.get("domain", "")) for i in truth}
     metrics: dict[str, Any] = {"images": len(captions), "images_skipped": len(skipped), "skipped": skipped[:NAMED]}
-    scores: Mapping[int, float] = {}
-    if truth:
+
+    def score(part: int) -> dict[str, Any]:
         written = {i: captions[i] for i in truth}
         found = official_scores(written, truth)
-        metrics |= _shown(found)
-        scores = found.cider
+        shown = _shown(found)
         if all(domains.values()):
-            metrics["by_domain"] = {
+            shown["by_domain"] = {
                 name: _shown(each)
                 for name, each in scores_by_domain(written, truth, domains).items()
                 if name != "overall"
             }
+        return {"metrics": shown, "cider": found.cider}
+
+    scores: Mapping[int, float] = {}
+    if truth:
+        (found,) = parts.do("scores", 1, score)  # Java runs in one of the processes
+        metrics |= found["metrics"]
+        scores = found["cider"]
     cases = [
         Case(
             scores.get(i),
@@ -293,8 +310,8 @@ def _captions(pipeline: GenerationPipeline, records: Sequence[Record], settings:
         )
         for i, caption in captions.items()
     ]
-    ids = {records[owners[i][0]].about.get("image_id", i): caption for i, caption in captions.items()}
-    return Findings(metrics, "caption", ids, cases)
+    named = {records[owners[i][0]].about.get("image_id", i): caption for i, caption in captions.items()}
+    return _told(metrics, "caption", named, cases)
 
 
 @torch.no_grad()
@@ -376,6 +393,14 @@ def _recalls(found: Retrieval) -> dict[str, float]:
     """As tables have them: TR of texts for an image, IR of images for a text."""
     sides = {"TR": found.image_to_text, "IR": found.text_to_image}
     return {f"{side}@{key.removeprefix('r')}": value for side, recall in sides.items() for key, value in recall.items()}
+
+
+def _told(metrics: dict[str, Any], kind: Kind, predictions: dict[Any, str], cases: list[Case]) -> Findings:
+    """Findings whose predictions are of another kind where their ids are names."""
+    if all(isinstance(key, int) for key in predictions):
+        return Findings(metrics, kind, predictions, cases)
+    named = {str(key): text for key, text in predictions.items()}
+    return Findings(metrics, "gqa" if kind == "answer" else "named", named, cases)
 
 
 def _often(answers: Sequence[str]) -> str:

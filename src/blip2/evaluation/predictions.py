@@ -12,20 +12,23 @@ from typing import Any, Literal
 from blip2.errors import InputError
 
 Id = int | str
-Kind = Literal["answer", "caption", "gqa"]
+Kind = Literal["answer", "caption", "gqa", "named"]
 KEYS: dict[Kind, tuple[str, str]] = {
     "answer": ("question_id", "answer"),
     "caption": ("image_id", "caption"),
     "gqa": ("questionId", "prediction"),
+    "named": ("image_id", "caption"),
 }
-"""What the id and the text are called: VQAv2 and OK-VQA, COCO and NoCaps, GQA."""
+"""What the id and the text are called: VQAv2 and OK-VQA, COCO and NoCaps, GQA, and captions of images with names."""
+
+TEXT_IDS = ("gqa", "named")
 
 
 def write_predictions(path: str | Path, kind: Kind, predictions: Mapping[Any, str]) -> None:
     """Write a list such as ``[{"question_id": 1, "answer": "a dog"}]``, at once or not at all.
 
     Args:
-        predictions: by id: a whole number, but GQA's are text.
+        predictions: by id: a whole number, but those of GQA and of named images are text.
 
     Raises:
         InputError: an id is of the wrong kind, or the file cannot be written.
@@ -107,8 +110,8 @@ def _some(keys: list[Any], name: str) -> str:
 
 
 def _is_id(kind: Kind, key: object) -> bool:
-    return isinstance(key, str) if kind == "gqa" else isinstance(key, int) and not isinstance(key, bool)
+    return isinstance(key, str) if kind in TEXT_IDS else isinstance(key, int) and not isinstance(key, bool)
 
 
 def _id_kind(kind: Kind) -> str:
-    return "text" if kind == "gqa" else "whole number"
+    return "text" if kind in TEXT_IDS else "whole number"
