@@ -15,7 +15,7 @@ check: .venv/ready  ## style, types and shapes of what will be committed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: .venv/ready  ## this project beside its peers: the numbers and the plot of docs/performance.md, in about an hour
+bench: .venv/ready  ## this project beside its peers: the numbers and the plot of docs/performance.md, in about two hours
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/sweep.py
 

@@ -8,11 +8,10 @@ import torch
 
 from blip2.cli import main
 from blip2.errors import InputError
-from blip2.evaluation import evaluate as module
 from blip2.evaluation.evaluate import Settings, evaluate
 from blip2.evaluation.report import SHOWN
 from blip2.evaluation.retrieval import recall
-from blip2.inference import load
+from blip2.inference import GenerationPipeline, load
 from blip2.model.decoding import Decoding
 from conftest import COLOURS, SHAPES, draw
 from fixtures.processes import start_two
@@ -78,7 +77,7 @@ def test_right_answers_score(runs, table, tmp_path, monkeypatch):
     def know(self, images, prompts, *others, **named):
         return [next(truth) if "colour" in prompt else (next(truth), "nonsense")[1] for prompt in prompts]
 
-    monkeypatch.setattr(module.GenerationPipeline, "generate", know)
+    monkeypatch.setattr(GenerationPipeline, "generate", know)
     metrics = evaluate(runs["llama"], "vqa", table, tmp_path, GREEDY, device="cpu")
     # Seven of ten gave the answer: 1 beside each of them and beside the three others.
     assert metrics["accuracy"] == pytest.approx(1 / 3)
@@ -87,7 +86,7 @@ def test_right_answers_score(runs, table, tmp_path, monkeypatch):
 
 def test_a_killed_evaluation_goes_on_and_two_processes_give_the_same(runs, table, tmp_path, monkeypatch):
     whole = evaluate(runs["llama"], "vqa", table, tmp_path / "whole", GREEDY, device="cpu")
-    generate, calls = module.GenerationPipeline.generate, []
+    generate, calls = GenerationPipeline.generate, []
 
     def stop(self, *given, **named):
         calls.append(1)
@@ -95,7 +94,7 @@ def test_a_killed_evaluation_goes_on_and_two_processes_give_the_same(runs, table
             raise KeyboardInterrupt
         return generate(self, *given, **named)
 
-    monkeypatch.setattr(module.GenerationPipeline, "generate", stop)
+    monkeypatch.setattr(GenerationPipeline, "generate", stop)
     with pytest.raises(KeyboardInterrupt):
         evaluate(runs["llama"], "vqa", table, tmp_path / "killed", GREEDY, device="cpu")
     assert not (tmp_path / "killed" / "metrics.json").exists()
@@ -183,7 +182,7 @@ def write(folder, rows):
 
 def test_what_was_done_is_not_done_again(runs, table, tmp_path, monkeypatch):
     once = evaluate(runs["llama"], "vqa", table, tmp_path, GREEDY, device="cpu", limit=3)
-    monkeypatch.setattr(module.GenerationPipeline, "generate", None)
+    monkeypatch.setattr(GenerationPipeline, "generate", None)
     assert evaluate(runs["llama"], "vqa", table, tmp_path, GREEDY, device="cpu", limit=3) == once
 
 

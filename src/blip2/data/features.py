@@ -27,7 +27,7 @@ from jaxtyping import BFloat16, Float
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from blip2.data.identity import identify
+from blip2.data.identity import add_weights, identify
 from blip2.data.images import ImageError, augment_to_pixels, read_bytes, read_image, to_pixels
 from blip2.data.loading import load
 from blip2.data.records import Records
@@ -198,11 +198,9 @@ def cache_features(
 def _settings(encoder: ImageEncoder, augmentation: Augmentation, layout: Layout) -> dict[str, Any]:
     """All that features depend on beside the image."""
     weights = hashlib.blake2b(digest_size=16)
-    for name, tensor in encoder.state_dict().items():
-        if "pooler" in name.split("."):  # it comes behind the features; where a checkpoint has none it is random
-            continue
-        weights.update(name.encode())
-        weights.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    # A pooler comes behind the features; where a checkpoint has none it is random.
+    state = encoder.state_dict().items()
+    add_weights(weights, ((name, tensor) for name, tensor in state if "pooler" not in name.split(".")))
     # Two encoders of the same weights may differ in activation, epsilon or layer.
     config = getattr(encoder.network, "config", None)
     known = {} if config is None else {key: v for key, v in config.to_dict().items() if key not in UNIMPORTANT}

@@ -1,12 +1,16 @@
-"""Which image each record shows, by a digest of its bytes, without reading a file twice."""
+"""Which image each record shows, by a digest of its bytes, without reading a file twice; and digests of weights."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from blip2.data.images import ImageError, read_bytes, unreadable
 from blip2.data.records import Records
@@ -75,3 +79,10 @@ def _read_file(path: str) -> tuple[str, os.stat_result] | ImageError:
         return unreadable(path, error)
     except ImageError as error:
         return error
+
+
+def add_weights(to: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Let the digest `to`, one of hashlib's, go on with the names and the bytes of weights."""
+    for name, tensor in weights:
+        to.update(name.encode())
+        to.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -1,6 +1,6 @@
 """From texts to tokens: what each stage reads of a caption.
 
-Legend: B batch, T text tokens.
+Legend: B batch, T text tokens, U target tokens.
 """
 
 from __future__ import annotations
@@ -89,9 +89,14 @@ class GenerationTexts:
         image_ids: Int[Tensor, "B"],
         random: np.random.Generator,
     ) -> tuple[GenerationBatch, int]:
-        prompts = fill_prompts(self.prompt, questions if self.asks else [""] * len(captions))
-        ids, mask, labels, cut = encode_continuations(self.tokenizer, prompts, captions, self.max_tokens, self.end)
+        ids, mask, labels, cut = self._encode(fill_prompts(self.prompt, questions), captions, random)
         return GenerationBatch(images, ids, mask, labels, encode_questions(self.reader, questions)), cut
+
+    def _encode(
+        self, prompts: Sequence[str], captions: Sequence[str], random: np.random.Generator
+    ) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"], Int[Tensor, "B U"], int]:
+        """Ids, mask and labels of a :class:`GenerationBatch`, and how many captions were cut."""
+        return encode_continuations(self.tokenizer, prompts, captions, self.max_tokens, self.end)
 
 
 @dataclass(frozen=True)
@@ -103,15 +108,9 @@ class PrefixTexts(GenerationTexts):
     caption of one word is written whole. A caption that is too long is cut before it is split.
     """
 
-    def __call__(
-        self,
-        images: Tensor,
-        captions: Sequence[str],
-        questions: Sequence[str],
-        image_ids: Int[Tensor, "B"],
-        random: np.random.Generator,
-    ) -> tuple[GenerationBatch, int]:
-        prompts = fill_prompts(self.prompt, questions if self.asks else [""] * len(captions))
+    def _encode(
+        self, prompts: Sequence[str], captions: Sequence[str], random: np.random.Generator
+    ) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"], Int[Tensor, "B U"], int]:
         prefixes, suffixes, cut = [], [], 0
         for caption, prompt in zip(captions, prompts, strict=True):
             encoded = self.tokenizer(caption, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -124,7 +123,7 @@ class PrefixTexts(GenerationTexts):
         ids, mask = encode_prompts(self.tokenizer, prefixes, "right")
         rows = [self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in suffixes]
         rows = [[*row[: self.max_tokens - 1], self.end] for row in rows]
-        return GenerationBatch(images, ids, mask, pad(rows, IGNORED), encode_questions(self.reader, questions)), cut
+        return ids, mask, pad(rows, IGNORED), cut
 
 
 def fill_prompts(prompt: str, questions: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
@@ -39,15 +40,27 @@ def write_predictions(path: str | Path, kind: Kind, predictions: Mapping[Any, st
         raise InputError(f"{_some(wrong, id_key)} cannot be written to {path}, expected {_id_kind(kind)}")
     rows = [{id_key: key, text_key: text} for key, text in predictions.items()]
     path = Path(path)
-    beside = path.with_name(f"{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(rows), encoding="utf-8")
-        beside.replace(path)
+        write_json(path, rows)
     except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}): choose another place") from error
+
+
+def write_json(path: Path, value: object, indent: int | None = None) -> None:
+    """Write a file at once or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_text(json.dumps(value, indent=indent), encoding="utf-8")
+        beside.replace(path)
+    except OSError:
         with suppress(OSError):
             beside.unlink()
-        raise InputError(f"{path} cannot be written ({error.strerror}): choose another place") from error
+        raise
 
 
 def read_predictions(path: str | Path, kind: Kind, expected: Collection[Id]) -> dict[Any, str]:

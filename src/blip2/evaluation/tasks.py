@@ -1,0 +1,303 @@
+"""What a model can be evaluated at: captions (paper §4.2), answers (§4.1, §4.3), retrieval (§4.4)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from blip2.config import QUESTION_PLACE
+from blip2.data.images import ImageError, read_image, to_pixels
+from blip2.data.records import Record
+from blip2.data.texts import fill_prompts
+from blip2.errors import InputError
+from blip2.evaluation.captioning import CaptionScores, Missing, official_scores, scores_by_domain
+from blip2.evaluation.parts import Parts
+from blip2.evaluation.predictions import Kind
+from blip2.evaluation.report import Case
+from blip2.evaluation.retrieval import Fusion, Retrieval, choose, match, ranks, rerank
+from blip2.evaluation.vqa import Question, Rules, score_answers, score_exact
+from blip2.inference import ANSWER, GenerationPipeline, Pipeline, RepresentationPipeline
+from blip2.model.decoding import Decoding
+from blip2.model.objectives import image_text_similarity
+
+Key = TypeVar("Key")
+NAMED = 20
+"""So many images that cannot be used are named; the others are counted."""
+PART = 64
+"""Records, or images, that are a part of the work. Results may depend on it in the last digit, so it is fixed."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What an evaluation found."""
+
+    metrics: dict[str, Any]
+    kind: Kind | None
+    """Of the predictions; None where none are handed in."""
+    predictions: dict[Any, str]
+    """By the id of their question or image."""
+    cases: list[Case]
+    """Every image, text or question, to be shown."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What results depend on beside model and records."""
+
+    decoding: Decoding | None = None
+    """How texts are written; None: :data:`blip2.inference.CAPTION` or :data:`~blip2.inference.ANSWER`."""
+    prompt: str | None = None
+    """Of captions, or of questions with {} where the question goes; None: the model's own."""
+    candidates: int = 128
+    """Of retrieval: how many the similarity (ITC) gives to the matching score (ITM); 0 leaves it to the similarity."""
+    fusion: Fusion = "itm"
+    """Of retrieval: what ranks the candidates."""
+    rules: Rules = "official"
+    """Of answers: see :mod:`blip2.evaluation.vqa`."""
+
+
+DEFAULTS = Settings()
+
+
+# -- tasks -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def answer(pipeline: GenerationPipeline, records: Sequence[Record], settings: Settings, parts: Parts) -> Findings:
+    """Answers to questions, and their accuracy where the true answers are there."""
+    prompt = settings.prompt or pipeline.question_prompt
+    if QUESTION_PLACE not in prompt:
+        raise InputError(f"the prompt {prompt!r} has no {QUESTION_PLACE} where the question goes: put it in")
+    unasked = next((record.key for record in records if record.question is None), None)
+    if unasked is not None:
+        raise InputError(f"{unasked} has no question, which the task vqa needs: choose another task")
+    ids = [record.about.get("question_id", i) for i, record in enumerate(records)]
+    doubled = [key for key, times in Counter(ids).items() if times > 1]
+    if doubled:
+        raise InputError(
+            f"question_id {doubled[0]!r} and {len(doubled) - 1} others stand more than once in the data, expected one a"
+            " question"
+        )
+
+    def write(span: range) -> tuple[dict[int, str], list[str]]:
+        names, features, skipped = _see(pipeline, {records[i].image: records[i].image for i in span})
+        asked = [i for i in span if records[i].image in names]
+        if features is None:
+            return {}, skipped
+        questions = [records[i].question or "" for i in asked]
+        written = pipeline.generate(
+            features, fill_prompts(prompt, questions), settings.decoding or ANSWER,
+            image_of=[names.index(records[i].image) for i in asked], questions=questions,
+        )  # fmt: skip
+        return dict(zip(asked, written, strict=True)), skipped
+
+    answers, skipped = _write("answers", len(records), write, parts)
+    metrics: dict[str, Any] = {"answered": len(answers), **_skips(skipped)}
+    truth = {
+        i: Question(
+            records[i].captions, *(str(records[i].about.get(key, "")) for key in ("question_type", "answer_type"))
+        )
+        for i in answers
+        if records[i].captions
+    }
+    scores: dict[Any, float] = {}
+    if truth:
+        one = all(len(question.answers) == 1 for question in truth.values())
+        found = (score_exact if one else score_answers)({i: answers[i] for i in truth}, truth, settings.rules)
+        metrics |= {
+            "accuracy": found.accuracy, "by_question_type": found.by_question_type,
+            "by_answer_type": found.by_answer_type,
+        }  # fmt: skip
+        scores = found.each
+    cases = [
+        Case(
+            scores.get(i),
+            records[i].image or "",
+            (records[i].question or "", answer, f"true: {_often(truth[i].answers)}" if i in truth else ""),
+        )
+        for i, answer in answers.items()
+    ]
+    return _told(metrics, "answer", {ids[i]: answer for i, answer in answers.items()}, cases)
+
+
+@torch.no_grad()
+def caption(pipeline: GenerationPipeline, records: Sequence[Record], settings: Settings, parts: Parts) -> Findings:
+    """Captions of images, and their scores where the true captions are there."""
+    owners = list(_by_image(records).values())
+    first = [records[numbers[0]] for numbers in owners]
+
+    def write(span: range) -> tuple[dict[int, str], list[str]]:
+        good, features, skipped = _see(pipeline, {i: first[i].image for i in span})
+        if features is None:
+            return {}, skipped
+        return dict(zip(good, pipeline.caption(features, settings.prompt, settings.decoding), strict=True)), skipped
+
+    captions, skipped = _write("captions", len(owners), write, parts)
+    truth = {i: [text for n in owners[i] for text in records[n].captions] for i in captions}
+    truth = {i: texts for i, texts in truth.items() if texts}
+    domains = {i: str(first[i].about.get("domain", "")) for i in truth}
+    metrics: dict[str, Any] = {"images": len(captions), **_skips(skipped)}
+
+    def score(part: int) -> dict[str, Any]:
+        written = {i: captions[i] for i in truth}
+        if not all(domains.values()):
+            found = official_scores(written, truth)
+            return {"metrics": _shown(found), "cider": found.cider}
+        by_domain = scores_by_domain(written, truth, domains)
+        found = by_domain.pop("overall")
+        shown = {"by_domain": {name: _shown(each) for name, each in by_domain.items()}}
+        return {"metrics": {**_shown(found), **shown}, "cider": found.cider}
+
+    scores: Mapping[int, float] = {}
+    if truth:
+        (found,) = parts.do("scores", 1, score)  # Java runs in one of the processes
+        metrics |= found["metrics"]
+        scores = found["cider"]
+    cases = [
+        Case(scores.get(i), first[i].image or "", (text, *(f"true: {each}" for each in truth.get(i, ())[:2])))
+        for i, text in captions.items()
+    ]
+    return _told(metrics, "caption", {first[i].about.get("image_id", i): text for i, text in captions.items()}, cases)
+
+
+@torch.no_grad()
+def retrieve(pipeline: RepresentationPipeline, records: Sequence[Record], settings: Settings, parts: Parts) -> Findings:
+    """Recall of both directions, by similarity (ITC) and, among its candidates, by matching (ITM)."""
+    owners = list(_by_image(records).values())
+    spans = _spans(len(owners))
+
+    images = [records[numbers[0]].image for numbers in owners]
+
+    def embed(part: int) -> dict[str, Any]:
+        good, features, skipped = _see(pipeline, {i: images[i] for i in spans[part]})
+        vectors = None if features is None else pipeline.embed_images(features).cpu()
+        return {"images": good, "vectors": vectors, "skipped": skipped}
+
+    done = parts.do("images", len(spans), embed)
+    place = {image: number for number, image in enumerate(i for part in done for i in part["images"])}
+    told = [(place[i], text) for i in place for n in owners[i] for text in records[n].captions]
+    if not told:
+        raise InputError("the task retrieval needs images with captions, and there are none that can be used")
+    texts = [text for _, text in told]
+    positive = torch.zeros(len(place), len(texts), dtype=torch.bool)
+    positive[[number for number, _ in told], range(len(texts))] = True
+    text_spans = _spans(len(texts))
+    vectors = torch.cat(
+        parts.do(
+            "texts", len(text_spans), lambda part: pipeline.embed_texts([texts[i] for i in text_spans[part]]).cpu()
+        )
+    )
+    similarity = torch.cat(
+        [image_text_similarity(part["vectors"], vectors) for part in done if part["vectors"] is not None]
+    )
+    found = Retrieval(similarity, similarity, positive)
+    metrics: dict[str, Any] = {
+        "images": len(place),
+        "texts": len(texts),
+        "chance": found.chance,
+        "itc": _recalls(found),
+    }
+
+    if settings.candidates:
+        chosen = choose(similarity, settings.candidates)
+        ids, mask = pipeline.encode_texts(texts)
+
+        def rank(part: int) -> list[Tensor]:
+            good, features, _ = _see(pipeline, {i: images[i] for i in spans[part]})
+            if features is None:
+                return []
+            rows = zip(features.split(1), good, strict=True)
+            return [match(pipeline, image, ids, mask, chosen.any[place[i]]) for image, i in rows]
+
+        logits = [row for part in parts.do("pairs", len(spans), rank) for row in part]
+        found = rerank(similarity, positive, chosen, logits, settings.fusion)
+        metrics[settings.fusion] = _recalls(found)
+
+    metrics |= _skips([message for part in done for message in part["skipped"]])
+    order = ranks(found.text_scores.T, positive.T).tolist()
+    shown = [images[i] or "" for i in place]
+    cases = [
+        Case(1 / (1 + rank), shown[number], (text, f"its image is number {rank + 1} of {len(place)}"))
+        for (number, text), rank in zip(told, order, strict=True)
+    ]
+    return Findings(metrics, None, {}, cases)
+
+
+# -- images and parts ------------------------------------------------------------------------------------------------
+
+
+def _see(
+    pipeline: Pipeline[Any], images: Mapping[Key, str | bytes | None]
+) -> tuple[list[Key], Float[Tensor, "I P E"] | None, list[str]]:
+    """Which of some images can be used, their features (None where there are none), and why the others cannot."""
+    pixels: dict[Key, Tensor] = {}
+    skipped = []
+    for key, image in images.items():
+        try:
+            if image is None:
+                raise ImageError("there is no image")
+            pixels[key] = to_pixels(read_image(image), pipeline.model.vision.preprocessing)
+        except ImageError as error:
+            skipped.append(str(error))
+    return list(pixels), pipeline.encode(torch.stack(list(pixels.values()))) if pixels else None, skipped
+
+
+def _by_image(records: Sequence[Record]) -> dict[Any, list[int]]:
+    """The records of each image, in the order in which images come."""
+    owners: dict[Any, list[int]] = {}
+    for number, record in enumerate(records):
+        owners.setdefault(record.about.get("image_id", record.image_id), []).append(number)
+    return owners
+
+
+def _spans(count: int) -> list[range]:
+    return [range(start, min(start + PART, count)) for start in range(0, count, PART)]
+
+
+def _write(
+    name: str, count: int, write: Callable[[range], tuple[dict[int, str], list[str]]], parts: Parts
+) -> tuple[dict[int, str], list[str]]:
+    """What `write` gives for `count` numbers, part by part: texts by number, and why images were skipped."""
+    spans = _spans(count)
+    done = parts.do(name, len(spans), lambda part: write(spans[part]))
+    texts = {number: text for written, _ in done for number, text in written.items()}
+    return texts, [message for _, skipped in done for message in skipped]
+
+
+# -- what was found --------------------------------------------------------------------------------------------------
+
+
+def _skips(messages: list[str]) -> dict[str, Any]:
+    return {"images_skipped": len(messages), "skipped": messages[:NAMED]}
+
+
+def _shown(found: CaptionScores) -> dict[str, Any]:
+    """The metrics; null where one is missing, and why."""
+    missing = {name: value.reason for name, value in found.metrics.items() if isinstance(value, Missing)}
+    return {**found.metrics, **dict.fromkeys(missing), **({"missing": missing} if missing else {})}
+
+
+def _recalls(found: Retrieval) -> dict[str, float]:
+    """As tables have them: TR of texts for an image, IR of images for a text."""
+    sides = {"TR": found.image_to_text, "IR": found.text_to_image}
+    return {f"{side}@{key.removeprefix('r')}": value for side, recall in sides.items() for key, value in recall.items()}
+
+
+def _told(metrics: dict[str, Any], kind: Kind, predictions: dict[Any, str], cases: list[Case]) -> Findings:
+    """Findings whose predictions are of another kind where their ids are names."""
+    if all(isinstance(key, int) for key in predictions):
+        return Findings(metrics, kind, predictions, cases)
+    named = {str(key): text for key, text in predictions.items()}
+    return Findings(metrics, "gqa" if kind == "answer" else "named", named, cases)
+
+
+def _often(answers: Sequence[str]) -> str:
+    """Answers with how often they were given, the most frequent first."""
+    counts = Counter(answers).most_common()
+    return ", ".join(answer if count == 1 else f"{answer} ({count})" for answer, count in counts)
