@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blip2.config import QFormerConfig
+from blip2.model.linear import Linear, linear, multiply
 
 
 class Looked(NamedTuple):
@@ -162,10 +163,10 @@ class Attention(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.heads = config.heads
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(source_width, width)
-        self.value = nn.Linear(source_width, width)
-        self.output = nn.Linear(width, width)
+        self.query = Linear(width, width)
+        self.key = Linear(source_width, width)
+        self.value = Linear(source_width, width)
+        self.output = Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.dropout)
 
@@ -185,7 +186,7 @@ class Attention(nn.Module):
         key, value = (
             part(features)
             if norm is None
-            else F.linear(features, part.weight * norm.weight, part.bias + (part.weight * norm.bias).sum(dim=1))
+            else linear(features, part.weight * norm.weight, part.bias + (part.weight * norm.bias).sum(dim=1))
             for part in (self.key, self.value)
         )
         return self.split_heads(key), self.split_heads(value)
@@ -242,11 +243,11 @@ class GeluLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return F.linear(F.gelu(x), weight, bias)
+        return linear(F.gelu(x), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         above = gradients[0].flatten(0, -2)  # [M, D]
-        below = torch.ops.aten.gelu_backward((above @ weight).view_as(x), x)
+        below = torch.ops.aten.gelu_backward(multiply(above, weight.T).view_as(x), x)
         return below, above.T @ F.gelu(x).flatten(0, -2), above.sum(dim=0)

@@ -23,6 +23,7 @@ from transformers.activations import ACT2FN
 from blip2.errors import InputError
 from blip2.model.decoding import Decoding, write, write_plainly
 from blip2.model.frozen import Freezable
+from blip2.model.linear import use_linear
 from blip2.model.objectives import IGNORED
 from blip2.model.pretrained import read_config, read_model
 from blip2.model.reading import Prompts, is_supported
@@ -38,6 +39,7 @@ class LanguageModel(Freezable):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network: Any = network
+        use_linear(network)
         self.is_encoder_decoder: bool = bool(self.network.config.is_encoder_decoder)
         # What generation does is said by Decoding alone, not by defaults that came with the weights.
         start = getattr(self.network.config, "decoder_start_token_id", None)

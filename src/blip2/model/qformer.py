@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from blip2.config import QFormerConfig
 from blip2.model.attention import CrossAttention, Dropout, GeluLinear, ImageMemory, Layout, Looked, SelfAttention, cast
+from blip2.model.linear import Linear
 
 MaskKind = Literal["unimodal", "causal", "bidirectional"]
 
@@ -94,8 +95,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: QFormerConfig) -> None:
         super().__init__()
-        self.expand = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.contract = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.expand = Linear(config.hidden_size, config.intermediate_size)
+        self.contract = Linear(config.intermediate_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.dropout)
 

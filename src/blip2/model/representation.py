@@ -19,6 +19,7 @@ from blip2.config import ObjectivesConfig, QFormerConfig
 from blip2.model import objectives
 from blip2.model.attention import ImageMemory
 from blip2.model.distributed import fetch, gather, gather_padded, process_count, process_index
+from blip2.model.linear import Linear, linear
 from blip2.model.objectives import Outcome
 from blip2.model.qformer import QFormer, attention_mask, contrast_and_generate_mask
 from blip2.model.vision import ImageEncoder
@@ -55,14 +56,14 @@ class LanguageHead(nn.Module):
 
     def __init__(self, config: QFormerConfig) -> None:
         super().__init__()
-        self.transform = nn.Linear(config.hidden_size, config.hidden_size)
+        self.transform = Linear(config.hidden_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocabulary))
         nn.init.normal_(self.transform.weight, std=0.02)
         nn.init.zeros_(self.transform.bias)
 
     def forward(self, hidden: Float[Tensor, "M D"], word_embedding: Float[Tensor, "V D"]) -> Float[Tensor, "M V"]:
-        return F.linear(self.norm(F.gelu(self.transform(hidden))), word_embedding, self.bias)
+        return linear(self.norm(F.gelu(self.transform(hidden))), word_embedding, self.bias)
 
 
 class RepresentationModel(nn.Module):

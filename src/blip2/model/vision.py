@@ -24,6 +24,7 @@ from transformers import AutoModel, Blip2VisionConfig, Blip2VisionModel, ImagePr
 
 from blip2.errors import InputError
 from blip2.model.frozen import Freezable
+from blip2.model.linear import use_linear
 from blip2.model.pretrained import first_line, read_config, read_model, reading
 
 Layer = Literal["second-last", "last"]
@@ -66,6 +67,9 @@ class ImageEncoder(Freezable):
         super().__init__()
         self.layer = layer
         self.network = network
+        use_linear(network)
+        if not blocks:  # a CNN: the layout in which convolutions are fast
+            network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.blocks = tuple(blocks)  # not a list of modules, which would give their parameters second names
         self.preprocessing = preprocessing
         self._encode = encode
@@ -337,6 +341,5 @@ def _load_efficientnet_lite0(
     size = image_size or settings["image_size"]
     network = EfficientNet.from_name("efficientnet-lite0", image_size=size)
     network.load_state_dict(load_file(folder / "model.safetensors"))
-    network.to(dtype=dtype, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     preprocessing = Preprocessing(size, tuple(settings["image_mean"]), tuple(settings["image_std"]))
-    return ImageEncoder(network, network.extract_features, preprocessing)
+    return ImageEncoder(network.to(dtype), network.extract_features, preprocessing)
