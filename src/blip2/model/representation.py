@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from blip2.config import ObjectivesConfig, QFormerConfig
 from blip2.model import objectives
 from blip2.model.attention import ImageMemory
-from blip2.model.distributed import fetch, gather, gather_padded, process_count, process_index
+from blip2.model.distributed import fetch, gather, gather_padded, process_count, process_index, shared_chances
 from blip2.model.objectives import Outcome
 from blip2.model.qformer import QFormer, attention_mask, contrast_and_generate_mask
 from blip2.model.vision import ImageEncoder
@@ -147,7 +147,11 @@ class RepresentationModel(nn.Module):
     # -- training ------------------------------------------------------------------------------------------------
 
     def forward(
-        self, batch: RepresentationBatch, label_count: float | None = None, negatives: Negatives | None = None
+        self,
+        batch: RepresentationBatch,
+        label_count: float | None = None,
+        negatives: Negatives | None = None,
+        seed: int | None = None,
     ) -> Outcome:
         """The losses that the recipe enables: ``itc``, ``itm``, ``itg``.
 
@@ -156,6 +160,8 @@ class RepresentationModel(nn.Module):
                 and ITM sees the matched pair alone.
             label_count: see :func:`objectives.language_modeling`.
             negatives: the hard negatives to use instead of drawing them.
+            seed: of drawing them, the same in all processes: the draws are those that one process would make with the
+                pairs of all. None: each process draws with its own random numbers.
 
         Returns:
             Losses, and beside them ``itc_r1`` (share of images whose best text in the batch is theirs, and the
@@ -187,9 +193,9 @@ class RepresentationModel(nn.Module):
                 hits = [positive.gather(1, s.argmax(1, keepdim=True)) for s in (image_to_text, text_to_image)]
                 metrics["itc_r1"] = torch.cat(hits).float().mean()
             if self.enabled.itm:
-                loss, accuracy = self._matching(
-                    features, memory, batch, image_to_text.detach(), text_to_image.detach(), positive, negatives
-                )
+                if negatives is None:
+                    negatives = self._draw(image_to_text.detach(), text_to_image.detach(), positive, seed)
+                loss, accuracy = self._matching(features, memory, batch, positive, negatives)
                 losses["itm"], metrics["itm_accuracy"] = loss, accuracy
 
         if self.enabled.itg:
@@ -230,23 +236,31 @@ class RepresentationModel(nn.Module):
         same_text = (own[:, None] == ids).all(dim=2)
         return image_to_text, text_to_image, same_image | same_text
 
+    def _draw(
+        self,
+        image_to_text: Float[Tensor, "B N"],
+        text_to_image: Float[Tensor, "B N"],
+        positive: Bool[Tensor, "B N"],
+        seed: int | None,
+    ) -> Negatives:
+        chances = (None, None)
+        if seed is not None:
+            chances = shared_chances(seed, 2, len(positive)).to(positive.device)
+        return Negatives(
+            objectives.draw_hard_negatives(text_to_image, positive, chances[0]),
+            objectives.draw_hard_negatives(image_to_text, positive, chances[1]),
+        )
+
     def _matching(
         self,
         features: Float[Tensor, "B P E"],
         memory: ImageMemory,
         batch: RepresentationBatch,
-        image_to_text: Float[Tensor, "B N"],
-        text_to_image: Float[Tensor, "B N"],
         positive: Bool[Tensor, "B N"],
-        negatives: Negatives | None,
+        negatives: Negatives,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """ITM on each pair, each text with a wrong image and each image with a wrong text: 3B rows in one pass."""
         exists = ~positive.all(dim=1)
-        if negatives is None:
-            negatives = Negatives(
-                objectives.draw_hard_negatives(text_to_image, positive),
-                objectives.draw_hard_negatives(image_to_text, positive),
-            )
         own = torch.arange(len(features), device=features.device)
         if self.training and process_count() > 1:
             # A negative image of another process is projected here, so that its gradient reaches our parameters.

@@ -2,7 +2,8 @@
 
 The loop does not know the objective: a stage gives back a dict of named losses, and the loop weights, sums, logs and
 steps. Started again it goes on exactly where its last checkpoint was: the position in the data is kept, and all
-randomness of a step (dropout, hard negatives) is seeded from (seed, step, process).
+randomness of a step is seeded from (seed, step, process), but for that of the hard negatives, from (seed, step) alone: the
+same global batch gives the same step, whatever the number of processes.
 """
 
 from __future__ import annotations
@@ -283,7 +284,8 @@ class _Training:
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
-                outcome: Outcome = self.model(batch, label_count)
+                shared = _mix(recipe.training.seed, self.step, -1 - number)
+                outcome: Outcome = self.model(batch, label_count, seed=shared)
                 loss = self._weighted(outcome)
                 accelerator.backward(loss / len(batches))
             for name, value in {"loss": loss, **outcome.losses, **outcome.metrics}.items():
@@ -407,5 +409,5 @@ def start_from(recipe: Recipe, built: Built, display: Display) -> None:
 
 
 def _mix(seed: int, step: int, process: int) -> int:
-    """One number below 2**32 for a step of a process."""
+    """One number below 2**32 for a step of a process; for what all processes share, the process is below 0."""
     return (seed * 1_000_003 + step * 10_007 + process * 101) % 2**32
