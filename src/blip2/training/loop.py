@@ -2,8 +2,8 @@
 
 The loop does not know the objective: a stage gives back a dict of named losses, and the loop weights, sums, logs and
 steps. Started again it goes on exactly where its last checkpoint was: the position in the data is kept, and all
-randomness of a step is seeded from (seed, step, process), but for that of the hard negatives, from (seed, step) alone: the
-same global batch gives the same step, whatever the number of processes.
+randomness of a step is seeded: dropout from (seed, step, process), hard negatives from (seed, step) alone, so that
+without dropout the same global batch gives the same step, whatever the number of processes.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from torch import nn
 
-from blip2.build import Built, build, choose_device, prepare_texts
+from blip2.build import Built, build, prepare_texts
 from blip2.config import Recipe
 from blip2.data.assets import resolve
 from blip2.data.batches import Loaded, Preparation, plan_batches, plan_evaluation, to_device
@@ -39,7 +39,9 @@ from blip2.training import checkpoint
 from blip2.training.features import cached_features, summary
 from blip2.training.interruption import Interruption, note_signals
 from blip2.training.optimizer import build_optimizer, describe, restore_optimizer, set_rates, set_schedule
+from blip2.training.processes import make_accelerator, naming_failures
 from blip2.training.progress import Display, MetricsFile, note
+from blip2.training.sharding import leave_frozen, place_trained, shard_frozen
 
 BROKEN_IN_A_ROW = 10
 """So many batches without a single good image stop a run."""
@@ -72,10 +74,11 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
             f"{run} already holds a run (its last checkpoint is {last.name}): go on with --resume, or give another"
             " output"
         )
-    accelerator = _accelerator(recipe)
+    accelerator = make_accelerator(recipe)
     display = Display(run.name, enabled=accelerator.is_main_process)
     try:
-        return _Training(recipe, accelerator, display, last).run()
+        with naming_failures(run):
+            return _Training(recipe, accelerator, display, last).run()
     except OSError as error:
         if not checkpoint.is_full(error):
             raise
@@ -85,32 +88,6 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         accelerator.end_training()
         # Otherwise the next run of this process could not have another precision.
         AcceleratorState._reset_state(reset_partial_state=True)  # pyright: ignore[reportPrivateUsage]
-
-
-def _accelerator(recipe: Recipe) -> Accelerator:
-    device = choose_device(recipe.training.device)
-    precision = recipe.training.precision or ("bf16" if device.type == "cuda" else "fp32")
-    # Without one of the losses its head has no gradient; nor has what an image encoder does after our layer, or what
-    # the last block makes of a question.
-    losses = recipe.objectives
-    all_used = not (recipe.optimizer.trains("vision") or recipe.qformer.reads_questions) and (
-        recipe.stage == "generation" or (losses.itc > 0 and losses.itm > 0 and losses.itg > 0)
-    )
-    if precision == "fp16" and device.type == "cpu":
-        raise InputError("training.precision fp16 needs a GPU: use bf16 or fp32 on a CPU")
-    installed = {tracker.value for tracker in get_available_trackers()}
-    missing = [name for name in recipe.training.trackers if name not in installed]
-    if missing:
-        raise InputError(
-            f"training.trackers names {', '.join(missing)}, which cannot be imported: pip install {' '.join(missing)}"
-        )
-    return Accelerator(
-        cpu=device.type == "cpu",
-        mixed_precision={"fp32": "no"}.get(precision, precision),
-        log_with=list(recipe.training.trackers) or None,
-        project_dir=recipe.output,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=not all_used)],
-    )
 
 
 class _Training:
@@ -127,7 +104,8 @@ class _Training:
 
         set_seed(recipe.training.seed)
         going_on = None if last is None else checkpoint.open_own(last)
-        built = build(recipe, accelerator.device, going_on)
+        shards = recipe.training.shard_frozen and accelerator.num_processes > 1
+        built = build(recipe, accelerator.device, going_on, torch.device("cpu") if shards else None)
         self.built = built
         rates = set_rates(built.model, recipe.optimizer)
         if going_on is not None:
@@ -148,15 +126,26 @@ class _Training:
         built.model.qformer.checkpointing = recipe.training.activation_checkpointing
         if recipe.training.compile:
             built.model.qformer.compile_blocks()
-            if built.model.vision.is_frozen:
+            if built.model.vision.is_frozen and not shards:
                 built.model.vision.compile_network()
+        parts = {"vision": "features", "language": "states"} if recipe.language else {"vision": "features"}
+        if shards and recipe.data.cached_views:
+            parts.pop("vision")  # it runs before training, over as many pictures as each process has
+            built.model.vision.to(accelerator.device)
         positions = state["positions"] if state else []
         self.loaded, self.validation = self._open_data(self._own(positions, display))
 
+        leave_frozen(built.model)
+        if shards:
+            place_trained(built.model, accelerator.device)
         self.model: nn.Module
         self.model, self.optimizer = accelerator.prepare(
-            built.model, build_optimizer(built.model, rates, recipe.optimizer)
+            built.model, build_optimizer(built.model, rates, recipe.optimizer), device_placement=[not shards, True]
         )
+        if shards:
+            sharded = shard_frozen(built.model, parts, accelerator.device)
+            display.say(f"{sharded:,} frozen weights are dealt out to the processes of each machine")
+        self.shards = shards
         if optimizer_state is not None:
             restore_optimizer(self.optimizer, optimizer_state["optimizer"])
             if accelerator.scaler is not None and optimizer_state["scaler"]:
@@ -274,6 +263,7 @@ class _Training:
         taken = [self._next() for _ in range(recipe.training.accumulate)]
         self.positions = taken[-1][0].position
         batches = [batch for _, batch in taken]
+        self.last_batch = batches[-1]
 
         # Labels a micro-batch has on average over all of the step, so that losses add up to one mean over all labels.
         labels = torch.tensor(float(sum(batch.label_count for batch in batches)), device=accelerator.device)
@@ -341,9 +331,13 @@ class _Training:
             plans = plan_evaluation(
                 preparation.records, data.batch_size, accelerator.process_index, accelerator.num_processes
             )
-            for loaded in load(plans, preparation, 0):
-                skipped += loaded.skipped
-                if loaded.batch is None:
+            # As many in each process: where frozen parts are dealt out, all need what each has of them.
+            most = math.ceil(math.ceil(len(preparation.records) / accelerator.num_processes) / data.batch_size)
+            for loaded in islice(chain(load(plans, preparation, 0), repeat(None)), most):
+                skipped += loaded.skipped if loaded is not None else ()
+                if loaded is None or loaded.batch is None:
+                    if self.shards:
+                        model(self.last_batch)
                     continue
                 outcome = model(to_device(loaded.batch, accelerator.device))
                 for name, value in {**outcome.losses, **outcome.metrics}.items():
