@@ -22,7 +22,10 @@ RECIPE_COMMANDS = ("train", "features")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status is 0, 1 for a bug of ours, 2 for input that cannot be used, 130 after an interruption."""
+    """Run a command; the exit status is 0, 2 for input that cannot be used, 130 after an interruption.
+
+    Of several processes each says which it is when it fails, whatever the reason; the status is 1 where it is another.
+    """
     logging.basicConfig(format="%(message)s")
     logging.getLogger("blip2").setLevel(logging.INFO)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

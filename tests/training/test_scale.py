@@ -15,9 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from blip2.errors import InputError
 from blip2.recipe import dump_recipe
 from blip2.training import checkpoint
 from blip2.training.loop import train
+from blip2.training.processes import make_accelerator
 from blip2.training.progress import read_metrics
 from fixtures.processes import begin_two, finish, share_global_batches, start, start_two
 from fixtures.runs import assert_same_run, lines
@@ -142,7 +144,7 @@ def children(parent):
 
 
 def wait_for_steps(run, steps, process):
-    metrics, end = run / "metrics.jsonl", time.monotonic() + 100
+    metrics, end = run / "metrics.jsonl", time.monotonic() + 300
     while not metrics.exists() or metrics.read_bytes().count(b"\n") < steps:
         assert process.poll() is None if hasattr(process, "poll") else process.is_alive()
         assert time.monotonic() < end
@@ -155,15 +157,27 @@ def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(parts, tmp_p
     start_two(command(recipe, tmp_path / "calm"), tmp_path)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
     arguments = [*torchrun, "-m", "blip2.cli", *command(recipe, tmp_path / "killed", "--resume")]
+    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with (tmp_path / "torchrun.log").open("w") as log:
-        process = subprocess.Popen([sys.executable, *arguments], stdout=log, stderr=log)
-        wait_for_steps(tmp_path / "killed", 7, process)
-        os.kill(children(process.pid)[1], signal.SIGKILL)
-        assert process.wait(200) == 0, (tmp_path / "torchrun.log").read_text()
+        process = subprocess.Popen([sys.executable, *arguments], env=environment, stdout=log, stderr=log)
+        try:
+            wait_for_steps(tmp_path / "killed", 7, process)
+            os.kill(children(process.pid)[1], signal.SIGKILL)
+            assert process.wait(300) == 0, (tmp_path / "torchrun.log").read_text()
+        finally:
+            process.terminate()
+            process.wait()
     printed = (tmp_path / "torchrun.log").read_text()
     assert len(re.findall("going on from .*step-000000[1-3]", printed)) == 1
     assert "Signal 9 (SIGKILL) received by PID" in printed or "exitcode: -9" in printed
     assert_same_run(tmp_path / "calm", tmp_path / "killed")
+
+
+def test_restarts_that_would_hang_are_refused(parts, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(InputError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        make_accelerator(parts.recipe(tmp_path))
 
 
 def test_a_process_gives_up_waiting_for_one_that_hangs(parts, tmp_path):

@@ -185,6 +185,7 @@ class RepresentationModel(nn.Module):
         out = self.qformer(memory, ids, mask, positions)
 
         if self.enabled.itc or self.enabled.itm:
+            metrics["temperature"] = self.temperature.detach()
             image_to_text, text_to_image, positive = self._compare(out.queries, out.text[:, 0], batch)
             if self.enabled.itc:
                 losses["itc"] = objectives.image_text_contrastive(

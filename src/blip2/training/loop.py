@@ -42,6 +42,7 @@ from blip2.training.optimizer import build_optimizer, describe, restore_optimize
 from blip2.training.processes import make_accelerator, naming_failures
 from blip2.training.progress import Display, MetricsFile, note
 from blip2.training.sharding import leave_frozen, place_trained, shard_frozen
+from blip2.training.watching import Watch
 
 BROKEN_IN_A_ROW = 10
 """So many batches without a single good image stop a run."""
@@ -96,6 +97,7 @@ class _Training:
     def __init__(self, recipe: Recipe, accelerator: Accelerator, display: Display, last: Path | None) -> None:
         self.recipe, self.accelerator, self.display = recipe, accelerator, display
         self.folder = Path(recipe.output)
+        self.watch = Watch(accelerator.device)
         state = optimizer_state = None
         if last is not None:
             state, optimizer_state = checkpoint.read_state(last)
@@ -198,7 +200,9 @@ class _Training:
 
     def _next(self) -> tuple[Loaded, StageBatch]:
         for _ in range(BROKEN_IN_A_ROW):
+            started = time.monotonic()
             loaded = next(self.loaded)
+            self.watch.waited += time.monotonic() - started
             for message in loaded.skipped:
                 self.display.say(f"skipped {message}")
             if loaded.cut and not self.counts["cut"]:
@@ -239,11 +243,12 @@ class _Training:
                     self.step % recipe.training.validate_every == 0 or self.step == total
                 ):
                     values |= self._validate(self.validation)
+                seen, stop = self.watch.look(bool(asked), seconds)
+                values |= seen
                 metrics.write({"step": self.step, **values, **self.counts})
                 if recipe.training.trackers:
                     accelerator.log(values, step=self.step)
                 self.display.advance(self.step, note(values))
-                stop = self._any_asked(asked)
                 if self.step % recipe.training.save_every == 0 or self.step == total or stop:
                     saved = self._save()
                 if stop and self.step < total:
@@ -292,7 +297,7 @@ class _Training:
                 self._check_finite(norm, sums["loss"], taken, "gradient")
             values["gradient_norm"] = norm
         self.optimizer.step()
-        values["rate_share"] = share
+        values |= {"rate_share": share, "rate": max(group["lr"] for group in self.optimizer.param_groups)}
         pairs = sum(len(loaded.keys) for loaded, _ in taken) * accelerator.num_processes
         return values, pairs
 
@@ -375,10 +380,6 @@ class _Training:
     def _reduce(self, tensor: torch.Tensor, how: str) -> torch.Tensor:
         """The sum or mean over all processes."""
         return cast(torch.Tensor, self.accelerator.reduce(tensor, how))
-
-    def _any_asked(self, asked: list[int]) -> bool:
-        flag = torch.tensor(float(bool(asked)), device=self.accelerator.device)
-        return bool(self._reduce(flag, "sum"))
 
 
 def start_from(recipe: Recipe, built: Built, display: Display) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 import traceback
 from collections.abc import Iterator
@@ -26,8 +27,15 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     """What accelerate does for a run: devices, precision, DDP, trackers.
 
     Raises:
-        InputError: the precision does not go with the device, or a tracker is not installed.
+        InputError: the precision does not go with the device, a tracker is not installed, or torchrun would hang when
+            it begins the processes again.
     """
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # Its store outlives the processes, and those that follow look for each other where the dead ones were.
+        raise InputError(
+            "--max-restarts would hang: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun, or"
+            " leave it out"
+        )
     device = choose_device(recipe.training.device)
     precision = recipe.training.precision or ("bf16" if device.type == "cuda" else "fp32")
     # Without one of the losses its head has no gradient; nor has what an image encoder does after our layer, or what
