@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from blip2.training import checkpoint
 from blip2.training.loop import train
 from blip2.training.processes import make_accelerator
 from blip2.training.progress import read_metrics
-from fixtures.processes import begin_two, finish, share_global_batches, start, start_two
+from blip2.training.traffic import step_traffic
+from fixtures.processes import begin_two, finish, share_global_batches, start, start_two, tell_traffic
 from fixtures.runs import assert_same_run, lines
 
 LOSSES = ("loss", "itc", "itm", "itg")
@@ -79,6 +81,32 @@ def test_two_processes_learn_as_one(parts, tmp_path):
     for row, other in zip(one, two, strict=True):
         for name in LOSSES:
             assert other[name] == pytest.approx(row[name], abs=1e-4), (name, row["step"])
+
+
+# -- what travels --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["representation", "generation"])
+def test_what_travels_is_what_is_written_down(parts, tmp_path, stage):
+    """Every byte that the last of three steps gives to a collective."""
+    language = {"stage": stage, "language": {"name": parts.opt}} if stage == "generation" else {}
+    recipe = parts.recipe(
+        tmp_path / "run",
+        data={"batch_size": 3, "max_tokens": 6},  # which all captions are longer than
+        training={"steps": 3, "save_every": 3, "accumulate": 2},
+        **language,
+    )
+    printed = start_two(command(recipe, tmp_path / "run"), tmp_path, tell_traffic)[0]
+    step = printed.split("\nstep\n")[2]
+    measured = Counter()
+    for name, size in re.findall(r"travels (\w+) (\d+)", step):
+        measured[name] += int(size)
+    weights = sum(tensor.numel() for tensor in trained(tmp_path / "run").values())
+    expected = Counter()
+    for travel in step_traffic(recipe, weights, 16 + 1, 24, 6, 2):
+        name = {"all-to-all": "all_to_all_single"}.get(travel.how, travel.how.replace("-", "_"))
+        expected[name] += travel.bytes
+    assert measured == expected
 
 
 # -- sharding ------------------------------------------------------------------------------------------------------
@@ -168,7 +196,7 @@ def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(parts, tmp_p
             process.terminate()
             process.wait()
     printed = (tmp_path / "torchrun.log").read_text()
-    assert len(re.findall("going on from .*step-000000[1-3]", printed)) == 1
+    assert len(re.findall(r"going on from .*step-000000[0-3]\d", printed)) == 1
     assert "Signal 9 (SIGKILL) received by PID" in printed or "exitcode: -9" in printed
     assert_same_run(tmp_path / "calm", tmp_path / "killed")
 

@@ -186,7 +186,8 @@ class RepresentationModel(nn.Module):
 
         if self.enabled.itc or self.enabled.itm:
             metrics["temperature"] = self.temperature.detach()
-            image_to_text, text_to_image, positive = self._compare(out.queries, out.text[:, 0], batch)
+            every_ids = self._gather_padded(batch.ids, 0)  # [N, L]
+            image_to_text, text_to_image, positive = self._compare(out.queries, out.text[:, 0], batch, every_ids)
             if self.enabled.itc:
                 losses["itc"] = objectives.image_text_contrastive(
                     image_to_text, text_to_image, positive, self.enabled.label_smoothing
@@ -196,7 +197,7 @@ class RepresentationModel(nn.Module):
             if self.enabled.itm:
                 if negatives is None:
                     negatives = self._draw(image_to_text.detach(), text_to_image.detach(), positive, seed)
-                loss, accuracy = self._matching(features, memory, batch, positive, negatives)
+                loss, accuracy = self._matching(features, memory, batch, every_ids, positive, negatives)
                 losses["itm"], metrics["itm_accuracy"] = loss, accuracy
 
         if self.enabled.itg:
@@ -217,7 +218,11 @@ class RepresentationModel(nn.Module):
         return gather_padded(tensor, padding) if self.training else tensor
 
     def _compare(
-        self, queries: Float[Tensor, "B Q D"], cls: Float[Tensor, "B D"], batch: RepresentationBatch
+        self,
+        queries: Float[Tensor, "B Q D"],
+        cls: Float[Tensor, "B D"],
+        batch: RepresentationBatch,
+        every_ids: Int[Tensor, "N L"],
     ) -> tuple[Float[Tensor, "B N"], Float[Tensor, "B N"], Bool[Tensor, "B N"]]:
         """Similarities over temperature with the pairs of all processes, and which of them belong together.
 
@@ -231,10 +236,9 @@ class RepresentationModel(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             image_to_text = objectives.image_text_similarity(images, self._gather(texts)) / temperature
             text_to_image = objectives.image_text_similarity(self._gather(images), texts).T / temperature
-        ids = self._gather_padded(batch.ids, 0)  # [N, L]
-        own = F.pad(batch.ids, (0, ids.shape[1] - length))
+        own = F.pad(batch.ids, (0, every_ids.shape[1] - length))
         same_image = batch.image_ids[:, None] == self._gather(batch.image_ids)
-        same_text = (own[:, None] == ids).all(dim=2)
+        same_text = (own[:, None] == every_ids).all(dim=2)
         return image_to_text, text_to_image, same_image | same_text
 
     def _draw(
@@ -257,6 +261,7 @@ class RepresentationModel(nn.Module):
         features: Float[Tensor, "B P E"],
         memory: ImageMemory,
         batch: RepresentationBatch,
+        ids: Int[Tensor, "N L"],
         positive: Bool[Tensor, "B N"],
         negatives: Negatives,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
@@ -268,7 +273,7 @@ class RepresentationModel(nn.Module):
             drawn = self.qformer.memory(fetch(features, negatives.image_for_text), self.image_norm)
         else:
             drawn = memory.select(negatives.image_for_text)
-        ids, mask = self._gather_padded(batch.ids, 0), self._gather_padded(batch.mask, False)  # [N, L]
+        mask = self._gather_padded(batch.mask, False)  # [N, L]
         mine = own + (process_index() * len(own) if self.training else 0)
         texts = torch.cat([mine, negatives.text_for_image, mine])
         longest = int(mask[texts].sum(dim=1).max())

@@ -22,7 +22,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import nn
 
-from blip2.build import Built, build, prepare_texts
+from blip2.build import build, prepare_texts
 from blip2.config import Recipe
 from blip2.data.assets import resolve
 from blip2.data.batches import Loaded, Preparation, plan_batches, plan_evaluation, to_device
@@ -30,9 +30,7 @@ from blip2.data.loading import load
 from blip2.data.records import Records, RecordStream, open_records
 from blip2.data.texts import StageBatch
 from blip2.errors import InputError
-from blip2.interop.formats import is_pickle, open_foreign
 from blip2.model.distributed import gather_objects
-from blip2.model.generation import GenerationModel
 from blip2.model.objectives import Outcome
 from blip2.recipe import dump_recipe
 from blip2.training import checkpoint
@@ -42,6 +40,8 @@ from blip2.training.optimizer import build_optimizer, describe, restore_optimize
 from blip2.training.processes import make_accelerator, naming_failures
 from blip2.training.progress import Display, MetricsFile, note
 from blip2.training.sharding import leave_frozen, place_trained, shard_frozen
+from blip2.training.starting import start_from
+from blip2.training.traffic import step_traffic
 from blip2.training.watching import Watch
 
 BROKEN_IN_A_ROW = 10
@@ -148,6 +148,17 @@ class _Training:
             sharded = shard_frozen(built.model, parts, accelerator.device)
             display.say(f"{sharded:,} frozen weights are dealt out to the processes of each machine")
         self.shards = shards
+        if accelerator.num_processes > 1:
+            travels = step_traffic(
+                recipe,
+                sum(parameter.numel() for parameter in built.model.parameters() if parameter.requires_grad),
+                built.model.vision.tokens,
+                built.model.vision.width,
+                recipe.data.max_tokens,
+                accelerator.num_processes,
+            )
+            sent = sum(travel.sent(accelerator.num_processes) for travel in travels)
+            display.say(f"a process sends at most {sent / 1e6:,.1f} MB to the others in a step")
         if optimizer_state is not None:
             restore_optimizer(self.optimizer, optimizer_state["optimizer"])
             if accelerator.scaler is not None and optimizer_state["scaler"]:
@@ -380,27 +391,6 @@ class _Training:
     def _reduce(self, tensor: torch.Tensor, how: str) -> torch.Tensor:
         """The sum or mean over all processes."""
         return cast(torch.Tensor, self.accelerator.reduce(tensor, how))
-
-
-def start_from(recipe: Recipe, built: Built, display: Display) -> None:
-    """Load the trained weights of a checkpoint of any format, of this stage or of the one before."""
-    assert recipe.start_from is not None
-    known: dict[str, object] = {"vision.name": recipe.vision.name, "qformer.heads": recipe.qformer.heads}
-    if recipe.language is not None:
-        known["language.name"] = recipe.language.name
-    name = recipe.start_from  # a pickle says nothing of its frozen parts
-    found = (open_foreign(name, known) if is_pickle(name) else None) or checkpoint.open_checkpoint(name)
-    new = checkpoint.load_previous_stage(found, built.model)
-    if isinstance(built.model, GenerationModel) and "projection.weight" in new:
-        built.model.initialise_projection()
-    parts = sorted({name.split(".")[0] for name in new})
-    display.say(f"starting from {found.name} ({found.about})" + (f"; new: {', '.join(parts)}" if parts else ""))
-    if found.holds_vision and found.name not in (recipe.vision.name, str(Path(recipe.vision.name).absolute())):
-        display.say(f"its own image encoder is left out for vision.name {recipe.vision.name}")
-    for key, of in (("image_norm_eps", "qformer"), ("activation", "language")):
-        theirs, ours = (getattr(getattr(each, of), key, None) for each in (found.recipe, recipe))
-        if theirs != ours and getattr(found.recipe, of) is not None:
-            display.say(f"its {of}.{key} is {theirs}, the recipe's {ours}: results begin a little apart")
 
 
 def _mix(seed: int, step: int, process: int) -> int:

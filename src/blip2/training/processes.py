@@ -13,7 +13,6 @@ from pathlib import Path
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from blip2.build import choose_device
 from blip2.config import Recipe
@@ -66,8 +65,11 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
 
 @contextlib.contextmanager
 def naming_failures(run: Path) -> Iterator[None]:
-    """Of several processes, one that fails writes why into ``failures.log`` of the run, with its number and
-    machine, and tells torchrun, where that began it."""
+    """Of several processes, one that fails writes why into ``failures.log`` of the run, with its number and machine.
+
+    torchrun's own file of errors is left alone: it is read while it may be half written, and then nothing is begun
+    again.
+    """
     try:
         yield
     except Interruption:
@@ -77,5 +79,4 @@ def naming_failures(run: Path) -> Iterator[None]:
             about = f"error: {error}\n" if isinstance(error, InputError) else traceback.format_exc()
             with contextlib.suppress(OSError), (run / FAILURES).open("a", encoding="utf-8") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {process_name()}\n{about}\n")  # at once
-            get_error_handler().record_exception(error)
         raise
