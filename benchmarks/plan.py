@@ -1,7 +1,7 @@
 """python benchmarks/plan.py
 
 The tables of docs/scale.md: what the paper's pre-training takes on 8 and on 64 GPUs. Counted here: operations, by
-PyTorch, on networks of full size (the frozen ones without weights, on the meta device; the Q-Former on the CPU), and what
+PyTorch, on networks of full size (the frozen ones without weights, on the meta device; the Q-Former on CPUs), and what
 autograd keeps for the backward pass. Bytes that travel are those of blip2.training.traffic, which a test compares with
 what does travel. Assumed, and named below: how much of its peak a GPU reaches, how fast a network is, how large a
 picture is.
