@@ -117,7 +117,7 @@ def step(case: Case, model: Any, data: dict[str, Tensor]) -> Any:
     from blip2.training.optimizer import build_optimizer, set_rates
 
     # Both sides take the hardest negatives, so that they compare the same pairs.
-    objectives.torch = _Hardest()  # type: ignore[attr-defined]
+    objectives.draw_hard_negatives = hardest
     config = OptimizerConfig()
     optimizer = build_optimizer(model, set_rates(model, config), config)
     for group in optimizer.param_groups:
@@ -138,15 +138,9 @@ def step(case: Case, model: Any, data: dict[str, Tensor]) -> Any:
     return run
 
 
-class _Hardest:
-    """torch, but that it draws what is most probable."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-    @staticmethod
-    def multinomial(weights: Tensor, count: int) -> Tensor:
-        return weights.argmax(dim=-1, keepdim=True)
+def hardest(similarity: Tensor, positive: Tensor, chances: Tensor | None = None) -> Tensor:
+    """In place of drawing in proportion to the similarity."""
+    return similarity.masked_fill(positive, -torch.inf).argmax(dim=1)
 
 
 def rerank(case: Case, model: Any, data: dict[str, Tensor]) -> Any:

@@ -12,6 +12,7 @@ from blip2.recipe import dump_recipe
 from blip2.training import checkpoint
 from blip2.training.progress import read_metrics
 from fixtures.processes import finish, start
+from fixtures.runs import TIMES
 
 STEPS = 60
 KILLS = 12
@@ -19,7 +20,7 @@ KILLS = 12
 
 def exact(run):
     """Every number that a run measured as Python writes it, but for times."""
-    return [{key: repr(value) for key, value in row.items() if "second" not in key} for row in read_metrics(run)]
+    return [{key: repr(value) for key, value in row.items() if key not in TIMES} for row in read_metrics(run)]
 
 
 def inode(path):

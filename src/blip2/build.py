@@ -74,15 +74,20 @@ def choose_dtype(wanted: Precision | None, device: torch.device, trains: bool = 
     return DTYPES[wanted or ("bf16" if device.type == "cuda" and not trains else "fp32")]
 
 
-def build(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None = None) -> Built:
+def build(
+    recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None = None, place: torch.device | None = None
+) -> Built:
     """Load the pretrained parts and make the rest as `recipe` says; what trains is in float32.
 
     Args:
+        device: where it is to run, which decides about dtypes that the recipe leaves open.
         checkpoint: its tokenizer is used and BERT is not read, since all weights will come from there.
+        place: where its weights go; None: to `device`.
 
     Raises:
         InputError: a part cannot be loaded, or the parts do not fit each other.
     """
+    place = device if place is None else place
     trains = recipe.optimizer.trains
     vision = read_image_encoder(recipe.vision, choose_dtype(recipe.vision.dtype, device, trains("vision")), checkpoint)
     from_bert = recipe.qformer.bert is not None and checkpoint is None
@@ -93,7 +98,7 @@ def build(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None = 
         model = RepresentationModel(vision, recipe.qformer, recipe.objectives)
         if from_bert:
             initialise_from_bert(resolve(recipe.qformer.bert or ""), model.qformer, model.language_head)
-        return Built(model.to(device), tokenizer)
+        return Built(model.to(place), tokenizer)
     adapts = recipe.language.lora is not None
     dtype = choose_dtype(recipe.language.dtype, device, trains("language") and not adapts)
     language = read_language_model(recipe.language, dtype, checkpoint, device)
@@ -107,7 +112,7 @@ def build(recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None = 
         initialise_from_bert(resolve(recipe.qformer.bert or ""), model.qformer)
         model.initialise_projection()
     end = end_of_text(tokenizer, recipe.language.stop, recipe.language.name)
-    return Built(model.to(device), tokenizer, end, reader)
+    return Built(model.to(place), tokenizer, end, reader)
 
 
 def read_image_encoder(config: VisionConfig, dtype: torch.dtype, opened: Checkpoint | None = None) -> ImageEncoder:

@@ -8,11 +8,12 @@ import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from blip2.errors import InputError
+from blip2.errors import InputError, process_name
 from blip2.training.interruption import Interruption
 
 Run = Callable[[argparse.Namespace], None]
@@ -21,7 +22,10 @@ RECIPE_COMMANDS = ("train", "features")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status is 0, 2 for input that cannot be used, 130 after an interruption."""
+    """Run a command; the exit status is 0, 2 for input that cannot be used, 130 after an interruption.
+
+    Of several processes each says which it is when it fails, whatever the reason; the status is 1 where it is another.
+    """
     logging.basicConfig(format="%(message)s")
     logging.getLogger("blip2").setLevel(logging.INFO)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -43,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error{' in ' if process_name() else ''}{process_name()}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -51,6 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Interruption as error:
         print(error, file=sys.stderr)
         return 130
+    except Exception:
+        if not process_name():
+            raise
+        print(f"{process_name()} failed\n{traceback.format_exc()}", file=sys.stderr)  # at once, among others' lines
+        return 1
     return 0
 
 

@@ -227,6 +227,12 @@ class TrainingConfig:
     compile: bool = False
     """Let torch.compile fuse what lies between the matrix products of the Q-Former's blocks and of a frozen image
     encoder. Pays on GPUs and in long runs: the first steps take minutes."""
+    shard_frozen: bool = False
+    """Deal out the frozen LLM and image encoder to the processes of each machine, where one GPU cannot hold them: a
+    block is whole only while it computes (FSDP2). What trains stays whole in each process."""
+    timeout: int = 1800
+    """Seconds that a process waits for the others before it gives up, because one of them died or hangs. Longer than
+    the first process takes to index the data or to write a checkpoint."""
     device: Literal["cpu", "cuda", "mps"] | None = None
     """null: a GPU if there is one."""
     seed: int = 0
@@ -322,6 +328,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "optimizer.clip_norm": (1e-6, math.inf),
     "training.steps": (1, math.inf),
     "training.accumulate": (1, math.inf),
+    "training.timeout": (1, math.inf),
     "training.seed": (0, 2**32 - 1),
     "training.save_every": (1, math.inf),
     "training.keep": (1, math.inf),

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from blip2.config import ObjectivesConfig
-from blip2.model.distributed import fetch, gather, gather_padded, process_count, process_index
+from blip2.model.distributed import fetch, gather, gather_padded, process_count, process_index, shared_chances
 from blip2.model.representation import Negatives, RepresentationBatch, RepresentationModel
 from blip2.model.vision import ImageEncoder, Preprocessing
 from fixtures.tiny import QFORMER, randomise, texts
@@ -108,6 +108,7 @@ def work(rank: int, folder: Path) -> None:
 
     results["gathered"] = gather(torch.full((2, 1), rank)), gather_padded(torch.full((1, 2 + rank), rank), 9)
     results["process"] = process_index(), process_count()
+    results["chances"] = gather(shared_chances(7, 2, 3).T).T
     both: list = [None, None]
     dist.all_gather_object(both, fetch_and_learn(rank))
     results["fetched"] = both
@@ -180,6 +181,11 @@ def test_gathering_keeps_the_order_of_processes(results):
     assert rows.flatten().tolist() == [0, 0, 1, 1]
     assert padded.tolist() == [[0, 0, 9], [1, 1, 1]]
     assert results["process"] == (0, 2)
+
+
+def test_chances_of_two_processes_are_those_of_one(results):
+    assert torch.equal(results["chances"], shared_chances(7, 2, 6))
+    assert len(results["chances"].unique()) == 12
 
 
 def test_only_what_was_drawn_travels_and_its_gradient_comes_home(results):

@@ -97,6 +97,13 @@ def test_negatives_are_drawn_by_how_similar_they_look(similarity):
         assert abs(share - expected) <= 4 * math.sqrt(expected * (1 - expected) / DRAWS)
 
 
+def test_chances_decide():
+    weights = torch.tensor([[0.5, 0.0, 0.2, 0.3]]).log().clamp(min=-60).expand(5, 4)
+    positive = torch.tensor([False, True, False, False]).expand(5, 4)
+    chances = torch.tensor([0.0, 0.4, 0.6, 0.8, 1 - 2**-24])
+    assert draw_hard_negatives(weights, positive, chances).tolist() == [0, 0, 2, 3, 3]
+
+
 def test_each_row_draws_its_own_negative():
     torch.manual_seed(0)
     similarity = torch.full((4, 6), -50.0)

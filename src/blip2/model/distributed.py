@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Int, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,6 +17,16 @@ def process_count() -> int:
 
 def process_index() -> int:
     return dist.get_rank() if process_count() > 1 else 0
+
+
+def shared_chances(seed: int, sets: int, rows: int) -> Float[Tensor, "sets rows"]:
+    """Numbers in [0, 1) for the `rows` of this process, in several sets, on the CPU.
+
+    They are those that one process would draw with the same seed for the rows of all, so that what they decide does not
+    depend on the number of processes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(sets, process_count() * rows, generator=generator)[:, process_index() * rows :][:, :rows]
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -39,9 +49,10 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        gradient = gradients[0].contiguous()
-        dist.all_reduce(gradient)
-        return gradient.chunk(process_count())[process_index()]
+        every = gradients[0].contiguous()
+        own = torch.empty_like(every)
+        dist.all_to_all_single(own, every)  # each part goes home, and nowhere else
+        return own.unflatten(0, (process_count(), -1)).sum(dim=0)
 
 
 def gather(tensor: Shaped[Tensor, "B *rest"]) -> Shaped[Tensor, "N *rest"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -19,6 +20,9 @@ class Freezable(nn.Module):
 
     adapters: str = ""
     """What stands in the names of the parameters of its adapters, where it has any: they alone train and are kept."""
+
+    blocks: Sequence[nn.Module] = ()
+    """The equal blocks that hold nearly all of its weights, in each stack from the first to the last."""
 
     @property
     def is_frozen(self) -> bool:

@@ -104,7 +104,7 @@ class GenerationModel(nn.Module):
         mask = attention_mask("bidirectional", self.qformer.config.queries, questions.mask)
         return self.projection(self.qformer(memory, questions.ids, mask, text_output=False).queries)
 
-    def forward(self, batch: GenerationBatch, label_count: float | None = None) -> Outcome:
+    def forward(self, batch: GenerationBatch, label_count: float | None = None, seed: int | None = None) -> Outcome:
         """The language-modelling loss ``lm`` of the captions, given images and prompts.
 
         For a decoder-only LLM this is the language-modelling loss of §3.3, for an encoder-decoder the prefix
@@ -113,6 +113,7 @@ class GenerationModel(nn.Module):
 
         Args:
             label_count: see :func:`objectives.language_modeling`.
+            seed: of what all processes draw alike, which here is nothing.
 
         Returns:
             The loss, and beside it ``lm_perplexity`` and ``lm_accuracy`` (share of tokens predicted right).

@@ -51,6 +51,8 @@ class LanguageModel(Freezable):
         self.width: int = embedding.weight.shape[1]
         self.vocabulary: int = embedding.weight.shape[0]
         self._ends_in_head = self._finds_head()
+        names = set(getattr(network, "_no_split_modules", None) or ())  # transformers' word for them
+        self.blocks = tuple(module for module in network.modules() if type(module).__name__ in names)
 
     def train(self, mode: bool = True) -> LanguageModel:
         """Adapters train in an LLM that stays in eval(), as one without them does."""

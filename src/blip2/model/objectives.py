@@ -56,11 +56,16 @@ def image_text_contrastive(
     return (F.cross_entropy(image_to_text, target) + F.cross_entropy(text_to_image, target)) / 2
 
 
-def draw_hard_negatives(similarity: Float[Tensor, "B N"], positive: Bool[Tensor, "B N"]) -> Int[Tensor, "B"]:
+def draw_hard_negatives(
+    similarity: Float[Tensor, "B N"], positive: Bool[Tensor, "B N"], chances: Float[Tensor, "B"] | None = None
+) -> Int[Tensor, "B"]:
     """One negative for each row, drawn in proportion to how similar it looks (§3.2, ITM).
 
     The strategy of ALBEF and BLIP: probabilities are the softmax of the similarities plus 1e-4, so that no
     negative is impossible, and zero where `positive`.
+
+    Args:
+        chances: a number in [0, 1) for each row, which decides; drawn here when None.
 
     Returns:
         The drawn columns. A row without any negative (a batch of one) gets an arbitrary one: do not count it.
@@ -68,7 +73,14 @@ def draw_hard_negatives(similarity: Float[Tensor, "B N"], positive: Bool[Tensor,
     # Similarities that are not finite spoil the loss, which the training loop reports; drawing must not fail before.
     weights = (similarity.float().softmax(dim=1).nan_to_num() + 1e-4).masked_fill(positive, 0.0)
     weights = weights.masked_fill(positive.all(dim=1, keepdim=True), 1.0)
-    return torch.multinomial(weights, 1).squeeze(1)
+    if chances is None:
+        chances = torch.rand(len(weights), device=weights.device)
+    # The first column at which more than that share of the row's weight is reached.
+    reached = weights.cumsum(dim=1)
+    drawn = torch.searchsorted(reached, chances[:, None] * reached[:, -1:], right=True).clamp(max=weights.shape[1] - 1)
+    # A GPU adds up in no fixed order: where rounding led to a column without weight, the most similar one is taken.
+    possible = weights.gather(1, drawn) > 0
+    return torch.where(possible, drawn, weights.argmax(dim=1, keepdim=True)).squeeze(1)
 
 
 def image_text_matching(

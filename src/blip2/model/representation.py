@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from blip2.config import ObjectivesConfig, QFormerConfig
 from blip2.model import objectives
 from blip2.model.attention import ImageMemory
-from blip2.model.distributed import fetch, gather, gather_padded, process_count, process_index
+from blip2.model.distributed import fetch, gather, gather_padded, process_count, process_index, shared_chances
 from blip2.model.linear import Linear, linear
 from blip2.model.objectives import Outcome
 from blip2.model.qformer import QFormer, attention_mask, contrast_and_generate_mask
@@ -148,7 +148,11 @@ class RepresentationModel(nn.Module):
     # -- training ------------------------------------------------------------------------------------------------
 
     def forward(
-        self, batch: RepresentationBatch, label_count: float | None = None, negatives: Negatives | None = None
+        self,
+        batch: RepresentationBatch,
+        label_count: float | None = None,
+        negatives: Negatives | None = None,
+        seed: int | None = None,
     ) -> Outcome:
         """The losses that the recipe enables: ``itc``, ``itm``, ``itg``.
 
@@ -157,6 +161,8 @@ class RepresentationModel(nn.Module):
                 and ITM sees the matched pair alone.
             label_count: see :func:`objectives.language_modeling`.
             negatives: the hard negatives to use instead of drawing them.
+            seed: of drawing them, the same in all processes: the draws are those that one process would make with the
+                pairs of all. None: each process draws with its own random numbers.
 
         Returns:
             Losses, and beside them ``itc_r1`` (share of images whose best text in the batch is theirs, and the
@@ -180,7 +186,9 @@ class RepresentationModel(nn.Module):
         out = self.qformer(memory, ids, mask, positions)
 
         if self.enabled.itc or self.enabled.itm:
-            image_to_text, text_to_image, positive = self._compare(out.queries, out.text[:, 0], batch)
+            metrics["temperature"] = self.temperature.detach()
+            every_ids = self._gather_padded(batch.ids, 0)  # [N, L]
+            image_to_text, text_to_image, positive = self._compare(out.queries, out.text[:, 0], batch, every_ids)
             if self.enabled.itc:
                 losses["itc"] = objectives.image_text_contrastive(
                     image_to_text, text_to_image, positive, self.enabled.label_smoothing
@@ -188,9 +196,9 @@ class RepresentationModel(nn.Module):
                 hits = [positive.gather(1, s.argmax(1, keepdim=True)) for s in (image_to_text, text_to_image)]
                 metrics["itc_r1"] = torch.cat(hits).float().mean()
             if self.enabled.itm:
-                loss, accuracy = self._matching(
-                    features, memory, batch, image_to_text.detach(), text_to_image.detach(), positive, negatives
-                )
+                if negatives is None:
+                    negatives = self._draw(image_to_text.detach(), text_to_image.detach(), positive, seed)
+                loss, accuracy = self._matching(features, memory, batch, every_ids, positive, negatives)
                 losses["itm"], metrics["itm_accuracy"] = loss, accuracy
 
         if self.enabled.itg:
@@ -211,7 +219,11 @@ class RepresentationModel(nn.Module):
         return gather_padded(tensor, padding) if self.training else tensor
 
     def _compare(
-        self, queries: Float[Tensor, "B Q D"], cls: Float[Tensor, "B D"], batch: RepresentationBatch
+        self,
+        queries: Float[Tensor, "B Q D"],
+        cls: Float[Tensor, "B D"],
+        batch: RepresentationBatch,
+        every_ids: Int[Tensor, "N L"],
     ) -> tuple[Float[Tensor, "B N"], Float[Tensor, "B N"], Bool[Tensor, "B N"]]:
         """Similarities over temperature with the pairs of all processes, and which of them belong together.
 
@@ -225,36 +237,44 @@ class RepresentationModel(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             image_to_text = objectives.image_text_similarity(images, self._gather(texts)) / temperature
             text_to_image = objectives.image_text_similarity(self._gather(images), texts).T / temperature
-        ids = self._gather_padded(batch.ids, 0)  # [N, L]
-        own = F.pad(batch.ids, (0, ids.shape[1] - length))
+        own = F.pad(batch.ids, (0, every_ids.shape[1] - length))
         same_image = batch.image_ids[:, None] == self._gather(batch.image_ids)
-        same_text = (own[:, None] == ids).all(dim=2)
+        same_text = (own[:, None] == every_ids).all(dim=2)
         return image_to_text, text_to_image, same_image | same_text
+
+    def _draw(
+        self,
+        image_to_text: Float[Tensor, "B N"],
+        text_to_image: Float[Tensor, "B N"],
+        positive: Bool[Tensor, "B N"],
+        seed: int | None,
+    ) -> Negatives:
+        chances = (None, None)
+        if seed is not None:
+            chances = shared_chances(seed, 2, len(positive)).to(positive.device)
+        return Negatives(
+            objectives.draw_hard_negatives(text_to_image, positive, chances[0]),
+            objectives.draw_hard_negatives(image_to_text, positive, chances[1]),
+        )
 
     def _matching(
         self,
         features: Float[Tensor, "B P E"],
         memory: ImageMemory,
         batch: RepresentationBatch,
-        image_to_text: Float[Tensor, "B N"],
-        text_to_image: Float[Tensor, "B N"],
+        ids: Int[Tensor, "N L"],
         positive: Bool[Tensor, "B N"],
-        negatives: Negatives | None,
+        negatives: Negatives,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """ITM on each pair, each text with a wrong image and each image with a wrong text: 3B rows in one pass."""
         exists = ~positive.all(dim=1)
-        if negatives is None:
-            negatives = Negatives(
-                objectives.draw_hard_negatives(text_to_image, positive),
-                objectives.draw_hard_negatives(image_to_text, positive),
-            )
         own = torch.arange(len(features), device=features.device)
         if self.training and process_count() > 1:
             # A negative image of another process is projected here, so that its gradient reaches our parameters.
             drawn = self.qformer.memory(fetch(features, negatives.image_for_text), self.image_norm)
         else:
             drawn = memory.select(negatives.image_for_text)
-        ids, mask = self._gather_padded(batch.ids, 0), self._gather_padded(batch.mask, False)  # [N, L]
+        mask = self._gather_padded(batch.mask, False)  # [N, L]
         mine = own + (process_index() * len(own) if self.training else 0)
         texts = torch.cat([mine, negatives.text_for_image, mine])
         longest = int(mask[texts].sum(dim=1).max())

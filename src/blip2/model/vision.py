@@ -117,7 +117,7 @@ class ImageEncoder(Freezable):
                 # Before the hooks by which transformers notes what a block puts out.
                 block.register_forward_hook(partial(_drop, share), prepend=True, with_kwargs=True)
 
-    def _blocks(self) -> tuple[nn.Module, ...]:
+    def _blocks(self) -> Sequence[nn.Module]:
         if not self.blocks:
             raise InputError(
                 f"the image encoder, a {type(self.network).__name__}, is no stack of equal blocks: set"

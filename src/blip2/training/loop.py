@@ -2,7 +2,8 @@
 
 The loop does not know the objective: a stage gives back a dict of named losses, and the loop weights, sums, logs and
 steps. Started again it goes on exactly where its last checkpoint was: the position in the data is kept, and all
-randomness of a step (dropout, hard negatives) is seeded from (seed, step, process).
+randomness of a step is seeded: dropout from (seed, step, process), hard negatives from (seed, step) alone, so that
+without dropout the same global batch gives the same step, whatever the number of processes.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from torch import nn
 
-from blip2.build import Built, build, choose_device, prepare_texts
+from blip2.build import build, prepare_texts
 from blip2.config import Recipe
 from blip2.data.assets import resolve
 from blip2.data.batches import Loaded, Preparation, plan_batches, plan_evaluation, to_device
@@ -29,16 +30,19 @@ from blip2.data.loading import load
 from blip2.data.records import Records, RecordStream, open_records
 from blip2.data.texts import StageBatch
 from blip2.errors import InputError
-from blip2.interop.formats import is_pickle, open_foreign
 from blip2.model.distributed import gather_objects
-from blip2.model.generation import GenerationModel
 from blip2.model.objectives import Outcome
 from blip2.recipe import dump_recipe
 from blip2.training import checkpoint
 from blip2.training.features import cached_features, summary
 from blip2.training.interruption import Interruption, note_signals
 from blip2.training.optimizer import build_optimizer, describe, restore_optimizer, set_rates, set_schedule
+from blip2.training.processes import make_accelerator, naming_failures
 from blip2.training.progress import Display, MetricsFile, note
+from blip2.training.sharding import leave_frozen, place_trained, shard_frozen
+from blip2.training.starting import start_from
+from blip2.training.traffic import step_traffic
+from blip2.training.watching import Watch
 
 BROKEN_IN_A_ROW = 10
 """So many batches without a single good image stop a run."""
@@ -71,10 +75,11 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
             f"{run} already holds a run (its last checkpoint is {last.name}): go on with --resume, or give another"
             " output"
         )
-    accelerator = _accelerator(recipe)
+    accelerator = make_accelerator(recipe)
     display = Display(run.name, enabled=accelerator.is_main_process)
     try:
-        return _Training(recipe, accelerator, display, last).run()
+        with naming_failures(run):
+            return _Training(recipe, accelerator, display, last).run()
     except OSError as error:
         if not checkpoint.is_full(error):
             raise
@@ -86,38 +91,13 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
         AcceleratorState._reset_state(reset_partial_state=True)  # pyright: ignore[reportPrivateUsage]
 
 
-def _accelerator(recipe: Recipe) -> Accelerator:
-    device = choose_device(recipe.training.device)
-    precision = recipe.training.precision or ("bf16" if device.type == "cuda" else "fp32")
-    # Without one of the losses its head has no gradient; nor has what an image encoder does after our layer, or what
-    # the last block makes of a question.
-    losses = recipe.objectives
-    all_used = not (recipe.optimizer.trains("vision") or recipe.qformer.reads_questions) and (
-        recipe.stage == "generation" or (losses.itc > 0 and losses.itm > 0 and losses.itg > 0)
-    )
-    if precision == "fp16" and device.type == "cpu":
-        raise InputError("training.precision fp16 needs a GPU: use bf16 or fp32 on a CPU")
-    installed = {tracker.value for tracker in get_available_trackers()}
-    missing = [name for name in recipe.training.trackers if name not in installed]
-    if missing:
-        raise InputError(
-            f"training.trackers names {', '.join(missing)}, which cannot be imported: pip install {' '.join(missing)}"
-        )
-    return Accelerator(
-        cpu=device.type == "cpu",
-        mixed_precision={"fp32": "no"}.get(precision, precision),
-        log_with=list(recipe.training.trackers) or None,
-        project_dir=recipe.output,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=not all_used)],
-    )
-
-
 class _Training:
     """What one call of :func:`train` holds together."""
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator, display: Display, last: Path | None) -> None:
         self.recipe, self.accelerator, self.display = recipe, accelerator, display
         self.folder = Path(recipe.output)
+        self.watch = Watch(accelerator.device)
         state = optimizer_state = None
         if last is not None:
             state, optimizer_state = checkpoint.read_state(last)
@@ -126,7 +106,8 @@ class _Training:
 
         set_seed(recipe.training.seed)
         going_on = None if last is None else checkpoint.open_own(last)
-        built = build(recipe, accelerator.device, going_on)
+        shards = recipe.training.shard_frozen and accelerator.num_processes > 1
+        built = build(recipe, accelerator.device, going_on, torch.device("cpu") if shards else None)
         self.built = built
         rates = set_rates(built.model, recipe.optimizer)
         if going_on is not None:
@@ -147,15 +128,37 @@ class _Training:
         built.model.qformer.checkpointing = recipe.training.activation_checkpointing
         if recipe.training.compile:
             built.model.qformer.compile_blocks()
-            if built.model.vision.is_frozen:
+            if built.model.vision.is_frozen and not shards:
                 built.model.vision.compile_network()
+        parts = {"vision": "features", "language": "states"} if recipe.language else {"vision": "features"}
+        if shards and recipe.data.cached_views:
+            parts.pop("vision")  # it runs before training, over as many pictures as each process has
+            built.model.vision.to(accelerator.device)
         positions = state["positions"] if state else []
         self.loaded, self.validation = self._open_data(self._own(positions, display))
 
+        leave_frozen(built.model)
+        if shards:
+            place_trained(built.model, accelerator.device)
         self.model: nn.Module
         self.model, self.optimizer = accelerator.prepare(
-            built.model, build_optimizer(built.model, rates, recipe.optimizer)
+            built.model, build_optimizer(built.model, rates, recipe.optimizer), device_placement=[not shards, True]
         )
+        if shards:
+            sharded = shard_frozen(built.model, parts, accelerator.device)
+            display.say(f"{sharded:,} frozen weights are dealt out to the processes of each machine")
+        self.shards = shards
+        if accelerator.num_processes > 1:
+            travels = step_traffic(
+                recipe,
+                sum(parameter.numel() for parameter in built.model.parameters() if parameter.requires_grad),
+                built.model.vision.tokens,
+                built.model.vision.width,
+                recipe.data.max_tokens,
+                accelerator.num_processes,
+            )
+            sent = sum(travel.sent(accelerator.num_processes) for travel in travels)
+            display.say(f"a process sends at most {sent / 1e6:,.1f} MB to the others in a step")
         if optimizer_state is not None:
             restore_optimizer(self.optimizer, optimizer_state["optimizer"])
             if accelerator.scaler is not None and optimizer_state["scaler"]:
@@ -208,7 +211,9 @@ class _Training:
 
     def _next(self) -> tuple[Loaded, StageBatch]:
         for _ in range(BROKEN_IN_A_ROW):
+            started = time.monotonic()
             loaded = next(self.loaded)
+            self.watch.waited += time.monotonic() - started
             for message in loaded.skipped:
                 self.display.say(f"skipped {message}")
             if loaded.cut and not self.counts["cut"]:
@@ -249,11 +254,12 @@ class _Training:
                     self.step % recipe.training.validate_every == 0 or self.step == total
                 ):
                     values |= self._validate(self.validation)
+                seen, stop = self.watch.look(bool(asked), seconds)
+                values |= seen
                 metrics.write({"step": self.step, **values, **self.counts})
                 if recipe.training.trackers:
                     accelerator.log(values, step=self.step)
                 self.display.advance(self.step, note(values))
-                stop = self._any_asked(asked)
                 if self.step % recipe.training.save_every == 0 or self.step == total or stop:
                     saved = self._save()
                 if stop and self.step < total:
@@ -273,6 +279,7 @@ class _Training:
         taken = [self._next() for _ in range(recipe.training.accumulate)]
         self.positions = taken[-1][0].position
         batches = [batch for _, batch in taken]
+        self.last_batch = batches[-1]
 
         # Labels a micro-batch has on average over all of the step, so that losses add up to one mean over all labels.
         labels = torch.tensor(float(sum(batch.label_count for batch in batches)), device=accelerator.device)
@@ -283,7 +290,8 @@ class _Training:
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
-                outcome: Outcome = self.model(batch, label_count)
+                shared = _mix(recipe.training.seed, self.step, -1 - number)
+                outcome: Outcome = self.model(batch, label_count, seed=shared)
                 loss = self._weighted(outcome)
                 accelerator.backward(loss / len(batches))
             for name, value in {"loss": loss, **outcome.losses, **outcome.metrics}.items():
@@ -300,7 +308,7 @@ class _Training:
                 self._check_finite(norm, sums["loss"], taken, "gradient")
             values["gradient_norm"] = norm
         self.optimizer.step()
-        values["rate_share"] = share
+        values |= {"rate_share": share, "rate": max(group["lr"] for group in self.optimizer.param_groups)}
         pairs = sum(len(loaded.keys) for loaded, _ in taken) * accelerator.num_processes
         return values, pairs
 
@@ -339,9 +347,13 @@ class _Training:
             plans = plan_evaluation(
                 preparation.records, data.batch_size, accelerator.process_index, accelerator.num_processes
             )
-            for loaded in load(plans, preparation, 0):
-                skipped += loaded.skipped
-                if loaded.batch is None:
+            # As many in each process: where frozen parts are dealt out, all need what each has of them.
+            most = math.ceil(math.ceil(len(preparation.records) / accelerator.num_processes) / data.batch_size)
+            for loaded in islice(chain(load(plans, preparation, 0), repeat(None)), most):
+                skipped += loaded.skipped if loaded is not None else ()
+                if loaded is None or loaded.batch is None:
+                    if self.shards:
+                        model(self.last_batch)
                     continue
                 outcome = model(to_device(loaded.batch, accelerator.device))
                 for name, value in {**outcome.losses, **outcome.metrics}.items():
@@ -380,32 +392,7 @@ class _Training:
         """The sum or mean over all processes."""
         return cast(torch.Tensor, self.accelerator.reduce(tensor, how))
 
-    def _any_asked(self, asked: list[int]) -> bool:
-        flag = torch.tensor(float(bool(asked)), device=self.accelerator.device)
-        return bool(self._reduce(flag, "sum"))
-
-
-def start_from(recipe: Recipe, built: Built, display: Display) -> None:
-    """Load the trained weights of a checkpoint of any format, of this stage or of the one before."""
-    assert recipe.start_from is not None
-    known: dict[str, object] = {"vision.name": recipe.vision.name, "qformer.heads": recipe.qformer.heads}
-    if recipe.language is not None:
-        known["language.name"] = recipe.language.name
-    name = recipe.start_from  # a pickle says nothing of its frozen parts
-    found = (open_foreign(name, known) if is_pickle(name) else None) or checkpoint.open_checkpoint(name)
-    new = checkpoint.load_previous_stage(found, built.model)
-    if isinstance(built.model, GenerationModel) and "projection.weight" in new:
-        built.model.initialise_projection()
-    parts = sorted({name.split(".")[0] for name in new})
-    display.say(f"starting from {found.name} ({found.about})" + (f"; new: {', '.join(parts)}" if parts else ""))
-    if found.holds_vision and found.name not in (recipe.vision.name, str(Path(recipe.vision.name).absolute())):
-        display.say(f"its own image encoder is left out for vision.name {recipe.vision.name}")
-    for key, of in (("image_norm_eps", "qformer"), ("activation", "language")):
-        theirs, ours = (getattr(getattr(each, of), key, None) for each in (found.recipe, recipe))
-        if theirs != ours and getattr(found.recipe, of) is not None:
-            display.say(f"its {of}.{key} is {theirs}, the recipe's {ours}: results begin a little apart")
-
 
 def _mix(seed: int, step: int, process: int) -> int:
-    """One number below 2**32 for a step of a process."""
+    """One number below 2**32 for a step of a process; for what all processes share, the process is below 0."""
     return (seed * 1_000_003 + step * 10_007 + process * 101) % 2**32

@@ -1,0 +1,214 @@
+"""python benchmarks/plan.py
+
+The tables of docs/scale.md: what the paper's pre-training takes on 8 and on 64 GPUs. Counted here: operations, by
+PyTorch, on networks of full size (the frozen ones without weights, on the meta device; the Q-Former on CPUs), and what
+autograd keeps for the backward pass. Bytes that travel are those of blip2.training.traffic, which a test compares with
+what does travel. Assumed, and named below: how much of its peak a GPU reaches, how fast a network is, how large a
+picture is.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    Blip2VisionConfig,
+    Blip2VisionModel,
+    OPTConfig,
+    OPTForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from blip2.config import DataConfig, LanguageConfig, ObjectivesConfig, QFormerConfig, Recipe, VisionConfig
+from blip2.model.qformer import QFormer
+from blip2.model.representation import RepresentationBatch, RepresentationModel
+from blip2.model.vision import ImageEncoder, Preprocessing
+from blip2.training.traffic import step_traffic
+
+PEAK = {"A100": 312e12, "H100": 989e12}
+"""Half-precision operations a second without sparsity, by the maker's data sheets."""
+SHARES = (0.5, 0.4)
+"""Of the peak that training reaches: assumed."""
+NETWORKS = {8: ("NVLink, 200 GB/s", 200e9), 64: ("400 Gbit/s a GPU", 50e9)}
+"""Bytes a second that a process sends: assumed."""
+LENGTH = 16
+"""Tokens of a caption: assumed, a little more than COCO's."""
+PICTURES, PICTURE_BYTES = 129e6, 30e3
+"""The number is the paper's; 30 kB for a picture of 256 pixels as JPEG is assumed."""
+TOKENS, WIDTH = 257, 1408
+PAIRS = 4
+GIB = 2**30
+
+
+class Count(NamedTuple):
+    """Of one pair in one step."""
+
+    operations: float
+    kept: float
+    """Bytes that autograd keeps."""
+
+
+def count(forward: Any, parameters: set[int], pairs: int = 1) -> Count:
+    """Operations of a pass forwards and back, and what is kept between the two but for weights."""
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if id(tensor) not in parameters and storage._cdata not in parameters:  # pyright: ignore[reportPrivateUsage]
+            kept[storage._cdata] = storage  # pyright: ignore[reportPrivateUsage]
+        return tensor
+
+    with FlopCounterMode(display=False) as counter:
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = forward()
+        size = sum(storage.nbytes() for storage in kept.values())
+        if out.requires_grad:
+            out.backward()
+    return Count(counter.get_total_flops() / pairs, size / pairs)
+
+
+def weights(network: nn.Module) -> set[int]:
+    """What of a network is not an activation."""
+    return {p.untyped_storage()._cdata for p in network.parameters()}  # pyright: ignore[reportPrivateUsage]
+
+
+def size(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def vit_g() -> tuple[nn.Module, Count]:
+    """EVA-CLIP's ViT-g/14 without its last layer (§3.4), for a picture of 224 pixels."""
+    with torch.device("meta"):
+        network = Blip2VisionModel(Blip2VisionConfig(num_hidden_layers=38))
+        pixels = torch.empty(1, 3, 224, 224)
+    network.requires_grad_(False)
+    return network, count(lambda: network(pixel_values=pixels).last_hidden_state.sum(), weights(network))
+
+
+def stage_one(dropout: float) -> tuple[nn.Module, Count]:
+    """The Q-Former of §3.1 with its three objectives, given features."""
+    torch.manual_seed(0)
+    probe = nn.Linear(1, 1)
+    encoder = ImageEncoder(probe, lambda pixels: pixels.new_zeros(len(pixels), TOKENS, WIDTH), Preprocessing(8))
+    model = RepresentationModel(encoder, QFormerConfig(bert=None, dropout=dropout), ObjectivesConfig()).train()
+    ids = torch.randint(5, 30000, (PAIRS, LENGTH))
+    features = torch.randn(PAIRS, TOKENS, WIDTH)
+    batch = RepresentationBatch(features, ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(PAIRS))
+    return model, count(lambda: torch.stack(list(model(batch).losses.values())).sum(), weights(model), PAIRS)
+
+
+def stage_two() -> tuple[nn.Module, Count]:
+    """The Q-Former without text."""
+    model = QFormer(QFormerConfig(bert=None), WIDTH, has_text=False).train()
+    norm = nn.LayerNorm(WIDTH)
+    features = torch.randn(PAIRS, TOKENS, WIDTH)
+    return model, count(lambda: model(model.memory(features, norm)).queries.sum(), weights(model), PAIRS)
+
+
+def language_models() -> dict[str, tuple[nn.Module, Count]]:
+    """Frozen LLMs: forwards, and back to what they read. Half precision."""
+
+    def opt(width: int) -> OPTConfig:
+        return OPTConfig(
+            vocab_size=50272, hidden_size=width, ffn_dim=4 * width, num_hidden_layers=32, num_attention_heads=32,
+            word_embed_proj_dim=width, max_position_embeddings=2048,
+        )  # fmt: skip
+
+    def t5(width: int, inside: int, heads: int) -> T5Config:
+        return T5Config(
+            vocab_size=32128, d_model=width, d_kv=64, d_ff=inside, num_layers=24, num_heads=heads,
+            feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0,
+        )  # fmt: skip
+
+    found: dict[str, tuple[nn.Module, Count]] = {}
+    for name, config in {
+        "OPT-2.7B": opt(2560), "OPT-6.7B": opt(4096), "FlanT5-XL": t5(2048, 5120, 32), "FlanT5-XXL": t5(4096, 10240, 64)
+    }.items():  # fmt: skip
+        is_t5 = isinstance(config, T5Config)
+        with torch.device("meta"):
+            network: Any = (T5ForConditionalGeneration if is_t5 else OPTForCausalLM)(config).to(torch.bfloat16).eval()
+            read = LENGTH // 2 if is_t5 else LENGTH
+            inputs = torch.empty(1, 32 + read, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+            written = torch.zeros(1, LENGTH // 2, dtype=torch.long)
+            seen = torch.ones(1, 32 + read, dtype=torch.long)
+        network.requires_grad_(False)
+        more = {"decoder_input_ids": written} if is_t5 else {"logits_to_keep": LENGTH, "attention_mask": seen}
+
+        def forward(network: Any = network, inputs: Tensor = inputs, more: dict[str, Any] = more) -> Tensor:
+            return network(inputs_embeds=inputs, use_cache=False, **more).logits.float().sum()
+
+        found[name] = network, count(forward, weights(network))
+    return found
+
+
+def recipe(stage: Any, batch: int) -> Recipe:
+    language = None if stage == "representation" else LanguageConfig(name="")
+    data = DataConfig(train="", batch_size=batch)
+    return Recipe(stage, "", VisionConfig(name=""), data, QFormerConfig(bert=None), language)
+
+
+def main() -> None:
+    encoder, encoded = vit_g()
+    model, step = stage_one(0.1)
+    _, plain = stage_one(0.0)
+    reader, read = stage_two()
+    llms = language_models()
+    print("| network | weights, million | operations a pair, GFLOP | kept for the backward pass, MB a pair |")
+    print("|---|---:|---:|---:|")
+    rows = {
+        "ViT-g/14, 39 layers less the last": (encoder, encoded._replace(kept=0)),
+        "Q-Former, stage 1, dropout 0.1, fp32": (model, step),
+        "the same without dropout": (model, plain),
+        "Q-Former, stage 2, dropout 0.1, fp32": (reader, read),
+        **{f"{name}, bf16": found for name, found in llms.items()},
+    }
+    for name, (network, each) in rows.items():
+        kept = f"{each.kept / 1e6:,.0f}" if each.kept else "none"
+        print(f"| {name} | {size(network) / 1e6:,.0f} | {each.operations / 1e9:,.0f} | {kept} |")
+
+    runs = {"stage 1": ("representation", 1680, 250_000, size(model), step, 0, Count(0, 0))}
+    for name, (network, each) in llms.items():
+        batch = 1920 if name.startswith("OPT") else 1520
+        trained = size(reader) + 768 * network.config.hidden_size  # pyright: ignore
+        runs[f"stage 2, {name}"] = ("generation", batch, 80_000, trained, read, size(network), each)
+    print("\n| run | GPUs | pairs a GPU | memory, GiB: frozen + trained + activations | sent, MB | its time, ms |"
+          " step, s (A100) | days on A100 | days on H100 |")  # fmt: skip
+    print("|---|---:|---:|---|---:|---:|---:|---:|---:|")
+    for name, (stage, batch, steps, trained, own, frozen, llm) in runs.items():
+        for gpus in (8, 16, 64):
+            each = -(-batch // gpus)
+            weights_frozen = 2 * (size(encoder) + frozen) / GIB
+            weights_trained = 20 * trained / GIB  # weights, gradients, DDP's copy of them, two moments
+            activations = each * (own.kept + llm.kept) / GIB
+            label, speed = NETWORKS[8 if gpus < 64 else 64]
+            sent = sum(t.sent(gpus) for t in step_traffic(recipe(stage, each), trained, TOKENS, WIDTH, LENGTH, gpus))
+            operations = batch * (encoded.operations + own.operations + llm.operations)
+            seconds = {gpu: [operations / gpus / peak / share for share in SHARES] for gpu, peak in PEAK.items()}
+            days = {gpu: [s * steps / 86400 for s in both] for gpu, both in seconds.items()}
+            print(
+                f"| {name} | {gpus} | {each} | {weights_frozen:.1f} + {weights_trained:.1f} + {activations:.1f} |"
+                f" {sent / 1e6:,.0f} | {1000 * sent / speed:.0f} ({label}) |"
+                f" {' to '.join(f'{s:.2f}' for s in seconds['A100'])} |"
+                f" {' to '.join(f'{d:.1f}' for d in days['A100'])} | {' to '.join(f'{d:.1f}' for d in days['H100'])} |"
+            )
+    paper = 16 * PEAK["A100"] * 86400
+    stage1 = 250_000 * 1680 * (encoded.operations + step.operations) / paper
+    stage2 = 80_000 * 1520 * (encoded.operations + read.operations + llms["FlanT5-XXL"][1].operations) / paper
+    print(f"\nOn 16 A100 at their peak: stage 1 {stage1:.2f} days, stage 2 with FlanT5-XXL {stage2:.2f} days.")
+    print(f"The paper's 6 and 3 days are {100 * stage1 / 6:.0f} % and {100 * stage2 / 3:.0f} % of the peak.")
+    view = 2 * TOKENS * WIDTH
+    print(
+        f"Pictures {PICTURES * PICTURE_BYTES / 1e12:.1f} TB; features in one view {PICTURES * view / 1e12:.0f} TB in"
+        f" bf16, {PICTURES * (view / 2 + 4 * TOKENS) / 1e12:.0f} TB in int8."
+    )
+    kept = [f"{16 * each.kept / GIB:.2f}" for each in (plain, step)]
+    print(f"Kept by stage 1 for 16 pairs: {kept[0]} GiB, with dropout {kept[1]} GiB.")
+
+
+if __name__ == "__main__":
+    main()

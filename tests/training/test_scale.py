@@ -1,0 +1,222 @@
+"""Several processes: what they learn, share, survive and say."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from blip2.errors import InputError
+from blip2.recipe import dump_recipe
+from blip2.training import checkpoint
+from blip2.training.loop import train
+from blip2.training.processes import make_accelerator
+from blip2.training.progress import read_metrics
+from blip2.training.traffic import step_traffic
+from fixtures.processes import begin_two, finish, share_global_batches, start, start_two, tell_traffic
+from fixtures.runs import assert_same_run, lines
+
+LOSSES = ("loss", "itc", "itm", "itg")
+
+
+def command(recipe, folder, *options):
+    """Arguments of ``blip2`` for a run like `recipe` in another folder."""
+    path = folder.with_suffix(".yaml")
+    path.write_text(dump_recipe(replace(recipe, output=str(folder))))
+    return ["train", str(path), *options]
+
+
+def trained(run):
+    return load_file(checkpoint.latest(run) / "model.safetensors")
+
+
+# -- learning ------------------------------------------------------------------------------------------------------
+
+
+def randomised(recipe):
+    """A recipe that starts from weights under which every part matters: with the usual ones all pictures look alike at
+    first, and what rounding does to the little that sets them apart grows from step to step."""
+    start = replace(recipe, output=f"{recipe.output}-start", training=replace(recipe.training, steps=1))
+    weights = train(start) / "model.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    drawn = load_file(weights)
+    for name, tensor in drawn.items():
+        if tensor.ndim > 1:
+            tensor.normal_(std=0.3, generator=generator)
+        elif name == "temperature":
+            tensor.fill_(0.3)
+    save_file(drawn, weights)
+    return replace(recipe, start_from=start.output)
+
+
+def test_two_processes_learn_as_one(parts, tmp_path):
+    """Losses of 50 steps, with hard negatives drawn from the batch of both."""
+    recipe = randomised(
+        parts.recipe(
+            tmp_path / "run",
+            qformer={"dropout": 0.0},
+            data={"batch_size": 6},
+            training={"steps": 50, "save_every": 50},
+        )
+    )
+    log = tmp_path / "log"
+    whole = replace(recipe, data=replace(recipe.data, batch_size=12))
+    status, printed = finish(start(command(whole, tmp_path / "one"), log), log)
+    assert status == 0, printed
+    start_two(command(recipe, tmp_path / "two"), tmp_path, share_global_batches)
+
+    one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
+    assert len(one) == len(two) == 50
+    assert one[-1]["loss"] < one[0]["loss"] - 1
+    for row, other in zip(one, two, strict=True):
+        for name in LOSSES:
+            assert other[name] == pytest.approx(row[name], abs=1e-4), (name, row["step"])
+
+
+# -- what travels --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["representation", "generation"])
+def test_what_travels_is_what_is_written_down(parts, tmp_path, stage):
+    """Every byte that the last of three steps gives to a collective."""
+    language = {"stage": stage, "language": {"name": parts.opt}} if stage == "generation" else {}
+    recipe = parts.recipe(
+        tmp_path / "run",
+        data={"batch_size": 3, "max_tokens": 6},  # which all captions are longer than
+        training={"steps": 3, "save_every": 3, "accumulate": 2},
+        **language,
+    )
+    printed = start_two(command(recipe, tmp_path / "run"), tmp_path, tell_traffic)[0]
+    step = printed.split("\nstep\n")[2]
+    measured = Counter()
+    for name, size in re.findall(r"travels (\w+) (\d+)", step):
+        measured[name] += int(size)
+    weights = sum(tensor.numel() for tensor in trained(tmp_path / "run").values())
+    expected = Counter()
+    for travel in step_traffic(recipe, weights, 16 + 1, 24, 6, 2):
+        name = {"all-to-all": "all_to_all_single"}.get(travel.how, travel.how.replace("-", "_"))
+        expected[name] += travel.bytes
+    assert measured == expected
+
+
+# -- sharding ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("language", [None, "opt", "t5"])
+def test_sharding_changes_nothing(parts, tmp_path, language):
+    # Three held-out pictures, of which one process has two and the other one, that cannot be read.
+    pictures = Path(parts.pictures).parent
+    held_out = tmp_path / "held_out.jsonl"
+    names = [str(pictures / "red-disc-0.png"), "missing.png", str(pictures / "blue-disc-0.png")]
+    held_out.write_text("".join(json.dumps({"image": name, "captions": ["a disc"]}) + "\n" for name in names))
+    rates = {"vision.*": "frozen", "language.*": "frozen", "*": 1e-3}
+    changes = {"optimizer": {"rates": rates, "warmup_steps": 2}}
+    if language:
+        changes |= {"stage": "generation", "language": {"name": getattr(parts, language)}}
+    recipe = parts.recipe(
+        tmp_path / "run",
+        data={"validation": str(held_out), "batch_size": 1},
+        training={"steps": 3, "save_every": 3, "validate_every": 3, "accumulate": 2},
+        **changes,
+    )
+    start_two(command(recipe, tmp_path / "whole"), tmp_path)
+    printed = start_two(command(recipe, tmp_path / "dealt", "--training.shard_frozen", "true"), tmp_path)
+    assert "frozen weights are dealt out to the processes of each machine" in printed[0]
+    whole, dealt = lines(tmp_path / "whole"), lines(tmp_path / "dealt")
+    assert {"validation_itc", "validation_lm"} & set(whole[-1])
+    for row, other in zip(whole, dealt, strict=True):
+        assert other == pytest.approx(row, rel=1e-5)
+    mine, theirs = trained(tmp_path / "whole"), trained(tmp_path / "dealt")
+    assert {name: t.shape for name, t in mine.items()} == {name: t.shape for name, t in theirs.items()}
+
+
+def test_what_cannot_be_dealt_out(parts, tmp_path):
+    rates = {"optimizer": {"rates": {"*": 1e-3}}}
+    recipe = parts.recipe(tmp_path / "run", training={"shard_frozen": True}, **rates)
+    (process, log), (other, _) = begin_two(command(recipe, tmp_path / "dealt"), tmp_path)
+    status, printed = finish(process, log)
+    other.join(60)
+    assert status == 2
+    said = "training.shard_frozen finds no frozen blocks to deal out"
+    assert f"error in process 0 of 2 on {socket.gethostname()}: {said}" in printed
+    failures = (tmp_path / "dealt" / "failures.log").read_text()
+    assert failures.count(said) == 2
+    assert f"process 0 of 2 on {socket.gethostname()}\n" in failures and "process 1 of 2" in failures
+
+
+# -- failing and going on ------------------------------------------------------------------------------------------
+
+
+def children(parent):
+    """Numbers of processes by their rank, of those that torchrun started."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            status, environment = (folder / "status").read_text(), (folder / "environ").read_bytes()
+        except OSError:  # it has ended
+            continue
+        rank = re.search(rb"\0RANK=(\d+)", environment)
+        if rank and f"PPid:\t{parent}\n" in status:
+            found[int(rank[1])] = int(folder.name)
+    return found
+
+
+def wait_for_steps(run, steps, process):
+    metrics, end = run / "metrics.jsonl", time.monotonic() + 300
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < steps:
+        assert process.poll() is None if hasattr(process, "poll") else process.is_alive()
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(parts, tmp_path):
+    recipe = parts.recipe(tmp_path / "run", training={"steps": 40, "save_every": 5})
+    assert recipe.qformer.dropout > 0
+    start_two(command(recipe, tmp_path / "calm"), tmp_path)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    arguments = [*torchrun, "-m", "blip2.cli", *command(recipe, tmp_path / "killed", "--resume")]
+    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    with (tmp_path / "torchrun.log").open("w") as log:
+        process = subprocess.Popen([sys.executable, *arguments], env=environment, stdout=log, stderr=log)
+        try:
+            wait_for_steps(tmp_path / "killed", 7, process)
+            os.kill(children(process.pid)[1], signal.SIGKILL)
+            assert process.wait(300) == 0, (tmp_path / "torchrun.log").read_text()
+        finally:
+            process.terminate()
+            process.wait()
+    printed = (tmp_path / "torchrun.log").read_text()
+    assert len(re.findall(r"going on from .*step-000000[0-3]\d", printed)) == 1
+    assert "Signal 9 (SIGKILL) received by PID" in printed or "exitcode: -9" in printed
+    assert_same_run(tmp_path / "calm", tmp_path / "killed")
+
+
+def test_restarts_that_would_hang_are_refused(parts, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(InputError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        make_accelerator(parts.recipe(tmp_path))
+
+
+def test_a_process_gives_up_waiting_for_one_that_hangs(parts, tmp_path):
+    recipe = parts.recipe(tmp_path / "run", training={"steps": 10_000, "save_every": 10_000, "timeout": 3})
+    (process, log), (hanging, _) = begin_two(command(recipe, tmp_path / "run"), tmp_path)
+    wait_for_steps(tmp_path / "run", 2, process)
+    os.kill(hanging.pid, signal.SIGSTOP)
+    status, printed = finish(process, log)
+    hanging.kill()
+    hanging.join()
+    assert status == 1
+    assert f"process 0 of 2 on {socket.gethostname()} failed\nTraceback" in printed
+    assert "process 0 of 2" in (tmp_path / "run" / "failures.log").read_text()
+    assert "imed out" in printed
