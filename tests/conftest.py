@@ -45,6 +45,7 @@ from transformers import (
 
 from blip2.config import (
     DataConfig,
+    EvaluationConfig,
     LanguageConfig,
     OptimizerConfig,
     QFormerConfig,
@@ -101,6 +102,7 @@ class Parts:
             "optimizer": OptimizerConfig,
             "training": TrainingConfig,
             "language": LanguageConfig,
+            "evaluation": EvaluationConfig,
         }
         for name, value in changes.items():
             if name in kinds and isinstance(value, dict):
