@@ -79,7 +79,8 @@ class Parts:
         """A stage-1 recipe of the tiny parts; `changes` replace sections or their fields (``data={...}``)."""
         sections: dict[str, dict[str, object]] = {
             "vision": {"name": self.vision},
-            "data": {"train": self.pictures, "batch_size": 4, "workers": 0},
+            # Most tests measure on what they train on.
+            "data": {"train": self.pictures, "batch_size": 4, "workers": 0, "allow_overlap": True},
             "qformer": {
                 "bert": self.bert,
                 "hidden_size": 32,

@@ -144,6 +144,9 @@ class DataConfig:
     paper in its publisher's own files as NAME:SPLIT:FOLDER (docs/data.md)."""
     validation: str | None = None
     """Pairs of the same kind to measure the losses on, never trained on."""
+    allow_overlap: bool = False
+    """Measure on images that are trained on, too. Otherwise data.validation and evaluation.data may share none with
+    data.train, as far as that can be seen (docs/data.md)."""
     split: str = "train"
     """Which split of a hub:NAME to train on."""
     image_column: str | None = None

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from blip2.data.records import open_records
 from blip2.errors import InputError
 from blip2.evaluation.during import train
 from blip2.evaluation.evaluate import evaluate, settings_of
@@ -107,7 +108,7 @@ def test_the_best_is_kept(parts, questions, tmp_path, monkeypatch, values):
 
     class Evaluation:
         def __init__(self, recipe):
-            self.records = None
+            self.records = open_records(questions, recipe.data)
 
         def __call__(self, built, step):
             seen[step] = built.model.qformer.queries.detach().clone()

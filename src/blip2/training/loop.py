@@ -26,6 +26,7 @@ from blip2.config import Recipe
 from blip2.data.assets import resolve
 from blip2.data.batches import Loaded, Preparation, plan_batches, to_device
 from blip2.data.loading import load
+from blip2.data.overlap import Source, check_overlap
 from blip2.data.records import Records, RecordStream, open_records
 from blip2.data.texts import StageBatch
 from blip2.errors import InputError
@@ -160,11 +161,17 @@ class _Training:
             if built.model.vision.is_frozen:
                 built.model.vision.compile_network()
         positions = state["positions"] if state else []
+        self.opened: list[Source] = []
         self.loaded, self.validation = self._open_data(self._own(positions, display))
         self.evaluation: Evaluation | None = None
         if recipe.evaluation is not None and evaluation is not None:
             with accelerator.main_process_first():
                 self.evaluation = evaluation(recipe)
+            self.opened.append(("evaluation.data", recipe.evaluation.data, self.evaluation.records))
+        if not recipe.data.allow_overlap:
+            train = [source for source in self.opened if source[0] == "data.train"]
+            for line in check_overlap(train, [source for source in self.opened if source not in train]):
+                display.say(line)
         self.unfinished: dict[str, float] | None = state.get("unfinished") if state else None
         """Metrics of a step whose evaluation was under way when the run was killed."""
         self.best: float | None = None
@@ -202,6 +209,7 @@ class _Training:
         def prepare(source: str, train: bool) -> tuple[Records | RecordStream, Preparation]:
             with self.accelerator.main_process_first():
                 records = open_records(resolve(source), data, process, processes)
+            self.opened.append(("data.train" if train else "data.validation", source, records))
             features = None
             if data.cached_views:
                 views = data.cached_views if train else 1
