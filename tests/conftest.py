@@ -45,6 +45,7 @@ from transformers import (
 
 from blip2.config import (
     DataConfig,
+    EvaluationConfig,
     LanguageConfig,
     OptimizerConfig,
     QFormerConfig,
@@ -78,7 +79,8 @@ class Parts:
         """A stage-1 recipe of the tiny parts; `changes` replace sections or their fields (``data={...}``)."""
         sections: dict[str, dict[str, object]] = {
             "vision": {"name": self.vision},
-            "data": {"train": self.pictures, "batch_size": 4, "workers": 0},
+            # Most tests measure on what they train on.
+            "data": {"train": self.pictures, "batch_size": 4, "workers": 0, "allow_overlap": True},
             "qformer": {
                 "bert": self.bert,
                 "hidden_size": 32,
@@ -101,6 +103,7 @@ class Parts:
             "optimizer": OptimizerConfig,
             "training": TrainingConfig,
             "language": LanguageConfig,
+            "evaluation": EvaluationConfig,
         }
         for name, value in changes.items():
             if name in kinds and isinstance(value, dict):

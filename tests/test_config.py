@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from blip2 import config
-from blip2.config import LanguageConfig, LoraConfig, Recipe
+from blip2.config import EvaluationConfig, LanguageConfig, LoraConfig, Recipe
 from blip2.errors import InputError
 from blip2.recipe import dump_recipe, find_recipe, load_recipe
 
@@ -189,7 +189,10 @@ def test_every_number_has_a_range(smallest):
         for field in fields(getattr(smallest, section.name))
         if re.search(r"\b(int|float)\b", str(field.type))
     }
-    numbers |= {f"language.lora.{field.name}" for field in fields(LoraConfig) if field.type in ("int", "float")}
+    for name, section in (("language.lora", LoraConfig), ("evaluation", EvaluationConfig)):
+        numbers |= {
+            f"{name}.{field.name}" for field in fields(section) if re.search(r"\b(int|float)\b", str(field.type))
+        }
     assert numbers == set(config.RANGES)
 
 
@@ -200,6 +203,21 @@ def test_every_number_has_a_range(smallest):
         ({"language": {"name": "opt"}}, "stage representation has no LLM: leave out language"),
         ({"objectives": {"itc": 0, "itm": 0, "itg": 0}}, "all objectives are switched off: give one"),
         ({"qformer": {"heads": 7}}, "qformer.hidden_size 768 is not a multiple of qformer.heads 7"),
+        (
+            {"evaluation": {"task": "vqa", "data": "x"}},
+            "evaluation.task vqa is not for stage representation: set it to retrieval",
+        ),
+        (
+            {
+                "stage": "generation",
+                "language": {"name": "x"},
+                "evaluation": {"task": "retrieval", "data": "x"},
+            },
+            "evaluation.task retrieval is not for stage generation: set it to captioning or vqa",
+        ),
+        ({"training": {"best": "evaluation_CIDEr"}}, "training.best is evaluation_CIDEr, which needs evaluation: set"),
+        ({"training": {"best": "validation_loss"}}, "training.best is validation_loss, which needs data.validation"),
+        ({"training": {"best": "loss"}}, "training.best is loss, expected a name that begins with validation_ or eval"),
     ],
 )
 def test_what_does_not_go_together(write, changes, expected):

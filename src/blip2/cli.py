@@ -164,10 +164,13 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate = command(
         "evaluate",
         run_evaluate,
-        "score a model on records: its captions, answers or retrieval",
+        "score a model, or a file of predictions, on records: captions, answers or retrieval",
         "blip2 evaluate runs/mine/stage2 --task vqa --data vqav2:val:/data/coco --output runs/mine/vqav2",
     )
-    add_model(evaluate, None)
+    add_model(evaluate, None, needed=False)
+    evaluate.add_argument(
+        "--predictions", metavar="FILE", help="score this file, as predictions.json, in place of a MODEL"
+    )
     evaluate.add_argument("--task", required=True, choices=["captioning", "vqa", "retrieval"], help="what to score")
     evaluate.add_argument(
         "--data", required=True, metavar="SOURCE", help="what data.train of a recipe may say (docs/data.md)"
@@ -191,6 +194,11 @@ def build_parser() -> argparse.ArgumentParser:
         default="official",
         choices=["official", "lavis"],
         help="of comparing answers (default: official)",
+    )
+    evaluate.add_argument(
+        "--lemmatise",
+        action="store_true",
+        help="score answers in base forms as well, which is always done for ok-vqa; needs spaCy",
     )
     add_decoding(evaluate)
 
@@ -234,8 +242,9 @@ def take_keys(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_model(parser: argparse.ArgumentParser, stage: str | None) -> None:
-    parser.add_argument("model", metavar="MODEL", help=f"of stage {stage}: {CHECKPOINT}" if stage else CHECKPOINT)
+def add_model(parser: argparse.ArgumentParser, stage: str | None, needed: bool = True) -> None:
+    about = f"of stage {stage}: {CHECKPOINT}" if stage else CHECKPOINT
+    parser.add_argument("model", metavar="MODEL", nargs=None if needed else "?", help=about)
     take_keys(parser)
     parser.set_defaults(stage=stage)
     parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: a GPU if there is one)")
@@ -271,7 +280,7 @@ def run_train(options: argparse.Namespace) -> None:
     if options.recipe is None:
         raise InputError("no recipe was given: blip2 train RECIPE; blip2 train --help lists what a recipe holds")
     recipe = load_recipe(find_recipe(options.recipe), options.rest)
-    from blip2.training.loop import train
+    from blip2.evaluation.during import train
 
     print(train(recipe, resume=options.resume))
 
@@ -332,14 +341,26 @@ def run_embed(options: argparse.Namespace) -> None:
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
-    from blip2.evaluation.evaluate import Settings, evaluate
+    if (options.model is None) == (options.predictions is None):
+        raise InputError("expected a MODEL or --predictions, one of them: what is to be scored?")
+    from blip2.config import EvaluationConfig
+    from blip2.evaluation.evaluate import DECODING, evaluate, evaluate_predictions, settings_of
 
-    decoding = None if options.task == "retrieval" else _decoding(options, questions=options.task == "vqa")
-    settings = Settings(decoding, options.prompt, options.candidates, options.fusion, options.rules)
-    metrics = evaluate(
-        options.model, options.task, options.data, options.output, settings, limit=options.limit,
-        device=options.device, dtype=options.dtype, changes=options.changes,
+    decoding = {name: getattr(options, name) for name in DECODING}
+    config = EvaluationConfig(
+        options.task, options.data, prompt=options.prompt, candidates=options.candidates, fusion=options.fusion,
+        rules=options.rules, lemmatise=options.lemmatise, **decoding,
     )  # fmt: skip
+    settings = settings_of(config, _seed(options))
+    if options.predictions is not None:
+        metrics = evaluate_predictions(
+            options.predictions, options.task, options.data, options.output, settings, limit=options.limit
+        )
+    else:
+        metrics = evaluate(
+            options.model, options.task, options.data, options.output, settings, limit=options.limit,
+            device=options.device, dtype=options.dtype, changes=options.changes,
+        )  # fmt: skip
     print(json.dumps(metrics, indent=1))
 
 
@@ -367,9 +388,7 @@ def _decoding(options: argparse.Namespace, questions: bool):
 
     from blip2.inference import ANSWER, CAPTION
 
-    if not 0 <= options.seed < 2**32:
-        raise InputError(f"--seed is {options.seed}, expected 0 to {2**32 - 1}")
-    set_seed(options.seed)
+    set_seed(_seed(options))
     given = {
         "beams": options.beams,
         "top_p": options.top_p,
@@ -379,6 +398,12 @@ def _decoding(options: argparse.Namespace, questions: bool):
     }
     changes = {key: value for key, value in given.items() if value is not None}
     return replace(ANSWER if questions else CAPTION, **changes)
+
+
+def _seed(options: argparse.Namespace) -> int:
+    if not 0 <= options.seed < 2**32:
+        raise InputError(f"--seed is {options.seed}, expected 0 to {2**32 - 1}")
+    return options.seed
 
 
 if __name__ == "__main__":

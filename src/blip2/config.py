@@ -144,6 +144,9 @@ class DataConfig:
     paper in its publisher's own files as NAME:SPLIT:FOLDER (docs/data.md)."""
     validation: str | None = None
     """Pairs of the same kind to measure the losses on, never trained on."""
+    allow_overlap: bool = False
+    """Measure on images that are trained on, too. Otherwise data.validation and evaluation.data may share none with
+    data.train, as far as that can be seen (docs/data.md)."""
     split: str = "train"
     """Which split of a hub:NAME to train on."""
     image_column: str | None = None
@@ -243,8 +246,47 @@ class TrainingConfig:
     """Checkpoints kept; older ones are deleted."""
     validate_every: int = 1000
     """Steps between measurements on data.validation."""
+    best: str | None = None
+    """Metric whose best checkpoint is kept as best in the run's folder, whatever training.keep says: validation_loss or
+    another that is measured on data.validation (of losses and perplexities the smallest is best), or one of evaluation,
+    such as evaluation_CIDEr, evaluation_accuracy, evaluation_itm_IR@1. null: none."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
     """Where metrics go beside metrics.jsonl."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What blip2 evaluate would measure, every so many steps while it trains. Results go to metrics.jsonl and the
+    trackers as evaluation_..., and with predictions and a page of cases to evaluation/step-... in the run's folder."""
+
+    task: Literal["captioning", "vqa", "retrieval"]
+    """What to score: retrieval for stage representation, captioning or vqa for stage generation."""
+    data: str
+    """Held-out records: what data.train may say."""
+    every: int = 1000
+    """Steps between evaluations; there is one after the last step, too."""
+    limit: int | None = None
+    """Only so many records, the first ones; null: all."""
+    prompt: str | None = None
+    """Of captions, or of questions with {} in it; null: the model's own."""
+    beams: int | None = None
+    """Beam width; 1 is greedy; null: 5."""
+    top_p: float | None = None
+    """Nucleus sampling instead of beam search."""
+    temperature: float | None = None
+    """Of sampling; null: 1."""
+    length_penalty: float | None = None
+    """Below 0 favours short texts; null: 1, for answers -1."""
+    max_new_tokens: int | None = None
+    """Longest text in tokens; null: 30, for answers 10."""
+    candidates: int = 128
+    """Of retrieval: how many in each direction are re-ranked; 0: none."""
+    fusion: Literal["itm", "itm+itc"] = "itm"
+    """Of retrieval: what re-ranks them; itm+itc is LAVIS's."""
+    rules: Literal["official", "lavis"] = "official"
+    """Of comparing answers."""
+    lemmatise: bool = False
+    """Score answers in base forms as well, as LAVIS does for OK-VQA, for which it is always done. Needs spaCy."""
 
 
 @dataclass(frozen=True)
@@ -262,6 +304,7 @@ class Recipe:
     objectives: ObjectivesConfig = ObjectivesConfig()
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig | None = None
     start_from: str | None = None
     """Run or checkpoint whose trained weights this one starts from: a stage 2 starts from a stage 1."""
 
@@ -280,6 +323,7 @@ class Recipe:
                 if isinstance(number, float | int) and not smallest <= number <= largest:
                     expected = f"at least {smallest}" if largest == math.inf else f"{smallest} to {largest}"
                     raise InputError(f"{name} is {number}, expected {expected}")
+        self._check_evaluation()
         if self.qformer.reads_questions and (self.language is None or not self.language.asks):
             raise InputError(
                 "qformer.reads_questions is for stage generation with questions: put {} into language.prompt where the"
@@ -290,6 +334,24 @@ class Recipe:
                 f"qformer.hidden_size {self.qformer.hidden_size} is not a multiple of qformer.heads"
                 f" {self.qformer.heads}"
             )
+
+    def _check_evaluation(self) -> None:
+        task = None if self.evaluation is None else self.evaluation.task
+        if task is not None and (task == "retrieval") != (self.stage == "representation"):
+            fitting = "retrieval" if self.stage == "representation" else "captioning or vqa"
+            raise InputError(f"evaluation.task {task} is not for stage {self.stage}: set it to {fitting}")
+        if task is not None and self.training.shard_frozen:
+            raise InputError(
+                "training.shard_frozen needs all processes at the same work, which an evaluation is not: leave one out,"
+                " and evaluate checkpoints with blip2 evaluate"
+            )
+        best = self.training.best or ""
+        needs = {"validation_": ("data.validation", self.data.validation), "evaluation_": ("evaluation", task)}
+        for beginning, (key, value) in needs.items():
+            if best.startswith(beginning) and value is None:
+                raise InputError(f"training.best is {best}, which needs {key}: set it, or another training.best")
+        if best and not best.startswith(tuple(needs)):
+            raise InputError(f"training.best is {best}, expected a name that begins with {' or '.join(needs)}")
 
 
 RANGES: dict[str, tuple[float, float]] = {
@@ -333,5 +395,13 @@ RANGES: dict[str, tuple[float, float]] = {
     "training.save_every": (1, math.inf),
     "training.keep": (1, math.inf),
     "training.validate_every": (1, math.inf),
+    "evaluation.every": (1, math.inf),
+    "evaluation.limit": (1, math.inf),
+    "evaluation.beams": (1, math.inf),
+    "evaluation.top_p": (1e-6, 1),
+    "evaluation.temperature": (1e-6, math.inf),
+    "evaluation.length_penalty": (-math.inf, math.inf),
+    "evaluation.max_new_tokens": (1, math.inf),
+    "evaluation.candidates": (0, math.inf),
 }
 """Smallest and largest value of numbers, both allowed; every element of a list and every value of a mapping."""

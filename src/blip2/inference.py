@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from blip2.build import build, choose_device
+from blip2.build import Built, build, choose_device
 from blip2.config import Precision, Recipe, Stage
 from blip2.data.images import ImageLike, read_image, to_pixels
 from blip2.data.texts import encode_prompts, encode_questions, encode_texts, fill_prompts
@@ -75,10 +75,19 @@ def load(
     built = build(recipe, choose_device(device), found)
     checkpoint.load_weights(found, built.model)
     built.model.eval()
+    return connect(built, recipe, Path(found.name))
+
+
+def connect(built: Built, recipe: Recipe, path: Path) -> RepresentationPipeline | GenerationPipeline:
+    """A model in use, as it is.
+
+    Args:
+        path: what it is called in messages.
+    """
     if isinstance(built.model, RepresentationModel):
-        return RepresentationPipeline(built.model, built.tokenizer, recipe, Path(found.name))
+        return RepresentationPipeline(built.model, built.tokenizer, recipe, path)
     assert built.end is not None
-    return GenerationPipeline(built.model, built.tokenizer, recipe, Path(found.name), built.end, built.reader)
+    return GenerationPipeline(built.model, built.tokenizer, recipe, path, built.end, built.reader)
 
 
 class Pipeline(Generic[Model]):

@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from blip2.config import LanguageConfig, LoraConfig, Recipe
+from blip2.config import EvaluationConfig, LanguageConfig, LoraConfig, Recipe
 from blip2.errors import InputError
 
 USAGE = "blip2 train RECIPE [--resume] [--KEY VALUE ...]"
@@ -31,7 +31,8 @@ def recipe_help() -> str:
     try:
         pages = [recipe_parser().format_help()]
         # An optional section is not spelled out by itself.
-        for section, name in ((LanguageConfig, "language"), (LoraConfig, "language.lora")):
+        sections = ((LanguageConfig, "language"), (LoraConfig, "language.lora"), (EvaluationConfig, "evaluation"))
+        for section, name in sections:
             parser = ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
             parser.add_class_arguments(section, name)
             pages.append(parser.format_help().strip())

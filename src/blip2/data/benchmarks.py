@@ -107,8 +107,8 @@ def check_disjoint(
     """Make sure that two sets of rows share no image. Only the names of the first's images are held.
 
     Args:
-        one, other: rows as :func:`read_benchmark` gives them, rows of one's own, which are known by their ``image``, or
-            image ids.
+        one, other: rows as :func:`read_benchmark` gives them, rows of one's own, which are known by their ``image``
+            alone, or image ids.
         names: of both, for the message.
 
     Raises:
@@ -130,7 +130,7 @@ def check_disjoint(
 def _image_keys(row: Row | str | int) -> list[str]:
     if not isinstance(row, dict):
         return [str(row)]
-    keys = [str(row.get("image_key") or row["image"])]
+    keys = [str(key) for key in (row.get("image_key"), row["image"]) if key is not None]
     return keys if row.get("coco_id") is None else [*keys, f"coco/{row['coco_id']}"]
 
 

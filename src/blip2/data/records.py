@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "image_path", "file_name
 CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "texts", "sentence", "sentences")
 ANSWER_COLUMNS = ("answers", "answer")
 QUESTION_COLUMNS = ("question",)
+NAME_COLUMNS = ("image_key", "coco_id")
 ABOUT_COLUMNS = ("image_id", "question_id", "question_type", "answer_type", "domain")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 BUILDERS = {
@@ -74,9 +76,7 @@ class _Columns:
     """Where relative paths of images start."""
 
     def record(self, row: dict[str, Any], number: int) -> Record:
-        image = row[self.image]
-        if isinstance(image, dict):  # Hugging Face's image: bytes, a path, or both
-            image = image.get("bytes") or image.get("path")
+        image = _unpacked(row[self.image])
         if image and not isinstance(image, bytes):
             image = str(self.root / str(image))
         key = f"{self.source} row {number}" + (f" ({image})" if isinstance(image, str) else "")
@@ -84,6 +84,11 @@ class _Columns:
         about = {name: row[name] for name in self.about if row[name] is not None}
         captions = clean_captions(row[self.caption]) if self.caption else ()
         return Record(key, image or None, captions, question or None, about)
+
+
+def _unpacked(image: Any) -> Any:
+    """The path or the bytes of a cell: Hugging Face's image has one of them, or both."""
+    return (image.get("bytes") or image.get("path")) if isinstance(image, dict) else image
 
 
 def clean_captions(value: Any) -> tuple[str, ...]:
@@ -111,6 +116,28 @@ class Records(Sequence[Record]):
         if self._columns.caption is None:
             return [()] * len(indices)
         return [clean_captions(value) for value in self._captions[list(indices)][self._columns.caption]]
+
+    @property
+    def holds_images(self) -> bool:
+        """Whether images lie within it, and not in files of their own."""
+        return not isinstance(self[0].image, str)
+
+    def image_names(self) -> Iterator[dict[str, Any]]:
+        """What each record's image is called: its path, or a digest of its bytes, as ``image``; of the data sets of the
+        paper the names that :func:`blip2.data.benchmarks.check_disjoint` compares. No file is opened."""
+        names = [name for name in NAME_COLUMNS if name in self._dataset.column_names]
+        root = os.path.abspath(self._columns.root)  # noqa: PTH100  (of millions of paths Path would make a minute)
+        named = self._dataset.select_columns([self._columns.image, *names])
+        for start in range(0, len(self), 1000):
+            rows = named[start : start + 1000]
+            for cell, *others in zip(*(rows[name] for name in (self._columns.image, *names)), strict=True):
+                image = _unpacked(cell)
+                if isinstance(image, bytes):
+                    image = hashlib.blake2b(image, digest_size=16).hexdigest()
+                elif image:
+                    image = os.path.join(root, str(image))  # noqa: PTH118
+                    image = os.path.normpath(image) if "/." in image or "//" in image else image
+                yield {"image": image or None, **dict(zip(names, others, strict=True))}
 
 
 class RecordStream:
@@ -191,7 +218,7 @@ def open_records(source: str, config: DataConfig, process: int = 0, processes: i
 
 def _table(source: str) -> datasets.Dataset:
     """The rows of a benchmark that records are made of, in memory without their pictures."""
-    wanted = ("image", *CAPTION_COLUMNS, *QUESTION_COLUMNS, *ANSWER_COLUMNS, *ABOUT_COLUMNS)
+    wanted = ("image", *CAPTION_COLUMNS, *QUESTION_COLUMNS, *ANSWER_COLUMNS, *ABOUT_COLUMNS, *NAME_COLUMNS)
     rows = ({name: value for name, value in row.items() if name in wanted} for row in read_benchmark(source))
     parts = []
     while part := list(islice(rows, ROWS_AT_ONCE)):

@@ -1,10 +1,11 @@
-"""Evaluating a checkpoint on any records, on any number of processes."""
+"""Evaluating a checkpoint, or a file of predictions, on any records and on any number of processes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,23 +14,25 @@ import torch
 from accelerate import PartialState
 
 from blip2.build import choose_device
-from blip2.config import DataConfig, Precision
-from blip2.data.assets import resolve
+from blip2.config import DataConfig, EvaluationConfig, Precision
 from blip2.data.identity import add_weights
-from blip2.data.records import Records, open_records
 from blip2.errors import InputError
 from blip2.evaluation import tasks
 from blip2.evaluation.parts import Parts
 from blip2.evaluation.predictions import write_json, write_predictions
 from blip2.evaluation.report import write_cases
-from blip2.evaluation.tasks import DEFAULTS, Settings
-from blip2.inference import load
-from blip2.model.distributed import process_index
+from blip2.evaluation.table import Table
+from blip2.evaluation.tasks import DEFAULTS, Findings, Settings
+from blip2.inference import ANSWER, CAPTION, GenerationPipeline, RepresentationPipeline, load
+from blip2.model.distributed import gather_objects, process_index
 from blip2.training.checkpoint import trained_state
 
 Task = Literal["captioning", "vqa", "retrieval"]
 WORK: dict[Task, Any] = {"captioning": tasks.caption, "vqa": tasks.answer, "retrieval": tasks.retrieve}
+JUDGE: dict[Task, Any] = {"captioning": tasks.judge_given_captions, "vqa": tasks.judge_given_answers}
 METRICS = "metrics.json"
+OK_VQA = "ok-vqa:"
+"""Beginning of the sources whose answers are base forms."""
 
 
 def evaluate(
@@ -64,52 +67,137 @@ def evaluate(
     state = PartialState(cpu=choose_device(device).type == "cpu")
     stage = "representation" if task == "retrieval" else "generation"
     pipeline = load(model, device or str(state.device), dtype, changes=changes, stage=stage)
-    config = DataConfig(train=data, streaming=False) if isinstance(data, str) else replace(data, streaming=False)
-    records = open_records(resolve(config.train), config)
-    assert isinstance(records, Records)
-    count = len(records) if limit is None else min(limit, len(records))
-    folder = Path(output)
+    about, found = evaluate_pipeline(pipeline, task, open_table(data, limit), output, settings)
+    return {**about, **found}
+
+
+def evaluate_pipeline(
+    pipeline: RepresentationPipeline | GenerationPipeline,
+    task: Task,
+    table: Table,
+    output: str | Path,
+    settings: Settings = DEFAULTS,
+    anew: bool = False,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """:func:`evaluate` a model that is there already, in evaluation mode.
+
+    Args:
+        anew: clear an output of another evaluation instead of refusing it.
+
+    Returns:
+        What was evaluated, and the metrics.
+    """
+    settings = _for_data(settings, table)
     about = {
-        "task": task, "model": str(pipeline.path), "weights": _digest(pipeline.model), "data": config.train,
-        "records": count, "dtype": str(pipeline.model.vision.dtype), **json.loads(json.dumps(asdict(settings))),
+        "task": task, "model": str(pipeline.path), "weights": _digest(pipeline.model), "data": table.source,
+        "records": len(table), "dtype": str(pipeline.model.vision.dtype), **_plain(settings),
     }  # fmt: skip
-    parts = _claim(folder, about)
-    if (folder / METRICS).exists():  # it was done before
-        return json.loads((folder / METRICS).read_text(encoding="utf-8"))
-    findings = WORK[task](pipeline, [records[i] for i in range(count)], settings, parts)
-    metrics = {**about, **findings.metrics}
+    return about, _once(Path(output), about, anew, lambda parts: WORK[task](pipeline, table, settings, parts))
+
+
+def evaluate_predictions(
+    file: str | Path,
+    task: Task,
+    data: str | DataConfig,
+    output: str | Path,
+    settings: Settings = DEFAULTS,
+    *,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """Score a file of predictions as :func:`evaluate` writes it, of any model. No image is needed.
+
+    Raises:
+        InputError: the file cannot be read, lacks records, or has some twice or that are not in the data; or as
+            :func:`evaluate`.
+    """
+    PartialState(cpu=True)
+    if task not in JUDGE:
+        raise InputError(f"the task {task} has no predictions to score: give a model")
+    table = open_table(data, limit)
+    settings = _for_data(settings, table)
+    try:
+        content = Path(file).read_bytes()
+    except OSError as error:
+        raise InputError(f"{file} cannot be read ({error.strerror}): check the path of the predictions") from error
+    about = {
+        "task": task, "predictions": str(file), "digest": hashlib.blake2b(content, digest_size=8).hexdigest(),
+        "data": table.source, "records": len(table), "rules": settings.rules, "lemmatise": settings.lemmatise,
+    }  # fmt: skip
+    found = _once(Path(output), about, False, lambda parts: JUDGE[task](table, file, settings, parts))
+    return {**about, **found}
+
+
+def open_table(data: str | DataConfig, limit: int | None = None) -> Table:
+    """The records that a source of data names."""
+    return Table(DataConfig(train=data) if isinstance(data, str) else data, limit)
+
+
+def settings_of(config: EvaluationConfig, seed: int = 0) -> Settings:
+    """What a recipe, or the command line, says of an evaluation."""
+    given = {name: getattr(config, name) for name in DECODING}
+    decoding = ANSWER if config.task == "vqa" else CAPTION
+    decoding = replace(decoding, **{name: value for name, value in given.items() if value is not None})
+    return Settings(
+        None if config.task == "retrieval" else decoding, config.prompt, config.candidates, config.fusion,
+        config.rules, config.lemmatise, seed,
+    )  # fmt: skip
+
+
+DECODING = ("beams", "top_p", "temperature", "length_penalty", "max_new_tokens")
+
+
+def _for_data(settings: Settings, table: Table) -> Settings:
+    return replace(settings, lemmatise=settings.lemmatise or table.source.startswith(OK_VQA))
+
+
+def _plain(settings: Settings) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(settings)))
+
+
+def _once(folder: Path, about: dict[str, Any], anew: bool, work: Callable[[Parts], Findings]) -> dict[str, Any]:
+    """The metrics that `work` finds, which are written to a folder; those in it, where it was done before."""
+    problem = None
     if process_index() == 0:
+        problem = _claim(folder, about, anew)
+    problem = gather_objects(problem)[0]
+    if problem is not None:
+        raise InputError(problem)
+    if (folder / METRICS).exists():  # it was done before
+        found = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+        return {name: value for name, value in found.items() if name not in about}
+    parts = Parts(folder / "parts")
+    findings = work(parts)
+    if process_index() == 0:
+        metrics = {**about, **findings.metrics}
         if findings.kind is not None:
             write_predictions(folder / "predictions.json", findings.kind, findings.predictions)
         write_cases(folder / "report.html", metrics, findings.cases)
         # What says that it is done comes last.
         write_json(folder / METRICS, metrics, indent=1)
         parts.forget()
-    state.wait_for_everyone()
-    return metrics
+    gather_objects(None)  # nobody goes on before all is written
+    return findings.metrics
 
 
-def _claim(folder: Path, about: dict[str, Any]) -> Parts:
-    """The parts of an evaluation in a folder that is its own.
-
-    Raises:
-        InputError: the folder cannot be made, or holds another evaluation.
-    """
+def _claim(folder: Path, about: dict[str, Any], anew: bool) -> str | None:
+    """Make a folder an evaluation's own; what is in the way, if it cannot be."""
     file = folder / "evaluation.json"
     try:
+        if anew and file.exists() and json.loads(file.read_text(encoding="utf-8")) != about:
+            shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if not file.exists():
             write_json(file, about, indent=1)
     except OSError as error:
-        raise InputError(f"{folder} cannot be written ({error.strerror}): give another output") from error
+        return f"{folder} cannot be written ({error.strerror}): give another output"
     found = json.loads(file.read_text(encoding="utf-8"))
     other = sorted(key for key in found.keys() | about.keys() if found.get(key) != about.get(key))
-    if other:
-        raise InputError(
-            f"{folder} holds another evaluation: its {other[0]} is {found.get(other[0])}, not {about.get(other[0])}:"
-            " give another output"
-        )
-    return Parts(folder / "parts")
+    if not other:
+        return None
+    return (
+        f"{folder} holds another evaluation: its {other[0]} is {found.get(other[0])}, not {about.get(other[0])}: give"
+        " another output"
+    )
 
 
 def _digest(model: torch.nn.Module) -> str:

@@ -6,7 +6,7 @@ import base64
 import html
 import io
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from blip2.data.images import read_image
+from blip2.data.images import ImageError, read_image
 from blip2.errors import InputError
 
 STYLE = """
@@ -96,7 +96,8 @@ class Case:
 
     score: float | None
     """Larger is better; None where the truth is not known."""
-    image: str | bytes
+    image: Callable[[], str | bytes | None]
+    """Gives the path or the bytes of its image, if there is one."""
     lines: tuple[str, ...]
 
 
@@ -106,7 +107,8 @@ SHOWN = 12
 
 def write_cases(path: Path, metrics: Mapping[str, Any], cases: Sequence[Case]) -> None:
     """A page with the numbers, and the best, the worst and some of all cases."""
-    report = Report(f"{metrics['task']} of {metrics['model']}", f"{metrics['records']} records of {metrics['data']}")
+    whose = metrics.get("model") or metrics["predictions"]
+    report = Report(f"{metrics['task']} of {whose}", f"{metrics['records']} records of {metrics['data']}")
     report.section("Results")
     report.table(["measure", "value"], [(name, value) for name, value in _flat(metrics) if value])
     scored = sorted((case for case in cases if case.score is not None), key=lambda case: case.score or 0.0)
@@ -114,8 +116,16 @@ def write_cases(path: Path, metrics: Mapping[str, Any], cases: Sequence[Case]) -
     for title, some in (("Best", scored[::-1][:SHOWN]), ("Worst", scored[:SHOWN]), ("Drawn at random", drawn)):
         if some:
             report.section(title)
-            report.cards([(read_image(case.image), _lines(case)) for case in some])
+            report.cards([(_picture(case), _lines(case)) for case in some])
     report.save(path)
+
+
+def _picture(case: Case) -> Image.Image:
+    """Its image; a blank one where predictions were given whose images are not there."""
+    try:
+        return read_image(case.image() or b"")
+    except ImageError:
+        return Image.new("RGB", (8, 8), "white")
 
 
 def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:

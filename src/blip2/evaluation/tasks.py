@@ -5,28 +5,32 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from accelerate.utils import set_seed
 from jaxtyping import Float
 from torch import Tensor
 
 from blip2.config import QUESTION_PLACE
 from blip2.data.images import ImageError, read_image, to_pixels
-from blip2.data.records import Record
 from blip2.data.texts import fill_prompts
 from blip2.errors import InputError
 from blip2.evaluation.captioning import CaptionScores, Missing, official_scores, scores_by_domain
 from blip2.evaluation.parts import Parts
-from blip2.evaluation.predictions import Kind
+from blip2.evaluation.predictions import Kind, read_predictions
 from blip2.evaluation.report import Case
 from blip2.evaluation.retrieval import Fusion, Retrieval, choose, match, ranks, rerank
-from blip2.evaluation.vqa import Question, Rules, score_answers, score_exact
+from blip2.evaluation.table import Table
+from blip2.evaluation.vqa import Question, Rules, lemmatise, score_answers, score_exact
 from blip2.inference import ANSWER, GenerationPipeline, Pipeline, RepresentationPipeline
 from blip2.model.decoding import Decoding
 from blip2.model.objectives import image_text_similarity
 
 Key = TypeVar("Key")
+LEMMATISED = "accuracy_lemmatised"
 NAMED = 20
 """So many images that cannot be used are named; the others are counted."""
 PART = 64
@@ -60,6 +64,10 @@ class Settings:
     """Of retrieval: what ranks the candidates."""
     rules: Rules = "official"
     """Of answers: see :mod:`blip2.evaluation.vqa`."""
+    lemmatise: bool = False
+    """Of answers: score them in base forms, too."""
+    seed: int = 0
+    """Of sampling; each part of the work begins with its own, so that it may be done by any process at any time."""
 
 
 DEFAULTS = Settings()
@@ -69,57 +77,74 @@ DEFAULTS = Settings()
 
 
 @torch.no_grad()
-def answer(pipeline: GenerationPipeline, records: Sequence[Record], settings: Settings, parts: Parts) -> Findings:
+def answer(pipeline: GenerationPipeline, table: Table, settings: Settings, parts: Parts) -> Findings:
     """Answers to questions, and their accuracy where the true answers are there."""
     prompt = settings.prompt or pipeline.question_prompt
     if QUESTION_PLACE not in prompt:
         raise InputError(f"the prompt {prompt!r} has no {QUESTION_PLACE} where the question goes: put it in")
-    unasked = next((record.key for record in records if record.question is None), None)
-    if unasked is not None:
-        raise InputError(f"{unasked} has no question, which the task vqa needs: choose another task")
-    ids = [record.about.get("question_id", i) for i, record in enumerate(records)]
-    doubled = [key for key, times in Counter(ids).items() if times > 1]
-    if doubled:
-        raise InputError(
-            f"question_id {doubled[0]!r} and {len(doubled) - 1} others stand more than once in the data, expected one a"
-            " question"
-        )
+    ids = table.question_ids()
 
     def write(span: range) -> tuple[dict[int, str], list[str]]:
-        names, features, skipped = _see(pipeline, {records[i].image: records[i].image for i in span})
-        asked = [i for i in span if records[i].image in names]
+        first: dict[int, int] = {}
+        for i in span:
+            first.setdefault(table.image_ids[i], i)
+        good, features, skipped = _see(pipeline, {key: table.image(i) for key, i in first.items()})
+        asked = [i for i in span if table.image_ids[i] in good]
         if features is None:
             return {}, skipped
-        questions = [records[i].question or "" for i in asked]
+        questions = [table.said[i].question or "" for i in asked]
         written = pipeline.generate(
             features, fill_prompts(prompt, questions), settings.decoding or ANSWER,
-            image_of=[names.index(records[i].image) for i in asked], questions=questions,
+            image_of=[good.index(table.image_ids[i]) for i in asked], questions=questions,
         )  # fmt: skip
         return dict(zip(asked, written, strict=True)), skipped
 
-    answers, skipped = _write("answers", len(records), write, parts)
-    metrics: dict[str, Any] = {"answered": len(answers), **_skips(skipped)}
+    answers, skipped = _write("answers", len(table), write, parts, settings.seed)
+    return _judge_answers(table, ids, answers, settings, _skips(skipped))
+
+
+def judge_given_answers(table: Table, file: str | Path, settings: Settings, parts: Parts) -> Findings:
+    """The accuracy of a file of answers.
+
+    Raises:
+        InputError: it cannot be read, or ids are missing, doubled or unknown.
+    """
+    ids = table.question_ids()
+    return _judge_answers(table, ids, dict(enumerate(_read(file, "answer", ids))), settings, {})
+
+
+def _judge_answers(
+    table: Table, ids: Sequence[Any], answers: Mapping[int, str], settings: Settings, about: Mapping[str, Any]
+) -> Findings:
+    metrics: dict[str, Any] = {"answered": len(answers), **about}
     truth = {
         i: Question(
-            records[i].captions, *(str(records[i].about.get(key, "")) for key in ("question_type", "answer_type"))
+            table.said[i].captions, *(str(table.said[i].about.get(key, "")) for key in ("question_type", "answer_type"))
         )
         for i in answers
-        if records[i].captions
+        if table.said[i].captions
     }
     scores: dict[Any, float] = {}
     if truth:
         one = all(len(question.answers) == 1 for question in truth.values())
-        found = (score_exact if one else score_answers)({i: answers[i] for i in truth}, truth, settings.rules)
+        score = partial(score_exact if one else score_answers, questions=truth, rules=settings.rules)
+        found = score({i: answers[i] for i in truth})
         metrics |= {
             "accuracy": found.accuracy, "by_question_type": found.by_question_type,
             "by_answer_type": found.by_answer_type,
         }  # fmt: skip
         scores = found.each
+        if settings.lemmatise:
+            try:
+                lemmas = lemmatise([answers[i] for i in truth])
+                metrics[LEMMATISED] = score(dict(zip(truth, lemmas, strict=True))).accuracy
+            except InputError as error:
+                metrics |= {LEMMATISED: None, "missing": {LEMMATISED: str(error)}}
     cases = [
         Case(
             scores.get(i),
-            records[i].image or "",
-            (records[i].question or "", answer, f"true: {_often(truth[i].answers)}" if i in truth else ""),
+            partial(table.image, i),
+            (table.said[i].question or "", answer, f"true: {_often(truth[i].answers)}" if i in truth else ""),
         )
         for i, answer in answers.items()
     ]
@@ -127,22 +152,37 @@ def answer(pipeline: GenerationPipeline, records: Sequence[Record], settings: Se
 
 
 @torch.no_grad()
-def caption(pipeline: GenerationPipeline, records: Sequence[Record], settings: Settings, parts: Parts) -> Findings:
+def caption(pipeline: GenerationPipeline, table: Table, settings: Settings, parts: Parts) -> Findings:
     """Captions of images, and their scores where the true captions are there."""
-    owners = list(_by_image(records).values())
-    first = [records[numbers[0]] for numbers in owners]
+    owners = table.by_image()
 
     def write(span: range) -> tuple[dict[int, str], list[str]]:
-        good, features, skipped = _see(pipeline, {i: first[i].image for i in span})
+        good, features, skipped = _see(pipeline, {i: table.image(owners[i][0]) for i in span})
         if features is None:
             return {}, skipped
         return dict(zip(good, pipeline.caption(features, settings.prompt, settings.decoding), strict=True)), skipped
 
-    captions, skipped = _write("captions", len(owners), write, parts)
-    truth = {i: [text for n in owners[i] for text in records[n].captions] for i in captions}
+    captions, skipped = _write("captions", len(owners), write, parts, settings.seed)
+    return _judge_captions(table, owners, captions, parts, _skips(skipped))
+
+
+def judge_given_captions(table: Table, file: str | Path, settings: Settings, parts: Parts) -> Findings:
+    """The scores of a file of captions.
+
+    Raises:
+        InputError: it cannot be read, or ids are missing, doubled or unknown.
+    """
+    owners = table.by_image()
+    return _judge_captions(table, owners, dict(enumerate(_read(file, "caption", _names(table, owners)))), parts, {})
+
+
+def _judge_captions(
+    table: Table, owners: Sequence[list[int]], captions: Mapping[int, str], parts: Parts, about: Mapping[str, Any]
+) -> Findings:
+    truth = {i: [text for n in owners[i] for text in table.said[n].captions] for i in captions}
     truth = {i: texts for i, texts in truth.items() if texts}
-    domains = {i: str(first[i].about.get("domain", "")) for i in truth}
-    metrics: dict[str, Any] = {"images": len(captions), **_skips(skipped)}
+    domains = {i: str(table.said[owners[i][0]].about.get("domain", "")) for i in truth}
+    metrics: dict[str, Any] = {"images": len(captions), **about}
 
     def score(part: int) -> dict[str, Any]:
         written = {i: captions[i] for i in truth}
@@ -160,28 +200,34 @@ def caption(pipeline: GenerationPipeline, records: Sequence[Record], settings: S
         metrics |= found["metrics"]
         scores = found["cider"]
     cases = [
-        Case(scores.get(i), first[i].image or "", (text, *(f"true: {each}" for each in truth.get(i, ())[:2])))
+        Case(
+            scores.get(i),
+            partial(table.image, owners[i][0]),
+            (text, *(f"true: {each}" for each in truth.get(i, ())[:2])),
+        )
         for i, text in captions.items()
     ]
-    return _told(metrics, "caption", {first[i].about.get("image_id", i): text for i, text in captions.items()}, cases)
+    names = _names(table, owners)
+    return _told(metrics, "caption", {names[i]: text for i, text in captions.items()}, cases)
 
 
 @torch.no_grad()
-def retrieve(pipeline: RepresentationPipeline, records: Sequence[Record], settings: Settings, parts: Parts) -> Findings:
+def retrieve(pipeline: RepresentationPipeline, table: Table, settings: Settings, parts: Parts) -> Findings:
     """Recall of both directions, by similarity (ITC) and, among its candidates, by matching (ITM)."""
-    owners = list(_by_image(records).values())
+    owners = table.by_image()
     spans = _spans(len(owners))
 
-    images = [records[numbers[0]].image for numbers in owners]
+    def see(part: int) -> tuple[list[int], Float[Tensor, "I P E"] | None, list[str]]:
+        return _see(pipeline, {i: table.image(owners[i][0]) for i in spans[part]})
 
     def embed(part: int) -> dict[str, Any]:
-        good, features, skipped = _see(pipeline, {i: images[i] for i in spans[part]})
+        good, features, skipped = see(part)
         vectors = None if features is None else pipeline.embed_images(features).cpu()
         return {"images": good, "vectors": vectors, "skipped": skipped}
 
     done = parts.do("images", len(spans), embed)
     place = {image: number for number, image in enumerate(i for part in done for i in part["images"])}
-    told = [(place[i], text) for i in place for n in owners[i] for text in records[n].captions]
+    told = [(place[i], text) for i in place for n in owners[i] for text in table.said[n].captions]
     if not told:
         raise InputError("the task retrieval needs images with captions, and there are none that can be used")
     texts = [text for _, text in told]
@@ -209,7 +255,7 @@ def retrieve(pipeline: RepresentationPipeline, records: Sequence[Record], settin
         ids, mask = pipeline.encode_texts(texts)
 
         def rank(part: int) -> list[Tensor]:
-            good, features, _ = _see(pipeline, {i: images[i] for i in spans[part]})
+            good, features, _ = see(part)
             if features is None:
                 return []
             rows = zip(features.split(1), good, strict=True)
@@ -221,9 +267,13 @@ def retrieve(pipeline: RepresentationPipeline, records: Sequence[Record], settin
 
     metrics |= _skips([message for part in done for message in part["skipped"]])
     order = ranks(found.text_scores.T, positive.T).tolist()
-    shown = [images[i] or "" for i in place]
+    shown = [owners[i][0] for i in place]
     cases = [
-        Case(1 / (1 + rank), shown[number], (text, f"its image is number {rank + 1} of {len(place)}"))
+        Case(
+            1 / (1 + rank),
+            partial(table.image, shown[number]),
+            (text, f"its image is number {rank + 1} of {len(place)}"),
+        )
         for (number, text), rank in zip(told, order, strict=True)
     ]
     return Findings(metrics, None, {}, cases)
@@ -248,24 +298,21 @@ def _see(
     return list(pixels), pipeline.encode(torch.stack(list(pixels.values()))) if pixels else None, skipped
 
 
-def _by_image(records: Sequence[Record]) -> dict[Any, list[int]]:
-    """The records of each image, in the order in which images come."""
-    owners: dict[Any, list[int]] = {}
-    for number, record in enumerate(records):
-        owners.setdefault(record.about.get("image_id", record.image_id), []).append(number)
-    return owners
-
-
 def _spans(count: int) -> list[range]:
     return [range(start, min(start + PART, count)) for start in range(0, count, PART)]
 
 
 def _write(
-    name: str, count: int, write: Callable[[range], tuple[dict[int, str], list[str]]], parts: Parts
+    name: str, count: int, write: Callable[[range], tuple[dict[int, str], list[str]]], parts: Parts, seed: int
 ) -> tuple[dict[int, str], list[str]]:
     """What `write` gives for `count` numbers, part by part: texts by number, and why images were skipped."""
     spans = _spans(count)
-    done = parts.do(name, len(spans), lambda part: write(spans[part]))
+
+    def work(part: int) -> tuple[dict[int, str], list[str]]:
+        set_seed((seed * 1_000_003 + part) % 2**32)
+        return write(spans[part])
+
+    done = parts.do(name, len(spans), work)
     texts = {number: text for written, _ in done for number, text in written.items()}
     return texts, [message for _, skipped in done for message in skipped]
 
@@ -289,12 +336,28 @@ def _recalls(found: Retrieval) -> dict[str, float]:
     return {f"{side}@{key.removeprefix('r')}": value for side, recall in sides.items() for key, value in recall.items()}
 
 
+def _names(table: Table, owners: Sequence[list[int]]) -> list[Any]:
+    """What each image is called: its image_id, or its number."""
+    return [table.said[numbers[0]].about.get("image_id", i) for i, numbers in enumerate(owners)]
+
+
+def _read(file: str | Path, kind: Kind, ids: Sequence[Any]) -> list[str]:
+    """Predictions in the order of their ids."""
+    kind, keys = _kind(kind, ids)
+    found = read_predictions(file, kind, keys)
+    return [found[key] for key in keys]
+
+
+def _kind(kind: Kind, ids: Sequence[Any]) -> tuple[Kind, list[Any]]:
+    """Of predictions with these ids, which are texts unless all are whole numbers."""
+    if all(isinstance(key, int) for key in ids):
+        return kind, list(ids)
+    return "gqa" if kind == "answer" else "named", [str(key) for key in ids]
+
+
 def _told(metrics: dict[str, Any], kind: Kind, predictions: dict[Any, str], cases: list[Case]) -> Findings:
-    """Findings whose predictions are of another kind where their ids are names."""
-    if all(isinstance(key, int) for key in predictions):
-        return Findings(metrics, kind, predictions, cases)
-    named = {str(key): text for key, text in predictions.items()}
-    return Findings(metrics, "gqa" if kind == "answer" else "named", named, cases)
+    kind, keys = _kind(kind, list(predictions))
+    return Findings(metrics, kind, dict(zip(keys, predictions.values(), strict=True)), cases)
 
 
 def _often(answers: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ A checkpoint is a folder ``step-00001000``::
     model.safetensors   what was trained: everything but the frozen image encoder and LLM
     tokenizer/          of the Q-Former's text (stage 1, and stage 2 where it reads questions)
     recipe.yaml         the recipe, which names the frozen parts
-    state.json          step, position in the data, versions
+    state.json          step, position in the data, versions; the metrics of the step until its evaluation is done
     optimizer.pt        what resuming needs besides, read with weights_only=True
 """
 
@@ -16,7 +16,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -28,17 +28,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from blip2.build import Built
 from blip2.config import QFormerConfig, Recipe
 from blip2.data.assets import resolve
 from blip2.errors import InputError
 from blip2.interop.foreign import Checkpoint
-from blip2.interop.formats import is_blip2, open_foreign
+from blip2.interop.formats import is_blip2, is_pickle, open_foreign
 from blip2.interop.transformers import read_json
 from blip2.interop.weights import open_file
 from blip2.model.frozen import Freezable
+from blip2.model.generation import GenerationModel
 from blip2.recipe import dump_recipe, load_recipe, override
 
 FOLDER = "checkpoints"
+BEST = "best"
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -120,6 +123,34 @@ def save(
     for old in sorted(root.glob("step-????????"))[:-keep]:
         shutil.rmtree(old)
     return folder
+
+
+def keep_best(run: Path, step: int, about: dict[str, Any]) -> None:
+    """Keep the checkpoint of a step as the run's best, without what only resuming needs, beyond all others.
+
+    Args:
+        about: what it is the best of, for ``best.json`` in it.
+    """
+    best = run / BEST
+    building, old = best.with_suffix(".tmp"), best.with_suffix(".old.tmp")
+    for stale in (building, old):  # of a process that was killed here
+        shutil.rmtree(stale, ignore_errors=True)
+    shutil.copytree(
+        run / FOLDER / f"step-{step:08d}", building, copy_function=_link, ignore=shutil.ignore_patterns("optimizer.pt")
+    )
+    (building / "best.json").write_text(json.dumps({"step": step, **about}), encoding="utf-8")
+    if best.exists():
+        best.rename(old)
+    building.rename(best)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _link(source: str, target: str) -> None:
+    """The same bytes under another name, or a copy where the file system cannot do that."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def is_full(error: Exception) -> bool:
@@ -296,6 +327,27 @@ def load_previous_stage(checkpoint: Checkpoint, model: nn.Module) -> list[str]:
             )
     _load(weights.where(shared.__contains__), model, checkpoint, expected=shared)
     return sorted(here - shared)
+
+
+def start_from(recipe: Recipe, built: Built, say: Callable[[str], None]) -> None:
+    """Load the trained weights of a checkpoint of any format, of this stage or of the one before."""
+    assert recipe.start_from is not None
+    known: dict[str, object] = {"vision.name": recipe.vision.name, "qformer.heads": recipe.qformer.heads}
+    if recipe.language is not None:
+        known["language.name"] = recipe.language.name
+    name = recipe.start_from  # a pickle says nothing of its frozen parts
+    found = (open_foreign(name, known) if is_pickle(name) else None) or open_checkpoint(name)
+    new = load_previous_stage(found, built.model)
+    if isinstance(built.model, GenerationModel) and "projection.weight" in new:
+        built.model.initialise_projection()
+    parts = sorted({name.split(".")[0] for name in new})
+    say(f"starting from {found.name} ({found.about})" + (f"; new: {', '.join(parts)}" if parts else ""))
+    if found.holds_vision and found.name not in (recipe.vision.name, str(Path(recipe.vision.name).absolute())):
+        say(f"its own image encoder is left out for vision.name {recipe.vision.name}")
+    for key, of in (("image_norm_eps", "qformer"), ("activation", "language")):
+        theirs, ours = (getattr(getattr(each, of), key, None) for each in (found.recipe, recipe))
+        if theirs != ours and getattr(found.recipe, of) is not None:
+            say(f"its {of}.{key} is {theirs}, the recipe's {ours}: results begin a little apart")
 
 
 def _load(weights: Mapping[str, Tensor], model: nn.Module, checkpoint: Checkpoint, expected: set[str]) -> None:

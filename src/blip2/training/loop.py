@@ -11,8 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
-from itertools import chain, islice, repeat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,8 +24,9 @@ from torch import nn
 from blip2.build import build, prepare_texts
 from blip2.config import Recipe
 from blip2.data.assets import resolve
-from blip2.data.batches import Loaded, Preparation, plan_batches, plan_evaluation, to_device
+from blip2.data.batches import Loaded, Preparation, plan_batches, to_device
 from blip2.data.loading import load
+from blip2.data.overlap import Source, check_overlap
 from blip2.data.records import Records, RecordStream, open_records
 from blip2.data.texts import StageBatch
 from blip2.errors import InputError
@@ -34,13 +34,14 @@ from blip2.model.distributed import gather_objects
 from blip2.model.objectives import Outcome
 from blip2.recipe import dump_recipe
 from blip2.training import checkpoint
+from blip2.training.checkpoint import start_from
 from blip2.training.features import cached_features, summary
 from blip2.training.interruption import Interruption, note_signals
+from blip2.training.measuring import Evaluation, best_so_far, evaluate, is_better, validate
 from blip2.training.optimizer import build_optimizer, describe, restore_optimizer, set_rates, set_schedule
 from blip2.training.processes import make_accelerator, naming_failures
 from blip2.training.progress import Display, MetricsFile, note
 from blip2.training.sharding import leave_frozen, place_trained, shard_frozen
-from blip2.training.starting import start_from
 from blip2.training.traffic import step_traffic
 from blip2.training.watching import Watch
 
@@ -48,13 +49,14 @@ BROKEN_IN_A_ROW = 10
 """So many batches without a single good image stop a run."""
 
 
-def train(recipe: Recipe, resume: bool = False) -> Path:
+def train(recipe: Recipe, resume: bool = False, evaluation: Callable[[Recipe], Evaluation] | None = None) -> Path:
     """Train one stage.
 
     Under ``torchrun`` or ``accelerate launch`` each process trains on its own batches of ``data.batch_size``.
 
     Args:
         resume: go on from the last checkpoint in ``recipe.output``, if there is one.
+        evaluation: makes what evaluates the model as ``recipe.evaluation`` says, as in :mod:`blip2.evaluation.during`.
 
     Returns:
         The folder of the last checkpoint.
@@ -75,11 +77,13 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
             f"{run} already holds a run (its last checkpoint is {last.name}): go on with --resume, or give another"
             " output"
         )
+    if recipe.evaluation is not None and evaluation is None:
+        raise InputError("the recipe has an evaluation: train with blip2.evaluation.during.train, or leave it out")
     accelerator = make_accelerator(recipe)
     display = Display(run.name, enabled=accelerator.is_main_process)
     try:
         with naming_failures(run):
-            return _Training(recipe, accelerator, display, last).run()
+            return _Training(recipe, accelerator, display, last, evaluation).run()
     except OSError as error:
         if not checkpoint.is_full(error):
             raise
@@ -94,7 +98,14 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
 class _Training:
     """What one call of :func:`train` holds together."""
 
-    def __init__(self, recipe: Recipe, accelerator: Accelerator, display: Display, last: Path | None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        display: Display,
+        last: Path | None,
+        evaluation: Callable[[Recipe], Evaluation] | None,
+    ) -> None:
         self.recipe, self.accelerator, self.display = recipe, accelerator, display
         self.folder = Path(recipe.output)
         self.watch = Watch(accelerator.device)
@@ -113,7 +124,7 @@ class _Training:
         if going_on is not None:
             checkpoint.load_weights(going_on, built.model)
         elif recipe.start_from is not None:
-            start_from(recipe, built, display)
+            start_from(recipe, built, display.say)
         if accelerator.is_main_process:
             display.table(
                 f"stage: {recipe.stage}", ["part", "parameters", "state", "dtype"], describe(built.model, rates)
@@ -135,7 +146,20 @@ class _Training:
             parts.pop("vision")  # it runs before training, over as many pictures as each process has
             built.model.vision.to(accelerator.device)
         positions = state["positions"] if state else []
+        self.opened: list[Source] = []
         self.loaded, self.validation = self._open_data(self._own(positions, display))
+        self.evaluation: Evaluation | None = None
+        if recipe.evaluation is not None and evaluation is not None:
+            with accelerator.main_process_first():
+                self.evaluation = evaluation(recipe)
+            self.opened.append(("evaluation.data", recipe.evaluation.data, self.evaluation.records))
+        if not recipe.data.allow_overlap:
+            train = [source for source in self.opened if source[0] == "data.train"]
+            for line in check_overlap(train, [source for source in self.opened if source not in train]):
+                display.say(line)
+        self.unfinished: dict[str, float] | None = state.get("unfinished") if state else None
+        """Metrics of a step whose evaluation was under way when the run was killed."""
+        self.best: float | None = None
 
         leave_frozen(built.model)
         if shards:
@@ -188,6 +212,7 @@ class _Training:
         def prepare(source: str, train: bool) -> tuple[Records | RecordStream, Preparation]:
             with self.accelerator.main_process_first():
                 records = open_records(resolve(source), data, process, processes)
+            self.opened.append(("data.train" if train else "data.validation", source, records))
             features = None
             if data.cached_views:
                 views = data.cached_views if train else 1
@@ -237,13 +262,16 @@ class _Training:
         total = recipe.training.steps
         if accelerator.is_main_process:
             (self.folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-            MetricsFile.truncate(self.folder, self.step)
+            MetricsFile.truncate(self.folder, self.step - (self.unfinished is not None))
+            self.best = best_so_far(self.folder, recipe.training.best)
         if recipe.training.trackers:
             accelerator.init_trackers("blip2", config={"recipe": dump_recipe(recipe)})
         saved = checkpoint.latest(self.folder)
         self.display.start(total, self.step)
         metrics_file = MetricsFile(self.folder, enabled=accelerator.is_main_process)
         with note_signals() as asked, contextlib.closing(metrics_file) as metrics:
+            if self.unfinished is not None:
+                self._finish(self.unfinished, metrics)
             while self.step < total:
                 started = time.monotonic()
                 values, pairs = self._step()
@@ -253,14 +281,19 @@ class _Training:
                 if self.validation is not None and (
                     self.step % recipe.training.validate_every == 0 or self.step == total
                 ):
-                    values |= self._validate(self.validation)
+                    values |= validate(
+                        self.built.model, self.validation, recipe, accelerator, self.display.say,
+                        self.last_batch if self.shards else None,
+                    )  # fmt: skip
                 seen, stop = self.watch.look(bool(asked), seconds)
                 values |= seen
-                metrics.write({"step": self.step, **values, **self.counts})
-                if recipe.training.trackers:
-                    accelerator.log(values, step=self.step)
+                # What takes long, or what the best is chosen by, is of a checkpoint: a kill costs nothing of it.
+                measured = self._evaluates or recipe.training.best in values
+                if measured:
+                    saved = self._save(values)
+                self._finish(values, metrics)
                 self.display.advance(self.step, note(values))
-                if self.step % recipe.training.save_every == 0 or self.step == total or stop:
+                if not measured and (self.step % recipe.training.save_every == 0 or self.step == total or stop):
                     saved = self._save()
                 if stop and self.step < total:
                     raise Interruption(
@@ -270,6 +303,27 @@ class _Training:
             self.display.say(f"{self.counts['skipped']} records skipped, {self.counts['cut']} captions cut")
         assert saved is not None
         return saved
+
+    @property
+    def _evaluates(self) -> bool:
+        """Whether an evaluation follows this step."""
+        config = self.recipe.evaluation
+        return config is not None and (self.step % config.every == 0 or self.step == self.recipe.training.steps)
+
+    def _finish(self, values: dict[str, float], metrics: MetricsFile) -> None:
+        """Evaluate where that is due, keep the best checkpoint, and write down what was measured of a step."""
+        if self._evaluates and self.evaluation is not None:
+            values |= evaluate(self.evaluation, self.built, self.step, self.recipe, self.display)
+        name = self.recipe.training.best
+        if name in values:
+            if self.accelerator.is_main_process and is_better(values[name], self.best, name):
+                checkpoint.keep_best(self.folder, self.step, {"metric": name, "value": values[name]})
+                self.best = values[name]
+                self.display.say(f"step {self.step} is the best so far: {name} {values[name]:.4f}")
+            self.accelerator.wait_for_everyone()
+        metrics.write({"step": self.step, **values, **self.counts})
+        if self.recipe.training.trackers:
+            self.accelerator.log(values, step=self.step)
 
     def _step(self) -> tuple[dict[str, float], int]:
         """One optimiser step; its metrics, and how many pairs all processes saw."""
@@ -333,43 +387,8 @@ class _Training:
             f" is {last or 'none'}: lower optimizer.rates, or train in fp32"
         )
 
-    @torch.no_grad()
-    def _validate(self, preparation: Preparation) -> dict[str, float]:
-        """Mean losses and metrics over the held-out pairs, with the same draws every time."""
-        accelerator, data = self.accelerator, self.recipe.data
-        assert preparation.records is not None
-        set_seed(self.recipe.training.seed)
-        model = accelerator.unwrap_model(self.model).eval()
-        sums: dict[str, torch.Tensor] = {}
-        skipped: list[str] = []
-        weight = torch.zeros((), device=accelerator.device)
-        with accelerator.autocast():
-            plans = plan_evaluation(
-                preparation.records, data.batch_size, accelerator.process_index, accelerator.num_processes
-            )
-            # As many in each process: where frozen parts are dealt out, all need what each has of them.
-            most = math.ceil(math.ceil(len(preparation.records) / accelerator.num_processes) / data.batch_size)
-            for loaded in islice(chain(load(plans, preparation, 0), repeat(None)), most):
-                skipped += loaded.skipped if loaded is not None else ()
-                if loaded is None or loaded.batch is None:
-                    if self.shards:
-                        model(self.last_batch)
-                    continue
-                outcome = model(to_device(loaded.batch, accelerator.device))
-                for name, value in {**outcome.losses, **outcome.metrics}.items():
-                    sums[name] = sums.get(name, torch.zeros_like(weight)) + value.float() * len(loaded.keys)
-                weight += len(loaded.keys)
-        model.train()
-        if skipped:
-            self.display.say(f"skipped {len(skipped)} records of data.validation; the first is {skipped[0]}")
-        # A process may have had no record of its own.
-        names = sorted({name for found in gather_objects(list(sums)) for name in found})
-        zero = torch.zeros_like(weight)
-        totals = self._reduce(torch.stack([*(sums.get(name, zero) for name in names), weight]), "sum").tolist()
-        count = totals.pop()
-        return {f"validation_{name}": total / count for name, total in zip(names, totals, strict=True)}
-
-    def _save(self) -> Path:
+    def _save(self, unfinished: dict[str, float] | None = None) -> Path:
+        """Write a checkpoint of this step, of which something is yet to be measured where `unfinished` is given."""
         accelerator = self.accelerator
         positions = gather_objects(self.positions)
         path = self.folder
@@ -382,7 +401,7 @@ class _Training:
                 self.recipe,
                 self.built.qformer_tokenizer,
                 {"optimizer": self.optimizer.state_dict(), "scaler": scaler},
-                {"positions": positions, "counts": self.counts},
+                {"positions": positions, "counts": self.counts, "unfinished": unfinished},
                 self.recipe.training.keep,
             )
         accelerator.wait_for_everyone()

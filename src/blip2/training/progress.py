@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +103,15 @@ class Display:
             self._shown = now
             left = (now - self._started) / max(done - self._first, 1) * (self._total - done)
             self.console.print(f"{self._label} {done}/{self._total}  {note}  {left:.0f} s left", highlight=False)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Without its bar, while something else shows one."""
+        if self._bar is not None:
+            self._bar.stop()
+        yield
+        if self._bar is not None:
+            self._bar.start()
 
     def say(self, text: str) -> None:
         """A line above the bar."""

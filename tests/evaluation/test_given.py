@@ -1,0 +1,189 @@
+"""Predictions of any model, scored from the command line."""
+
+import importlib.util
+import json
+
+import pytest
+
+from blip2.cli import main
+from blip2.evaluation import tasks
+from blip2.evaluation.evaluate import evaluate
+from blip2.evaluation.tasks import Settings
+from blip2.model.decoding import Decoding
+from conftest import draw
+
+GREEDY = Settings(Decoding(beams=1, max_new_tokens=4))
+ROWS = [
+    {"image": image, "question": question, "answers": answers, "question_id": number, "answer_type": kind}
+    for image, question, answers, number, kind in (
+        ("a.png", "what?", ["dogs"] * 4 + ["a dog"] * 6, 7, "other"),
+        ("b.png", "how many?", ["2"] * 9 + ["3"], 9, "number"),
+        ("b.png", "red?", ["yes"] * 10, 4, "yes/no"),
+    )
+]  # fmt: skip
+ANSWERS = [
+    {"question_id": 4, "answer": "yes"},
+    {"question_id": 9, "answer": "three"},
+    {"question_id": 7, "answer": "dog!"},
+]
+
+
+@pytest.fixture
+def table(tmp_path):
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return str(file)
+
+
+@pytest.fixture
+def score(table, tmp_path, capsys):
+    """``blip2 evaluate --predictions`` of some rows; what it printed."""
+
+    def score(rows, *options, task="vqa", status=0, data=table):
+        file = tmp_path / "given.json"
+        file.write_text(json.dumps(rows))
+        output = ["--output", str(tmp_path / "out")]
+        assert (
+            main(["evaluate", "--task", task, "--data", data, "--predictions", str(file), *output, *options]) == status
+        )
+        out, err = capsys.readouterr()
+        if status:
+            (line,) = err.splitlines()
+            return line.replace(str(file), "FILE")
+        return json.loads(out)
+
+    return score
+
+
+def test_answers(score, tmp_path):
+    """Without a model, and without the pictures."""
+    metrics = score(ANSWERS)
+    # Six of ten said "a dog"; one of ten "3"; all of them "yes".
+    assert metrics["by_answer_type"] == pytest.approx({"other": 1.0, "number": 0.3, "yes/no": 1.0})
+    assert metrics["accuracy"] == pytest.approx(2.3 / 3)
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == metrics
+    assert "true: a dog (6), dogs (4)" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (ANSWERS[:2], "FILE lacks 1 question_id (7) of 3: the score needs them all"),
+        ([*ANSWERS, ANSWERS[0]], "FILE has 1 question_id (4) more than once: keep one prediction each"),
+        (
+            [*ANSWERS, {"question_id": 5, "answer": "no"}],
+            "FILE has 1 question_id (5) that nobody asked for: is it of another split?",
+        ),
+        ([{"image_id": 4, "caption": "a dog"}], 'FILE has 1 entry (0) of another kind, the first {"image_id": 4'),
+        ({"4": "yes"}, "FILE holds one dict, expected a list"),
+    ],
+)
+def test_files_that_do_not_fit(score, rows, message):
+    assert score(rows, status=2).startswith(f"error: {message}")
+
+
+def test_what_a_model_wrote_scores_the_same(runs, score, table, tmp_path):
+    for name in ("a.png", "b.png"):
+        draw("disc", "red", 0).save(tmp_path / name)
+    wanted = evaluate(runs["llama"], "vqa", table, tmp_path / "model", GREEDY, device="cpu")
+    rows = json.loads((tmp_path / "model" / "predictions.json").read_text())
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).unlink()
+    metrics = score(rows)
+    assert {name: metrics[name] for name in ("accuracy", "by_answer_type")} == {
+        name: wanted[name] for name in ("accuracy", "by_answer_type")
+    }
+
+
+def test_captions_of_other_images(score, tmp_path):
+    file = tmp_path / "captions.jsonl"
+    file.write_text("".join(json.dumps({"image": f"{i}.png", "caption": "a dog"}) + "\n" for i in range(3)))
+    rows = [{"image_id": i, "caption": "a dog"} for i in range(3)]
+    line = score(rows, "--limit", "2", task="captioning", data=str(file), status=2)
+    assert line == "error: FILE has 1 image_id (2) that nobody asked for: is it of another split?"
+
+
+def test_ids_that_are_names(score, tmp_path):
+    file = tmp_path / "named.jsonl"
+    file.write_text(json.dumps({"image": "a.png", "question": "what?", "answers": ["dog"], "question_id": "07"}) + "\n")
+    assert score([{"questionId": "07", "prediction": "dog"}], data=str(file))["accuracy"] == 1.0
+
+
+def test_captions_without_java(score, tmp_path, monkeypatch):
+    file = tmp_path / "captions.jsonl"
+    file.write_text(json.dumps({"image": "a.png", "caption": "a dog", "image_id": 3}) + "\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    metrics = score([{"image_id": 3, "caption": "a dog"}], task="captioning", data=str(file))
+    assert metrics["CIDEr"] is None
+    assert metrics["missing"]["CIDEr"].startswith("Java is not installed, which the official metrics need: apt install")
+
+
+# -- lemmas ----------------------------------------------------------------------------------------------------------
+
+
+def test_base_forms_are_missing_without_spacy(score):
+    if importlib.util.find_spec("spacy") is not None:
+        pytest.skip("spaCy is installed here")
+    metrics = score(ANSWERS, "--lemmatise")
+    assert metrics["accuracy_lemmatised"] is None
+    assert metrics["missing"]["accuracy_lemmatised"].startswith("lemmatised OK-VQA answers need spaCy and its model")
+    assert metrics["accuracy"] == pytest.approx(2.3 / 3)
+
+
+@pytest.mark.parametrize("data_set", ["ok-vqa", "own"])
+def test_base_forms_stand_beside_the_answers(score, table, tmp_path, monkeypatch, data_set):
+    """Always for OK-VQA, otherwise where they are asked for."""
+    seen = []
+    monkeypatch.setattr(tasks, "lemmatise", lambda answers: seen.extend(answers) or [a.rstrip("s") for a in answers])
+    rows = [ANSWERS[0], {**ANSWERS[1], "answer": "2s"}, {**ANSWERS[2], "answer": "dogs"}]
+    data, options = table, ["--lemmatise"]
+    if data_set == "ok-vqa":
+        folder = tmp_path / "coco"
+        (folder / "val2014").mkdir(parents=True)
+        questions, annotations = [], []
+        for row in ROWS:
+            number = row["question_id"]
+            (folder / "val2014" / f"COCO_val2014_{number:012}.jpg").touch()
+            questions.append({"image_id": number, "question": row["question"], "question_id": number})
+            answers = [
+                {"answer": answer, "raw_answer": answer, "answer_id": i} for i, answer in enumerate(row["answers"])
+            ]
+            about = {"question_id": number, "image_id": number, "question_type": "x", "answer_type": "other"}
+            annotations.append({**about, "answers": answers})
+        for name, value in (
+            ("OpenEnded_mscoco_val2014_questions.json", {"data_subtype": "val2014", "questions": questions}),
+            ("mscoco_val2014_annotations.json", {"data_subtype": "val2014", "annotations": annotations}),
+        ):
+            (folder / name).write_text(json.dumps(value))
+        data, options = f"ok-vqa:test:{folder}", []
+    metrics = score(rows, *options, data=data)
+    assert seen == ["dogs", "2s", "yes"]
+    # "dogs", "2s" and "yes" were said by 4, 0 and 10 of ten; "dog", "2" and "ye" by 6, 9 and none.
+    assert metrics["accuracy"] == pytest.approx((1 + 0 + 1) / 3)
+    assert metrics["accuracy_lemmatised"] == pytest.approx((1 + 1 + 0) / 3)
+    assert metrics["by_question_type"] == ({"x": metrics["accuracy"]} if data_set == "ok-vqa" else {})
+    assert "accuracy_lemmatised" not in score(rows, "--output", str(tmp_path / "other"), data=table)
+
+
+# -- what cannot be --------------------------------------------------------------------------------------------------
+
+
+def test_a_model_or_predictions(score, runs, table, tmp_path, capsys):
+    line = score(ANSWERS, str(runs["llama"]), status=2)
+    assert line == "error: expected a MODEL or --predictions, one of them: what is to be scored?"
+    assert main(["evaluate", "--task", "vqa", "--data", table, "--output", str(tmp_path / "out")]) == 2
+    assert "expected a MODEL or --predictions" in capsys.readouterr().err
+
+
+def test_retrieval_has_no_predictions(score):
+    assert (
+        score([], task="retrieval", status=2) == "error: the task retrieval has no predictions to score: give a model"
+    )
+
+
+def test_no_file(table, tmp_path, capsys):
+    missing = str(tmp_path / "nothing.json")
+    assert main(["evaluate", "--predictions", missing, "--task", "vqa", "--data", table, "--output", missing]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {missing} cannot be read (No such file or directory): check the path of the predictions\n"
+    )
