@@ -65,12 +65,15 @@ def evaluate(
     stage = "representation" if task == "retrieval" else "generation"
     pipeline = load(model, device or str(state.device), dtype, changes=changes, stage=stage)
     config = DataConfig(train=data, streaming=False) if isinstance(data, str) else replace(data, streaming=False)
-    records = open_records(resolve(config.train), config)
+    (source, *others) = config.sources
+    if others:
+        raise InputError(f"an evaluation is of one data set, and data names {1 + len(others)}: evaluate each by itself")
+    records = open_records(resolve(source), config)
     assert isinstance(records, Records)
     count = len(records) if limit is None else min(limit, len(records))
     folder = Path(output)
     about = {
-        "task": task, "model": str(pipeline.path), "weights": _digest(pipeline.model), "data": config.train,
+        "task": task, "model": str(pipeline.path), "weights": _digest(pipeline.model), "data": source,
         "records": count, "dtype": str(pipeline.model.vision.dtype), **json.loads(json.dumps(asdict(settings))),
     }  # fmt: skip
     parts = _claim(folder, about)
