@@ -83,7 +83,9 @@ def plan_batches(
         size, start = len(window[0].items), window[0].position
         random = np.random.default_rng([seed, start["since"], start["taken"], process])
         draws, lengths = _draw_captions(records, [item for chunk in window for item in chunk.items], seed)
-        order = np.argsort(lengths, kind="stable") if group_by_length else np.arange(len(draws))
+        order = random.permutation(len(draws))
+        if group_by_length:  # captions of one length stay shuffled
+            order = order[np.argsort(np.array(lengths)[order], kind="stable")]
         batches = order.reshape(-1, size)
         for number, batch in enumerate(random.permutation(len(batches))):
             windows.read_ahead()
