@@ -286,6 +286,8 @@ class Recipe:
                 if isinstance(number, float | int) and not smallest <= number <= largest:
                     expected = f"at least {smallest}" if largest == math.inf else f"{smallest} to {largest}"
                     raise InputError(f"{name} is {number}, expected {expected}")
+        if not self.data.sources:
+            raise InputError("data.train names nothing to train on: name a source")
         if self.qformer.reads_questions and (self.language is None or not self.language.asks):
             raise InputError(
                 "qformer.reads_questions is for stage generation with questions: put {} into language.prompt where the"

@@ -7,12 +7,13 @@ import re
 import signal
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from multiprocessing import parent_process
 from threading import Thread, current_thread, main_thread
 from typing import Any, TypeVar
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from blip2.errors import InputError
@@ -40,9 +41,15 @@ def load(items: Iterator[Any], dataset: Dataset[Made], workers: int) -> Iterator
             under_way.append(item)
             yield item
 
-    new, deaths = note(), 0
+    new = note()
+    return _replacing(
+        _start(new, dataset, workers), lambda: _start(chain(list(under_way), new), dataset, workers), under_way
+    )
+
+
+def _replacing(made: Iterator[Made], start_anew: Callable[[], Iterator[Made]], under_way: deque[Any]) -> Iterator[Made]:
+    deaths = 0
     while True:
-        made = _start(chain(list(under_way), new), dataset, workers)
         try:
             for one in made:
                 under_way.popleft()
@@ -59,6 +66,7 @@ def load(items: Iterator[Any], dataset: Dataset[Made], workers: int) -> Iterator
                     f"the processes that decode images were killed {DEATHS} times in a row ({error}): most often memory"
                     " runs out; lower data.workers or data.batch_size, and go on with --resume"
                 ) from error
+        made = start_anew()
 
 
 _WORKER_DIED = re.compile(r"^DataLoader worker \(pid\(?s?\)? [\d, ]+\) (exited unexpectedly|is killed by signal)")
@@ -73,6 +81,7 @@ def _start(items: Iterator[Any], dataset: Dataset[Made], workers: int) -> Iterat
         collate_fn=_as_is,
         prefetch_factor=4 if workers else None,
         worker_init_fn=_outlive_signals,
+        generator=torch.Generator(),  # or starting would draw from the one that dropout draws from
     )
     handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
     made = iter(loader)
