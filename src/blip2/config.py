@@ -138,10 +138,14 @@ class ObjectivesConfig:
 class DataConfig:
     """Where image-text pairs come from and how they become batches."""
 
-    train: str
+    train: str | dict[str, float | None]
     """JSONL, CSV, TSV or Parquet file(s), a folder of images with a .txt beside each or a metadata.jsonl, WebDataset
     shards (.tar, globs and {000..127} allowed), a folder of datasets' save_to_disk, hub:NAME, or a data set of the
-    paper in its publisher's own files as NAME:SPLIT:FOLDER (docs/data.md)."""
+    paper in its publisher's own files as NAME:SPLIT:FOLDER (docs/data.md). Files may lie where fsspec reads (s3://,
+    gs://, hf:// ...). Several of these, each with its weight, are a mixture: how often a step is drawn from it; null:
+    as its number of records, which a stream has to be told."""
+    temperature: float = 1.0
+    """Of a mixture: sources are drawn as weight ** (1 / temperature). More than 1 draws small ones more often."""
     validation: str | None = None
     """Pairs of the same kind to measure the losses on, never trained on."""
     allow_overlap: bool = False
@@ -157,7 +161,7 @@ class DataConfig:
     question_column: str | None = None
     """Column with the question that the answers are to; null: question, where there is one."""
     streaming: bool | None = None
-    """Read in order without counting or copying; null: for WebDataset shards only."""
+    """Read in order without counting or copying; null: for WebDataset shards, and what a URL names."""
     batch_size: int = 64
     """Pairs a process takes at once."""
     max_tokens: int = 32
@@ -170,6 +174,9 @@ class DataConfig:
     """Make batches of captions of like length, so that little padding is computed."""
     workers: int = 2
     """Processes that decode images beside the training process; 0 decodes within it."""
+    max_bad: float = 0.05
+    """A run stops when more than this share of what it met is bad: samples whose image, caption or question is missing
+    or damaged, or shards that break off. Judged after 1000 samples or 50 shards."""
     cached_views: int = 0
     """Above 0: run the frozen image encoder once over so many augmented views of each image before training, keep
     their features on disk, and train on those. blip2 features makes them without training."""
@@ -178,6 +185,11 @@ class DataConfig:
     features: str | None = None
     """Folder of cached features, which runs, data sets and processes may share; null: features beside the run's
     folder."""
+
+    @property
+    def sources(self) -> dict[str, float | None]:
+        """What there is to train on, with weights."""
+        return {self.train: None} if isinstance(self.train, str) else self.train
 
 
 @dataclass(frozen=True)
@@ -323,6 +335,8 @@ class Recipe:
                 if isinstance(number, float | int) and not smallest <= number <= largest:
                     expected = f"at least {smallest}" if largest == math.inf else f"{smallest} to {largest}"
                     raise InputError(f"{name} is {number}, expected {expected}")
+        if not self.data.sources:
+            raise InputError("data.train names nothing to train on: name a source")
         self._check_evaluation()
         if self.qformer.reads_questions and (self.language is None or not self.language.asks):
             raise InputError(
@@ -376,6 +390,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "objectives.itm": (0, math.inf),
     "objectives.itg": (0, math.inf),
     "objectives.label_smoothing": (0, 1),
+    "data.train": (0, math.inf),
+    "data.temperature": (0.1, math.inf),
+    "data.max_bad": (0, 1),
     "data.batch_size": (1, math.inf),
     "data.max_tokens": (2, math.inf),
     "data.smallest_crop": (0.01, 1),

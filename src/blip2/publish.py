@@ -16,6 +16,7 @@ from huggingface_hub.utils import httpx, validate_repo_id
 from yaml import YAMLError
 
 from blip2.data.assets import ASSETS, PREFIX
+from blip2.data.batches import CAUSES
 from blip2.errors import InputError
 from blip2.interop.foreign import QFORMER_TOKENIZER, Checkpoint
 from blip2.interop.formats import is_blip2, is_pickle
@@ -34,7 +35,10 @@ LICENCES = {
 }
 """Of the parts that the paper is made of, by a pattern of their names."""
 UNKNOWN = "not stated by its files: check it before you publish"
-BOOKKEEPING = {"step", "seconds", "images_per_second", "gradient_norm", "rate_share", "skipped", "cut"}
+BOOKKEEPING = {
+    "step", "seconds", "images_per_second", "gradient_norm", "rate_share", "source", "drawn", "shards", "cut",
+    "skipped", *(f"skipped_{cause}" for cause in CAUSES),
+}  # fmt: skip
 """What in a line of metrics is no result."""
 VALIDATION = "validation_"
 """Beginning of the names of metrics of held-out pairs."""
@@ -123,7 +127,9 @@ def _training(checkpoint: Checkpoint) -> list[str]:
                 " and how, is not recorded in that format."]  # fmt: skip
     bert = f"the BERT `{recipe.qformer.bert}`" if recipe.qformer.bert else "random weights"
     start = bert if recipe.start_from is None else f"the weights of `{recipe.start_from}`"
-    pictures = f" ({licence_of(data.train)})" if data.train.startswith(PREFIX) else ""
+    sources = ", ".join(
+        f"`{name}`" + (f" ({licence_of(name)})" if name.startswith(PREFIX) else "") for name in data.sources
+    )
     held_out = f"`{data.validation}` was held out" if data.validation else "no pairs were held out"
     weights = {name.upper(): getattr(recipe.objectives, name) for name in ("itc", "itm", "itg")}
     losses = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in weights.items() if weight)
@@ -133,7 +139,7 @@ def _training(checkpoint: Checkpoint) -> list[str]:
     at = f"the recipe's {training.steps} steps" if step is None else f"step {step} of {training.steps}"
     pairs = f"{data.batch_size * training.accumulate * (processes or 1)} pairs{'' if processes else ' a process'}"
     return [
-        f"Trained on `{data.train}`{pictures}; {held_out}. The Q-Former started from {start}.",
+        f"Trained on {sources}; {held_out}. The Q-Former started from {start}.",
         f"This is {at}, each of {pairs}, with AdamW on {losses}.",
         "The whole recipe, which as `recipe.yaml` is run by",
         f"```sh\n{'' if (processes or 1) == 1 else f'torchrun --nproc_per_node {processes} --no-python '}"

@@ -1,8 +1,8 @@
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -64,30 +64,41 @@ def number(draw: Draw) -> int:
     return draw.record if isinstance(draw.record, int) else int(Path(str(draw.record.image)).stem)
 
 
-def take_epochs(plans: Iterator[Plan], count: int) -> list[list[Plan]]:
-    """All plans of the first epochs."""
-    out: list[list[Plan]] = [[] for _ in range(count)]
+def take_epochs(plans: Iterator[Plan], count: int) -> list[list[Draw]]:
+    """All draws of the first epochs."""
+    out: list[list[Draw]] = [[] for _ in range(count)]
     for plan in plans:
-        if plan.position["epoch"] == count:
+        epochs = [draw.seed[1] for draw in plan.draws]
+        if min(epochs) >= count:
             return out
-        out[plan.position["epoch"]].append(plan)
+        for draw, epoch in zip(plan.draws, epochs, strict=True):
+            if epoch < count:
+                out[epoch].append(draw)
     raise AssertionError("plans ended")
 
 
-def numbers(plans: list[Plan]) -> list[int]:
-    return [number(draw) for plan in plans for draw in plan.draws]
+def numbers(draws: Iterable[Draw]) -> list[int]:
+    return [number(draw) for draw in draws]
 
 
 @pytest.mark.parametrize("grouped", [True, False])
-@pytest.mark.parametrize(("count", "used"), [(24, 24), (23, 20), (17, 16), (4, 4)])
-def test_every_record_once_an_epoch(open_numbered: Opener, grouped: bool, count: int, used: int) -> None:
-    epochs = take_epochs(plan_batches(open_numbered(count), 4, 0, grouped), 3)
-    for plans in epochs:
-        assert all(len(plan.draws) == 4 for plan in plans)
-        assert len(numbers(plans)) == len(set(numbers(plans))) == used
-        assert set(numbers(plans)) <= set(range(count))
+@pytest.mark.parametrize("count", [24, 23, 17, 4])
+def test_every_record_once_an_epoch(open_numbered: Opener, grouped: bool, count: int) -> None:
+    plans = list(islice(plan_batches(open_numbered(count), 4, 0, grouped), 30))
+    assert all(len(plan.draws) == 4 for plan in plans)
+    epochs = take_epochs(iter(plans), 3)
+    for draws in epochs:
+        assert sorted(numbers(draws)) == list(range(count))
     if count > 4:
         assert numbers(epochs[0]) != numbers(epochs[1]) != numbers(epochs[2])
+
+
+def test_an_epoch_ends_before_the_next_begins(open_numbered: Opener) -> None:
+    """But for the one batch that has of both."""
+    epochs = [{draw.seed[1] for draw in plan.draws} for plan in islice(plan_batches(open_numbered(23), 4, 0), 23)]
+    assert [sorted(each) for each in epochs[:6]] == [[0]] * 5 + [[0, 1]]
+    assert sum(len(each) == 2 for each in epochs) == 3  # 92 records are four epochs
+    assert all(max(one) <= min(other) for one, other in pairwise(epochs))
 
 
 def test_tables_are_shuffled_as_a_whole(tmp_path: Path) -> None:
@@ -107,8 +118,8 @@ def test_batches_of_like_length(open_numbered: Opener, monkeypatch: pytest.Monke
     monkeypatch.setattr(batches, "WINDOW", 8)
 
     def spread(grouped: bool) -> float:
-        plans = take_epochs(plan_batches(open_numbered(64), 4, 0, grouped), 2)
-        lengths = [[1 + 7 * number(draw) % 29 for draw in plan.draws] for epoch in plans for plan in epoch]
+        plans = islice(plan_batches(open_numbered(64), 4, 0, grouped), 32)
+        lengths = [[1 + 7 * number(draw) % 29 for draw in plan.draws] for plan in plans]
         return sum(max(each) - min(each) for each in lengths) / len(lengths)
 
     assert spread(True) < spread(False) / 3
@@ -117,37 +128,28 @@ def test_batches_of_like_length(open_numbered: Opener, monkeypatch: pytest.Monke
 def test_order_of_lengths_is_random(open_numbered: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sorted batches must not come in the order of their lengths."""
     monkeypatch.setattr(batches, "WINDOW", 16)
-    (plans,) = take_epochs(plan_batches(open_numbered(64), 4, 0), 1)
+    plans = islice(plan_batches(open_numbered(64), 4, 0), 16)
     lengths = [max(1 + 7 * number(draw) % 29 for draw in plan.draws) for plan in plans]
     assert lengths != sorted(lengths)
     assert lengths != sorted(lengths, reverse=True)
 
 
-def two_shares(open_: Opener, count: int) -> list[list[list[Plan]]]:
-    """Two epochs of each of two processes."""
-    return [
-        take_epochs(plan_batches(open_(count, process=i, processes=2), 4, 0, process=i, processes=2), 2)
-        for i in range(2)
-    ]
-
-
-def test_processes_share_the_records(open_numbered: Opener) -> None:
-    for first, second in zip(*two_shares(open_numbered, 24), strict=True):
-        assert len(first) == len(second) == 3
-        assert sorted(numbers(first) + numbers(second)) == list(range(24))
-
-
-@pytest.mark.parametrize("open_numbered", ["table"], indirect=True)
-def test_processes_have_as_many_batches(open_numbered: Opener) -> None:
-    """Of 31 records one process could fill four batches, the other only three: it would have to wait."""
-    for first, second in zip(*two_shares(open_numbered, 31), strict=True):
-        assert len(first) == len(second) == 3
-        assert len(set(numbers(first) + numbers(second))) == 24
+@pytest.mark.parametrize("count", [24, 31])
+def test_processes_share_the_records(open_numbered: Opener, count: int) -> None:
+    """Also those that cannot be dealt out evenly, in batches of one size."""
+    shares = []
+    for process in range(2):
+        plans = list(islice(plan_batches(open_numbered(count, 1, process, 2), 4, 0, True, process, 2), 24))
+        assert all(len(plan.draws) == 4 for plan in plans)
+        shares.append(take_epochs(iter(plans), 4))
+    for first, second in zip(*shares, strict=True):
+        assert first and second
+        assert sorted(numbers(first) + numbers(second)) == list(range(count))
 
 
 @pytest.mark.parametrize("count", [24, 23, 3])
 def test_going_on_from_any_position(open_numbered: Opener, count: int) -> None:
-    plans = [plan for epoch in take_epochs(plan_batches(open_numbered(count, 2), 4, 0), 3) for plan in epoch]
+    plans = list(islice(plan_batches(open_numbered(count, 2), 4, 0), 20))
     for done, plan in enumerate(plans, 1):
         position = json.loads(json.dumps(plan.position))
         rest = list(islice(plan_batches(open_numbered(count, 2), 4, 0, position=position), len(plans) - done))
@@ -164,29 +166,39 @@ def test_going_on_in_one_of_two_processes(open_numbered: Opener, process: int) -
         assert list(islice(plans(plan.position), 8 - done)) == first[done:]
 
 
+@pytest.mark.parametrize("open_numbered", ["table"], indirect=True)
 def test_fewer_records_than_a_batch(open_numbered: Opener) -> None:
     for plan in islice(plan_batches(open_numbered(3), 8, 0), 4):
-        assert sorted(number(draw) for draw in plan.draws) == [0, 1, 2]
+        assert sorted(numbers(plan.draws)) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("open_numbered", ["stream"], indirect=True)
+def test_a_short_stream_fills_a_batch_by_going_round(open_numbered: Opener) -> None:
+    """How many records it has it does not know."""
+    plans = list(islice(plan_batches(open_numbered(3), 8, 0), 3))
+    assert [len(plan.draws) for plan in plans] == [8, 8, 8]
+    drawn = sorted((draw.seed[1], number(draw)) for plan in plans for draw in plan.draws)
+    assert drawn == [(epoch, record) for epoch in range(8) for record in range(3)]
+
+
+@pytest.mark.parametrize("open_numbered", ["stream"], indirect=True)
+def test_a_stream_that_has_nothing_any_more(open_numbered: Opener, tmp_path: Path) -> None:
+    records = open_numbered(5)
+    (tmp_path / "5-1.jsonl").write_text("")
+    with pytest.raises(InputError, match="the data gave this process no records"):
+        next(plan_batches(records, 2, 0))
+
+
+@pytest.mark.parametrize("open_numbered", ["table"], indirect=True)
 def test_fewer_records_than_processes(open_numbered: Opener) -> None:
     with pytest.raises(InputError, match=r"too few for .*processes"):
         next(plan_batches(open_numbered(1, 1, 1, 2), 8, 0, process=1, processes=2))
 
 
-def test_what_is_left_out_changes(open_numbered: Opener) -> None:
-    """Sorting by length must not leave out the longest caption of every epoch."""
-    left = [set(range(7)) - set(numbers(plans)) for plans in take_epochs(plan_batches(open_numbered(7), 4, 0), 40)]
-    assert all(len(each) == 3 for each in left)
-    times = Counter(record for each in left for record in each)
-    assert set(times) == set(range(7))
-    assert max(times.values()) < 35
-
-
 def test_one_of_several_captions_is_drawn(open_numbered: Opener) -> None:
     epochs = take_epochs(plan_batches(open_numbered(4, captions=3), 4, 0), 90)
     for record in range(4):
-        drawn = Counter(d.caption for plans in epochs for plan in plans for d in plan.draws if number(d) == record)
+        drawn = Counter(draw.caption for draws in epochs for draw in draws if number(draw) == record)
         assert sorted(drawn) == [0, 1, 2]
         assert min(drawn.values()) > 15
 
@@ -195,8 +207,8 @@ def test_evaluation_covers_every_record_once(tmp_path: Path) -> None:
     records = open_records(str(write_table(tmp_path / "rows.jsonl", 23, 2)), DataConfig(train=""))
     assert isinstance(records, Records)
     shares = [list(plan_evaluation(records, 4, process, 2)) for process in range(2)]
-    assert sorted(numbers(shares[0]) + numbers(shares[1])) == list(range(23))
     draws = [draw for plans in shares for plan in plans for draw in plan.draws]
+    assert sorted(numbers(draws)) == list(range(23))
     assert {draw.caption for draw in draws} == {0}
     assert max(len(plan.draws) for plans in shares for plan in plans) == 4
 
@@ -259,9 +271,10 @@ def test_broken_records_are_replaced(parts: Parts, bert: PreTrainedTokenizerBase
     records = rows_of(tmp_path, broken_rows(parts, tmp_path) + good_rows(parts))
     preparation = Preparation(records, RepresentationTexts(bert, 12), PREPROCESSING, train=True)
     loaded = preparation[next(plan_batches(records, 8, 0))]
-    skipped = sorted(loaded.skipped)
+    skipped = sorted(loaded.skipped, key=str)
     assert len(skipped) == len(WHY)
-    for row, (message, why) in enumerate(zip(skipped, WHY, strict=True)):
+    assert [one.cause for one in skipped] == ["image", "image", "image", "caption", "caption"]
+    for row, (message, why) in enumerate(zip(map(str, skipped), WHY, strict=True)):
         assert f"row {row}" in message
         assert why in message
         assert "\n" not in message

@@ -343,7 +343,7 @@ def test_training_reads_features(tmp_path: Path) -> None:
         loaded = preparation[plan]
         assert loaded.batch is not None
         assert loaded.batch.images.shape == (4 if train else 3, encoder.tokens, encoder.width)
-        assert "1.png): it is not an image" in loaded.skipped[0]
+        assert "1.png): it is not an image" in str(loaded.skipped[0])
     assert encoder.seen == 0
     good = [draw.record for draw in plan.draws if isinstance(draw.record, int) and draw.record != 1]
     assert torch.equal(loaded.batch.images, torch.stack([whole(records, i, encoder) for i in good]))

@@ -420,9 +420,10 @@ ONE_ROW = '{"image": "a.png", "words": "x", "caption": "y"}\n'
         (text("rows.jsonl", ONE_ROW + '{"image": oops'), {}, r"rows\.jsonl' cannot be read: JSON parse error"),
         (text("rows.jsonl", ONE_ROW + '{"image": oops'), {"streaming": True}, r"rows\.jsonl' cannot be read: JSON"),
         (text("rows.parquet", "no"), {}, r"rows\.parquet' cannot be read: .*[Pp]arquet"),
-        (text("rows.tar", "no"), {}, r"rows\.tar' cannot be read: truncated header"),
+        (text("rows.tar", "no"), {}, r"rows\.tar' cannot be read: .*rows\.tar: truncated header"),
+        (text("rows.parquet", "no"), {"streaming": True}, r"rows\.parquet' cannot be read: .*[Pp]arquet"),
         (unlike_tables, {}, r"\*\.csv' cannot be read: .* image: .* picture: "),
-        (broken_shard, {}, r"\*\.tar' cannot be read: unexpected end of data"),
+        (broken_shard, {"streaming": False}, r"\*\.tar' cannot be read: unexpected end of data"),
         (saved_splits, {"split": "val"}, r"saved has the splits train, test, not val: name one with data\.split"),
     ],
 )  # fmt: skip

@@ -215,12 +215,16 @@ def test_other_number_of_processes_goes_on_with_the_next_epoch(parts, tmp_path, 
     recipe = parts.recipe(tmp_path / "run", training={"steps": 2})
     folder = train(recipe)
     state = json.loads((folder / "state.json").read_text())
-    state["positions"] = [state["positions"][0], {**state["positions"][0], "epoch": 4}]
+    (position,) = state["positions"]
+    at = position["sources"][parts.pictures]
+    state["positions"] = [position, {**position, "sources": {parts.pictures: {**at, "epoch": 4}}}]
     (folder / "state.json").write_text(json.dumps(state))
     train(replace(recipe, training=replace(recipe.training, steps=3)), resume=True)
     assert "the checkpoint is of 2 processes and there are 1 now" in capsys.readouterr().err
-    position = json.loads((checkpoint.latest(tmp_path / "run") / "state.json").read_text())["positions"][0]
-    assert (position["epoch"], position["batch"]) == (5, 1)
+    (position,) = json.loads((checkpoint.latest(tmp_path / "run") / "state.json").read_text())["positions"]
+    assert position["number"] == 3
+    at = position["sources"][parts.pictures]
+    assert (at["since"], at["epoch"], at["taken"], at["batch"]) == (5, 5, 0, 1)
 
 
 # -- stopping ------------------------------------------------------------------------------------------------------

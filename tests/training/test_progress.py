@@ -3,22 +3,22 @@ import io
 import pytest
 from rich.console import Console
 
-from blip2.training.progress import Display, MetricsFile, note, read_metrics
+from blip2.training.progress import METRICS, Display, StepFile, note, read_metrics
 
 
 def test_metrics_are_on_disk_at_once(tmp_path):
-    metrics = MetricsFile(tmp_path)
+    metrics = StepFile(tmp_path / METRICS)
     metrics.write({"step": 1, "loss": 0.1})
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 0.1}]  # though the file is still open
     metrics.close()
-    again = MetricsFile(tmp_path)
+    again = StepFile(tmp_path / METRICS)
     again.write({"step": 2, "loss": 1 / 3})
     again.close()
     assert [row["loss"] for row in read_metrics(tmp_path)] == [0.1, 1 / 3]
 
 
 def test_a_disabled_file_takes_calls(tmp_path):
-    metrics = MetricsFile(tmp_path, enabled=False)
+    metrics = StepFile(tmp_path / METRICS, enabled=False)
     metrics.write({"step": 1})
     metrics.close()
     assert list(tmp_path.iterdir()) == []
@@ -29,13 +29,13 @@ def test_truncate(tmp_path, step, kept):
     """Lines that stay are not touched; a line torn by a kill goes, wherever it is."""
     whole = ['{"step": 1}', '{"step": 2, "loss": 0.10}', '{"step": 3}']
     (tmp_path / "metrics.jsonl").write_text("\n".join([*whole[:2], '{"ste', whole[2], '{"step": 4, "los']))
-    MetricsFile.truncate(tmp_path, step)
+    StepFile.truncate(tmp_path / METRICS, step)
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == whole[:kept]
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_truncate_where_there_is_nothing(tmp_path):
-    MetricsFile.truncate(tmp_path, 3)
+    StepFile.truncate(tmp_path / METRICS, 3)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,13 +19,16 @@ from torch.utils.data import Dataset
 from blip2.config import QUESTION_PLACE
 from blip2.data.features import CachedFeatures
 from blip2.data.images import ImageError, augment_to_pixels, read_image, to_pixels
+from blip2.data.order import START, Item, Windows, read_chunks
 from blip2.data.records import Record, Records, RecordStream
 from blip2.data.texts import StageBatch, TextPreparation
-from blip2.errors import InputError
 from blip2.model.vision import Preprocessing
 
 WINDOW = 50
 """Batches that are drawn together and sorted by length among themselves."""
+CAUSES = ("image", "caption", "question", "shard")
+"""Why a record is left out: its image is missing or cannot be decoded, it has no caption or answer, no question where
+one is asked, or it stands for the rest of a shard that breaks off."""
 
 
 # -- drawing -------------------------------------------------------------------------------------------------------
@@ -50,6 +52,8 @@ class Plan:
 
     draws: tuple[Draw, ...]
     position: dict[str, Any]
+    source: int = 0
+    """Which of several it is drawn from."""
 
 
 def plan_batches(
@@ -61,89 +65,66 @@ def plan_batches(
     processes: int = 1,
     position: dict[str, Any] | None = None,
 ) -> Iterator[Plan]:
-    """Batches without end, epoch after epoch.
+    """Batches without end, epoch after epoch, in which every record comes once (:mod:`blip2.data.order`).
 
     Records are taken in windows of many batches: a window is sorted by the length of the captions drawn, cut into
-    batches, and these are shuffled. A table is shuffled as a whole before; a stream only within its windows. What
-    does not fill a batch at the end of an epoch is left out of that epoch, unless it is all there is.
+    batches, and these are shuffled. A table is shuffled as a whole before; a stream by its shards.
 
     Args:
-        batch_size: of this process.
+        batch_size: of this process. Of a table that has fewer records for each process, a batch is all of them.
         process, processes: a table is dealt out to the processes here; a stream was dealt out when it was opened.
         position: of a :class:`Plan`; batches go on behind it.
     """
-    size = batch_size * WINDOW
-    at = position or {"epoch": 0, "window": 0, "batch": 0, "stream": None}
-    epoch, first, done, start = at["epoch"], at["window"], at["batch"], at["stream"]
+    at = position or START
+    windows = Windows(read_chunks(records, batch_size, seed, process, processes, at), WINDOW)
+    done = at["batch"]
     while True:
-        for window, stream, items in _windows(records, size, epoch, first, start, seed, process, processes):
-            random = np.random.default_rng([seed, epoch, window, process])
-            draws, lengths = _draw_captions(records, items, (seed, epoch))
-            order = np.argsort(lengths, kind="stable") if group_by_length else np.arange(len(draws))
-            # A first window that does not fill a batch is all there is, and a batch of its own.
-            count = max(len(draws) // batch_size, 1 if window == 0 else 0)
-            # Which records are left over is drawn too, or the longest would never be seen.
-            kept = np.sort(random.permutation(len(draws))[: count * batch_size])
-            order = order[np.isin(order, kept)]
-            batches = [order[i * batch_size : (i + 1) * batch_size] for i in range(count)]
-            for number, batch in enumerate(random.permutation(count)):
-                if number < done:
-                    continue
-                after = {"epoch": epoch, "window": window, "batch": number + 1, "stream": stream}
-                yield Plan(tuple(draws[i] for i in batches[batch]), after)
-            done = 0
-        epoch, first, start = epoch + 1, 0, None
+        window = windows.take()
+        size, start = len(window[0].items), window[0].position
+        random = np.random.default_rng([seed, start["since"], start["taken"], process])
+        draws, lengths = _draw_captions(records, [item for chunk in window for item in chunk.items], seed)
+        order = random.permutation(len(draws))
+        if group_by_length:  # captions of one length stay shuffled
+            order = order[np.argsort(np.array(lengths)[order], kind="stable")]
+        batches = order.reshape(-1, size)
+        for number, batch in enumerate(random.permutation(len(batches))):
+            windows.read_ahead()
+            if number < done:
+                continue
+            after = {**start, "epoch": window[-1].epochs[1], "batch": number + 1}
+            yield Plan(tuple(draws[i] for i in batches[batch]), after)
+        done = 0
 
 
-def _windows(
-    records: Records | RecordStream,
-    size: int,
-    epoch: int,
-    first: int,
-    start: dict[str, Any] | None,
-    seed: int,
-    process: int,
-    processes: int,
-) -> Iterator[tuple[int, dict[str, Any] | None, list[tuple[Record | int, int]]]]:
-    """(number, position of the stream before it, (record, its number) of each) of an epoch's windows."""
+def _draw_captions(records: Records | RecordStream, items: Sequence[Item], seed: int) -> tuple[list[Draw], list[int]]:
     if isinstance(records, Records):
-        share = len(records) // processes
-        if share == 0:
-            raise InputError(f"{len(records)} records are too few for {processes} processes")
-        order = np.random.default_rng([seed, epoch]).permutation(len(records))[process::processes][:share]
-        for number in range(first, -(-share // size)):
-            yield number, None, [(int(i), int(i)) for i in order[number * size : (number + 1) * size]]
-        return
-    reader, window = records.read(start), first
-    while True:
-        before = records.position()
-        numbered = enumerate(islice(reader, size), before["number"])
-        items: list[tuple[Record | int, int]] = [(record, number) for number, record in numbered]
-        if not items:
-            if window == 0:
-                raise InputError("the data gave this process no records: it is empty or has too few for the processes")
-            return
-        yield window, before, items
-        window += 1
-
-
-def _draw_captions(
-    records: Records | RecordStream, items: Sequence[tuple[Record | int, int]], seed: tuple[int, int]
-) -> tuple[list[Draw], list[int]]:
-    if isinstance(records, Records):
-        captions = records.captions([number for _, number in items])
+        captions = records.captions([item.number for item in items])
     else:
-        captions = [record.captions for record, _ in items if isinstance(record, Record)]
+        captions = [item.record.captions for item in items if isinstance(item.record, Record)]
     draws, lengths = [], []
-    for (record, number), choices in zip(items, captions, strict=True):
-        key = (*seed, number)
+    for item, choices in zip(items, captions, strict=True):
+        key = (seed, item.epoch, item.number)
         drawn = int(np.random.default_rng(key).integers(len(choices))) if choices else -1
-        draws.append(Draw(record, drawn, key))
+        draws.append(Draw(item.record, drawn, key))
         lengths.append(len(choices[drawn]) if choices else 0)
     return draws, lengths
 
 
 # -- loading -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A record that was left out."""
+
+    cause: str
+    """One of :data:`CAUSES`."""
+    key: str
+    """Names the record."""
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.why}"
 
 
 @dataclass(frozen=True)
@@ -154,12 +135,26 @@ class Loaded:
     """None when not one of its images could be decoded."""
     keys: tuple[str, ...]
     """Names of its records."""
-    skipped: tuple[str, ...]
-    """A message for each record that was left out."""
+    skipped: tuple[Skipped, ...]
+    """The records that were left out."""
     cut: int
     """Captions that were cut."""
     position: dict[str, Any]
     """Position in the data after it."""
+    source: int = 0
+    """Which of several it was drawn from."""
+    drawn: int = 0
+    """Records that it was made of, the skipped ones included."""
+    begun: int = 0
+    """Shards that begin in it."""
+
+
+class _Unusable(Exception):  # noqa: N818
+    """A record that cannot be used for another reason than its image."""
+
+    def __init__(self, cause: str, why: str) -> None:
+        super().__init__(why)
+        self.cause = cause
 
 
 class Preparation(Dataset[Loaded]):
@@ -192,19 +187,23 @@ class Preparation(Dataset[Loaded]):
         self.features = features
 
     def __getitem__(self, plan: Plan) -> Loaded:
-        good, skipped = [], []
+        good, skipped, begun = [], [], 0
         for draw in plan.draws:
             record = self._record(draw)
+            begun += record.begins
             try:
-                good.append((record, self._image(record, draw), self._caption(record, draw), self._question(record)))
+                good.append((record, *self._texts(record, draw), self._image(record, draw)))
             except ImageError as error:
-                skipped.append(f"{record.key}: {error}")
+                skipped.append(Skipped("image", record.key, str(error)))
+            except _Unusable as error:
+                skipped.append(Skipped(error.cause, record.key, str(error)))
         keys = tuple(record.key for record, *_ in good)
+        loaded = Loaded(None, keys, tuple(skipped), 0, plan.position, plan.source, len(plan.draws), begun)
         if not good:
-            return Loaded(None, keys, tuple(skipped), 0, plan.position)
+            return loaded
         if self.train:
             good = [good[i % len(good)] for i in range(len(plan.draws))]
-        records, images, captions, questions = zip(*good, strict=True)
+        records, captions, questions, images = zip(*good, strict=True)
         batch, cut = self.texts(
             torch.stack(images),
             captions,
@@ -212,7 +211,7 @@ class Preparation(Dataset[Loaded]):
             torch.tensor([record.image_id for record in records]),
             np.random.default_rng((*plan.draws[0].seed, 2)),
         )
-        return Loaded(batch, keys, tuple(skipped), cut, plan.position)
+        return replace(loaded, batch=batch, cut=cut)
 
     def _record(self, draw: Draw) -> Record:
         if isinstance(draw.record, Record):
@@ -220,15 +219,15 @@ class Preparation(Dataset[Loaded]):
         assert self.records is not None
         return self.records[draw.record]
 
-    def _caption(self, record: Record, draw: Draw) -> str:
+    def _texts(self, record: Record, draw: Draw) -> tuple[str, str]:
+        """Caption and question."""
+        if record.broken is not None:
+            raise _Unusable("shard", f"the rest of it cannot be read: {record.broken}")
         if draw.caption < 0:
-            raise ImageError("it has no caption or answer: every image needs a text that is not blank")
-        return record.captions[draw.caption]
-
-    def _question(self, record: Record) -> str:
+            raise _Unusable("caption", "it has no caption or answer: every image needs a text that is not blank")
         if self.texts.asks and record.question is None:
-            raise ImageError(f"it has no question, and language.prompt has {QUESTION_PLACE} where one goes")
-        return record.question or ""
+            raise _Unusable("question", f"it has no question, and language.prompt has {QUESTION_PLACE} where one goes")
+        return record.captions[draw.caption], record.question or ""
 
     def _image(self, record: Record, draw: Draw) -> Tensor:
         random = np.random.default_rng((*draw.seed, 1))

@@ -3,21 +3,76 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from itertools import chain
 from multiprocessing import parent_process
-from threading import Thread
+from threading import Thread, current_thread, main_thread
 from typing import Any, TypeVar
 
+import torch
 from torch.utils.data import DataLoader, Dataset
+
+from blip2.errors import InputError
 
 Made = TypeVar("Made")
 
 
+DEATHS = 3
+"""So many times in a row workers may be killed before a batch comes through."""
+
+
 def load(items: Iterator[Any], dataset: Dataset[Made], workers: int) -> Iterator[Made]:
-    """``dataset[item]`` of every item, in order, made in `workers` processes beside this one (0: within it)."""
+    """``dataset[item]`` of every item, in order, made in `workers` processes beside this one (0: within it).
+
+    Workers that are killed are replaced, and what they had not delivered is made again: nothing is lost.
+
+    Raises:
+        InputError: while reading: they are killed again and again.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are parallel already
+    under_way: deque[Any] = deque()
+
+    def note() -> Iterator[Any]:
+        for item in items:
+            under_way.append(item)
+            yield item
+
+    new = note()
+    return _replacing(
+        _start(new, dataset, workers), lambda: _start(chain(list(under_way), new), dataset, workers), under_way
+    )
+
+
+def _replacing(made: Iterator[Made], start_anew: Callable[[], Iterator[Made]], under_way: deque[Any]) -> Iterator[Made]:
+    deaths = 0
+    while True:
+        try:
+            for one in made:
+                under_way.popleft()
+                deaths = 0
+                yield one
+            return
+        except RuntimeError as error:
+            if not _WORKER_DIED.search(str(error)):
+                raise
+            made = iter(())  # ends those that are left
+            deaths += 1
+            if deaths == DEATHS:
+                raise InputError(
+                    f"the processes that decode images were killed {DEATHS} times in a row ({error}): most often memory"
+                    " runs out; lower data.workers or data.batch_size, and go on with --resume"
+                ) from error
+        made = start_anew()
+
+
+_WORKER_DIED = re.compile(r"^DataLoader worker \(pid\(?s?\)? [\d, ]+\) (exited unexpectedly|is killed by signal)")
+
+
+def _start(items: Iterator[Any], dataset: Dataset[Made], workers: int) -> Iterator[Made]:
     loader = DataLoader(
         dataset,
         sampler=_Items(items),
@@ -26,8 +81,14 @@ def load(items: Iterator[Any], dataset: Dataset[Made], workers: int) -> Iterator
         collate_fn=_as_is,
         prefetch_factor=4 if workers else None,
         worker_init_fn=_outlive_signals,
+        generator=torch.Generator(),  # or starting would draw from the one that dropout draws from
     )
-    return iter(loader)
+    handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+    made = iter(loader)
+    # torch's own handler would raise wherever the training process is; without it a death shows when it is waited for.
+    if handler is not None and current_thread() is main_thread():
+        signal.signal(signal.SIGCHLD, handler)
+    return made
 
 
 def _outlive_signals(worker: int) -> None:

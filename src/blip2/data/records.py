@@ -6,7 +6,6 @@ where it is not. Images stay encoded here; :mod:`blip2.data.images` decodes them
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
@@ -18,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
+import numpy as np
 from datasets.distributed import split_dataset_by_node
 
 from blip2.config import DataConfig
 from blip2.data.benchmarks import find_shards, is_benchmark, read_benchmark
+from blip2.data.shards import BEGINS, BROKEN, IMAGE_SUFFIXES, KEY, stream_shards
 from blip2.errors import InputError
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "image_path", "file_name", "filename", "img", "path")
@@ -30,7 +32,6 @@ ANSWER_COLUMNS = ("answers", "answer")
 QUESTION_COLUMNS = ("question",)
 NAME_COLUMNS = ("image_key", "coco_id")
 ABOUT_COLUMNS = ("image_id", "question_id", "question_type", "answer_type", "domain")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 BUILDERS = {
     ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".tar": "webdataset"
 }  # fmt: skip
@@ -38,6 +39,11 @@ BUILDERS = {
 
 ROWS_AT_ONCE = 50_000
 """Of a benchmark become a table together: as Python's objects they take ten times as much memory."""
+
+LOOKED_AT = 20
+"""So many rows of shards are read to learn their columns: a sample may lack one."""
+BROKEN_AT_FIRST = 10
+"""So many shards without a row, one after the other, and there is nothing to be learned."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,10 @@ class Record:
     """What is asked about the image; None where captions are to be written."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """What its row says in the :data:`ABOUT_COLUMNS`, by which results are told apart and handed in."""
+    broken: str | None = None
+    """Why the rest of a shard could not be read, which this record stands for."""
+    begins: bool = False
+    """Whether a shard begins with it."""
 
     @property
     def image_id(self) -> int:
@@ -76,14 +86,17 @@ class _Columns:
     """Where relative paths of images start."""
 
     def record(self, row: dict[str, Any], number: int) -> Record:
-        image = _unpacked(row[self.image])
+        begins = row.get(BEGINS, False)
+        if BROKEN in row:
+            return Record(row[KEY], None, (), broken=row[BROKEN], begins=begins)
+        image = _unpacked(row.get(self.image))
         if image and not isinstance(image, bytes):
             image = str(self.root / str(image))
-        key = f"{self.source} row {number}" + (f" ({image})" if isinstance(image, str) else "")
-        question = " ".join(str(row[self.question] or "").split()) if self.question else ""
-        about = {name: row[name] for name in self.about if row[name] is not None}
-        captions = clean_captions(row[self.caption]) if self.caption else ()
-        return Record(key, image or None, captions, question or None, about)
+        key = row.get(KEY) or f"{self.source} row {number}" + (f" ({image})" if isinstance(image, str) else "")
+        question = " ".join(str(row.get(self.question) or "").split()) if self.question else ""
+        about = {name: row[name] for name in self.about if row.get(name) is not None}
+        captions = clean_captions(row.get(self.caption)) if self.caption else ()
+        return Record(key, image or None, captions, question or None, about, begins=begins)
 
 
 def _unpacked(image: Any) -> Any:
@@ -143,21 +156,34 @@ class Records(Sequence[Record]):
 class RecordStream:
     """Records that come in an order of their own, from local files or over a network.
 
-    Each process reads its own share. The position can be taken down and gone back to.
+    Each process reads its own share: other shards than the others where there are enough for all, otherwise every so
+    manieth record of all shards. The position can be taken down and gone back to.
     """
 
     def __init__(self, dataset: datasets.IterableDataset, columns: _Columns, process: int, processes: int) -> None:
-        self._dataset = split_dataset_by_node(dataset, process, processes) if processes > 1 else dataset
-        self._reading = self._dataset
+        self._dataset = dataset
         self._columns = columns
+        self._process, self._processes = process, processes
+        self._by_shards = dataset.num_shards >= processes
+        self._reading = dataset
         self._number = 0
         self._unread: dict[str, Any] | None = None
         """The position that reading starts from, until something was read."""
 
-    def read(self, position: dict[str, Any] | None = None) -> Iterator[Record]:
-        """Records from a position that :meth:`position` gave, or from the start, which is gone to at once."""
+    def read(self, position: dict[str, Any] | None = None, shuffle: tuple[int, int] | None = None) -> Iterator[Record]:
+        """The records of this process.
+
+        Args:
+            position: one that :meth:`position` gave, which is gone to at once; None: the start.
+            shuffle: (seed, epoch), by which the shards are shuffled and dealt out; None: as they are listed.
+        """
         self._number = position["number"] if position else 0
-        self._reading = copy.deepcopy(self._dataset)  # a loaded state would stay for good
+        # With shards that cannot be dealt out evenly it is each time another process that has more.
+        process = (self._process + (shuffle[1] if shuffle else 0)) % self._processes
+        how = "shards" if self._by_shards else "examples"
+        self._reading = split_dataset_by_node(self._dataset, process, self._processes, strategy=how)
+        if shuffle is not None:
+            self._reading.set_epoch(1 + int(np.random.default_rng(shuffle).integers(2**31)))
         if position:
             self._reading.load_state_dict(position["state"])
         self._unread = position
@@ -197,8 +223,8 @@ def open_records(source: str, config: DataConfig, process: int = 0, processes: i
         name = source.removeprefix("hub:")
         dataset = _load(source, datasets.load_dataset, name, split=config.split, streaming=bool(streaming))
         return _records(dataset, source, config, Path(), process, processes)
-    path = Path(source)
-    if path.is_dir():
+    path, remote = Path(source), is_url(source)
+    if not remote and path.is_dir():
         return _open_folder(path, config, process, processes)
     suffix = path.suffix.lower()
     if suffix not in BUILDERS:
@@ -211,8 +237,11 @@ def open_records(source: str, config: DataConfig, process: int = 0, processes: i
     options: dict[str, Any] = {"data_files": {"train": files}, "split": "train"}
     if suffix == ".tsv":
         options["sep"] = "\t"
-    streaming = builder == "webdataset" if streaming is None else streaming
-    dataset = _load(source, datasets.load_dataset, builder, streaming=streaming, **options)
+    streaming = builder == "webdataset" or remote if streaming is None else streaming
+    if streaming and builder in ("webdataset", "parquet"):
+        dataset = stream_shards(files)
+    else:
+        dataset = _load(source, datasets.load_dataset, builder, streaming=streaming, **options)
     return _records(dataset, source, config, path.parent, process, processes)
 
 
@@ -226,8 +255,16 @@ def _table(source: str) -> datasets.Dataset:
     return datasets.concatenate_datasets(parts)
 
 
+def is_url(source: str) -> bool:
+    """Whether a source lies where fsspec has to read it (``s3://``, ``gs://``, ``hf://`` ...)."""
+    return "://" in source
+
+
 def expand_files(pattern: str) -> list[str]:
-    """Files that a path with ``{000..127}`` ranges and globs stands for, sorted."""
+    """Files that a path or a URL with ``{000..127}`` ranges and globs stands for, sorted.
+
+    Those of a range of URLs are not looked for, which would take a request each.
+    """
     span = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if span:
         first, last = span[1], span[2]
@@ -237,12 +274,25 @@ def expand_files(pattern: str) -> list[str]:
             for file in expand_files(pattern[: span.start()] + str(number).zfill(len(first)) + pattern[span.end() :])
         ]
     path = Path(pattern)
-    if path.is_file():
+    if is_url(pattern):
+        files = _expand_url(pattern)
+    elif path.is_file():
         return [str(path)]
-    files = sorted(str(file) for file in path.parent.glob(path.name)) if path.parent.is_dir() else []
+    else:
+        files = sorted(str(file) for file in path.parent.glob(path.name)) if path.parent.is_dir() else []
     if not files:
         raise InputError(f"no file {pattern!r}: check the path of the data")
     return files
+
+
+def _expand_url(pattern: str) -> list[str]:
+    if not re.search(r"[*?[]", pattern):
+        return [pattern]
+    try:
+        files, folder = fsspec.url_to_fs(pattern)
+        return sorted(files.unstrip_protocol(name) for name in files.glob(folder))
+    except Exception as error:  # each store raises its own
+        raise _unreadable(pattern, error) from error
 
 
 def _open_folder(folder: Path, config: DataConfig, process: int, processes: int) -> Records | RecordStream:
@@ -303,7 +353,7 @@ def _unreadable(source: str, error: BaseException) -> InputError:
 def _records(
     dataset: Any, source: str, config: DataConfig, root: Path, process: int, processes: int
 ) -> Records | RecordStream:
-    features = dataset.features or dict.fromkeys(_next(iter(dataset), source) or {})
+    features = dataset.features or _columns_of(dataset, source)
     if not features:
         raise _empty(source)
     image = _column(features, config.image_column, IMAGE_COLUMNS, "image", source)
@@ -324,6 +374,23 @@ def _records(
     if len(dataset) == 0:
         raise _empty(source)
     return Records(dataset, columns)
+
+
+def _columns_of(dataset: datasets.IterableDataset, source: str) -> dict[str, Any]:
+    """The columns that the first rows of a stream have between them, but for what is said of shards."""
+    names: dict[str, Any] = {}
+    rows, broken, seen = iter(dataset), [], 0
+    while seen < LOOKED_AT and (row := _next(rows, source)) is not None:
+        if BROKEN in row:
+            broken.append(row)
+            if not names and len(broken) == BROKEN_AT_FIRST:
+                break
+        else:
+            names |= row
+            seen += 1
+    if not names and broken:
+        raise InputError(f"data source {source!r} cannot be read: {broken[0][KEY]}: {broken[0][BROKEN]}")
+    return dict.fromkeys(name for name in names if name not in (KEY, BEGINS))
 
 
 def _column(names: Any, wanted: str | None, usual: tuple[str, ...], kind: str, source: str) -> str:

@@ -24,10 +24,12 @@ class Table:
     """
 
     def __init__(self, config: DataConfig, limit: int | None = None) -> None:
-        self.source = config.train
-        records = open_records(resolve(config.train), replace(config, streaming=False))
+        self.source, *others = config.sources
+        if others:
+            raise InputError(f"an evaluation is of one data set, and data names {1 + len(others)}: evaluate each alone")
+        records = open_records(resolve(self.source), replace(config, streaming=False))
         if not isinstance(records, Records):
-            raise InputError(f"{config.train} is a stream, expected a table or folder to evaluate on")
+            raise InputError(f"{self.source} is a stream, expected a table or folder to evaluate on")
         self.records = records
         self.said: list[Record] = []
         """The records without their images."""

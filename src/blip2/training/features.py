@@ -89,7 +89,8 @@ def make_features(recipe: Recipe) -> list[str]:
         for name, parameter in encoder.named_parameters():
             rate = recipe.optimizer.rates[pattern_of(f"vision.{name}", recipe.optimizer)]
             parameter.requires_grad_(rate != "frozen")
-        sources = [("data.train", recipe.data.train, max(1, recipe.data.cached_views))]
+        views = max(1, recipe.data.cached_views)
+        sources = [("data.train", source, views) for source in recipe.data.sources]
         if recipe.data.validation is not None:
             sources.append(("data.validation", recipe.data.validation, 1))
         for key, source, views in sources:

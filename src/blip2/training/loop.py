@@ -24,8 +24,9 @@ from torch import nn
 from blip2.build import build, prepare_texts
 from blip2.config import Recipe
 from blip2.data.assets import resolve
-from blip2.data.batches import Loaded, Preparation, plan_batches, to_device
+from blip2.data.batches import Loaded, Preparation, to_device
 from blip2.data.loading import load
+from blip2.data.mixtures import Preparations, mix, plan_mixture, start_anew
 from blip2.data.overlap import Source, check_overlap
 from blip2.data.records import Records, RecordStream, open_records
 from blip2.data.texts import StageBatch
@@ -40,8 +41,9 @@ from blip2.training.interruption import Interruption, note_signals
 from blip2.training.measuring import Evaluation, best_so_far, evaluate, is_better, validate
 from blip2.training.optimizer import build_optimizer, describe, restore_optimizer, set_rates, set_schedule
 from blip2.training.processes import make_accelerator, naming_failures
-from blip2.training.progress import Display, MetricsFile, note
+from blip2.training.progress import METRICS, SKIPPED, Display, StepFile, note
 from blip2.training.sharding import leave_frozen, place_trained, shard_frozen
+from blip2.training.tally import Tally
 from blip2.training.traffic import step_traffic
 from blip2.training.watching import Watch
 
@@ -187,7 +189,7 @@ class _Training:
             restore_optimizer(self.optimizer, optimizer_state["optimizer"])
             if accelerator.scaler is not None and optimizer_state["scaler"]:
                 accelerator.scaler.load_state_dict(optimizer_state["scaler"])
-        self.counts: dict[str, int] = state["counts"] if state else {"skipped": 0, "cut": 0}
+        self.tally = Tally(list(recipe.data.sources), state["counts"] if state else None)
 
     def _own(self, positions: list[Any], display: Display) -> Any:
         """The position in the data of this process."""
@@ -197,9 +199,9 @@ class _Training:
             return positions[self.accelerator.process_index]
         display.say(
             f"the checkpoint is of {len(positions)} processes and there are {self.accelerator.num_processes} now: the"
-            " data goes on with the next epoch"
+            " data goes on with the next epoch of each source"
         )
-        return {"epoch": max(p["epoch"] for p in positions) + 1, "window": 0, "batch": 0, "stream": None}
+        return start_anew(positions)
 
     # -- data --------------------------------------------------------------------------------------------------------
 
@@ -223,31 +225,28 @@ class _Training:
             )
             return records, preparation
 
-        records, preparation = prepare(data.train, train=True)
-        plans = plan_batches(
-            records, data.batch_size, recipe.training.seed, data.group_by_length, process, processes, position
-        )
+        opened, preparations = zip(*(prepare(source, train=True) for source in data.sources), strict=True)
+        sources = mix(data.sources, opened, data.temperature)
+        if len(sources) > 1:
+            rows = [(source.name, f"{100 * source.share:.3g} %") for source in sources]
+            self.display.table("data.train", ["source", "share of the steps"], rows)
+        plans = plan_mixture(
+            sources, data.batch_size, recipe.training.seed, data.group_by_length, process, processes,
+            recipe.training.accumulate, position,
+        )  # fmt: skip
         validation = None
         if data.validation is not None:
             held_out, validation = prepare(data.validation, train=False)
             if not isinstance(held_out, Records):
                 raise InputError("data.validation is a stream, expected a table or folder: set data.streaming to false")
-        return load(plans, preparation, data.workers), validation
+        return load(plans, Preparations(preparations), data.workers), validation
 
     def _next(self) -> tuple[Loaded, StageBatch]:
         for _ in range(BROKEN_IN_A_ROW):
             started = time.monotonic()
             loaded = next(self.loaded)
             self.watch.waited += time.monotonic() - started
-            for message in loaded.skipped:
-                self.display.say(f"skipped {message}")
-            if loaded.cut and not self.counts["cut"]:
-                self.display.say(
-                    f"a caption is longer than data.max_tokens ({self.recipe.data.max_tokens}) and was cut; the rest"
-                    " are only counted"
-                )
-            self.counts["skipped"] += len(loaded.skipped)
-            self.counts["cut"] += loaded.cut
+            self.tally.add(loaded)
             if loaded.batch is not None:
                 return loaded, to_device(loaded.batch, self.accelerator.device)
         raise InputError(
@@ -262,14 +261,16 @@ class _Training:
         total = recipe.training.steps
         if accelerator.is_main_process:
             (self.folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-            MetricsFile.truncate(self.folder, self.step - (self.unfinished is not None))
+            # The line of a step whose evaluation is not done is yet to be written.
+            StepFile.truncate(self.folder / METRICS, self.step - (self.unfinished is not None))
+            StepFile.truncate(self.folder / SKIPPED, self.step)
             self.best = best_so_far(self.folder, recipe.training.best)
         if recipe.training.trackers:
             accelerator.init_trackers("blip2", config={"recipe": dump_recipe(recipe)})
         saved = checkpoint.latest(self.folder)
         self.display.start(total, self.step)
-        metrics_file = MetricsFile(self.folder, enabled=accelerator.is_main_process)
-        with note_signals() as asked, contextlib.closing(metrics_file) as metrics:
+        files = [StepFile(self.folder / name, enabled=accelerator.is_main_process) for name in (METRICS, SKIPPED)]
+        with note_signals() as asked, contextlib.closing(files[0]) as metrics, contextlib.closing(files[1]) as skipped:
             if self.unfinished is not None:
                 self._finish(self.unfinished, metrics)
             while self.step < total:
@@ -278,6 +279,7 @@ class _Training:
                 self.step += 1
                 seconds = time.monotonic() - started
                 values |= {"images_per_second": pairs / seconds, "seconds": seconds}
+                self.tally.report(self.step, skipped, self.display, recipe.data.max_tokens)
                 if self.validation is not None and (
                     self.step % recipe.training.validate_every == 0 or self.step == total
                 ):
@@ -292,6 +294,7 @@ class _Training:
                 if measured:
                     saved = self._save(values)
                 self._finish(values, metrics)
+                self.tally.check(recipe.data.max_bad, skipped.path)
                 self.display.advance(self.step, note(values))
                 if not measured and (self.step % recipe.training.save_every == 0 or self.step == total or stop):
                     saved = self._save()
@@ -299,8 +302,8 @@ class _Training:
                     raise Interruption(
                         f"stopped at step {self.step} of {total}; its checkpoint is {saved}; go on with --resume"
                     )
-        if self.counts["skipped"] or self.counts["cut"]:
-            self.display.say(f"{self.counts['skipped']} records skipped, {self.counts['cut']} captions cut")
+        if self.tally.skipped or self.tally.cut:
+            self.display.say(f"{self.tally.skipped} records skipped, {self.tally.cut} captions cut")
         assert saved is not None
         return saved
 
@@ -310,7 +313,7 @@ class _Training:
         config = self.recipe.evaluation
         return config is not None and (self.step % config.every == 0 or self.step == self.recipe.training.steps)
 
-    def _finish(self, values: dict[str, float], metrics: MetricsFile) -> None:
+    def _finish(self, values: dict[str, float], metrics: StepFile) -> None:
         """Evaluate where that is due, keep the best checkpoint, and write down what was measured of a step."""
         if self._evaluates and self.evaluation is not None:
             values |= evaluate(self.evaluation, self.built, self.step, self.recipe, self.display)
@@ -321,9 +324,10 @@ class _Training:
                 self.best = values[name]
                 self.display.say(f"step {self.step} is the best so far: {name} {values[name]:.4f}")
             self.accelerator.wait_for_everyone()
-        metrics.write({"step": self.step, **values, **self.counts})
+        metrics.write({"step": self.step, **values, **self.tally.metrics()})
         if self.recipe.training.trackers:
-            self.accelerator.log(values, step=self.step)
+            of = self.tally.step_source  # a curve for each source
+            self.accelerator.log({**values, **({f"loss/{of}": values["loss"]} if of else {})}, step=self.step)
 
     def _step(self) -> tuple[dict[str, float], int]:
         """One optimiser step; its metrics, and how many pairs all processes saw."""
@@ -352,8 +356,10 @@ class _Training:
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach() / len(batches)
 
         names = sorted(sums)
-        means = self._reduce(torch.stack([sums[name].float() for name in names]), "mean").tolist()
-        values: dict[str, float] = dict(zip(names, means, strict=True))
+        own = torch.tensor(self.tally.own(), device=accelerator.device)  # travels with them
+        means = self._reduce(torch.cat([torch.stack([sums[name].float() for name in names]), own]), "mean").tolist()
+        values: dict[str, float] = dict(zip(names, means, strict=False))
+        self.tally.close([round(mean * accelerator.num_processes) for mean in means[len(names) :]])
         self._check_finite(values["loss"], sums["loss"], taken)
         if recipe.optimizer.clip_norm is not None:
             total = accelerator.clip_grad_norm_(self.model.parameters(), recipe.optimizer.clip_norm)
@@ -401,7 +407,7 @@ class _Training:
                 self.recipe,
                 self.built.qformer_tokenizer,
                 {"optimizer": self.optimizer.state_dict(), "scaler": scaler},
-                {"positions": positions, "counts": self.counts, "unfinished": unfinished},
+                {"positions": positions, "counts": self.tally.metrics(), "unfinished": unfinished},
                 self.recipe.training.keep,
             )
         accelerator.wait_for_everyone()

@@ -14,7 +14,7 @@ from accelerate.utils import set_seed
 
 from blip2.build import Built
 from blip2.config import Recipe
-from blip2.data.batches import Preparation, plan_evaluation, to_device
+from blip2.data.batches import Preparation, Skipped, plan_evaluation, to_device
 from blip2.data.loading import load
 from blip2.data.records import Records
 from blip2.data.texts import StageBatch
@@ -62,7 +62,7 @@ def validate(
     set_seed(recipe.training.seed)
     model.eval()
     sums: dict[str, torch.Tensor] = {}
-    skipped: list[str] = []
+    skipped: list[Skipped] = []
     losses: set[str] = set()
     weight = torch.zeros((), device=accelerator.device)
     with accelerator.autocast():

@@ -1,4 +1,4 @@
-"""What is seen of a run: a bar or lines on the terminal, metrics.jsonl always."""
+"""What is seen of a run: a bar or lines on the terminal, metrics.jsonl and skipped.jsonl always."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 METRICS = "metrics.jsonl"
+"""A line for every step."""
+SKIPPED = "skipped.jsonl"
+"""A line for every record that was left out."""
 
 
-class MetricsFile:
-    """``metrics.jsonl``: one JSON object a line, for every step. A disabled one takes calls and writes nothing."""
+class StepFile:
+    """A file of JSON objects, one a line, each with its step. A disabled one takes calls and writes nothing."""
 
-    def __init__(self, run: Path, enabled: bool = True) -> None:
-        self.path = run / METRICS
-        self._file = self.path.open("a", encoding="utf-8") if enabled else None
+    def __init__(self, path: Path, enabled: bool = True) -> None:
+        self.path = path
+        self._file = path.open("a", encoding="utf-8") if enabled else None
 
     @staticmethod
-    def truncate(run: Path, step: int) -> None:
+    def truncate(path: Path, step: int) -> None:
         """Forget what was written after `step`, by a run that was killed and will do those steps again."""
-        path = run / METRICS
         if not path.exists():
             return
         kept = []

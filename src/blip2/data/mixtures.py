@@ -1,0 +1,114 @@
+"""Several sources as one: how often each is drawn, and the batches that come of it.
+
+All of a training step is drawn from one source, in every process: then a step's losses are those of that source,
+exactly, and the negatives of a contrastive loss come from the source that the pair comes from, where they are hard, and
+not from another whose pictures or phrases give it away. Over many steps the sources mix. Each goes through its own
+epochs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from blip2.data.batches import Loaded, Plan, plan_batches
+from blip2.data.order import next_epoch
+from blip2.data.records import Records, RecordStream
+from blip2.errors import InputError
+
+
+@dataclass(frozen=True)
+class Source:
+    """One of the sources of a mixture."""
+
+    name: str
+    """As the recipe has it."""
+    records: Records | RecordStream
+    share: float
+    """Of the steps that are drawn from it."""
+
+
+def mix(
+    weights: Mapping[str, float | None], opened: Sequence[Records | RecordStream], temperature: float = 1.0
+) -> list[Source]:
+    """The sources of a mixture.
+
+    Args:
+        weights: what each is worth against the others; None: as much as it has records.
+        temperature: shares go as weight ** (1 / temperature): 1 leaves them, more makes them more equal.
+
+    Raises:
+        InputError: the records of a stream would have to be counted, or nothing has a weight.
+    """
+    worth = []
+    for (name, weight), records in zip(weights.items(), opened, strict=True):
+        if weight is None and isinstance(records, RecordStream):
+            if len(weights) > 1:
+                raise InputError(
+                    f"data.train gives {name} no weight, and a stream is not counted: write how many records it has"
+                )
+            weight = 1.0
+        value = float(len(records) if weight is None and isinstance(records, Records) else weight or 0)
+        worth.append(0.0 if value == 0 else math.exp(math.log(value) / temperature))
+    total = sum(worth)
+    if total == 0:
+        raise InputError("data.train gives no source a weight above 0: give one to at least one")
+    return [Source(name, records, value / total) for name, records, value in zip(weights, opened, worth, strict=True)]
+
+
+def plan_mixture(
+    sources: Sequence[Source],
+    batch_size: int,
+    seed: int,
+    group_by_length: bool = True,
+    process: int = 0,
+    processes: int = 1,
+    accumulate: int = 1,
+    position: dict[str, Any] | None = None,
+) -> Iterator[Plan]:
+    """Batches without end, each from one source, which is drawn by (seed, step): the same in every process.
+
+    Args:
+        batch_size, seed, group_by_length, process, processes: as :func:`~blip2.data.batches.plan_batches` takes them.
+        accumulate: so many batches make a step, and are of one source.
+        position: of a :class:`Plan`; batches go on behind it. A source that it does not know begins at its start.
+    """
+    at = position or {"number": 0, "sources": {}}
+    positions: dict[str, Any] = dict(at["sources"])
+    plans = [
+        plan_batches(s.records, batch_size, seed, group_by_length, process, processes, positions.get(s.name))
+        for s in sources
+    ]
+    shares = [source.share for source in sources]
+    for number in count(at["number"]):
+        which = int(np.random.default_rng([seed, number // accumulate, 3]).choice(len(sources), p=shares))
+        plan = next(plans[which])
+        positions = {**positions, sources[which].name: plan.position}
+        yield replace(plan, position={"number": number + 1, "sources": positions}, source=which)
+
+
+def start_anew(positions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The position from which another number of processes goes on: with the next epoch of every source."""
+    names = {name for position in positions for name in position["sources"]}
+    return {
+        "number": max(position["number"] for position in positions),
+        "sources": {
+            name: next_epoch([p["sources"][name] for p in positions if name in p["sources"]]) for name in sorted(names)
+        },
+    }
+
+
+class Preparations(Dataset[Loaded]):
+    """Makes batches of plans, each by the preparation of its source."""
+
+    def __init__(self, each: Sequence[Dataset[Loaded]]) -> None:
+        self.each = each
+
+    def __getitem__(self, plan: Plan) -> Loaded:
+        return self.each[plan.source][plan]

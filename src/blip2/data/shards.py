@@ -1,0 +1,118 @@
+"""Shards, read one row after the other from wherever fsspec reads, and as far as they can be read.
+
+A shard that is broken ends with a row that says so (:data:`BROKEN`); what was read of it before counts. So a broken
+shard has its place in the order of the data as every sample has: it is met once an epoch, by one process, also after a
+resume.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tarfile
+from collections.abc import Iterator
+from typing import Any
+
+import datasets
+import fsspec
+import pyarrow.parquet
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+BROKEN = "__broken__"
+"""In a row that is no sample: the reason why a shard could not be read on."""
+BEGINS = "__begins__"
+"""In the first row of a shard."""
+KEY = "__where__"
+"""In every row: the shard and the name within it."""
+AT_ONCE = 64
+"""Rows of a Parquet file that become Python's objects together."""
+
+Row = dict[str, Any]
+
+
+def stream_shards(shards: list[str]) -> datasets.IterableDataset:
+    """The rows of ``.tar`` and ``.parquet`` files, by path or URL, as a stream that the datasets library shuffles by
+    shards, deals out and goes on with."""
+    return datasets.IterableDataset.from_generator(_read, gen_kwargs={"shards": shards})
+
+
+def _read(shards: list[str]) -> Iterator[Row]:
+    for shard in shards:
+        begins = True
+        for row in _read_shard(shard):
+            yield {**row, KEY: f"{shard} {row[KEY]}" if KEY in row else shard, BEGINS: begins}
+            begins = False
+
+
+def _read_shard(shard: str) -> Iterator[Row]:
+    try:
+        with fsspec.open(shard, "rb") as file:
+            yield from _read_parquet(file) if shard.lower().endswith(".parquet") else _read_tar(file)
+    except Exception as error:  # each store and each parser raises its own
+        yield {BROKEN: " ".join(str(error).split()) or type(error).__name__}
+
+
+def _read_parquet(file: Any) -> Iterator[Row]:
+    number = 0
+    for batch in pyarrow.parquet.ParquetFile(file).iter_batches(AT_ONCE):
+        for row in batch.to_pylist():
+            yield {**row, KEY: f"row {number}"}
+            number += 1
+
+
+class _Header(tarfile.TarInfo):
+    """Notes why an archive has no further member: tarfile takes damage behind the first for its end."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: Any) -> Any:
+        try:
+            return super().fromtarfile(tarfile)
+        except Exception as error:
+            tarfile.ended_by = error
+            raise
+
+
+def _read_tar(file: Any) -> Iterator[Row]:
+    """Samples are members with the same name up to its first dot, one behind the other."""
+    sample: Row = {}
+    whole: set[str] = set()
+    with tarfile.open(fileobj=file, mode="r|", tarinfo=_Header, bufsize=1 << 20) as tar:
+        for member in tar:
+            tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  or it would hold all it has seen
+            folder, slash, name = member.name.rpartition("/")
+            name, dot, kind = name.partition(".")
+            content = tar.extractfile(member) if member.isfile() and name and dot else None
+            if content is None:  # a folder, a link, or nothing that belongs to a sample
+                continue
+            key, kind = folder + slash + name, kind.lower()
+            if sample and (sample[KEY] != key or kind in sample):
+                whole = set(sample)
+                yield _complete(sample)
+                sample = {}
+            sample |= {KEY: key, kind: content.read()}
+        # What is held when an archive breaks off is a sample if it has all that the one before it had.
+        ended_by: Exception = tar.ended_by  # pyright: ignore[reportAttributeAccessIssue]
+        is_whole = isinstance(ended_by, tarfile.EOFHeaderError)  # pyright: ignore[reportAttributeAccessIssue]
+        if sample and (is_whole or (whole and set(sample) >= whole)):
+            yield _complete(sample)
+        if not is_whole:
+            where = f" behind {sample[KEY]}" if sample else ""
+            reason = f" ({ended_by})" if str(ended_by) else ""
+            raise tarfile.ReadError(f"it breaks off{where}{reason}")
+
+
+def _complete(sample: Row) -> Row:
+    """The columns of a sample: its members, what its .json says, and its picture as ``image``."""
+    row: Row = {}
+    said: Any = None
+    for kind, content in sample.items():
+        if kind == "json":
+            with contextlib.suppress(ValueError):  # then it says nothing
+                said = json.loads(content)
+        elif kind in ("txt", "text"):
+            row[kind] = content.decode("utf-8", errors="replace")
+        else:
+            row[kind] = content
+            if f".{kind}" in IMAGE_SUFFIXES:
+                row.setdefault("image", content)
+    return {**said, **row} if isinstance(said, dict) else row

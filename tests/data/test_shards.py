@@ -1,0 +1,229 @@
+"""Shards as they are, broken ones included, and where they may lie."""
+
+import io
+import json
+import re
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from blip2.config import DataConfig
+from blip2.data.records import Record, RecordStream, open_records
+from blip2.errors import InputError
+
+BLOCK = 512
+
+
+def shard(samples: list[dict[str, bytes]]) -> bytes:
+    """A tar file; sample i has the members i.KIND."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for number, sample in enumerate(samples):
+            for kind, data in sample.items():
+                entry = tarfile.TarInfo(f"{number:03d}.{kind}")
+                entry.size = len(data)
+                tar.addfile(entry, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def pairs(count: int, name: str = "") -> list[dict[str, bytes]]:
+    return [{"png": f"{name}{i}".encode(), "txt": f"words {name}{i}".encode()} for i in range(count)]
+
+
+def parquet(count: int, name: str = "") -> bytes:
+    buffer = io.BytesIO()
+    rows = [{"image": {"bytes": s["png"], "path": None}, "caption": s["txt"].decode()} for s in pairs(count, name)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
+    return buffer.getvalue()
+
+
+def open_(source: Path | str, process: int = 0, processes: int = 1, **settings: str) -> RecordStream:
+    records = open_records(str(source), DataConfig(train=str(source), streaming=True, **settings), process, processes)
+    assert isinstance(records, RecordStream)
+    return records
+
+
+def captions(records: list[Record]) -> list[str]:
+    return [record.captions[0] for record in records if record.broken is None]
+
+
+def said(records: list[Record]) -> list[str]:
+    return [f"{record.key}: {record.broken}" for record in records if record.broken is not None]
+
+
+# -- what is in them -------------------------------------------------------------------------------------------------
+
+
+def test_samples(tmp_path: Path) -> None:
+    """Members with one name are a sample; its JSON says more of it."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        tar.addfile(tarfile.TarInfo("README"))
+        folder = tarfile.TarInfo("a.b")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        link = tarfile.TarInfo("a.b/one.txt")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+        for name, data in {
+            "a.b/one.JPG": b"1",
+            "a.b/one.json": b'{"question": "what?", "answers": ["this", "that"], "image_id": 7, "image": "x.png"}',
+            "two.json": b"{",
+            "two.webp": b"2",
+            "three.seg.png": b"no",
+            "three.json": b'{"question": "which?"}',
+        }.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    path = tmp_path / "0.tar"
+    path.write_bytes(buffer.getvalue())
+    one, two, three = open_(path).read()
+    assert (one.image, one.question, one.captions, one.about) == (b"1", "what?", ("this", "that"), {"image_id": 7})
+    assert one.key == f"{path} a.b/one"
+    assert (two.image, two.question, two.captions) == (b"2", None, ())
+    assert (three.image, three.question) == (None, "which?")
+    assert [record.begins for record in (one, two, three)] == [True, False, False]
+
+
+def test_columns_are_those_of_several_samples(tmp_path: Path) -> None:
+    """The first may lack its caption."""
+    (tmp_path / "0.tar").write_bytes(shard([{"png": b"0"}, {"txt": b"one"}, *pairs(2)]))
+    read = list(open_(tmp_path / "0.tar").read())
+    assert [(r.image, r.captions) for r in read[:2]] == [(b"0", ()), (None, ("one",))]
+
+
+# -- what is broken --------------------------------------------------------------------------------------------------
+
+WHOLE = shard(pairs(3))
+"""Each member takes a header and one block."""
+BREAKS: dict[str, tuple[bytes, list[str], str]] = {
+    "not a tar": (b"<html>404</html>" * 100, [], "invalid header|bad checksum"),
+    "empty": (b"", [], "empty file"),
+    "within a caption": (WHOLE[: 4 * 2 * BLOCK - BLOCK + 3], ["words 0"], "unexpected end of data"),
+    "within a picture": (WHOLE[: 5 * 2 * BLOCK - BLOCK], ["words 0", "words 1"], "unexpected end of data"),
+    "within a header": (WHOLE[: 4 * 2 * BLOCK + 100], ["words 0", "words 1"], "off behind 001 .truncated header"),
+    "behind a sample": (WHOLE[: 4 * 2 * BLOCK], ["words 0", "words 1"], "it breaks off behind 001 .empty header"),
+    "behind a picture": (WHOLE[: 3 * 2 * BLOCK], ["words 0"], "it breaks off behind 001 .empty header"),
+    "a header is overwritten": (
+        WHOLE[: 4 * 2 * BLOCK] + b"x" * BLOCK + WHOLE[9 * BLOCK :], ["words 0", "words 1"], "checksum|invalid header"
+    ),
+    "no Parquet": (parquet(3)[:-4], [], "[Pp]arquet"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", BREAKS)
+def test_what_can_be_read_is_used(tmp_path: Path, how: str) -> None:
+    data, expected, why = BREAKS[how]
+    suffix, whole = (".parquet", parquet(2, "b")) if how == "no Parquet" else (".tar", shard(pairs(2, "b")))
+    (tmp_path / f"0{suffix}").write_bytes(data)
+    (tmp_path / f"1{suffix}").write_bytes(whole)
+    read = list(open_(tmp_path / f"*{suffix}").read())
+    assert captions(read) == [*expected, "words b0", "words b1"]
+    (message,) = said(read)
+    assert message.startswith(f"{tmp_path / f'0{suffix}'}: ")
+    assert re.search(why, message)
+    assert "\n" not in message
+    assert sum(record.begins for record in read) == 2
+
+
+def test_a_missing_shard_is_a_broken_one(tmp_path: Path) -> None:
+    store = fsspec.filesystem("memory")
+    for number in (0, 2):
+        store.pipe(f"/missing/{number}.tar", shard(pairs(2, str(number))))
+    read = list(open_("memory://missing/{0..2}.tar").read())
+    assert captions(read) == ["words 00", "words 01", "words 20", "words 21"]
+    assert [message.split(": ")[0] for message in said(read)] == ["memory://missing/1.tar"]
+
+
+def test_nothing_but_broken_shards(tmp_path: Path) -> None:
+    for number in range(12):
+        (tmp_path / f"{number:02d}.tar").write_bytes(b"no")
+    with pytest.raises(InputError, match=r"\*\.tar' cannot be read: .*00\.tar: truncated header"):
+        open_(tmp_path / "*.tar")
+
+
+# -- where they lie --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("suffix", "write"), [("tar", lambda n: shard(pairs(3, n))), ("parquet", lambda n: parquet(3, n))]
+)
+@pytest.mark.parametrize("pattern", ["*", "{0..1}"])
+def test_object_storage(suffix: str, write: Callable[[str], bytes], pattern: str) -> None:
+    store = fsspec.filesystem("memory")
+    for number in range(2):
+        store.pipe(f"/{suffix}/{number}.{suffix}", write(str(number)))
+    source = f"memory://{suffix}/{pattern}.{suffix}"
+    records = open_records(source, DataConfig(train=source))
+    assert isinstance(records, RecordStream)  # without being told to stream
+    read = list(records.read())
+    assert captions(read) == [f"words {n}{i}" for n in range(2) for i in range(3)]
+    assert [record.image for record in read] == [f"{n}{i}".encode() for n in range(2) for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ("memory://nowhere/*.tar", r"no file 'memory://nowhere/\*\.tar'"),
+        ("memory://nowhere/0.tar", r"cannot be read: memory://nowhere/0\.tar"),
+        ("nosuch://bucket/*.tar", r"cannot be read: .*[Pp]rotocol"),
+        ("nosuch://bucket/0.tar", r"cannot be read: .*[Pp]rotocol"),
+    ],
+)
+def test_object_storage_without_the_data(source: str, why: str) -> None:
+    with pytest.raises(InputError, match=why) as error:
+        open_(source)
+    assert "\n" not in str(error.value)
+
+
+# -- who reads what --------------------------------------------------------------------------------------------------
+
+
+def write_shards(folder: Path, count: int, size: int = 4) -> Path:
+    for number in range(count):
+        (folder / f"{number:02d}.tar").write_bytes(shard(pairs(size, f"{number:02d}/")))
+    return folder / "*.tar"
+
+
+@pytest.mark.parametrize(("shards", "processes"), [(5, 1), (4, 2), (5, 2), (2, 3), (1, 2)])
+def test_every_sample_once_an_epoch(tmp_path: Path, shards: int, processes: int) -> None:
+    source = write_shards(tmp_path, shards)
+    orders = []
+    for epoch in range(4):
+        shares = [captions(list(open_(source, p, processes).read(None, (3, epoch)))) for p in range(processes)]
+        together = [caption for share in shares for caption in share]
+        assert len(together) == len(set(together)) == 4 * shards
+        assert all(shares)
+        orders.append(together)
+        if shards >= processes:  # else they all read all shards, and leave out what others take
+            read = [{caption[6:8] for caption in share} for share in shares]
+            assert sum(map(len, read)) == shards
+    if shards > 2:
+        assert len({tuple(order) for order in orders}) > 1  # shuffled anew
+
+
+def test_it_is_another_process_that_has_more(tmp_path: Path) -> None:
+    source = write_shards(tmp_path, 3)
+    sizes = [[len(list(open_(source, p, 2).read(None, (0, epoch)))) for p in range(2)] for epoch in range(4)]
+    assert sizes == [[8, 4], [4, 8], [8, 4], [4, 8]]
+
+
+def test_going_on_behind_a_broken_shard(tmp_path: Path) -> None:
+    source = write_shards(tmp_path, 3, 2)
+    broken = tmp_path / "01.tar"
+    broken.write_bytes(broken.read_bytes()[: 6 * BLOCK])
+    every = list(open_(source).read(None, (1, 2)))
+    assert len(said(every)) == 1 and len(every) == 6
+    for done in range(len(every) + 1):
+        stream = open_(source)
+        reader = stream.read(None, (1, 2))
+        for _ in range(done):
+            next(reader)
+        position = json.loads(json.dumps(stream.position()))
+        assert list(open_(source).read(position, (1, 2))) == every[done:]
