@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from blip2.corpus.command import add_capfilt
 from blip2.errors import InputError
 from blip2.training.interruption import Interruption
 
@@ -151,6 +152,8 @@ def build_parser() -> argparse.ArgumentParser:
     embed.add_argument(
         "--output", required=True, metavar="FILE", help="a .safetensors file with images [I, Q, C] and texts [T, C]"
     )
+
+    add_capfilt(command)
 
     evaluate = command(
         "evaluate",

@@ -112,12 +112,15 @@ def _read_records(records: Records, unit: Unit) -> Iterator[Sample | Skipped]:
         yield Sample(f"{number:09}", data, record.captions, _suffix(data))
 
 
+STARTS = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp", b"II*": "tif", b"MM": "tif"}
+"""How the files of pictures begin."""
+
+
 def _suffix(data: bytes) -> str:
-    """Of a picture, by how its file begins; nobody but people believes a suffix."""
-    kinds = ((b"\xff\xd8", "jpg"), (b"\x89PNG", "png"), (b"GIF8", "gif"), (b"BM", "bmp"), (b"II*", "tif"), (b"MM", "tif"))
+    """Of a picture, by what it is."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
-    return next((suffix for start, suffix in kinds if data.startswith(start)), "jpg")
+    return next((suffix for start, suffix in STARTS.items() if data.startswith(start)), "jpg")
 
 
 # -- reading shards ------------------------------------------------------------------------------------------------
@@ -147,7 +150,7 @@ def _read_tar(unit: Unit) -> Iterator[Sample | Skipped]:
 def _members(path: Path) -> Iterator[tuple[str, bytes | Exception]]:
     """The files in a tar; behind the last, if there is no end to it, what is wrong."""
     try:
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r|*") as tar:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r|") as tar:
             for entry in tar:
                 if entry.isfile() and not PurePosixPath(entry.name).name.startswith("."):
                     content = tar.extractfile(entry)
@@ -161,7 +164,9 @@ def _sample(unit: Unit, key: str, members: Mapping[str, bytes]) -> Sample | Skip
     suffix = next((field for field in members if f".{field}" in IMAGE_SUFFIXES), None)
     name = f"{key} in {unit.source}"
     if suffix is None:
-        return Skipped(name, "no image", f"it has {', '.join(members)}, expected an image ({', '.join(IMAGE_SUFFIXES)})")
+        return Skipped(
+            name, "no image", f"it has {', '.join(members)}, expected an image ({', '.join(IMAGE_SUFFIXES)})"
+        )
     try:
         captions = _captions(members)
     except ValueError as error:
@@ -196,7 +201,9 @@ def written(path: Path) -> Iterator[IO[bytes]]:
             yield file
         beside.replace(path)
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror or error}): make room, or give another output") from error
+        raise InputError(
+            f"{path} cannot be written ({error.strerror or error}): make room, or give another output"
+        ) from error
     finally:
         beside.unlink(missing_ok=True)
 

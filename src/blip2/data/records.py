@@ -186,7 +186,30 @@ def open_records(source: str, config: DataConfig, process: int = 0, processes: i
         options["sep"] = "\t"
     streaming = builder == "webdataset" if streaming is None else streaming
     dataset = _load(source, datasets.load_dataset, builder, streaming=streaming, **options)
+    if builder == "webdataset":
+        dataset = _spread_json(dataset)
     return _records(dataset, source, config, path.parent, process, processes)
+
+
+def _spread_json(dataset: Any) -> Any:
+    """What the ``.json`` of a sample says as columns beside its other members, which come first."""
+    said = (dataset.features or {}).get("json")
+    if not isinstance(said, dict):
+        return dataset
+    own = [name for name in said if name not in dataset.features]
+    if isinstance(dataset, datasets.IterableDataset):
+        for name in [name for name, kind in dataset.features.items() if isinstance(kind, datasets.Image)]:
+            dataset = dataset.cast_column(name, datasets.Image(decode=False))  # or each would be decoded on its way
+        features = datasets.Features({**dataset.features, **{name: said[name] for name in own}})
+        return dataset.map(_with_json, fn_kwargs={"own": own}, features=features)
+    json_column = dataset.data.column("json").combine_chunks()
+    for name in own:
+        dataset = dataset.add_column(name, json_column.field(name), feature=said[name])
+    return dataset
+
+
+def _with_json(row: dict[str, Any], own: list[str]) -> dict[str, Any]:
+    return {name: (row["json"] or {}).get(name) for name in own}
 
 
 def _table(source: str) -> datasets.Dataset:
