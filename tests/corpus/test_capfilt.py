@@ -7,6 +7,7 @@ import pytest
 
 from blip2.config import DataConfig
 from blip2.corpus import capfilt as module
+from blip2.corpus import shards as shards_module
 from blip2.corpus.capfilt import Settings, capfilt
 from blip2.corpus.engine import Engine
 from blip2.corpus.selection import Rules
@@ -56,10 +57,9 @@ def test_shards_hold_the_pictures_as_they_were_and_the_best_captions(done, shard
     assert "ranked lower" in metrics["dropped"] and metrics["skipped"] == {}
 
 
-def originals(path):
-    return [
-        kept for name, data in read_tar(path).items() if name.endswith("json") for kept in json.loads(data)["original"]
-    ]
+def said(*paths):
+    """What stands beside the pictures of shards."""
+    return [json.loads(data) for path in paths for name, data in read_tar(path).items() if name.endswith("json")]
 
 
 def test_training_reads_what_was_written(done):
@@ -102,7 +102,7 @@ def test_what_is_done_is_not_done_again(done, runs, shards, tmp_path, monkeypatc
     (again / "00001.tar.0.tmp").write_bytes(b"half")
     times = {path: path.stat().st_mtime_ns for path in again.glob("0000[03].*")}
     asked = []
-    monkeypatch.setattr(module, "read_unit", lambda unit: asked.append(unit.name) or read_unit(unit))
+    monkeypatch.setattr(shards_module, "read_unit", lambda unit: asked.append(unit.name) or read_unit(unit))
     assert run(runs, shards / "*.tar", again) == metrics
     assert asked == ["00001", "00002"]
     assert tars(again) == tars(output)
@@ -136,14 +136,15 @@ def test_pictures_that_cannot_be_used_are_counted_and_named(runs, tmp_path):
         tmp_path / "a.tar",
         {
             "0.png": good, "0.txt": b"a red disc",
-            "1.png": good[:200], "1.txt": b"cut short",
+            "1.png": good[:100], "1.txt": b"cut short",
             "2.txt": b"no picture",
             "3.png": good, "3.json": b"{no",
             "4.png": good,
         },
     )  # fmt: skip
-    whole = write_tar(tmp_path / "b.tar", {"0.png": good, "0.txt": b"x", "1.png": good, "1.txt": b"y"}).read_bytes()
-    (tmp_path / "b.tar").write_bytes(whole[: 2 * len(good)])
+    members = {f"{n}.{kind}": good if kind == "png" else b"x" for n in range(3) for kind in ("png", "txt")}
+    whole = write_tar(tmp_path / "b.tar", members).read_bytes()
+    (tmp_path / "b.tar").write_bytes(whole[: 9 * 512 + 20])  # each member is a header and a block
     (tmp_path / "c.tar").write_bytes(b"")
     metrics = run(runs, tmp_path / "?.tar", tmp_path / "output")
     assert metrics["skipped"] == {"image not decoded": 1, "no image": 1, "caption not read": 1, "shard broken": 2}

@@ -83,7 +83,7 @@ def test_models_of_the_wrong_kind(runs, clip, parts, tmp_path):
     refuses(caption(clip), "no captioning model could be read")
     refuses(caption(str(tmp_path / "nothing")), "no captioning model could be read")
     refuses(lambda: open_ranker(str(runs["llama"]), "cpu", "fp32"), "of stage generation alone")
-    refuses(lambda: open_ranker(parts.bert, "cpu", "fp32"), "no image-text model|does not compare")
+    refuses(lambda: open_ranker(parts.llama, "cpu", "fp32"), "no image-text model|does not compare")
 
 
 def test_a_run_is_pinned_to_its_last_checkpoint(runs, clip):

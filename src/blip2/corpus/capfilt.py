@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,8 @@ from blip2.corpus.engine import HERE, Engine, Worker, do_units, write_json
 from blip2.corpus.models import Captioner, Ranker, open_captioner, open_ranker, pin
 from blip2.corpus.report import Summary, write_report
 from blip2.corpus.selection import Caption, Chosen, Rules, choose, read_language
-from blip2.corpus.shards import Sample, ShardWriter, Skipped, Unit, list_units, read_unit, written
-from blip2.data.images import ImageError, read_image
+from blip2.corpus.shards import Sample, ShardWriter, Skipped, Unit, batches, list_units, written
+from blip2.data.records import clean_captions
 from blip2.data.store import digest
 from blip2.errors import InputError
 from blip2.model.decoding import Decoding
@@ -158,7 +157,7 @@ class Bootstrap:
             dice = [self._dice(sample) for sample in samples]
             new = self._captioner.write(images, settings.captions, torch.from_numpy(np.concatenate(dice)))
         texts = [
-            [*dict.fromkeys(sample.captions), *dict.fromkeys(text for text in mine if text.strip())]
+            [*dict.fromkeys(sample.captions), *dict.fromkeys(clean_captions(mine))]
             for sample, mine in zip(samples, new, strict=True)
         ]
         spoken = [at for at, own in enumerate(texts) if own]
@@ -177,24 +176,6 @@ class Bootstrap:
     def _dice(self, sample: Sample) -> np.ndarray:
         random = np.random.default_rng([self._settings.seed, int(digest(sample.image), 16)])
         return random.random((self._settings.captions, self._settings.decoding.max_new_tokens))
-
-
-def batches(unit: Unit, size: int, skipped: list[Skipped]) -> Iterator[list[tuple[Sample, Image]]]:
-    """The samples of a unit whose pictures can be decoded, in batches; `skipped` takes the others."""
-
-    def good() -> Iterator[tuple[Sample, Image]]:
-        for sample in read_unit(unit):
-            if isinstance(sample, Skipped):
-                skipped.append(sample)
-                continue
-            try:
-                yield sample, read_image(sample.image, f"image {sample.key} of {unit.source}")
-            except ImageError as error:
-                skipped.append(Skipped(f"{sample.key} in {unit.source}", "image not decoded", str(error)))
-
-    samples = good()
-    while batch := list(islice(samples, size)):
-        yield batch
 
 
 def describe(chosen: Chosen) -> dict[str, Any]:

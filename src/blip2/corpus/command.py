@@ -6,6 +6,9 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from blip2.errors import InputError
 
 
 def add_capfilt(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -75,7 +78,6 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
 
 def run_capfilt(options: argparse.Namespace) -> None:
     from blip2.corpus.capfilt import Settings, capfilt
-    from blip2.corpus.engine import Engine
     from blip2.corpus.selection import Rules
     from blip2.model.decoding import Decoding
 
@@ -85,10 +87,42 @@ def run_capfilt(options: argparse.Namespace) -> None:
     settings = Settings(
         options.captions, decoding, options.prompt, rules, options.seed, options.batch_size, options.shard_size
     )
-    engine = Engine(options.engine, options.workers, options.threads)
     metrics = capfilt(
         options.captioner, options.ranker, options.data, options.output, settings,
-        engine=engine, device=options.device, dtype=options.dtype,
+        engine=_engine(options), device=options.device, dtype=options.dtype,
     )  # fmt: skip
     print(json.dumps({name: metrics[name] for name in ("counts", "dropped", "skipped", "mean_scores")}, indent=1))
     print(f"report: {Path(options.output) / 'report.html'}")
+
+
+def embed_corpus(options: argparse.Namespace) -> None:
+    """``blip2 embed --data``."""
+    from blip2.corpus import embed
+
+    if options.data is None:
+        raise InputError("--engine ray embeds a whole corpus: name it with --data")
+    if options.images or options.text:
+        raise InputError("--data embeds a whole corpus: leave out image files and --text, or --data")
+    metrics = embed.embed_corpus(
+        options.model, options.data, options.output, shard_size=options.shard_size, engine=_engine(options),
+        device=options.device, dtype=options.dtype, changes=options.changes or None,
+    )  # fmt: skip
+    print(json.dumps({name: metrics[name] for name in ("pictures", "texts", "skipped")}, indent=1))
+
+
+def make_features_on(options: argparse.Namespace, recipe: Any) -> None:
+    """``blip2 features --engine ray``: on its cluster; without it they are made where they are asked for."""
+    engine = _engine(options)
+    if engine.kind == "local":
+        if engine.threads is not None:
+            raise InputError("--threads is of --engine ray: set OMP_NUM_THREADS, or leave it out")
+        return
+    from blip2.corpus import features
+
+    features.make_features_on(engine, recipe)
+
+
+def _engine(options: argparse.Namespace) -> Any:
+    from blip2.corpus.engine import Engine
+
+    return Engine(options.engine, options.workers, options.threads)

@@ -23,7 +23,7 @@ from blip2.errors import InputError
 from blip2.training.progress import Display
 
 Worker = Callable[[Unit], Mapping[str, Any]]
-"""Does a unit, writes what comes of it, and tells in numbers and texts what happened."""
+"""Does a unit, writes what comes of it, and tells what happened, for JSON, with the number of ``pictures``."""
 STATS = ".stats.json"
 
 
@@ -79,9 +79,8 @@ def do_units(
         display.start(len(units), len(units) - len(left))
     started, pictures = time.monotonic(), 0
     try:
-        run = _on_ray if engine.kind == "ray" else _here
-        for done, told in enumerate(run(_Recorded(work, folder), left, engine), len(units) - len(left) + 1):
-            pictures += told
+        for done, told in enumerate(run_units(_Recorded(work, folder), left, engine), len(units) - len(left) + 1):
+            pictures += told["pictures"]
             display.advance(done, f"shards  {pictures / (time.monotonic() - started):.1f} pictures/s")
         _sweep(folder)
     finally:
@@ -136,15 +135,15 @@ class _Recorded:
     work: Work
     folder: Path
 
-    def worker(self) -> Callable[[Unit], int]:
-        """Does a unit; the number of its pictures comes back."""
+    def worker(self) -> Worker:
+        """Does a unit; only the number of its pictures comes back, for the rest may be much."""
         do = self.work.worker()
 
-        def record(unit: Unit) -> int:
+        def record(unit: Unit) -> Mapping[str, Any]:
             file = _stats(self.folder, unit)
             if not file.exists():  # otherwise a worker was lost just after it was done
                 write_json(file, do(unit))
-            return json.loads(file.read_text(encoding="utf-8")).get("pictures", 0)
+            return {"pictures": json.loads(file.read_text(encoding="utf-8"))["pictures"]}
 
         return record
 
@@ -152,7 +151,16 @@ class _Recorded:
 # -- engines -------------------------------------------------------------------------------------------------------
 
 
-def _here(work: _Recorded, units: Sequence[Unit], engine: Engine) -> Iterator[int]:
+def run_units(work: Work, units: Sequence[Unit], engine: Engine) -> Iterator[Mapping[str, Any]]:
+    """What a worker tells of each unit, in the order in which they are done.
+
+    Raises:
+        InputError: Ray is missing, or what a worker raised.
+    """
+    return _on_ray(work, units, engine) if engine.kind == "ray" else _here(work, units, engine)
+
+
+def _here(work: Work, units: Sequence[Unit], engine: Engine) -> Iterator[Mapping[str, Any]]:
     if not units:
         return
     before = torch.get_num_threads()
@@ -164,7 +172,7 @@ def _here(work: _Recorded, units: Sequence[Unit], engine: Engine) -> Iterator[in
         torch.set_num_threads(before)
 
 
-def _on_ray(work: _Recorded, units: Sequence[Unit], engine: Engine) -> Iterator[int]:
+def _on_ray(work: Work, units: Sequence[Unit], engine: Engine) -> Iterator[Mapping[str, Any]]:
     """Ray Data: actors that hold a worker each, fed no faster than they work, begun anew where one is lost."""
     try:
         import ray
@@ -195,7 +203,7 @@ def _on_ray(work: _Recorded, units: Sequence[Unit], engine: Engine) -> Iterator[
             num_gpus=1 if gpus >= workers else 0,
         )
         for row in rows.iter_rows():
-            yield int(row["pictures"])
+            yield json.loads(row["told"])
     except Exception as error:  # Ray wraps what a worker raised in errors of its own
         raise _cause(error) from error
     finally:
@@ -206,15 +214,15 @@ def _on_ray(work: _Recorded, units: Sequence[Unit], engine: Engine) -> Iterator[
 class _Actor:
     """A worker in a process of Ray."""
 
-    def __init__(self, work: _Recorded, threads: int) -> None:
+    def __init__(self, work: Work, threads: int) -> None:
         self._work, self._threads = work, threads
-        self._do: Callable[[Unit], int] | None = None
+        self._do: Worker | None = None
 
-    def __call__(self, rows: Mapping[str, Any]) -> dict[str, list[int]]:
+    def __call__(self, rows: Mapping[str, Any]) -> dict[str, list[str]]:
         if self._do is None:  # not when it is made, or Ray would make it again and again where that fails
             torch.set_num_threads(self._threads)
             self._do = self._work.worker()
-        return {"pictures": [self._do(Unit(**json.loads(unit))) for unit in rows["unit"]]}
+        return {"told": [json.dumps(self._do(Unit(**json.loads(unit)))) for unit in rows["unit"]]}
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -14,13 +14,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
+
+from PIL.Image import Image
 
 from blip2.config import DataConfig
 from blip2.data.assets import resolve
 from blip2.data.benchmarks import find_shards, is_benchmark
-from blip2.data.images import ImageError, read_bytes
+from blip2.data.images import ImageError, read_bytes, read_image
 from blip2.data.records import CAPTION_COLUMNS, IMAGE_SUFFIXES, Records, clean_captions, expand_files, open_records
 from blip2.errors import InputError
 
@@ -96,6 +99,24 @@ def read_unit(unit: Unit) -> Iterator[Sample | Skipped]:
     if unit.count is None:
         return _read_tar(unit)
     return _read_records(open_table(unit.source), unit)
+
+
+def batches(unit: Unit, size: int, skipped: list[Skipped]) -> Iterator[list[tuple[Sample, Image]]]:
+    """The samples of a unit whose pictures can be decoded, in batches; `skipped` takes the others."""
+
+    def good() -> Iterator[tuple[Sample, Image]]:
+        for sample in read_unit(unit):
+            if isinstance(sample, Skipped):
+                skipped.append(sample)
+                continue
+            try:
+                yield sample, read_image(sample.image, f"image {sample.key} of {unit.source}")
+            except ImageError as error:
+                skipped.append(Skipped(f"{sample.key} in {unit.source}", "image not decoded", str(error)))
+
+    samples = good()
+    while batch := list(islice(samples, size)):
+        yield batch
 
 
 def _read_records(records: Records, unit: Unit) -> Iterator[Sample | Skipped]:

@@ -106,6 +106,10 @@ class Records(Sequence[Record]):
     def __getitem__(self, index: int) -> Record:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self._columns.record(self._dataset[int(index)], int(index))
 
+    def part(self, first: int, count: int) -> Records:
+        """So many records from one on."""
+        return Records(self._dataset.select(range(first, first + count)), self._columns)
+
     def captions(self, indices: Sequence[int]) -> list[tuple[str, ...]]:
         """Captions of some records, without reading their images."""
         if self._columns.caption is None:
