@@ -284,7 +284,7 @@ class GenerationPipeline(Pipeline[GenerationModel]):
         copies: int = 1,
         image_of: Sequence[int] | None = None,
         questions: Sequence[str] | None = None,
-        dice: Float[Tensor, "N U"] | None = None,
+        dice: Float[Tensor, "N longest"] | None = None,
     ) -> list[str]:
         """`copies` texts for each prompt, the copies of one prompt beside each other.
 

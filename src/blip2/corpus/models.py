@@ -1,6 +1,6 @@
 """What writes captions of pictures and what compares both: models of this project and of transformers.
 
-Legend: N captions, U new tokens.
+Legend: N captions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from blip2.training.checkpoint import find
 class Captioner(Protocol):
     """Writes captions."""
 
-    def write(self, images: Sequence[Image], copies: int, dice: Float[Tensor, "N U"]) -> list[list[str]]:
+    def write(self, images: Sequence[Image], copies: int, dice: Float[Tensor, "N longest"]) -> list[list[str]]:
         """`copies` captions of each picture.
 
         Args:
@@ -105,7 +105,7 @@ class OwnCaptioner:
         self._pipeline, self._decoding = pipeline, decoding
         self._prompt = language.prompt if prompt is None else prompt
 
-    def write(self, images: Sequence[Image], copies: int, dice: Float[Tensor, "N U"]) -> list[list[str]]:
+    def write(self, images: Sequence[Image], copies: int, dice: Float[Tensor, "N longest"]) -> list[list[str]]:
         texts = self._pipeline.generate(list(images), [self._prompt] * len(images), self._decoding, copies, dice=dice)
         return [texts[at : at + copies] for at in range(0, len(texts), copies)]
 
@@ -140,7 +140,7 @@ class TransformersCaptioner:
         self._decoding, self._prompt = decoding, prompt or ""
 
     @torch.no_grad()
-    def write(self, images: Sequence[Image], copies: int, dice: Float[Tensor, "N U"]) -> list[list[str]]:
+    def write(self, images: Sequence[Image], copies: int, dice: Float[Tensor, "N longest"]) -> list[list[str]]:
         text = {"text": [self._prompt] * len(images)} if self._prompt else {}
         inputs = self._processor(images=list(images), **text, return_tensors="pt").to(self._model.device)
         inputs["pixel_values"] = inputs["pixel_values"].to(self._model.dtype)

@@ -197,14 +197,16 @@ def open_records(source: str, config: DataConfig, process: int = 0, processes: i
 
 def _spread_json(dataset: Any) -> Any:
     """What the ``.json`` of a sample says as columns beside its other members, which come first."""
-    said = (dataset.features or {}).get("json")
+    known = dict(dataset.features or {})
+    said = known.get("json")
     if not isinstance(said, dict):
         return dataset
-    own = [name for name in said if name not in dataset.features]
+    own = [name for name in said if name not in known]
     if isinstance(dataset, datasets.IterableDataset):
-        for name in [name for name, kind in dataset.features.items() if isinstance(kind, datasets.Image)]:
-            dataset = dataset.cast_column(name, datasets.Image(decode=False))  # or each would be decoded on its way
-        features = datasets.Features({**dataset.features, **{name: said[name] for name in own}})
+        undecoded = datasets.Image(decode=False)  # or each would be decoded on its way
+        known = {name: undecoded if isinstance(kind, datasets.Image) else kind for name, kind in known.items()}
+        dataset = dataset.cast(datasets.Features(known))
+        features = datasets.Features({**known, **{name: said[name] for name in own}})
         return dataset.map(_with_json, fn_kwargs={"own": own}, features=features)
     json_column = dataset.data.column("json").combine_chunks()
     for name in own:

@@ -72,7 +72,7 @@ def write(
     decoding: Decoding,
     ends: Sequence[int],
     copies: int = 1,
-    dice: Float[Tensor, "N U"] | None = None,
+    dice: Float[Tensor, "N longest"] | None = None,
 ) -> Int[Tensor, "N U"]:
     """The continuation of each prompt, `copies` of each beside each other.
 
@@ -102,7 +102,7 @@ def write_plainly(
     decoding: Decoding,
     ends: Sequence[int],
     copies: int = 1,
-    dice: Float[Tensor, "N U"] | None = None,
+    dice: Float[Tensor, "N longest"] | None = None,
 ) -> Int[Tensor, "N U"]:
     """The same by transformers' own ``generate``, which any LLM has; slower."""
     inputs, seen = prompts.joined()
@@ -196,7 +196,7 @@ def follow(
     decoding: Decoding,
     ends: Int[Tensor, "ends"],
     copies: int,
-    dice: Float[Tensor, "N U"] | None = None,
+    dice: Float[Tensor, "N longest"] | None = None,
 ) -> Int[Tensor, "N U"]:
     """Texts written token by token: the likeliest each time, or one drawn from the nucleus."""
     device = reader.logits.device
@@ -266,7 +266,7 @@ def draw(
 class DrawnTokens(LogitsProcessor):
     """Has transformers' ``generate`` sample the tokens that :func:`draw` gives: it leaves no others."""
 
-    def __init__(self, dice: Float[Tensor, "N U"], decoding: Decoding) -> None:
+    def __init__(self, dice: Float[Tensor, "N longest"], decoding: Decoding) -> None:
         self._dice, self._decoding = dice, decoding
         self._step = 0
 

@@ -154,7 +154,7 @@ class LanguageModel(Freezable):
         end: int,
         copies: int = 1,
         image_of: Int[Tensor, "B"] | None = None,
-        dice: Float[Tensor, "N U"] | None = None,
+        dice: Float[Tensor, "N longest"] | None = None,
     ) -> Int[Tensor, "N U"]:
         """Write the continuation of each prompt.
 
