@@ -99,7 +99,7 @@ def test_what_is_done_is_not_done_again(done, runs, shards, tmp_path, monkeypatc
     shutil.copytree(output, again)
     for name in ("00001.tar", "00001.stats.json", "00002.stats.json"):  # killed in 1, and between two files of 2
         (again / name).unlink()
-    (again / "00001.tar.0.tmp").write_bytes(b"half")
+    (again / f"00001.tar.{'0' * 32}.tmp").write_bytes(b"half")
     times = {path: path.stat().st_mtime_ns for path in again.glob("0000[03].*")}
     asked = []
     monkeypatch.setattr(shards_module, "read_unit", lambda unit: asked.append(unit.name) or read_unit(unit))

@@ -89,3 +89,4 @@ def test_models_of_the_wrong_kind(runs, clip, parts, tmp_path):
 def test_a_run_is_pinned_to_its_last_checkpoint(runs, clip):
     assert pin(str(runs["stage1"])).endswith("checkpoints/step-00000003")
     assert pin(clip) == clip
+    assert pin("openai/clip") == "openai/clip"

@@ -73,6 +73,7 @@ def do_units(
         InputError: the folder cannot be written or holds another pass, Ray is missing, or what a worker raised.
     """
     claim(folder, about)
+    _sweep(folder)
     left = [unit for unit in units if not _stats(folder, unit).exists()]
     display = Display(label)
     if left:
@@ -97,7 +98,6 @@ def claim(folder: Path, about: Mapping[str, Any]) -> None:
     file = folder / "about.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _sweep(folder)
     except OSError as error:
         raise InputError(f"{folder} cannot be written ({error.strerror}): give another output") from error
     if not file.exists():
@@ -114,7 +114,7 @@ def claim(folder: Path, about: Mapping[str, Any]) -> None:
 
 def _sweep(folder: Path) -> None:
     """Delete what workers that were killed left half written."""
-    for left in folder.glob("*.tmp"):
+    for left in folder.glob(f"*.{'?' * 32}.tmp"):
         left.unlink()
 
 
@@ -191,7 +191,8 @@ def _on_ray(work: Work, units: Sequence[Unit], engine: Engine) -> Iterator[Mappi
         there = ray.cluster_resources()
         cores, gpus = int(there.get("CPU", 1)), int(there.get("GPU", 0))
         workers = min(engine.workers or gpus or max(1, cores // 2), len(units))
-        threads = engine.threads or max(1, cores // workers)
+        share = cores // workers or cores / workers  # Ray counts in whole cores, or in parts of one
+        threads = engine.threads or max(1, int(share))
         # Blocks that lie there from the start: to make them would take a core that the workers may have.
         items = [{"unit": json.dumps(asdict(unit))} for unit in units]
         rows = ray.data.from_items(items, override_num_blocks=min(len(units), 4096)).map_batches(
@@ -199,8 +200,8 @@ def _on_ray(work: Work, units: Sequence[Unit], engine: Engine) -> Iterator[Mappi
             fn_constructor_args=(work, threads),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=workers),
-            num_cpus=min(threads, cores / workers),
-            num_gpus=1 if gpus >= workers else 0,
+            num_cpus=min(threads, share),
+            num_gpus=min(1, gpus / workers),
         )
         for row in rows.iter_rows():
             yield json.loads(row["told"])

@@ -22,7 +22,7 @@ from blip2.inference import GenerationPipeline, RepresentationPipeline, load
 from blip2.interop.formats import is_pickle
 from blip2.model.decoding import Decoding, DrawnTokens
 from blip2.model.pretrained import read_config, read_model, reading
-from blip2.training.checkpoint import find
+from blip2.training.checkpoint import FOLDER, find
 
 
 @runtime_checkable
@@ -48,8 +48,11 @@ class Ranker(Protocol):
 
 
 def pin(name: str) -> str:
-    """A model by the name of what it is at this moment: of a run that goes on, its last checkpoint."""
-    return str(find(Path(name)).absolute()) if (Path(name) / "checkpoints").is_dir() else name
+    """A model by what it is at this moment, wherever it is then read: of a run that goes on, its last checkpoint."""
+    path = Path(name)
+    if not path.exists():  # a name of the hub, or an error to be found later
+        return name
+    return str((find(path) if (path / FOLDER).is_dir() else path).absolute())
 
 
 def open_captioner(
@@ -63,8 +66,7 @@ def open_captioner(
     Raises:
         InputError: there is no such model, or it does not write captions of pictures.
     """
-    kind = _foreign_type(name, "captioning model")
-    if kind is not None:
+    if _is_foreign(name, "captioning model"):
         return TransformersCaptioner(name, decoding, prompt, device, dtype)
     pipeline = load(name, device, dtype, stage="generation")
     assert isinstance(pipeline, GenerationPipeline)
@@ -77,21 +79,19 @@ def open_ranker(name: str, device: str | None, dtype: Precision | None) -> Ranke
     Raises:
         InputError: there is no such model, or it does not compare pictures and texts.
     """
-    kind = _foreign_type(name, "image-text model")
-    if kind is not None:
+    if _is_foreign(name, "image-text model"):
         return TransformersRanker(name, device, dtype)
     pipeline = load(name, device, dtype, stage="representation")
     assert isinstance(pipeline, RepresentationPipeline)
     return OwnRanker(pipeline)
 
 
-def _foreign_type(name: str, what: str) -> str | None:
-    """What kind of model of transformers a name stands for; None for BLIP-2 and this project's own."""
+def _is_foreign(name: str, what: str) -> bool:
+    """Whether a name stands for a model of transformers that is no BLIP-2."""
     path = Path(name)
     if is_pickle(name) or (path.is_dir() and not (path / "config.json").is_file()):
-        return None
-    kind = read_config(name, what).model_type
-    return None if kind == "blip-2" else kind
+        return False
+    return read_config(name, what).model_type != "blip-2"
 
 
 class OwnCaptioner:
@@ -144,6 +144,7 @@ class TransformersCaptioner:
         text = {"text": [self._prompt] * len(images)} if self._prompt else {}
         inputs = self._processor(images=list(images), **text, return_tensors="pt").to(self._model.device)
         inputs["pixel_values"] = inputs["pixel_values"].to(self._model.dtype)
+        inputs.pop("token_type_ids", None)  # of BERT's tokenizer, which these models do not have
         decoding, sampling = self._decoding, self._decoding.top_p is not None
         how: dict[str, Any] = {"do_sample": False, "num_beams": decoding.width(copies)}
         if sampling:
@@ -188,6 +189,7 @@ class TransformersRanker:
             max_length=self._longest,
         ).to(self._model.device)  # fmt: skip
         inputs["pixel_values"] = inputs["pixel_values"].to(self._model.dtype)
+        inputs.pop("token_type_ids", None)  # of BERT's tokenizer, which these models do not have
         out = self._model(**inputs)
         pictures = torch.nn.functional.normalize(out.image_embeds.float(), dim=-1)
         words = torch.nn.functional.normalize(out.text_embeds.float(), dim=-1)

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from io import BytesIO
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -82,11 +83,14 @@ def list_units(source: str, size: int) -> list[Unit]:
         if len(set(names)) < len(names):  # shards of several folders
             root = Path(os.path.commonpath(files))
             names = ["-".join(Path(file).relative_to(root).with_suffix("").parts) for file in files]
-        return [Unit(name, file) for name, file in zip(names, files, strict=True)]
+        return [Unit(name, str(Path(file).absolute())) for name, file in zip(names, files, strict=True)]
+    if Path(source).exists():
+        source = str(Path(source).absolute())  # wherever it is then read
     count = len(open_table(source))
     return [Unit(f"{n:05}", source, at, min(size, count - at)) for n, at in enumerate(range(0, count, size))]
 
 
+@lru_cache(1)
 def open_table(source: str) -> Records:
     """The records of a corpus without shards."""
     records = open_records(source, DataConfig(train=source, streaming=False))
