@@ -17,6 +17,7 @@ MAY_IMPORT = {
 ABOVE = {
     "cli",
     "demo",
+    "corpus",
     "evaluation",
     "convert",
     "publish",
@@ -33,11 +34,12 @@ MAY_NOT_IMPORT = {
     "errors": ABOVE | {"config"},
     "build": ABOVE - {"interop", "data", "model"},
     "training": ABOVE - {"training", "build", "interop", "data", "model"},
-    "inference": {"cli", "demo", "evaluation", "convert", "publish"},
-    "publish": {"cli", "demo", "evaluation", "convert", "inference"},
-    "convert": {"cli", "demo", "evaluation", "inference"},
-    "evaluation": {"cli", "demo", "convert", "publish"},
-    "demo": {"cli"},
+    "inference": {"cli", "demo", "corpus", "evaluation", "convert", "publish"},
+    "publish": {"cli", "demo", "corpus", "evaluation", "convert", "inference"},
+    "convert": {"cli", "demo", "corpus", "evaluation", "inference"},
+    "evaluation": {"cli", "demo", "corpus", "convert", "publish"},
+    "corpus": {"cli", "demo", "convert", "publish"},
+    "demo": {"cli", "corpus"},
 }
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from blip2.corpus.command import add_capfilt, add_corpus, add_engine, embed_corpus, make_features_on
 from blip2.errors import InputError, process_name
 from blip2.training.interruption import Interruption
 
@@ -123,6 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
         " Under torchrun or accelerate launch each process encodes its share."
     )
     features.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of one that comes with blip2")
+    add_engine(features)
     features.epilog = f"blip2 train --help lists the keys --- {features.epilog}"
 
     caption = command(
@@ -157,9 +159,11 @@ def build_parser() -> argparse.ArgumentParser:
     add_model(embed, "representation")
     embed.add_argument("images", nargs="*", metavar="IMAGE", help="image files")
     embed.add_argument("--text", action="append", default=[], metavar="TEXT", help="a text to embed; can be repeated")
-    embed.add_argument(
-        "--output", required=True, metavar="FILE", help="a .safetensors file with images [I, Q, C] and texts [T, C]"
+    add_corpus(
+        embed, required=False, holds="a .safetensors file with images [I, Q, C] and texts [T, C]; of --data a folder"
     )
+
+    add_capfilt(command)
 
     evaluate = command(
         "evaluate",
@@ -291,6 +295,7 @@ def run_features(options: argparse.Namespace) -> None:
     recipe = load_recipe(find_recipe(options.recipe), options.rest)
     from blip2.training.features import make_features
 
+    make_features_on(options, recipe)
     for line in make_features(recipe):
         print(line)
 
@@ -319,8 +324,11 @@ def run_match(options: argparse.Namespace) -> None:
 
 
 def run_embed(options: argparse.Namespace) -> None:
+    if options.data is not None or options.engine == "ray":
+        embed_corpus(options)
+        return
     if not options.images and not options.text:
-        raise InputError("nothing to embed: give image files, --text, or both")
+        raise InputError("nothing to embed: give image files, --text, or both; or a whole corpus with --data")
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

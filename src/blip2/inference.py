@@ -293,6 +293,7 @@ class GenerationPipeline(Pipeline[GenerationModel]):
         copies: int = 1,
         image_of: Sequence[int] | None = None,
         questions: Sequence[str] | None = None,
+        dice: Float[Tensor, "N longest"] | None = None,
     ) -> list[str]:
         """`copies` texts for each prompt, the copies of one prompt beside each other.
 
@@ -301,6 +302,8 @@ class GenerationPipeline(Pipeline[GenerationModel]):
                 Q-Former see an image once, and the LLM once in each batch of its prompts.
             questions: what each prompt asks, for a Q-Former that reads questions, which then looks once a question;
                 others leave them out.
+            dice: numbers in [0, 1) that decide what is sampled (``decoding.top_p``), one a token, for each text: so it
+                does not depend on what else is written. None: PyTorch's own random numbers.
 
         Raises:
             InputError: there is another number of prompts than of images (than of `image_of`, where it is given), no
@@ -342,6 +345,7 @@ class GenerationPipeline(Pipeline[GenerationModel]):
                 self.end,
                 copies,
                 image.to(self.device),
+                None if dice is None else dice.unflatten(0, (-1, copies))[rows].flatten(0, 1),
             )
             written = self.tokenizer.batch_decode(new, skip_special_tokens=True)
             for i, row in enumerate(rows.tolist()):

@@ -264,3 +264,24 @@ def test_sampled_texts_have_the_chances_that_transformers_gives_them(name):
         shares.append([Counter(map(tuple, rows.tolist())) for rows in new.split(2000)])
     for mine, theirs in zip(*shares, strict=True):
         assert sum(abs(mine[text] - theirs[text]) for text in mine | theirs) / 2000 < 0.25
+
+
+def test_a_die_says_what_is_drawn():
+    chances = torch.tensor([0.05, 0.4, 0.15, 0.3, 0.1])
+    dice = torch.tensor([0.0, 0.46, 0.48, 0.81, 0.83, 1 - 1e-9], dtype=torch.float64)  # the nucleus is 0.4, 0.3, 0.15
+    drawn = draw((2.0 * chances.log()).expand(6, 5), top_p=0.8, temperature=2.0, die=dice)
+    assert drawn.tolist() == [1, 1, 3, 3, 2, 2]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_texts_of_given_dice_are_the_same_whoever_writes_them_and_what_lies_beside_them(name):
+    visual, ids, mask = prompts(2)
+    decoding = Decoding(top_p=0.8, max_new_tokens=6, repetition_penalty=1.3)
+    dice = torch.rand(12, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    asked = llm(name).prompts(visual, ids, mask)
+    together = write(llm(name).network, asked, decoding, [END], 3, dice)
+    assert len(set(map(tuple, together.tolist()))) > 6
+    assert torch.equal(write_plainly(llm(name).network, asked, decoding, [END], 3, dice), together)
+    alone = llm(name).prompts(visual[1:2], ids[1:2], mask[1:2])
+    own = write(llm(name).network, alone, decoding, [END], 3, dice[3:6])
+    assert own.tolist() == together[3:6, : own.shape[1]].tolist()

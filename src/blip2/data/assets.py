@@ -86,7 +86,11 @@ def fetch(name: str) -> Path:
     if name not in ASSETS:
         known = ", ".join(PREFIX + each for each in ASSETS)
         raise InputError(f"there is no {PREFIX}{name}: choose from {known}")
-    asset = ASSETS[name]
+    return fetch_asset(ASSETS[name])
+
+
+def fetch_asset(asset: Asset) -> Path:
+    """The folder of any asset, made at first use; see :func:`fetch`."""
     folder = cache_folder() / asset.folder_name
     if folder.is_dir():
         return folder
@@ -253,7 +257,7 @@ def _save_pictures(pictures: Iterator[Picture], folder: Path) -> None:
     for picture in pictures:
         key, path, sentence, category = picture
         try:
-            image = on_white_square(read_image(_drawing(path) if path.suffix == ".svg" else path))
+            image = on_white_square(read_image(draw_svg(path) if path.suffix == ".svg" else path))
         except ImageError as error:
             skipped.append(f"{key} ({error})")
             continue
@@ -275,13 +279,22 @@ def _save_pictures(pictures: Iterator[Picture], folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 
 
-def _drawing(path: Path) -> bytes:
+def draw_svg(path: Path, dpi: float = 0.0) -> bytes:
+    """A drawing as a PNG on white, :data:`PICTURE_SIZE` wide.
+
+    Args:
+        dpi: pixels an inch, for drawings whose size is in millimetres or points; 0 refuses them.
+
+    Raises:
+        ImageError: it cannot be drawn.
+        InputError: the extra blip2[demo] is missing.
+    """
     try:
         import resvg_py
     except ImportError as error:
         raise InputError("drawings need the extra blip2[demo]: pip install 'blip2[demo]'") from error
     try:
-        return bytes(resvg_py.svg_to_bytes(svg_path=str(path), width=PICTURE_SIZE, background="white"))
+        return bytes(resvg_py.svg_to_bytes(svg_path=str(path), width=PICTURE_SIZE, background="white", dpi=dpi))
     except ValueError as error:
         raise ImageError(f"drawing {path.name} cannot be drawn: {error}") from error
 

@@ -124,6 +124,10 @@ class Records(Sequence[Record]):
     def __getitem__(self, index: int) -> Record:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self._columns.record(self._dataset[int(index)], int(index))
 
+    def part(self, first: int, count: int) -> Records:
+        """So many records from one on."""
+        return Records(self._dataset.select(range(first, first + count)), self._columns)
+
     def captions(self, indices: Sequence[int]) -> list[tuple[str, ...]]:
         """Captions of some records, without reading their images."""
         if self._columns.caption is None:
@@ -242,7 +246,20 @@ def open_records(source: str, config: DataConfig, process: int = 0, processes: i
         dataset = stream_shards(files)
     else:
         dataset = _load(source, datasets.load_dataset, builder, streaming=streaming, **options)
+        if builder == "webdataset":
+            dataset = _spread_json(dataset)
     return _records(dataset, source, config, path.parent, process, processes)
+
+
+def _spread_json(dataset: datasets.Dataset) -> datasets.Dataset:
+    """What the ``.json`` of a sample says as columns beside its other members, which come first."""
+    known: Any = dataset.features
+    said = known.get("json")
+    for name in said if isinstance(said, dict) else ():
+        if name not in known:
+            column = dataset.data.column("json").combine_chunks().field(name)
+            dataset = dataset.add_column(name, column, feature=said[name])
+    return dataset
 
 
 def _table(source: str) -> datasets.Dataset:

@@ -39,12 +39,13 @@ def stream_shards(shards: list[str]) -> datasets.IterableDataset:
 def _read(shards: list[str]) -> Iterator[Row]:
     for shard in shards:
         begins = True
-        for row in _read_shard(shard):
+        for row in read_shard(shard):
             yield {**row, KEY: f"{shard} {row[KEY]}" if KEY in row else shard, BEGINS: begins}
             begins = False
 
 
-def _read_shard(shard: str) -> Iterator[Row]:
+def read_shard(shard: str) -> Iterator[Row]:
+    """The rows of one shard, each with its name under :data:`KEY`; a broken one ends with a row that says so."""
     try:
         with fsspec.open(shard, "rb") as file:
             yield from _read_parquet(file) if shard.lower().endswith(".parquet") else _read_tar(file)

@@ -17,7 +17,12 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 from blip2.errors import InputError
 from blip2.model.reading import DecoderOnlyReader, EncoderDecoderReader, Prompts, Reader
@@ -62,28 +67,42 @@ class Decoding:
 
 @torch.no_grad()
 def write(
-    network: Any, prompts: Prompts, decoding: Decoding, ends: Sequence[int], copies: int = 1
+    network: Any,
+    prompts: Prompts,
+    decoding: Decoding,
+    ends: Sequence[int],
+    copies: int = 1,
+    dice: Float[Tensor, "N longest"] | None = None,
 ) -> Int[Tensor, "N U"]:
     """The continuation of each prompt, `copies` of each beside each other.
 
     Args:
         network: an LLM of which :func:`blip2.model.reading.is_supported` holds.
         ends: ids of the tokens that end a text; the first of them pads the result.
+        dice: of sampling: see :func:`draw`, one number a token; None: PyTorch's own random numbers.
 
     Returns:
         New tokens only; U is the length of the longest text, its end included.
     """
     kind = EncoderDecoderReader if network.config.is_encoder_decoder else DecoderOnlyReader
     reader = kind(network, prompts)
-    search = beam_search if decoding.width(copies) > 1 else follow
-    texts = search(reader, decoding, torch.tensor(ends, device=prompts.text.device), copies)
+    tokens = torch.tensor(ends, device=prompts.text.device)
+    if decoding.width(copies) > 1:
+        texts = beam_search(reader, decoding, tokens, copies)
+    else:
+        texts = follow(reader, decoding, tokens, copies, dice)
     longest = int((texts != UNWRITTEN).any(dim=0).sum())
     return texts[:, :longest].masked_fill(texts[:, :longest] == UNWRITTEN, ends[0])
 
 
 @torch.no_grad()
 def write_plainly(
-    network: Any, prompts: Prompts, decoding: Decoding, ends: Sequence[int], copies: int = 1
+    network: Any,
+    prompts: Prompts,
+    decoding: Decoding,
+    ends: Sequence[int],
+    copies: int = 1,
+    dice: Float[Tensor, "N longest"] | None = None,
 ) -> Int[Tensor, "N U"]:
     """The same by transformers' own ``generate``, which any LLM has; slower."""
     inputs, seen = prompts.joined()
@@ -108,12 +127,16 @@ def write_plainly(
         decoder_start_token_id=network.generation_config.decoder_start_token_id,
     )
     # Not among the settings, where padding before the prompt would be taken for padding of the new tokens.
-    penalty = RepetitionPenaltyLogitsProcessor(decoding.repetition_penalty)
+    processors = LogitsProcessorList()
+    if decoding.repetition_penalty != 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(decoding.repetition_penalty))
+    if sampling and dice is not None:
+        processors.append(DrawnTokens(dice, decoding))
     new = network.generate(
         inputs_embeds=inputs,
         attention_mask=seen.long(),
         generation_config=settings,
-        logits_processor=LogitsProcessorList([penalty] if decoding.repetition_penalty != 1 else []),
+        logits_processor=processors,
     )
     return new[:, 1:] if network.config.is_encoder_decoder else new  # a decoder's text begins with its start token
 
@@ -168,7 +191,13 @@ def beam_search(reader: Reader, decoding: Decoding, ends: Int[Tensor, "ends"], c
     return settled[:, :copies].flatten(0, 1)
 
 
-def follow(reader: Reader, decoding: Decoding, ends: Int[Tensor, "ends"], copies: int) -> Int[Tensor, "N U"]:
+def follow(
+    reader: Reader,
+    decoding: Decoding,
+    ends: Int[Tensor, "ends"],
+    copies: int,
+    dice: Float[Tensor, "N longest"] | None = None,
+) -> Int[Tensor, "N U"]:
     """Texts written token by token: the likeliest each time, or one drawn from the nucleus."""
     device = reader.logits.device
     rows = torch.arange(len(reader.logits), device=device).repeat_interleave(copies)  # of the reader, for each text
@@ -176,7 +205,11 @@ def follow(reader: Reader, decoding: Decoding, ends: Int[Tensor, "ends"], copies
     live = torch.arange(len(rows), device=device)  # texts that go on
     for step in range(decoding.max_new_tokens):
         scores = adjust(reader.logits[rows], texts[live, :step], reader.start, decoding, ends)
-        tokens = scores.argmax(dim=-1) if decoding.top_p is None else draw(scores, decoding.top_p, decoding.temperature)
+        if decoding.top_p is None:
+            tokens = scores.argmax(dim=-1)
+        else:
+            die = None if dice is None else dice[live.to(dice.device), step]
+            tokens = draw(scores, decoding.top_p, decoding.temperature, die)
         texts[live, step] = tokens
         goes_on = ~torch.isin(tokens, ends)
         if step + 1 == decoding.max_new_tokens or not goes_on.any():
@@ -207,12 +240,41 @@ def adjust(
     return scores
 
 
-def draw(scores: Float[Tensor, "N V"], top_p: float, temperature: float) -> Int[Tensor, "N"]:
-    """A token of each row, from the smallest set of the likeliest that together have probability `top_p`."""
+def draw(
+    scores: Float[Tensor, "N V"], top_p: float, temperature: float, die: Float[Tensor, "N"] | None = None
+) -> Int[Tensor, "N"]:
+    """A token of each row, from the smallest set of the likeliest that together have probability `top_p`.
+
+    Args:
+        die: a number in [0, 1) a row, which decides what is drawn, whatever the other rows are: the tokens of the set
+            stand beside each other from the likeliest on, each as wide as it is likely, and that is where one is
+            taken. None: PyTorch's own random numbers.
+    """
     chances, order = (scores / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
     likelier = chances.cumsum(dim=-1) - chances  # all that come before
-    drawn = torch.multinomial(chances.masked_fill(likelier >= top_p, 0.0), 1)
+    chances = chances.masked_fill(likelier >= top_p, 0.0)
+    if die is None:
+        drawn = torch.multinomial(chances, 1)
+    else:
+        sums = chances.double().cumsum(dim=-1)
+        place = die.to(sums.device, torch.float64)[:, None] * sums[:, -1:]
+        # Rounded up to the sum itself it would be behind the last.
+        drawn = torch.minimum(torch.searchsorted(sums, place, right=True), (chances > 0).sum(dim=-1, keepdim=True) - 1)
     return order.gather(1, drawn).squeeze(1)
+
+
+class DrawnTokens(LogitsProcessor):
+    """Has transformers' ``generate`` sample the tokens that :func:`draw` gives: it leaves no others."""
+
+    def __init__(self, dice: Float[Tensor, "N longest"], decoding: Decoding) -> None:
+        self._dice, self._decoding = dice, decoding
+        self._step = 0
+
+    def __call__(self, input_ids: Int[Tensor, "N T"], scores: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+        assert self._decoding.top_p is not None
+        tokens = draw(scores, self._decoding.top_p, self._decoding.temperature, self._dice[:, self._step])
+        self._step += 1
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
 
 
 def pick(rows: Tensor, which: Int[Tensor, "n k"]) -> Tensor:

@@ -158,6 +158,7 @@ class LanguageModel(Freezable):
         end: int,
         copies: int = 1,
         image_of: Int[Tensor, "B"] | None = None,
+        dice: Float[Tensor, "N longest"] | None = None,
     ) -> Int[Tensor, "N U"]:
         """Write the continuation of each prompt.
 
@@ -169,13 +170,15 @@ class LanguageModel(Freezable):
             copies: how many texts for each prompt; N = B * copies.
             image_of: the row of `visual` that each prompt begins with; None: one each (I = B). A decoder-only LLM reads
                 a visual prompt once, however many prompts begin with it.
+            dice: numbers in [0, 1) that decide what is sampled; None: PyTorch's own random numbers.
 
         Returns:
             New tokens only, the copies of a prompt beside each other.
         """
         prompts = self.prompts(visual, ids, mask, image_of)
         with self.own_precision(prompts.text.device):
-            return (write if self._writes else write_plainly)(self.network, prompts, decoding, self.ends(end), copies)
+            by = write if self._writes else write_plainly
+            return by(self.network, prompts, decoding, self.ends(end), copies, dice)
 
     def prompts(
         self,

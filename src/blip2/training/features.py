@@ -84,16 +84,8 @@ def make_features(recipe: Recipe) -> list[str]:
     accelerator = Accelerator(cpu=choose_device(recipe.training.device).type == "cpu")
     lines: list[str] = []
     try:
-        encoder = read_image_encoder(recipe.vision, choose_dtype(recipe.vision.dtype, accelerator.device))
-        encoder = encoder.to(accelerator.device)
-        for name, parameter in encoder.named_parameters():
-            rate = recipe.optimizer.rates[pattern_of(f"vision.{name}", recipe.optimizer)]
-            parameter.requires_grad_(rate != "frozen")
-        views = max(1, recipe.data.cached_views)
-        sources = [("data.train", source, views) for source in recipe.data.sources]
-        if recipe.data.validation is not None:
-            sources.append(("data.validation", recipe.data.validation, 1))
-        for key, source, views in sources:
+        encoder = open_encoder(recipe, accelerator.device)
+        for key, source, views in feature_sources(recipe):
             with accelerator.main_process_first():
                 records = open_records(resolve(source), recipe.data)
             features = cached_features(recipe, records, encoder, views, accelerator.device)
@@ -108,6 +100,24 @@ def make_features(recipe: Recipe) -> list[str]:
         # Otherwise the next run of this process could not have another device.
         AcceleratorState._reset_state(reset_partial_state=True)  # pyright: ignore[reportPrivateUsage]
     return lines
+
+
+def open_encoder(recipe: Recipe, device: torch.device) -> ImageEncoder:
+    """The image encoder of a recipe, with what trains of it marked."""
+    encoder = read_image_encoder(recipe.vision, choose_dtype(recipe.vision.dtype, device)).to(device)
+    for name, parameter in encoder.named_parameters():
+        rate = recipe.optimizer.rates[pattern_of(f"vision.{name}", recipe.optimizer)]
+        parameter.requires_grad_(rate != "frozen")
+    return encoder
+
+
+def feature_sources(recipe: Recipe) -> list[tuple[str, str, int]]:
+    """(key of the recipe, source, views) of all data that a recipe trains on or measures with."""
+    views = max(1, recipe.data.cached_views)
+    sources = [("data.train", source, views) for source in recipe.data.sources]
+    if recipe.data.validation is not None:
+        sources.append(("data.validation", recipe.data.validation, 1))
+    return sources
 
 
 def summary(features: CachedFeatures) -> str:

@@ -1,0 +1,194 @@
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from blip2.config import DataConfig
+from blip2.corpus import capfilt as module
+from blip2.corpus import shards as shards_module
+from blip2.corpus.capfilt import Settings, capfilt
+from blip2.corpus.engine import Engine
+from blip2.corpus.selection import Rules
+from blip2.corpus.shards import Sample, list_units, read_unit
+from blip2.data.records import open_records
+from blip2.errors import InputError
+from blip2.model.decoding import Decoding
+from fixtures.corpus import picture, read_tar, write_tar
+
+SETTINGS = Settings(captions=3, decoding=Decoding(top_p=0.9, max_new_tokens=6), batch_size=4, shard_size=10)
+ONE = Engine(threads=1)
+
+
+def run(runs, source, output, settings=SETTINGS, ranker=None, **options):
+    models = str(runs["llama"]), ranker or str(runs["stage1"])
+    return capfilt(*models, str(source), output, settings, engine=ONE, device="cpu", **options)
+
+
+@pytest.fixture(scope="module")
+def done(runs, shards, tmp_path_factory):
+    output = tmp_path_factory.mktemp("done") / "output"
+    return output, run(runs, shards / "*.tar", output)
+
+
+def tars(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.tar"))}
+
+
+def test_shards_hold_the_pictures_as_they_were_and_the_best_captions(done, shards):
+    output, metrics = done
+    assert sorted(tars(output)) == [f"0000{n}.tar" for n in range(4)]
+    for path in sorted(output.glob("*.tar")):
+        before, after = read_tar(shards / path.name), read_tar(path)
+        assert [name for name in after if name.endswith("png")] == [name for name in before if name.endswith("png")]
+        assert all(after[name] == before[name] for name in after if name.endswith("png"))
+        for name in (name for name in after if name.endswith("json")):
+            about = json.loads(after[name])
+            assert 1 <= len(about["captions"]) <= 2
+            assert about["scores"] == sorted(about["scores"], reverse=True)
+            assert len(about["captions"]) == len(about["scores"]) == len(about["original"])
+    counts = metrics["counts"]
+    assert (counts["pictures"], counts["written"], counts["with an original"]) == (24, 24, 24)
+    generated = counts["captions, generated, kept"] + counts["captions, generated, dropped"]
+    assert 60 < generated <= 72  # three each, but for those that were written twice
+    kept = [is_original for about in said(*output.glob("*.tar")) for is_original in about["original"]]
+    assert sum(kept) == counts["captions, original, kept"]
+    assert "ranked lower" in metrics["dropped"] and metrics["skipped"] == {}
+
+
+def said(*paths):
+    """What stands beside the pictures of shards."""
+    return [json.loads(data) for path in paths for name, data in read_tar(path).items() if name.endswith("json")]
+
+
+def test_training_reads_what_was_written(done):
+    output, _ = done
+    source, config = str(output / "*.tar"), DataConfig(train="")
+    streamed = list(open_records(source, config).read())
+    assert len(streamed) == 24
+    wanted = [tuple(about["captions"]) for about in said(*sorted(output.glob("*.tar")))]
+    assert [record.captions for record in streamed] == wanted
+    table = open_records(source, replace(config, streaming=False))
+    assert [(r.image, r.captions) for r in table] == [(r.image, r.captions) for r in streamed]
+
+
+def test_scores_are_those_of_the_ranker(done, runs):
+    from blip2.inference import load
+
+    output, _ = done
+    judge = load(runs["stage1"], "cpu")
+    members = read_tar(output / "00001.tar")
+    for name in ("0000", "0003"):
+        about = json.loads(members[f"{name}.json"])
+        wanted = judge.similarity(members[f"{name}.png"], about["captions"])[0].tolist()
+        assert about["scores"] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_the_report(done):
+    output, metrics = done
+    page = (output / "report.html").read_text()
+    assert "histograms of scores" in page or "plots need" in page
+    assert page.count('class="card"') == 12
+    assert json.loads((output / "metrics.json").read_text())["counts"] == metrics["counts"]
+
+
+def test_what_is_done_is_not_done_again(done, runs, shards, tmp_path, monkeypatch):
+    output, metrics = done
+    again = tmp_path / "again"
+    shutil.copytree(output, again)
+    for name in ("00001.tar", "00001.stats.json", "00002.stats.json"):  # killed in 1, and between two files of 2
+        (again / name).unlink()
+    (again / f"00001.tar.{'0' * 32}.tmp").write_bytes(b"half")
+    times = {path: path.stat().st_mtime_ns for path in again.glob("0000[03].*")}
+    asked = []
+    monkeypatch.setattr(shards_module, "read_unit", lambda unit: asked.append(unit.name) or read_unit(unit))
+    assert run(runs, shards / "*.tar", again) == metrics
+    assert asked == ["00001", "00002"]
+    assert tars(again) == tars(output)
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+    assert list(again.glob("*.tmp")) == []
+    # Nor are models loaded where nothing is left.
+    monkeypatch.setattr(module, "open_captioner", None)
+    assert run(runs, shards / "*.tar", again) == metrics
+    with pytest.raises(InputError, match="holds another pass: its settings"):
+        run(runs, shards / "*.tar", again, Settings())
+
+
+def test_samples_are_of_the_picture_not_of_its_neighbours(done, runs, shards, tmp_path):
+    """The same pictures in other shards, one of them broken, get the same captions."""
+    output, _ = done
+    members = [(name, data) for n in (2, 0) for name, data in read_tar(shards / f"0000{n}.tar").items()]
+    moved = {f"{at // 2:03}.{name.split('.')[1]}": data for at, (name, data) in enumerate(members)}
+    write_tar(tmp_path / "all.tar", {"xxx.png": b"\x89PNG broken", "xxx.txt": b"no", **moved})
+    metrics = run(runs, tmp_path / "all.tar", tmp_path / "output")
+    assert metrics["skipped"] == {"image not decoded": 1}
+
+    def captions(*paths):
+        return [about["captions"] for about in said(*paths)]
+
+    assert captions(tmp_path / "output" / "all.tar") == captions(output / "00002.tar", output / "00000.tar")
+
+
+def test_pictures_that_cannot_be_used_are_counted_and_named(runs, tmp_path):
+    good = picture("disc", "red")
+    write_tar(
+        tmp_path / "a.tar",
+        {
+            "0.png": good, "0.txt": b"a red disc",
+            "1.png": good[:100], "1.txt": b"cut short",
+            "2.txt": b"no picture",
+            "3.png": good, "3.json": b"{no",
+            "4.png": good,
+        },
+    )  # fmt: skip
+    members = {f"{n}.{kind}": good if kind == "png" else b"x" for n in range(3) for kind in ("png", "txt")}
+    whole = write_tar(tmp_path / "b.tar", members).read_bytes()
+    (tmp_path / "b.tar").write_bytes(whole[: 9 * 512 + 20])  # each member is a header and a block
+    (tmp_path / "c.tar").write_bytes(b"")
+    metrics = run(runs, tmp_path / "?.tar", tmp_path / "output")
+    assert metrics["skipped"] == {"image not decoded": 1, "no image": 1, "shard broken": 2}
+    # A .json that is none says nothing: its picture is one without a caption.
+    assert metrics["counts"]["pictures"] == 4 and metrics["counts"]["with an original"] == 2
+    assert sorted(tars(tmp_path / "output")) == ["a.tar", "b.tar"]  # an empty one would be taken for a broken one
+    named = " ".join(f"{key} {why}" for key, why in metrics["skipped_first"])
+    assert "1 in" in named and "is damaged" in named and "c.tar cannot be read to its end" in named
+    assert "2 in" in named and "it has txt, expected an image" in named
+    assert "is damaged" in (tmp_path / "output" / "report.html").read_text()
+
+
+def test_a_picture_without_a_caption_within_the_limits_is_left_out(runs, tmp_path):
+    write_tar(
+        tmp_path / "a.tar",
+        {"0.png": picture("disc", "red"), "0.txt": b"x", "1.png": picture("disc", "blue"), "1.txt": b"y z"},
+    )
+    settings = Settings(captions=0, rules=Rules(fewest_words=2))
+    metrics = run(runs, tmp_path / "a.tar", tmp_path / "output", settings)
+    assert metrics["skipped"] == {"no caption left": 1}
+    assert metrics["dropped"] == {"too short": 1}
+    assert sorted(read_tar(tmp_path / "output" / "a.tar")) == ["1.json", "1.png"]
+
+
+def test_a_table_is_cut_into_shards(runs, parts, clip, tmp_path):
+    metrics = run(runs, parts.pictures, tmp_path / "output", ranker=clip)
+    assert [len(read_tar(tmp_path / "output" / f"0000{n}.tar")) for n in range(3)] == [20, 20, 8]
+    assert metrics["counts"]["with an original"] == 24
+    records = list(open_records(str(tmp_path / "output" / "*.tar"), DataConfig(train="")).read())
+    images = [record.image for record in open_records(parts.pictures, DataConfig(train=""))]
+    assert [record.image for record in records] == [Path(image).read_bytes() for image in images]
+
+
+def test_shards_of_several_folders_have_names_of_their_own(tmp_path):
+    for number in range(2):
+        (tmp_path / f"part{number}").mkdir()
+        write_tar(tmp_path / f"part{number}" / "0.tar", {"0.png": picture("disc", "red"), "0.txt": b"x"})
+    units = list_units(str(tmp_path / "part{0..1}" / "0.tar"), 5)
+    assert [unit.name for unit in units] == ["part0-0", "part1-0"]
+    assert list(read_unit(units[0])) == [Sample("0", picture("disc", "red"), ("x",), "png")]
+
+
+def test_settings_that_cannot_be():
+    with pytest.raises(InputError, match="3 captions of 2 beams are not to be had"):
+        Settings(captions=3, decoding=Decoding(beams=2))
+    with pytest.raises(InputError, match="workers are of the engine ray"):
+        Engine(workers=2)

@@ -1,0 +1,45 @@
+import json
+
+import torch
+from safetensors import safe_open
+
+from blip2.cli import main
+from blip2.corpus.embed import embed_corpus
+from blip2.corpus.engine import Engine
+from blip2.inference import load
+from fixtures.corpus import read_tar
+
+
+def read(path):
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["records"])  # noqa: SIM118
+
+
+def test_a_corpus_is_embedded_shard_by_shard(runs, shards, tmp_path):
+    metrics = embed_corpus(
+        str(runs["stage1"]), str(shards / "*.tar"), tmp_path / "out", engine=Engine(threads=1), device="cpu"
+    )
+    assert (metrics["pictures"], metrics["texts"], metrics["skipped"]) == (24, 36, {})
+    tensors, records = read(tmp_path / "out" / "00001.safetensors")
+    members = read_tar(shards / "00001.tar")
+    assert records["keys"] == [f"{n:04}" for n in range(6)]
+    assert records["texts"] == [text for n in range(6) for text in json.loads(members[f"{n:04}.json"])["captions"]]
+    assert tensors["image_of"].tolist() == [n for n in range(6) for _ in range(2)]
+    judge = load(runs["stage1"], "cpu")
+    images = judge.embed_images([members[f"{n:04}.png"] for n in range(6)])
+    assert tensors["images"].dtype == torch.float16
+    assert tensors["images"].shape == images.shape and (tensors["images"] - images).abs().max() < 1e-3
+    assert (tensors["texts"] - judge.embed_texts(records["texts"])).abs().max() < 2e-3
+
+
+def test_the_command(runs, shards, tmp_path, capsys):
+    model, out = str(runs["stage1"]), ["--output", str(tmp_path / "out")]
+    assert main(["embed", model, "--data", str(shards / "00000.tar"), *out]) == 0
+    assert json.loads(capsys.readouterr().out) == {"pictures": 6, "texts": 6, "skipped": {}}
+    assert main(["embed", model, "a.png", "--data", str(shards / "00000.tar"), *out]) == 2
+    assert main(["embed", model, "a.png", "--engine", "ray", *out]) == 2
+    assert main(["embed", model, "--data", str(shards / "00001.tar"), *out]) == 2
+    said = capsys.readouterr().err
+    assert "leave out image files and --text, or --data" in said
+    assert "--engine ray embeds a whole corpus" in said
+    assert "holds another pass: its data is" in said

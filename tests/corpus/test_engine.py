@@ -1,0 +1,45 @@
+"""Both engines write the same bytes, and a worker that is killed takes nothing with it."""
+
+import os
+import signal
+import time
+
+import psutil
+import pytest
+
+from fixtures.processes import finish, start
+
+pytest.importorskip("ray")
+OPTIONS = ["--captions", "3", "--max-new-tokens", "6", "--batch-size", "2", "--threads", "1", "--device", "cpu"]
+
+
+def actors(process):
+    """The processes of Ray that hold a worker."""
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            if "_Actor" in " ".join(child.cmdline()):
+                found.append(child.pid)
+        except psutil.Error:  # it ended in this moment
+            continue
+    return found
+
+
+def test_ray_writes_what_one_process_writes_though_a_worker_is_killed(runs, shards, tmp_path):
+    arguments = ["capfilt", str(runs["llama"]), str(runs["stage1"]), "--data", str(shards / "*.tar"), *OPTIONS]
+    here, there, log = tmp_path / "here", tmp_path / "there", tmp_path / "log"
+    environment = {"RAY_DEDUP_LOGS": "0", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    ray = start([*arguments, "--output", str(there), "--engine", "ray", "--workers", "2"], log, **environment)
+    status, printed = finish(start([*arguments, "--output", str(here)], tmp_path / "other"), tmp_path / "other")
+    assert status == 0, printed
+    while not (victims := actors(ray)) or not list(there.glob("*.tmp")):  # one is at work
+        assert ray.is_alive(), log.read_text()
+        time.sleep(0.01)
+    os.kill(victims[0], signal.SIGKILL)
+    ray.join(300)  # a cluster takes long to start and to stop where little of the machine is free
+    status, printed = finish(ray, log)
+    assert status == 0, printed
+    assert "Traceback" not in printed
+    for name in [path.name for path in here.glob("0*")]:
+        assert (there / name).read_bytes() == (here / name).read_bytes(), name
+    assert {path.name for path in here.iterdir()} == {path.name for path in there.iterdir()}
