@@ -21,6 +21,11 @@ def recipe_parser() -> ArgumentParser:
     """What reads a recipe file and the command line that overrides it."""
     parser = ArgumentParser(prog="blip2 train", usage=USAGE, exit_on_error=False)
     parser.add_argument("--config", action="config", help="Path to a recipe, a YAML file.")
+    parser.add_argument(
+        "--base",
+        type=str | None,
+        help="In a recipe alone: another one beside it, all of whose keys hold that are not given here.",
+    )
     parser.add_class_arguments(Recipe, as_group=False)
     return parser
 
@@ -45,7 +50,8 @@ def find_recipe(name: str) -> Path:
     """A recipe file: a path, or the name of one that comes with this project (``demo-stage1``)."""
     here = Path(__file__).parent
     shipped = [folder for folder in (here / "recipes", here.parents[1] / "recipes") if folder.is_dir()]
-    for path in (Path(name), *(folder / f"{Path(name).stem}.yaml" for folder in shipped)):
+    stem = Path(name).name.removesuffix(".yaml")  # which may have a dot
+    for path in (Path(name), *(folder / f"{stem}.yaml" for folder in shipped)):
         if path.is_file():
             return path
     names = sorted({path.stem for folder in shipped for path in folder.glob("*.yaml")})
@@ -59,17 +65,43 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         overrides: command-line arguments that override it (``["--data.batch_size", "32"]``).
 
     Raises:
-        InputError: not YAML, an unknown key, or a value of the wrong type or out of range.
+        InputError: not YAML, an unknown key, a value of the wrong type or out of range, or a base that is not there.
     """
     parser = recipe_parser()
+    if any(override.split("=")[0] == "--base" for override in overrides):
+        raise InputError("--base stands in a recipe: give the recipe, and the keys that are to differ")
+    files = [argument for file in _with_bases(path) for argument in ("--config", str(file))]
     try:
-        values = vars(parser.instantiate(parser.parse_args(["--config", str(path), *overrides])))
+        values = vars(parser.instantiate(parser.parse_args([*files, *overrides])))
     except ArgumentError as error:
         raise InputError(f"recipe {path}: {_one_line(error)}; blip2 train --help lists all keys") from error
     except TypeError as error:
         raise InputError(f"recipe {path}: {_one_line(error)}") from error
     values.pop("config")
+    values.pop("base")
     return Recipe(**values)
+
+
+def _with_bases(path: Path) -> list[Path]:
+    """A recipe file behind the one that it is based on, which may be based on another."""
+    files = [path]
+    while (base := _base(files[0])) is not None:
+        file = files[0].parent / base
+        if not file.is_file():
+            raise InputError(f"recipe {files[0]}: its base {file} is not there: a base lies beside what names it")
+        if file in files:
+            raise InputError(f"recipe {files[0]}: its base {file} is based on it: leave out one of the two")
+        files.insert(0, file)
+    return files
+
+
+def _base(path: Path) -> str | None:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return None  # which whoever reads it all will say
+    base = values.get("base") if isinstance(values, dict) else None
+    return base if isinstance(base, str) else None
 
 
 def override(recipe: Recipe, changes: Mapping[str, object]) -> Recipe:
@@ -95,6 +127,7 @@ def override(recipe: Recipe, changes: Mapping[str, object]) -> Recipe:
         given = ", ".join(f"{key} {value!r}" for key, value in changes.items())
         raise InputError(f"{given}: {_one_line(error)}; blip2 train --help lists all keys") from error
     changed.pop("config", None)
+    changed.pop("base", None)
     return Recipe(**changed)
 
 

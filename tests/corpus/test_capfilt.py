@@ -149,7 +149,7 @@ def test_pictures_that_cannot_be_used_are_counted_and_named(runs, tmp_path):
     metrics = run(runs, tmp_path / "?.tar", tmp_path / "output")
     assert metrics["skipped"] == {"image not decoded": 1, "no image": 1, "shard broken": 2}
     # A .json that is none says nothing: its picture is one without a caption.
-    assert metrics["counts"]["pictures"] == 4 and metrics["counts"]["with an original"] == 2
+    assert metrics["counts"]["pictures"] == 5 and metrics["counts"]["with an original"] == 3
     assert sorted(tars(tmp_path / "output")) == ["a.tar", "b.tar"]  # an empty one would be taken for a broken one
     named = " ".join(f"{key} {why}" for key, why in metrics["skipped_first"])
     assert "1 in" in named and "is damaged" in named and "c.tar cannot be read to its end" in named

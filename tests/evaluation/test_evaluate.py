@@ -1,14 +1,16 @@
 """Evaluating tiny models on tables of pictures."""
 
 import json
+import shutil
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 
 from blip2.cli import main
 from blip2.errors import InputError
-from blip2.evaluation.evaluate import Settings, evaluate
+from blip2.evaluation.evaluate import Settings, evaluate, open_table
 from blip2.evaluation.report import SHOWN
 from blip2.evaluation.retrieval import recall
 from blip2.inference import GenerationPipeline, load
@@ -169,6 +171,58 @@ def test_retrieval(runs, parts, tmp_path, fusion):
     anew = recall(scores.masked_fill(~among, -torch.inf).T, positive.T)
     assert metrics[fusion]["IR@1"] == pytest.approx(anew["r1"]) and metrics[fusion]["IR@5"] == pytest.approx(anew["r5"])
     assert "its image is number" in (tmp_path / "report.html").read_text()
+
+
+def test_two_processes_retrieve_as_one(runs, parts, tmp_path):
+    """70 images: two parts of the work."""
+    (tmp_path / "data").mkdir()
+    rows = []
+    for i in range(70):
+        colour, shape = list(COLOURS)[i % 4], SHAPES[i % 3]
+        draw(shape, colour, i).save(tmp_path / "data" / f"{i}.png")
+        rows += [{"image": f"{i}.png", "caption": text} for text in (f"a {colour} {shape}", f"number {i}")]
+    data = tmp_path / "data" / "some.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["evaluate", str(runs["stage1"]), "--task", "retrieval", "--data", str(data), "--candidates", "3"]
+    start_two([*arguments, "--device", "cpu", "--output", str(tmp_path / "two")], tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as each of the two has
+    try:
+        evaluate(runs["stage1"], "retrieval", str(data), tmp_path / "one", Settings(candidates=3), device="cpu")
+    finally:
+        torch.set_num_threads(threads)
+    assert (tmp_path / "one/metrics.json").read_bytes() == (tmp_path / "two/metrics.json").read_bytes()
+    assert (tmp_path / "one/report.html").read_bytes() == (tmp_path / "two/report.html").read_bytes()
+
+
+def test_sampled_texts_do_not_depend_on_who_writes_them(runs, table, tmp_path):
+    """Each part begins with a seed of its own."""
+    settings = Settings(Decoding(top_p=0.9, max_new_tokens=4), seed=3)
+    whole = evaluate(runs["llama"], "vqa", table, tmp_path / "whole", settings, device="cpu")
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    (tmp_path / "again/metrics.json").unlink()  # killed before it was done, with nothing left but what it is of
+    torch.manual_seed(99)
+    assert evaluate(runs["llama"], "vqa", table, tmp_path / "again", settings, device="cpu") == whole
+    assert read(tmp_path / "again")[1] == read(tmp_path / "whole")[1]
+    other = Settings(settings.decoding, seed=4)
+    evaluate(runs["llama"], "vqa", table, tmp_path / "other", other, device="cpu")
+    assert read(tmp_path / "other")[1] != read(tmp_path / "whole")[1]
+
+
+def test_images_are_read_when_they_are_looked_at(runs, tmp_path):
+    """Of a table that holds them no more than a part's are in memory."""
+    pictures = []
+    for i in range(130):
+        draw("disc", "red", i).save(tmp_path / "picture.png")
+        pictures.append({"bytes": (tmp_path / "picture.png").read_bytes(), "path": None})
+    rows = {"image": pictures, "question": ["what?"] * 130, "answers": [["a disc"] * 10] * 130}
+    dataset = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    dataset.save_to_disk(tmp_path / "saved")
+    table = open_table(str(tmp_path / "saved"))
+    assert [record.image for record in table.said] == [None] * 130
+    assert len(set(table.image_ids)) == 130 and table.image(7) == pictures[7]["bytes"]
+    metrics = evaluate(runs["llama"], "vqa", str(tmp_path / "saved"), tmp_path / "out", GREEDY, device="cpu")
+    assert metrics["answered"] == 130
 
 
 def write(folder, rows):

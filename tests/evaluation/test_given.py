@@ -165,6 +165,89 @@ def test_base_forms_stand_beside_the_answers(score, table, tmp_path, monkeypatch
     assert "accuracy_lemmatised" not in score(rows, "--output", str(tmp_path / "other"), data=table)
 
 
+# -- data that do not fit, from the command line ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """A miniature of VQAv2's validation split: three questions about two pictures."""
+    folder = tmp_path / "coco"
+    (folder / "val2014").mkdir(parents=True)
+    for number in (42, 73):
+        (folder / "val2014" / f"COCO_val2014_{number:012}.jpg").touch()
+    about = {42000: 42, 42001: 42, 73000: 73}
+    questions = [{"question_id": key, "image_id": image, "question": "what?"} for key, image in about.items()]
+    answers = [{"answer": "a dog", "answer_id": i} for i in range(10)]
+    annotations = [
+        {"question_id": key, "image_id": image, "question_type": "what", "answer_type": "other", "answers": answers}
+        for key, image in about.items()
+    ]
+    for name, key, entries in (
+        ("v2_OpenEnded_mscoco_val2014_questions.json", "questions", questions),
+        ("v2_mscoco_val2014_annotations.json", "annotations", annotations),
+    ):
+        (folder / name).write_text(json.dumps({"data_subtype": "val2014", key: entries}))
+    return folder
+
+
+def change(coco, edit):
+    file = coco / "v2_mscoco_val2014_annotations.json"
+    content = json.loads(file.read_text())
+    edit(content)
+    file.write_text(json.dumps(content))
+
+
+OF_COCO = [{"question_id": number, "answer": "a dog"} for number in (42000, 42001, 73000)]
+
+
+def test_the_miniature(score, coco):
+    assert score(OF_COCO, data=f"vqav2:val:{coco}")["accuracy"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda content: content.update(data_subtype="train2014"),
+            "v2_mscoco_val2014_annotations.json holds train2014, expected val2014: it is a file of another split",
+        ),
+        (
+            lambda content: [a.update(raw_answer="dogs") for e in content["annotations"] for a in e["answers"]],
+            "holds answers of OK-VQA, expected VQAv2: it is a file of another data set",
+        ),
+        (
+            lambda content: content["annotations"][0].update(image_id=4200, question_id=42000),
+            "expected 4200000 to 4200999: it is a file of VQAv1 or another data set",
+        ),
+        (lambda content: content["annotations"][2].update(answers=[]), "question 73000 has no answers in"),
+        (lambda content: content["annotations"].pop(), "has no annotation in"),
+    ],
+)
+def test_annotations_of_another_data_set(score, coco, edit, message):
+    change(coco, edit)
+    line = score(OF_COCO, data=f"vqav2:val:{coco}", status=2)
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def test_an_image_that_has_no_file(score, coco):
+    (coco / "val2014" / "COCO_val2014_000000000073.jpg").unlink()
+    line = score(OF_COCO, data=f"vqav2:val:{coco}", status=2)
+    assert line == (
+        f"error: image 73 has no file {coco}/val2014/COCO_val2014_000000000073.jpg (1 others are there): unpack the"
+        " pictures again, completely"
+    )
+
+
+def test_a_question_without_answers_among_others(score, tmp_path):
+    file = tmp_path / "bare.jsonl"
+    rows = [ROWS[0], {**ROWS[1], "answers": []}, {**ROWS[2], "answers": [" "]}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = score(ANSWERS, data=str(file), status=2)
+    assert line.startswith(f"error: {file} row 1 ")
+    assert line.endswith("and 1 others have no answers: give all of them some, or leave them out")
+
+
 # -- what cannot be --------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,8 @@
 import json
 import random
+import re
 import sys
+from collections import Counter
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,24 @@ TABLE: list[dict[str, str]] = [
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row['rule']}: {row['answer']!r}")
 def test_normalise(row: dict[str, str]) -> None:
     assert normalise(row["answer"]) == row["normalised"]
+
+
+LISTS = {
+    "punctuation between letters is a space": r"x.y",
+    "punctuation before a space is removed everywhere": r"x(.)y\1 z",
+    "punctuation behind a space is removed everywhere": r"x(.)y \1z",
+    "number words are digits": r"[a-z]+",
+    "contractions get their apostrophe": r"[a-z]+",
+}
+"""Rules of which the table goes through every sign or word of the official script's lists."""
+
+
+def test_two_hundred_answers_are_no_lists() -> None:
+    """Which were written one by one, each with what the rules make of it."""
+    others = [row for row in TABLE if not re.fullmatch(LISTS.get(row["rule"], "$^"), row["answer"])]
+    assert len(others) >= 250
+    counts = Counter(row["rule"] for row in others)
+    assert set(LISTS) - set(counts) == {rule for rule in LISTS if rule.startswith("punctuation")}
 
 
 def test_the_table_covers_every_rule() -> None:

@@ -104,7 +104,7 @@ def evaluate_predictions(
     *,
     limit: int | None = None,
 ) -> dict[str, Any]:
-    """Score a file of predictions as :func:`evaluate` writes it, of any model. No image is needed.
+    """Score a file of predictions as :func:`evaluate` writes it, of any model. Images are only shown.
 
     Raises:
         InputError: the file cannot be read, lacks records, or has some twice or that are not in the data; or as

@@ -124,6 +124,10 @@ def _judge_answers(
         for i in answers
         if table.said[i].captions
     }
+    bare = next((table.said[i].key for i in answers if i not in truth), None)
+    if truth and bare is not None:
+        count = len(answers) - len(truth)
+        raise InputError(f"{bare} and {count - 1} others have no answers: give all of them some, or leave them out")
     scores: dict[Any, float] = {}
     if truth:
         one = all(len(question.answers) == 1 for question in truth.values())
