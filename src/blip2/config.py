@@ -280,6 +280,10 @@ class Recipe:
                 if isinstance(number, float | int) and not smallest <= number <= largest:
                     expected = f"at least {smallest}" if largest == math.inf else f"{smallest} to {largest}"
                     raise InputError(f"{name} is {number}, expected {expected}")
+        if self.training.shard_frozen and self.language is not None and self.language.quantization is not None:
+            raise InputError(
+                "a quantised LLM cannot be dealt out: leave out one of training.shard_frozen and language.quantization"
+            )
         if self.qformer.reads_questions and (self.language is None or not self.language.asks):
             raise InputError(
                 "qformer.reads_questions is for stage generation with questions: put {} into language.prompt where the"

@@ -146,6 +146,9 @@ def test_sharding_changes_nothing(parts, tmp_path, language, adapts):
 
 
 def test_what_cannot_be_dealt_out(parts, tmp_path):
+    language = {"stage": "generation", "language": {"name": parts.opt, "quantization": "4bit"}}
+    with pytest.raises(InputError, match="a quantised LLM cannot be dealt out"):
+        parts.recipe(tmp_path, training={"shard_frozen": True}, **language)
     rates = {"optimizer": {"rates": {"*": 1e-3}}}
     recipe = parts.recipe(tmp_path / "run", training={"shard_frozen": True}, **rates)
     (process, log), (other, _) = begin_two(command(recipe, tmp_path / "dealt"), tmp_path)
