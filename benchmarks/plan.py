@@ -41,7 +41,7 @@ LENGTH = 16
 PICTURES, PICTURE_BYTES = 129e6, 30e3
 """The number is the paper's; 30 kB for a picture of 256 pixels as JPEG is assumed."""
 TOKENS, WIDTH = 257, 1408
-PAIRS = 4
+PAIRS = 2
 GIB = 2**30
 
 
@@ -130,6 +130,7 @@ def language_models() -> dict[str, tuple[nn.Module, Count]]:
         "OPT-2.7B": opt(2560), "OPT-6.7B": opt(4096), "FlanT5-XL": t5(2048, 5120, 32), "FlanT5-XXL": t5(4096, 10240, 64)
     }.items():  # fmt: skip
         is_t5 = isinstance(config, T5Config)
+        config._attn_implementation = "eager"  # the other looks at the mask, which has no values here
         with torch.device("meta"):
             network: Any = (T5ForConditionalGeneration if is_t5 else OPTForCausalLM)(config).to(torch.bfloat16).eval()
             read = LENGTH // 2 if is_t5 else LENGTH
@@ -154,10 +155,10 @@ def recipe(stage: Any, batch: int) -> Recipe:
 
 def main() -> None:
     encoder, encoded = vit_g()
+    llms = language_models()
     model, step = stage_one(0.1)
     _, plain = stage_one(0.0)
     reader, read = stage_two()
-    llms = language_models()
     print("| network | weights, million | operations a pair, GFLOP | kept for the backward pass, MB a pair |")
     print("|---|---:|---:|---:|")
     rows = {
@@ -180,21 +181,21 @@ def main() -> None:
           " step, s (A100) | days on A100 | days on H100 |")  # fmt: skip
     print("|---|---:|---:|---|---:|---:|---:|---:|---:|")
     for name, (stage, batch, steps, trained, own, frozen, llm) in runs.items():
-        for gpus in (8, 16, 64):
+        for gpus in (8, 64):
             each = -(-batch // gpus)
             weights_frozen = 2 * (size(encoder) + frozen) / GIB
             weights_trained = 20 * trained / GIB  # weights, gradients, DDP's copy of them, two moments
             activations = each * (own.kept + llm.kept) / GIB
             label, speed = NETWORKS[8 if gpus < 64 else 64]
             sent = sum(t.sent(gpus) for t in step_traffic(recipe(stage, each), trained, TOKENS, WIDTH, LENGTH, gpus))
-            operations = batch * (encoded.operations + own.operations + llm.operations)
+            operations = each * gpus * (encoded.operations + own.operations + llm.operations)
             seconds = {gpu: [operations / gpus / peak / share for share in SHARES] for gpu, peak in PEAK.items()}
             days = {gpu: [s * steps / 86400 for s in both] for gpu, both in seconds.items()}
             print(
                 f"| {name} | {gpus} | {each} | {weights_frozen:.1f} + {weights_trained:.1f} + {activations:.1f} |"
                 f" {sent / 1e6:,.0f} | {1000 * sent / speed:.0f} ({label}) |"
-                f" {' to '.join(f'{s:.2f}' for s in seconds['A100'])} |"
-                f" {' to '.join(f'{d:.1f}' for d in days['A100'])} | {' to '.join(f'{d:.1f}' for d in days['H100'])} |"
+                f" {' to '.join(f'{s:.2g}' for s in seconds['A100'])} |"
+                f" {' to '.join(f'{d:.2g}' for d in days['A100'])} | {' to '.join(f'{d:.2g}' for d in days['H100'])} |"
             )
     paper = 16 * PEAK["A100"] * 86400
     stage1 = 250_000 * 1680 * (encoded.operations + step.operations) / paper

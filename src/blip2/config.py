@@ -338,6 +338,10 @@ class Recipe:
         if not self.data.sources:
             raise InputError("data.train names nothing to train on: name a source")
         self._check_evaluation()
+        if self.training.shard_frozen and self.language is not None and self.language.quantization is not None:
+            raise InputError(
+                "a quantised LLM cannot be dealt out: leave out one of training.shard_frozen and language.quantization"
+            )
         if self.qformer.reads_questions and (self.language is None or not self.language.asks):
             raise InputError(
                 "qformer.reads_questions is for stage generation with questions: put {} into language.prompt where the"

@@ -331,7 +331,7 @@ def test_metrics_have_every_step_once(parts, tmp_path):
         assert row["itg_perplexity"] > 1
         assert row["images_per_second"] == pytest.approx(4 / row["seconds"])
         assert row["gradient_norm"] > 0
-        assert 0 < row["temperature"] < 1
+        assert 0 < row["itc_temperature"] < 1
         assert row["rate"] == pytest.approx(1e-3 * row["rate_share"])
         assert 0 < row["data_seconds"] < row["seconds"]
         assert row["data_share"] == pytest.approx(row["data_seconds"] / row["seconds"])

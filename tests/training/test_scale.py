@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from blip2.config import LoraConfig
 from blip2.errors import InputError
 from blip2.recipe import dump_recipe
 from blip2.training import checkpoint
@@ -112,8 +113,8 @@ def test_what_travels_is_what_is_written_down(parts, tmp_path, stage):
 # -- sharding ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("language", [None, "opt", "t5"])
-def test_sharding_changes_nothing(parts, tmp_path, language):
+@pytest.mark.parametrize(("language", "adapts"), [(None, False), ("opt", True), ("t5", False)])
+def test_sharding_changes_nothing(parts, tmp_path, language, adapts):
     # Three held-out pictures, of which one process has two and the other one, that cannot be read.
     pictures = Path(parts.pictures).parent
     held_out = tmp_path / "held_out.jsonl"
@@ -122,7 +123,11 @@ def test_sharding_changes_nothing(parts, tmp_path, language):
     rates = {"vision.*": "frozen", "language.*": "frozen", "*": 1e-3}
     changes = {"optimizer": {"rates": rates, "warmup_steps": 2}}
     if language:
-        changes |= {"stage": "generation", "language": {"name": getattr(parts, language)}}
+        lora = LoraConfig(rank=2) if adapts else None
+        changes |= {"stage": "generation", "language": {"name": getattr(parts, language), "lora": lora}}
+    if adapts:
+        pytest.importorskip("peft")
+        changes["optimizer"]["rates"] = {"language.*lora_*": 1e-3, **rates}
     recipe = parts.recipe(
         tmp_path / "run",
         data={"validation": str(held_out), "batch_size": 1},
@@ -141,6 +146,9 @@ def test_sharding_changes_nothing(parts, tmp_path, language):
 
 
 def test_what_cannot_be_dealt_out(parts, tmp_path):
+    language = {"stage": "generation", "language": {"name": parts.opt, "quantization": "4bit"}}
+    with pytest.raises(InputError, match="a quantised LLM cannot be dealt out"):
+        parts.recipe(tmp_path, training={"shard_frozen": True}, **language)
     rates = {"optimizer": {"rates": {"*": 1e-3}}}
     recipe = parts.recipe(tmp_path / "run", training={"shard_frozen": True}, **rates)
     (process, log), (other, _) = begin_two(command(recipe, tmp_path / "dealt"), tmp_path)

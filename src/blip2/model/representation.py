@@ -166,7 +166,7 @@ class RepresentationModel(nn.Module):
 
         Returns:
             Losses, and beside them ``itc_r1`` (share of images whose best text in the batch is theirs, and the
-            other way round, averaged), ``itm_accuracy``, ``itg_perplexity``.
+            other way round, averaged), ``itc_temperature``, ``itm_accuracy``, ``itg_perplexity``.
         """
         features = self.vision.features(batch.images)  # [B, P, E]
         memory = self.qformer.memory(features, self.image_norm)
@@ -186,7 +186,6 @@ class RepresentationModel(nn.Module):
         out = self.qformer(memory, ids, mask, positions)
 
         if self.enabled.itc or self.enabled.itm:
-            metrics["temperature"] = self.temperature.detach()
             every_ids = self._gather_padded(batch.ids, 0)  # [N, L]
             image_to_text, text_to_image, positive = self._compare(out.queries, out.text[:, 0], batch, every_ids)
             if self.enabled.itc:
@@ -195,6 +194,7 @@ class RepresentationModel(nn.Module):
                 )
                 hits = [positive.gather(1, s.argmax(1, keepdim=True)) for s in (image_to_text, text_to_image)]
                 metrics["itc_r1"] = torch.cat(hits).float().mean()
+                metrics["itc_temperature"] = self.temperature.detach()
             if self.enabled.itm:
                 if negatives is None:
                     negatives = self._draw(image_to_text.detach(), text_to_image.detach(), positive, seed)

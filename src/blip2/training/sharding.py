@@ -50,17 +50,12 @@ def shard_frozen(model: nn.Module, parts: dict[str, str], device: torch.device) 
         How many weights were dealt out.
 
     Raises:
-        InputError: an LLM is quantised, or no part has blocks that are frozen.
+        InputError: no part has blocks that are frozen, or machines have different numbers of processes.
     """
     mesh, sharded = _within_machine(device), 0
     for name, method in parts.items():
         part: Any = model.get_submodule(name)
         inside = {p for block in part.blocks for p in block.parameters() if not p.requires_grad}
-        if not all(parameter.is_floating_point() for parameter in inside):
-            raise InputError(
-                "training.shard_frozen cannot deal out a quantised LLM: leave out one of training.shard_frozen and"
-                " language.quantization"
-            )
         if not inside:
             continue
         sharded += sum(parameter.numel() for parameter in inside)

@@ -6,9 +6,6 @@ from typing import Literal, NamedTuple
 
 from blip2.config import Recipe
 
-NUMBERS = {"representation": 8, "generation": 4}
-"""Losses and metrics whose means are taken over the processes."""
-
 
 class Travel(NamedTuple):
     """A collective of one step."""
@@ -35,13 +32,15 @@ def step_traffic(recipe: Recipe, trained: int, tokens: int, width: int, length: 
         length: the longest text of the step in tokens, T.
         processes: how many take part.
     """
-    numbers = 4 * (NUMBERS[recipe.stage] + 1)  # and how many labels there are
+    batch, objectives = recipe.data.batch_size, recipe.objectives
+    numbers = 3  # of stage 2: its loss, perplexity and accuracy
+    if recipe.stage == "representation":
+        numbers = 3 * bool(objectives.itc) + 2 * bool(objectives.itm) + 2 * bool(objectives.itg)
     travels = [
         Travel("gradients", "all-reduce", 4 * trained),
-        Travel("losses and metrics", "all-reduce", numbers),
+        Travel("losses and metrics", "all-reduce", 4 * (2 + numbers)),  # and their sum, and the number of labels
         Travel("what is watched", "all-gather", 4 * 4),
     ]
-    batch, objectives = recipe.data.batch_size, recipe.objectives
     if recipe.stage == "generation" or not (objectives.itc or objectives.itm):
         return travels
     images, texts = (4 * batch * recipe.qformer.contrastive_width * n for n in (recipe.qformer.queries, 1))
