@@ -125,6 +125,16 @@ def test_batches_of_like_length(open_numbered: Opener, monkeypatch: pytest.Monke
     assert spread(True) < spread(False) / 3
 
 
+def test_records_without_captions_are_spread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of nothing else could not be trained on."""
+    monkeypatch.setattr(batches, "WINDOW", 16)
+    rows = [{"image": f"{i}.png", "caption": "word " * (i % 7) if i % 4 else None} for i in range(64)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plans = islice(plan_batches(open_records(str(path), DataConfig(train="")), 4, 0), 64)
+    assert max(sum(draw.caption < 0 for draw in plan.draws) for plan in plans) < 4
+
+
 def test_order_of_lengths_is_random(open_numbered: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sorted batches must not come in the order of their lengths."""
     monkeypatch.setattr(batches, "WINDOW", 16)
