@@ -83,7 +83,7 @@ def their_datasets(files: list[str]) -> Iterator[Any]:
     stream = datasets.load_dataset("webdataset", data_files={"train": files}, split="train", streaming=True)
     stream = stream.cast_column("jpg", datasets.Image(decode=False)).shuffle(seed=0, buffer_size=1000)
     stream = stream.map(lambda sample: {"pixels": decode(sample)}, remove_columns=stream.column_names)
-    loader = torch.utils.data.DataLoader(stream.with_format("torch"), BATCH, num_workers=WORKERS)  # type: ignore
+    loader = torch.utils.data.DataLoader(stream, BATCH, num_workers=WORKERS)  # type: ignore
     while True:
         yield from loader
 

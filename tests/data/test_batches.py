@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
@@ -164,6 +165,23 @@ def test_going_on_from_any_position(open_numbered: Opener, count: int) -> None:
         position = json.loads(json.dumps(plan.position))
         rest = list(islice(plan_batches(open_numbered(count, 2), 4, 0, position=position), len(plans) - done))
         assert rest == plans[done:]
+
+
+def test_memory_is_flat(open_numbered: Opener) -> None:
+    plans = plan_batches(open_numbered(3000), 4, 0)
+    for _ in islice(plans, 50):
+        pass
+    tracemalloc.start()
+    try:
+        for _ in islice(plans, 50):
+            pass
+        before, _ = tracemalloc.get_traced_memory()
+        for _ in islice(plans, 600):
+            pass
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert after - before < 100_000  # 600 plans take more
 
 
 @pytest.mark.parametrize("process", [0, 1])
