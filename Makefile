@@ -20,7 +20,7 @@ bench: .venv/ready  ## this project beside its peers: the numbers and the plot o
 	$(BIN)/python benchmarks/sweep.py
 
 clean:
-	rm -rf .venv .venv-lavis runs
+	rm -rf .venv .venv-lavis .venv-webdataset runs
 
 # The constraints keep torch at a build without CUDA where the index has one: see CONTRIBUTING.md for GPUs.
 .venv/ready: pyproject.toml constraints.txt

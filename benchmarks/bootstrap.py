@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/bootstrap.py                      # some hours on two cores
     .venv/bin/python benchmarks/bootstrap.py --limit 40 --steps 4 --output runs/bootstrap-try    # to see that it works
 
-1. Pictures with texts become shards (benchmarks/shards.py).
+1. Pictures with texts become shards (benchmarks/pictures.py).
 2. Stage 1 trains on the shards as they are, streamed (recipes/bootstrap-stage1.yaml).
 3. CapFilt goes over them with the models of ``blip2 demo``, which are made if they are not there.
 4. Stage 1 trains on the bootstrapped shards, from the same start and for as long.
@@ -56,8 +56,8 @@ def main() -> None:
 
     corpus, precision = output / "corpus", faster_precision()
     limit = ["--limit", str(options.limit), "--shard-size", "25"] if options.limit else []
-    shards = [sys.executable, str(Path(__file__).with_name("shards.py")), "--output", str(corpus), *limit]
-    timed("shards", lambda: subprocess.run(shards, check=True))
+    pictures = [sys.executable, str(Path(__file__).with_name("pictures.py")), "--output", str(corpus), *limit]
+    timed("shards", lambda: subprocess.run(pictures, check=True))
     counts = json.loads((corpus / "about.json").read_text())["pictures"]
     if not (options.demo / "metrics.json").exists():
         timed("demo", lambda: demo(options.demo))

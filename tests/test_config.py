@@ -420,3 +420,25 @@ def test_configs_cannot_be_changed(write):
     with pytest.raises(AttributeError):
         recipe.output = "elsewhere"
     assert math.isclose(asdict(recipe)["objectives"]["label_smoothing"], 0.1)
+
+
+def test_a_mixture(write, tmp_path):
+    recipe = load_recipe(
+        write(data={"train": {"coco:train:/data/coco": None, "s3://b/{0..9}.tar": 3}, "temperature": 2})
+    )
+    assert recipe.data.sources == {"coco:train:/data/coco": None, "s3://b/{0..9}.tar": 3.0}
+    (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "again.yaml") == recipe
+    mixed = load_recipe(write(), ["--data.train", '{"a.jsonl": 1, "b.jsonl": null}'])
+    assert mixed.data.sources == {"a.jsonl": 1.0, "b.jsonl": None}
+    assert load_recipe(write()).data.sources == {"pairs.jsonl": None}
+
+
+@pytest.mark.parametrize(
+    ("train", "why"),
+    [({}, "data.train names nothing to train on"), ({"a.jsonl": -1}, "data.train is -1.0, expected at")],
+)
+def test_a_mixture_that_cannot_be(write, train, why):
+    with pytest.raises(InputError, match=why) as error:
+        load_recipe(write(data={"train": train}))
+    message(error)

@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
@@ -125,6 +126,16 @@ def test_batches_of_like_length(open_numbered: Opener, monkeypatch: pytest.Monke
     assert spread(True) < spread(False) / 3
 
 
+def test_records_without_captions_are_spread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of nothing else could not be trained on."""
+    monkeypatch.setattr(batches, "WINDOW", 16)
+    rows = [{"image": f"{i}.png", "caption": "word " * (i % 7) if i % 4 else None} for i in range(64)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plans = islice(plan_batches(open_records(str(path), DataConfig(train="")), 4, 0), 64)
+    assert max(sum(draw.caption < 0 for draw in plan.draws) for plan in plans) < 4
+
+
 def test_order_of_lengths_is_random(open_numbered: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sorted batches must not come in the order of their lengths."""
     monkeypatch.setattr(batches, "WINDOW", 16)
@@ -154,6 +165,23 @@ def test_going_on_from_any_position(open_numbered: Opener, count: int) -> None:
         position = json.loads(json.dumps(plan.position))
         rest = list(islice(plan_batches(open_numbered(count, 2), 4, 0, position=position), len(plans) - done))
         assert rest == plans[done:]
+
+
+def test_memory_is_flat(open_numbered: Opener) -> None:
+    plans = plan_batches(open_numbered(3000), 4, 0)
+    for _ in islice(plans, 50):
+        pass
+    tracemalloc.start()
+    try:
+        for _ in islice(plans, 50):
+            pass
+        before, _ = tracemalloc.get_traced_memory()
+        for _ in islice(plans, 600):
+            pass
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert after - before < 100_000  # 600 plans take more
 
 
 @pytest.mark.parametrize("process", [0, 1])

@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -197,9 +196,9 @@ def test_killed_workers_are_replaced(tmp_path: Path, soon: None) -> None:
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_workers_that_are_always_killed(soon: None) -> None:
     made = load(iter(range(40)), Killed({5}, None), 2)
-    assert [item for item, _ in islice(made, 5)] == list(range(5))
     with pytest.raises(InputError, match=f"were killed {DEATHS} times in a row .* lower data.workers") as error:
-        next(made)
+        for expected, (item, _) in enumerate(made):
+            assert item == expected < 5
     assert "\n" not in str(error.value)
 
 
@@ -216,14 +215,14 @@ def test_what_workers_raise_is_raised() -> None:
 
 # -- bad samples -------------------------------------------------------------------------------------------------------
 
-EACH = 20  # of 400: 5 %
+EACH = 10  # of 200: 5 %
 
 
 @pytest.fixture(scope="module")
 def bad(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, int, dict[str, int]]:
-    """20 shards of 20 samples, 5 % of them broken in every way, and 2 broken shards: (source, items, causes)."""
+    """10 shards of 20 samples, 5 % of them broken in each way, and 2 broken shards: (source, items, causes)."""
     folder = tmp_path_factory.mktemp("bad")
-    samples = [sample(number) for number in range(20 * 20)]
+    samples = [sample(number) for number in range(10 * 20)]
     for start, spoil in enumerate(
         (
             lambda members: {**members, "png": b"no picture"},
@@ -233,15 +232,15 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, int, dict[str, i
             lambda members: {"txt": members["txt"]},
         )
     ):
-        for number in range(start, 400, 20):
+        for number in range(start, 200, 20):
             samples[number] = (samples[number][0], spoil(samples[number][1]))
-    for shard in range(20):
+    for shard in range(10):
         write_shard(folder / f"{shard:02d}.tar", samples[20 * shard : 20 * shard + 20])
-    (folder / "20.tar").write_bytes(b"<html>not found</html>")
-    write_shard(folder / "21.tar", [sample(number) for number in range(400, 420)])
-    whole = (folder / "21.tar").read_bytes()
-    (folder / "21.tar").write_bytes(whole[: 13 * 2048 + 600])  # within the picture of its 14th sample
-    return str(folder / "*.tar"), 400 + 1 + 13 + 1, {"image": 3 * EACH, "caption": 2 * EACH, "question": 0, "shard": 2}
+    (folder / "10.tar").write_bytes(b"<html>not found</html>")
+    write_shard(folder / "11.tar", [sample(number) for number in range(200, 220)])
+    whole = (folder / "11.tar").read_bytes()
+    (folder / "11.tar").write_bytes(whole[: 13 * 2048 + 600])  # within the picture of its 14th sample
+    return str(folder / "*.tar"), 200 + 1 + 13 + 1, {"image": 3 * EACH, "caption": 2 * EACH, "question": 0, "shard": 2}
 
 
 def counts(row: dict) -> dict[str, int]:
@@ -250,28 +249,28 @@ def counts(row: dict) -> dict[str, int]:
 
 def test_what_was_planted_is_counted(parts, bad, tmp_path, capsys):
     source, items, causes = bad
-    assert items == len(list(open_records(source, DataConfig(train=source)).read())) == 5 * 83
+    assert items == len(list(open_records(source, DataConfig(train=source)).read())) == 5 * 43
     recipe = parts.recipe(
         tmp_path / "run",
         data={"train": source, "batch_size": 5, "max_bad": 0.5},
-        training={"steps": 83, "save_every": 20, "keep": 9},
+        training={"steps": 43, "save_every": 20, "keep": 9},
     )
     train(recipe)
     last = read_metrics(tmp_path / "run")[-1]
-    assert (counts(last), last["skipped"], last["shards"]) == (causes, sum(causes.values()), 22)
+    assert (counts(last), last["skipped"], last["shards"]) == (causes, sum(causes.values()), 12)
     assert last["drawn"] == {source: items}
     rows = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
     assert Counter(row["cause"] for row in rows) == Counter({c: n for c, n in causes.items() if n})
     assert len({row["key"] for row in rows}) == len(rows)
-    assert {Path(row["key"]).name for row in rows if row["cause"] == "shard"} == {"20.tar", "21.tar"}
+    assert {Path(row["key"]).name for row in rows if row["cause"] == "shard"} == {"10.tar", "11.tar"}
     errors = capsys.readouterr().err
     assert errors.count("skipped /") == tally.NAMED
     assert f"more is skipped, and named in {tmp_path / 'run' / 'skipped.jsonl'} alone" in errors
 
     # After a kill no line is there twice, and none is missing.
-    copy = cut_short(tmp_path / "run", 40)
+    copy = cut_short(tmp_path / "run", 20)
     with (copy / "skipped.jsonl").open("a") as file:
-        file.write('{"step": 41, "cau')
+        file.write('{"step": 21, "cau')
     train(replace(recipe, output=str(copy)), resume=True)
     assert_same_run(tmp_path / "run", copy)
     assert (copy / "skipped.jsonl").read_text() == (tmp_path / "run" / "skipped.jsonl").read_text()
@@ -279,7 +278,7 @@ def test_what_was_planted_is_counted(parts, bad, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("enough", "limit", "what"),
-    [({"SAMPLES": 100}, 0.05, r"\d+ of 100 samples"), ({"SAMPLES": 10**9, "SHARDS": 20}, 0.02, r"[12] of 2\d shards")],
+    [({"SAMPLES": 100}, 0.05, r"\d+ of 100 samples"), ({"SAMPLES": 10**9, "SHARDS": 10}, 0.02, r"[12] of 1\d shards")],
 )
 def test_a_run_stops_when_too_much_is_bad(parts, bad, tmp_path, monkeypatch, enough, limit, what):
     for name, number in enough.items():
@@ -300,7 +299,7 @@ def test_a_run_stops_when_too_much_is_bad(parts, bad, tmp_path, monkeypatch, eno
 # -- mixtures ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, {"cached_views": 1}, {"workers": 2}])
+@pytest.mark.parametrize("changes", [{"cached_views": 1}, {"workers": 2}])
 def test_a_run_on_a_mixture(parts, shards, tmp_path, changes):
     """Tables and shards; going on is exact, and each step says what it was drawn from."""
     other = parts.pictures if changes.get("cached_views") else shards
@@ -310,7 +309,7 @@ def test_a_run_on_a_mixture(parts, shards, tmp_path, changes):
     )
     data = {"train": {str(table): 2.0, other: 1.0}, "batch_size": 4, **changes}
     recipe = parts.recipe(
-        tmp_path / "run", data=data, training={"steps": 12, "save_every": 5, "keep": 9, "accumulate": 2}
+        tmp_path / "run", data=data, training={"steps": 8, "save_every": 5, "keep": 9, "accumulate": 2}
     )
     train(recipe)
     rows = lines(tmp_path / "run")

@@ -85,7 +85,7 @@ def plan_batches(
         draws, lengths = _draw_captions(records, [item for chunk in window for item in chunk.items], seed)
         order = random.permutation(len(draws))
         if group_by_length:  # captions of one length stay shuffled
-            order = order[np.argsort(np.array(lengths)[order], kind="stable")]
+            order = order[np.argsort(_spread(lengths, random)[order], kind="stable")]
         batches = order.reshape(-1, size)
         for number, batch in enumerate(random.permutation(len(batches))):
             windows.read_ahead()
@@ -108,6 +108,15 @@ def _draw_captions(records: Records | RecordStream, items: Sequence[Item], seed:
         draws.append(Draw(item.record, drawn, key))
         lengths.append(len(choices[drawn]) if choices else 0)
     return draws, lengths
+
+
+def _spread(lengths: Sequence[int], random: np.random.Generator) -> np.ndarray:
+    """Lengths in which those without a caption have one that others have: side by side they would spoil a batch."""
+    given = np.array(lengths)
+    without = given == 0
+    if not without.all():
+        given[without] = random.choice(given[~without], without.sum())
+    return given
 
 
 # -- loading -------------------------------------------------------------------------------------------------------

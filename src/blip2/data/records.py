@@ -160,8 +160,8 @@ class Records(Sequence[Record]):
 class RecordStream:
     """Records that come in an order of their own, from local files or over a network.
 
-    Each process reads its own share: other shards than the others where there are enough for all, otherwise every so
-    manieth record of all shards. The position can be taken down and gone back to.
+    Each of N processes reads its own share: its own shards where there are enough for all, otherwise every N-th record
+    of all shards. The position can be taken down and gone back to.
     """
 
     def __init__(self, dataset: datasets.IterableDataset, columns: _Columns, process: int, processes: int) -> None:

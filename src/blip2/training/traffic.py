@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from blip2.config import Recipe
+from blip2.data.batches import CAUSES
 
 
 class Travel(NamedTuple):
@@ -38,7 +39,8 @@ def step_traffic(recipe: Recipe, trained: int, tokens: int, width: int, length: 
         numbers = 3 * bool(objectives.itc) + 2 * bool(objectives.itm) + 2 * bool(objectives.itg)
     travels = [
         Travel("gradients", "all-reduce", 4 * trained),
-        Travel("losses and metrics", "all-reduce", 4 * (2 + numbers)),  # and their sum, and the number of labels
+        # Beside them their sum, the number of labels, what was skipped and cut, shards, and samples of each source.
+        Travel("losses and metrics", "all-reduce", 4 * (2 + numbers + len(CAUSES) + 2 + len(recipe.data.sources))),
         Travel("what is watched", "all-gather", 4 * 4),
     ]
     if recipe.stage == "generation" or not (objectives.itc or objectives.itm):
