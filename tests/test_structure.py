@@ -32,6 +32,7 @@ MAY_NOT_IMPORT = {
     "config": ABOVE | {"recipe"},
     "recipe": ABOVE,
     "errors": ABOVE | {"config"},
+    "ranges": ABOVE | {"config", "recipe", "errors"},
     "build": ABOVE - {"interop", "data", "model"},
     "training": ABOVE - {"training", "build", "interop", "data", "model"},
     "inference": {"cli", "demo", "corpus", "evaluation", "convert", "publish"},

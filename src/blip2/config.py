@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from blip2.errors import InputError
+from blip2.ranges import RANGES
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Stage = Literal["representation", "generation"]
@@ -370,59 +371,3 @@ class Recipe:
                 raise InputError(f"training.best is {best}, which needs {key}: set it, or another training.best")
         if best and not best.startswith(tuple(needs)):
             raise InputError(f"training.best is {best}, expected a name that begins with {' or '.join(needs)}")
-
-
-RANGES: dict[str, tuple[float, float]] = {
-    "vision.image_size": (1, math.inf),
-    "vision.drop_path": (0, 0.99),
-    "qformer.hidden_size": (1, math.inf),
-    "qformer.layers": (1, math.inf),
-    "qformer.heads": (1, math.inf),
-    "qformer.intermediate_size": (1, math.inf),
-    "qformer.queries": (1, math.inf),
-    "qformer.cross_attention_every": (1, math.inf),
-    "qformer.contrastive_width": (1, math.inf),
-    "qformer.vocabulary": (1, math.inf),
-    "qformer.max_positions": (2, math.inf),
-    "qformer.dropout": (0, 1),
-    "qformer.layer_norm_eps": (0, 1),
-    "qformer.image_norm_eps": (0, 1),
-    "language.lora.rank": (1, math.inf),
-    "language.lora.alpha": (0, math.inf),
-    "language.lora.dropout": (0, 1),
-    "objectives.itc": (0, math.inf),
-    "objectives.itm": (0, math.inf),
-    "objectives.itg": (0, math.inf),
-    "objectives.label_smoothing": (0, 1),
-    "data.train": (0, math.inf),
-    "data.temperature": (0.1, math.inf),
-    "data.max_bad": (0, 1),
-    "data.batch_size": (1, math.inf),
-    "data.max_tokens": (2, math.inf),
-    "data.smallest_crop": (0.01, 1),
-    "data.workers": (0, math.inf),
-    "data.cached_views": (0, math.inf),
-    "optimizer.rates": (0, math.inf),
-    "optimizer.layer_decay": (0.01, 1),
-    "optimizer.betas": (0, 0.999999),
-    "optimizer.weight_decay": (0, math.inf),
-    "optimizer.warmup_steps": (0, math.inf),
-    "optimizer.final_rate": (0, 1),
-    "optimizer.clip_norm": (1e-6, math.inf),
-    "training.steps": (1, math.inf),
-    "training.accumulate": (1, math.inf),
-    "training.timeout": (1, math.inf),
-    "training.seed": (0, 2**32 - 1),
-    "training.save_every": (1, math.inf),
-    "training.keep": (1, math.inf),
-    "training.validate_every": (1, math.inf),
-    "evaluation.every": (1, math.inf),
-    "evaluation.limit": (1, math.inf),
-    "evaluation.beams": (1, math.inf),
-    "evaluation.top_p": (1e-6, 1),
-    "evaluation.temperature": (1e-6, math.inf),
-    "evaluation.length_penalty": (-math.inf, math.inf),
-    "evaluation.max_new_tokens": (1, math.inf),
-    "evaluation.candidates": (0, math.inf),
-}
-"""Smallest and largest value of numbers, both allowed; every element of a list and every value of a mapping."""

@@ -36,8 +36,9 @@ LICENCES = {
 """Of the parts that the paper is made of, by a pattern of their names."""
 UNKNOWN = "not stated by its files: check it before you publish"
 BOOKKEEPING = {
-    "step", "seconds", "images_per_second", "gradient_norm", "rate_share", "source", "drawn", "shards", "cut",
-    "skipped", *(f"skipped_{cause}" for cause in CAUSES),
+    "step", "seconds", "images_per_second", "data_seconds", "data_share", "gpu_memory_gib", "gpu_utilisation",
+    "gradient_norm", "rate", "rate_share", "itc_temperature", "source", "drawn", "shards", "cut", "skipped",
+    *(f"skipped_{cause}" for cause in CAUSES),
 }  # fmt: skip
 """What in a line of metrics is no result."""
 VALIDATION = "validation_"

@@ -52,7 +52,7 @@ def test_stage_one_learns(parts, tmp_path):
         data={"batch_size": 8, "flip": False},
         qformer={"dropout": 0.0},
         optimizer={"rates": {"vision.*": "frozen", "*": 1e-2}, "warmup_steps": 5},
-        training={"steps": 60, "save_every": 60},
+        training={"steps": 90, "save_every": 90},
     )
     train(recipe)
     rows = read_metrics(tmp_path / "run")

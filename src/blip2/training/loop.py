@@ -175,14 +175,11 @@ class _Training:
             display.say(f"{sharded:,} frozen weights are dealt out to the processes of each machine")
         self.shards = shards
         if accelerator.num_processes > 1:
+            trained = sum(parameter.numel() for parameter in built.model.parameters() if parameter.requires_grad)
             travels = step_traffic(
-                recipe,
-                sum(parameter.numel() for parameter in built.model.parameters() if parameter.requires_grad),
-                built.model.vision.tokens,
-                built.model.vision.width,
-                recipe.data.max_tokens,
+                recipe, trained, built.model.vision.tokens, built.model.vision.width, recipe.data.max_tokens,
                 accelerator.num_processes,
-            )
+            )  # fmt: skip
             sent = sum(travel.sent(accelerator.num_processes) for travel in travels)
             display.say(f"a process sends at most {sent / 1e6:,.1f} MB to the others in a step")
         if optimizer_state is not None:
