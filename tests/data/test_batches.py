@@ -114,6 +114,18 @@ def test_batches_of_like_length(open_numbered: Opener, monkeypatch: pytest.Monke
     assert spread(True) < spread(False) / 3
 
 
+def test_answers_are_never_grouped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By length, each batch would hold one of the two answers alone."""
+    monkeypatch.setattr(batches, "WINDOW", 8)
+    rows = [{"image": f"{i}.png", "question": "Is it?", "answer": ("no", "yes")[i % 2]} for i in range(256)]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for streaming in (False, True):
+        records = open_records(str(path), DataConfig(train=str(path), streaming=streaming))
+        for plan in islice(plan_batches(records, 32, 0), 8):
+            assert len({number(draw) % 2 for draw in plan.draws}) == 2
+
+
 def test_order_of_lengths_is_random(open_numbered: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sorted batches must not come in the order of their lengths."""
     monkeypatch.setattr(batches, "WINDOW", 16)

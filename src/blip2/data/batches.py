@@ -79,7 +79,9 @@ def plan_batches(
         for window, stream, items in _windows(records, size, epoch, first, start, seed, process, processes):
             random = np.random.default_rng([seed, epoch, window, process])
             draws, lengths = _draw_captions(records, items, (seed, epoch))
-            order = np.argsort(lengths, kind="stable") if group_by_length else np.arange(len(draws))
+            # By length, answers would lie in batches of one answer, which teach its frequency and nothing of pictures.
+            grouped = group_by_length and not records.asks
+            order = np.argsort(lengths, kind="stable") if grouped else np.arange(len(draws))
             # A first window that does not fill a batch is all there is, and a batch of its own.
             count = max(len(draws) // batch_size, 1 if window == 0 else 0)
             # Which records are left over is drawn too, or the longest would never be seen.

@@ -106,6 +106,11 @@ class Records(Sequence[Record]):
     def __getitem__(self, index: int) -> Record:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self._columns.record(self._dataset[int(index)], int(index))
 
+    @property
+    def asks(self) -> bool:
+        """Whether its texts are answers to questions."""
+        return self._columns.question is not None
+
     def captions(self, indices: Sequence[int]) -> list[tuple[str, ...]]:
         """Captions of some records, without reading their images."""
         if self._columns.caption is None:
@@ -126,6 +131,11 @@ class RecordStream:
         self._number = 0
         self._unread: dict[str, Any] | None = None
         """The position that reading starts from, until something was read."""
+
+    @property
+    def asks(self) -> bool:
+        """Whether its texts are answers to questions."""
+        return self._columns.question is not None
 
     def read(self, position: dict[str, Any] | None = None) -> Iterator[Record]:
         """Records from a position that :meth:`position` gave, or from the start, which is gone to at once."""
