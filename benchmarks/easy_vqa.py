@@ -8,6 +8,8 @@
 - ``statements.jsonl`` and ``statements-val.jsonl`` for stage 1: what questions and answers of the training split say
   about each of its pictures, one picture a row. Half of the captions that can be drawn for it say what it shows
   ("a red circle."), half are questions with their answers ("is there a red shape? yes").
+- ``described.jsonl`` for a stage 2 before the questions: one question, what a picture shows, with "a red circle".
+- ``questions.jsonl`` for the questions: those of the training split, and what is in ``described.jsonl`` four times.
 - ``blind-train.jsonl``: the questions and answers of the training split, with one blank picture for all of them. A
   model that learns from these sees no picture.
 - ``blind-test.jsonl``: the questions of the test split with the same picture, each wording once, since the answer of
@@ -31,6 +33,7 @@ from blip2.data.benchmarks import read_benchmark
 
 SHAPES = {"circle", "rectangle", "triangle"}
 COLOURS = {"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"}
+DESCRIBE = "what does the image show?"
 TYPES = ("shape", "colour", "yes or no", "yes or no, negated")
 
 
@@ -55,7 +58,14 @@ def prepare(folder: Path) -> None:
         about: dict[str, list[tuple[str, str]]] = defaultdict(list)
         for row in rows(split):
             about[row["image"]].append((row["question"], row["answers"][0]))
-        write(folder / f"{name}.jsonl", ({"image": image, "captions": say(told)} for image, told in about.items()))
+        said = {image: say(told) for image, told in about.items()}
+        write(folder / f"{name}.jsonl", ({"image": image, "captions": texts} for image, texts in said.items()))
+        if split == "train":
+            shown = ((image, texts[-1].rstrip(".")) for image, texts in said.items() if texts[-1].startswith("a "))
+            described = [{"image": image, "question": DESCRIBE, "answers": [text]} for image, text in shown]
+            asked = [{key: row[key] for key in ("image", "question", "answers")} for row in rows("train")]
+            write(folder / "described.jsonl", described)
+            write(folder / "questions.jsonl", [*asked, *described * 4])
     Image.new("RGB", (64, 64), "white").save(folder / "blank.png")
     blank = {"image": "blank.png"}
     kept = ("question", "question_id", "answers")
