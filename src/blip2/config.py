@@ -172,7 +172,8 @@ class DataConfig:
     flip: bool = True
     """Mirror half of the images. Switch it off where left and right matter."""
     group_by_length: bool = True
-    """Make batches of captions of like length, so that little padding is computed."""
+    """Make batches of captions of like length, so that little padding is computed. Answers to questions are always
+    mixed. Switch it off where captions are few and short: those of one length are too much alike."""
     workers: int = 2
     """Processes that decode images beside the training process; 0 decodes within it."""
     max_bad: float = 0.05

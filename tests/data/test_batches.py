@@ -136,6 +136,18 @@ def test_records_without_captions_are_spread(tmp_path: Path, monkeypatch: pytest
     assert max(sum(draw.caption < 0 for draw in plan.draws) for plan in plans) < 4
 
 
+def test_answers_are_never_grouped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By length, each batch would hold one of the two answers alone."""
+    monkeypatch.setattr(batches, "WINDOW", 8)
+    rows = [{"image": f"{i}.png", "question": "Is it?", "answer": ("no", "yes")[i % 2]} for i in range(256)]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for streaming in (False, True):
+        records = open_records(str(path), DataConfig(train=str(path), streaming=streaming))
+        for plan in islice(plan_batches(records, 32, 0), 8):
+            assert len({number(draw) % 2 for draw in plan.draws}) == 2
+
+
 def test_order_of_lengths_is_random(open_numbered: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sorted batches must not come in the order of their lengths."""
     monkeypatch.setattr(batches, "WINDOW", 16)

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from blip2.config import DataConfig
-from blip2.data.records import Record, Records, RecordStream, clean_captions, expand_files, open_records
+from blip2.data.records import Record, Records, RecordStream, clean_captions, open_records
+from blip2.data.shards import expand_files
 from blip2.errors import InputError
 
 Row = dict[str, Any]

@@ -25,8 +25,8 @@ from blip2.config import DataConfig
 from blip2.data.assets import resolve
 from blip2.data.benchmarks import find_shards, is_benchmark
 from blip2.data.images import ImageError, read_bytes, read_image
-from blip2.data.records import CAPTION_COLUMNS, Records, clean_captions, expand_files, open_records
-from blip2.data.shards import BROKEN, IMAGE_SUFFIXES, KEY, read_shard
+from blip2.data.records import CAPTION_COLUMNS, Records, clean_captions, open_records
+from blip2.data.shards import BROKEN, IMAGE_SUFFIXES, KEY, expand_files, read_shard
 from blip2.errors import InputError
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -17,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import fsspec
 import numpy as np
 from datasets.distributed import split_dataset_by_node
 
 from blip2.config import DataConfig
 from blip2.data.benchmarks import find_shards, is_benchmark, read_benchmark
-from blip2.data.shards import BEGINS, BROKEN, IMAGE_SUFFIXES, KEY, stream_shards
+from blip2.data.shards import BEGINS, BROKEN, IMAGE_SUFFIXES, KEY, expand_files, is_url, stream_shards, unreadable
 from blip2.errors import InputError
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "image_path", "file_name", "filename", "img", "path")
@@ -128,6 +126,11 @@ class Records(Sequence[Record]):
         """So many records from one on."""
         return Records(self._dataset.select(range(first, first + count)), self._columns)
 
+    @property
+    def asks(self) -> bool:
+        """Whether its texts are answers to questions."""
+        return self._columns.question is not None
+
     def captions(self, indices: Sequence[int]) -> list[tuple[str, ...]]:
         """Captions of some records, without reading their images."""
         if self._columns.caption is None:
@@ -173,6 +176,11 @@ class RecordStream:
         self._number = 0
         self._unread: dict[str, Any] | None = None
         """The position that reading starts from, until something was read."""
+
+    @property
+    def asks(self) -> bool:
+        """Whether its texts are answers to questions."""
+        return self._columns.question is not None
 
     def read(self, position: dict[str, Any] | None = None, shuffle: tuple[int, int] | None = None) -> Iterator[Record]:
         """The records of this process.
@@ -272,46 +280,6 @@ def _table(source: str) -> datasets.Dataset:
     return datasets.concatenate_datasets(parts)
 
 
-def is_url(source: str) -> bool:
-    """Whether a source lies where fsspec has to read it (``s3://``, ``gs://``, ``hf://`` ...)."""
-    return "://" in source
-
-
-def expand_files(pattern: str) -> list[str]:
-    """Files that a path or a URL with ``{000..127}`` ranges and globs stands for, sorted.
-
-    Those of a range of URLs are not looked for, which would take a request each.
-    """
-    span = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if span:
-        first, last = span[1], span[2]
-        return [
-            file
-            for number in range(int(first), int(last) + 1)
-            for file in expand_files(pattern[: span.start()] + str(number).zfill(len(first)) + pattern[span.end() :])
-        ]
-    path = Path(pattern)
-    if is_url(pattern):
-        files = _expand_url(pattern)
-    elif path.is_file():
-        return [str(path)]
-    else:
-        files = sorted(str(file) for file in path.parent.glob(path.name)) if path.parent.is_dir() else []
-    if not files:
-        raise InputError(f"no file {pattern!r}: check the path of the data")
-    return files
-
-
-def _expand_url(pattern: str) -> list[str]:
-    if not re.search(r"[*?[]", pattern):
-        return [pattern]
-    try:
-        files, folder = fsspec.url_to_fs(pattern)
-        return sorted(files.unstrip_protocol(name) for name in files.glob(folder))
-    except Exception as error:  # each store raises its own
-        raise _unreadable(pattern, error) from error
-
-
 def _open_folder(folder: Path, config: DataConfig, process: int, processes: int) -> Records | RecordStream:
     for saved in (folder, folder / config.split):
         if (saved / "dataset_info.json").is_file():
@@ -346,7 +314,7 @@ def _load(source: str, load: Callable[..., Any], name: str, **options: Any) -> A
     except StopIteration as error:
         raise _empty(source) from error
     except Exception as error:  # the builders raise whatever their parsers raise
-        raise (_empty(source) if "corresponds to no data" in str(error) else _unreadable(source, error)) from error
+        raise (_empty(source) if "corresponds to no data" in str(error) else unreadable(source, error)) from error
 
 
 def _next(rows: Iterator[dict[str, Any]], source: str) -> dict[str, Any] | None:
@@ -354,17 +322,11 @@ def _next(rows: Iterator[dict[str, Any]], source: str) -> dict[str, Any] | None:
     try:
         return next(rows, None)
     except Exception as error:  # as above
-        raise _unreadable(source, error) from error
+        raise unreadable(source, error) from error
 
 
 def _empty(source: str) -> InputError:
     return InputError(f"data source {source!r} is empty: it has no rows")
-
-
-def _unreadable(source: str, error: BaseException) -> InputError:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return InputError(f"data source {source!r} cannot be read: {' '.join(str(error).split()).rstrip('.')}")
 
 
 def _records(

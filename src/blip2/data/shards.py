@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import tarfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import datasets
 import fsspec
 import pyarrow.parquet
+
+from blip2.errors import InputError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 BROKEN = "__broken__"
@@ -28,6 +32,53 @@ AT_ONCE = 64
 """Rows of a Parquet file that become Python's objects together."""
 
 Row = dict[str, Any]
+
+
+def is_url(source: str) -> bool:
+    """Whether a source lies where fsspec has to read it (``s3://``, ``gs://``, ``hf://`` ...)."""
+    return "://" in source
+
+
+def expand_files(pattern: str) -> list[str]:
+    """Files that a path or a URL with ``{000..127}`` ranges and globs stands for, sorted.
+
+    Those of a range of URLs are not looked for, which would take a request each.
+    """
+    span = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if span:
+        first, last = span[1], span[2]
+        return [
+            file
+            for number in range(int(first), int(last) + 1)
+            for file in expand_files(pattern[: span.start()] + str(number).zfill(len(first)) + pattern[span.end() :])
+        ]
+    path = Path(pattern)
+    if is_url(pattern):
+        files = _expand_url(pattern)
+    elif path.is_file():
+        return [str(path)]
+    else:
+        files = sorted(str(file) for file in path.parent.glob(path.name)) if path.parent.is_dir() else []
+    if not files:
+        raise InputError(f"no file {pattern!r}: check the path of the data")
+    return files
+
+
+def _expand_url(pattern: str) -> list[str]:
+    if not re.search(r"[*?[]", pattern):
+        return [pattern]
+    try:
+        files, folder = fsspec.url_to_fs(pattern)
+        return sorted(files.unstrip_protocol(name) for name in files.glob(folder))
+    except Exception as error:  # each store raises its own
+        raise unreadable(pattern, error) from error
+
+
+def unreadable(source: str, error: BaseException) -> InputError:
+    """Says in a line why a source cannot be read."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return InputError(f"data source {source!r} cannot be read: {' '.join(str(error).split()).rstrip('.')}")
 
 
 def stream_shards(shards: list[str]) -> datasets.IterableDataset:

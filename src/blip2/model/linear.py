@@ -1,7 +1,7 @@
 """Matrix products of linear layers by the fastest of PyTorch's libraries.
 
-On CPUs PyTorch gives products in float32 to MKL, and to oneDNN only where its compiler asks for it. On processors with
-AVX-512 that MKL was not written for, oneDNN is a quarter faster (docs/performance.md); it is asked for here.
+On CPUs PyTorch gives products in float32 to MKL, and to oneDNN only where its compiler asks for it. On the processor of
+docs/performance.md, an AMD EPYC with AVX-512, oneDNN is a quarter faster; it is asked for here.
 
 Legend: M rows, I input width, O output width.
 """
