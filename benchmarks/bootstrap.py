@@ -1,6 +1,6 @@
 """Bootstrapped captions beside the original ones: the whole way of the paper's §3.4 in small, in one command.
 
-    .venv/bin/python benchmarks/bootstrap.py                      # some hours on two cores
+    .venv/bin/python benchmarks/bootstrap.py
     .venv/bin/python benchmarks/bootstrap.py --limit 40 --steps 4 --output runs/bootstrap-try    # to see that it works
 
 1. Pictures with texts become shards (benchmarks/pictures.py).
@@ -82,13 +82,12 @@ def main() -> None:
         )
 
     before = learn("original", corpus / "train")
-    # Sampling in fp32 depends on the machine least; which is the faster, and by how much, docs/capfilt.md says.
     settings = Settings(captions=options.captions, decoding=Decoding(top_p=0.9, max_new_tokens=16))
     models = str(options.demo / "stage2"), str(options.demo / "stage1")
     data, bootstrapped = str(corpus / "train" / "*.tar"), output / "bootstrapped"
     found = timed(
         "capfilt",
-        lambda: capfilt(*models, data, bootstrapped, settings, engine=Engine(options.engine), dtype="fp32"),
+        lambda: capfilt(*models, data, bootstrapped, settings, engine=Engine(options.engine), dtype=precision),
     )
     after = learn("bootstrapped-stage1", bootstrapped)
     numbers = {

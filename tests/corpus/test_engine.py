@@ -43,3 +43,13 @@ def test_ray_writes_what_one_process_writes_though_a_worker_is_killed(runs, shar
     for name in [path.name for path in here.glob("0*")]:
         assert (there / name).read_bytes() == (here / name).read_bytes(), name
     assert {path.name for path in here.iterdir()} == {path.name for path in there.iterdir()}
+
+
+def test_what_is_wrong_is_said_in_one_line(runs, shards, tmp_path):
+    arguments = ["capfilt", str(runs["stage1"]), str(runs["stage1"]), "--data", str(shards / "00000.tar"), *OPTIONS]
+    ray = start([*arguments, "--output", str(tmp_path / "out"), "--engine", "ray", "--workers", "1"], tmp_path / "log")
+    ray.join(300)
+    status, printed = finish(ray, tmp_path / "log")
+    assert status == 2, printed
+    assert printed.splitlines()[-1].startswith("error: ") and "load a model of stage generation" in printed
+    assert "Traceback" not in printed

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +26,8 @@ from blip2.training.progress import Display
 Worker = Callable[[Unit], Mapping[str, Any]]
 """Does a unit, writes what comes of it, and tells what happened, for JSON, with the number of ``pictures``."""
 STATS = ".stats.json"
+ERROR = "error"
+"""What a worker of Ray tells in place of raising it."""
 
 
 @runtime_checkable
@@ -183,7 +186,8 @@ def _on_ray(work: Work, units: Sequence[Unit], engine: Engine) -> Iterator[Mappi
         return
     ours = not ray.is_initialized()
     if ours:
-        ray.init(logging_level=logging.WARNING, log_to_driver=False)
+        # Never another run's cluster on this machine, which would end with it.
+        ray.init(os.environ.get("RAY_ADDRESS", "local"), logging_level=logging.WARNING, log_to_driver=False)
     try:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
@@ -204,9 +208,10 @@ def _on_ray(work: Work, units: Sequence[Unit], engine: Engine) -> Iterator[Mappi
             num_gpus=min(1, gpus / workers),
         )
         for row in rows.iter_rows():
-            yield json.loads(row["told"])
-    except Exception as error:  # Ray wraps what a worker raised in errors of its own
-        raise _cause(error) from error
+            told = json.loads(row["told"])
+            if ERROR in told:
+                raise InputError(told[ERROR])
+            yield told
     finally:
         if ours:
             ray.shutdown()
@@ -220,17 +225,10 @@ class _Actor:
         self._do: Worker | None = None
 
     def __call__(self, rows: Mapping[str, Any]) -> dict[str, list[str]]:
-        if self._do is None:  # not when it is made, or Ray would make it again and again where that fails
-            torch.set_num_threads(self._threads)
-            self._do = self._work.worker()
-        return {"told": [json.dumps(self._do(Unit(**json.loads(unit)))) for unit in rows["unit"]]}
-
-
-def _cause(error: BaseException) -> BaseException:
-    """What a worker raised, if it was for people to read."""
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, InputError):
-            return InputError(str(found.args[0]).splitlines()[-1]) if len(found.args) == 1 else found
-        found = getattr(found, "cause", None) or found.__cause__
-    return error
+        try:
+            if self._do is None:  # not when it is made, or Ray would make it again and again where that fails
+                torch.set_num_threads(self._threads)
+                self._do = self._work.worker()
+            return {"told": [json.dumps(self._do(Unit(**json.loads(unit)))) for unit in rows["unit"]]}
+        except InputError as error:  # told, for what is raised comes wrapped in pages of Ray's own
+            return {"told": [json.dumps({ERROR: str(error)})]}
