@@ -21,6 +21,7 @@ import torch
 
 from blip2.corpus.shards import Unit, written
 from blip2.errors import InputError
+from blip2.evaluation.parts import whose
 from blip2.training.progress import Display
 
 Worker = Callable[[Unit], Mapping[str, Any]]
@@ -106,13 +107,9 @@ def claim(folder: Path, about: Mapping[str, Any]) -> None:
     if not file.exists():
         write_json(file, about)
     found = json.loads(file.read_text(encoding="utf-8"))
-    wanted = json.loads(json.dumps(about))
-    other = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
-    if other:
-        raise InputError(
-            f"{folder} holds another pass: its {other[0]} is {found.get(other[0])}, not {wanted.get(other[0])}: give"
-            " another output"
-        )
+    problem = whose(folder, found, json.loads(json.dumps(about)), "pass")
+    if problem is not None:
+        raise InputError(problem)
 
 
 def _sweep(folder: Path) -> None:

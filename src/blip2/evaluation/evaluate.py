@@ -18,7 +18,7 @@ from blip2.config import DataConfig, EvaluationConfig, Precision
 from blip2.data.identity import add_weights
 from blip2.errors import InputError
 from blip2.evaluation import tasks
-from blip2.evaluation.parts import Parts
+from blip2.evaluation.parts import Parts, whose
 from blip2.evaluation.predictions import write_json, write_predictions
 from blip2.evaluation.report import write_cases
 from blip2.evaluation.table import Table
@@ -190,14 +190,7 @@ def _claim(folder: Path, about: dict[str, Any], anew: bool) -> str | None:
             write_json(file, about, indent=1)
     except OSError as error:
         return f"{folder} cannot be written ({error.strerror}): give another output"
-    found = json.loads(file.read_text(encoding="utf-8"))
-    other = sorted(key for key in found.keys() | about.keys() if found.get(key) != about.get(key))
-    if not other:
-        return None
-    return (
-        f"{folder} holds another evaluation: its {other[0]} is {found.get(other[0])}, not {about.get(other[0])}: give"
-        " another output"
-    )
+    return whose(folder, json.loads(file.read_text(encoding="utf-8")), about, "evaluation")
 
 
 def _digest(model: torch.nn.Module) -> str:

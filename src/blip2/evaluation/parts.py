@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,3 +72,19 @@ def _write(file: Path, value: Any) -> None:
     beside = file.with_suffix(f".{os.getpid()}.tmp")
     torch.save(value, beside)
     beside.replace(file)
+
+
+def whose(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], what: str) -> str | None:
+    """Why a folder is not one's own: it says something else of itself; None where it is.
+
+    Args:
+        found, wanted: what it says and what it would have to say, as JSON has it.
+        what: the folder would hold, such as ``evaluation``.
+    """
+    other = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
+    if not other:
+        return None
+    return (
+        f"{folder} holds another {what}: its {other[0]} is {found.get(other[0])}, not {wanted.get(other[0])}: give"
+        " another output"
+    )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blip2.config import QFormerConfig
-from blip2.model.linear import Linear, linear, multiply
+from blip2.model.linear import Linear, linear
 
 
 class Looked(NamedTuple):
@@ -249,5 +249,5 @@ class GeluLinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         above = gradients[0].flatten(0, -2)  # [M, D]
-        below = torch.ops.aten.gelu_backward(multiply(above, weight.T).view_as(x), x)
+        below = torch.ops.aten.gelu_backward(linear(above, weight.T).view_as(x), x)
         return below, above.T @ F.gelu(x).flatten(0, -2), above.sum(dim=0)

@@ -46,7 +46,7 @@ class _Product(torch.autograd.Function):
         rows = above.flatten(0, -2)
         of_x, of_weight, of_bias = ctx.needs_input_grad
         return (
-            multiply(above, weight.T) if of_x else None,
+            linear(above, weight.T) if of_x else None,
             rows.T @ x.flatten(0, -2) if of_weight else None,
             rows.sum(dim=0) if of_bias else None,
         )
@@ -61,11 +61,6 @@ def linear(
     if torch.is_grad_enabled():
         return _Product.apply(x, weight, bias)
     return _onednn(x, weight, bias, "none", [], "")
-
-
-def multiply(x: Float[Tensor, "*shape I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "*shape O"]:
-    """x W^T, where no gradient is to pass."""
-    return _onednn(x, weight, None, "none", [], "") if _pays(x, weight) else F.linear(x, weight)
 
 
 def _pays(x: Tensor, weight: Tensor) -> bool:
