@@ -14,11 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from blip2.demo import demo_recipes, fetch_all
+from blip2.memory import keep_memory
 from blip2.training.loop import train
 from blip2.training.progress import read_metrics
 
 
 def main() -> None:
+    keep_memory()  # as the command does
     folder, rounds = Path(sys.argv[1]), int(sys.argv[2])
     pictures = fetch_all()
     recipe = demo_recipes(folder, pictures, quick=False)["stage 1"]

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from blip2.config import DataConfig, OptimizerConfig, QFormerConfig, Recipe, TrainingConfig, VisionConfig
+from blip2.memory import keep_memory
 
 STEPS = 10_000
 EARLY = 100
@@ -56,6 +57,7 @@ def resident() -> int:
 
 
 def main() -> None:
+    keep_memory()  # as the command does
     folder = Path(sys.argv[1])
     vit, bert = parts(folder)
     recipe = Recipe(

@@ -183,8 +183,6 @@ def main() -> None:
     unknown = set(options.rows) - set(ROWS)
     if unknown:
         parser.error(f"there is no row {', '.join(sorted(unknown))}: choose from {', '.join(ROWS)}")
-    # As `blip2 train` does; here for both sides.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     print("| work | beside | blip2 / peer | ratio (lowest to highest) | peak memory |\n|---|---|---:|---:|---:|")
     for name in options.rows or ROWS:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -104,7 +103,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side (default: 3)")
     options = parser.parse_args()
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     points = {**steps(options.rounds), "pictures": features()}
     results = HERE / "results.json"
     known = json.loads(results.read_text()) if results.exists() else {}

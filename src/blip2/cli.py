@@ -15,6 +15,7 @@ from pathlib import Path
 
 from blip2.corpus.command import add_capfilt, add_corpus, add_engine, embed_corpus, make_features_on
 from blip2.errors import InputError, process_name
+from blip2.memory import keep_memory
 from blip2.training.interruption import Interruption
 
 Run = Callable[[argparse.Namespace], None]
@@ -31,8 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("blip2").setLevel(logging.INFO)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # Large tensors on CPUs in pages of 2 MB, where Linux has them: a training step spends a tenth less on page faults.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    keep_memory()
     parser = build_parser()
     given, changes = take_changes(sys.argv[1:] if arguments is None else arguments)
     options, rest = parser.parse_known_args(given)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from blip2.model import linear as module
-from blip2.model.linear import Linear, linear, use_linear
+from blip2.model.linear import Linear, linear, linear_gelu, use_linear
 
 LARGE = (96, 512, 384)
 """Rows, inputs, outputs: enough multiplications."""
@@ -37,6 +37,21 @@ def test_it_gives_what_torch_gives(size: tuple[int, int, int], with_bias: bool) 
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-4)
     with torch.no_grad():  # as in a backward pass
         torch.testing.assert_close(linear(x, weight), F.linear(x, weight), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [LARGE, (3, 8, 5)], ids=["large", "small"])
+def test_gelu_behind_it(size: tuple[int, int, int]) -> None:
+    x, weight, bias, above = sides(*size)
+    wanted = F.gelu(F.linear(x, weight, bias))
+    with torch.no_grad():
+        torch.testing.assert_close(linear_gelu(x, weight, bias), wanted, rtol=1e-5, atol=1e-4)
+    found = linear_gelu(x, weight, bias)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
+    for mine, theirs in zip(
+        torch.autograd.grad(found, [x, weight, bias], above), torch.autograd.grad(wanted, [x, weight, bias], above),
+        strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=5e-4)
 
 
 @needs_onednn

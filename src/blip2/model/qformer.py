@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from blip2.config import QFormerConfig
 from blip2.model.attention import CrossAttention, Dropout, GeluLinear, ImageMemory, Layout, Looked, SelfAttention, cast
-from blip2.model.linear import Linear
+from blip2.model.linear import Linear, linear_gelu
 
 MaskKind = Literal["unimodal", "causal", "bidirectional"]
 
@@ -101,9 +101,12 @@ class FeedForward(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Float[Tensor, "M D"]) -> Float[Tensor, "M D"]:
-        hidden = self.expand(x)
-        weight, bias = (parameter.to(hidden.dtype) for parameter in (self.contract.weight, self.contract.bias))
-        return self.norm(x + self.dropout(GeluLinear.apply(hidden, weight, bias)))
+        if torch.is_grad_enabled():
+            hidden = self.expand(x)
+            weight, bias = (parameter.to(hidden.dtype) for parameter in (self.contract.weight, self.contract.bias))
+            return self.norm(x + self.dropout(GeluLinear.apply(hidden, weight, bias)))
+        hidden = linear_gelu(x, self.expand.weight, self.expand.bias)
+        return self.norm(x + self.dropout(self.contract(hidden)))
 
 
 class Block(nn.Module):
