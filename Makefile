@@ -8,7 +8,7 @@ demo: .venv/ready  ## train both stages on real pictures in about ten minutes an
 	$(BIN)/blip2 demo
 
 test: .venv/ready  ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 check: .venv/ready  ## style, types and shapes of what will be committed
 	$(BIN)/ruff check .

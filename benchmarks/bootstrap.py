@@ -36,7 +36,9 @@ ITC_ALONE = 0
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/bootstrap"))
-    parser.add_argument("--demo", type=Path, default=Path("runs/demo"), help="where the demo's models are, or go")
+    parser.add_argument(
+        "--models", type=Path, help="a folder with stage1 and stage2 (default: those of runs/demo, which are made)"
+    )
     parser.add_argument("--limit", type=int, help="so many pictures of each source (default: all)")
     parser.add_argument("--steps", type=int, help="of each training (default: the recipe's)")
     parser.add_argument("--captions", type=int, default=10, help="written of each picture (default: 10)")
@@ -59,8 +61,9 @@ def main() -> None:
     pictures = [sys.executable, str(Path(__file__).with_name("pictures.py")), "--output", str(corpus), *limit]
     timed("shards", lambda: subprocess.run(pictures, check=True))
     counts = json.loads((corpus / "about.json").read_text())["pictures"]
-    if not (options.demo / "metrics.json").exists():
-        timed("demo", lambda: demo(options.demo))
+    models = options.models or Path("runs/demo")
+    if options.models is None and not (models / "metrics.json").exists():
+        timed("demo", lambda: demo(models))
 
     def learn(name: str, folder: Path) -> dict:
         recipe = load_recipe(find_recipe("bootstrap-stage1"))
@@ -83,12 +86,14 @@ def main() -> None:
 
     before = learn("original", corpus / "train")
     settings = Settings(captions=options.captions, decoding=Decoding(top_p=0.9, max_new_tokens=16))
-    models = str(options.demo / "stage2"), str(options.demo / "stage1")
     data, bootstrapped = str(corpus / "train" / "*.tar"), output / "bootstrapped"
     found = timed(
         "capfilt",
-        lambda: capfilt(*models, data, bootstrapped, settings, engine=Engine(options.engine), dtype=precision),
-    )
+        lambda: capfilt(
+            str(models / "stage2"), str(models / "stage1"), data, bootstrapped, settings,
+            engine=Engine(options.engine), dtype=precision,
+        ),
+    )  # fmt: skip
     after = learn("bootstrapped-stage1", bootstrapped)
     numbers = {
         "pictures": counts, "seconds": seconds, "before": before["itc"], "after": after["itc"],

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a model hub
+# Of several test processes each has one thread, and so have the processes it starts: the networks are tiny.
+os.environ.update({"OMP_NUM_THREADS": "1"} if "PYTEST_XDIST_WORKER" in os.environ else {})
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 # What the datasets library keeps goes away with the tests.
@@ -59,6 +61,12 @@ pytest_plugins = ["fixtures.corpus"]
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Of ``-n auto``."""
+    return min(os.cpu_count() or 1, 4)
+
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 170, 60), "blue": (40, 60, 220), "yellow": (240, 220, 40)}
 SHAPES = ("square", "disc", "stripe")
