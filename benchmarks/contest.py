@@ -24,9 +24,6 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 GIB = 2**30
-MEMORY = {"THP_MEM_ALLOC_ENABLE": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**62)}
-"""What the commands of blip2 ask of the system's memory (src/blip2/memory.py), as variables of the environment. All
-contenders have it, the peers too."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ class Contender:
 
     def __init__(self, name: str, command: Sequence[str | Path]) -> None:
         self.name = name
-        environment = {**MEMORY, **os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+        environment = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
         self._process = subprocess.Popen(
             [str(part) for part in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )

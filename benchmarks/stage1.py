@@ -97,6 +97,9 @@ def build(case: Case) -> Any:
 
 
 def work(kind: str, folder: Path) -> None:
+    from blip2.memory import keep_memory
+
+    keep_memory()  # as the commands of blip2 do
     about = json.loads((folder / "about.json").read_text())
     case = Case(**{key: value for key, value in about.items() if key in Case.__dataclass_fields__})
     model = build(case)

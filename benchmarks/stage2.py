@@ -208,5 +208,9 @@ def pad(new: Tensor, length: int) -> list[float]:
 
 if __name__ == "__main__":
     what, side, where = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    if side == "blip2":
+        from blip2.memory import keep_memory
+
+        keep_memory()  # as the commands of blip2 do
     given = torch.load(where / "inputs.pt", weights_only=True)
     serve({"blip2": ours, "transformers": theirs}[side](what, where, given), warm_up=2, settle=True)
