@@ -21,10 +21,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from blip2.corpus.capfilt import Settings, capfilt
-from blip2.corpus.engine import Engine, write_json
+from blip2.corpus.engine import Engine
 from blip2.demo import demo, faster_precision
 from blip2.evaluation.evaluate import evaluate
 from blip2.evaluation.tasks import Settings as Measuring
+from blip2.files import write_json
 from blip2.model.decoding import Decoding
 from blip2.recipe import find_recipe, load_recipe
 from blip2.training.loop import train

@@ -20,14 +20,15 @@ import torch
 from PIL.Image import Image
 
 from blip2.config import Precision
-from blip2.corpus.engine import HERE, Engine, Worker, do_units, write_json
+from blip2.corpus.engine import HERE, Engine, Worker, do_units
 from blip2.corpus.models import Captioner, Ranker, open_captioner, open_ranker, pin
 from blip2.corpus.report import Summary, write_report
 from blip2.corpus.selection import Caption, Chosen, Rules, choose, read_language
-from blip2.corpus.shards import Sample, ShardWriter, Skipped, Unit, batches, list_units, written
+from blip2.corpus.shards import Sample, ShardWriter, Skipped, Unit, batches, list_units
 from blip2.data.records import clean_captions
 from blip2.data.store import digest
 from blip2.errors import InputError
+from blip2.files import write_json, written
 from blip2.model.decoding import Decoding
 
 SAMPLING = Decoding(top_p=0.9)

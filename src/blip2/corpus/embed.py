@@ -15,9 +15,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from blip2.config import Precision
-from blip2.corpus.engine import HERE, Engine, Worker, do_units, write_json
+from blip2.corpus.engine import HERE, Engine, Worker, do_units
 from blip2.corpus.models import pin
-from blip2.corpus.shards import Skipped, Unit, batches, list_units, written
+from blip2.corpus.shards import Skipped, Unit, batches, list_units
+from blip2.files import write_json, written
 from blip2.inference import RepresentationPipeline, load
 
 

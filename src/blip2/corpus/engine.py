@@ -19,9 +19,10 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
-from blip2.corpus.shards import Unit, written
+from blip2.corpus.shards import Unit
 from blip2.errors import InputError
 from blip2.evaluation.parts import whose
+from blip2.files import write_json
 from blip2.training.progress import Display
 
 Worker = Callable[[Unit], Mapping[str, Any]]
@@ -116,12 +117,6 @@ def _sweep(folder: Path) -> None:
     """Delete what workers that were killed left half written."""
     for left in folder.glob(f"*.{'?' * 32}.tmp"):
         left.unlink()
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write JSON, whole or not at all."""
-    with written(path) as file:
-        file.write(json.dumps(value, ensure_ascii=False, indent=1).encode())
 
 
 def _stats(folder: Path, unit: Unit) -> Path:

@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tarfile
-import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
@@ -27,7 +25,6 @@ from blip2.data.benchmarks import find_shards, is_benchmark
 from blip2.data.images import ImageError, read_bytes, read_image
 from blip2.data.records import CAPTION_COLUMNS, Records, clean_captions, open_records
 from blip2.data.shards import BROKEN, IMAGE_SUFFIXES, KEY, expand_files, read_shard
-from blip2.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -169,26 +166,6 @@ def _read_tar(unit: Unit) -> Iterator[Sample | Skipped]:
 
 
 # -- writing shards ------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def written(path: Path) -> Iterator[IO[bytes]]:
-    """A file that is there whole or not at all.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with beside.open("wb") as file:
-            yield file
-        beside.replace(path)
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be written ({error.strerror or error}): make room, or give another output"
-        ) from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 class ShardWriter:

@@ -35,6 +35,7 @@ import torch
 from jaxtyping import BFloat16, Float
 from torch import Tensor
 
+from blip2.files import write_json
 from blip2.model.distributed import process_index
 
 StoredDtype = Literal["bf16", "int8"]
@@ -164,9 +165,7 @@ class About:
         if self._is_known or not all_ or process_index() != 0:
             return
         about = {**self._settings, "error": math.sqrt(self._lost / self._all)}
-        beside = self._path.with_suffix(f".{os.getpid()}.tmp")
-        beside.write_text(json.dumps(about, indent=1), encoding="utf-8")
-        beside.replace(self._path)
+        write_json(self._path, about)
 
 
 # -- reading -------------------------------------------------------------------------------------------------------

@@ -19,10 +19,11 @@ from blip2.data.identity import add_weights
 from blip2.errors import InputError
 from blip2.evaluation import tasks
 from blip2.evaluation.parts import Parts, whose
-from blip2.evaluation.predictions import write_json, write_predictions
+from blip2.evaluation.predictions import write_predictions
 from blip2.evaluation.report import write_cases
 from blip2.evaluation.table import Table
 from blip2.evaluation.tasks import DEFAULTS, Findings, Settings
+from blip2.files import write_json
 from blip2.inference import ANSWER, CAPTION, GenerationPipeline, RepresentationPipeline, load
 from blip2.model.distributed import gather_objects, process_index
 from blip2.training.checkpoint import trained_state
@@ -173,7 +174,7 @@ def _once(folder: Path, about: dict[str, Any], anew: bool, work: Callable[[Parts
             write_predictions(folder / "predictions.json", findings.kind, findings.predictions)
         write_cases(folder / "report.html", metrics, findings.cases)
         # What says that it is done comes last.
-        write_json(folder / METRICS, metrics, indent=1)
+        write_json(folder / METRICS, metrics)
         parts.forget()
     gather_objects(None)  # nobody goes on before all is written
     return findings.metrics
@@ -187,7 +188,9 @@ def _claim(folder: Path, about: dict[str, Any], anew: bool) -> str | None:
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if not file.exists():
-            write_json(file, about, indent=1)
+            write_json(file, about)
+    except InputError as error:
+        return str(error)
     except OSError as error:
         return f"{folder} cannot be written ({error.strerror}): give another output"
     return whose(folder, json.loads(file.read_text(encoding="utf-8")), about, "evaluation")

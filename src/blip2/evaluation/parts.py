@@ -7,7 +7,6 @@ counted twice, and what comes out is the same to the last digit however many pro
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from blip2.errors import InputError
+from blip2.files import written
 from blip2.model.distributed import gather_objects, process_count, process_index
 from blip2.training.progress import Display
 
@@ -69,9 +69,8 @@ class Parts:
 
 
 def _write(file: Path, value: Any) -> None:
-    beside = file.with_suffix(f".{os.getpid()}.tmp")
-    torch.save(value, beside)
-    beside.replace(file)
+    with written(file) as out:
+        torch.save(value, out)
 
 
 def whose(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], what: str) -> str | None:

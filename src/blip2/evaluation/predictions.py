@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from blip2.errors import InputError
+from blip2.files import write_json
 
 Id = int | str
 Kind = Literal["answer", "caption", "gqa", "named"]
@@ -42,25 +41,9 @@ def write_predictions(path: str | Path, kind: Kind, predictions: Mapping[Any, st
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, rows)
+        write_json(path, rows, indent=None)
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}): choose another place") from error
-
-
-def write_json(path: Path, value: object, indent: int | None = None) -> None:
-    """Write a file at once or not at all.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_text(json.dumps(value, indent=indent), encoding="utf-8")
-        beside.replace(path)
-    except OSError:
-        with suppress(OSError):
-            beside.unlink()
-        raise
+        raise InputError(f"{path} cannot be written ({error.strerror}): give another output") from error
 
 
 def read_predictions(path: str | Path, kind: Kind, expected: Collection[Id]) -> dict[Any, str]:

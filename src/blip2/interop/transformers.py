@@ -21,6 +21,7 @@ from transformers import (
 
 from blip2.config import DataConfig, LanguageConfig, QFormerConfig, Recipe, VisionConfig
 from blip2.errors import InputError
+from blip2.files import write_json
 from blip2.interop.foreign import Checkpoint, read_tokenizer
 from blip2.interop.names import Table, block_names
 from blip2.interop.weights import Weights, open_folder, understood
@@ -289,7 +290,3 @@ def write_config(folder: Path, config: Any, weights: Mapping[str, Tensor]) -> No
     dtypes = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
     config.dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     config.save_pretrained(folder)
-
-
-def write_json(path: Path, settings: dict[str, Any]) -> None:
-    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from blip2.files import written
+
 METRICS = "metrics.jsonl"
 """A line for every step."""
 SKIPPED = "skipped.jsonl"
@@ -38,9 +40,8 @@ class StepFile:
                     kept.append(line)
             except (json.JSONDecodeError, KeyError):  # torn by the kill
                 continue
-        beside = path.with_suffix(".tmp")
-        beside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        beside.replace(path)
+        with written(path) as file:
+            file.write("".join(f"{line}\n" for line in kept).encode())
 
     def write(self, values: dict[str, Any]) -> None:
         if self._file is not None:
