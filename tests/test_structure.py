@@ -11,8 +11,8 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 
 MAY_IMPORT = {
     "model": {"model", "config", "errors"},
-    "data": {"data", "model", "config", "errors"},
-    "interop": {"interop", "data", "model", "recipe", "config", "errors"},
+    "data": {"data", "model", "config", "errors", "files"},
+    "interop": {"interop", "data", "model", "recipe", "config", "errors", "files"},
 }
 ABOVE = {
     "cli",
@@ -32,6 +32,8 @@ MAY_NOT_IMPORT = {
     "config": ABOVE | {"recipe"},
     "recipe": ABOVE,
     "errors": ABOVE | {"config"},
+    "files": ABOVE | {"config", "recipe"},
+    "memory": ABOVE | {"config", "recipe", "errors"},
     "ranges": ABOVE | {"config", "recipe", "errors"},
     "build": ABOVE - {"interop", "data", "model"},
     "training": ABOVE - {"training", "build", "interop", "data", "model"},
