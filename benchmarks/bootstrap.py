@@ -9,7 +9,8 @@
 4. Stage 1 trains on the bootstrapped shards, from the same start and for as long.
 5. Both are measured by retrieval on held-out pictures and their original texts.
 
-Killed and started again it goes on where it was. ``bootstrap.json`` has the numbers, and how long each part took.
+Killed and started again it goes on where it was. ``bootstrap.json`` has the numbers, and how long each part took,
+``capfilt.png`` the scores of all captions, ``captions.md`` ten that stayed and ten that did not.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from pathlib import Path
 
 from blip2.corpus.capfilt import Settings, capfilt
 from blip2.corpus.engine import Engine
+from blip2.corpus.report import Summary
 from blip2.demo import demo, faster_precision
 from blip2.evaluation.evaluate import evaluate
 from blip2.evaluation.tasks import Settings as Measuring
@@ -95,6 +97,7 @@ def main() -> None:
             engine=Engine(options.engine), dtype=precision,
         ),
     )  # fmt: skip
+    show(bootstrapped, output)
     after = learn("bootstrapped-stage1", bootstrapped)
     numbers = {
         "pictures": counts, "seconds": seconds, "before": before["itc"], "after": after["itc"],
@@ -103,6 +106,20 @@ def main() -> None:
     }  # fmt: skip
     write_json(output / "bootstrap.json", numbers)
     print(json.dumps(numbers, indent=1))
+
+
+def show(bootstrapped: Path, output: Path) -> None:
+    """Write the histograms, and the best caption that stayed and the best that did not of ten pictures at random."""
+    summary = Summary()
+    for stats in sorted(bootstrapped.glob("*.stats.json")):
+        summary.add(json.loads(stats.read_text(encoding="utf-8")))
+    summary.plot().savefig(output / "capfilt.png", dpi=110)
+    lines = ["| kept | | dropped | |", "|---|---:|---|---:|"]
+    for example in [each for each in summary.examples if each["dropped"]][:10]:
+        both = [(text + " (original)" * original, score) for text, score, original, *_ in
+                (example["kept"][0], example["dropped"][0])]  # fmt: skip
+        lines.append(f"| {' | '.join(f'{text} | {score:.2f}' for text, score in both)} |")
+    (output / "captions.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
