@@ -138,7 +138,7 @@ def draw(shares: dict[str, dict[str, float]], runs: dict[str, Path], path: Path)
     from matplotlib import pyplot as plt
 
     colours = dict(zip(shares, ("0.85", "0.7", "#1a6aab", "#7fb2d9", "#e0a458", "#c05f5f"), strict=False))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained", width_ratios=(1.6, 1))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained", width_ratios=(1.6, 1))
     width = 0.84 / len(shares)
     for number, (name, each) in enumerate(shares.items()):
         places = [place + width * (number - (len(shares) - 1) / 2) for place in range(len(each))]
@@ -156,7 +156,7 @@ def draw(shares: dict[str, dict[str, float]], runs: dict[str, Path], path: Path)
     right.set_ylim(0, 100)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*left.get_legend_handles_labels(), frameon=False, ncols=len(shares), loc="outside upper center")
+    figure.legend(*left.get_legend_handles_labels(), frameon=False, ncols=3, loc="outside upper center")
     figure.savefig(path, dpi=110)
 
 
