@@ -39,4 +39,5 @@ def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
         InputError: it cannot be written.
     """
     with written(path) as file:
-        file.write(json.dumps(value, ensure_ascii=False, indent=indent).encode())
+        # Half of a surrogate pair, as names of files may hold it, has no UTF-8; its escape in JSON looks like Python's.
+        file.write(json.dumps(value, ensure_ascii=False, indent=indent).encode(errors="backslashreplace"))
