@@ -26,7 +26,5 @@ def test_what_was_there_stays_when_writing_fails(tmp_path: Path) -> None:
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError, match=r"a\.json cannot be written \(No such file.*\): make room, or give another output$"
-    ):
+    with pytest.raises(InputError, match=r"a\.json cannot be written \(No such file.+\): make room, or give"):
         write_json(tmp_path / "missing" / "a.json", [])
