@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from blip2.errors import InputError
-from blip2.files import write_json, written
+from blip2.files import explained, write_json, written
 
 
 def test_any_text_comes_back(tmp_path: Path) -> None:
@@ -26,5 +26,11 @@ def test_what_was_there_stays_when_writing_fails(tmp_path: Path) -> None:
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"a\.json cannot be written \(No such file.+\): make room, or give"):
-        write_json(tmp_path / "missing" / "a.json", [])
+    path = tmp_path / "missing" / "a.json"
+    with pytest.raises(FileNotFoundError):
+        write_json(path, [])
+    with (
+        pytest.raises(InputError, match=r"a\.json cannot be written \(No such file.+\): make room, or give"),
+        explained(path),
+    ):
+        write_json(path, [])

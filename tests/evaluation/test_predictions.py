@@ -40,7 +40,7 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     path.mkdir()
     with pytest.raises(
-        InputError, match=r"^.*results\.json cannot be written \(Is a directory\): make room, or give another output$"
+        InputError, match=r"^.*results\.json cannot be written \(Is a directory\): choose another place$"
     ):
         write_predictions(path, "answer", {1: "yes"})
     assert list(tmp_path.iterdir()) == [path]

@@ -28,7 +28,7 @@ from blip2.corpus.shards import Sample, ShardWriter, Skipped, Unit, batches, lis
 from blip2.data.records import clean_captions
 from blip2.data.store import digest
 from blip2.errors import InputError
-from blip2.files import write_json, written
+from blip2.files import explained, write_json, written
 from blip2.model.decoding import Decoding
 
 SAMPLING = Decoding(top_p=0.9)
@@ -104,7 +104,8 @@ def capfilt(
         summary.add(told)
     metrics = {**about, **summary.metrics()}
     write_report(folder, metrics, summary, units)
-    write_json(folder / "metrics.json", metrics)
+    with explained(folder / "metrics.json"):
+        write_json(folder / "metrics.json", metrics)
     return metrics
 
 
@@ -138,7 +139,7 @@ class Bootstrap:
         """Write the shard of a unit, unless nothing is left for it; tells what :class:`Summary` adds up."""
         summary, skipped = Summary(), list[Skipped]()
         path = self._folder / f"{unit.name}.tar"
-        with written(path) as file:
+        with explained(path), written(path) as file:
             shard = ShardWriter(file)
             for batch in batches(unit, self._settings.batch_size, skipped):
                 for sample, chosen in self._choose(batch):

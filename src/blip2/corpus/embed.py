@@ -18,7 +18,7 @@ from blip2.config import Precision
 from blip2.corpus.engine import HERE, Engine, Worker, do_units
 from blip2.corpus.models import pin
 from blip2.corpus.shards import Skipped, Unit, batches, list_units
-from blip2.files import write_json, written
+from blip2.files import explained, write_json, written
 from blip2.inference import RepresentationPipeline, load
 
 
@@ -55,7 +55,8 @@ def embed_corpus(
         for _, cause, _ in told["skipped"]:
             totals["skipped"][cause] = totals["skipped"].get(cause, 0) + 1
     metrics = {**about, **totals}
-    write_json(folder / "metrics.json", metrics)
+    with explained(folder / "metrics.json"):
+        write_json(folder / "metrics.json", metrics)
     return metrics
 
 
@@ -92,7 +93,8 @@ class Embed:
             if texts:
                 tensors["texts"] = pipeline.embed_texts(texts).half().cpu().contiguous()
             records = json.dumps({"keys": keys, "texts": texts}, ensure_ascii=False)
-            with written(Path(self.output) / f"{unit.name}.safetensors") as file:
+            path = Path(self.output) / f"{unit.name}.safetensors"
+            with explained(path), written(path) as file:
                 file.write(save(tensors, {"records": records}))
             named = [[each.key, each.cause, each.why] for each in skipped]
             return {"pictures": len(keys), "texts": len(texts), "skipped": named}

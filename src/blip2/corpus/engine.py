@@ -22,7 +22,7 @@ import torch
 from blip2.corpus.shards import Unit
 from blip2.errors import InputError
 from blip2.evaluation.parts import whose
-from blip2.files import write_json
+from blip2.files import explained, write_json
 from blip2.training.progress import Display
 
 Worker = Callable[[Unit], Mapping[str, Any]]
@@ -103,10 +103,10 @@ def claim(folder: Path, about: Mapping[str, Any]) -> None:
     file = folder / "about.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            write_json(file, about)
     except OSError as error:
         raise InputError(f"{folder} cannot be written ({error.strerror}): give another output") from error
-    if not file.exists():
-        write_json(file, about)
     found = json.loads(file.read_text(encoding="utf-8"))
     problem = whose(folder, found, json.loads(json.dumps(about)), "pass")
     if problem is not None:
@@ -137,7 +137,9 @@ class _Recorded:
         def record(unit: Unit) -> Mapping[str, Any]:
             file = _stats(self.folder, unit)
             if not file.exists():  # otherwise a worker was lost just after it was done
-                write_json(file, do(unit))
+                told = do(unit)
+                with explained(file):
+                    write_json(file, told)
             return {"pictures": json.loads(file.read_text(encoding="utf-8"))["pictures"]}
 
         return record

@@ -189,8 +189,6 @@ def _claim(folder: Path, about: dict[str, Any], anew: bool) -> str | None:
         folder.mkdir(parents=True, exist_ok=True)
         if not file.exists():
             write_json(file, about)
-    except InputError as error:
-        return str(error)
     except OSError as error:
         return f"{folder} cannot be written ({error.strerror}): give another output"
     return whose(folder, json.loads(file.read_text(encoding="utf-8")), about, "evaluation")

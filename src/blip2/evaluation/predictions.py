@@ -43,7 +43,7 @@ def write_predictions(path: str | Path, kind: Kind, predictions: Mapping[Any, st
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, rows, indent=None)
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}): give another output") from error
+        raise InputError(f"{path} cannot be written ({error.strerror}): choose another place") from error
 
 
 def read_predictions(path: str | Path, kind: Kind, expected: Collection[Id]) -> dict[Any, str]:
