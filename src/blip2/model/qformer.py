@@ -104,9 +104,10 @@ class FeedForward(nn.Module):
         if torch.is_grad_enabled():
             hidden = self.expand(x)
             weight, bias = (parameter.to(hidden.dtype) for parameter in (self.contract.weight, self.contract.bias))
-            return self.norm(x + self.dropout(GeluLinear.apply(hidden, weight, bias)))
-        hidden = linear_gelu(x, self.expand.weight, self.expand.bias)
-        return self.norm(x + self.dropout(self.contract(hidden)))
+            out = GeluLinear.apply(hidden, weight, bias)
+        else:
+            out = self.contract(linear_gelu(x, self.expand.weight, self.expand.bias))
+        return self.norm(x + self.dropout(out))
 
 
 class Block(nn.Module):
