@@ -1,7 +1,9 @@
 """Evaluating tiny models on tables of pictures."""
 
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 
 import datasets
@@ -121,6 +123,27 @@ def test_a_killed_evaluation_goes_on_and_two_processes_give_the_same(runs, table
     one, two = (read(tmp_path / name)[0] for name in ("whole", "two"))
     two["decoding"] = one["decoding"]
     assert one == two
+
+
+def read_late():
+    """The second process looks for what was done a while after the first."""
+    from blip2.evaluation import parts as module
+
+    wait = module.gather_objects
+
+    def late(value):
+        found = wait(value)
+        if value is None and os.environ["RANK"] == "1":
+            time.sleep(3)
+        return found
+
+    module.gather_objects = late
+
+
+def test_what_was_done_stays_until_all_have_read_it(runs, table, tmp_path):
+    arguments = ["evaluate", str(runs["llama"]), "--task", "vqa", "--data", table, "--beams", "1", "--device", "cpu"]
+    start_two([*arguments, "--output", str(tmp_path / "late")], tmp_path, read_late)
+    assert read(tmp_path / "late")[0]["answered"] > 0 and not (tmp_path / "late" / "parts").exists()
 
 
 def test_captions(runs, parts, tmp_path):

@@ -175,8 +175,9 @@ def _once(folder: Path, about: dict[str, Any], anew: bool, work: Callable[[Parts
         write_cases(folder / "report.html", metrics, findings.cases)
         # What says that it is done comes last.
         write_json(folder / METRICS, metrics)
+    gather_objects(None)  # nobody goes on before all is written, and all have read the parts
+    if process_index() == 0:
         parts.forget()
-    gather_objects(None)  # nobody goes on before all is written
     return findings.metrics
 
 
