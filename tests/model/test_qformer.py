@@ -455,8 +455,9 @@ def test_attention_in_bfloat16_agrees_with_float32(masked):
             assert out.dtype == source.dtype
             out.float().square().cumsum(dim=0).sum().backward()
             gradients.append((out.float(), attention.query.weight.grad.float(), attention.value.weight.grad.float()))
+    # Scores are rounded to 8 bits too, as autocast does it everywhere.
     for near, exact in zip(*gradients, strict=True):
-        assert (near - exact).norm() < 0.03 * exact.norm()
+        assert (near - exact).norm() < 0.05 * exact.norm()
 
 
 def test_autocast_agrees_with_float32(qformer, features):
@@ -466,6 +467,23 @@ def test_autocast_agrees_with_float32(qformer, features):
         near = run(qformer, features, ids, mask, "causal")
     for a, b in ((near.queries, exact.queries), (near.text[mask], exact.text[mask])):
         assert (a - b).norm() < 0.05 * b.norm()
+
+
+def test_the_first_block_projects_queries_once_for_all_rows_unless_dropout_makes_them_others(features):
+    qformer = randomise(QFormer(dataclasses.replace(QFORMER, dropout=0.5), WIDTH))
+    ids, mask = texts(6, 4, 2)
+    seen = []
+    qformer.blocks[0].self_attention.key.register_forward_hook(lambda module, inputs, _: seen.append(len(inputs[0])))
+    for training in (False, True):
+        run(qformer.train(training), features, ids, mask, "causal")
+    assert seen == [4 + 12, 3 * 4 + 12]
+
+
+def test_a_single_block_that_leaves_the_text_out(features):
+    qformer = randomise(QFormer(dataclasses.replace(QFORMER, layers=1), WIDTH))
+    ids, mask = texts(6, 4, 2)
+    arguments = (qformer.memory(features, NORM), ids, attention_mask("bidirectional", 4, mask))
+    torch.testing.assert_close(qformer(*arguments, text_output=False).queries, qformer(*arguments).queries)
 
 
 def test_dropout_acts_in_training_only(features):

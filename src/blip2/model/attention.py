@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -48,8 +50,11 @@ class ImageMemory:
 
     def select(self, images: Int[Tensor, "N"]) -> ImageMemory:
         """The memories of `images` (indices, with repeats), gathered without projecting anything again."""
+        # On CPUs index_select is faster, both ways; elsewhere its backward pass adds up in no fixed order.
+        on_cpu = images.device.type == "cpu"
+        chosen = partial(torch.index_select, dim=0, index=images) if on_cpu else itemgetter(images)
         return ImageMemory(
-            tuple(tuple(Looked(k[images], v[images], copies) for k, v, copies in layer) for layer in self.layers)
+            tuple(tuple(Looked(chosen(k), chosen(v), copies) for k, v, copies in layer) for layer in self.layers)
         )
 
     def repeat(self, copies: int) -> ImageMemory:
@@ -92,6 +97,17 @@ class Layout:
         """How many of the tokens are queries."""
         return self.rows * self.queries
 
+    @property
+    def text(self) -> int:
+        """How many of the tokens are text."""
+        return 0 if self.places is None else len(self.places) - self.asking
+
+    def repeat(self, x: Float[Tensor, "_ E"]) -> Float[Tensor, "M E"]:
+        """Before the first block the queries of all rows are alike, and come once: [Q, E] and the text."""
+        if len(x) == self.asking + self.text:
+            return x
+        return torch.cat([x[: self.queries].repeat(self.rows, 1), x[self.queries :]])
+
     def spread(self, x: Float[Tensor, "M E"]) -> Float[Tensor, "N S E"]:
         """Padding is zero."""
         if self.places is not None:
@@ -126,17 +142,14 @@ def attend(
 ) -> Float[Tensor, "B H N d"]:
     if queries.device.type != "cpu":
         return F.scaled_dot_product_attention(queries, keys, values, mask, dropout)
-    if dropout:
-        # The CPU has no fused kernel with dropout, and PyTorch's own way without one keeps twice as much.
+    if dropout or queries.dtype == torch.bfloat16:
+        # The CPU has no fused kernel with dropout, and PyTorch's own way without one keeps twice as much; in bfloat16
+        # the fused kernel's products run in float32's time, and those of its backward pass in four times that.
         scores = (queries / math.sqrt(queries.shape[-1])) @ keys.mT
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
-        return drop(scores.softmax(dim=-1), dropout).to(values.dtype) @ values
-    if queries.dtype == torch.bfloat16:
-        # The backward of the CPU's fused kernel takes four times as long in bfloat16 as in float32.
-        with torch.autocast("cpu", enabled=False):
-            seen = F.scaled_dot_product_attention(queries.float(), keys.float(), values.float(), mask)
-        return seen.to(queries.dtype)
+        shares = scores.softmax(dim=-1)
+        return (drop(shares, dropout) if dropout else shares).to(values.dtype) @ values
     return F.scaled_dot_product_attention(queries, keys, values, mask)
 
 
@@ -199,18 +212,22 @@ class SelfAttention(Attention):
     """Of [queries; text] among themselves."""
 
     def forward(
-        self, x: Float[Tensor, "M D"], layout: Layout, mask: Bool[Tensor, "N 1 S S"] | None, text_output: bool = True
+        self, x: Float[Tensor, "_ D"], layout: Layout, mask: Bool[Tensor, "N 1 S S"] | None, text_output: bool = True
     ) -> Float[Tensor, "_ D"]:
-        """All tokens are seen; without `text_output` only the queries see."""
+        """All tokens are seen; without `text_output` only the queries see.
+
+        Args:
+            x: all M tokens, or what :meth:`Layout.repeat` makes them of: then nothing is projected twice.
+        """
         source = cast(x)
-        keys, values = (self.split_heads(layout.spread(part(source))) for part in (self.key, self.value))
+        keys, values = (self.split_heads(layout.spread(layout.repeat(part(source)))) for part in (self.key, self.value))
         if not text_output:
-            x, source = x[: layout.asking], source[: layout.asking]
+            x, source = (tokens[: len(x) - layout.text] for tokens in (x, source))
             mask = mask if mask is None else mask[:, :, : layout.queries]
             layout = Layout.of(layout.rows, layout.queries)
-        queries = self.split_heads(layout.spread(self.query(source)))
+        queries = self.split_heads(layout.spread(layout.repeat(self.query(source))))
         seen = attend(queries, keys, values, mask, self.dropout.now)
-        return self.finish(x, layout.collect(seen.transpose(1, 2).flatten(2)))
+        return self.finish(layout.repeat(x), layout.collect(seen.transpose(1, 2).flatten(2)))
 
 
 class CrossAttention(Attention):
@@ -250,4 +267,5 @@ class GeluLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         above = gradients[0].flatten(0, -2)  # [M, D]
         below = torch.ops.aten.gelu_backward(linear(above, weight.T).view_as(x), x)
-        return below, above.T @ F.gelu(x).flatten(0, -2), above.sum(dim=0)
+        # This gradient of a weight, unlike those of others, is a tenth faster by oneDNN.
+        return below, linear(above.T, F.gelu(x).flatten(0, -2).T), above.sum(dim=0)

@@ -122,13 +122,13 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "M D"],
+        x: Float[Tensor, "_ D"],
         layout: Layout,
         mask: Bool[Tensor, "B 1 S S"] | None,
         memory: tuple[Looked, ...] | None,
         text_output: bool,
     ) -> Float[Tensor, "_ D"]:
-        """The outputs of all tokens, or of the queries alone."""
+        """The outputs of all tokens, or of the queries alone; `x` as :meth:`Layout.repeat` takes it."""
         x = self.self_attention(x, layout, mask, text_output)
         parts = []
         if layout.queries:
@@ -251,7 +251,7 @@ class QFormer(nn.Module):
         rows, parts, real = 0, [], None
         if memory is not None:
             rows = len(memory)
-            parts.append(self.queries.expand(rows, -1, -1).flatten(0, 1))
+            parts.append(self.queries[0])
         if ids is not None:
             if self.word_embedding is None or self.position_embedding is None:
                 raise ValueError("this Q-Former was built without its text transformer (has_text=False)")
@@ -261,9 +261,10 @@ class QFormer(nn.Module):
             # Padding does not even see itself.
             real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.diagonal(0, 1, 2)[:, queries:]
             parts.append(self.word_embedding(ids[real]) + self.position_embedding(positions.expand(rows, -1)[real]))
-        x = self.dropout(self.embedding_norm(torch.cat(parts)))  # [M, D]
-
         layout = Layout.of(rows, queries, real)
+        x = self.embedding_norm(torch.cat(parts))
+        if self.dropout.now:  # which makes the queries of each row others
+            x = self.dropout(layout.repeat(x))
         memories = iter(memory.layers if memory is not None else ())
         mask = None if mask is None else mask[:, None]
         for number, block in enumerate(self.blocks):
