@@ -426,6 +426,22 @@ def test_without_text_output_the_queries_are_the_same(qformer, features):
     assert queries.text.shape[1] == 0
 
 
+@pytest.mark.parametrize("with_image", [True, False])
+def test_the_last_block_writes_what_is_wanted_and_the_rest_is_zero(qformer, features, with_image):
+    ids, mask = texts(6, 4, 2)
+    wanted = torch.tensor([[1, 0, 1, 0, 0, 1], [0, 0, 0, 1, 1, 0], [0, 1, 0, 0, 0, 0]]).bool()  # one is padding
+    memory = qformer.memory(features, NORM) if with_image else None
+    arguments = (memory, ids, attention_mask("causal", 4 if with_image else 0, mask))
+    written = []
+    contract = qformer.blocks[-1].text_feed_forward.contract
+    hook = contract.register_forward_hook(lambda module, inputs, _: written.append(len(inputs[0])))
+    whole, chosen = qformer(*arguments), qformer(*arguments, text_output=wanted)
+    hook.remove()
+    torch.testing.assert_close(chosen.queries, whole.queries)
+    torch.testing.assert_close(chosen.text, whole.text * (wanted & mask)[..., None])
+    assert written == [12, 5]
+
+
 # -- errors, precision, training -----------------------------------------------------------------------------------
 
 
@@ -451,7 +467,7 @@ def test_attention_in_bfloat16_agrees_with_float32(masked):
     gradients = []
     with torch.enable_grad():
         for attention, source in ((half, x), (full, x.float())):
-            out = attention(source, layout, mask)
+            out = attention(source, layout, mask, layout)
             assert out.dtype == source.dtype
             out.float().square().cumsum(dim=0).sum().backward()
             gradients.append((out.float(), attention.query.weight.grad.float(), attention.value.weight.grad.float()))

@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 from dataclasses import replace
 from importlib.metadata import version
@@ -247,6 +248,16 @@ def test_damaged_state(save, name, size):
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(InputError, match=f"{name} cannot be read .* delete"):
         checkpoint.read_state(path.parent)
+
+
+@pytest.mark.parametrize("found", [None, 0, 2])
+def test_the_state_of_another_version(save, found):
+    folder = save(2)
+    state = {**json.loads((folder / "state.json").read_text()), "format": found}
+    (folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(InputError, match=f"state of format {found}; this is blip2 .* format 1: .*start_from") as raised:
+        checkpoint.read_state(folder)
+    one_line(raised)
 
 
 def test_find(save, tmp_path):

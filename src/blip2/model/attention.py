@@ -82,6 +82,8 @@ class Layout:
     """S."""
     places: Int[Tensor, "M"] | None = None
     """Of each token in [N * S]; None where there is no text, and tokens are in order."""
+    chosen: Int[Tensor, "M"] | slice | None = None
+    """Which tokens these are of a larger layout, where they were chosen from one."""
 
     @classmethod
     def of(cls, rows: int, queries: int, text: Bool[Tensor, "N T"] | None = None) -> Layout:
@@ -91,6 +93,16 @@ class Layout:
         size = queries + text.shape[1]
         places = torch.arange(rows * size, device=text.device).view(rows, size)
         return cls(rows, queries, size, torch.cat([places[:, :queries].flatten(), places[:, queries:][text]]))
+
+    def choose(self, text: Bool[Tensor, "N T"] | bool) -> Layout:
+        """The queries, and of the text what is True."""
+        if text is True or self.places is None:
+            return self
+        if text is False:
+            return Layout(self.rows, self.queries, self.queries, chosen=slice(self.asking))
+        wanted = torch.cat([text.new_ones(self.rows, self.queries), text], dim=1).flatten()
+        chosen = wanted[self.places].nonzero().flatten()
+        return Layout(self.rows, self.queries, self.size, self.places[chosen], chosen)
 
     @property
     def asking(self) -> int:
@@ -212,19 +224,20 @@ class SelfAttention(Attention):
     """Of [queries; text] among themselves."""
 
     def forward(
-        self, x: Float[Tensor, "_ D"], layout: Layout, mask: Bool[Tensor, "N 1 S S"] | None, text_output: bool = True
+        self, x: Float[Tensor, "_ D"], layout: Layout, mask: Bool[Tensor, "N 1 S S"] | None, seeing: Layout
     ) -> Float[Tensor, "_ D"]:
-        """All tokens are seen; without `text_output` only the queries see.
+        """All tokens are seen.
 
         Args:
             x: all M tokens, or what :meth:`Layout.repeat` makes them of: then nothing is projected twice.
+            seeing: the tokens that see, `layout` or chosen from it.
         """
         source = cast(x)
         keys, values = (self.split_heads(layout.spread(layout.repeat(part(source)))) for part in (self.key, self.value))
-        if not text_output:
-            x, source = (tokens[: len(x) - layout.text] for tokens in (x, source))
-            mask = mask if mask is None else mask[:, :, : layout.queries]
-            layout = Layout.of(layout.rows, layout.queries)
+        if seeing.chosen is not None:
+            x, source = (layout.repeat(tokens)[seeing.chosen] for tokens in (x, source))
+            mask = mask if mask is None else mask[:, :, : seeing.size]
+            layout = seeing
         queries = self.split_heads(layout.spread(layout.repeat(self.query(source))))
         seen = attend(queries, keys, values, mask, self.dropout.now)
         return self.finish(layout.repeat(x), layout.collect(seen.transpose(1, 2).flatten(2)))

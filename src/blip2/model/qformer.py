@@ -126,18 +126,18 @@ class Block(nn.Module):
         layout: Layout,
         mask: Bool[Tensor, "B 1 S S"] | None,
         memory: tuple[Looked, ...] | None,
-        text_output: bool,
+        wanted: Layout,
     ) -> Float[Tensor, "_ D"]:
-        """The outputs of all tokens, or of the queries alone; `x` as :meth:`Layout.repeat` takes it."""
-        x = self.self_attention(x, layout, mask, text_output)
+        """The outputs of the tokens in `wanted`; `x` as :meth:`Layout.repeat` takes it."""
+        x = self.self_attention(x, layout, mask, wanted)
         parts = []
-        if layout.queries:
-            z = x[: layout.asking]
+        if wanted.queries:
+            z = x[: wanted.asking]
             if self.cross_attention is not None and memory is not None:
-                z = self.cross_attention(z.unflatten(0, (layout.rows, -1)), memory).flatten(0, 1)
+                z = self.cross_attention(z.unflatten(0, (wanted.rows, -1)), memory).flatten(0, 1)
             parts.append(self.query_feed_forward(z))
-        if layout.places is not None and text_output and self.text_feed_forward is not None:
-            parts.append(self.text_feed_forward(x[layout.asking :]))
+        if wanted.places is not None and self.text_feed_forward is not None:
+            parts.append(self.text_feed_forward(x[wanted.asking :]))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
@@ -231,7 +231,7 @@ class QFormer(nn.Module):
         ids: Int[Tensor, "B T"] | None = None,
         mask: Bool[Tensor, "B S S"] | None = None,
         positions: Int[Tensor, "T"] | None = None,
-        text_output: bool = True,
+        text_output: Bool[Tensor, "B T"] | bool = True,
     ) -> QFormerOutput:
         """Run [queries; text] through all blocks.
 
@@ -240,7 +240,8 @@ class QFormer(nn.Module):
             ids: text token ids; None runs the queries alone.
             mask: from :func:`attention_mask`; None lets everything see everything.
             positions: of the text tokens; 0..T-1 when None. Queries have no position.
-            text_output: False leaves the text out of the last block, when only Z is wanted.
+            text_output: of which text tokens the output is wanted. The others leave the last block and are zero; with
+                False, when only Z is wanted, there is no text in the output.
 
         Raises:
             ValueError: both `memory` and `ids` are None, or a text is given to a Q-Former without text transformer.
@@ -265,17 +266,16 @@ class QFormer(nn.Module):
         x = self.embedding_norm(torch.cat(parts))
         if self.dropout.now:  # which makes the queries of each row others
             x = self.dropout(layout.repeat(x))
+        last = layout.choose(text_output)
         memories = iter(memory.layers if memory is not None else ())
         mask = None if mask is None else mask[:, None]
         for number, block in enumerate(self.blocks):
             looks = block.cross_attention is not None and memory is not None
-            written = text_output or number < len(self.blocks) - 1
-            arguments = (x, layout, mask, next(memories) if looks else None, written)
+            wanted = last if number == len(self.blocks) - 1 else layout
+            arguments = (x, layout, mask, next(memories) if looks else None, wanted)
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 x = block(*arguments)
-        if not text_output:
-            layout = Layout.of(rows, queries)
-        out = layout.spread(x)
+        out = last.spread(x)
         return QFormerOutput(out[:, :queries], out[:, queries:])

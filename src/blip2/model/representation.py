@@ -66,6 +66,11 @@ class LanguageHead(nn.Module):
         return linear(self.norm(F.gelu(self.transform(hidden))), word_embedding, self.bias)
 
 
+def _first(mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    """True for the first token of each text, [CLS]."""
+    return torch.arange(mask.shape[1], device=mask.device).expand(mask.shape) == 0
+
+
 class RepresentationModel(nn.Module):
     """Frozen image encoder, Q-Former and the three heads of stage 1.
 
@@ -99,7 +104,7 @@ class RepresentationModel(nn.Module):
 
     def embed_texts(self, ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B C"]:
         """Unit vectors of texts in the contrastive space: the projected output at [CLS]."""
-        text = self.qformer(None, ids, attention_mask("unimodal", 0, mask)).text
+        text = self.qformer(None, ids, attention_mask("unimodal", 0, mask), text_output=_first(mask)).text
         return self._project(self.text_projection, text[:, 0])
 
     def match(self, memory: ImageMemory, ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B 2"]:
@@ -181,9 +186,11 @@ class RepresentationModel(nn.Module):
         if self.enabled.itg:
             ids, mask = torch.cat([batch.ids, generated], 1), contrast_and_generate_mask(queries, batch.mask)
             positions = positions.repeat(2)
+            # ITC reads [CLS], ITG what has a label.
+            wanted = torch.cat([_first(batch.mask), F.pad(batch.mask[:, 1:], (0, 1))], 1)
         else:
-            ids, mask = batch.ids, attention_mask("unimodal", queries, batch.mask)
-        out = self.qformer(memory, ids, mask, positions)
+            ids, mask, wanted = batch.ids, attention_mask("unimodal", queries, batch.mask), _first(batch.mask)
+        out = self.qformer(memory, ids, mask, positions, wanted)
 
         if self.enabled.itc or self.enabled.itm:
             every_ids = self._gather_padded(batch.ids, 0)  # [N, L]

@@ -42,6 +42,8 @@ from blip2.recipe import dump_recipe, load_recipe, override
 
 FOLDER = "checkpoints"
 BEST = "best"
+STATE_FORMAT = 1
+"""Of state.json and optimizer.pt; another number when they hold something else."""
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -104,7 +106,12 @@ def save(
             tokenizer.save_pretrained(str(building / "tokenizer"))
         (building / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
         versions = {name: version(name) for name in ("blip2", "torch", "transformers")}
-        about = {"step": step, **state, "versions": {"python": platform.python_version(), **versions}}
+        about = {
+            "format": STATE_FORMAT,
+            "step": step,
+            **state,
+            "versions": {"python": platform.python_version(), **versions},
+        }
         (building / "state.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
         for path in building.rglob("*"):
             if path.is_file():
@@ -373,15 +380,22 @@ def read_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(state.json, optimizer.pt) of a checkpoint; the latter on the CPU.
 
     Raises:
-        InputError: one of them is damaged, or carries code.
+        InputError: one of them is damaged, carries code, or is of a version that wrote something else.
     """
     name = "state.json"
     try:
         state = json.loads((folder / name).read_text(encoding="utf-8"))
+        found, by = state.get("format"), state["versions"]["blip2"]
         name = "optimizer.pt"
-        return state, torch.load(folder / name, map_location="cpu", weights_only=True)
+        optimizer = torch.load(folder / name, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling damaged bytes raises nearly anything
         raise InputError(
             f"{folder / name} cannot be read ({type(error).__name__}): delete {folder} to go on from the checkpoint"
             " before it, or from the start"
         ) from error
+    if found != STATE_FORMAT:
+        raise InputError(
+            f"{folder} was written by blip2 {by}, with a state of format {found}; this is blip2 {version('blip2')}, that"
+            f" goes on from format {STATE_FORMAT}: go on with that version, or begin anew with `start_from: {folder}`"
+        )
+    return state, optimizer
