@@ -300,8 +300,12 @@ def test_decoder_start_is_the_last_id(qformer):
 
 def keys_and_values(memory: ImageMemory) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Of each layer, a row for each that looks."""
+
+    def of_rows(part: torch.Tensor, images: torch.Tensor | int) -> torch.Tensor:
+        return part.repeat(images, 1, 1, 1) if isinstance(images, int) else part[images]
+
     return [
-        tuple(torch.cat([looked[part].repeat(looked.copies, 1, 1, 1) for looked in layer]) for part in (0, 1))
+        tuple(torch.cat([of_rows(looked[part], looked.images) for looked in layer]) for part in (0, 1))
         for layer in memory.layers
     ]
 
@@ -318,6 +322,9 @@ def test_memories_are_made_from_each_image_alone(qformer, features):
     order = torch.tensor([2, 0, 0, 1])
     assert_same_memory(memory.select(order), qformer.memory(features[order], NORM))
     assert_same_memory(memory.select(order[:1]).repeat(3), qformer.memory(features[[2, 2, 2]], NORM))
+    assert all(
+        looked.keys is mine.keys for (looked,), (mine,) in zip(memory.select(order).layers, memory.layers, strict=True)
+    )
     assert_same_memory(qformer.memory(features[:1], NORM).join(qformer.memory(features[1:], NORM)), memory)
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -22,14 +20,19 @@ from blip2.model.linear import Linear, linear
 
 
 class Looked(NamedTuple):
-    """What rows look at in one cross-attention: keys and values of B images, by `copies` * B rows.
+    """What rows look at in one cross-attention: keys and values of B images.
 
-    Row c * B + b looks at image b. Rows that look at the same image share its keys and values: nothing is copied.
+    Rows that look at the same image share its keys and values: nothing is copied on CPUs, and little elsewhere.
     """
 
     keys: Float[Tensor, "B H P d"]
     values: Float[Tensor, "B H P d"]
-    copies: int = 1
+    images: Int[Tensor, "N"] | int = 1
+    """Which image each row looks at. Or how many rounds of rows there are, each with one row an image in order."""
+
+    @property
+    def rows(self) -> int:
+        return self.images * len(self.keys) if isinstance(self.images, int) else len(self.images)
 
 
 @dataclass(frozen=True)
@@ -46,23 +49,23 @@ class ImageMemory:
 
     def __len__(self) -> int:
         """Number of rows that look."""
-        return sum(looked.copies * len(looked.keys) for looked in self.layers[0])
+        return sum(looked.rows for looked in self.layers[0])
 
     def select(self, images: Int[Tensor, "N"]) -> ImageMemory:
-        """The memories of `images` (indices, with repeats), gathered without projecting anything again."""
-        # On CPUs index_select is faster, both ways; elsewhere its backward pass adds up in no fixed order.
-        on_cpu = images.device.type == "cpu"
-        chosen = partial(torch.index_select, dim=0, index=images) if on_cpu else itemgetter(images)
-        return ImageMemory(
-            tuple(tuple(Looked(chosen(k), chosen(v), copies) for k, v, copies in layer) for layer in self.layers)
-        )
+        """Rows that look at `images` (indices, with repeats) of this memory, which has one row an image."""
+        return ImageMemory(tuple(tuple(Looked(k, v, images) for k, v, _ in layer) for layer in self.layers))
 
     def repeat(self, copies: int) -> ImageMemory:
-        """All images seen by `copies` rows each, one round of the images after the other. Copies nothing."""
-        return ImageMemory(tuple(tuple(Looked(k, v, c * copies) for k, v, c in layer) for layer in self.layers))
+        """All rows `copies` times, one round after the other."""
+        return ImageMemory(
+            tuple(
+                tuple(Looked(k, v, i * copies if isinstance(i, int) else i.repeat(copies)) for k, v, i in layer)
+                for layer in self.layers
+            )
+        )
 
     def join(self, other: ImageMemory) -> ImageMemory:
-        """The rows of this memory, then those of `other`. Copies nothing."""
+        """The rows of this memory, then those of `other`."""
         return ImageMemory(tuple(mine + theirs for mine, theirs in zip(self.layers, other.layers, strict=True)))
 
 
@@ -248,13 +251,25 @@ class CrossAttention(Attention):
 
     def forward(self, x: Float[Tensor, "N Q D"], memory: tuple[Looked, ...]) -> Float[Tensor, "N Q D"]:
         queries, start, parts = self.query(x), 0, []
-        for keys, values, copies in memory:
-            rows = slice(start, start + copies * len(keys))
-            parts.append(self._look(queries[rows], keys, values, copies))
-            start = rows.stop
+        for looked in memory:
+            parts.append(self._look(queries[start : start + looked.rows], looked))
+            start += looked.rows
         return self.finish(x, torch.cat(parts) if len(parts) > 1 else parts[0])
 
-    def _look(
+    def _look(self, queries: Float[Tensor, "N Q D"], looked: Looked) -> Float[Tensor, "N Q D"]:
+        keys, values, images = looked
+        if isinstance(images, int):
+            return self._look_together(queries, keys, values, images)
+        # Elsewhere than on CPUs one large piece of work is better than many small ones, and so it is to be compiled.
+        if images.device.type != "cpu" or torch.compiler.is_compiling():
+            return self._look_together(queries, keys[images], values[images], 1)
+        order, counts = images.argsort(stable=True), images.bincount(minlength=len(keys)).tolist()
+        parts = queries.index_select(0, order).split(counts)
+        each = zip(parts, keys.split(1), values.split(1), counts, strict=True)
+        seen = [self._look_together(part, k, v, count) for part, k, v, count in each if count]
+        return torch.cat(seen).index_select(0, order.argsort())
+
+    def _look_together(
         self, queries: Float[Tensor, "N Q D"], keys: Float[Tensor, "B H P d"], values: Float[Tensor, "B H P d"],
         copies: int,
     ) -> Float[Tensor, "N Q D"]:  # fmt: skip

@@ -395,7 +395,7 @@ def read_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         ) from error
     if found != STATE_FORMAT:
         raise InputError(
-            f"{folder} was written by blip2 {by}, with a state of format {found}; this is blip2 {version('blip2')}, that"
-            f" goes on from format {STATE_FORMAT}: go on with that version, or begin anew with `start_from: {folder}`"
+            f"{folder} was written by blip2 {by}, with a state of format {found}; this is blip2 {version('blip2')}"
+            f" and format {STATE_FORMAT}: go on with that version, or begin anew with `start_from: {folder}`"
         )
     return state, optimizer
