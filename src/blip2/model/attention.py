@@ -238,7 +238,8 @@ class SelfAttention(Attention):
         source = cast(x)
         keys, values = (self.split_heads(layout.spread(layout.repeat(part(source)))) for part in (self.key, self.value))
         if seeing.chosen is not None:
-            x, source = (layout.repeat(tokens)[seeing.chosen] for tokens in (x, source))
+            x = layout.repeat(x)[seeing.chosen]
+            source = cast(x)
             mask = mask if mask is None else mask[:, :, : seeing.size]
             layout = seeing
         queries = self.split_heads(layout.spread(layout.repeat(self.query(source))))
