@@ -18,6 +18,7 @@ from blip2.model.bert import check_fits, initialise_from_bert
 from blip2.model.generation import GenerationModel
 from blip2.model.language import LanguageModel, load_language_model
 from blip2.model.lora import add_adapters
+from blip2.model.position import tells_positions
 from blip2.model.representation import RepresentationModel
 from blip2.model.vision import ImageEncoder, load_image_encoder
 
@@ -106,7 +107,7 @@ def build(
         add_adapters(language, recipe.language.lora)
     tokenizer = read_tokenizer(resolve(recipe.language.name))
     reader = text_tokenizer(recipe.qformer, checkpoint) if recipe.qformer.reads_questions else None
-    model = GenerationModel(vision, recipe.qformer, language)
+    model = GenerationModel(vision, recipe.qformer, language, recipe.objectives)
     # A stage 2 that could not read questions has no text transformer to start from.
     if from_bert and (recipe.start_from is None or recipe.qformer.reads_questions):
         initialise_from_bert(resolve(recipe.qformer.bert or ""), model.qformer)
@@ -119,10 +120,14 @@ def read_image_encoder(config: VisionConfig, dtype: torch.dtype, opened: Checkpo
     """The image encoder that a recipe names, which may lie within a checkpoint of BLIP-2: `opened`, or another."""
     within = opened if opened is not None and opened.holds_vision else open_foreign(config.name)
     if within is None:
-        return load_image_encoder(resolve(config.name), config.layer, config.image_size, dtype)
-    if not within.holds_vision:
+        encoder = load_image_encoder(resolve(config.name), config.layer, config.image_size, dtype)
+    elif within.holds_vision:
+        encoder = within.image_encoder(config.layer, config.image_size, dtype)
+    else:
         raise InputError(f"{config.name!r} ({within.about}) holds no image encoder: set vision.name to one that does")
-    return within.image_encoder(config.layer, config.image_size, dtype)
+    encoding = config.position_encoding
+    encoder.position_encoding = ("none" if tells_positions(encoder) else "sine2d") if encoding == "auto" else encoding
+    return encoder
 
 
 def read_language_model(
@@ -200,4 +205,6 @@ def prepare_texts(recipe: Recipe, built: Built) -> TextPreparation:
         return RepresentationTexts(built.tokenizer, limit)
     assert built.end is not None
     kind = PrefixTexts if built.model.language.is_encoder_decoder else GenerationTexts
-    return kind(built.tokenizer, limit, recipe.language.prompt, built.end, built.reader)
+    return kind(
+        built.tokenizer, limit, recipe.language.prompt, built.end, built.reader, recipe.language.question_prompt
+    )

@@ -31,6 +31,10 @@ class VisionConfig:
     """Whose features to use; null: second-last for transformers, as the paper does, last for CNNs."""
     image_size: int | None = None
     """Height and width of images in pixels; null: the encoder's own. Position embeddings are interpolated."""
+    position_encoding: Literal["auto", "sine2d", "none"] = "auto"
+    """Fixed 2-D sine encoding added to the normalized features before the Q-Former's keys and values, as DETR adds one
+    to the features of a CNN. auto: sine2d where the encoder's tokens do not tell their places (CNNs, Swin), which is
+    tested by moving an image; none for ViTs with position embeddings. Published BLIP-2 checkpoints have none."""
     dtype: Precision | None = None
     """Of its weights and computation; null: fp32 where it trains or runs on a CPU, otherwise bf16."""
     drop_path: float = 0.0
@@ -106,6 +110,9 @@ class LanguageConfig:
     encoder-decoder reads it in its encoder; without one, captions are split at random into a prefix for the
     encoder and the rest for the decoder (§3.3). {} in it stands for the question of a record, whose answer is then
     what is written: "Question: {} Answer:" for OPT, "Question: {} Short answer:" for FlanT5 (§4.1)."""
+    question_prompt: str | None = None
+    """Prompt with {} for records that have a question, where captions are learned in the same run: those have prompt.
+    null: all records are of one kind, and prompt is theirs."""
     stop: str | None = None
     """Text that ends a caption; null: the tokenizer's end-of-text token. The paper's OPT models use a newline."""
     activation: str | None = None
@@ -117,8 +124,13 @@ class LanguageConfig:
 
     @property
     def asks(self) -> bool:
-        """Whether the prompt holds a question."""
+        """Whether every record needs a question: the prompt holds one."""
         return QUESTION_PLACE in self.prompt
+
+    @property
+    def question_template(self) -> str | None:
+        """The prompt of records with a question, if the model is trained on any."""
+        return self.prompt if self.asks else self.question_prompt
 
 
 @dataclass(frozen=True)
@@ -133,6 +145,9 @@ class ObjectivesConfig:
     """Image-grounded text generation."""
     label_smoothing: float = 0.1
     """Of ITC and ITG, between 0 and 1."""
+    query_diversity: float = 0.0
+    """Weight of the mean squared cosine between the output queries of an image, in both stages. The paper has no such
+    term; without it the queries of small runs collapse into one vector (docs/queries.md)."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +176,9 @@ class DataConfig:
     question, which are drawn as often as they were given; null: found by its usual names."""
     question_column: str | None = None
     """Column with the question that the answers are to; null: question, where there is one."""
+    group_column: str | None = None
+    """Column of a table whose equal values go into the same batch: near twins then are each other's hard negatives
+    (§3.2, ITM). Batches are not grouped by length then. null: records are mixed."""
     streaming: bool | None = None
     """Read in order without counting or copying; null: for WebDataset shards, and what a URL names."""
     batch_size: int = 64
@@ -340,6 +358,15 @@ class Recipe:
         if not self.data.sources:
             raise InputError("data.train names nothing to train on: name a source")
         self._check_evaluation()
+        question_prompt = None if self.language is None else self.language.question_prompt
+        if self.language is not None and question_prompt is not None and (
+            QUESTION_PLACE not in question_prompt or self.language.asks
+        ):  # fmt: skip
+            raise InputError(
+                f"language.question_prompt is {question_prompt!r} and language.prompt {self.language.prompt!r},"
+                " expected {} in the first, where the question goes, and none in the second, which is for captions:"
+                " correct them, or leave question_prompt out"
+            )
         if self.training.shard_frozen and self.language is not None and self.language.quantization is not None:
             raise InputError(
                 "a quantised LLM cannot be dealt out: leave out one of training.shard_frozen and language.quantization"

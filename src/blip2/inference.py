@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from blip2.build import Built, build, choose_device
 from blip2.config import Precision, Recipe, Stage
 from blip2.data.images import ImageLike, read_image, to_pixels
-from blip2.data.texts import encode_prompts, encode_questions, encode_texts, fill_prompts
+from blip2.data.texts import encode_continuations, encode_prompts, encode_questions, encode_texts, fill_prompts, pad
 from blip2.errors import InputError
 from blip2.interop.transformers import IMAGE_TOKEN
 from blip2.model import objectives
@@ -35,6 +35,8 @@ ANSWER = Decoding(length_penalty=-1.0, max_new_tokens=10)
 """How answers are generated unless said otherwise: short ones are favoured (§4.1)."""
 QUESTION = "Question: {} Answer:"
 """How a question is put to a decoder-only LLM (§4.1)."""
+WHOLE = 2**31
+"""A limit of tokens that cuts no text."""
 SHORT_QUESTION = "Question: {} Short answer:"
 """How a question is put to an encoder-decoder LLM (§4.1)."""
 
@@ -280,8 +282,9 @@ class GenerationPipeline(Pipeline[GenerationModel]):
     def question_prompt(self) -> str:
         """How a question is put: as the model was trained to read it, or else as in the paper."""
         assert self.recipe.language is not None
-        if self.recipe.language.asks:
-            return self.recipe.language.prompt
+        template = self.recipe.language.question_template
+        if template is not None:
+            return template
         return SHORT_QUESTION if self.model.language.is_encoder_decoder else QUESTION
 
     @torch.no_grad()
@@ -353,6 +356,47 @@ class GenerationPipeline(Pipeline[GenerationModel]):
                     text.strip() for text in written[i * copies : (i + 1) * copies]
                 )
         return texts
+
+    @torch.no_grad()
+    def log_likelihood(
+        self,
+        images: Images,
+        prompts: Sequence[str],
+        texts: Sequence[str],
+        image_of: Sequence[int] | None = None,
+    ) -> Float[Tensor, "N"]:
+        """Return the log-probability (natural logarithm) of each text, its end included, behind its prompt.
+
+        Args:
+            prompts: the prompt of each text.
+            texts: what is scored; not cut.
+            image_of: the image that each text is about, counted from 0; None: one each.
+        """
+        features = self.features(images)
+        owners = torch.arange(len(texts)) if image_of is None else torch.tensor(image_of)
+        visual = self._visual_prompts(features, None, owners)
+        out = []
+        for rows in torch.arange(len(texts)).split(self.batch_size):
+            some = [texts[i] for i in rows.tolist()], [prompts[i] for i in rows.tolist()]
+            batch = self._continuations(*some)
+            states, labels = self.model.language.states(visual[owners[rows].to(self.device)], *batch)
+            log_probs = self.model.language.head(states).float().log_softmax(dim=-1)
+            token = log_probs.gather(1, labels[:, None]).squeeze(1)
+            counts = (batch[2] != objectives.IGNORED).sum(dim=1).tolist()
+            out += [part.sum() for part in token.split(counts)]
+        return torch.stack(out)
+
+    def _continuations(
+        self, texts: Sequence[str], prompts: Sequence[str]
+    ) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"], Int[Tensor, "B U"]]:
+        """Ids, mask and labels of texts behind their prompts, as the LLM is trained on them."""
+        if not self.model.language.is_encoder_decoder:
+            ids, mask, labels, _ = encode_continuations(self.tokenizer, prompts, texts, WHOLE, self.end)
+        else:
+            ids, mask = encode_prompts(self.tokenizer, prompts, "right")
+            rows = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+            labels = pad([[*row, self.end] for row in rows], objectives.IGNORED)
+        return ids.to(self.device), mask.to(self.device), labels.to(self.device)
 
     def _visual_prompts(
         self, features: Float[Tensor, "I P E"], questions: Questions | None, image_of: Int[Tensor, "B"]

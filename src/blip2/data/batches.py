@@ -84,8 +84,11 @@ def plan_batches(
         random = np.random.default_rng([seed, start["since"], start["taken"], process])
         draws, lengths = _draw_captions(records, [item for chunk in window for item in chunk.items], seed)
         order = random.permutation(len(draws))
+        grouped = isinstance(records, Records) and records.groups is not None
+        if grouped:  # they come in the order of their groups
+            order = np.arange(len(draws))
         # By length, answers would lie in batches of one answer, which teach its frequency and nothing of pictures.
-        if group_by_length and not records.asks:  # captions of one length stay shuffled
+        if group_by_length and not records.asks and not grouped:  # captions of one length stay shuffled
             order = order[np.argsort(_spread(lengths, random)[order], kind="stable")]
         batches = order.reshape(-1, size)
         for number, batch in enumerate(random.permutation(len(batches))):

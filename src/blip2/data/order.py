@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from blip2.data.records import Record, Records, RecordStream
 from blip2.errors import InputError
@@ -104,11 +105,21 @@ def _table_chunks(
         epochs, places = (since + places // count).tolist(), places % count
         for epoch in {epochs[0], epochs[-1]} - set(orders):
             orders = {e: order for e, order in orders.items() if e >= epochs[0]}
-            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(count)
+            orders[epoch] = _shuffled(records, np.random.default_rng([seed, epoch]))
         numbers = [int(orders[epoch][place]) for epoch, place in zip(epochs, places.tolist(), strict=True)]
         items = [Item(number, epoch, number) for epoch, number in zip(epochs, numbers, strict=True)]
         yield Chunk(items, {**START, "since": since, "taken": taken})
         taken += size
+
+
+def _shuffled(records: Records, random: np.random.Generator) -> Int[np.ndarray, "N"]:
+    """All records in random order; those of a group stay together."""
+    order = random.permutation(len(records))
+    if records.groups is None:
+        return order
+    groups = records.groups[order]
+    place = random.permutation(int(groups.max()) + 1)
+    return order[np.argsort(place[groups], kind="stable")]
 
 
 def _stream_chunks(

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import datasets
 import numpy as np
 from datasets.distributed import split_dataset_by_node
+from jaxtyping import Int
 
 from blip2.config import DataConfig
 from blip2.data.benchmarks import find_shards, is_benchmark, read_benchmark
@@ -82,6 +84,8 @@ class _Columns:
     about: tuple[str, ...]
     root: Path
     """Where relative paths of images start."""
+    group: str | None = None
+    """Column whose equal values belong into one batch."""
 
     def record(self, row: dict[str, Any], number: int) -> Record:
         begins = row.get(BEGINS, False)
@@ -130,6 +134,14 @@ class Records(Sequence[Record]):
     def asks(self) -> bool:
         """Whether its texts are answers to questions."""
         return self._columns.question is not None
+
+    @cached_property
+    def groups(self) -> Int[np.ndarray, "N"] | None:
+        """A number for each record, equal for those that belong into one batch; None where there are no groups."""
+        if self._columns.group is None:
+            return None
+        values = self._dataset.select_columns([self._columns.group])[:][self._columns.group]
+        return np.unique([str(value) for value in values], return_inverse=True)[1]
 
     def captions(self, indices: Sequence[int]) -> list[tuple[str, ...]]:
         """Captions of some records, without reading their images."""
@@ -347,8 +359,17 @@ def _records(
     if isinstance(features[image], datasets.Image):
         dataset = dataset.cast_column(image, datasets.Image(decode=False))
     about = tuple(name for name in ABOUT_COLUMNS if name in features)
-    columns = _Columns(source, image, caption, question, about, root)
+    group = None
+    # Answers are mixed, whatever they are about.
+    if config.group_column in features and question is None:
+        group = config.group_column
+    columns = _Columns(source, image, caption, question, about, root, group)
     if isinstance(dataset, datasets.IterableDataset):
+        if group is not None:
+            raise InputError(
+                f"data.group_column is {group}, but {source!r} is read as a stream, whose records come as they lie: set"
+                " data.streaming to false, or leave group_column out and write near twins beside each other"
+            )
         return RecordStream(dataset, columns, process, processes)
     if len(dataset) == 0:
         raise _empty(source)

@@ -76,6 +76,8 @@ class GenerationTexts:
     """Id of the token that ends a caption."""
     reader: PreTrainedTokenizerBase | None = None
     """Tokenizer of a Q-Former that reads questions."""
+    question_prompt: str | None = None
+    """Prompt of records that have a question, where it is not that of all."""
 
     @property
     def asks(self) -> bool:
@@ -89,7 +91,9 @@ class GenerationTexts:
         image_ids: Int[Tensor, "B"],
         random: np.random.Generator,
     ) -> tuple[GenerationBatch, int]:
-        ids, mask, labels, cut = self._encode(fill_prompts(self.prompt, questions), captions, random)
+        asked = self.prompt if self.question_prompt is None else self.question_prompt
+        prompts = [fill_prompts(asked if each else self.prompt, [each])[0] for each in questions]
+        ids, mask, labels, cut = self._encode(prompts, captions, random)
         return GenerationBatch(images, ids, mask, labels, encode_questions(self.reader, questions)), cut
 
     def _encode(

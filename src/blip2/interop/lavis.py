@@ -164,7 +164,7 @@ def _recipe(
     recipe = Recipe(
         stage=stage,
         output="",
-        vision=VisionConfig(name=str(path)),
+        vision=VisionConfig(name=str(path), position_encoding="none"),
         data=DataConfig(train=""),
         qformer=QFormerConfig(
             bert=None,
@@ -206,7 +206,8 @@ def _read_encoder(path: Path, state: dict[str, Tensor]) -> Checkpoint:
         format="lavis",
         about="an image encoder alone",
         recipe=Recipe(
-            stage="representation", output="", vision=VisionConfig(name=str(path)), data=DataConfig(train="")
+            stage="representation", output="", vision=VisionConfig(name=str(path), position_encoding="none"),
+            data=DataConfig(train="")
         ),
         weights=weights,
         vision_config=vision,

@@ -143,7 +143,7 @@ def _recipe(name: str, config: Any, weights: Weights, tokenizer: PreTrainedToken
         return Recipe(
             stage="generation" if generates else "representation",
             output="",
-            vision=VisionConfig(name=name),
+            vision=VisionConfig(name=name, position_encoding="none"),
             data=DataConfig(train=""),
             qformer=qformer,
             language=language,

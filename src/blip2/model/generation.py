@@ -14,11 +14,12 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from blip2.config import QFormerConfig
+from blip2.config import ObjectivesConfig, QFormerConfig
 from blip2.model import objectives
 from blip2.model.decoding import Decoding
 from blip2.model.language import LanguageModel
 from blip2.model.objectives import Outcome
+from blip2.model.position import encode_images
 from blip2.model.qformer import QFormer, attention_mask
 from blip2.model.vision import ImageEncoder
 
@@ -62,8 +63,15 @@ class GenerationModel(nn.Module):
     ``projection``, ``language``.
     """
 
-    def __init__(self, vision: ImageEncoder, config: QFormerConfig, language: LanguageModel) -> None:
+    def __init__(
+        self,
+        vision: ImageEncoder,
+        config: QFormerConfig,
+        language: LanguageModel,
+        enabled: ObjectivesConfig = ObjectivesConfig(),  # noqa: B008  (frozen)
+    ) -> None:
         super().__init__()
+        self.enabled = enabled
         self.vision = vision
         self.image_norm = nn.LayerNorm(vision.width, eps=config.image_norm_eps)
         self.qformer = QFormer(config, vision.width, has_text=config.reads_questions)
@@ -96,13 +104,22 @@ class GenerationModel(nn.Module):
             questions: queries and questions see each other, and there is a prompt for each question.
             image_of: which image each question is about, None: one each. Every image is encoded once.
         """
-        memory = self.qformer.memory(self.vision.features(images), self.image_norm)
+        return self.projection(self.query_outputs(images, questions, image_of))
+
+    def query_outputs(
+        self,
+        images: Shaped[Tensor, "I ..."],
+        questions: Questions | None = None,
+        image_of: Int[Tensor, "N"] | None = None,
+    ) -> Float[Tensor, "N Q D"]:
+        """Z, which :meth:`visual_prompt` projects; the arguments are the same."""
+        memory = self.qformer.memory(encode_images(self.vision, images), self.image_norm)
         if questions is None:
-            return self.projection(self.qformer(memory).queries)
+            return self.qformer(memory).queries
         if image_of is not None:
             memory = memory.select(image_of)
         mask = attention_mask("bidirectional", self.qformer.config.queries, questions.mask)
-        return self.projection(self.qformer(memory, questions.ids, mask, text_output=False).queries)
+        return self.qformer(memory, questions.ids, mask, text_output=False).queries
 
     def forward(self, batch: GenerationBatch, label_count: float | None = None, seed: int | None = None) -> Outcome:
         """The language-modelling loss ``lm`` of the captions, given images and prompts.
@@ -116,12 +133,17 @@ class GenerationModel(nn.Module):
             seed: of what all processes draw alike, which here is nothing.
 
         Returns:
-            The loss, and beside it ``lm_perplexity`` and ``lm_accuracy`` (share of tokens predicted right).
+            The loss, with ``query_diversity`` where the recipe gives it a weight, and beside it ``lm_perplexity``,
+            ``lm_accuracy`` (share of tokens predicted right) and those of :func:`objectives.query_statistics`.
         """
-        visual = self.visual_prompt(batch.images, batch.questions)
-        states, labels = self.language.states(visual, batch.ids, batch.mask, batch.labels)
+        queries = self.query_outputs(batch.images, batch.questions)
+        states, labels = self.language.states(self.projection(queries), batch.ids, batch.mask, batch.labels)
         written = objectives.language_modeling(states, self.language.head, labels, label_count)
-        return Outcome({"lm": written.loss}, {"lm_perplexity": written.perplexity, "lm_accuracy": written.accuracy})
+        losses = {"lm": written.loss}
+        if self.enabled.query_diversity:
+            losses["query_diversity"] = objectives.query_diversity(queries)
+        metrics = {"lm_perplexity": written.perplexity, "lm_accuracy": written.accuracy}
+        return Outcome(losses, metrics | objectives.query_statistics(queries))
 
     @torch.no_grad()
     def generate(

@@ -83,6 +83,45 @@ def draw_hard_negatives(
     return torch.where(possible, drawn, weights.argmax(dim=1, keepdim=True)).squeeze(1)
 
 
+def query_cosines(queries: Float[Tensor, "B Q D"]) -> Float[Tensor, "B Q*(Q-1)"]:
+    """Cosines between all pairs of different output queries of each image, in float32."""
+    with torch.autocast(queries.device.type, enabled=False):
+        unit = F.normalize(queries.float(), dim=-1)
+        cosines = unit @ unit.mT
+    count = queries.shape[1]
+    # Without the diagonal: of the flattened matrix every (Q + 1)-th number, from the first on.
+    return cosines.flatten(1)[:, 1:].unflatten(1, (count - 1, count + 1))[..., :-1].flatten(1)
+
+
+def query_diversity(queries: Float[Tensor, "B Q D"]) -> Float[Tensor, ""]:
+    """Mean squared cosine between the output queries of an image, in [0, 1]; 0 where there is one query.
+
+    ITC rewards the best query alone and ITM averages over all of them, so nothing in the paper's objectives keeps
+    queries apart. This term does: it is smallest where they are orthogonal.
+    """
+    if queries.shape[1] == 1:
+        return queries.sum() * 0.0
+    return query_cosines(queries).square().mean()
+
+
+@torch.no_grad()
+def query_statistics(queries: Float[Tensor, "B Q D"]) -> dict[str, Float[Tensor, ""]]:
+    """How much the output queries Z of an image differ; nothing where there is one query.
+
+    Returns:
+        ``query_similarity``: mean cosine between the queries of an image; 1 where they have collapsed into one vector.
+        ``query_variance``: share of the variance of Z that lies between the queries of an image and not between
+        images, in [0, 1]; 0 where they have collapsed.
+    """
+    if queries.shape[1] == 1:
+        return {}
+    z = queries.detach().float()
+    within = z.var(dim=1, correction=0).sum(dim=-1).mean()
+    between = z.mean(dim=1).var(dim=0, correction=0).sum()
+    share = within / (within + between).clamp(min=torch.finfo(torch.float32).tiny)
+    return {"query_similarity": query_cosines(z).mean(), "query_variance": share}
+
+
 def image_text_matching(
     logits: Float[Tensor, "M 2"], labels: Int[Tensor, "M"], counted: Bool[Tensor, "M"]
 ) -> Float[Tensor, ""]:

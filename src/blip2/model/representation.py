@@ -21,6 +21,7 @@ from blip2.model.attention import ImageMemory
 from blip2.model.distributed import fetch, gather, gather_padded, process_count, process_index, shared_chances
 from blip2.model.linear import Linear, linear
 from blip2.model.objectives import Outcome
+from blip2.model.position import encode_images
 from blip2.model.qformer import QFormer, attention_mask, contrast_and_generate_mask
 from blip2.model.vision import ImageEncoder
 
@@ -96,7 +97,7 @@ class RepresentationModel(nn.Module):
 
     def memory(self, images: Shaped[Tensor, "B ..."]) -> ImageMemory:
         """What the Q-Former remembers of images: pixels [B, 3, H, W] or features [B, P, E]."""
-        return self.qformer.memory(self.vision.features(images), self.image_norm)
+        return self.qformer.memory(encode_images(self.vision, images), self.image_norm)
 
     def embed_memory(self, memory: ImageMemory) -> Float[Tensor, "B Q C"]:
         """Unit vectors, one a query, of images in the contrastive space."""
@@ -134,7 +135,7 @@ class RepresentationModel(nn.Module):
         """
         lengths = mask.sum(dim=1)
         rows = []
-        for features, wanted in zip(self.vision.features(images), candidates, strict=True):
+        for features, wanted in zip(encode_images(self.vision, images), candidates, strict=True):
             memory = self.qformer.memory(features[None], self.image_norm)
             order = lengths[wanted].argsort()
             parts = []
@@ -159,7 +160,7 @@ class RepresentationModel(nn.Module):
         negatives: Negatives | None = None,
         seed: int | None = None,
     ) -> Outcome:
-        """The losses that the recipe enables: ``itc``, ``itm``, ``itg``.
+        """The losses that the recipe enables: ``itc``, ``itm``, ``itg``, ``query_diversity``.
 
         Args:
             batch: this process's pairs. A batch of one works: it has nothing to contrast, so its ITC loss is zero
@@ -171,9 +172,10 @@ class RepresentationModel(nn.Module):
 
         Returns:
             Losses, and beside them ``itc_r1`` (share of images whose best text in the batch is theirs, and the
-            other way round, averaged), ``itc_temperature``, ``itm_accuracy``, ``itg_perplexity``.
+            other way round, averaged), ``itc_temperature``, ``itm_accuracy``, ``itg_perplexity`` and those of
+            :func:`objectives.query_statistics`.
         """
-        features = self.vision.features(batch.images)  # [B, P, E]
+        features = encode_images(self.vision, batch.images)  # [B, P, E]
         memory = self.qformer.memory(features, self.image_norm)
         queries, length = self.qformer.config.queries, batch.ids.shape[1]
         losses: dict[str, Tensor] = {}
@@ -191,6 +193,9 @@ class RepresentationModel(nn.Module):
         else:
             ids, mask, wanted = batch.ids, attention_mask("unimodal", queries, batch.mask), _first(batch.mask)
         out = self.qformer(memory, ids, mask, positions, wanted)
+        metrics |= objectives.query_statistics(out.queries)
+        if self.enabled.query_diversity:
+            losses["query_diversity"] = objectives.query_diversity(out.queries)
 
         if self.enabled.itc or self.enabled.itm:
             every_ids = self._gather_padded(batch.ids, 0)  # [N, L]

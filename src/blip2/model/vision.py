@@ -72,6 +72,8 @@ class ImageEncoder(Freezable):
             network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.blocks = tuple(blocks)  # not a list of modules, which would give their parameters second names
         self.preprocessing = preprocessing
+        self.position_encoding: Literal["sine2d", "none"] = "none"
+        """What the models add to the features (:mod:`blip2.model.position`). :meth:`features` never holds it."""
         self._encode = encode
         self.freeze()
         size = preprocessing.image_size

@@ -12,6 +12,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -122,6 +123,9 @@ class _Training:
         shards = recipe.training.shard_frozen and accelerator.num_processes > 1
         built = build(recipe, accelerator.device, going_on, torch.device("cpu") if shards else None)
         self.built = built
+        # What was tested at the first start is kept: another machine must not decide otherwise.
+        vision = replace(recipe.vision, position_encoding=built.model.vision.position_encoding)
+        self.recipe = recipe = replace(recipe, vision=vision)
         rates = set_rates(built.model, recipe.optimizer)
         if going_on is not None:
             checkpoint.load_weights(going_on, built.model)
@@ -223,6 +227,11 @@ class _Training:
             return records, preparation
 
         opened, preparations = zip(*(prepare(source, train=True) for source in data.sources), strict=True)
+        if data.group_column is not None and all(isinstance(o, Records) and o.groups is None for o in opened):
+            raise InputError(
+                f"data.group_column is {data.group_column}, which no source of data.train has: name a column of a"
+                " table of captions, or leave it out"
+            )
         sources = mix(data.sources, opened, data.temperature)
         if len(sources) > 1:
             rows = [(source.name, f"{100 * source.share:.3g} %") for source in sources]

@@ -1,0 +1,245 @@
+"""Facts that a caption of a scene states, read from free text, and whether they are true."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from itertools import pairwise
+
+from blip2.data.scene_kinds import COLORS, KINDS, SYNONYMS, plural
+from blip2.data.scene_texts import Truth
+
+FACTS = ("objects", "relation", "color", "count", "size", "order")
+"""The facts that :func:`score_caption` judges."""
+COUNTS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+COUNT_WORDS = {
+    **{word: n for n, word in enumerate(COUNTS)},
+    **{str(n): n for n in range(len(COUNTS))},
+    "a": 1,
+    "an": 1,
+    "single": 1,
+    "no": 0,
+    "pair": 2,
+    "couple": 2,
+    "both": 2,
+}
+SIZE_WORDS = {"small": "small", "little": "small", "tiny": "small", "large": "large", "big": "large", "huge": "large"}
+BEFORE = {"left": ("left", 0), "right": ("left", 1), "above": ("above", 0), "over": ("above", 0), "atop": ("above", 0)}
+BEFORE |= dict.fromkeys(("below", "under", "beneath", "underneath"), ("above", 1))
+RELATIONS = [
+    (r"\b(?:directly |just )?(?:to|on|at) (?:the|its) (left|right)(?:hand)?(?: side)? of\b", None),
+    (r"\b(left|right) of\b", None),
+    (r"\bon top of\b|\bhigher than\b", "above"),
+    (r"\blower than\b|\bat the bottom of\b", "below"),
+    (r"\b(above|below|under|beneath|underneath|over|atop)\b", None),
+]
+"""Words between two objects, and what they mean where they do not say it themselves."""
+PLACES = [
+    (r"\bin the (?:middle|center|centre)\b|\bbetween\b|\bin between\b", "middle"),
+    (
+        r"\b(?:on|at|to|in) (?:the )?(?:far )?(left|right|top|bottom)(?:hand)?(?: side)?\b|\b(left|right|top|bottom)\b",
+        None,
+    ),
+]
+"""Words about one object's place in the image."""
+SIDES = {"left": ("left", 0), "right": ("left", 2), "top": ("above", 0), "bottom": ("above", 2)}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The facts that a caption states; None where it does not state one, or not clearly."""
+
+    kinds: tuple[str, ...]
+    """The kinds that are named, in the order in which they are named, each once."""
+    relation: tuple[str, str, str] | None = None
+    """(first, ``left`` or ``above``, second)."""
+    color: str | None = None
+    """The background's."""
+    count: int | None = None
+    """Objects of the one kind that is named."""
+    size: str | None = None
+    order: tuple[str, tuple[str, ...]] | None = None
+    """Three kinds: ``left`` and the kinds from left to right, or ``above`` and the kinds from top to bottom."""
+
+
+def parse_caption(text: str, kinds: Collection[str] = KINDS) -> Facts:
+    """The facts that a caption states, whatever its punctuation, capitals and further words.
+
+    Args:
+        kinds: the nouns that are known.
+    """
+    words = " ".join(re.findall(r"[a-z0-9]+", text.lower().replace("grey", "gray")))
+    nouns = {form: kind for kind in kinds for form in (kind, plural(kind))}
+    nouns |= {form: kind for word, kind in SYNONYMS.items() if kind in kinds for form in (word, plural(word))}
+    color, words = _take_color(words, nouns)
+    tokens = words.split()
+    named = tuple(dict.fromkeys(nouns[token] for token in tokens if token in nouns))
+    count, size = _count_and_size(tokens, nouns) if len(named) == 1 else (None, None)
+    marks = _marks(words, nouns)
+    relation = _relation(marks) if len(named) == 2 else None
+    order = _order(words, marks) if len(named) == 3 else None
+    return Facts(named, relation, color, count, size, order)
+
+
+def score_caption(text: str, truth: Truth, kinds: Collection[str] = KINDS) -> dict[str, bool | None]:
+    """Whether a caption states each fact of an image, and rightly; None where the image has no such fact.
+
+    Facts are judged one by one: a caption that names a wrong object beside the right one can still place the right one
+    rightly, and then has its relation right. Of an order all places but one must hold the right kinds.
+    """
+    facts = parse_caption(text, kinds)
+    scores: dict[str, bool | None] = dict.fromkeys(FACTS)
+    scores["objects"] = set(facts.kinds) == set(truth.kinds)
+    scores["color"] = facts.color == truth.color
+    if truth.type == "pair":
+        scores["relation"] = facts.relation is not None and (
+            facts.relation[1] == truth.relation
+            and (facts.relation[0] == truth.kinds[0] or facts.relation[2] == truth.kinds[1])
+        )
+    elif truth.type == "triple":
+        axis, order = facts.order or ("", ())
+        right = sum(said == kind for said, kind in zip(order, truth.kinds, strict=False))
+        scores["order"] = axis == truth.relation and right >= len(truth.kinds) - 1
+    else:
+        scores["count"] = facts.count == truth.count
+        scores["size"] = facts.size == truth.size if truth.size else None
+    return scores
+
+
+def _take_color(words: str, nouns: Collection[str]) -> tuple[str | None, str]:
+    """The background's color, and the words without it and without what else is said of the whole image."""
+    colors = "|".join(COLORS)
+    ground = r"(?:background|backdrop|ground|surface|wall)"
+    noun = rf"(?!\s+(?:{'|'.join(sorted(nouns))})\b)"
+    words = re.sub(r"\b(?:of|in|on) (?:the|this) (?:image|picture|photo|scene|frame)\b", "", words)
+    if re.search(rf"\b({colors}) (?:and|or) ({colors})(?: \w+)?? {ground}\b", words):
+        return None, words
+    for pattern in (
+        rf"\b(?:(?:on|against|with|in front of|over|has|and) )?(?:an? |the )?({colors})(?: \w+)?? {ground}\b",
+        rf"\b(?:(?:on|against|with|and) )?(?:an? |the )?{ground} (?:(?:is|was|in|of|color|a|all|very|light|dark|bright|plain|solid|mostly) )*({colors})\b{noun}",
+        rf"\b(?:on|against|over|in front of) (?:an? |the )?({colors})\b{noun}",
+    ):
+        found = re.findall(pattern, words)
+        if found:
+            color = found[0] if len(set(found)) == 1 else None
+            return color, re.sub(pattern, " | ", words)
+    return None, words
+
+
+def _count_and_size(tokens: list[str], nouns: dict[str, str]) -> tuple[int | None, str | None]:
+    """How many there are of the one kind that is named, and how large they are."""
+    said: list[int] = []
+    sizes: set[str] = set()
+    singular = False
+    for i, token in enumerate(tokens):
+        if token not in nouns:
+            continue
+        count = None
+        for before in reversed(tokens[max(0, i - 4) : i]):
+            if before in nouns or before == "|" or before in ("is", "are", "with", "on"):
+                break
+            if before in SIZE_WORDS:
+                sizes.add(SIZE_WORDS[before])
+            if before in COUNT_WORDS and (count is None or before in ("pair", "couple")):
+                count = COUNT_WORDS[before]
+        if count is not None:
+            said.append(count)
+        else:
+            singular |= token != plural(token) and token in (nouns[token], *SYNONYMS)  # as in "the cat"
+        after = tokens[i + 1 : i + 4]
+        if len(after) > 1 and after[0] in ("is", "are", "looks"):
+            sizes |= {SIZE_WORDS[word] for word in after[1:] if word in SIZE_WORDS}
+    count = said[0] if said else 1 if singular else None
+    if len(said) > 1 and (len(set(said)) > 1 or count == 1):  # "a cat and a cat"
+        count = None
+    return count, (sizes.pop() if len(sizes) == 1 else None)
+
+
+def _marks(words: str, nouns: dict[str, str]) -> list[tuple[str, str]]:
+    """Nouns, relations and places in their order, as ("noun", kind), ("relation", word) and ("place", word)."""
+    found: list[tuple[int, str, str]] = []
+    taken = [False] * len(words)
+    patterns = [(p, m, "relation") for p, m in RELATIONS] + [(p, m, "place") for p, m in PLACES]
+    for pattern, meaning, sort in patterns:
+        for match in re.finditer(pattern, words):
+            if any(taken[match.start() : match.end()]):
+                continue
+            taken[match.start() : match.end()] = [True] * (match.end() - match.start())
+            found.append((match.start(), sort, meaning or next(group for group in match.groups() if group)))
+    for match in re.finditer(r"\w+", words):
+        if match[0] in nouns and not taken[match.start()]:
+            found.append((match.start(), "noun", nouns[match[0]]))
+    return [(sort, word) for _, sort, word in sorted(found)]
+
+
+def _stated(marks: list[tuple[str, str]]) -> set[tuple[str, str, str]]:
+    """The statements of the relations between two nouns, as (first, axis, second)."""
+    out = set()
+    for i, (sort, word) in enumerate(marks):
+        if sort != "relation":
+            continue
+        axis, turned = BEFORE[word]
+        after = [kind for what, kind in marks[i + 1 :] if what == "noun"]
+        before = [kind for what, kind in marks[:i] if what == "noun"]
+        if before and after:
+            y = after[0]
+            x = next((kind for kind in reversed(before) if kind != y), y)
+        elif len(after) > 1:  # "above a cat is a dog"
+            y, x = after[:2]
+        else:
+            continue
+        if x != y:
+            out.add((y, axis, x) if turned else (x, axis, y))
+    return out
+
+
+def _placed(marks: list[tuple[str, str]]) -> dict[str, str]:
+    """The place of each noun that has one of its own: behind it, or before it where the first place comes first."""
+    marks = [mark for mark in marks if mark[0] != "relation"]
+    places_first = bool(marks) and marks[0][0] == "place"
+    out: dict[str, str] = {}
+    for (sort, word), (next_sort, next_word) in pairwise(marks):
+        if places_first and (sort, next_sort) == ("place", "noun"):
+            out.setdefault(next_word, word)
+        elif not places_first and (sort, next_sort) == ("noun", "place"):
+            out.setdefault(word, next_word)
+    return out
+
+
+def _relation(marks: list[tuple[str, str]]) -> tuple[str, str, str] | None:
+    """How two kinds lie to each other; None if nothing is said of it, or things that contradict each other."""
+    stated = _stated(marks)
+    if not stated:
+        kinds = list(dict.fromkeys(word for sort, word in marks if sort == "noun"))
+        for kind, place in _placed(marks).items():
+            if place in SIDES:
+                axis, where = SIDES[place]
+                other = kinds[1 - kinds.index(kind)]
+                stated.add((kind, axis, other) if where == 0 else (other, axis, kind))
+    return stated.pop() if len(stated) == 1 else None
+
+
+def _order(words: str, marks: list[tuple[str, str]]) -> tuple[str, tuple[str, ...]] | None:
+    """The order of three kinds."""
+    kinds = tuple(dict.fromkeys(word for sort, word in marks if sort == "noun"))
+    direction = re.search(r"\b(left|top|right|bottom) to (?:the )?(left|top|right|bottom)\b", words)
+    if direction and direction[1] != direction[2]:
+        axis, start = SIDES[direction[1]]
+        if axis == SIDES[direction[2]][0]:
+            return axis, kinds if start == 0 else kinds[::-1]
+    placed = _placed(marks)
+    axes = {SIDES[place][0] for place in placed.values() if place in SIDES}
+    at = {kind: SIDES[place][1] if place in SIDES else 1 for kind, place in placed.items()}
+    if len(at) == 2 and len(kinds) == 3:  # the third one is where nothing else is
+        at[next(kind for kind in kinds if kind not in at)] = 3 - sum(at.values())
+    if len(axes) == 1 and sorted(at.values()) == [0, 1, 2]:
+        return axes.pop(), tuple(sorted(kinds, key=at.__getitem__))
+    stated = _stated(marks)
+    if len({axis for _, axis, _ in stated}) == 1:
+        later = {kind: {second for first, _, second in stated if first == kind} for kind in kinds}
+        for a in kinds:
+            for b in later[a]:
+                for c in later[b] - {a, b}:
+                    return next(iter(stated))[1], (a, b, c)
+    return None

@@ -1,0 +1,319 @@
+"""A data set of made scenes with exact truth: real cut-outs on colored backgrounds, captions, questions, near twins.
+
+Which kinds stand beside each other, how they lie, how many and how large they are is known of every image, and some
+combinations are never shown in training. :mod:`blip2.data.assets` makes the folder ``package:scenes`` of it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import shutil
+import tarfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from blip2.data.scene_facts import Facts, parse_caption, score_caption
+from blip2.data.scene_images import SIDE, Cutout, Layout, draw_background, draw_scene, encode, place, read_cutouts
+from blip2.data.scene_kinds import COLORS
+from blip2.data.scene_plans import GROUP, TWINS, Planner, Scene, draw_type
+from blip2.data.scene_texts import Doubts, Question, Truth, ask, write_captions, write_twins
+from blip2.errors import InputError
+
+__all__ = ["Facts", "Truth", "make_scenes", "parse_caption", "score_caption", "write_scenes"]
+
+log = logging.getLogger("blip2")
+
+SPLITS = ("train", "validation", "test_images", "test_compositions", "test_cutouts", "twins")
+SEEN = 1000
+"""Validation, test_images and test_cutouts show again what the first so many groups of training show, so that they stay
+as they are when training grows further."""
+LOGGED = 1000
+"""The log says how far it is each time that so many images are written."""
+CARD = "README.md"
+LICENCE = "LICENCE"
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Scenes that are near twins of each other, or one scene."""
+
+    number: int
+    scenes: Sequence[Scene]
+    twin_type: str = ""
+
+
+@dataclass
+class _Written:
+    """Rows of a split."""
+
+    records: list[Row] = field(default_factory=list)
+    questions: list[Row] = field(default_factory=list)
+
+
+def _rng(seed: int, split: str, *numbers: int) -> np.random.Generator:
+    """Every group of every split has random numbers of its own, and so has every image within it."""
+    return np.random.default_rng([seed, SPLITS.index(split), *numbers])
+
+
+# -- what each split shows -----------------------------------------------------------------------------------------
+
+
+def _training(planner: Planner, seed: int, images: int) -> Iterator[_Group]:
+    for number in range(-(-images // GROUP)):
+        rng = _rng(seed, "train", number)
+        base = planner.draw(rng)
+        yield _Group(number, [base, *planner.variants(base, rng)][: images - number * GROUP])
+
+
+def _groups(planner: Planner, split: str, seed: int, images: int, train: int) -> Iterator[_Group]:
+    """The groups of a split; of twins ``images`` are pairs."""
+    if split == "train":
+        yield from _training(planner, seed, images)
+        return
+    seen = [scene for group in _training(planner, seed, min(train, SEEN * GROUP)) for scene in group.scenes]
+    for number in range(images):
+        rng = _rng(seed, split, number)
+        if split == "twins":
+            twin_type = TWINS[number % len(TWINS)]
+            yield _Group(number, planner.twins(twin_type, rng), twin_type)
+        elif split == "test_compositions":
+            yield _Group(number, [planner.held_out(rng, count=number % 6 == 5)])
+        elif split == "test_cutouts":
+            yield _Group(number, [planner.again(_with_held_cutouts(planner, seen, rng), rng, held_cutouts=True)])
+        else:
+            yield _Group(number, [planner.again(seen[int(rng.integers(len(seen)))], rng)])
+
+
+def _with_held_cutouts(planner: Planner, seen: Sequence[Scene], rng: np.random.Generator) -> Scene:
+    """One of the scenes whose kinds all hold a cut-out out, of any type that there is."""
+    able = [scene for scene in seen if all(kind in planner.held for kind in scene.kinds)]
+    type = draw_type(rng)
+    able = [scene for scene in able if scene.type == type] or able
+    if not able:
+        raise InputError(
+            f"none of the first {len(seen)} images of training shows kinds that hold a cut-out out: expected one at"
+            " least, so make train larger"
+        )
+    return able[int(rng.integers(len(able)))]
+
+
+# -- writing -------------------------------------------------------------------------------------------------------
+
+
+def _draw(scene: Scene, layout: Layout, seed: int, split: str, group: int, member: int) -> tuple[Truth, bytes]:
+    """The truth of an image, and its file."""
+    cutouts, flips = scene.cutouts[: scene.shown], scene.flips[: scene.shown]
+    sizes = [cutout.image.size for cutout in cutouts]
+    rng = _rng(seed, split, group, 1, member)
+    boxes = place(sizes, scene.scales[: scene.shown], scene.type, scene.relation, scene.size, layout, rng)
+    background = draw_background(scene.color, scene.texture, _rng(seed, split, group, 2))
+    image = draw_scene(background, [cutout.image for cutout in cutouts], flips, boxes)
+    truth = Truth(
+        scene.type,
+        scene.color,
+        scene.texture,
+        scene.kinds,
+        scene.relation,
+        scene.count,
+        scene.size,
+        tuple(cutout.name for cutout in cutouts),
+        tuple(boxes),
+    )
+    return truth, encode(image)
+
+
+def _write_split(
+    planner: Planner, folder: Path, split: str, seed: int, images: int, train: int, done: Counter[str]
+) -> _Written:
+    (folder / "images" / split).mkdir(parents=True)
+    out = _Written()
+    doubts, asked = Doubts(planner.allowed_counts), list[Question]()
+    for group in _groups(planner, split, seed, images, train):
+        layout = Layout.draw(_rng(seed, split, group.number, 0))
+        truths = []
+        for member, scene in enumerate(group.scenes):
+            truth, file = _draw(scene, layout, seed, split, group.number, member)
+            truths.append(truth)
+            number = len(out.records)
+            name = f"images/{split}/{number:05}.jpg"
+            (folder / name).write_bytes(file)
+            rng = _rng(seed, split, group.number, 3, member)
+            row = {
+                "image": name,
+                "captions": write_captions(truth, rng),
+                "key": f"{split}-{number:05}",
+                "group": f"{split}-group-{group.number:05}",
+                "truth": truth.as_json(),
+            }
+            out.records.append(row)
+            if not group.twin_type:
+                asked += [*ask(truth, number, rng), *doubts.ask(truth, number, rng)]
+            done["images"] += 1
+            if done["images"] % LOGGED == 0:
+                log.info("%d of %d images are drawn", done["images"], done["all"])
+        if group.twin_type:
+            captions = write_twins((truths[0], truths[1]), group.twin_type, _rng(seed, split, group.number, 4))
+            for row, caption in zip(out.records[-2:], captions, strict=True):
+                row |= {"captions": [caption], "twin_type": group.twin_type}
+    left_over = doubts.left_over()
+    for number, question in enumerate(question for question in asked if question not in left_over):
+        out.questions.append(
+            {
+                "image": out.records[question.image]["image"],
+                "question": question.question,
+                "answers": [question.answer],
+                "question_type": question.type,
+                "about": question.about,
+                "key": f"{split}-question-{number:06}",
+            }
+        )
+    return out
+
+
+def write_scenes(
+    cutouts: Path,
+    folder: Path,
+    seed: int = 0,
+    train: int = 4000,
+    validation: int = 200,
+    test_images: int = 240,
+    test_compositions: int = 240,
+    test_cutouts: int = 240,
+    twins: int = 200,
+    shards: int | None = None,
+    about: str = "",
+) -> dict[str, int]:
+    """Write the data set: the same files for the same cut-outs, seed and versions of Pillow and NumPy.
+
+    A larger split begins with the images of a smaller one.
+
+    Args:
+        cutouts: folder with a folder of PNG files for each kind; see :func:`read_cutouts`. Its LICENCE is copied.
+        folder: where to write; made where it is missing.
+        train: number of images, and so on; of ``twins`` pairs of images.
+        shards: number of WebDataset shards that hold the training images once more; None: no shards.
+        about: a sentence on where the cut-outs come from, for the data card.
+
+    Returns:
+        the number of rows of each file.
+
+    Raises:
+        InputError: the cut-outs cannot be used, or a number is too small.
+    """
+    numbers = dict(zip(SPLITS, (train, validation, test_images, test_compositions, test_cutouts, twins), strict=True))
+    for name, number in numbers.items():
+        if number < (GROUP if name == "train" else 1):
+            raise InputError(f"{name} is {number}: expected {GROUP if name == 'train' else 1} or more images")
+    if shards is not None and not 1 <= shards <= train:
+        raise InputError(f"shards is {shards}: expected 1 to {train}, the number of training images")
+    kinds = read_cutouts(cutouts)
+    planner = Planner(kinds)
+    folder.mkdir(parents=True, exist_ok=True)
+    done = Counter(all=sum(numbers.values()) + twins)
+    rows: dict[str, int] = {}
+    texts: list[str] = []
+    for split, number in numbers.items():
+        written = _write_split(planner, folder, split, seed, number, train, done)
+        files = {split: written.records, f"{split}_questions": written.questions}
+        for name, part in files.items():
+            if part:
+                rows[f"{name}.jsonl"] = len(part)
+                _write_lines(folder / f"{name}.jsonl", part)
+        texts.append(_split_table(split, written))
+        if split == "train" and shards:
+            _write_shards(folder, written.records, shards)
+    if (cutouts / LICENCE).is_file():
+        shutil.copyfile(cutouts / LICENCE, folder / LICENCE)
+    (folder / CARD).write_text(_card(kinds, planner, seed, texts, about), encoding="utf-8")
+    return rows
+
+
+def make_scenes(
+    output: Path,
+    seed: int = 0,
+    train: int = 4000,
+    validation: int = 200,
+    test_images: int = 240,
+    test_compositions: int = 240,
+    test_cutouts: int = 240,
+    twins: int = 200,
+    shards: int | None = None,
+    cutouts: Path | None = None,
+) -> dict[str, int]:
+    """Write the data set into a new folder; see :func:`write_scenes`.
+
+    Args:
+        cutouts: None: those that ``package:scenes`` is made of.
+
+    Raises:
+        InputError: there is something in the folder already, or as with :func:`write_scenes`.
+    """
+    from blip2.data.assets import fetch_cutouts  # which imports this module
+
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output} exists and is not an empty folder: choose another output, or remove it")
+    source, about = fetch_cutouts() if cutouts is None else (cutouts, f"The cut-outs come from {cutouts}.")
+    numbers = (train, validation, test_images, test_compositions, test_cutouts, twins)
+    return write_scenes(source, output, seed, *numbers, shards, about)
+
+
+def _write_lines(path: Path, rows: Iterable[Row]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _write_shards(folder: Path, records: Sequence[Row], shards: int) -> None:
+    """Tar files of ``KEY.jpg`` and ``KEY.json``, whose groups stay together."""
+    (folder / "shards").mkdir()
+    bounds = np.linspace(0, -(-len(records) // GROUP), shards + 1).round().astype(int) * GROUP
+    for number, (start, end) in enumerate(pairwise(bounds)):
+        with tarfile.open(folder / "shards" / f"train-{number:05}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for row in records[start:end]:
+                said = json.dumps({name: value for name, value in row.items() if name != "image"}).encode()
+                for suffix, content in (("jpg", (folder / row["image"]).read_bytes()), ("json", said)):
+                    member = tarfile.TarInfo(f"{row['key']}.{suffix}")  # its time is 0, its owner nobody
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+
+
+# -- the data card -------------------------------------------------------------------------------------------------
+
+
+def _split_table(split: str, written: _Written) -> str:
+    types = Counter(row["truth"]["type"] for row in written.records)
+    asked = Counter(row["question_type"] for row in written.questions)
+    cells = [", ".join(f"{n} {name}" for name, n in sorted(counter.items())) or "none" for counter in (types, asked)]
+    return f"| `{split}.jsonl` | {len(written.records)} | {cells[0]} | {len(written.questions)} | {cells[1]} |"
+
+
+def _card(
+    kinds: Mapping[str, tuple[Cutout, ...]], planner: Planner, seed: int, splits: Sequence[str], about: str
+) -> str:
+    """A Markdown page on what was written."""
+    counts = ", ".join(f"{kind} ({len(kinds[kind])})" for kind in planner.kinds)
+    pairs = len(planner.kinds) * (len(planner.kinds) - 1) // 2
+    return f"""# Scenes
+
+Made images of {SIDE} x {SIDE} pixels: cut-outs on a background of one color, with captions, questions and the exact
+truth. {about} Seed {seed}.
+
+| file | images | types | questions | types of questions |
+|---|---|---|---|---|
+{chr(10).join(splits)}
+
+Colors of backgrounds: {", ".join(COLORS)}.
+
+{len(planner.kinds)} kinds, with the number of their cut-outs: {counts}.
+
+Held out from training: {len(planner.held_pairs)} of {pairs} pairs of kinds, {len(planner.held_counts)} counts of a
+kind, and one cut-out of each of {len(planner.held)} kinds.
+"""
