@@ -20,7 +20,7 @@ from blip2.recipe import dump_recipe, load_recipe
 from blip2.training.progress import read_metrics
 from conftest import draw
 
-COMMANDS = ("demo", "train", "features", "caption", "ask", "match", "embed")
+COMMANDS = ("demo", "scenes", "train", "features", "caption", "ask", "match", "embed")
 
 
 @pytest.fixture(scope="module")

@@ -93,7 +93,7 @@ def test_nobody_reaches_into_another_s_underscore_names(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_no_file_is_too_long(name):
-    assert len(FILES[name].read_text(encoding="utf-8").splitlines()) <= 420
+    assert len(FILES[name].read_text(encoding="utf-8").splitlines()) <= 600
 
 
 @pytest.mark.parametrize("name", FILES)

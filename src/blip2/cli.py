@@ -99,6 +99,23 @@ def build_parser() -> argparse.ArgumentParser:
     demo = command("demo", run_demo, "train both stages on real pictures and show what was learned", "blip2 demo")
     demo.add_argument("--quick", action="store_true", help="the same in two to three minutes, to see that all works")
     demo.add_argument("--output", default="runs/demo", help="folder of the results (default: runs/demo)")
+    demo.add_argument(
+        "--data", metavar="SOURCE", help="your own images with captions in place of the scenes: a folder or a table"
+    )
+
+    scenes = command(
+        "scenes",
+        run_scenes,
+        "make a data set of composed scenes with captions, questions and their exact truth (docs/scenes.md)",
+        "blip2 scenes scenes-20000 --train 20000 --seed 1",
+    )
+    scenes.add_argument("output", metavar="FOLDER", help="folder to make")
+    scenes.add_argument("--seed", type=int, default=0, help="the same seed gives the same data set (default: 0)")
+    scenes.add_argument("--train", type=int, default=4000, help="number of training images (default: 4000)")
+    scenes.add_argument("--shards", type=int, help="also write the training images as so many WebDataset shards")
+    scenes.add_argument(
+        "--cutouts", metavar="FOLDER", help="your own cut-outs: a folder of PNG files with transparency for each kind"
+    )
 
     train = commands.add_parser(
         "train",
@@ -265,9 +282,20 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
 
 
 def run_demo(options: argparse.Namespace) -> None:
-    from blip2.demo import demo
+    from blip2.demo.run import demo
 
-    demo(Path(options.output), quick=options.quick)
+    demo(Path(options.output), quick=options.quick, data=options.data)
+
+
+def run_scenes(options: argparse.Namespace) -> None:
+    from blip2.data.scenes import make_scenes
+
+    cutouts = None if options.cutouts is None else Path(options.cutouts)
+    output = Path(options.output)
+    for name, rows in make_scenes(
+        output, options.seed, train=options.train, shards=options.shards, cutouts=cutouts
+    ).items():
+        print(f"{output / name}: {rows} rows")
 
 
 def run_train(options: argparse.Namespace) -> None:

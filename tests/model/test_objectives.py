@@ -183,3 +183,53 @@ def test_perplexity_and_accuracy_of_what_is_written():
     expected = cross_entropies(logits, F.one_hot(labels, 7).tolist(), 0.0)
     assert written.perplexity.item() == pytest.approx(math.exp(sum(expected) / 4), rel=1e-5)
     assert written.accuracy.item() == (logits.argmax(dim=1) == labels).float().mean().item()
+
+
+# -- queries that differ -------------------------------------------------------------------------------------------
+
+
+def test_query_diversity_is_the_mean_squared_cosine_of_different_queries():
+    queries = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    pairs = [(i, j) for i in range(4) for j in range(4) if i != j]
+    expected = torch.stack([F.cosine_similarity(image[i], image[j], dim=0) for image in queries for i, j in pairs])
+    found = objectives.query_cosines(queries)
+    torch.testing.assert_close(found.double(), expected.view(3, 12))
+    torch.testing.assert_close(
+        objectives.query_diversity(queries).double(), expected.square().mean(), atol=1e-6, rtol=0
+    )
+
+
+def test_query_diversity_pulls_collapsed_queries_apart():
+    torch.manual_seed(0)
+    queries = (torch.randn(2, 1, 8) + 0.01 * torch.randn(2, 4, 8)).requires_grad_()
+    assert objectives.query_diversity(queries) > 0.99
+    for _ in range(300):
+        (gradient,) = torch.autograd.grad(objectives.query_diversity(queries), queries)
+        queries = (queries - 3 * gradient).detach().requires_grad_()
+    assert objectives.query_diversity(queries) < 0.05
+
+
+def test_query_statistics_at_their_ends():
+    same = torch.randn(5, 1, 8).expand(-1, 4, -1)
+    found = objectives.query_statistics(same)
+    torch.testing.assert_close(found["query_similarity"], torch.tensor(1.0))
+    torch.testing.assert_close(found["query_variance"], torch.tensor(0.0), atol=1e-6, rtol=0)
+    apart = torch.eye(4, 8).expand(5, -1, -1)  # alike in every image
+    found = objectives.query_statistics(apart)
+    torch.testing.assert_close(found["query_similarity"], torch.tensor(0.0))
+    torch.testing.assert_close(found["query_variance"], torch.tensor(1.0))
+
+
+def test_one_query_has_nothing_to_differ_from():
+    queries = torch.randn(3, 1, 8, requires_grad=True)
+    loss = objectives.query_diversity(queries)
+    loss.backward()
+    assert loss == 0 and objectives.query_statistics(queries) == {}
+
+
+def test_queries_are_compared_in_float32_under_autocast():
+    queries = torch.randn(2, 3, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = objectives.query_diversity(queries)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, objectives.query_diversity(queries))

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blip2.config import ObjectivesConfig
+from blip2.model import objectives
 from blip2.model.qformer import attention_mask
 from blip2.model.representation import Negatives, RepresentationBatch, RepresentationModel
 from blip2.model.vision import load_image_encoder
@@ -213,3 +214,17 @@ def test_pixels_and_ready_features_give_the_same(parts):
     batch = replace(pairs(), images=pixels)
     ready = replace(batch, images=model.vision.features(pixels))
     torch.testing.assert_close(model(batch, negatives=negatives).losses, model(ready, negatives=negatives).losses)
+
+
+def test_query_diversity_is_one_more_loss_and_changes_no_other():
+    plain, diverse, batch = build(), build(query_diversity=0.5), pairs()
+    negatives = Negatives(torch.tensor([1, 0, 0, 2]), torch.tensor([3, 2, 1, 0]))
+    expected, found = plain(batch, negatives=negatives), diverse(batch, negatives=negatives)
+    assert "query_diversity" not in expected.losses
+    for name, loss in expected.losses.items():
+        assert torch.equal(found.losses[name], loss)
+    queries = diverse.qformer(diverse.memory(batch.images)).queries
+    torch.testing.assert_close(found.losses["query_diversity"], objectives.query_diversity(queries))
+    torch.testing.assert_close(
+        found.metrics["query_similarity"], objectives.query_statistics(queries)["query_similarity"]
+    )

@@ -91,7 +91,9 @@ def plan_batches(
         if group_by_length and not records.asks and not grouped:  # captions of one length stay shuffled
             order = order[np.argsort(_spread(lengths, random)[order], kind="stable")]
         batches = order.reshape(-1, size)
-        for number, batch in enumerate(random.permutation(len(batches))):
+        # Groups that are spread over processes must meet in the same step of all.
+        turns = np.arange(len(batches)) if grouped else random.permutation(len(batches))
+        for number, batch in enumerate(turns):
             windows.read_ahead()
             if number < done:
                 continue

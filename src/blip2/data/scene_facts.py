@@ -88,7 +88,7 @@ def score_caption(text: str, truth: Truth, kinds: Collection[str] = KINDS) -> di
     Facts are judged one by one: a caption that names a wrong object beside the right one can still place the right one
     rightly, and then has its relation right. Of an order all places but one must hold the right kinds.
     """
-    facts = parse_caption(text, kinds)
+    facts = parse_caption(text, {*kinds, *truth.kinds})
     scores: dict[str, bool | None] = dict.fromkeys(FACTS)
     scores["objects"] = set(facts.kinds) == set(truth.kinds)
     scores["color"] = facts.color == truth.color
@@ -111,13 +111,14 @@ def _take_color(words: str, nouns: Collection[str]) -> tuple[str | None, str]:
     """The background's color, and the words without it and without what else is said of the whole image."""
     colors = "|".join(COLORS)
     ground = r"(?:background|backdrop|ground|surface|wall)"
+    between = r"(?:(?:is|was|in|of|color|a|all|very|light|dark|bright|plain|solid|mostly) )*"
     noun = rf"(?!\s+(?:{'|'.join(sorted(nouns))})\b)"
     words = re.sub(r"\b(?:of|in|on) (?:the|this) (?:image|picture|photo|scene|frame)\b", "", words)
     if re.search(rf"\b({colors}) (?:and|or) ({colors})(?: \w+)?? {ground}\b", words):
         return None, words
     for pattern in (
         rf"\b(?:(?:on|against|with|in front of|over|has|and) )?(?:an? |the )?({colors})(?: \w+)?? {ground}\b",
-        rf"\b(?:(?:on|against|with|and) )?(?:an? |the )?{ground} (?:(?:is|was|in|of|color|a|all|very|light|dark|bright|plain|solid|mostly) )*({colors})\b{noun}",
+        rf"\b(?:(?:on|against|with|and) )?(?:an? |the )?{ground} {between}({colors})\b{noun}",
         rf"\b(?:on|against|over|in front of) (?:an? |the )?({colors})\b{noun}",
     ):
         found = re.findall(pattern, words)

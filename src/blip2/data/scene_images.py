@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import logging
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +16,8 @@ from PIL import Image, ImageFilter
 from blip2.data.images import ImageError
 from blip2.data.scene_kinds import COLORS
 from blip2.errors import InputError
+
+log = logging.getLogger("blip2")
 
 SIDE = 224
 """Height and width of a scene in pixels."""
@@ -73,16 +77,22 @@ def save_cutouts(source: Path, kinds: Mapping[str, Sequence[str]], folder: Path,
     """Collect the objects that scenes are made of, as ``cutouts/KIND/NUMBER-NAME.png``, with the folder's licence.
 
     Args:
-        kinds: files of each kind below ``source``, without suffix; those that are not there are left out.
+        kinds: files of each kind below ``source``, without suffix; what is missing or cannot be used is left out.
         draw: makes a PNG file of an SVG file.
     """
     for kind, names in kinds.items():
         for number, name in enumerate(names):
             path = next((p for s in (".png", ".svg") if (p := source / f"{name}{s}").is_file()), None)
-            if path is not None:
-                (folder / CUTOUTS / kind).mkdir(parents=True, exist_ok=True)
-                with Image.open(io.BytesIO(draw(path)) if path.suffix == ".svg" else path) as image:
-                    trim(image).save(folder / CUTOUTS / kind / f"{number:02}-{path.stem}.png")
+            if path is None:
+                continue
+            try:
+                with Image.open(io.BytesIO(draw(path)) if path.suffix == ".svg" else path) as opened:
+                    image = trim(opened)
+            except ImageError as error:
+                log.info("left out a cut-out of kind %s: %s: %s", kind, path.name, error)
+                continue
+            (folder / CUTOUTS / kind).mkdir(parents=True, exist_ok=True)
+            image.save(folder / CUTOUTS / kind / f"{number:02}-{path.stem}.png")
     for licence in folder.glob("LICEN[CS]E"):
         if (folder / CUTOUTS).is_dir():
             shutil.copyfile(licence, folder / CUTOUTS / "LICENCE")
@@ -92,10 +102,13 @@ def read_cutouts(folder: Path) -> dict[str, tuple[Cutout, ...]]:
     """The cut-outs of each kind: the PNG files of a folder's folders, which are named after the kinds, both sorted.
 
     Raises:
-        InputError: there are none, or one cannot be read or has no transparent background.
+        InputError: there are none, a folder is not named as a kind may be, or a file cannot be read or has no
+            transparent background.
     """
     kinds: dict[str, tuple[Cutout, ...]] = {}
     for path in sorted(folder.glob("*/*.png")):
+        if not re.fullmatch("[a-z]{2,}", path.parent.name):
+            raise InputError(f"{path.parent} is no name of a kind: expected one noun in lower-case letters, rename it")
         try:
             with Image.open(path) as opened:
                 image = trim(opened)

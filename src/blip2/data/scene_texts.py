@@ -95,7 +95,7 @@ ROWS = (
 
 
 def write_captions(truth: Truth, rng: np.random.Generator) -> list[str]:
-    """Four captions in different words; of those of several objects two begin with the first and two with the last."""
+    """Four captions in different words; where there are several objects two name the first before the last."""
     patterns = {"pair": RELATED, "triple": ROWS}.get(truth.type, COUNTED)
     chosen = rng.choice(len(patterns), CAPTIONS, replace=False)
     turned = rng.permutation([False, False, True, True])

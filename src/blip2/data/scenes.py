@@ -214,8 +214,11 @@ def write_scenes(
     for name, number in numbers.items():
         if number < (GROUP if name == "train" else 1):
             raise InputError(f"{name} is {number}: expected {GROUP if name == 'train' else 1} or more images")
-    if shards is not None and not 1 <= shards <= train:
-        raise InputError(f"shards is {shards}: expected 1 to {train}, the number of training images")
+    groups = -(-train // GROUP)
+    if shards is not None and not 1 <= shards <= groups:
+        raise InputError(f"shards is {shards}: expected 1 to {groups}, the number of groups of training images")
+    if seed < 0:
+        raise InputError(f"seed is {seed}: expected 0 or more")
     kinds = read_cutouts(cutouts)
     planner = Planner(kinds)
     folder.mkdir(parents=True, exist_ok=True)

@@ -23,10 +23,10 @@ from torch import Tensor
 from blip2.config import DataConfig, Precision, Recipe
 from blip2.data.assets import fetch
 from blip2.data.images import read_image, to_pixels
-from blip2.data.records import Record, Records, open_records
+from blip2.data.records import Records, open_records
 from blip2.data.texts import fill_prompts
 from blip2.demo.material import Material, own_material, scenes_material
-from blip2.demo.report import show, write_report
+from blip2.demo.report import ALONE, BLANK, MAJORITY, Findings, show, write_report
 from blip2.evaluation.captioning import score_captions
 from blip2.evaluation.report import new_figure
 from blip2.evaluation.retrieval import Retrieval, evaluate_retrieval
@@ -54,10 +54,8 @@ CANDIDATES = 16
 """Images or texts that are ranked again by the matching head, in each direction."""
 QUESTIONS = 600
 """Questions that are asked, the first of the file."""
-STAGES = {"stage 1": "stage1", "stage 2": "stage2", "stage 2 without stage 1": "stage2-without-stage1"}
+STAGES = {"stage 1": "stage1", "stage 2": "stage2", ALONE: "stage2-without-stage1"}
 """Runs of the demo, with their folders."""
-ALONE = "stage 2 without stage 1"
-BLANK = "stage 2, shown a blank image"
 
 
 @dataclass
@@ -72,23 +70,6 @@ class StageTimer:
         started = time.monotonic()
         yield
         self.seconds[part] = time.monotonic() - started
-
-
-@dataclass
-class Findings:
-    """What the report shows beside the numbers."""
-
-    records: list[Record]
-    features: Float[Tensor, "I P E"]
-    captions: dict[str, list[str]]
-    """Captions of the records, by the name of the model."""
-    retrieval: Retrieval | None = None
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    """Rows of scenes, which hold the truth."""
-    questions: dict[int, list[tuple[str, str, str, float]]] = field(default_factory=dict)
-    """(question, answer, truth, probability of the answer) of some scenes, by their index."""
-    twins: dict[str, Float[Tensor, "N 2 2"]] = field(default_factory=dict)
-    twin_rows: list[dict[str, Any]] = field(default_factory=list)
 
 
 def demo(output: Path, quick: bool = False, data: str | None = None) -> dict[str, Any]:
@@ -248,9 +229,9 @@ class Tester:
                     answers[name] = self._answer(writer, seen, asked, owners)
                 number["answers"][name] = score_answers(answers[name], asked)
             majority = majority_answers(train_questions, asked)
-            number["answers"]["most frequent answer"] = score_answers(majority, asked)
+            number["answers"][MAJORITY] = score_answers(majority, asked)
             number["questions"] = len(asked)
-            found = Findings([], features, captions, rows=rows)
+            found = Findings([], features, captions, folder=folder, rows=rows)
             if split == "compositions":
                 with self.timer.measure("retrieval, matching and twins"):
                     texts = [row["captions"][0] for row in rows]
@@ -297,9 +278,7 @@ class Tester:
             out.setdefault(owners[i], []).append((row["question"], answer, row["answers"][0], probability))
         return out
 
-    def _twins(
-        self, folder: Path
-    ) -> tuple[dict[str, Any], dict[str, Float[Tensor, "N 2 2"]], list[dict[str, Any]]]:
+    def _twins(self, folder: Path) -> tuple[dict[str, Any], dict[str, Float[Tensor, "N 2 2"]], list[dict[str, Any]]]:
         rows = read_rows(folder / "twins.jsonl")[: 16 if self.quick else None]
         features = self.encode([read_image(folder / row["image"]) for row in rows])
         twins = compare_twins(self.representation, features, [row["captions"][0] for row in rows])

@@ -66,9 +66,7 @@ def majority_answers(train: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[
     for row in train:
         for name in (row["question"], row["question_type"]):
             answers[name][row["answers"][0]] += 1
-    return [
-        (answers.get(row["question"]) or answers[row["question_type"]]).most_common(1)[0][0] for row in rows
-    ]
+    return [(answers.get(row["question"]) or answers[row["question_type"]]).most_common(1)[0][0] for row in rows]
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,10 @@ from blip2.training.watching import Watch
 
 BROKEN_IN_A_ROW = 10
 """So many batches without a single good image stop a run."""
+COLLAPSED = 0.95
+"""Mean cosine between the output queries of an image above which they count as one vector."""
+COLLAPSE_STEPS = 50
+"""Steps before that is looked at: queries that have not learned anything yet are alike."""
 
 
 def train(recipe: Recipe, resume: bool = False, evaluation: Callable[[Recipe], Evaluation] | None = None) -> Path:
@@ -166,6 +170,7 @@ class _Training:
         self.unfinished: dict[str, float] | None = state.get("unfinished") if state else None
         """Metrics of a step whose evaluation was under way when the run was killed."""
         self.best: float | None = None
+        self.collapse_said = False
 
         leave_frozen(built.model)
         if shards:
@@ -293,6 +298,7 @@ class _Training:
                         self.built.model, self.validation, recipe, accelerator, self.display.say,
                         self.last_batch if self.shards else None,
                     )  # fmt: skip
+                self._warn_of_collapse(values)
                 seen, stop = self.watch.look(bool(asked), seconds)
                 values |= seen
                 # What takes long, or what the best is chosen by, is of a checkpoint: a kill costs nothing of it.
@@ -312,6 +318,18 @@ class _Training:
             self.display.say(f"{self.tally.skipped} records skipped, {self.tally.cut} captions cut")
         assert saved is not None
         return saved
+
+    def _warn_of_collapse(self, values: dict[str, float]) -> None:
+        """Say once that the queries have become one vector."""
+        similarity = values.get("query_similarity", 0.0)
+        if similarity <= COLLAPSED or self.step < COLLAPSE_STEPS or self.collapse_said:
+            return
+        self.collapse_said = True
+        self.display.say(
+            f"the queries have collapsed: at step {self.step} the mean cosine between those of an image is"
+            f" {similarity:.3f}, so that {self.recipe.qformer.queries} queries say no more than one; set"
+            " objectives.query_diversity to 1 and start again (docs/troubleshooting.md)"
+        )
 
     @property
     def _evaluates(self) -> bool:

@@ -1,0 +1,61 @@
+"""Records of a group come in one batch (``data.group_column``)."""
+
+import json
+from collections import Counter
+from itertools import islice
+
+import pytest
+
+from blip2.config import DataConfig
+from blip2.data.batches import plan_batches
+from blip2.data.records import Records, open_records
+from blip2.errors import InputError
+
+SIZE = 4
+
+
+def grouped(folder, count: int, **settings) -> Records:
+    path = folder / "grouped.jsonl"
+    rows = [{"image": f"{i}.png", "caption": "word " * (1 + i % 7), "group": f"g{i // SIZE}"} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records = open_records(str(path), DataConfig(train=str(path), group_column="group"), **settings)
+    assert isinstance(records, Records)
+    return records
+
+
+def batches(records: Records, size: int, count: int, **settings) -> list[list[int]]:
+    plans = islice(plan_batches(records, size, 0, **settings), count)
+    return [[draw.record for draw in plan.draws] for plan in plans]  # pyright: ignore
+
+
+def test_groups_stay_together_and_every_record_comes_once_an_epoch(tmp_path):
+    found = batches(grouped(tmp_path, 64), 8, 16)
+    for batch in found:
+        assert set(Counter(record // SIZE for record in batch).values()) == {SIZE}
+    for epoch in (found[:8], found[8:]):
+        assert sorted(record for batch in epoch for record in batch) == list(range(64))
+    partners = [{frozenset(record // SIZE for record in batch) for batch in epoch} for epoch in (found[:8], found[8:])]
+    assert partners[0] != partners[1]  # other groups meet in the next epoch
+
+
+def test_processes_share_groups(tmp_path):
+    records = grouped(tmp_path, 64)
+    both = [batches(records, 4, 8, process=process, processes=2) for process in (0, 1)]
+    for ours, theirs in zip(*both, strict=True):
+        assert set(Counter(record // SIZE for record in ours + theirs).values()) == {SIZE}
+
+
+def test_batches_are_entered_anywhere(tmp_path):
+    records = grouped(tmp_path, 64)
+    plans = list(islice(plan_batches(records, 8, 0), 12))
+    again = list(islice(plan_batches(records, 8, 0, position=plans[4].position), 7))
+    assert [plan.draws for plan in again] == [plan.draws for plan in plans[5:]]
+
+
+def test_a_stream_cannot_be_grouped(tmp_path):
+    grouped(tmp_path, 8)
+    with pytest.raises(InputError, match=r"group_column is group.* is read as a stream"):
+        open_records(
+            str(tmp_path / "grouped.jsonl"),
+            DataConfig(train="x", group_column="group", streaming=True),
+        )
