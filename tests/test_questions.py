@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,7 +13,7 @@ from transformers import AutoTokenizer, BertForMaskedLM
 
 from blip2.convert import convert
 from blip2.data.records import open_records
-from blip2.data.texts import encode_questions
+from blip2.data.texts import GenerationTexts, encode_questions
 from blip2.errors import InputError
 from blip2.inference import load
 from blip2.model.decoding import Decoding
@@ -231,3 +232,68 @@ def test_other_formats_have_no_place_for_it(run, tmp_path, to):
 def test_the_tokenizer_of_questions_is_saved(parts, run):
     saved = AutoTokenizer.from_pretrained(checkpoint.latest(run) / "tokenizer")
     assert saved.convert_ids_to_tokens([57]) == ["[DEC]"]
+
+
+# -- captions and questions in one run -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def both(recipe, parts, table, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("both")
+    captions = folder / "captions.jsonl"
+    shown = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+    root = Path(table).parent
+    rows = [{"image": str(root / f"{colour}-{shape}.png"), "caption": f"a {colour} {shape}"} for colour, shape in shown]
+    captions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    language = {"name": parts.llama, "prompt": "Caption:", "question_prompt": PROMPT}
+    data = {"train": {str(captions): 1.0, table: 1.0}, "batch_size": 4, "workers": 0}
+    train(recipe(folder / "run", language=language, data=data, qformer={"dropout": 0.0}))
+    return folder / "run"
+
+
+def test_captions_and_questions_have_prompts_of_their_own(both):
+    pipeline = load(both, device="cpu")
+    assert pipeline.question_prompt == PROMPT
+    randomise(pipeline.model.qformer)
+    image = draw("disc", "red", 0)
+    assert pipeline.caption(image, decoding=GREEDY) == pipeline.caption(image, "Caption:", decoding=GREEDY)
+    asked = pipeline.answer(image, "what shape?", decoding=GREEDY)
+    assert asked == pipeline.generate([image], [PROMPT.replace("{}", "what shape?")], GREEDY)
+
+
+def test_each_record_is_learned_behind_its_own_prompt(parts):
+    tokenizer = AutoTokenizer.from_pretrained(parts.llama)
+    texts_of = GenerationTexts(tokenizer, 99, "Caption:", tokenizer.eos_token_id, None, PROMPT)
+    images = torch.zeros(2, 3, 4)
+    batch, _ = texts_of(images, ["a disc", "disc"], ["", "what shape?"], torch.arange(2), np.random.default_rng(0))
+    rows = zip(batch.ids, batch.mask, strict=True)
+    said = [tokenizer.decode(row[mask], skip_special_tokens=True) for row, mask in rows]
+    assert [text.strip() for text in said] == ["Caption: a disc", "Question: what shape? Answer: disc"]
+
+
+@pytest.mark.parametrize(
+    "language",
+    [{"prompt": "Caption:", "question_prompt": "Answer:"}, {"prompt": PROMPT, "question_prompt": PROMPT}],
+    ids=["no place for the question", "two prompts of questions"],
+)
+def test_prompts_that_contradict_each_other_are_refused(recipe, parts, tmp_path, language):
+    with pytest.raises(InputError, match=r"language.question_prompt is .* expected {} in the first"):
+        recipe(tmp_path, language={"name": parts.llama, **language}, qformer={})
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_the_log_likelihood_of_a_text_is_the_sum_of_its_tokens(runs, name):
+    pipeline = load(runs[name], device="cpu")
+    randomise(pipeline.model.qformer)
+    images = [draw("disc", "red", 0), draw("square", "blue", 7)]
+    likely = ["a red disc", "a blue square on a large image"]
+    together = pipeline.log_likelihood(images, ["x", "a longer prompt"], likely)
+    for i in (0, 1):
+        alone = pipeline.log_likelihood([images[i]], [["x", "a longer prompt"][i]], [likely[i]])
+        torch.testing.assert_close(together[i], alone[0], atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(
+        together, pipeline.log_likelihood(images[::-1], ["x", "a longer prompt"], likely, [1, 0]), atol=1e-4, rtol=1e-5
+    )
+    # What greedy search writes is likelier than the same with another word at its beginning.
+    best = pipeline.generate(images[:1], ["x"], Decoding(beams=1, max_new_tokens=3))
+    assert together.max() < 0 and torch.isfinite(pipeline.log_likelihood(images[:1], ["x"], best)).all()

@@ -98,7 +98,7 @@ class Twins:
 
 
 def compare_twins(
-    pipeline: RepresentationPipeline, features: Float[Tensor, "2*N P E"], texts: Sequence[str]
+    pipeline: RepresentationPipeline, features: Float[Tensor, "I P E"], texts: Sequence[str]
 ) -> dict[str, Twins]:
     """Score twins by similarity (``itc``) and by the matching head (``itm``).
 
