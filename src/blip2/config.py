@@ -113,6 +113,10 @@ class LanguageConfig:
     question_prompt: str | None = None
     """Prompt with {} for records that have a question, where captions are learned in the same run: those have prompt.
     null: all records are of one kind, and prompt is theirs."""
+    projection_init: Literal["random", "least_squares"] = "random"
+    """How the projection to the LLM starts where no checkpoint has one. least_squares: the linear map from Z to the
+    LLM's token embeddings of the captions, solved for on some hundred images of the first table of data.train
+    (docs/queries.md)."""
     stop: str | None = None
     """Text that ends a caption; null: the tokenizer's end-of-text token. The paper's OPT models use a newline."""
     activation: str | None = None
@@ -179,6 +183,8 @@ class DataConfig:
     group_column: str | None = None
     """Column of a table whose equal values go into the same batch: near twins then are each other's hard negatives
     (§3.2, ITM). Batches are not grouped by length then. null: records are mixed."""
+    group_share: float = 1.0
+    """Share of the groups that stay together in an epoch, drawn anew in each; the records of the others are mixed."""
     streaming: bool | None = None
     """Read in order without counting or copying; null: for WebDataset shards, and what a URL names."""
     batch_size: int = 64

@@ -30,6 +30,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "data.train": (0, math.inf),
     "data.temperature": (0.1, math.inf),
     "data.max_bad": (0, 1),
+    "data.group_share": (0, 1),
     "data.batch_size": (1, math.inf),
     "data.max_tokens": (2, math.inf),
     "data.smallest_crop": (0.01, 1),

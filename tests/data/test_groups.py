@@ -14,11 +14,11 @@ from blip2.errors import InputError
 SIZE = 4
 
 
-def grouped(folder, count: int, **settings) -> Records:
+def grouped(folder, count: int, share: float = 1.0) -> Records:
     path = folder / "grouped.jsonl"
     rows = [{"image": f"{i}.png", "caption": "word " * (1 + i % 7), "group": f"g{i // SIZE}"} for i in range(count)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    records = open_records(str(path), DataConfig(train=str(path), group_column="group"), **settings)
+    records = open_records(str(path), DataConfig(train=str(path), group_column="group", group_share=share))
     assert isinstance(records, Records)
     return records
 
@@ -50,6 +50,17 @@ def test_batches_are_entered_anywhere(tmp_path):
     plans = list(islice(plan_batches(records, 8, 0), 12))
     again = list(islice(plan_batches(records, 8, 0, position=plans[4].position), 7))
     assert [plan.draws for plan in again] == [plan.draws for plan in plans[5:]]
+
+
+def test_a_share_of_the_groups_stays_together(tmp_path):
+    records = grouped(tmp_path, 400, share=0.5)
+    found = batches(records, 400, 2)
+    kept = []
+    for order in found:
+        assert sorted(order) == list(range(400))
+        blocks = [order[i : i + SIZE] for i in range(len(order) - SIZE + 1)]
+        kept.append({block[0] // SIZE for block in blocks if len({record // SIZE for record in block}) == 1})
+    assert all(35 <= len(each) <= 65 for each in kept) and kept[0] != kept[1]
 
 
 def test_a_stream_cannot_be_grouped(tmp_path):

@@ -113,12 +113,15 @@ def _table_chunks(
 
 
 def _shuffled(records: Records, random: np.random.Generator) -> Int[np.ndarray, "N"]:
-    """All records in random order; those of a group stay together."""
+    """All records in random order; those of a group stay together, of a random share of the groups."""
     order = random.permutation(len(records))
     if records.groups is None:
         return order
     groups = records.groups[order]
-    place = random.permutation(int(groups.max()) + 1)
+    count = int(groups.max()) + 1
+    apart = random.random(count)[groups] >= records.group_share
+    groups = np.where(apart, count + np.arange(len(order)), groups)
+    place = random.permutation(count + len(order))
     return order[np.argsort(place[groups], kind="stable")]
 
 

@@ -86,6 +86,8 @@ class _Columns:
     """Where relative paths of images start."""
     group: str | None = None
     """Column whose equal values belong into one batch."""
+    group_share: float = 1.0
+    """Share of the groups that do."""
 
     def record(self, row: dict[str, Any], number: int) -> Record:
         begins = row.get(BEGINS, False)
@@ -134,6 +136,11 @@ class Records(Sequence[Record]):
     def asks(self) -> bool:
         """Whether its texts are answers to questions."""
         return self._columns.question is not None
+
+    @property
+    def group_share(self) -> float:
+        """Share of the groups that stay together in an epoch, in [0, 1]."""
+        return self._columns.group_share
 
     @cached_property
     def groups(self) -> Int[np.ndarray, "N"] | None:
@@ -363,7 +370,7 @@ def _records(
     # Answers are mixed, whatever they are about.
     if config.group_column in features and question is None:
         group = config.group_column
-    columns = _Columns(source, image, caption, question, about, root, group)
+    columns = _Columns(source, image, caption, question, about, root, group, config.group_share)
     if isinstance(dataset, datasets.IterableDataset):
         if group is not None:
             raise InputError(

@@ -336,8 +336,12 @@ def load_previous_stage(checkpoint: Checkpoint, model: nn.Module) -> list[str]:
     return sorted(here - shared)
 
 
-def start_from(recipe: Recipe, built: Built, say: Callable[[str], None]) -> None:
-    """Load the trained weights of a checkpoint of any format, of this stage or of the one before."""
+def start_from(recipe: Recipe, built: Built, say: Callable[[str], None]) -> bool:
+    """Load the trained weights of a checkpoint of any format, of this stage or of the one before.
+
+    Returns:
+        Whether the projection to the LLM is still random, because the checkpoint has none.
+    """
     assert recipe.start_from is not None
     known: dict[str, object] = {"vision.name": recipe.vision.name, "qformer.heads": recipe.qformer.heads}
     if recipe.language is not None:
@@ -355,6 +359,10 @@ def start_from(recipe: Recipe, built: Built, say: Callable[[str], None]) -> None
         theirs, ours = (getattr(getattr(each, of), key, None) for each in (found.recipe, recipe))
         if theirs != ours and getattr(found.recipe, of) is not None:
             say(f"its {of}.{key} is {theirs}, the recipe's {ours}: results begin a little apart")
+    theirs, ours = found.recipe.vision.position_encoding, built.model.vision.position_encoding
+    if theirs not in ("auto", ours):
+        say(f"its vision.position_encoding is {theirs}, here it is {ours}: results begin apart")
+    return "projection.weight" in new
 
 
 def _load(weights: Mapping[str, Tensor], model: nn.Module, checkpoint: Checkpoint, expected: set[str]) -> None:

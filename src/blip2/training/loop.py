@@ -9,10 +9,12 @@ without dropout the same global batch gives the same step, whatever the number o
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +27,7 @@ from torch import nn
 from blip2.build import build, prepare_texts
 from blip2.config import Recipe
 from blip2.data.assets import resolve
-from blip2.data.batches import Loaded, Preparation, to_device
+from blip2.data.batches import Loaded, Preparation, plan_evaluation, to_device
 from blip2.data.loading import load
 from blip2.data.mixtures import Preparations, mix, plan_mixture, start_anew
 from blip2.data.overlap import Source, check_overlap
@@ -33,6 +35,7 @@ from blip2.data.records import Records, RecordStream, open_records
 from blip2.data.texts import StageBatch
 from blip2.errors import InputError
 from blip2.model.distributed import gather_objects
+from blip2.model.generation import GenerationBatch, GenerationModel
 from blip2.model.objectives import Outcome
 from blip2.recipe import dump_recipe
 from blip2.training import checkpoint
@@ -43,6 +46,7 @@ from blip2.training.measuring import Evaluation, best_so_far, evaluate, is_bette
 from blip2.training.optimizer import build_optimizer, describe, restore_optimizer, set_rates, set_schedule
 from blip2.training.processes import make_accelerator, naming_failures
 from blip2.training.progress import METRICS, SKIPPED, Display, StepFile, note
+from blip2.training.projection import fit_projection
 from blip2.training.sharding import leave_frozen, place_trained, shard_frozen
 from blip2.training.tally import Tally
 from blip2.training.traffic import step_traffic
@@ -50,6 +54,8 @@ from blip2.training.watching import Watch
 
 BROKEN_IN_A_ROW = 10
 """So many batches without a single good image stop a run."""
+FITTED_IMAGES = 768
+"""Images that the projection is fitted to."""
 COLLAPSED = 0.95
 """Mean cosine between the output queries of an image above which they count as one vector."""
 COLLAPSE_STEPS = 50
@@ -122,6 +128,7 @@ class _Training:
             display.say(f"going on from {last}")
         self.step: int = state["step"] if state else 0
 
+        self.new_projection = last is None
         set_seed(recipe.training.seed)
         going_on = None if last is None else checkpoint.open_own(last)
         shards = recipe.training.shard_frozen and accelerator.num_processes > 1
@@ -134,7 +141,7 @@ class _Training:
         if going_on is not None:
             checkpoint.load_weights(going_on, built.model)
         elif recipe.start_from is not None:
-            start_from(recipe, built, display.say)
+            self.new_projection = start_from(recipe, built, display.say)
         if accelerator.is_main_process:
             display.table(
                 f"stage: {recipe.stage}", ["part", "parameters", "state", "dtype"], describe(built.model, rates)
@@ -158,6 +165,9 @@ class _Training:
         positions = state["positions"] if state else []
         self.opened: list[Source] = []
         self.loaded, self.validation = self._open_data(self._own(positions, display))
+        language = recipe.language
+        if language is not None and language.projection_init == "least_squares" and self.new_projection:
+            self._fit_projection()
         self.evaluation: Evaluation | None = None
         if recipe.evaluation is not None and evaluation is not None:
             with accelerator.main_process_first():
@@ -237,6 +247,7 @@ class _Training:
                 f"data.group_column is {data.group_column}, which no source of data.train has: name a column of a"
                 " table of captions, or leave it out"
             )
+        self.preparations = preparations
         sources = mix(data.sources, opened, data.temperature)
         if len(sources) > 1:
             rows = [(source.name, f"{100 * source.share:.3g} %") for source in sources]
@@ -251,6 +262,27 @@ class _Training:
             if not isinstance(held_out, Records):
                 raise InputError("data.validation is a stream, expected a table or folder: set data.streaming to false")
         return load(plans, Preparations(preparations), data.workers), validation
+
+    def _fit_projection(self) -> None:
+        """Start the projection of stage 2 from the data, as ``language.projection_init`` says."""
+        model = self.built.model
+        assert isinstance(model, GenerationModel)
+        preparation = next((each for each in self.preparations if each.records is not None), None)
+        if preparation is None or preparation.records is None:
+            raise InputError(
+                "language.projection_init is least_squares, which needs a table among data.train, and there are only"
+                " streams: set it to random"
+            )
+        plain = copy.copy(preparation)
+        plain.train = False
+        plans = plan_evaluation(preparation.records, self.recipe.data.batch_size)
+        some = islice(plans, math.ceil(FITTED_IMAGES / self.recipe.data.batch_size))
+        loaded = (each.batch for each in load(some, plain, 0) if isinstance(each.batch, GenerationBatch))
+        device = model.image_norm.weight.device
+        explained = fit_projection(model, (to_device(batch, device) for batch in loaded))
+        self.display.say(
+            f"the projection starts by least squares, which explains {100 * explained:.1f} % of the captions' tokens"
+        )
 
     def _next(self) -> tuple[Loaded, StageBatch]:
         for _ in range(BROKEN_IN_A_ROW):

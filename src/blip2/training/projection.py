@@ -1,0 +1,77 @@
+"""A closed-form start of the projection from Z to the LLM (paper §3.3).
+
+A random projection shows the LLM vectors that are like no words, and the first steps of stage 2 go into finding out
+what words are like. After stage 1 Z already tells what the caption says, so a linear map from Z to the LLM's token
+embeddings of the caption can be solved for at once, by ridge regression over one pass.
+
+Legend: B batch, Q queries, D Q-Former width, L width of the LLM, T tokens of a caption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from blip2.model.generation import GenerationBatch, GenerationModel
+from blip2.model.objectives import IGNORED
+
+RIDGE = 1e-2
+"""Penalty on the weights, as a share of the mean variance of Z."""
+
+
+@torch.no_grad()
+def fit_projection(model: GenerationModel, batches: Iterable[GenerationBatch]) -> float:
+    """Set the projection to the least-squares map from Z to the LLM's token embeddings of the captions.
+
+    Query q of Q is fitted to the token at its share of the caption: of T tokens to number floor(q T / Q). The result is
+    scaled to the spread of the LLM's token embeddings.
+
+    Args:
+        batches: images with captions; some hundred images are enough.
+
+    Returns:
+        The share of the targets' variance that the map explains, in [0, 1].
+    """
+    training = model.training
+    model.eval()
+    inputs = model.projection.in_features + 1
+    width, device = model.projection.out_features, model.projection.weight.device
+    xx = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
+    xy = xx.new_zeros(inputs, width)
+    yy, y, count = xx.new_zeros(()), xx.new_zeros(width), 0
+    for batch in batches:
+        z = model.query_outputs(batch.images, batch.questions).double()
+        targets = model.language.embed(_aligned_tokens(batch.labels, z.shape[1])).double()  # [B, Q, L]
+        x = torch.cat([z, torch.ones_like(z[..., :1])], dim=-1).flatten(0, 1)
+        targets = targets.flatten(0, 1)
+        xx += x.T @ x
+        xy += x.T @ targets
+        yy += targets.square().sum()
+        y += targets.sum(dim=0)
+        count += len(x)
+    mean = xx[:-1, -1] / count
+    penalty = torch.full_like(xx[0], float(RIDGE * ((xx.diagonal()[:-1] / count - mean.square()).mean() * count)))
+    penalty[-1] = 0  # the bias is free
+    solution = torch.linalg.solve(xx + penalty.diag(), xy)  # [D + 1, L]
+    explained = 2 * (solution * xy).sum() - (solution * (xx @ solution)).sum()
+    total = yy - y.square().sum() / count
+    scale = model.language.embedding_scale() / (explained.clamp(min=1e-12) / (count * width)).sqrt()
+    model.projection.weight.copy_((scale * solution[:-1].T).to(model.projection.weight.dtype))
+    model.projection.bias.copy_((scale * solution[-1]).to(model.projection.bias.dtype))
+    model.train(training)
+    return float(1 - (yy - explained) / total)
+
+
+def _aligned_tokens(labels: Int[Tensor, "B U"], num_queries: int) -> Int[Tensor, "B Q"]:
+    """The id of the caption's token that each query is fitted to."""
+    rows = []
+    for row in labels:
+        tokens = row[row != IGNORED][:-1]  # without the end
+        tokens = tokens if len(tokens) else row[row != IGNORED]
+        places = torch.arange(num_queries, device=row.device) * len(tokens) // num_queries
+        rows.append(tokens[places])
+    return torch.stack(rows)
+
