@@ -5,7 +5,7 @@
 
 1. Pictures with texts become shards (benchmarks/pictures.py).
 2. Stage 1 trains on the shards as they are, streamed (recipes/bootstrap-stage1.yaml).
-3. CapFilt goes over them with the models of ``blip2 demo``, which are made if they are not there.
+3. CapFilt goes over them with models of the recipes tuxpaint-stage1 and -stage2, which are made if they are not there.
 4. Stage 1 trains on the bootstrapped shards, from the same start and for as long.
 5. Both are measured by retrieval on held-out pictures and their original texts.
 
@@ -21,10 +21,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from blip2.config import Precision
 from blip2.corpus.capfilt import Settings, capfilt
 from blip2.corpus.engine import Engine
 from blip2.corpus.report import Summary
-from blip2.demo import demo, faster_precision
+from blip2.demo.run import faster_precision
 from blip2.evaluation.evaluate import evaluate
 from blip2.evaluation.tasks import Settings as Measuring
 from blip2.files import write_json
@@ -40,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/bootstrap"))
     parser.add_argument(
-        "--models", type=Path, help="a folder with stage1 and stage2 (default: those of runs/demo, which are made)"
+        "--models", type=Path, help="a folder with stage1 and stage2 (default: those of runs/tuxpaint, made if need be)"
     )
     parser.add_argument("--limit", type=int, help="so many pictures of each source (default: all)")
     parser.add_argument("--steps", type=int, help="of each training (default: the recipe's)")
@@ -64,9 +65,9 @@ def main() -> None:
     pictures = [sys.executable, str(Path(__file__).with_name("pictures.py")), "--output", str(corpus), *limit]
     timed("shards", lambda: subprocess.run(pictures, check=True))
     counts = json.loads((corpus / "about.json").read_text())["pictures"]
-    models = options.models or Path("runs/demo")
-    if options.models is None and not (models / "metrics.json").exists():
-        timed("demo", lambda: demo(models))
+    models = options.models or Path("runs/tuxpaint")
+    if options.models is None:
+        timed("models", lambda: make_models(models, precision))
 
     def learn(name: str, folder: Path) -> dict:
         recipe = load_recipe(find_recipe("bootstrap-stage1"))
@@ -106,6 +107,21 @@ def main() -> None:
     }  # fmt: skip
     write_json(output / "bootstrap.json", numbers)
     print(json.dumps(numbers, indent=1))
+
+
+def make_models(folder: Path, precision: Precision) -> None:
+    """Train the models that write and rank captions; what is done is not done again."""
+    for name in ("stage1", "stage2"):
+        recipe = load_recipe(find_recipe(f"tuxpaint-{name}"))
+        recipe = replace(
+            recipe,
+            output=str(folder / name),
+            start_from=str(folder / "stage1") if name == "stage2" else None,
+            vision=replace(recipe.vision, dtype=precision),
+            language=recipe.language and replace(recipe.language, dtype=precision),
+            training=replace(recipe.training, precision=precision),
+        )
+        train(recipe, resume=True)
 
 
 def show(bootstrapped: Path, output: Path) -> None:

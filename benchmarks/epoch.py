@@ -1,6 +1,6 @@
 """python benchmarks/epoch.py FOLDER ROUNDS
 
-The second epoch of the demo's stage 1 with features of the frozen encoder cached, beside the same without the cache,
+The second epoch of `recipes/tuxpaint-stage1.yaml` with cached features of the frozen encoder, beside the same without,
 where every picture is decoded, augmented and encoded anew, with and without other processes to decode: the faster of
 both counts.
 """
@@ -13,8 +13,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from blip2.demo import demo_recipes, fetch_all
+from blip2.data.assets import fetch
+from blip2.demo.run import faster_precision
 from blip2.memory import keep_memory
+from blip2.recipe import find_recipe, load_recipe
 from blip2.training.loop import train
 from blip2.training.progress import read_metrics
 
@@ -22,11 +24,12 @@ from blip2.training.progress import read_metrics
 def main() -> None:
     keep_memory()  # as the command does
     folder, rounds = Path(sys.argv[1]), int(sys.argv[2])
-    pictures = fetch_all()
-    recipe = demo_recipes(folder, pictures, quick=False)["stage 1"]
+    pictures = fetch("tuxpaint-stamps")
+    recipe, precision = load_recipe(find_recipe("tuxpaint-stage1")), faster_precision()
+    recipe = replace(recipe, vision=replace(recipe.vision, dtype=precision))
     count = len((pictures / "train.jsonl").read_text(encoding="utf-8").splitlines())
     epoch = count // recipe.data.batch_size
-    training = replace(recipe.training, steps=2 * epoch, save_every=10_000, validate_every=10_000)
+    training = replace(recipe.training, steps=2 * epoch, save_every=10_000, validate_every=10_000, precision=precision)
     kinds = {
         "cached": (recipe.data.cached_views, 0), "not cached": (0, 0), "not cached, 2 workers": (0, 2)
     }  # fmt: skip

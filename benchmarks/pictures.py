@@ -52,7 +52,7 @@ class Drawing:
     text: str
     group: str
     taught: bool | None = None
-    """Whether the models of ``blip2 demo``, which write and rank captions, trained on it; None: they do not have it."""
+    """Whether the models that write and rank captions trained on it; None: they do not have it."""
 
 
 # -- what there is -------------------------------------------------------------------------------------------------

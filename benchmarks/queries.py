@@ -79,7 +79,7 @@ def recipes(folder: Path, variant: Variant, seed: int, steps: tuple[int, int], b
     out = {}
     for number, stage in enumerate(("stage1", "stage2")):
         recipe = variant.change(load_recipe(find_recipe(f"demo-{stage}")))
-        scenes = "package:scenes/train.jsonl"
+        scenes = f"package:scenes/train{'_descriptions' if number else ''}.jsonl"
         out[stage] = replace(
             recipe,
             output=str(folder / stage),

@@ -149,7 +149,7 @@ ROWS: dict[str, tuple[str, str, Row]] = {
     "stage2-cached": (
         "the same with cached features", "transformers without", beside_transformers("cached", "opt")
     ),
-    "epoch": ("second epoch of the demo's stage 1, cached features", "blip2 without", script("epoch")),
+    "epoch": ("second epoch of tuxpaint-stage1, cached features", "blip2 without", script("epoch")),
     "loader": ("pictures a core decodes and augments", "those ViT-L encodes on all cores", script("loader")),
     "memory": ("memory of training on a stream after 10,000 steps", "after 100", script("memory")),
 }  # fmt: skip

@@ -49,15 +49,14 @@ def features() -> list[tuple[int, float, float]]:
     import torch
 
     from blip2.config import DataConfig
-    from blip2.data.assets import resolve
+    from blip2.data.assets import fetch, resolve
     from blip2.data.features import Augmentation, cache_features
     from blip2.data.records import open_records
-    from blip2.demo import fetch_all
     from blip2.memory import keep_memory
     from blip2.model.vision import load_image_encoder
 
     keep_memory()  # as the commands of blip2 do
-    pictures = fetch_all()
+    pictures = fetch("tuxpaint-stamps")
     table = (pictures / "train.jsonl").read_text(encoding="utf-8").splitlines()
     encoder, points = load_image_encoder(resolve("package:efficientnet-lite0")), []
     for count in PICTURES:

@@ -292,10 +292,14 @@ def altered(truth: Truth) -> list[tuple[str, Truth]]:
 
 def test_captions_are_true_and_tell_every_fact(scenes: Path) -> None:
     for split in SPLITS:
+        described: dict[str, list[str]] = {}
+        if split != "twins":
+            described = {row["image"]: [row["caption"]] for row in rows(scenes / f"{split}_descriptions.jsonl")}
+            assert len(described) == len(rows(scenes / f"{split}.jsonl"))
         for row in rows(scenes / f"{split}.jsonl"):
             truth = Truth.of_json(row["truth"])
             assert len(set(row["captions"])) == (1 if split == "twins" else 4)
-            for caption in row["captions"]:
+            for caption in (*row["captions"], *described.get(row["image"], ())):
                 assert re.fullmatch(r"[A-Z][a-z,;: ]*\.", caption) and len(caption.split()) <= 18, caption
                 for text in (caption, caption.upper().rstrip("."), f"an image: {caption}"):
                     judged = score_caption(text, truth)

@@ -44,7 +44,7 @@ HELD_OUT = 37
 """Pictures of 256 that are held out."""
 SCENES = "scenes"
 """The one asset that is made here, of the cut-outs of another."""
-SCENES_LAYOUT = 1
+SCENES_LAYOUT = 2
 """Another number where scenes are made in another way."""
 CATEGORY_COLUMN = "captions_with_category"
 """Column with the sentence of a picture, and where there is one the sentence with its category behind it."""

@@ -102,6 +102,23 @@ def write_captions(truth: Truth, rng: np.random.Generator) -> list[str]:
     return [_caption(truth, patterns[i], bool(turn), rng) for i, turn in zip(chosen, turned, strict=True)]
 
 
+def describe(truth: Truth) -> str:
+    """Return the one sentence that always says a scene's facts in the same words and order."""
+    pattern = {"pair": RELATED[0], "triple": ROWS[0]}.get(truth.type, COUNTED[0])
+    a = with_article(truth.color)
+    if truth.type == "pair":
+        x, y = map(with_article, truth.kinds)
+        text = pattern.format(x=x, said=SAID[truth.relation, 0][0], y=y, color_background=f"{a} background")
+    elif truth.type == "triple":
+        start, end = ENDS[truth.relation]
+        first, second, third = map(with_article, truth.kinds)
+        named = {"a": first, "b": second, "c": third}
+        text = pattern.format(start=start, end=end, color_background=f"{a} background", **named)
+    else:
+        text = pattern.format(things=count_words(truth), color_background=f"{a} background")
+    return sentence(text)
+
+
 def _caption(truth: Truth, pattern: str, turned: bool, rng: np.random.Generator) -> str:
     color = {"color": truth.color, "color_background": f"{with_article(truth.color)} background"}
     kinds = [with_article(kind) for kind in truth.kinds]

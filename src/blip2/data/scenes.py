@@ -24,7 +24,7 @@ from blip2.data.scene_facts import Facts, parse_caption, score_caption
 from blip2.data.scene_images import SIDE, Cutout, Layout, draw_background, draw_scene, encode, place, read_cutouts
 from blip2.data.scene_kinds import COLORS
 from blip2.data.scene_plans import GROUP, TWINS, Planner, Scene, draw_type
-from blip2.data.scene_texts import Doubts, Question, Truth, ask, write_captions, write_twins
+from blip2.data.scene_texts import Doubts, Question, Truth, ask, describe, write_captions, write_twins
 from blip2.errors import InputError
 
 __all__ = ["Facts", "Truth", "make_scenes", "parse_caption", "score_caption", "write_scenes"]
@@ -58,6 +58,7 @@ class _Written:
 
     records: list[Row] = field(default_factory=list)
     questions: list[Row] = field(default_factory=list)
+    descriptions: list[Row] = field(default_factory=list)
 
 
 def _rng(seed: int, split: str, *numbers: int) -> np.random.Generator:
@@ -157,6 +158,7 @@ def _write_split(
             }
             out.records.append(row)
             if not group.twin_type:
+                out.descriptions.append({"image": name, "caption": describe(truth), "key": row["key"]})
                 asked += [*ask(truth, number, rng), *doubts.ask(truth, number, rng)]
             done["images"] += 1
             if done["images"] % LOGGED == 0:
@@ -227,7 +229,11 @@ def write_scenes(
     texts: list[str] = []
     for split, number in numbers.items():
         written = _write_split(planner, folder, split, seed, number, train, done)
-        files = {split: written.records, f"{split}_questions": written.questions}
+        files = {
+            split: written.records,
+            f"{split}_questions": written.questions,
+            f"{split}_descriptions": written.descriptions,
+        }
         for name, part in files.items():
             if part:
                 rows[f"{name}.jsonl"] = len(part)

@@ -19,6 +19,10 @@ log = logging.getLogger("blip2")
 
 HELD_OUT = 0.1
 """Share of a user's own images that are held out."""
+TUXPAINT_SHARE = 0.15
+"""Weight of Tux Paint's stamps beside that of the scenes' captions, 1."""
+QUESTIONS_SHARE = 0.7
+"""Weight of the scenes' questions beside that of their captions, 1, in stage 2."""
 FEWEST_IMAGES = 20
 """A user's own images must be at least this many."""
 
@@ -32,7 +36,9 @@ class Material:
     generation: dict[str, float | None]
     """Sources of stage 2: the same, and questions where there are any."""
     validation: str
-    """Held-out images for the curves."""
+    """Held-out images for the curves of stage 1."""
+    generation_validation: str
+    """The same for stage 2."""
     held_out: Path
     """Images with captions for the table of captions and retrieval, as JSONL."""
     scenes: Path | None
@@ -54,17 +60,21 @@ def scenes_material(output: Path, quick: bool) -> Material:
         quick: train on few scenes.
     """
     scenes = fetch("scenes")
-    captions, questions = (scenes / f"{'validation' if quick else 'train'}{part}.jsonl" for part in ("", "_questions"))
+    split = "validation" if quick else "train"
+    captions, descriptions, questions = (
+        scenes / f"{split}{part}.jsonl" for part in ("", "_descriptions", "_questions")
+    )
     try:
         stamps = fetch("tuxpaint-stamps")
     except InputError as error:
         log.info("%s; there is no table of Tux Paint's stamps then", error)
         stamps = None
     train: dict[str, float | None] = {str(captions): 1.0}
+    generation: dict[str, float | None] = {str(descriptions): 1.0, str(questions): QUESTIONS_SHARE}
     held_out = scenes / "test_images.jsonl"
     credit = "OpenMoji, CC BY-SA 4.0"
     if stamps is not None:
-        train[str(stamps / "train.jsonl")] = TUXPAINT_SHARE
+        train[str(stamps / "train.jsonl")] = generation[str(stamps / "train.jsonl")] = TUXPAINT_SHARE
         held_out = output / "held_out_stamps.jsonl"
         shown = {stamp for names in STAMPS.values() for stamp in names}
         rows = [json.loads(line) for line in (stamps / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -73,16 +83,13 @@ def scenes_material(output: Path, quick: bool) -> Material:
         credit = "Tux Paint stamps, GPL-2, by Bill Kendrick and contributors"
     return Material(
         train,
-        {**train, str(questions): 1.0},
+        generation,
         str(scenes / "validation.jsonl"),
+        str(scenes / "validation_descriptions.jsonl"),
         held_out,
         scenes,
         credit,
     )
-
-
-TUXPAINT_SHARE = 0.2
-"""Weight of Tux Paint's stamps beside that of the scenes, 1."""
 
 
 def own_material(source: str, output: Path) -> Material:
@@ -116,7 +123,7 @@ def own_material(source: str, output: Path) -> Material:
     _write_rows(held_out, ranked[:count])
     _write_rows(train, ranked[count:])
     sources: dict[str, float | None] = {str(train): None}
-    return Material(sources, sources, str(held_out), held_out, None, f"your images, {source}")
+    return Material(sources, sources, str(held_out), str(held_out), held_out, None, f"your images, {source}")
 
 
 def _write_rows(path: Path, rows: list[dict[str, object]]) -> None:

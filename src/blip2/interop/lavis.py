@@ -206,8 +206,10 @@ def _read_encoder(path: Path, state: dict[str, Tensor]) -> Checkpoint:
         format="lavis",
         about="an image encoder alone",
         recipe=Recipe(
-            stage="representation", output="", vision=VisionConfig(name=str(path), position_encoding="none"),
-            data=DataConfig(train="")
+            stage="representation",
+            output="",
+            vision=VisionConfig(name=str(path), position_encoding="none"),
+            data=DataConfig(train=""),
         ),
         weights=weights,
         vision_config=vision,

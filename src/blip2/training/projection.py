@@ -74,4 +74,3 @@ def _aligned_tokens(labels: Int[Tensor, "B U"], num_queries: int) -> Int[Tensor,
         places = torch.arange(num_queries, device=row.device) * len(tokens) // num_queries
         rows.append(tokens[places])
     return torch.stack(rows)
-
