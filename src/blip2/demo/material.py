@@ -60,7 +60,7 @@ def scenes_material(output: Path, quick: bool) -> Material:
         quick: train on few scenes.
     """
     scenes = fetch("scenes")
-    split = "validation" if quick else "train"
+    split, held = ("validation", "test_images") if quick else ("train", "validation")
     captions, descriptions, questions = (
         scenes / f"{split}{part}.jsonl" for part in ("", "_descriptions", "_questions")
     )
@@ -84,8 +84,8 @@ def scenes_material(output: Path, quick: bool) -> Material:
     return Material(
         train,
         generation,
-        str(scenes / "validation.jsonl"),
-        str(scenes / "validation_descriptions.jsonl"),
+        str(scenes / f"{held}.jsonl"),
+        str(scenes / f"{held}_descriptions.jsonl"),
         held_out,
         scenes,
         credit,
