@@ -79,7 +79,7 @@ def recipes(folder: Path, variant: Variant, seed: int, steps: tuple[int, int], b
     out = {}
     for number, stage in enumerate(("stage1", "stage2")):
         recipe = variant.change(load_recipe(find_recipe(f"demo-{stage}")))
-        scenes = f"package:scenes/train{'_descriptions' if number else ''}.jsonl"
+        scenes = f"package:scenes-20/train{'_descriptions' if number else ''}.jsonl"
         out[stage] = replace(
             recipe,
             output=str(folder / stage),
@@ -116,7 +116,7 @@ def readd_queries() -> None:
 @torch.no_grad()
 def measure(folder: Path, limit: int) -> dict[str, Any]:
     """Return what is measured of a variant's two runs on held-out compositions."""
-    scenes = fetch("scenes")
+    scenes = fetch("scenes-20")
     rows = read_rows(scenes / "test_compositions.jsonl")[:limit]
     compare, writer = load(folder / "stage1"), load(folder / "stage2")
     assert isinstance(compare, RepresentationPipeline) and isinstance(writer, GenerationPipeline)

@@ -113,6 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     scenes.add_argument("--seed", type=int, default=0, help="the same seed gives the same data set (default: 0)")
     scenes.add_argument("--train", type=int, default=4000, help="number of training images (default: 4000)")
     scenes.add_argument("--shards", type=int, help="also write the training images as so many WebDataset shards")
+    scenes.add_argument("--kinds", nargs="+", metavar="NOUN", help="kinds of objects to show (default: all)")
     scenes.add_argument(
         "--cutouts", metavar="FOLDER", help="your own cut-outs: a folder of PNG files with transparency for each kind"
     )
@@ -292,9 +293,10 @@ def run_scenes(options: argparse.Namespace) -> None:
 
     cutouts = None if options.cutouts is None else Path(options.cutouts)
     output = Path(options.output)
-    for name, rows in make_scenes(
-        output, options.seed, train=options.train, shards=options.shards, cutouts=cutouts
-    ).items():
+    made = make_scenes(
+        output, options.seed, train=options.train, shards=options.shards, cutouts=cutouts, kinds=options.kinds
+    )
+    for name, rows in made.items():
         print(f"{output / name}: {rows} rows")
 
 

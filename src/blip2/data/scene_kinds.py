@@ -277,6 +277,13 @@ COLORS = {
 """Backgrounds: the name of each and its middle shade."""
 
 
+FEW_KINDS = (
+    "apple", "banana", "boat", "butterfly", "camera", "car", "cat", "cow", "dog", "elephant", "fish", "flower",
+    "guitar", "horse", "house", "penguin", "plane", "rabbit", "tree", "umbrella",
+)  # fmt: skip
+"""The kinds of ``package:scenes-20``, which a small model learns in minutes."""
+
+
 def plural(kind: str) -> str:
     """The noun for two or more of a kind."""
     if kind in IRREGULAR:

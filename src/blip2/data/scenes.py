@@ -194,6 +194,7 @@ def write_scenes(
     twins: int = 200,
     shards: int | None = None,
     about: str = "",
+    kinds: Sequence[str] | None = None,
 ) -> dict[str, int]:
     """Write the data set: the same files for the same cut-outs, seed and versions of Pillow and NumPy.
 
@@ -205,6 +206,7 @@ def write_scenes(
         train: number of images, and so on; of ``twins`` pairs of images.
         shards: number of WebDataset shards that hold the training images once more; None: no shards.
         about: a sentence on where the cut-outs come from, for the data card.
+        kinds: names of the kinds to show; None: all that there are.
 
     Returns:
         the number of rows of each file.
@@ -221,8 +223,8 @@ def write_scenes(
         raise InputError(f"shards is {shards}: expected 1 to {groups}, the number of groups of training images")
     if seed < 0:
         raise InputError(f"seed is {seed}: expected 0 or more")
-    kinds = read_cutouts(cutouts)
-    planner = Planner(kinds)
+    shown = read_cutouts(cutouts, kinds)
+    planner = Planner(shown)
     folder.mkdir(parents=True, exist_ok=True)
     done = Counter(all=sum(numbers.values()) + twins)
     rows: dict[str, int] = {}
@@ -243,7 +245,7 @@ def write_scenes(
             _write_shards(folder, written.records, shards)
     if (cutouts / LICENCE).is_file():
         shutil.copyfile(cutouts / LICENCE, folder / LICENCE)
-    (folder / CARD).write_text(_card(kinds, planner, seed, texts, about), encoding="utf-8")
+    (folder / CARD).write_text(_card(shown, planner, seed, texts, about), encoding="utf-8")
     return rows
 
 
@@ -258,11 +260,13 @@ def make_scenes(
     twins: int = 200,
     shards: int | None = None,
     cutouts: Path | None = None,
+    kinds: Sequence[str] | None = None,
 ) -> dict[str, int]:
     """Write the data set into a new folder; see :func:`write_scenes`.
 
     Args:
         cutouts: None: those that ``package:scenes`` is made of.
+        kinds: names of the kinds to show; None: all that there are.
 
     Raises:
         InputError: there is something in the folder already, or as with :func:`write_scenes`.
@@ -273,7 +277,7 @@ def make_scenes(
         raise InputError(f"{output} exists and is not an empty folder: choose another output, or remove it")
     source, about = fetch_cutouts() if cutouts is None else (cutouts, f"The cut-outs come from {cutouts}.")
     numbers = (train, validation, test_images, test_compositions, test_cutouts, twins)
-    return write_scenes(source, output, seed, *numbers, shards, about)
+    return write_scenes(source, output, seed, *numbers, shards, about, kinds)
 
 
 def _write_lines(path: Path, rows: Iterable[Row]) -> None:

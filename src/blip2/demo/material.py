@@ -19,9 +19,9 @@ log = logging.getLogger("blip2")
 
 HELD_OUT = 0.1
 """Share of a user's own images that are held out."""
-TUXPAINT_SHARE = 0.15
+TUXPAINT_SHARE = 0.1
 """Weight of Tux Paint's stamps beside that of the scenes' captions, 1."""
-QUESTIONS_SHARE = 0.7
+QUESTIONS_SHARE = 0.5
 """Weight of the scenes' questions beside that of their captions, 1, in stage 2."""
 FEWEST_IMAGES = 20
 """A user's own images must be at least this many."""
@@ -59,7 +59,7 @@ def scenes_material(output: Path, quick: bool) -> Material:
     Args:
         quick: train on few scenes.
     """
-    scenes = fetch("scenes")
+    scenes = fetch("scenes-20")
     split, held = ("validation", "test_images") if quick else ("train", "validation")
     captions, descriptions, questions = (
         scenes / f"{split}{part}.jsonl" for part in ("", "_descriptions", "_questions")

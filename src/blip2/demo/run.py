@@ -52,8 +52,10 @@ GREEDY = Decoding(beams=1, max_new_tokens=24)
 SHORT = Decoding(beams=1, max_new_tokens=4)
 CANDIDATES = 16
 """Images or texts that are ranked again by the matching head, in each direction."""
-QUESTIONS = 600
-"""Questions that are asked, the first of the file."""
+MEASURED = {"compositions": (160, 300), "cutouts": (80, 150)}
+"""Images of each held-out split that are captioned, and questions that are asked, the first of the files."""
+AT_ONCE = 48
+"""Texts that are written together."""
 STAGES = {"stage 1": "stage1", "stage 2": "stage2", ALONE: "stage2-without-stage1"}
 """Runs of the demo, with their folders."""
 
@@ -172,6 +174,7 @@ class Tester:
         for name in ("stage 2", ALONE):
             pipeline = load(recipes[name].output, dtype=dtype)
             assert isinstance(pipeline, GenerationPipeline)
+            pipeline.batch_size = AT_ONCE
             self.writers[name] = pipeline
 
     def encode(self, images: Sequence[Image.Image]) -> Float[Tensor, "I P E"]:
@@ -203,7 +206,7 @@ class Tester:
         findings: dict[str, Findings] = {}
         train_questions = read_rows(folder / "train_questions.jsonl")
         for split in ("compositions", "cutouts"):
-            rows = read_rows(folder / f"test_{split}.jsonl")[: 16 if self.quick else None]
+            rows = read_rows(folder / f"test_{split}.jsonl")[: 16 if self.quick else MEASURED[split][0]]
             features = self.encode([read_image(folder / row["image"]) for row in rows])
             truths = read_truths(rows)
             number: dict[str, Any] = {"count": len(rows)}
@@ -221,7 +224,7 @@ class Tester:
             number["captions"] = {name: score_facts(written, truths) for name, written in captions.items()}
             place = {row["image"]: i for i, row in enumerate(rows)}
             asked = [row for row in read_rows(folder / f"test_{split}_questions.jsonl") if row["image"] in place]
-            asked = asked[:QUESTIONS]
+            asked = asked[: MEASURED[split][1]]
             owners = [place[row["image"]] for row in asked]
             number["answers"], answers = {}, {}
             for name, (writer, seen) in models.items():
