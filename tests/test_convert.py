@@ -127,6 +127,10 @@ def test_places_that_cannot_be_written(parts, tmp_path, target):
             {"to": "blip2", "changes": {"vision.nme": "x"}},
             "vision.nme 'x': Group 'vision' does not accept option",
         ),
+        (
+            {"to": "transformers", "changes": {"vision.position_encoding": "sine2d"}},
+            "was trained with vision.position_encoding sine2d, which the BLIP-2 of transformers does not add",
+        ),
     ],
 )
 def test_options_that_do_not_go(whole, runs, tmp_path, options, match):

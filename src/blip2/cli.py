@@ -96,9 +96,10 @@ def build_parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run, takes_changes=False)
         return added
 
-    demo = command("demo", run_demo, "train both stages on real pictures and show what was learned", "blip2 demo")
+    demo = command("demo", run_demo, "train both stages on composed scenes and show what was learned", "blip2 demo")
     demo.add_argument("--quick", action="store_true", help="the same in two to three minutes, to see that all works")
     demo.add_argument("--output", default="runs/demo", help="folder of the results (default: runs/demo)")
+    demo.add_argument("--scale", type=float, default=1.0, help="train so many times as long (default: 1)")
     demo.add_argument(
         "--data", metavar="SOURCE", help="your own images with captions in place of the scenes: a folder or a table"
     )
@@ -285,7 +286,9 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
 def run_demo(options: argparse.Namespace) -> None:
     from blip2.demo.run import demo
 
-    demo(Path(options.output), quick=options.quick, data=options.data)
+    if not 0 < options.scale <= 1000:
+        raise InputError(f"--scale is {options.scale:g}, expected a number above 0 and at most 1000")
+    demo(Path(options.output), quick=options.quick, data=options.data, scale=options.scale)
 
 
 def run_scenes(options: argparse.Namespace) -> None:

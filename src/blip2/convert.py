@@ -89,6 +89,11 @@ def convert(
             f"{checkpoint.name} has a Q-Former that reads questions, for which the BLIP-2 of {to} has no place: convert"
             " it to blip2"
         )
+    if to != "blip2" and checkpoint.recipe.vision.position_encoding == "sine2d":
+        raise InputError(
+            f"{checkpoint.name} was trained with vision.position_encoding sine2d, which the BLIP-2 of {to} does not add"
+            " to the image features: convert it to blip2"
+        )
     if to != "blip2" and checkpoint.recipe.language is not None and checkpoint.recipe.language.lora is not None:
         raise InputError(f"{checkpoint.name} has adapters in its LLM, for which {to} has no place: convert it to blip2")
     if to == "blip2":

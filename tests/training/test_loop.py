@@ -18,9 +18,10 @@ from blip2.data.features import CachedFeatures
 from blip2.data.images import read_image, to_pixels
 from blip2.data.records import open_records
 from blip2.errors import InputError
+from blip2.inference import load
 from blip2.model.vision import ImageEncoder
 from blip2.recipe import dump_recipe
-from blip2.training import checkpoint
+from blip2.training import checkpoint, loop
 from blip2.training.loop import Interruption, train
 from blip2.training.progress import read_metrics
 from conftest import draw
@@ -596,3 +597,47 @@ def test_two_processes_share_the_encoding(parts, tmp_path):
     kept = {path: path.stat().st_size for path in (tmp_path / "features").rglob("*")}
     start_two(command(recipe, tmp_path / "run"), tmp_path)
     assert {path: path.stat().st_size for path in (tmp_path / "features").rglob("*")} == kept
+
+
+# -- queries and positions -----------------------------------------------------------------------------------------
+
+
+PICTURE = draw("disc", "red", 0)
+
+
+def test_collapsed_queries_are_said_once(parts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loop, "COLLAPSE_STEPS", 2)
+    monkeypatch.setattr(loop, "COLLAPSED", -1.0)
+    train(parts.recipe(tmp_path / "run", training={"steps": 4}))
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("the queries have collapsed: at step 2 the mean cosine between those of an image is") == 1
+    assert "set objectives.query_diversity to 1" in said
+
+
+def test_queries_that_differ_are_not_complained_of(parts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loop, "COLLAPSE_STEPS", 2)
+    train(parts.recipe(tmp_path / "run", training={"steps": 3}, objectives={"query_diversity": 1.0}))
+    assert "collapsed" not in capsys.readouterr().err
+    rows = read_metrics(tmp_path / "run")
+    assert all(0 <= row["query_diversity"] <= 1 and -1 <= row["query_similarity"] <= 1 for row in rows)
+    for row in rows:
+        total = row["itc"] + row["itm"] + row["itg"] + row["query_diversity"]
+        assert row["loss"] == pytest.approx(total, rel=1e-6)
+
+
+@pytest.mark.parametrize("wanted", ["auto", "sine2d"])
+def test_a_checkpoint_says_what_positions_it_was_trained_with(parts, tmp_path, wanted):
+    short = {"steps": 1, "device": "cpu", "precision": "fp32"}
+    recipe = parts.recipe(tmp_path / "run", training=short)
+    train(replace(recipe, vision=replace(recipe.vision, position_encoding=wanted)))
+    loaded = load(tmp_path / "run", device="cpu")
+    found = "none" if wanted == "auto" else wanted  # a ViT has its own
+    assert loaded.recipe.vision.position_encoding == loaded.model.vision.position_encoding == found
+    other = load(tmp_path / "run", device="cpu", changes={"vision.position_encoding": "none"})
+    same = torch.equal(loaded.embed_images(PICTURE), other.embed_images(PICTURE))
+    assert same is (found == "none")
+
+
+def test_a_group_column_that_no_source_has_is_refused(parts, tmp_path):
+    with pytest.raises(InputError, match=r"data\.group_column is twins, which no source of data\.train has"):
+        train(parts.recipe(tmp_path / "run", data={"group_column": "twins"}))

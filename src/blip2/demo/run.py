@@ -74,7 +74,7 @@ class StageTimer:
         self.seconds[part] = time.monotonic() - started
 
 
-def demo(output: Path, quick: bool = False, data: str | None = None) -> dict[str, Any]:
+def demo(output: Path, quick: bool = False, data: str | None = None, scale: float = 1.0) -> dict[str, Any]:
     """Train, measure and show; ``metrics.json`` and ``report.html`` are written to `output`.
 
     A demo that was killed continues where it was.
@@ -82,6 +82,7 @@ def demo(output: Path, quick: bool = False, data: str | None = None) -> dict[str
     Args:
         quick: a few steps of each, to see that everything works.
         data: a folder or table of images with captions to use in place of the scenes.
+        scale: train so many times as long.
 
     Returns:
         What is in ``metrics.json``.
@@ -94,7 +95,7 @@ def demo(output: Path, quick: bool = False, data: str | None = None) -> dict[str
         fetch(name)
     material = scenes_material(output, quick) if data is None else own_material(data, output)
     timer = StageTimer()
-    recipes = demo_recipes(output, material, quick)
+    recipes = demo_recipes(output, material, quick, scale)
     for name, recipe in recipes.items():
         with timer.measure(f"training {name}"):
             train(recipe, resume=True)
@@ -115,7 +116,7 @@ def demo(output: Path, quick: bool = False, data: str | None = None) -> dict[str
     return metrics
 
 
-def demo_recipes(output: Path, material: Material, quick: bool) -> dict[str, Recipe]:
+def demo_recipes(output: Path, material: Material, quick: bool, scale: float = 1.0) -> dict[str, Recipe]:
     """Return the recipe of each of :data:`STAGES`."""
     precision = faster_precision()
     recipes = {}
@@ -130,7 +131,7 @@ def demo_recipes(output: Path, material: Material, quick: bool) -> dict[str, Rec
         )
         if material.scenes is None:  # nothing is known of what crops and mirrors would spoil
             data = replace(data, cached_views=4)
-        steps = 6 if quick else recipe.training.steps
+        steps = 6 if quick else max(1, round(scale * recipe.training.steps))
         recipes[name] = replace(
             recipe,
             output=str(output / folder),

@@ -1,0 +1,72 @@
+"""The demo's own parts; that it runs as a whole is seen by `blip2 demo --quick`."""
+
+import json
+
+import pytest
+
+from blip2.config import DataConfig
+from blip2.data.records import open_records
+from blip2.demo.material import FEWEST_IMAGES, own_material
+from blip2.demo.report import tables
+from blip2.demo.run import STAGES, demo_recipes
+from blip2.errors import InputError
+from conftest import draw
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "own").mkdir()
+    for i in range(30):
+        draw("disc", "red", i % 8).save(tmp_path / "own" / f"{i}.png")
+        (tmp_path / "own" / f"{i}.txt").write_text(f"disc number {i}\n")
+    return tmp_path / "own"
+
+
+def test_a_tenth_of_a_user_s_images_is_held_out(folder, tmp_path):
+    material = own_material(str(folder), tmp_path / "demo")
+    (train,) = material.train
+    sides = [open_records(path, DataConfig(train=path)) for path in (train, str(material.held_out))]
+    names = [{record.image for record in side} for side in sides]
+    assert [len(side) for side in names] == [27, 3] and not names[0] & names[1]
+    assert all(record.captions[0].startswith("disc number") for side in sides for record in side)
+    assert material.held_out.read_text() == own_material(str(folder), tmp_path / "again").held_out.read_text()
+    assert material.scenes is None and material.group_column is None
+
+
+def test_images_that_cannot_be_used_are_refused(folder, tmp_path):
+    for path in sorted(folder.glob("*.txt"))[FEWEST_IMAGES - 1 :]:
+        path.unlink()
+    with pytest.raises(InputError, match=rf"has {FEWEST_IMAGES - 1} images with a caption, expected at least"):
+        own_material(str(folder), tmp_path / "demo")
+    with pytest.raises(InputError, match=r"is neither a folder nor a file"):
+        own_material(str(tmp_path / "nothing"), tmp_path / "demo")
+
+
+def test_both_stages_have_the_material_and_stage_2_starts_from_stage_1(folder, tmp_path):
+    material = own_material(str(folder), tmp_path / "demo")
+    recipes = demo_recipes(tmp_path / "demo", material, quick=True)
+    assert list(recipes) == list(STAGES)
+    first, second, alone = recipes.values()
+    assert second.start_from == first.output and alone.start_from is None
+    assert all(recipe.data.sources == material.train for recipe in recipes.values())
+    assert second.training == alone.training and second.optimizer == alone.optimizer
+    assert len({recipe.output for recipe in recipes.values()}) == 3
+    longer = demo_recipes(tmp_path / "demo", material, quick=False, scale=2.0)
+    once = demo_recipes(tmp_path / "demo", material, quick=False)
+    assert [r.training.steps for r in longer.values()] == [2 * r.training.steps for r in once.values()]
+
+
+def test_tables_hold_what_was_measured():
+    recalls = {side: {f"r{k}": 0.1 * k for k in (1, 5, 10)} for side in ("image_to_text", "text_to_image")}
+    chance = {"r1": 0.01, "r5": 0.05, "r10": 0.1}
+    scores = {"token_f1": 0.5, "content_f1": 0.25, "exact": 0.0}
+    images = {
+        "source": "mine",
+        "count": 3,
+        "retrieval": {"itc": recalls, "itm": recalls, "chance": chance},
+        "captions": {"stage 2": scores},
+    }
+    (retrieval, rows), (captions, lines) = tables(json.loads(json.dumps({"images": images})))
+    assert retrieval == ("retrieval, 3 images of mine", "R@1", "R@5", "R@10")
+    assert rows[0] == ["text to image, ITC", "10.0", "50.0", "100.0"] and rows[-1] == ["chance", "1.0", "5.0", "10.0"]
+    assert captions[0] == "captions of mine" and lines == [["stage 2", "50.0", "25.0", "0.0"]]
