@@ -1,7 +1,7 @@
 """Queries that differ: what keeps them apart, and what that gives (docs/queries.md).
 
     python benchmarks/queries.py --output runs/queries                  # every variant, three seeds
-    python benchmarks/queries.py --variants none term --seeds 0         # two variants, one seed
+    python benchmarks/queries.py --variants none recipe --seeds 0       # two variants, one seed
     python benchmarks/queries.py --table                                # what is there, as a table and a figure
 
 Each variant trains stage 1 and stage 2 of the demo's recipes on scenes, from the same seeds, and is measured on
@@ -65,16 +65,17 @@ def _without_positions(recipe: Recipe) -> Recipe:
 
 VARIANTS = {
     "none": Variant("no term, as in the paper", _diversity(0)),
-    "term": Variant("diversity term, weight 1", _diversity(1)),
+    "recipe": Variant("diversity term with the recipes' weights", lambda recipe: recipe),
+    "term-1": Variant("diversity term, weight 1", _diversity(1)),
     "term-0.1": Variant("diversity term, weight 0.1", _diversity(0.1)),
     "one-rate": Variant("no term, one rate of 2e-4 for all parts", _one_rate),
     "readd": Variant("no term, queries added again before each cross-attention", _diversity(0), readd=True),
-    "no-positions": Variant("diversity term, no positions", lambda r: _without_positions(_diversity(1)(r))),
+    "no-positions": Variant("the recipes without positions", _without_positions),
 }
 
 
-def recipes(folder: Path, variant: Variant, seed: int, steps: tuple[int, int], batch: int) -> dict[str, Recipe]:
-    """Return the two stages of a variant."""
+def recipes(folder: Path, variant: Variant, seed: int, steps: tuple[int, int] | None) -> dict[str, Recipe]:
+    """Return the two stages of a variant; `steps` in place of the recipes' own."""
     precision = faster_precision()
     out = {}
     for number, stage in enumerate(("stage1", "stage2")):
@@ -84,11 +85,16 @@ def recipes(folder: Path, variant: Variant, seed: int, steps: tuple[int, int], b
             recipe,
             output=str(folder / stage),
             start_from=str(folder / "stage1") if number else None,
-            data=replace(recipe.data, train=scenes, batch_size=batch, features=str(folder.parents[1] / "features")),
+            data=replace(recipe.data, train=scenes, features=str(folder.parents[1] / "features")),
             vision=replace(recipe.vision, dtype=precision),
             language=recipe.language and replace(recipe.language, dtype=precision),
             training=replace(
-                recipe.training, seed=seed, steps=steps[number], precision=precision, validate_every=25, save_every=25
+                recipe.training,
+                seed=seed,
+                steps=steps[number] if steps else recipe.training.steps,
+                precision=precision,
+                validate_every=25,
+                save_every=25,
             ),
         )
     return out
@@ -223,8 +229,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/queries"))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", nargs=2, type=int, default=(150, 150), metavar=("STAGE1", "STAGE2"))
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--steps", nargs=2, type=int, metavar=("STAGE1", "STAGE2"), help="default: the recipes'")
     parser.add_argument("--limit", type=int, default=240, help="held-out images that are measured")
     parser.add_argument("--table", action="store_true", help="train nothing")
     options = parser.parse_args()
@@ -240,7 +245,7 @@ def main() -> None:
                     print(f"{name} changes the Q-Former of the whole process: run it alone with --variants {name}")
                     continue
                 readd_queries()
-            for recipe in recipes(done.parent, variant, seed, options.steps, options.batch).values():
+            for recipe in recipes(done.parent, variant, seed, options.steps).values():
                 train(recipe, resume=True)
             done.write_text(json.dumps(measure(done.parent, options.limit), indent=1), encoding="utf-8")
     results: dict[str, dict[str, Any]] = {}

@@ -611,7 +611,7 @@ def test_collapsed_queries_are_said_once(parts, tmp_path, capsys, monkeypatch):
     train(parts.recipe(tmp_path / "run", training={"steps": 4}))
     said = " ".join(capsys.readouterr().err.split())
     assert said.count("the queries have collapsed: at step 2 the mean cosine between those of an image is") == 1
-    assert "set objectives.query_diversity to 1" in said
+    assert "raise objectives.query_diversity, which is 0, and start again" in said
 
 
 def test_queries_that_differ_are_not_complained_of(parts, tmp_path, capsys, monkeypatch):

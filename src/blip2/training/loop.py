@@ -359,8 +359,9 @@ class _Training:
         self.collapse_said = True
         self.display.say(
             f"the queries have collapsed: at step {self.step} the mean cosine between those of an image is"
-            f" {similarity:.3f}, so that {self.recipe.qformer.queries} queries say no more than one; set"
-            " objectives.query_diversity to 1 and start again (docs/troubleshooting.md)"
+            f" {similarity:.3f}, so that {self.recipe.qformer.queries} queries say no more than one; raise"
+            f" objectives.query_diversity, which is {self.recipe.objectives.query_diversity:g}, and start again"
+            " (docs/troubleshooting.md)"
         )
 
     @property
