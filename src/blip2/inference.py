@@ -376,14 +376,14 @@ class GenerationPipeline(Pipeline[GenerationModel]):
         owners = torch.arange(len(texts)) if image_of is None else torch.tensor(image_of)
         visual = self._visual_prompts(features, None, owners)
         out = []
-        for rows in torch.arange(len(texts)).split(self.batch_size):
-            some = [texts[i] for i in rows.tolist()], [prompts[i] for i in rows.tolist()]
-            batch = self._continuations(*some)
-            states, labels = self.model.language.states(visual[owners[rows].to(self.device)], *batch)
+        for start in range(0, len(texts), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            batch = self._continuations(texts[part], prompts[part])
+            states, labels = self.model.language.states(visual[owners[part].to(self.device)], *batch)
             log_probs = self.model.language.head(states).float().log_softmax(dim=-1)
             token = log_probs.gather(1, labels[:, None]).squeeze(1)
             counts = (batch[2] != objectives.IGNORED).sum(dim=1).tolist()
-            out += [part.sum() for part in token.split(counts)]
+            out += [each.sum() for each in token.split(counts)]
         return torch.stack(out)
 
     def _continuations(

@@ -53,6 +53,7 @@ def is_behind(name):
 @pytest.mark.parametrize("stage", STAGES)
 def test_gradients_of_the_image_encoder_are_the_slope_of_the_loss(parts, tmp_path, stage):
     """Through the cross-attention, the norm of the features and, in stage 2, the frozen LLM."""
+    torch.manual_seed(0)  # of the projection: a slope is a slope only where the loss is nearly straight
     objectives = ObjectivesConfig(itm=0.0)  # its negatives are drawn, so that it has no slope
     recipe = tune(parts, tmp_path, stage, qformer={"dropout": 0.0}, objectives=objectives)
     built = build(recipe, CPU)

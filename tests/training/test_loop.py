@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from blip2.build import read_image_encoder
+from blip2.config import ObjectivesConfig
 from blip2.data.features import CachedFeatures
 from blip2.data.images import read_image, to_pixels
 from blip2.data.records import open_records
@@ -524,7 +525,7 @@ def test_training_reads_what_the_encoder_says(parts, tmp_path):
         train(cached)
     seen = [images for images in given if images.ndim == 3]
     assert len(seen) == 4 + 6  # steps, and batches of validation
-    assert sum(len(images) for images in given if images.ndim == 4) == 24 + 1  # and the probe of its shape
+    assert sum(len(images) for images in given if images.ndim == 4) == 24 + 1 + 2  # and probes of shape and positions
 
     records = open_records(parts.pictures, recipe.data)
     every = torch.stack([to_pixels(read_image(record.image), encoder.preprocessing) for record in records])
@@ -616,7 +617,7 @@ def test_collapsed_queries_are_said_once(parts, tmp_path, capsys, monkeypatch):
 
 def test_queries_that_differ_are_not_complained_of(parts, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(loop, "COLLAPSE_STEPS", 2)
-    train(parts.recipe(tmp_path / "run", training={"steps": 3}, objectives={"query_diversity": 1.0}))
+    train(parts.recipe(tmp_path / "run", training={"steps": 3}, objectives=ObjectivesConfig(query_diversity=1.0)))
     assert "collapsed" not in capsys.readouterr().err
     rows = read_metrics(tmp_path / "run")
     assert all(0 <= row["query_diversity"] <= 1 and -1 <= row["query_similarity"] <= 1 for row in rows)

@@ -167,8 +167,9 @@ class Tester:
 
     def __init__(self, recipes: dict[str, Recipe], material: Material, timer: StageTimer, quick: bool) -> None:
         self.timer, self.material, self.quick = timer, material, quick
-        self.representation = load(recipes["stage 1"].output)
-        assert isinstance(self.representation, RepresentationPipeline)
+        compare = load(recipes["stage 1"].output)
+        assert isinstance(compare, RepresentationPipeline)
+        self.representation = compare
         # To write one token at a time, fp32 is the faster on CPUs, whatever it was trained in.
         dtype = None if torch.cuda.is_available() else "fp32"
         self.writers: dict[str, GenerationPipeline] = {}

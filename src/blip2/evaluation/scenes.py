@@ -128,11 +128,12 @@ def matching_accuracy(
     """
     model = pipeline.model.eval()
     right, count = 0.0, 0
-    for number, rows in enumerate(torch.arange(len(texts)).split(batch_size)):
-        ids, mask = pipeline.encode_texts([texts[i] for i in rows.tolist()])
-        batch = RepresentationBatch(features[rows.to(features.device)], ids, mask, rows.to(ids.device))
-        right += float(model(batch, seed=seed + number).metrics["itm_accuracy"]) * len(rows)
-        count += len(rows)
+    for start in range(0, len(texts), batch_size):
+        part = slice(start, start + batch_size)
+        ids, mask = pipeline.encode_texts(texts[part])
+        batch = RepresentationBatch(features[part], ids, mask, torch.arange(len(ids), device=ids.device))
+        right += float(model(batch, seed=seed + start).metrics["itm_accuracy"]) * len(ids)
+        count += len(ids)
     return right / count
 
 

@@ -37,6 +37,7 @@ def step_traffic(recipe: Recipe, trained: int, tokens: int, width: int, length: 
     numbers = 3  # of stage 2: its loss, perplexity and accuracy
     if recipe.stage == "representation":
         numbers = 3 * bool(objectives.itc) + 2 * bool(objectives.itm) + 2 * bool(objectives.itg)
+    numbers += bool(objectives.query_diversity) + 2 * (recipe.qformer.queries > 1)  # and how much queries differ
     travels = [
         Travel("gradients", "all-reduce", 4 * trained),
         # Beside them their sum, the number of labels, what was skipped and cut, shards, and samples of each source.
