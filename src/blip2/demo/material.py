@@ -54,7 +54,7 @@ class Material:
 def scenes_material(output: Path, quick: bool) -> Material:
     """Scenes, with a share of Tux Paint's stamps for the second table.
 
-    The stamps that scenes are composed of are left out of the held-out stamps.
+    The stamps that scenes are composed of are left out: they would show the held-out stamps and cut-outs in training.
 
     Args:
         quick: train on few scenes.
@@ -74,19 +74,20 @@ def scenes_material(output: Path, quick: bool) -> Material:
     held_out = scenes / "test_images.jsonl"
     credit = "OpenMoji, CC BY-SA 4.0"
     if stamps is not None:
-        train[str(stamps / "train.jsonl")] = generation[str(stamps / "train.jsonl")] = TUXPAINT_SHARE
-        held_out = output / "held_out_stamps.jsonl"
         shown = {stamp for names in STAMPS.values() for stamp in names}
-        rows = [json.loads(line) for line in (stamps / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
-        rows = [row | {"image": str(stamps / row["image"])} for row in rows if row["key"] not in shown]
-        _write_rows(held_out, rows)
+        for part in ("train", "held_out"):
+            lines = (stamps / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()
+            rows = [row for row in map(json.loads, lines) if row["key"] not in shown]
+            _write_rows(output / f"{part}_stamps.jsonl", [row | {"image": str(stamps / row["image"])} for row in rows])
+        train_stamps, held_out = (str(output / f"{part}_stamps.jsonl") for part in ("train", "held_out"))
+        train[train_stamps] = generation[train_stamps] = TUXPAINT_SHARE
         credit = "Tux Paint stamps, GPL-2, by Bill Kendrick and contributors"
     return Material(
         train,
         generation,
         str(scenes / f"{held}.jsonl"),
         str(scenes / f"{held}_descriptions.jsonl"),
-        held_out,
+        Path(held_out),
         scenes,
         credit,
     )
