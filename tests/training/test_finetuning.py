@@ -53,7 +53,6 @@ def is_behind(name):
 @pytest.mark.parametrize("stage", STAGES)
 def test_gradients_of_the_image_encoder_are_the_slope_of_the_loss(parts, tmp_path, stage):
     """Through the cross-attention, the norm of the features and, in stage 2, the frozen LLM."""
-    torch.manual_seed(0)  # of the projection: a slope is a slope only where the loss is nearly straight
     objectives = ObjectivesConfig(itm=0.0)  # its negatives are drawn, so that it has no slope
     recipe = tune(parts, tmp_path, stage, qformer={"dropout": 0.0}, objectives=objectives)
     built = build(recipe, CPU)
@@ -72,7 +71,7 @@ def test_gradients_of_the_image_encoder_are_the_slope_of_the_loss(parts, tmp_pat
 
     slope = sum(float(p.grad.square().sum()) for p in own.values())
     assert slope > 0
-    step = 2e-3 / slope**0.5
+    step = 1e-3 / slope**0.5  # short enough for the loss to be nearly straight, long enough for float32
     around = []
     with torch.no_grad():
         for sign in (1, -2):  # step along the gradient, and then as far to the other side
