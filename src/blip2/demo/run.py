@@ -245,7 +245,7 @@ class Tester:
                     number["itm_accuracy"] = matching_accuracy(self.representation, features, texts)
                     number["queries"] = self._queries(features)
                     number["twins"], found.twins, found.twin_rows = self._twins(folder)
-                found.questions = self._sure(features, asked, owners, answers["stage 2"], len(rows))
+                found.questions = self._sure(features, asked, owners, answers["stage 2"])
             numbers[split], findings[split] = number, found
         return numbers, findings["compositions"]
 
@@ -269,7 +269,6 @@ class Tester:
         asked: list[dict[str, Any]],
         owners: list[int],
         answers: list[str],
-        count: int,
     ) -> dict[int, list[tuple[str, str, str, float]]]:
         """Four questions of each of some images, with answers and their probabilities."""
         writer = self.writers["stage 2"]
