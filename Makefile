@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench gpu gpu-rehearsal clean
 
 demo: .venv/ready  ## train both stages on composed scenes in about a quarter of an hour and write runs/demo/report.html
 	$(BIN)/blip2 demo
@@ -19,8 +19,14 @@ bench: .venv/ready  ## this project beside its peers: the numbers and the plot o
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/sweep.py
 
+gpu:  ## on a machine with an NVIDIA GPU: that results are right there, and how fast they come; without a network, in minutes
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py
+
+gpu-rehearsal: .venv/ready  ## the same at tiny sizes on the CPU
+	$(BIN)/python benchmarks/gpu.py --rehearse --again
+
 clean:
-	rm -rf .venv .venv-lavis .venv-webdataset runs
+	rm -rf .venv .lavis .gpu .venv-webdataset runs
 
 # The constraints keep torch at a build without CUDA where the index has one: see CONTRIBUTING.md for GPUs.
 .venv/ready: pyproject.toml constraints.txt

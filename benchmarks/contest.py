@@ -9,13 +9,14 @@ This file is imported by contenders of other environments too: it needs torch an
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,13 +60,20 @@ class Contender:
         self._read()
 
     def run(self) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write("run\n")
-        self._process.stdin.flush()
-        return self._read()
+        return self._order("run")
 
     def close(self) -> None:
         self._process.communicate()
+
+    def ask(self, work: str, **order: Any) -> dict[str, Any]:
+        """Have a contender that :func:`obey` serves do something."""
+        return self._order(json.dumps({"work": work, **order}))
+
+    def _order(self, line: str) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{line}\n")
+        self._process.stdin.flush()
+        return self._read()
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -95,6 +103,69 @@ def serve(work: Callable[[], Sequence[float]], device: str = "cpu", warm_up: int
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
         print(json.dumps({"seconds": seconds, "values": values, "peak": peak_bytes(device)}), flush=True)
+
+
+def obey(orders: Mapping[str, Callable[..., dict[str, Any]]], device: str) -> None:
+    """In a contender that can do several things: do what each line read asks for, and give back the memory of the GPU.
+
+    Args:
+        orders: by the word ``work`` of a line, which is JSON; the rest of it are arguments.
+    """
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        order = json.loads(line)
+        reply = orders[order.pop("work")](**order)
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+        print(json.dumps(reply), flush=True)
+
+
+def measure(work: Callable[[], Sequence[float]], device: str, repeats: int, warm_up: int = 2) -> dict[str, Any]:
+    """Seconds that work takes once, what came out, and the most bytes that were held."""
+    for _ in range(warm_up):
+        values = list(work())
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    for _ in range(repeats):
+        values = list(work())
+    if device == "cuda":
+        torch.cuda.synchronize()
+    seconds = (time.perf_counter() - started) / repeats
+    return {"seconds": seconds, "values": values, "peak": peak_bytes(device)}  # pyright: ignore
+
+
+def profile_of(work: Callable[[], Any], device: str, kernels: int = 10) -> dict[str, Any]:
+    """Where the time of work goes: the kernels that take longest, and the share of it in which the GPU waits."""
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = device == "cuda"
+    for _ in range(2):
+        work()
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiled:
+        started = time.perf_counter()
+        work()
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+    spent: dict[str, list[float]] = {}
+    for event in profiled.events():
+        is_kernel = str(event.device_type).endswith("CUDA")
+        if is_kernel == on_gpu:
+            took = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            total = spent.setdefault(event.name, [0.0, 0])
+            total[0] += took / 1e6
+            total[1] += 1
+    busy = sum(total for total, _ in spent.values())
+    longest = sorted(spent.items(), key=lambda item: -item[1][0])[:kernels]
+    return {
+        "seconds": seconds,
+        "waiting": max(0.0, 1 - busy / seconds),
+        "kernels": [{"name": name, "seconds": total, "calls": calls} for name, (total, calls) in longest],
+        "launches": sum(calls for _, calls in spent.values()),
+    }
 
 
 def peak_bytes(device: str = "cpu") -> int:

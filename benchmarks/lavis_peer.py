@@ -1,9 +1,9 @@
 """LAVIS's own Q-Former and stage 1, as they are in the package salesforce-lavis 1.0.2.
 
-Runs in an environment of its own (transformers 4.33.2), which `peers.py` makes. Only `Qformer.py`, `blip2_qformer.py`
-`blip_outputs.py` of the package are imported; what they import of the rest of it, which does not install any more, is
-put in their place here: the registry, the base class, the gathering over processes of which there is one, and an image
-encoder that hands on the features it is given.
+Runs with transformers 4.33.2, which `peers.py` unpacks. Only `Qformer.py`, `blip2_qformer.py` and `blip_outputs.py` of
+the package are imported; what they import of the rest of it, which does not install any more, is put in their place
+here: the registry, the base class, the gathering over processes of which there is one, and an image encoder that hands
+on the features it is given.
 
     python lavis_peer.py {step,rerank} FOLDER
 """
@@ -24,6 +24,8 @@ from torch import nn
 def import_lavis(package: Path) -> tuple[Any, Any]:
     """The modules Qformer and blip2_qformer."""
     sys.path.insert(0, str(package))
+    # Old transformers refuse the tokenizers of today, and need none here: what is None counts as not installed.
+    sys.modules["tokenizers"] = None  # pyright: ignore[reportArgumentType]
 
     def module(name: str, **members: Any) -> None:
         made = ModuleType(name)
@@ -98,49 +100,55 @@ def pad(ids: torch.Tensor, mask: torch.Tensor, length: int) -> Texts:
     return Texts(input_ids=nn.functional.pad(ids, longer), attention_mask=nn.functional.pad(mask.long(), longer))
 
 
+def stepper(model: Any, about: dict[str, Any], features: torch.Tensor, texts: Texts, bf16: bool) -> Any:
+    """A training step, at a rate of zero; gives back its losses."""
+    # Both sides take the hardest negatives, so that they compare the same pairs.
+    torch.multinomial = lambda weights, count: weights.argmax(dim=-1, keepdim=True)
+    tokenizer = SimpleNamespace(bos_token_id=about["qformer"]["vocabulary"] - 1, pad_token_id=0)
+    model.tokenizer = type("Tokenizer", (), {**vars(tokenizer), "__call__": lambda self, text, **options: texts})()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98))
+    model.train()
+    samples = {"image": features, "text_input": [""] * len(features)}
+
+    def step() -> list[float]:
+        optimizer.zero_grad()
+        with torch.autocast(features.device.type, torch.bfloat16, enabled=bf16):
+            out = model(samples)
+        out.loss.backward()
+        optimizer.step()
+        return [out.loss_itc.item(), out.loss_itm.item(), out.loss_lm.item()]
+
+    return step
+
+
+def reranker(model: Any, features: torch.Tensor, texts: Texts, candidates: torch.Tensor, bf16: bool = False) -> Any:
+    """The ITM scores of each picture with its candidates."""
+    model.eval()
+
+    @torch.no_grad()
+    def rerank() -> list[float]:
+        scores = []
+        with torch.autocast(features.device.type, torch.bfloat16, enabled=bf16):
+            normed = model.ln_vision(features)  # its evaluation keeps the encoder's features normalised
+            for image, wanted in zip(normed, candidates, strict=True):
+                repeated = image[None].repeat(len(wanted), 1, 1)
+                scores.append(model.compute_itm(repeated, texts.input_ids[wanted], texts.attention_mask[wanted]))
+        return torch.cat(scores).tolist()
+
+    return rerank
+
+
 def main() -> None:
     work, folder = sys.argv[1], Path(sys.argv[2])
     about = json.loads((folder / "about.json").read_text())
     data = torch.load(folder / "inputs.pt", weights_only=True)
     model, device = build(about, folder), about["device"]
-    texts = pad(data["ids"], data["mask"], about["padded"])
+    texts = Texts({k: t.to(device) for k, t in pad(data["ids"], data["mask"], about["padded"]).items()})
     features = data["features"].to(device)
-
     if work == "step":
-        # Both sides take the hardest negatives, so that they compare the same pairs.
-        torch.multinomial = lambda weights, count: weights.argmax(dim=-1, keepdim=True)
-        tokenizer = SimpleNamespace(bos_token_id=about["qformer"]["vocabulary"] - 1, pad_token_id=0)
-        model.tokenizer = type("Tokenizer", (), {**vars(tokenizer), "__call__": lambda self, text, **options: texts})()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98))
-        model.train()
-        samples = {"image": features, "text_input": [""] * len(features)}
-
-        def step() -> list[float]:
-            optimizer.zero_grad()
-            with torch.autocast(device, torch.bfloat16, enabled=about["peer_bf16"]):
-                out = model(samples)
-            out.loss.backward()
-            optimizer.step()
-            return [out.loss_itc.item(), out.loss_itm.item(), out.loss_lm.item()]
-
-        serve(step, device, warm_up=2)
-        return
-
-    model.eval()
-    with torch.no_grad():
-        features = model.ln_vision(features)  # its evaluation keeps the encoder's features normalised
-
-    @torch.no_grad()
-    def rerank() -> list[float]:
-        scores = []
-        for image, wanted in zip(features, data["candidates"], strict=True):
-            repeated = image[None].repeat(len(wanted), 1, 1)
-            scores.append(
-                model.compute_itm(repeated, texts.input_ids[wanted].to(device), texts.attention_mask[wanted].to(device))
-            )
-        return torch.cat(scores).tolist()
-
-    serve(rerank, device, warm_up=0)
+        serve(stepper(model, about, features, texts, about["peer_bf16"]), device, warm_up=2)
+    else:
+        serve(reranker(model, features, texts, data["candidates"].to(device)), device, warm_up=0)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def prepare(case: Case, folder: Path, texts: int | None = None) -> None:
         **asdict(case),
         "qformer": asdict(config_of(case)),
         "padded": 35 if texts else 32,  # what LAVIS pads to in evaluation and in training
-        "package": str(peers.lavis()[1]),
+        "package": str(peers.lavis()),
     }
     (folder / "about.json").write_text(json.dumps(about))
 

@@ -27,13 +27,31 @@ LANGUAGE: dict[str, dict[str, Any]] = {
         "vocab_size": 49152, "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9,
         "num_key_value_heads": 3, "intermediate_size": 1536,
     },
+    "t5": {
+        "vocab_size": 32128, "d_model": 512, "d_kv": 64, "num_heads": 6, "d_ff": 1024, "num_layers": 8,
+        "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "decoder_start_token_id": 0,
+        "dropout_rate": 0.0,
+    },
+}  # fmt: skip
+TINY: dict[str, dict[str, Any]] = {
+    "opt": {**LANGUAGE["opt"], "vocab_size": 200, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "ffn_dim": 64, "word_embed_proj_dim": 32},
+    "llama": {**LANGUAGE["llama"], "vocab_size": 200, "hidden_size": 36, "num_hidden_layers": 2,
+              "num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 64},
+    "t5": {**LANGUAGE["t5"], "vocab_size": 200, "d_model": 32, "d_kv": 16, "num_heads": 2, "d_ff": 64, "num_layers": 2},
 }  # fmt: skip
 END, IMAGE, UNKNOWN = 1, 2, 3
 
 
-def prepare(work: str, language: str, folder: Path, batch: int = 8, texts: tuple[int, int] = (9, 14)) -> None:
-    """Save the model and the inputs of both sides."""
-    from tokenizers import Tokenizer, models
+def prepare(
+    work: str, language: str, folder: Path, batch: int = 8, texts: tuple[int, int] = (9, 14), tiny: bool = False
+) -> None:
+    """Save the model and the inputs of both sides.
+
+    Args:
+        tiny: networks of two narrow blocks and pictures of 32 pixels, to try the programs and not to time them.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
         Blip2Config,
         Blip2ForConditionalGeneration,
@@ -45,21 +63,26 @@ def prepare(work: str, language: str, folder: Path, batch: int = 8, texts: tuple
         LlamaConfig,
         OPTConfig,
         PreTrainedTokenizerFast,
+        T5Config,
     )
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
-    words = 30523 if work == "matching" else LANGUAGE[language]["vocab_size"]
-    kind = {"opt": OPTConfig, "llama": LlamaConfig}[language]
+    depths, size, llm = (12, 6), 224, LANGUAGE[language]
+    if tiny:
+        sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+        depths, size, llm = (2, 2), 32, TINY[language]
+    words = (200 if tiny else 30523) if work == "matching" else llm["vocab_size"]
+    kind: Any = {"opt": OPTConfig, "llama": LlamaConfig, "t5": T5Config}[language]
     config = Blip2Config(
         vision_config=Blip2VisionConfig(
-            **sizes, num_hidden_layers=12, image_size=224, patch_size=16, initializer_range=0.02
+            **sizes, num_hidden_layers=depths[0], image_size=size, patch_size=16, initializer_range=0.02
         ),
         qformer_config=Blip2QFormerConfig(
-            **sizes, num_hidden_layers=6, vocab_size=words, use_qformer_text_input=work == "matching",
+            **sizes, num_hidden_layers=depths[1], vocab_size=words, use_qformer_text_input=work == "matching",
             hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         ),
-        text_config=kind(**LANGUAGE[language], pad_token_id=0, bos_token_id=END, eos_token_id=END),
+        text_config=kind(**llm, pad_token_id=0, bos_token_id=END, eos_token_id=END),
         num_query_tokens=QUERIES,
         image_token_index=None if work == "matching" else IMAGE,
     )  # fmt: skip
@@ -67,7 +90,10 @@ def prepare(work: str, language: str, folder: Path, batch: int = 8, texts: tuple
     model.query_tokens.data.normal_(std=0.02)  # zeros, as transformers begins, would make all queries one
     if work.startswith("answers"):
         model.language_projection.weight.data.normal_(std=0.05)
-        model.language_model.get_output_embeddings().weight.data.mul_(20)  # or all words would be as probable
+        if language == "t5":  # whose output matrix is its embeddings: it would say the last word again and again
+            model.language_model.decoder.final_layer_norm.weight.data.normal_()
+        else:
+            model.language_model.get_output_embeddings().weight.data.mul_(20)  # or all words would be as probable
     model.save_pretrained(folder)
     known = {"[PAD]": 0, "</s>": END, "<image>": IMAGE, "[UNK]": UNKNOWN, "[DEC]": words - 1}
     known |= {f"w{i}": i for i in range(4, words - 1)}
@@ -75,8 +101,9 @@ def prepare(work: str, language: str, folder: Path, batch: int = 8, texts: tuple
         tokenizer_object=Tokenizer(models.WordLevel(known, unk_token="[UNK]")), pad_token="[PAD]", eos_token="</s>",
         unk_token="[UNK]", bos_token="[DEC]" if work == "matching" else "</s>", cls_token="</s>", sep_token="</s>",
     )  # fmt: skip
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    images = BlipImageProcessorPil(size={"height": 224, "width": 224})
+    images = BlipImageProcessorPil(size={"height": size, "width": size})
     Blip2Processor(images, tokenizer, num_query_tokens=QUERIES).save_pretrained(folder)
 
     shortest, longest = texts
@@ -84,7 +111,7 @@ def prepare(work: str, language: str, folder: Path, batch: int = 8, texts: tuple
     lengths[0] = longest
     ids = torch.randint(4, words - 1, (batch, longest))
     mask = torch.arange(longest) < lengths[:, None]
-    torch.save({"pixels": torch.randn(batch, 3, 224, 224), "ids": ids * mask, "mask": mask}, folder / "inputs.pt")
+    torch.save({"pixels": torch.randn(batch, 3, size, size), "ids": ids * mask, "mask": mask}, folder / "inputs.pt")
 
 
 # -- this project ----------------------------------------------------------------------------------------------------

@@ -268,6 +268,9 @@ class TrainingConfig:
     compile: bool = False
     """Let torch.compile fuse what lies between the matrix products of the Q-Former's blocks and of a frozen image
     encoder. Pays on GPUs and in long runs: the first steps take minutes."""
+    deterministic: bool = False
+    """Use only operations of PyTorch that give the same bits each time, so that a run on a GPU that was stopped and
+    resumed equals one that was not, bit for bit. Slower; on a CPU it is so anyway."""
     shard_frozen: bool = False
     """Deal out the frozen LLM and image encoder to the processes of each machine, where one GPU cannot hold them: a
     block is whole only while it computes (FSDP2). What trains stays whole in each process."""

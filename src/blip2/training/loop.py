@@ -44,7 +44,7 @@ from blip2.training.features import cached_features, summary
 from blip2.training.interruption import Interruption, note_signals
 from blip2.training.measuring import Evaluation, best_so_far, evaluate, is_better, validate
 from blip2.training.optimizer import build_optimizer, describe, restore_optimizer, set_rates, set_schedule
-from blip2.training.processes import make_accelerator, naming_failures
+from blip2.training.processes import deterministic, make_accelerator, naming_failures
 from blip2.training.progress import METRICS, SKIPPED, Display, StepFile, note
 from blip2.training.projection import fit_projection
 from blip2.training.sharding import leave_frozen, place_trained, shard_frozen
@@ -95,7 +95,7 @@ def train(recipe: Recipe, resume: bool = False, evaluation: Callable[[Recipe], E
     accelerator = make_accelerator(recipe)
     display = Display(run.name, enabled=accelerator.is_main_process)
     try:
-        with naming_failures(run):
+        with naming_failures(run), deterministic(recipe.training.deterministic):
             return _Training(recipe, accelerator, display, last, evaluation).run()
     except OSError as error:
         if not checkpoint.is_full(error):

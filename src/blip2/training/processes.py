@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs
@@ -61,6 +62,24 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.training.timeout)),
         ],
     )
+
+
+@contextlib.contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Use only operations that give the same bits each time, while `wanted`; see ``training.deterministic``.
+
+    cuBLAS reads its setting when it is first used, so this comes before anything runs on a GPU.
+    """
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 @contextlib.contextmanager
