@@ -69,7 +69,8 @@ def main() -> int:
     groups = [group for group in groups if group]
     cores = {} if options.rehearse else {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // max(len(groups), 1), 1))}
     side_by_side = [subprocess.Popen([*command, *group], env=environment | cores) for group in groups]
-    failed = any([process.wait() for process in side_by_side])
+    codes = [process.wait() for process in side_by_side]
+    failed = any(codes)
     timing = [part for part in wanted if part in SPEED]
     # Each in a process of its own: the memory of the card is its own then.
     for parts in [timing] if options.rehearse else [[part] for part in timing]:
@@ -78,9 +79,8 @@ def main() -> int:
     together = {part: json.loads((output / f"{part}.json").read_text()) for part in (*CHECKS, *SPEED)
                 if (output / f"{part}.json").exists()}  # fmt: skip
     (output / "gpu.json").write_text(json.dumps(together, indent=1) + "\n")
-    print(
-        f"{output / 'gpu.json'} holds {len(together)} of {len(CHECKS) + len(SPEED)} parts; {'some failed' if failed else 'all is well'}"
-    )
+    of = len(CHECKS) + len(SPEED)
+    print(f"{output / 'gpu.json'} holds {len(together)} of {of} parts; {'some failed' if failed else 'all is well'}")
     return int(failed)
 
 

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -298,10 +298,8 @@ def resume(place: Place) -> Iterator[Row]:
                 if is_stopped:
                     stopper = threading.Thread(target=stop_at, args=(Path(plan.output) / "metrics.jsonl", 3))
                     stopper.start()
-                    try:
+                    with suppress(Interruption):
                         train(plan)
-                    except Interruption:
-                        pass
                     stopper.join()
                 ends.append(load_file(train(plan, resume=is_stopped) / "model.safetensors"))
             stopped_at = json.dumps([len(end) for end in ends])

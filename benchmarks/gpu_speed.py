@@ -1,4 +1,4 @@
-"""How fast a GPU does the paper's work: beside LAVIS and transformers on the same card, and beside what the card can do.
+"""How fast a GPU does the paper's work, beside LAVIS and transformers on the same card, and beside its matrix products.
 
 The parts of `gpu.py` that measure time. Each yields results as it has them, as dicts that `gpu.py` makes tables of.
 """
@@ -241,8 +241,9 @@ def generation(place: Place, language: str) -> Iterator[Result]:
     read, written = (ids[:, :half].contiguous(), ids[:, half:].contiguous()) if reads_prefix else (ids, ids)
     labels = written if reads_prefix else torch.cat([torch.full_like(places, -100), written], 1)
     inputs = {
-        "input_ids": torch.cat([places, read], 1), "attention_mask": torch.cat([torch.ones_like(places), seen[:, : read.shape[1]]], 1)
-    }  # fmt: skip
+        "input_ids": torch.cat([places, read], 1),
+        "attention_mask": torch.cat([torch.ones_like(places), seen[:, : read.shape[1]]], 1),
+    }
     config = OptimizerConfig()
     optimizers = {
         "blip2": build_optimizer(ours, set_rates(ours, config), config),
@@ -318,7 +319,7 @@ def generation(place: Place, language: str) -> Iterator[Result]:
 
 
 def encoding(place: Place) -> Iterator[Result]:
-    """Pictures that ViT-g encodes in a second: transformers' network as it is, and compiled as `training.compile` does."""
+    """Pictures that ViT-g encodes in a second: transformers' network as it is, and with `training.compile`."""
     from transformers import Blip2VisionModel
 
     from blip2.model.vision import Preprocessing, wrap_transformers
