@@ -77,6 +77,22 @@ def test_activation_checkpointing_changes_nothing(parts, tmp_path):
     assert_same_run(tmp_path / "plain", tmp_path / "lean")
 
 
+def test_deterministic_operations_are_asked_for_while_a_run_is_under_way(parts, tmp_path, monkeypatch):
+    seen = []
+    step = loop._Training._step
+
+    def note(self):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return step(self)
+
+    monkeypatch.setattr(loop._Training, "_step", note)
+    for wanted in (True, False):
+        train(parts.recipe(tmp_path / str(wanted), training={"steps": 2, "save_every": 2, "deterministic": wanted}))
+        assert not torch.are_deterministic_algorithms_enabled()
+    assert seen == [True, True, False, False]
+    assert_same_run(tmp_path / "True", tmp_path / "False")  # on a CPU it changes nothing
+
+
 @pytest.mark.parametrize(("name", "fall"), [("llama", 0.8), ("opt", 0.6), ("t5", 0.05)])
 def test_stage_two_learns(parts, tmp_path, name, fall):
     recipe = parts.recipe(
