@@ -25,7 +25,7 @@ from blip2.config import Precision
 from blip2.corpus.capfilt import Settings, capfilt
 from blip2.corpus.engine import Engine
 from blip2.corpus.report import Summary
-from blip2.demo.run import faster_precision
+from blip2.demo.run import faster_precision, in_precision
 from blip2.evaluation.evaluate import evaluate
 from blip2.evaluation.tasks import Settings as Measuring
 from blip2.files import write_json
@@ -74,11 +74,9 @@ def main() -> None:
         # A mixture: each source as often as it has pictures.
         mixture = {str(folder / f"{source}-*.tar"): float(count["training"]) for source, count in counts.items()}
         recipe = replace(
-            recipe,
+            in_precision(recipe, precision, options.steps),
             output=str(output / name),
             data=replace(recipe.data, train=mixture),
-            vision=replace(recipe.vision, dtype=precision),
-            training=replace(recipe.training, precision=precision, steps=options.steps or recipe.training.steps),
         )
         timed(f"training {name}", lambda: train(recipe, resume=True))
         held_out = str(corpus / "held_out" / "*.tar")
@@ -114,12 +112,9 @@ def make_models(folder: Path, precision: Precision) -> None:
     for name in ("stage1", "stage2"):
         recipe = load_recipe(find_recipe(f"tuxpaint-{name}"))
         recipe = replace(
-            recipe,
+            in_precision(recipe, precision),
             output=str(folder / name),
             start_from=str(folder / "stage1") if name == "stage2" else None,
-            vision=replace(recipe.vision, dtype=precision),
-            language=recipe.language and replace(recipe.language, dtype=precision),
-            training=replace(recipe.training, precision=precision),
         )
         train(recipe, resume=True)
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from blip2.config import Recipe
 from blip2.data.assets import fetch
 from blip2.data.images import read_image
-from blip2.demo.run import GREEDY, faster_precision
+from blip2.demo.run import GREEDY, faster_precision, in_precision
 from blip2.evaluation.report import new_figure
 from blip2.evaluation.scenes import compare_twins, matching_accuracy, read_rows, read_truths, score_facts
 from blip2.inference import GenerationPipeline, RepresentationPipeline, load
@@ -80,22 +80,14 @@ def recipes(folder: Path, variant: Variant, seed: int, steps: tuple[int, int] | 
     out = {}
     for number, stage in enumerate(("stage1", "stage2")):
         recipe = variant.change(load_recipe(find_recipe(f"demo-{stage}")))
+        recipe = in_precision(recipe, precision, steps and steps[number])
         scenes = f"package:scenes-20/train{'_descriptions' if number else ''}.jsonl"
         out[stage] = replace(
             recipe,
             output=str(folder / stage),
             start_from=str(folder / "stage1") if number else None,
             data=replace(recipe.data, train=scenes, features=str(folder.parents[1] / "features")),
-            vision=replace(recipe.vision, dtype=precision),
-            language=recipe.language and replace(recipe.language, dtype=precision),
-            training=replace(
-                recipe.training,
-                seed=seed,
-                steps=steps[number] if steps else recipe.training.steps,
-                precision=precision,
-                validate_every=25,
-                save_every=25,
-            ),
+            training=replace(recipe.training, seed=seed, validate_every=25, save_every=25),
         )
     return out
 
@@ -145,8 +137,7 @@ def measure(folder: Path, limit: int) -> dict[str, Any]:
     types = [row["twin_type"] for row in twin_rows[::2]]
     out["twins"] = {name: each.told_apart["pairwise"] for name, each in twins.items()}
     for name, each in twins.items():
-        for kind in sorted(set(types)):
-            some = type(each)(each.scores[torch.tensor([kind == other for other in types])])
+        for kind, some in each.by_type(types).items():
             out["twins"][f"{name} {kind}"] = some.told_apart["pairwise"]
     out["facts"] = score_facts(writer.caption(features, decoding=GREEDY), read_truths(rows))
     return out

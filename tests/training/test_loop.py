@@ -655,6 +655,16 @@ def test_a_checkpoint_says_what_positions_it_was_trained_with(parts, tmp_path, w
     assert same is (found == "none")
 
 
+def test_a_run_that_is_resumed_keeps_the_positions_it_was_trained_with(parts, tmp_path):
+    def recipe(wanted, steps):
+        made = parts.recipe(tmp_path / "run", training={"steps": steps, "device": "cpu", "precision": "fp32"})
+        return replace(made, vision=replace(made.vision, position_encoding=wanted))
+
+    train(recipe("sine2d", 1))
+    train(recipe("auto", 2), resume=True)  # a test of this encoder, a ViT, would find none
+    assert load(tmp_path / "run", device="cpu").recipe.vision.position_encoding == "sine2d"
+
+
 def test_a_group_column_that_no_source_has_is_refused(parts, tmp_path):
     with pytest.raises(InputError, match=r"data\.group_column is twins, which no source of data\.train has"):
         train(parts.recipe(tmp_path / "run", data={"group_column": "twins"}))

@@ -127,21 +127,27 @@ def demo_recipes(output: Path, material: Material, quick: bool, scale: float = 1
             recipe.data,
             train=material.train if first else material.generation,
             validation=material.validation if first else material.generation_validation,
-            group_column=material.group_column if first else None,
         )
         if material.scenes is None:  # nothing is known of what crops and mirrors would spoil
             data = replace(data, cached_views=4)
         steps = 6 if quick else max(1, round(scale * recipe.training.steps))
         recipes[name] = replace(
-            recipe,
+            in_precision(recipe, precision, steps),
             output=str(output / folder),
             start_from=str(output / STAGES["stage 1"]) if name == "stage 2" else None,
             data=data,
-            vision=replace(recipe.vision, dtype=precision),
-            language=recipe.language and replace(recipe.language, dtype=precision),
-            training=replace(recipe.training, steps=steps, precision=precision),
         )
     return recipes
+
+
+def in_precision(recipe: Recipe, precision: Precision, steps: int | None = None) -> Recipe:
+    """Return a recipe whose parts all compute in a precision; `steps` in place of its own."""
+    return replace(
+        recipe,
+        vision=replace(recipe.vision, dtype=precision),
+        language=recipe.language and replace(recipe.language, dtype=precision),
+        training=replace(recipe.training, precision=precision, steps=steps or recipe.training.steps),
+    )
 
 
 def faster_precision() -> Precision:
@@ -289,10 +295,8 @@ class Tester:
         types = [row["twin_type"] for row in rows[::2]]
         numbers: dict[str, Any] = {"count": len(types)}
         for name, each in twins.items():
-            numbers[name] = {"all": each.told_apart}
-            for kind in sorted(set(types)):
-                some = torch.tensor([kind == other for other in types])
-                numbers[name][kind] = type(each)(each.scores[some]).told_apart
+            by_type = {kind: some.told_apart for kind, some in each.by_type(types).items()}
+            numbers[name] = {"all": each.told_apart, **by_type}
         return numbers, {name: each.scores for name, each in twins.items()}, rows
 
     @torch.no_grad()

@@ -96,6 +96,14 @@ class Twins:
         }
         return {name: float(right.float().mean()) for name, right in means.items()}
 
+    def by_type(self, types: Sequence[str]) -> dict[str, Twins]:
+        """Return the twins of each type.
+
+        Args:
+            types: of the N pairs.
+        """
+        return {kind: Twins(self.scores[[each == kind for each in types]]) for kind in sorted(set(types))}
+
 
 def compare_twins(
     pipeline: RepresentationPipeline, features: Float[Tensor, "I P E"], texts: Sequence[str]

@@ -131,10 +131,13 @@ class _Training:
         self.new_projection = last is None
         set_seed(recipe.training.seed)
         going_on = None if last is None else checkpoint.open_own(last)
+        if going_on is not None and recipe.vision.position_encoding == "auto":
+            # What was tested at the first start is kept: another machine must not decide otherwise.
+            found = going_on.recipe.vision.position_encoding
+            recipe = replace(recipe, vision=replace(recipe.vision, position_encoding=found))
         shards = recipe.training.shard_frozen and accelerator.num_processes > 1
         built = build(recipe, accelerator.device, going_on, torch.device("cpu") if shards else None)
         self.built = built
-        # What was tested at the first start is kept: another machine must not decide otherwise.
         vision = replace(recipe.vision, position_encoding=built.model.vision.position_encoding)
         self.recipe = recipe = replace(recipe, vision=vision)
         rates = set_rates(built.model, recipe.optimizer)
