@@ -30,7 +30,7 @@ def test_a_tenth_of_a_user_s_images_is_held_out(folder, tmp_path):
     assert [len(side) for side in names] == [27, 3] and not names[0] & names[1]
     assert all(record.captions[0].startswith("disc number") for side in sides for record in side)
     assert material.held_out.read_text() == own_material(str(folder), tmp_path / "again").held_out.read_text()
-    assert material.scenes is None
+    assert material.scenes is None and material.group_column is None
 
 
 def test_images_that_cannot_be_used_are_refused(folder, tmp_path):

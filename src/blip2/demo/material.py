@@ -46,6 +46,10 @@ class Material:
     credit: str
     """Source and license of the images, for the report."""
 
+    @property
+    def group_column(self) -> str | None:
+        return "group" if self.scenes is not None else None
+
 
 def scenes_material(output: Path, quick: bool) -> Material:
     """Scenes, with a share of Tux Paint's stamps for the second table.

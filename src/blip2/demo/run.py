@@ -127,6 +127,7 @@ def demo_recipes(output: Path, material: Material, quick: bool, scale: float = 1
             recipe.data,
             train=material.train if first else material.generation,
             validation=material.validation if first else material.generation_validation,
+            group_column=material.group_column if first else None,
         )
         if material.scenes is None:  # nothing is known of what crops and mirrors would spoil
             data = replace(data, cached_views=4)
