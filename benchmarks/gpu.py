@@ -60,7 +60,6 @@ def main() -> int:
     if not options.again:
         wanted = [part for part in wanted if not is_done(output / f"{part}.json")]
     environment = {**os.environ, **found_packages(), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # the same bits each time; read when cuBLAS is first used
     shared = [str(option) for option in ("--here", "--output", options.output)] + ["--rehearse"] * options.rehearse
     command = [sys.executable, "-W", "ignore", str(HERE / "gpu.py"), *shared]
     groups = [[part for part in group if part in wanted] for group in TOGETHER]
@@ -93,9 +92,9 @@ def found_packages() -> dict[str, str]:
     paths = [str(HERE), str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
     wheels = ROOT / ".gpu"
     if wheels.is_dir() and find_spec("jsonargparse") is None:
-        import gpu_pack
+        import peers
 
-        paths.insert(0, str(gpu_pack.unpack(wheels)))
+        paths.insert(0, str(peers.unpack(wheels, wheels / "site")))
     return {"PYTHONPATH": os.pathsep.join(paths)}
 
 
@@ -134,7 +133,7 @@ def work(parts: list[str], output: Path, tiny: bool) -> int:
 
 def line(row: dict[str, Any]) -> str:
     """A result in a line."""
-    if "holds" in row or "limit" in row:
+    if "limit" in row:
         limit = "" if row["limit"] is None else f" (at most {row['limit']:g}){'' if row['ok'] else '  <-- WRONG'}"
         value = row["value"] if isinstance(row["value"], str) else f"{row['value']:.3g}"
         return f"{row['name']}: {value}{limit}"

@@ -22,6 +22,7 @@ import numpy as np
 import stage1
 import stage2
 import torch
+from memory import by_step
 from PIL import Image
 from torch import Tensor, nn
 
@@ -53,11 +54,6 @@ class Place:
     @property
     def is_gpu(self) -> bool:
         return self.device.type == "cuda"
-
-    def wait(self) -> None:
-        """Until the GPU has done all that it was given."""
-        if self.is_gpu:
-            torch.cuda.synchronize()
 
 
 class Row(NamedTuple):
@@ -302,9 +298,8 @@ def resume(place: Place) -> Iterator[Row]:
                         train(plan)
                     stopper.join()
                 ends.append(load_file(train(plan, resume=is_stopped) / "model.safetensors"))
-            stopped_at = json.dumps([len(end) for end in ends])
             different = sum(not torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
-            yield Row(f"{stage}, {precision}: tensors that differ ({stopped_at} in all)", float(different), 0)
+            yield Row(f"{stage}, {precision}: tensors of {len(ends[0])} that differ", float(different), 0)
 
 
 def stop_at(file: Path, step: int) -> None:
@@ -446,24 +441,9 @@ def memory(place: Place) -> Iterator[Row]:
 
     steps = 60 if place.tiny else 300
     for stage in ("representation", "generation"):
-        seen: dict[int, int] = {}
         plan = recipe(place, stage, f"memory-{stage}", steps=steps)
-        done = threading.Event()
-
-        def watch(plan: Recipe = plan, seen: dict[int, int] = seen, done: threading.Event = done) -> None:
-            file = Path(plan.output) / "metrics.jsonl"
-            while not done.wait(0.02):
-                if file.exists():
-                    held = torch.cuda.memory_reserved() if place.is_gpu else 0
-                    seen[file.read_text().count("\n")] = held
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        try:
+        with by_step(Path(plan.output), lambda: torch.cuda.memory_reserved() if place.is_gpu else 0, 0.02) as seen:
             train(plan)
-        finally:
-            done.set()
-            watcher.join()
         early = max(held for step, held in seen.items() if step <= max(steps // 6, min(seen)))
         late = max(held for step, held in seen.items() if step >= 0.9 * steps or step == max(seen))
         yield Row(f"{stage}: MiB reserved more at step {steps} than at step {steps // 6}", (late - early) / 2**20, 2.0)

@@ -53,21 +53,5 @@ def copy(wheel: Path, target: Path) -> None:
                 kept.writestr(item, source.read(item))
 
 
-def unpack(wheels: Path) -> Path:
-    """Put the packages where Python finds them: beside the wheels, once.
-
-    Returns:
-        The folder for PYTHONPATH.
-    """
-    site = wheels / "site"
-    if not site.is_dir():
-        partial = wheels / "partial"
-        for wheel in wheels.glob("*.whl"):
-            with zipfile.ZipFile(wheel) as archive:
-                archive.extractall(partial)
-        partial.rename(site)
-    return site
-
-
 if __name__ == "__main__":
     main()

@@ -6,18 +6,18 @@ The parts of `gpu.py` that measure time. Each yields results as it has them, as 
 from __future__ import annotations
 
 import copy
-import gc
 import json
-import time
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import peers
 import stage1
 import torch
 from contest import Contender, measure, profile_of
-from gpu_checks import Place
+from gpu_checks import Place, stage1_case
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,24 +29,12 @@ def rates(place: Place) -> Iterator[Result]:
     """What the card can do: a large product of matrices in bf16, and a large copy."""
     size, numbers = (128, 2**16) if place.tiny else (8192, 2**31)
     a, b = (torch.randn(size, size, device=place.device, dtype=torch.bfloat16) for _ in range(2))
-    took = timed(place, lambda: a @ b, 20)
+    took = measure(lambda: [a @ b], place.device.type, 20)["seconds"]
     yield {"name": "product", "operations_a_second": 2 * size**3 / took, "size": size}
     source = torch.randn(numbers // 4, device=place.device)
     target = torch.empty_like(source)
-    took = timed(place, lambda: target.copy_(source), 20)
+    took = measure(lambda: [target.copy_(source)], place.device.type, 20)["seconds"]
     yield {"name": "copy", "bytes_a_second": 2 * source.nbytes / took}
-
-
-def timed(place: Place, work: Callable[[], Any], repeats: int, warm_up: int = 3) -> float:
-    """Seconds that work takes once."""
-    for _ in range(warm_up):
-        work()
-    place.wait()
-    started = time.perf_counter()
-    for _ in range(repeats):
-        work()
-    place.wait()
-    return (time.perf_counter() - started) / repeats
 
 
 def operations(work: Callable[[], Any]) -> float:
@@ -61,13 +49,11 @@ def operations(work: Callable[[], Any]) -> float:
 
 def representation(place: Place) -> Iterator[Result]:
     """A step of stage 1 from features of ViT-g's shape, and re-ranking, beside LAVIS."""
-    case = stage1.Case(device=place.device.type)
-    if place.tiny:
-        case = replace(case, batch=4, tokens=17, width=64, layers=2, hidden=64, vocabulary=200, queries=8)
+    case = replace(stage1_case(place), device=place.device.type)
     folder = place.folder / "stage1"
     folder.mkdir()
     stage1.prepare(case, folder)
-    script = [peers.sys.executable, peers.HERE / "gpu_stage1.py"]
+    script = [sys.executable, Path(__file__).with_name("gpu_stage1.py")]
     sides = {name: Contender(name, [*script, name, folder]) for name in ("blip2", "LAVIS")}
     batch, small, repeats = (4, 4, 1) if place.tiny else (128, 16, 5)
 
@@ -159,6 +145,18 @@ def sizes(place: Place, language: str) -> tuple[Any, Any, int]:
     return vision, llm, 32 if tiny else 768
 
 
+@contextmanager
+def bf16_on(place: Place) -> Iterator[None]:
+    """Networks that are made within have their weights in bf16, on the device from the start."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with place.device:
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def both(place: Place, language: str) -> tuple[Any, Any]:
     """(transformers' model, ours) with the same weights; what is frozen is in bf16 and lies in memory once."""
     from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2QFormerConfig
@@ -181,13 +179,8 @@ def both(place: Place, language: str) -> tuple[Any, Any]:
         text_config=llm, num_query_tokens=queries, image_token_index=IMAGE,
     )  # fmt: skip
     torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with place.device:
-            theirs: Any = Blip2ForConditionalGeneration(config)
-    finally:
-        torch.set_default_dtype(before)
+    with bf16_on(place):
+        theirs: Any = Blip2ForConditionalGeneration(config)
     theirs.query_tokens.data.normal_(std=0.02)
     for part in (theirs.qformer, theirs.language_projection, theirs.vision_model.post_layernorm):
         part.float()
@@ -325,12 +318,8 @@ def encoding(place: Place) -> Iterator[Result]:
     from blip2.model.vision import Preprocessing, wrap_transformers
 
     config, _, _ = sizes(place, "OPT-2.7B")
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with place.device:
-            network = Blip2VisionModel(config).eval().requires_grad_(False)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    with bf16_on(place):
+        network = Blip2VisionModel(config).eval().requires_grad_(False)
     batch = 2 if place.tiny else 128
     pixels = torch.randn(batch, 3, config.image_size, config.image_size, device=place.device, dtype=torch.bfloat16)
 
@@ -354,12 +343,6 @@ def encoding(place: Place) -> Iterator[Result]:
     if place.is_gpu:
         encoder.compile_network()
         yield {"name": "pictures encoded, blip2, compiled", "batch": batch, **measure(ours, place.device.type, 5)}
-
-
-def forget(place: Place) -> None:
-    gc.collect()
-    if place.is_gpu:
-        torch.cuda.empty_cache()
 
 
 SPEED: dict[str, Callable[[Place], Iterator[Result]]] = {

@@ -11,6 +11,8 @@ import json
 import sys
 import tarfile
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +58,27 @@ def resident() -> int:
     return int(rows["VmRSS"].split()[0]) * 1024
 
 
+@contextmanager
+def by_step(run: Path, look: Callable[[], int], every: float) -> Iterator[dict[int, int]]:
+    """Note what `look` sees while a run goes on, every so many seconds: by the number of steps that are done."""
+    seen: dict[int, int] = {}
+    done = threading.Event()
+
+    def watch() -> None:
+        metrics = run / "metrics.jsonl"
+        while not done.wait(every):
+            if metrics.exists():
+                seen[sum(1 for _ in metrics.open("rb"))] = look()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield seen
+    finally:
+        done.set()
+        watcher.join()
+
+
 def main() -> None:
     keep_memory()  # as the command does
     folder = Path(sys.argv[1])
@@ -74,23 +97,8 @@ def main() -> None:
     )  # fmt: skip
     from blip2.training.loop import train
 
-    seen: dict[int, int] = {}
-    done = threading.Event()
-
-    def watch() -> None:
-        """Note how much is resident as the steps go by."""
-        metrics = Path(recipe.output) / "metrics.jsonl"
-        while not done.wait(0.2):
-            if metrics.exists():
-                seen[sum(1 for _ in metrics.open("rb"))] = resident()
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
+    with by_step(Path(recipe.output), resident, 0.2) as seen:
         train(recipe)
-    finally:
-        done.set()
-        watcher.join()
     early = [memory for step, memory in sorted(seen.items()) if step >= EARLY][:1]
     late = [memory for step, memory in seen.items() if step >= STEPS - 5 * EARLY]
     ratios = [memory / max(early) for memory in late]

@@ -23,17 +23,25 @@ FILES = (
 
 def lavis() -> Path:
     """The folder that holds the packages, to be put before all others on the path of the contender."""
+    packed = ROOT / ".gpu" / "lavis"  # what gpu_pack.py took along
+    wheels = packed if packed.is_dir() else HOME / "wheels"
     site = HOME / "site"
+    if not (site.is_dir() or wheels.is_dir()):
+        download(wheels)
+    return unpack(wheels, site)
+
+
+def unpack(wheels: Path, site: Path) -> Path:
+    """Put the contents of wheels where Python can find them, once; of LAVIS :data:`FILES` alone.
+
+    Returns:
+        `site`, the folder for PYTHONPATH.
+    """
     if not site.is_dir():
-        packed = ROOT / ".gpu" / "lavis"  # what gpu_pack.py took along
-        wheels = packed if packed.is_dir() else HOME / "wheels"
-        if not wheels.is_dir():
-            download(wheels)
-        partial = HOME / "partial"
+        partial = site.with_name("partial")
         for wheel in sorted(wheels.glob("*.whl")):
             with zipfile.ZipFile(wheel) as archive:
-                whole = "lavis" not in wheel.name
-                archive.extractall(partial, None if whole else FILES)
+                archive.extractall(partial, FILES if "lavis" in wheel.name else None)
         partial.rename(site)
     return site
 
