@@ -81,12 +81,11 @@ def recipes(folder: Path, variant: Variant, seed: int, steps: tuple[int, int] | 
     for number, stage in enumerate(("stage1", "stage2")):
         recipe = variant.change(load_recipe(find_recipe(f"demo-{stage}")))
         recipe = in_precision(recipe, precision, steps and steps[number])
-        scenes = f"package:scenes-20/train{'_descriptions' if number else ''}.jsonl"
         out[stage] = replace(
             recipe,
             output=str(folder / stage),
             start_from=str(folder / "stage1") if number else None,
-            data=replace(recipe.data, train=scenes, features=str(folder.parents[1] / "features")),
+            data=replace(recipe.data, features=str(folder.parents[1] / "features")),
             training=replace(recipe.training, seed=seed, validate_every=25, save_every=25),
         )
     return out

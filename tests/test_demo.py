@@ -1,14 +1,15 @@
 """The demo's own parts; that it runs as a whole is seen by `blip2 demo --quick`."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from blip2.config import DataConfig
 from blip2.data.records import open_records
 from blip2.demo.material import FEWEST_IMAGES, own_material
-from blip2.demo.report import tables
-from blip2.demo.run import STAGES, demo_recipes
+from blip2.demo.report import ALONE, tables
+from blip2.demo.run import RUNS, demo_recipes
 from blip2.errors import InputError
 from conftest import draw
 
@@ -24,13 +25,14 @@ def folder(tmp_path):
 
 def test_a_tenth_of_a_user_s_images_is_held_out(folder, tmp_path):
     material = own_material(str(folder), tmp_path / "demo")
-    (train,) = material.train
-    sides = [open_records(path, DataConfig(train=path)) for path in (train, str(material.held_out))]
+    sides = [open_records(path, DataConfig(train=path)) for path in (material.train, material.validation)]
     names = [{record.image for record in side} for side in sides]
     assert [len(side) for side in names] == [27, 3] and not names[0] & names[1]
     assert all(record.captions[0].startswith("disc number") for side in sides for record in side)
-    assert material.held_out.read_text() == own_material(str(folder), tmp_path / "again").held_out.read_text()
-    assert material.scenes is None and material.group_column is None
+    assert material.held_out is not None
+    again = own_material(str(folder), tmp_path / "again").held_out
+    assert again is not None and material.held_out.read_text() == again.read_text()
+    assert material.scenes is None and material.questions is None
 
 
 def test_images_that_cannot_be_used_are_refused(folder, tmp_path):
@@ -42,17 +44,21 @@ def test_images_that_cannot_be_used_are_refused(folder, tmp_path):
         own_material(str(tmp_path / "nothing"), tmp_path / "demo")
 
 
-def test_both_stages_have_the_material_and_stage_2_starts_from_stage_1(folder, tmp_path):
-    material = own_material(str(folder), tmp_path / "demo")
-    recipes = demo_recipes(tmp_path / "demo", material, quick=True)
-    assert list(recipes) == list(STAGES)
-    first, second, alone = recipes.values()
-    assert second.start_from == first.output and alone.start_from is None
-    assert all(recipe.data.sources == material.train for recipe in recipes.values())
-    assert second.training == alone.training and second.optimizer == alone.optimizer
-    assert len({recipe.output for recipe in recipes.values()}) == 3
-    longer = demo_recipes(tmp_path / "demo", material, quick=False, scale=2.0)
-    once = demo_recipes(tmp_path / "demo", material, quick=False)
+def test_each_run_has_its_material_and_starts_from_the_run_before(folder, tmp_path):
+    own = own_material(str(folder), tmp_path / "demo")
+    recipes = demo_recipes(tmp_path / "demo", own, quick=True)
+    assert list(recipes) == ["stage 1", "stage 2", ALONE]  # there are no questions
+    with_questions = replace(own, questions={own.train: 1.0, own.generation: 0.5})
+    recipes = demo_recipes(tmp_path / "demo", with_questions, quick=True)
+    assert list(recipes) == list(RUNS)
+    first, second, alone, vqa = recipes.values()
+    assert (second.start_from, alone.start_from, vqa.start_from) == (first.output, None, second.output)
+    assert [recipe.data.train for recipe in recipes.values()] == [own.train, *[own.generation] * 2, vqa.data.train]
+    assert vqa.data.train == with_questions.questions
+    assert replace(second, output=alone.output, start_from=None) == alone  # they differ in where they start alone
+    assert len({recipe.output for recipe in recipes.values()}) == len(RUNS)
+    longer = demo_recipes(tmp_path / "demo", own, quick=False, scale=2.0)
+    once = demo_recipes(tmp_path / "demo", own, quick=False)
     assert [r.training.steps for r in longer.values()] == [2 * r.training.steps for r in once.values()]
 
 

@@ -154,9 +154,7 @@ def build_parser() -> argparse.ArgumentParser:
     caption.add_argument("--prompt", help="text that the caption continues (default: the one it was trained with)")
     add_decoding(caption)
 
-    ask = command(
-        "ask", run_ask, "answer a question about an image", 'blip2 ask runs/demo/stage2 cat.jpg "what is it?"'
-    )
+    ask = command("ask", run_ask, "answer a question about an image", 'blip2 ask runs/demo/vqa cat.jpg "what is it?"')
     add_model(ask, "generation")
     ask.add_argument("image", metavar="IMAGE", help="an image file")
     ask.add_argument("questions", nargs="+", metavar="QUESTION", help="one or several questions")

@@ -13,16 +13,15 @@ from blip2.data.assets import fetch
 from blip2.data.records import Records, open_records
 from blip2.data.scene_kinds import STAMPS
 from blip2.errors import InputError
+from blip2.evaluation.scenes import read_rows
 from blip2.files import written
 
 log = logging.getLogger("blip2")
 
 HELD_OUT = 0.1
 """Share of a user's own images that are held out."""
-TUXPAINT_SHARE = 0.1
-"""Weight of Tux Paint's stamps beside that of the scenes' captions, 1."""
-QUESTIONS_SHARE = 0.5
-"""Weight of the scenes' questions beside that of their captions, 1, in stage 2."""
+DESCRIPTIONS_SHARE = 0.33
+"""Weight of the descriptions beside that of the questions, 1, in training on questions: so that captions stay."""
 FEWEST_IMAGES = 20
 """A user's own images must be at least this many."""
 
@@ -31,63 +30,54 @@ FEWEST_IMAGES = 20
 class Material:
     """Where the demo finds its images."""
 
-    train: dict[str, float | None]
-    """Sources of stage 1 with their weights."""
-    generation: dict[str, float | None]
-    """Sources of stage 2: the same, and questions where there are any."""
+    train: str
+    """Captions of stage 1."""
+    generation: str
+    """Captions of stage 2."""
+    questions: dict[str, float | None] | None
+    """Questions, and captions beside them, with their weights; None where there are no questions."""
     validation: str
     """Held-out images for the curves of stage 1."""
     generation_validation: str
     """The same for stage 2."""
-    held_out: Path
-    """Images with captions for the table of captions and retrieval, as JSONL."""
+    held_out: Path | None
+    """Images with captions for the table of captions and retrieval, as JSONL; None where they cannot be had."""
     scenes: Path | None
     """Folder of the scenes, where the demo is of scenes."""
     credit: str
     """Source and license of the images, for the report."""
 
-    @property
-    def group_column(self) -> str | None:
-        return "group" if self.scenes is not None else None
-
 
 def scenes_material(output: Path, quick: bool) -> Material:
-    """Scenes, with a share of Tux Paint's stamps for the second table.
+    """Scenes, and Tux Paint's held-out stamps to look at: what no training has shown.
 
-    The stamps that scenes are composed of are left out: they would show the held-out stamps and cut-outs in training.
+    Stamps that scenes are composed of are left out, as training shows some of their cut-outs.
 
     Args:
         quick: train on few scenes.
     """
     scenes = fetch("scenes-20")
     split, held = ("validation", "test_images") if quick else ("train", "validation")
-    captions, descriptions, questions = (
-        scenes / f"{split}{part}.jsonl" for part in ("", "_descriptions", "_questions")
-    )
+    descriptions, questions = (str(scenes / f"{split}_{part}.jsonl") for part in ("descriptions", "questions"))
+    held_out = None
+    credit = "OpenMoji, CC BY-SA 4.0"
     try:
         stamps = fetch("tuxpaint-stamps")
     except InputError as error:
         log.info("%s; there is no table of Tux Paint's stamps then", error)
-        stamps = None
-    train: dict[str, float | None] = {str(captions): 1.0}
-    generation: dict[str, float | None] = {str(descriptions): 1.0, str(questions): QUESTIONS_SHARE}
-    held_out = scenes / "test_images.jsonl"
-    credit = "OpenMoji, CC BY-SA 4.0"
-    if stamps is not None:
+    else:
         shown = {stamp for names in STAMPS.values() for stamp in names}
-        for part in ("train", "held_out"):
-            lines = (stamps / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()
-            rows = [row for row in map(json.loads, lines) if row["key"] not in shown]
-            _write_rows(output / f"{part}_stamps.jsonl", [row | {"image": str(stamps / row["image"])} for row in rows])
-        train_stamps, held_out = (str(output / f"{part}_stamps.jsonl") for part in ("train", "held_out"))
-        train[train_stamps] = generation[train_stamps] = TUXPAINT_SHARE
+        rows = [row for row in read_rows(stamps / "held_out.jsonl") if row["key"] not in shown]
+        held_out = output / "stamps.jsonl"
+        _write_rows(held_out, [row | {"image": str(stamps / row["image"])} for row in rows])
         credit = "Tux Paint stamps, GPL-2, by Bill Kendrick and contributors"
     return Material(
-        train,
-        generation,
+        str(scenes / f"{split}.jsonl"),
+        descriptions,
+        {questions: 1.0, descriptions: DESCRIPTIONS_SHARE},
         str(scenes / f"{held}.jsonl"),
         str(scenes / f"{held}_descriptions.jsonl"),
-        Path(held_out),
+        held_out,
         scenes,
         credit,
     )
@@ -123,8 +113,8 @@ def own_material(source: str, output: Path) -> Material:
     held_out, train = output / "held_out.jsonl", output / "train.jsonl"
     _write_rows(held_out, ranked[:count])
     _write_rows(train, ranked[count:])
-    sources: dict[str, float | None] = {str(train): None}
-    return Material(sources, sources, str(held_out), str(held_out), held_out, None, f"your images, {source}")
+    train_on, measure_on = str(train), str(held_out)
+    return Material(train_on, train_on, None, measure_on, measure_on, held_out, None, f"your images, {source}")
 
 
 def _write_rows(path: Path, rows: list[dict[str, object]]) -> None:

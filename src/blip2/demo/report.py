@@ -26,7 +26,8 @@ from blip2.inference import RepresentationPipeline
 from blip2.training.progress import read_metrics
 
 ALONE = "stage 2 without stage 1"
-BLANK = "stage 2, shown a blank image"
+VQA = "trained on questions"
+BLANK = "shown a blank image"
 MAJORITY = "most frequent answer"
 FACTS = ("objects", "color", "relation", "count", "all")
 ANSWERS = ("what", "color", "count", "where", "yesno", "all")
@@ -85,6 +86,8 @@ def tables(metrics: dict[str, Any]) -> list[tuple[tuple[str, ...], Rows]]:
             shares = [each[kind]["pairwise"] for kind in (*kinds, "all")]
             rows.append([title, *map(_percent, shares), _percent(each["all"]["group"])])
         out.append((columns, [*rows, ["chance", *["50.0"] * (len(kinds) + 1), "16.7"]]))
+    if "images" not in metrics:
+        return out
     numbers = metrics["images"]
     out.append(_retrieval_table(f"{numbers['count']} images of {numbers['source']}", numbers))
     scores = ("token_f1", "content_f1", "exact")
@@ -131,7 +134,7 @@ def show(metrics: dict[str, Any], output: Path) -> None:
     console.print(f"report: {output / 'report.html'}   numbers: {output / 'metrics.json'}", soft_wrap=True)
     console.print(f"try: blip2 caption {output / 'stage2'} YOUR_IMAGE.jpg", soft_wrap=True)
     if "scenes" in metrics:
-        console.print(f'or:  blip2 ask {output / "stage2"} YOUR_IMAGE.jpg "What is in the image?"', soft_wrap=True)
+        console.print(f'or:  blip2 ask {output / "vqa"} YOUR_IMAGE.jpg "What is in the image?"', soft_wrap=True)
 
 
 # -- page ----------------------------------------------------------------------------------------------------------
@@ -144,7 +147,7 @@ def write_report(
     material: Material,
     representation: RepresentationPipeline,
     scenes: Findings | None,
-    others: Findings,
+    others: Findings | None,
 ) -> None:
     """Write the page."""
     report = Report(
@@ -158,7 +161,8 @@ def write_report(
     if scenes is not None:
         _show_scenes(report, scenes)
         _show_twins(report, scenes)
-    _show_records(report, others)
+    if others is not None:
+        _show_records(report, others)
     report.section("Training", "Dashed: the same on held-out images.")
     curves = {name: read_metrics(Path(recipe.output)) for name, recipe in recipes.items()}
     first = [("itc", "ITC"), ("itm", "ITM"), ("itm_accuracy", "ITM accuracy"), ("itg", "ITG")]
@@ -201,10 +205,13 @@ def _show_scenes(report: Report, found: Findings) -> None:
     cards = []
     for i, (image, truth) in enumerate(zip(_images(found), _truths(found), strict=True)):
         written, alone = found.captions["stage 2"][i], found.captions[ALONE][i]
-        right = all(
-            fact is not False for fact in score_caption(written, Truth.of_json(found.rows[i]["truth"])).values()
-        )
-        lines = [("", truth), ("right" if right else "wrong", written), ("dim", f"without stage 1: {alone}")]
+        facts = score_caption(written, Truth.of_json(found.rows[i]["truth"]))
+        wrong = [fact for fact, right in facts.items() if right is False]
+        lines = [
+            ("", truth),
+            ("wrong", f"{written} (wrong: {', '.join(wrong)})") if wrong else ("right", written),
+            ("dim", f"without stage 1: {alone}"),
+        ]
         for question, answer, wanted, probability in found.questions.get(i, []):
             style = "right" if answer.strip(" .").lower() == wanted else "wrong"
             note = "" if style == "right" else f", is {wanted}"

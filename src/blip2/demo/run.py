@@ -1,7 +1,8 @@
-"""Train both stages, and stage 2 without stage 1, and measure what was learned on images that were held out.
+"""Train both stages, then on questions, and measure what was learned on images that were held out.
 
 Stage 1 trains a Q-Former that starts from MiniLM and reads EfficientNet-Lite0's features; stage 2 connects it to
-SmolLM2-135M. Beside it the same stage 2 is trained without stage 1, which is the comparison of the paper's Figure 5.
+SmolLM2-135M, which learns to write captions; then it is trained on questions, as in the paper's §4.3. Beside it the
+same stage 2 is trained without stage 1, which is the comparison of the paper's Figure 5.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from blip2.data.images import read_image, to_pixels
 from blip2.data.records import Records, open_records
 from blip2.data.texts import fill_prompts
 from blip2.demo.material import Material, own_material, scenes_material
-from blip2.demo.report import ALONE, BLANK, MAJORITY, Findings, show, write_report
+from blip2.demo.report import ALONE, BLANK, MAJORITY, VQA, Findings, show, write_report
 from blip2.evaluation.captioning import score_captions
 from blip2.evaluation.report import new_figure
 from blip2.evaluation.retrieval import Retrieval, evaluate_retrieval
@@ -56,8 +57,25 @@ MEASURED = {"compositions": (160, 300), "cutouts": (80, 150)}
 """Images of each held-out split that are captioned, and questions that are asked, the first of the files."""
 AT_ONCE = 48
 """Texts that are written together."""
-STAGES = {"stage 1": "stage1", "stage 2": "stage2", ALONE: "stage2-without-stage1"}
-"""Runs of the demo, with their folders."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of the demo."""
+
+    recipe: str
+    folder: str
+    start_from: str | None = None
+    """Name of the run whose weights it starts from."""
+
+
+RUNS = {
+    "stage 1": Run("demo-stage1", "stage1"),
+    "stage 2": Run("demo-stage2", "stage2", "stage 1"),
+    ALONE: Run("demo-stage2", "stage2-without-stage1"),
+    VQA: Run("demo-vqa", "vqa", "stage 2"),
+}
+"""In their order. The last is left out where there are no questions."""
 
 
 @dataclass
@@ -101,11 +119,12 @@ def demo(output: Path, quick: bool = False, data: str | None = None, scale: floa
             train(recipe, resume=True)
     tester = Tester(recipes, material, timer, quick)
     metrics: dict[str, Any] = {"quick": quick}
+    scenes = None
     if material.scenes is not None:
         metrics["scenes"], scenes = tester.scenes(material.scenes)
-    else:
-        scenes = None
-    metrics["images"], others = tester.images(material.held_out)
+    others = None
+    if material.held_out is not None:
+        metrics["images"], others = tester.images(material.held_out)
     metrics |= {"seconds": sum(timer.seconds.values()), "seconds_by_part": timer.seconds}
     for name, recipe in recipes.items():
         rows = [row for row in read_metrics(Path(recipe.output)) if "validation_loss" in row]
@@ -117,25 +136,27 @@ def demo(output: Path, quick: bool = False, data: str | None = None, scale: floa
 
 
 def demo_recipes(output: Path, material: Material, quick: bool, scale: float = 1.0) -> dict[str, Recipe]:
-    """Return the recipe of each of :data:`STAGES`."""
+    """Return the recipe of each of :data:`RUNS`, without the one on questions where there are none."""
     precision = faster_precision()
     recipes = {}
-    for name, folder in STAGES.items():
-        first = name == "stage 1"
-        recipe = load_recipe(find_recipe("demo-stage1" if first else "demo-stage2"))
-        data = replace(
-            recipe.data,
-            train=material.train if first else material.generation,
-            validation=material.validation if first else material.generation_validation,
-            group_column=material.group_column if first else None,
-        )
+    for name, run in RUNS.items():
+        recipe = load_recipe(find_recipe(run.recipe))
+        if name == "stage 1":
+            train_on, validation = material.train, material.validation
+        elif name == VQA:
+            if material.questions is None:
+                continue
+            train_on, validation = material.questions, material.generation_validation
+        else:
+            train_on, validation = material.generation, material.generation_validation
+        data = replace(recipe.data, train=train_on, validation=validation)
         if material.scenes is None:  # nothing is known of what crops and mirrors would spoil
             data = replace(data, cached_views=4)
         steps = 6 if quick else max(1, round(scale * recipe.training.steps))
         recipes[name] = replace(
             in_precision(recipe, precision, steps),
-            output=str(output / folder),
-            start_from=str(output / STAGES["stage 1"]) if name == "stage 2" else None,
+            output=str(output / run.folder),
+            start_from=run.start_from and str(output / RUNS[run.start_from].folder),
             data=data,
         )
     return recipes
@@ -180,7 +201,7 @@ class Tester:
         # To write one token at a time, fp32 is the faster on CPUs, whatever it was trained in.
         dtype = None if torch.cuda.is_available() else "fp32"
         self.writers: dict[str, GenerationPipeline] = {}
-        for name in ("stage 2", ALONE):
+        for name in (name for name in recipes if name != "stage 1"):
             pipeline = load(recipes[name].output, dtype=dtype)
             assert isinstance(pipeline, GenerationPipeline)
             pipeline.batch_size = AT_ONCE
@@ -200,7 +221,7 @@ class Tester:
         truth = [record.captions[0] for record in records]
         with self.timer.measure(f"retrieval and captions of {len(records)} images of {path.stem}"):
             retrieval = self._retrieve(features, truth)
-            captions = {name: writer.caption(features, decoding=GREEDY) for name, writer in self.writers.items()}
+            captions = {name: self.writers[name].caption(features, decoding=GREEDY) for name in ("stage 2", ALONE)}
         numbers = {
             "source": path.stem,
             "count": len(records),
@@ -211,62 +232,59 @@ class Tester:
 
     def scenes(self, folder: Path) -> tuple[dict[str, Any], Findings]:
         """Everything that the exact truth of scenes allows, on held-out compositions and cut-outs."""
-        numbers: dict[str, Any] = {}
-        findings: dict[str, Findings] = {}
-        train_questions = read_rows(folder / "train_questions.jsonl")
-        for split in ("compositions", "cutouts"):
-            rows = read_rows(folder / f"test_{split}.jsonl")[: 16 if self.quick else MEASURED[split][0]]
-            features = self.encode([read_image(folder / row["image"]) for row in rows])
-            truths = read_truths(rows)
-            number: dict[str, Any] = {"count": len(rows)}
-            models = {name: (writer, features) for name, writer in self.writers.items()}
-            blank = self.encode([Image.new("RGB", (224, 224), "gray")])
-            models[BLANK] = (self.writers["stage 2"], blank.expand(len(rows), -1, -1))
-            if split == "cutouts":
-                models = {"stage 2": models["stage 2"]}
-            captions = {}
-            for name, (writer, seen) in models.items():
-                with self.timer.measure(f"captions of held-out {split}, {name}"):
-                    few = seen if name != BLANK else seen[:1]
-                    written = writer.caption(few, decoding=GREEDY)
-                    captions[name] = written if name != BLANK else written * len(rows)
-            number["captions"] = {name: score_facts(written, truths) for name, written in captions.items()}
-            place = {row["image"]: i for i, row in enumerate(rows)}
-            asked = [row for row in read_rows(folder / f"test_{split}_questions.jsonl") if row["image"] in place]
-            asked = asked[: MEASURED[split][1]]
-            owners = [place[row["image"]] for row in asked]
-            number["answers"], answers = {}, {}
-            for name, (writer, seen) in models.items():
-                with self.timer.measure(f"{len(asked)} questions about held-out {split}, {name}"):
-                    answers[name] = self._answer(writer, seen, asked, owners)
-                number["answers"][name] = score_answers(answers[name], asked)
-            majority = majority_answers(train_questions, asked)
-            number["answers"][MAJORITY] = score_answers(majority, asked)
-            number["questions"] = len(asked)
-            found = Findings([], features, captions, folder=folder, rows=rows)
+        numbers: dict[str, dict[str, Any]] = {}
+        numbers["compositions"], found = self._captions_and_answers(folder, "compositions")
+        features = found.features
+        with self.timer.measure("retrieval, matching and twins"):
+            texts = [row["captions"][0] for row in found.rows]
+            found.retrieval = self._retrieve(features, texts)
+            numbers["compositions"] |= {
+                "retrieval": _recalls(found.retrieval),
+                "itm_accuracy": matching_accuracy(self.representation, features, texts),
+                "queries": self._queries(features),
+            }
+            numbers["compositions"]["twins"], found.twins, found.twin_rows = self._twins(folder)
+        numbers["cutouts"] = self._captions_and_answers(folder, "cutouts")[0]
+        return numbers, found
+
+    def _captions_and_answers(self, folder: Path, split: str) -> tuple[dict[str, Any], Findings]:
+        """Facts in captions and answers on a split; of the compositions also by what must do worse."""
+        many_images, many_questions = MEASURED[split]
+        rows = read_rows(folder / f"test_{split}.jsonl")[: 16 if self.quick else many_images]
+        features = self.encode([read_image(folder / row["image"]) for row in rows])
+        index = {row["image"]: i for i, row in enumerate(rows)}
+        asked = [row for row in read_rows(folder / f"test_{split}_questions.jsonl") if row["image"] in index]
+        asked = asked[:many_questions]
+        owners = [index[row["image"]] for row in asked]
+        captions, answers = {}, {}
+        with self.timer.measure(f"captions of {len(rows)} held-out {split}"):
+            captions["stage 2"] = self.writers["stage 2"].caption(features, decoding=GREEDY)
             if split == "compositions":
-                with self.timer.measure("retrieval, matching and twins"):
-                    texts = [row["captions"][0] for row in rows]
-                    found.retrieval = self._retrieve(features, texts)
-                    number["retrieval"] = _recalls(found.retrieval)
-                    number["itm_accuracy"] = matching_accuracy(self.representation, features, texts)
-                    number["queries"] = self._queries(features)
-                    number["twins"], found.twins, found.twin_rows = self._twins(folder)
-                found.questions = self._sure(features, asked, owners, answers["stage 2"])
-            numbers[split], findings[split] = number, found
-        return numbers, findings["compositions"]
+                captions[ALONE] = self.writers[ALONE].caption(features, decoding=GREEDY)
+        with self.timer.measure(f"{len(asked)} questions about held-out {split}"):
+            answers[VQA] = self._answer(features, asked, owners)
+            if split == "compositions":
+                blank = self.encode([Image.new("RGB", (224, 224), "gray")])
+                captions[BLANK] = self.writers["stage 2"].caption(blank, decoding=GREEDY) * len(rows)
+                answers[BLANK] = self._answer(blank, asked, [0] * len(asked))
+                answers[MAJORITY] = majority_answers(read_rows(folder / "train_questions.jsonl"), asked)
+        numbers = {
+            "count": len(rows),
+            "questions": len(asked),
+            "captions": {name: score_facts(written, read_truths(rows)) for name, written in captions.items()},
+            "answers": {name: score_answers(given, asked) for name, given in answers.items()},
+        }
+        found = Findings([], features, captions, folder=folder, rows=rows)
+        if split == "compositions":
+            found.questions = self._sure(features, asked, owners, answers[VQA])
+        return numbers, found
 
     def _retrieve(self, features: Float[Tensor, "I P E"], texts: list[str]) -> Retrieval:
         positive = torch.tensor([[a == b for b in texts] for a in texts])
         return evaluate_retrieval(self.representation, features, texts, positive, CANDIDATES)
 
-    def _answer(
-        self,
-        writer: GenerationPipeline,
-        features: Float[Tensor, "I P E"],
-        asked: list[dict[str, Any]],
-        owners: list[int],
-    ) -> list[str]:
+    def _answer(self, features: Float[Tensor, "I P E"], asked: list[dict[str, Any]], owners: list[int]) -> list[str]:
+        writer = self.writers[VQA]
         prompts = fill_prompts(writer.question_prompt, [row["question"] for row in asked])
         return writer.generate(features, prompts, SHORT, image_of=owners)
 
@@ -278,7 +296,7 @@ class Tester:
         answers: list[str],
     ) -> dict[int, list[tuple[str, str, str, float]]]:
         """Four questions of each of some images, with answers and their probabilities."""
-        writer = self.writers["stage 2"]
+        writer = self.writers[VQA]
         chosen = [i for i, owner in enumerate(owners) if owner < 24 and owners[:i].count(owner) < 4]
         prompts = fill_prompts(writer.question_prompt, [asked[i]["question"] for i in chosen])
         given = [answers[i] for i in chosen]
@@ -302,7 +320,7 @@ class Tester:
 
     @torch.no_grad()
     def _queries(self, features: Float[Tensor, "I P E"]) -> dict[str, float]:
-        """How much the output queries of the three models differ."""
+        """How much the output queries of each model differ."""
         some = features[:64]
         model = self.representation.model
         z = {"stage 1": model.qformer(model.memory(some)).queries}
