@@ -22,6 +22,7 @@ def test_its_python_runs(runs, tmp_path, monkeypatch):
     (tmp_path / "runs" / "demo").mkdir(parents=True)
     (tmp_path / "runs" / "demo" / "stage1").symlink_to(runs["stage1"])
     (tmp_path / "runs" / "demo" / "stage2").symlink_to(runs["llama"])
+    (tmp_path / "runs" / "demo" / "vqa").symlink_to(runs["llama"])
     for name in set(re.findall(r'"(\w+\.(?:png|jpg))"', PYTHON[0])):
         draw("disc", "red", 0).save(tmp_path / name)
     monkeypatch.chdir(tmp_path)

@@ -53,6 +53,7 @@ def is_behind(name):
 @pytest.mark.parametrize("stage", STAGES)
 def test_gradients_of_the_image_encoder_are_the_slope_of_the_loss(parts, tmp_path, stage):
     """Through the cross-attention, the norm of the features and, in stage 2, the frozen LLM."""
+    torch.manual_seed(1)  # whatever test ran before: at some weights the loss bends too much
     objectives = ObjectivesConfig(itm=0.0)  # its negatives are drawn, so that it has no slope
     recipe = tune(parts, tmp_path, stage, qformer={"dropout": 0.0}, objectives=objectives)
     built = build(recipe, CPU)
@@ -71,14 +72,20 @@ def test_gradients_of_the_image_encoder_are_the_slope_of_the_loss(parts, tmp_pat
 
     slope = sum(float(p.grad.square().sum()) for p in own.values())
     assert slope > 0
-    step = 1e-3 / slope**0.5  # short enough for the loss to be nearly straight, long enough for float32
-    around = []
-    with torch.no_grad():
-        for sign in (1, -2):  # step along the gradient, and then as far to the other side
-            for p in own.values():
-                p += sign * step * p.grad
+    start = {p: p.detach().clone() for p in own.values()}
+
+    @torch.no_grad()
+    def measured(step: float) -> float:
+        around = []
+        for sign in (1, -1):
+            for p, value in start.items():
+                p.copy_(value + sign * step * p.grad)
             around.append(float(sum(model(batch).losses.values())))
-    assert (around[0] - around[1]) / (2 * step) == pytest.approx(slope, rel=0.02)
+        return (around[0] - around[1]) / (2 * step)
+
+    step = 2e-3 / slope**0.5  # long enough for float32
+    straight = (4 * measured(step / 2) - measured(step)) / 3  # without the bend of the loss, which goes with step ** 2
+    assert straight == pytest.approx(slope, rel=0.02)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,7 +118,7 @@ def own_material(source: str, output: Path) -> Material:
     return Material(train_on, train_on, None, measure_on, measure_on, held_out, None, f"your images, {source}")
 
 
-def _write_rows(path: Path, rows: list[dict[str, object]]) -> None:
+def _write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with written(path) as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows).encode())

@@ -69,7 +69,8 @@ def tables(metrics: dict[str, Any]) -> list[tuple[tuple[str, ...], Rows]]:
     """Columns and rows of every table, in percent."""
     out: list[tuple[tuple[str, ...], Rows]] = []
     if "scenes" in metrics:
-        for split, title in (("compositions", "held-out compositions"), ("cutouts", "held-out cut-outs")):
+        titles = {"compositions": "held-out compositions", "images": "new images", "cutouts": "held-out cut-outs"}
+        for split, title in titles.items():
             numbers = metrics["scenes"][split]
             captions, answers = numbers["captions"].items(), numbers["answers"].items()
             rows = [[name, *(_percent(each.get(fact)) for fact in FACTS)] for name, each in captions]
@@ -106,10 +107,12 @@ def _retrieval_table(title: str, numbers: dict[str, Any]) -> tuple[tuple[str, ..
 
 
 TABLES_TEXT = (
-    "In percent. A caption's fact is right when the sentence states it and it is true: all objects and no other, the"
-    " background's color, the relation between two objects, the count. Twins are pairs of images whose texts differ in"
-    " one word or in the order of two; group: both images find their text and both texts their image. R@k: the right"
-    " one is among the k best. Token F1: words shared by caption and true sentence; content F1: without articles."
+    "In percent. Held-out compositions show kinds together, or counts of a kind, that training never shows; new images"
+    " show what training shows, in other places. A caption's fact is right when the sentence states it and it is true:"
+    " all objects and no other, the background's color, the relation between two objects, the count. Twins are pairs of"
+    " images whose texts differ in one word or in the order of two; group: both images find their text and both texts"
+    " their image. R@k: the right one is among the k best. Token F1: words shared by caption and true sentence; content"
+    " F1: without articles."
 )
 
 
@@ -171,6 +174,7 @@ def write_report(
     report.plot(plot_curves(later, [("lm", "LM loss"), ("lm_accuracy", "LM accuracy")]), "losses of stage 2")
     report.plot(plot_curves(curves, [("query_similarity", "cosine of an image's queries")]), "similarity of queries")
     found = scenes or others
+    assert found is not None, "the demo is of scenes or of a user's own images"
     images, names = _images(found)[:6], _truths(found)[:6]
     report.section(
         "Where each query looks",

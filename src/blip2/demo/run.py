@@ -53,7 +53,7 @@ GREEDY = Decoding(beams=1, max_new_tokens=24)
 SHORT = Decoding(beams=1, max_new_tokens=4)
 CANDIDATES = 16
 """Images or texts that are ranked again by the matching head, in each direction."""
-MEASURED = {"compositions": (160, 300), "cutouts": (80, 150)}
+MEASURED = {"compositions": (160, 300), "images": (80, 100), "cutouts": (80, 100)}
 """Images of each held-out split that are captioned, and questions that are asked, the first of the files."""
 AT_ONCE = 48
 """Texts that are written together."""
@@ -231,7 +231,7 @@ class Tester:
         return numbers, Findings(records, features, captions, retrieval)
 
     def scenes(self, folder: Path) -> tuple[dict[str, Any], Findings]:
-        """Everything that the exact truth of scenes allows, on held-out compositions and cut-outs."""
+        """Everything that the exact truth of scenes allows, on held-out compositions, images and cut-outs."""
         numbers: dict[str, dict[str, Any]] = {}
         numbers["compositions"], found = self._captions_and_answers(folder, "compositions")
         features = found.features
@@ -244,7 +244,8 @@ class Tester:
                 "queries": self._queries(features),
             }
             numbers["compositions"]["twins"], found.twins, found.twin_rows = self._twins(folder)
-        numbers["cutouts"] = self._captions_and_answers(folder, "cutouts")[0]
+        for split in ("images", "cutouts"):
+            numbers[split] = self._captions_and_answers(folder, split)[0]
         return numbers, found
 
     def _captions_and_answers(self, folder: Path, split: str) -> tuple[dict[str, Any], Findings]:
