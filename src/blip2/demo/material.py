@@ -23,6 +23,8 @@ HELD_OUT = 0.1
 """Share of a user's own images that are held out."""
 DESCRIPTIONS_SHARE = 0.33
 """Weight of the descriptions beside that of the questions, 1, in training on questions: so that captions stay."""
+QUICK_IMAGES = 48
+"""Held-out images of the curves of a quick demo."""
 FEWEST_IMAGES = 20
 """A user's own images must be at least this many."""
 
@@ -60,6 +62,12 @@ def scenes_material(output: Path, quick: bool) -> Material:
     scenes = fetch("scenes-20")
     split, held = ("validation", "test_images") if quick else ("train", "validation")
     descriptions, questions = (str(scenes / f"{split}_{part}.jsonl") for part in ("descriptions", "questions"))
+    validation = {part: scenes / f"{held}{part}.jsonl" for part in ("", "_descriptions")}
+    if quick:
+        for part, path in validation.items():
+            rows = [row | {"image": str(scenes / row["image"])} for row in read_rows(path)[:QUICK_IMAGES]]
+            validation[part] = output / path.name
+            _write_rows(validation[part], rows)
     held_out = None
     credit = "OpenMoji, CC BY-SA 4.0"
     try:
@@ -76,8 +84,8 @@ def scenes_material(output: Path, quick: bool) -> Material:
         str(scenes / f"{split}.jsonl"),
         descriptions,
         {questions: 1.0, descriptions: DESCRIPTIONS_SHARE},
-        str(scenes / f"{held}.jsonl"),
-        str(scenes / f"{held}_descriptions.jsonl"),
+        str(validation[""]),
+        str(validation["_descriptions"]),
         held_out,
         scenes,
         credit,
