@@ -53,7 +53,7 @@ def is_behind(name):
 @pytest.mark.parametrize("stage", STAGES)
 def test_gradients_of_the_image_encoder_are_the_slope_of_the_loss(parts, tmp_path, stage):
     """Through the cross-attention, the norm of the features and, in stage 2, the frozen LLM."""
-    torch.manual_seed(1)  # whatever test ran before: at some weights the loss bends too much
+    torch.manual_seed(0)  # the same weights whatever test ran before
     objectives = ObjectivesConfig(itm=0.0)  # its negatives are drawn, so that it has no slope
     recipe = tune(parts, tmp_path, stage, qformer={"dropout": 0.0}, objectives=objectives)
     built = build(recipe, CPU)
@@ -83,7 +83,7 @@ def test_gradients_of_the_image_encoder_are_the_slope_of_the_loss(parts, tmp_pat
             around.append(float(sum(model(batch).losses.values())))
         return (around[0] - around[1]) / (2 * step)
 
-    step = 2e-3 / slope**0.5  # long enough for float32
+    step = 3e-4 / slope  # the loss changes by so much, which float32 tells, whether it is steep or flat
     straight = (4 * measured(step / 2) - measured(step)) / 3  # without the bend of the loss, which goes with step ** 2
     assert straight == pytest.approx(slope, rel=0.02)
 

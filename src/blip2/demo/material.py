@@ -8,6 +8,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from blip2.config import DataConfig
 from blip2.data.assets import fetch
@@ -22,7 +23,7 @@ log = logging.getLogger("blip2")
 HELD_OUT = 0.1
 """Share of a user's own images that are held out."""
 DESCRIPTIONS_SHARE = 0.33
-"""Weight of the descriptions beside that of the questions, 1, in training on questions: so that captions stay."""
+"""Weight of the captions in training on questions, whose weight is 1. Without captions the model forgets them."""
 QUICK_IMAGES = 48
 """Held-out images of the curves of a quick demo."""
 FEWEST_IMAGES = 20
@@ -38,7 +39,7 @@ class Material:
     generation: str
     """Captions of stage 2."""
     questions: dict[str, float | None] | None
-    """Questions, and captions beside them, with their weights; None where there are no questions."""
+    """Sources with questions and with captions, each with its weight; None where there are no questions."""
     validation: str
     """Held-out images for the curves of stage 1."""
     generation_validation: str
@@ -65,9 +66,8 @@ def scenes_material(output: Path, quick: bool) -> Material:
     validation = {part: scenes / f"{held}{part}.jsonl" for part in ("", "_descriptions")}
     if quick:
         for part, path in validation.items():
-            rows = [row | {"image": str(scenes / row["image"])} for row in read_rows(path)[:QUICK_IMAGES]]
             validation[part] = output / path.name
-            _write_rows(validation[part], rows)
+            _write_rows(validation[part], _read_rows(path)[:QUICK_IMAGES])
     held_out = None
     credit = "OpenMoji, CC BY-SA 4.0"
     try:
@@ -76,9 +76,8 @@ def scenes_material(output: Path, quick: bool) -> Material:
         log.info("%s; there is no table of Tux Paint's stamps then", error)
     else:
         shown = {stamp for names in STAMPS.values() for stamp in names}
-        rows = [row for row in read_rows(stamps / "held_out.jsonl") if row["key"] not in shown]
         held_out = output / "stamps.jsonl"
-        _write_rows(held_out, [row | {"image": str(stamps / row["image"])} for row in rows])
+        _write_rows(held_out, [row for row in _read_rows(stamps / "held_out.jsonl") if row["key"] not in shown])
         credit = "Tux Paint stamps, GPL-2, by Bill Kendrick and contributors"
     return Material(
         str(scenes / f"{split}.jsonl"),
@@ -124,6 +123,11 @@ def own_material(source: str, output: Path) -> Material:
     _write_rows(train, ranked[count:])
     train_on, measure_on = str(train), str(held_out)
     return Material(train_on, train_on, None, measure_on, measure_on, held_out, None, f"your images, {source}")
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read rows that are to be written elsewhere: their images get absolute paths."""
+    return [row | {"image": str(path.parent / row["image"])} for row in read_rows(path)]
 
 
 def _write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:

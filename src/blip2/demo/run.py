@@ -1,8 +1,8 @@
-"""Train both stages, then on questions, and measure what was learned on images that were held out.
+"""Train both stages, train on questions, and measure what was learned on held-out images.
 
 Stage 1 trains a Q-Former that starts from MiniLM and reads EfficientNet-Lite0's features; stage 2 connects it to
-SmolLM2-135M, which learns to write captions; then it is trained on questions, as in the paper's §4.3. Beside it the
-same stage 2 is trained without stage 1, which is the comparison of the paper's Figure 5.
+SmolLM2-135M and learns captions, and is then trained on questions, as in the paper's §4.3. Stage 2 is also trained
+without stage 1, which is the comparison of the paper's Figure 5.
 """
 
 from __future__ import annotations
@@ -138,18 +138,15 @@ def demo(output: Path, quick: bool = False, data: str | None = None, scale: floa
 def demo_recipes(output: Path, material: Material, quick: bool, scale: float = 1.0) -> dict[str, Recipe]:
     """Return the recipe of each of :data:`RUNS`, without the one on questions where there are none."""
     precision = faster_precision()
+    sources = {"stage 1": material.train, VQA: material.questions}
     recipes = {}
     for name, run in RUNS.items():
+        source = sources.get(name, material.generation)
+        if source is None:
+            continue
         recipe = load_recipe(find_recipe(run.recipe))
-        if name == "stage 1":
-            train_on, validation = material.train, material.validation
-        elif name == VQA:
-            if material.questions is None:
-                continue
-            train_on, validation = material.questions, material.generation_validation
-        else:
-            train_on, validation = material.generation, material.generation_validation
-        data = replace(recipe.data, train=train_on, validation=validation)
+        validation = material.validation if name == "stage 1" else material.generation_validation
+        data = replace(recipe.data, train=source, validation=validation)
         if material.scenes is None:  # nothing is known of what crops and mirrors would spoil
             data = replace(data, cached_views=4)
         steps = 6 if quick else max(1, round(scale * recipe.training.steps))
@@ -201,8 +198,10 @@ class Tester:
         # To write one token at a time, fp32 is the faster on CPUs, whatever it was trained in.
         dtype = None if torch.cuda.is_available() else "fp32"
         self.writers: dict[str, GenerationPipeline] = {}
-        for name in (name for name in recipes if name != "stage 1"):
-            pipeline = load(recipes[name].output, dtype=dtype)
+        for name, recipe in recipes.items():
+            if recipe.stage != "generation":
+                continue
+            pipeline = load(recipe.output, dtype=dtype)
             assert isinstance(pipeline, GenerationPipeline)
             pipeline.batch_size = AT_ONCE
             self.writers[name] = pipeline
@@ -321,7 +320,7 @@ class Tester:
 
     @torch.no_grad()
     def _queries(self, features: Float[Tensor, "I P E"]) -> dict[str, float]:
-        """How much the output queries of each model differ."""
+        """Return the mean cosine between the output queries of an image, for each model."""
         some = features[:64]
         model = self.representation.model
         z = {"stage 1": model.qformer(model.memory(some)).queries}
