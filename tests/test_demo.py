@@ -9,7 +9,7 @@ from blip2.config import DataConfig
 from blip2.data.records import open_records
 from blip2.demo.material import FEWEST_IMAGES, own_material
 from blip2.demo.report import ALONE, tables
-from blip2.demo.run import RUNS, demo_recipes
+from blip2.demo.run import LONGEST, RUNS, Plan, demo_recipes, fitting_scale, make_plan
 from blip2.errors import InputError
 from conftest import draw
 
@@ -46,10 +46,11 @@ def test_images_that_cannot_be_used_are_refused(folder, tmp_path):
 
 def test_each_run_has_its_material_and_starts_from_the_run_before(folder, tmp_path):
     own = own_material(str(folder), tmp_path / "demo")
-    recipes = demo_recipes(tmp_path / "demo", own, quick=True)
+    plan = Plan("fp32", 1.0)
+    recipes = demo_recipes(tmp_path / "demo", own, plan, quick=True)
     assert list(recipes) == ["stage 1", "stage 2", ALONE]  # there are no questions
     with_questions = replace(own, questions={own.train: 1.0, own.generation: 0.5})
-    recipes = demo_recipes(tmp_path / "demo", with_questions, quick=True)
+    recipes = demo_recipes(tmp_path / "demo", with_questions, plan, quick=True)
     assert list(recipes) == list(RUNS)
     first, second, alone, vqa = recipes.values()
     assert (second.start_from, alone.start_from, vqa.start_from) == (first.output, None, second.output)
@@ -57,9 +58,21 @@ def test_each_run_has_its_material_and_starts_from_the_run_before(folder, tmp_pa
     assert vqa.data.train == with_questions.questions
     assert replace(second, output=alone.output, start_from=None) == alone  # they differ in where they start alone
     assert len({recipe.output for recipe in recipes.values()}) == len(RUNS)
-    longer = demo_recipes(tmp_path / "demo", own, quick=False, scale=2.0)
-    once = demo_recipes(tmp_path / "demo", own, quick=False)
+    longer = demo_recipes(tmp_path / "demo", own, replace(plan, scale=2.0), quick=False)
+    once = demo_recipes(tmp_path / "demo", own, plan, quick=False)
     assert [r.training.steps for r in longer.values()] == [2 * r.training.steps for r in once.values()]
+
+
+def test_a_faster_machine_trains_more_in_the_same_time_and_a_killed_demo_keeps_its_plan(tmp_path):
+    scales = [fitting_scale(rate) for rate in (1e9, 2e11, 8e11, 1e15)]
+    assert scales == sorted(scales) and scales[0] == 1.0 < scales[-1] <= LONGEST
+    first = make_plan(tmp_path / "demo")
+    assert first.precision in ("bf16", "fp32") and 1.0 <= first.scale <= LONGEST
+    other = Plan("bf16" if first.precision == "fp32" else "fp32", 3.5)
+    (tmp_path / "demo" / "plan.json").write_text(json.dumps({"precision": other.precision, "scale": other.scale}))
+    assert make_plan(tmp_path / "demo") == other  # it was not measured again
+    assert make_plan(tmp_path / "demo", 2.0) == replace(other, scale=2.0) == make_plan(tmp_path / "demo")
+    assert make_plan(tmp_path / "new", 0.5).scale == 0.5
 
 
 def test_tables_hold_what_was_measured():

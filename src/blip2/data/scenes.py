@@ -69,19 +69,21 @@ def _rng(seed: int, split: str, *numbers: int) -> np.random.Generator:
 # -- what each split shows -----------------------------------------------------------------------------------------
 
 
-def _training(planner: Planner, seed: int, images: int) -> Iterator[_Group]:
-    for number in range(-(-images // GROUP)):
+def _training(planner: Planner, seed: int, images: int, group_size: int) -> Iterator[_Group]:
+    for number in range(-(-images // group_size)):
         rng = _rng(seed, "train", number)
         base = planner.draw(rng)
-        yield _Group(number, [base, *planner.variants(base, rng)][: images - number * GROUP])
+        members = [base, *planner.variants(base, rng)] if group_size > 1 else [base]
+        yield _Group(number, members[: min(group_size, images - number * group_size)])
 
 
-def _groups(planner: Planner, split: str, seed: int, images: int, train: int) -> Iterator[_Group]:
+def _groups(planner: Planner, split: str, seed: int, images: int, train: int, group_size: int) -> Iterator[_Group]:
     """The groups of a split; of twins ``images`` are pairs."""
     if split == "train":
-        yield from _training(planner, seed, images)
+        yield from _training(planner, seed, images, group_size)
         return
-    seen = [scene for group in _training(planner, seed, min(train, SEEN * GROUP)) for scene in group.scenes]
+    first = _training(planner, seed, min(train, SEEN * group_size), group_size)
+    seen = [scene for group in first for scene in group.scenes]
     for number in range(images):
         rng = _rng(seed, split, number)
         if split == "twins":
@@ -134,12 +136,19 @@ def _draw(scene: Scene, layout: Layout, seed: int, split: str, group: int, membe
 
 
 def _write_split(
-    planner: Planner, folder: Path, split: str, seed: int, images: int, train: int, done: Counter[str]
+    planner: Planner,
+    folder: Path,
+    split: str,
+    seed: int,
+    images: int,
+    train: int,
+    group_size: int,
+    done: Counter[str],
 ) -> _Written:
     (folder / "images" / split).mkdir(parents=True)
     out = _Written()
     doubts, asked = Doubts(planner.allowed_counts), list[Question]()
-    for group in _groups(planner, split, seed, images, train):
+    for group in _groups(planner, split, seed, images, train, group_size):
         layout = Layout.draw(_rng(seed, split, group.number, 0))
         truths = []
         for member, scene in enumerate(group.scenes):
@@ -195,6 +204,7 @@ def write_scenes(
     shards: int | None = None,
     about: str = "",
     kinds: Sequence[str] | None = None,
+    group_size: int = GROUP,
 ) -> dict[str, int]:
     """Write the data set: the same files for the same cut-outs, seed and versions of Pillow and NumPy.
 
@@ -207,6 +217,8 @@ def write_scenes(
         shards: number of WebDataset shards that hold the training images once more; None: no shards.
         about: a sentence on where the cut-outs come from, for the data card.
         kinds: names of the kinds to show; None: all that there are.
+        group_size: number of training images, 1 to 4, that are near twins of each other. With 1 every training image
+            shows another scene, so that as many images show more pairs of kinds.
 
     Returns:
         the number of rows of each file.
@@ -215,10 +227,12 @@ def write_scenes(
         InputError: the cut-outs cannot be used, or a number is too small.
     """
     numbers = dict(zip(SPLITS, (train, validation, test_images, test_compositions, test_cutouts, twins), strict=True))
+    if not 1 <= group_size <= GROUP:
+        raise InputError(f"group_size is {group_size}: expected 1 to {GROUP} near twins")
     for name, number in numbers.items():
         if number < (GROUP if name == "train" else 1):
             raise InputError(f"{name} is {number}: expected {GROUP if name == 'train' else 1} or more images")
-    groups = -(-train // GROUP)
+    groups = -(-train // group_size)
     if shards is not None and not 1 <= shards <= groups:
         raise InputError(f"shards is {shards}: expected 1 to {groups}, the number of groups of training images")
     if seed < 0:
@@ -230,7 +244,7 @@ def write_scenes(
     rows: dict[str, int] = {}
     texts: list[str] = []
     for split, number in numbers.items():
-        written = _write_split(planner, folder, split, seed, number, train, done)
+        written = _write_split(planner, folder, split, seed, number, train, group_size, done)
         files = {
             split: written.records,
             f"{split}_questions": written.questions,
@@ -242,7 +256,7 @@ def write_scenes(
                 _write_lines(folder / f"{name}.jsonl", part)
         texts.append(_split_table(split, written))
         if split == "train" and shards:
-            _write_shards(folder, written.records, shards)
+            _write_shards(folder, written.records, shards, group_size)
     if (cutouts / LICENCE).is_file():
         shutil.copyfile(cutouts / LICENCE, folder / LICENCE)
     (folder / CARD).write_text(_card(shown, planner, seed, texts, about), encoding="utf-8")
@@ -284,10 +298,10 @@ def _write_lines(path: Path, rows: Iterable[Row]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def _write_shards(folder: Path, records: Sequence[Row], shards: int) -> None:
+def _write_shards(folder: Path, records: Sequence[Row], shards: int, group_size: int) -> None:
     """Tar files of ``KEY.jpg`` and ``KEY.json``, whose groups stay together."""
     (folder / "shards").mkdir()
-    bounds = np.linspace(0, -(-len(records) // GROUP), shards + 1).round().astype(int) * GROUP
+    bounds = np.linspace(0, -(-len(records) // group_size), shards + 1).round().astype(int) * group_size
     for number, (start, end) in enumerate(pairwise(bounds)):
         with tarfile.open(folder / "shards" / f"train-{number:05}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
             for row in records[start:end]:

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from blip2.data.records import Records, open_records
 from blip2.data.texts import fill_prompts
 from blip2.demo.material import Material, own_material, scenes_material
 from blip2.demo.report import ALONE, BLANK, MAJORITY, VQA, Findings, show, write_report
+from blip2.errors import InputError
 from blip2.evaluation.captioning import score_captions
 from blip2.evaluation.report import new_figure
 from blip2.evaluation.retrieval import Retrieval, evaluate_retrieval
@@ -40,6 +41,7 @@ from blip2.evaluation.scenes import (
     score_answers,
     score_facts,
 )
+from blip2.files import write_json
 from blip2.inference import GenerationPipeline, RepresentationPipeline, load
 from blip2.model.decoding import Decoding
 from blip2.model.objectives import query_statistics
@@ -55,6 +57,19 @@ CANDIDATES = 16
 """Images or texts that are ranked again by the matching head, in each direction."""
 MEASURED = {"compositions": (160, 300), "images": (80, 100), "cutouts": (80, 100)}
 """Images of each held-out split that are captioned, and questions that are asked, the first of the files."""
+PLAN = "plan.json"
+MINUTES = 15
+"""A demo of scenes is to take so long where the machine is fast enough."""
+LONGEST = 4.0
+"""Times the recipes' steps that are trained at most where none are asked for."""
+REFERENCE_RATE = 165e9
+"""Floating-point operations a second, in fp32, of the two CPU threads without AVX-512 that the next three are of."""
+TRAINING_SECONDS = 880
+"""Seconds of the recipes' own steps there."""
+EVALUATION_SECONDS = 300
+"""Seconds of everything else there."""
+FIXED_SHARE = 0.35
+"""Share of the seconds there that faster matrix products do not shorten."""
 AT_ONCE = 48
 """Texts that are written together."""
 
@@ -92,7 +107,52 @@ class StageTimer:
         self.seconds[part] = time.monotonic() - started
 
 
-def demo(output: Path, quick: bool = False, data: str | None = None, scale: float = 1.0) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Plan:
+    """What is decided by the speed of the machine."""
+
+    precision: Precision
+    scale: float
+    """How many times the recipes' own steps are trained."""
+
+
+def make_plan(output: Path, scale: float | None = None) -> Plan:
+    """Return the plan that is kept in `output`, so that a demo that was killed continues as it began, or make one.
+
+    Args:
+        scale: how many times the recipes' own steps to train; None: what takes about fifteen minutes on this machine,
+            from 1 to :data:`LONGEST`.
+    """
+    path = output / PLAN
+    if path.is_file():
+        try:
+            kept = Plan(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, TypeError, ValueError) as error:
+            raise InputError(f"{path} cannot be read ({error}): remove it, or give another output") from error
+        if scale is None or scale == kept.scale:
+            return kept
+        plan = replace(kept, scale=scale)
+    else:
+        rates = matrix_rates()
+        precision = faster_precision(rates)
+        plan = Plan(precision, fitting_scale(rates[precision]) if scale is None else scale)
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(path, asdict(plan))
+    return plan
+
+
+def fitting_scale(rate: float) -> float:
+    """Return how many times the recipes' steps take :data:`MINUTES` on a machine that multiplies matrices at a rate.
+
+    Args:
+        rate: floating-point operations a second.
+    """
+    slowness = FIXED_SHARE + (1 - FIXED_SHARE) * REFERENCE_RATE / rate
+    seconds = 60 * MINUTES / slowness - EVALUATION_SECONDS
+    return round(min(max(seconds / TRAINING_SECONDS, 1.0), LONGEST), 1)
+
+
+def demo(output: Path, quick: bool = False, data: str | None = None, scale: float | None = None) -> dict[str, Any]:
     """Train, measure and show; ``metrics.json`` and ``report.html`` are written to `output`.
 
     A demo that was killed continues where it was.
@@ -100,7 +160,7 @@ def demo(output: Path, quick: bool = False, data: str | None = None, scale: floa
     Args:
         quick: a few steps of each, to see that everything works.
         data: a folder or table of images with captions to use in place of the scenes.
-        scale: train so many times as long.
+        scale: how many times the recipes' own steps to train; see :func:`make_plan`.
 
     Returns:
         What is in ``metrics.json``.
@@ -113,7 +173,9 @@ def demo(output: Path, quick: bool = False, data: str | None = None, scale: floa
         fetch(name)
     material = scenes_material(output, quick) if data is None else own_material(data, output)
     timer = StageTimer()
-    recipes = demo_recipes(output, material, quick, scale)
+    plan = make_plan(output, scale)
+    log.info("training in %s, %g times the recipes' steps", plan.precision, plan.scale)
+    recipes = demo_recipes(output, material, plan, quick)
     for name, recipe in recipes.items():
         with timer.measure(f"training {name}"):
             train(recipe, resume=True)
@@ -135,9 +197,8 @@ def demo(output: Path, quick: bool = False, data: str | None = None, scale: floa
     return metrics
 
 
-def demo_recipes(output: Path, material: Material, quick: bool, scale: float = 1.0) -> dict[str, Recipe]:
+def demo_recipes(output: Path, material: Material, plan: Plan, quick: bool) -> dict[str, Recipe]:
     """Return the recipe of each of :data:`RUNS`, without the one on questions where there are none."""
-    precision = faster_precision()
     sources = {"stage 1": material.train, VQA: material.questions}
     recipes = {}
     for name, run in RUNS.items():
@@ -149,9 +210,9 @@ def demo_recipes(output: Path, material: Material, quick: bool, scale: float = 1
         data = replace(recipe.data, train=source, validation=validation)
         if material.scenes is None:  # nothing is known of what crops and mirrors would spoil
             data = replace(data, cached_views=4)
-        steps = 6 if quick else max(1, round(scale * recipe.training.steps))
+        steps = 6 if quick else max(1, round(plan.scale * recipe.training.steps))
         recipes[name] = replace(
-            in_precision(recipe, precision, steps),
+            in_precision(recipe, plan.precision, steps),
             output=str(output / run.folder),
             start_from=run.start_from and str(output / RUNS[run.start_from].folder),
             data=data,
@@ -169,22 +230,31 @@ def in_precision(recipe: Recipe, precision: Precision, steps: int | None = None)
     )
 
 
-def faster_precision() -> Precision:
-    """Return bf16 where this machine multiplies matrices faster in it, else fp32."""
-    if torch.cuda.is_available():
-        return "bf16"
+def matrix_rates() -> dict[Precision, float]:
+    """Return how many floating-point operations a second this machine does in products as large as SmolLM2's."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtypes: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    matrices = {
+        name: (torch.ones(256, 576, dtype=dtype, device=device), torch.ones(576, 1536, dtype=dtype, device=device))
+        for name, dtype in dtypes.items()
+    }
 
-    matrices = {dtype: torch.ones(512, 512, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)}
-
-    def seconds(dtype: torch.dtype) -> float:
+    def seconds(name: Precision) -> float:
         started = time.perf_counter()
-        torch.mm(matrices[dtype], matrices[dtype])
+        torch.mm(*matrices[name]).sum().item()  # to a number, for a GPU returns before it is done
         return time.perf_counter() - started
 
     # The best of several, in turns: what else runs on the machine must not decide.
-    rounds = [[seconds(dtype) for dtype in matrices] for _ in range(10)]
-    bf16, fp32 = map(min, zip(*rounds, strict=True))
-    return "bf16" if bf16 < fp32 else "fp32"
+    rounds = [{name: seconds(name) for name in dtypes} for _ in range(20)]
+    return {name: 2 * 256 * 576 * 1536 / min(each[name] for each in rounds) for name in dtypes}
+
+
+def faster_precision(rates: dict[Precision, float] | None = None) -> Precision:
+    """Return bf16 where this machine multiplies matrices faster in it, else fp32."""
+    if torch.cuda.is_available():
+        return "bf16"
+    rates = rates or matrix_rates()
+    return "bf16" if rates["bf16"] > rates["fp32"] else "fp32"
 
 
 class Tester:
