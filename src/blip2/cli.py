@@ -361,7 +361,8 @@ def run_embed(options: argparse.Namespace) -> None:
     if not options.images and not options.text:
         raise InputError("nothing to embed: give image files, --text, or both; or a whole corpus with --data")
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
+
+    from blip2.files import write_tensors
 
     if not Path(options.output).absolute().parent.is_dir():  # better said before the work than after
         raise InputError(f"there is no folder for {options.output}: make it, or give another --output")
@@ -373,7 +374,7 @@ def run_embed(options: argparse.Namespace) -> None:
         out["texts"] = model.embed_texts(options.text).cpu().contiguous()
     names = {"images": json.dumps(options.images), "texts": json.dumps(options.text)}
     try:
-        save_file(out, options.output, metadata={key: names[key] for key in out})
+        write_tensors(options.output, out, {key: names[key] for key in out})
     except (OSError, SafetensorError) as error:
         raise InputError(f"{options.output} cannot be written ({error}): give another --output") from error
     print(", ".join(f"{key} {list(tensor.shape)}" for key, tensor in out.items()), "->", options.output)

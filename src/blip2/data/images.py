@@ -10,7 +10,6 @@ import io
 import math
 import os
 import warnings
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from blip2.errors import InputError
+from blip2.files import read_regular
 from blip2.model.vision import Preprocessing
 
 ImageLike = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
@@ -29,6 +29,15 @@ Arrays of uint16 count to 65535; others to the first of 1 (floats only), 255, 65
 
 MAX_PIXELS = 120_000_000
 """Larger images are refused before they are decoded: a small file can unpack to gigabytes."""
+MAX_BYTES = 4 * MAX_PIXELS
+"""Of an image file: that of the largest image without any compression."""
+MAX_SCANNED = 20 * MAX_PIXELS
+"""Pixels of a JPEG times its scans. A progressive one is decoded in ten or so scans of all its pixels; a small file can
+have thousands, each of which takes as long."""
+
+
+START_OF_SCAN = b"\xff\xda"
+"""Begins each scan of a JPEG; what it compresses never holds it."""
 
 
 class ImageError(InputError):
@@ -39,10 +48,13 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """The bytes of an image file.
 
     Raises:
-        ImageError: it cannot be read.
+        ImageError: it cannot be read, is no regular file (a pipe or a device may never end), or has more than
+            :data:`MAX_BYTES`.
     """
     try:
-        return Path(path).read_bytes()
+        return read_regular(path, MAX_BYTES)
+    except InputError as error:
+        raise ImageError(f"image {error}") from error
     except (OSError, ValueError) as error:  # ValueError: the path holds what no path can
         raise unreadable(path, error) from error
 
@@ -78,9 +90,12 @@ def read_image(image: ImageLike, name: str | None = None) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata, and of bombs below its own limit
             with Image.open(io.BytesIO(data)) as opened:
-                return _decode(opened, name)
+                return _decode(opened, name, data.count(START_OF_SCAN) if opened.format in ("JPEG", "MPO") else 1)
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name} is not an image (it begins with {data[:12]!r}): save it as PNG or JPEG") from error
+        # Of a file that a table names no content is shown: it can be any file.
+        begins = f"begins with {data[:12]!r}" if isinstance(image, bytes) else "begins as no image does"
+        begins = "begins with <, as a page of the web does" if data[:1] == b"<" else begins
+        raise ImageError(f"{name} is not an image (it {begins}): save it as PNG or JPEG") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} has more than the {MAX_PIXELS:,} pixels allowed: make it smaller") from error
     except ImageError:
@@ -89,10 +104,15 @@ def read_image(image: ImageLike, name: str | None = None) -> Image.Image:
         raise ImageError(_damaged(name, error)) from error
 
 
-def _decode(image: Image.Image, name: str) -> Image.Image:
+def _decode(image: Image.Image, name: str, scans: int = 1) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(
             f"{name} has {image.width} x {image.height} pixels, more than the {MAX_PIXELS:,} allowed: make it smaller"
+        )
+    if scans * image.width * image.height > MAX_SCANNED:
+        raise ImageError(
+            f"{name} has {scans} scans of {image.width} x {image.height} pixels, more than the"
+            f" {MAX_SCANNED // (image.width * image.height)} allowed at this size: save it again as a plain JPEG"
         )
     if image.format == "EPS":
         raise ImageError(f"{name} is PostScript, a program, which is never run: save it as PNG or JPEG")

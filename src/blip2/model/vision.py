@@ -7,7 +7,6 @@ Legend: B batch, P image tokens, E width of the image encoder.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,15 +16,15 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Shaped
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, Blip2VisionConfig, Blip2VisionModel, ImageProcessingMixin
 
 from blip2.errors import InputError
+from blip2.files import read_json
 from blip2.model.frozen import Freezable
 from blip2.model.linear import use_linear
-from blip2.model.pretrained import first_line, read_config, read_model, reading
+from blip2.model.pretrained import first_line, read_config, read_model, read_safetensors
 
 Layer = Literal["second-last", "last"]
 
@@ -156,7 +155,11 @@ def _drop(share: float, block: nn.Module, arguments: tuple[Any, ...], named: dic
 
 
 def load_image_encoder(
-    name: str, layer: Layer | None = None, image_size: int | None = None, dtype: torch.dtype = torch.float32
+    name: str,
+    layer: Layer | None = None,
+    image_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
 ) -> ImageEncoder:
     """Load a pretrained image encoder, frozen.
 
@@ -167,6 +170,7 @@ def load_image_encoder(
             for transformers, ``last`` for CNNs.
         image_size: height and width in pixels; the encoder's own when None. Position embeddings are interpolated.
         dtype: of the weights and of the computation.
+        trust_remote_code: whether Python code that lies beside its weights may run.
 
     Raises:
         InputError: no such model, a model without vision part, or a size that its patches do not divide.
@@ -174,17 +178,18 @@ def load_image_encoder(
     if name.startswith("timm:"):
         return _load_timm(name.removeprefix("timm:"), layer, image_size, dtype)
     if (Path(name) / "config.json").is_file():
-        with reading(name, "image encoder"):
-            settings = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
-        if settings.get("model_type") == "efficientnet-lite0":
+        settings = read_json(Path(name) / "config.json")
+        if isinstance(settings, dict) and settings.get("model_type") == "efficientnet-lite0":
             return _load_efficientnet_lite0(Path(name), settings, layer, image_size, dtype)
-    return _load_transformers(name, layer, image_size, dtype)
+    return _load_transformers(name, layer, image_size, dtype, trust_remote_code)
 
 
-def _load_transformers(name: str, layer: Layer | None, image_size: int | None, dtype: torch.dtype) -> ImageEncoder:
-    config = read_config(name, "image encoder")
+def _load_transformers(
+    name: str, layer: Layer | None, image_size: int | None, dtype: torch.dtype, trust_remote_code: bool
+) -> ImageEncoder:
+    config = read_config(name, "image encoder", trust_remote_code)
     auto = Blip2VisionModel if isinstance(config, Blip2VisionConfig) else AutoModel
-    model, _ = read_model(auto, name, "image encoder", dtype, optional="pooler")
+    model, _ = read_model(auto, name, "image encoder", dtype, optional="pooler", trust_remote_code=trust_remote_code)
     network = getattr(model, "vision_model", model)
     if getattr(network, "main_input_name", None) != "pixel_values":
         raise InputError(f"{name!r} is a {type(model).__name__}, which has no vision part: name an image encoder")
@@ -342,6 +347,6 @@ def _load_efficientnet_lite0(
         raise InputError("EfficientNet-Lite0 has only its last features: set vision.layer to last, or leave it out")
     size = image_size or settings["image_size"]
     network = EfficientNet.from_name("efficientnet-lite0", image_size=size)
-    network.load_state_dict(load_file(folder / "model.safetensors"))
+    network.load_state_dict(read_safetensors(folder / "model.safetensors"))
     preprocessing = Preprocessing(size, tuple(settings["image_mean"]), tuple(settings["image_std"]))
     return ImageEncoder(network.to(dtype), network.extract_features, preprocessing)

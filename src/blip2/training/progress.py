@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from blip2.files import written
+from blip2.errors import InputError
+from blip2.files import parse_json, written
 
 METRICS = "metrics.jsonl"
 """A line for every step."""
@@ -36,9 +37,9 @@ class StepFile:
         kept = []
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line)["step"] <= step:
+                if parse_json(line)["step"] <= step:
                     kept.append(line)
-            except (json.JSONDecodeError, KeyError):  # torn by the kill
+            except (InputError, KeyError, TypeError):  # torn by the kill
                 continue
         with written(path) as file:
             file.write("".join(f"{line}\n" for line in kept).encode())
@@ -55,7 +56,7 @@ class StepFile:
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """All lines of a run's metrics file."""
-    return [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
+    return [parse_json(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
 
 
 def note(values: dict[str, float]) -> str:
