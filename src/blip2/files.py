@@ -43,7 +43,8 @@ def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
         InputError: it is not a regular file, or has more than `limit` bytes.
     """
     # Opening a pipe waits for its other end, unless it is told not to.
-    with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)), "rb") as file:
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    with os.fdopen(handle, "rb") as file:
         found = os.fstat(file.fileno())
         check_regular(path, found, limit)
         return file.read(found.st_size)
