@@ -24,10 +24,12 @@ MAX_JSON = 256 << 20
 """Bytes of a JSON file."""
 MAX_YAML = 1 << 18
 """Bytes of a YAML text."""
-MAX_NODES = 20_000
+MAX_NODES = 10_000
 """Values in a YAML text, those that an alias stands for counted each time."""
 MAX_DEPTH = 32
 """Lists and mappings of a YAML text within one another."""
+PLAIN = ("map", "seq", "str", "int", "float", "bool", "null", "merge", "value")
+"""Kinds of values in a YAML text."""
 MAX_DIGITS = 100
 """Characters of a number in a YAML text."""
 
@@ -44,10 +46,13 @@ def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
     """
     # Opening a pipe waits for its other end, unless it is told not to.
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
-    with os.fdopen(handle, "rb") as file:
-        found = os.fstat(file.fileno())
+    try:
+        found = os.fstat(handle)
         check_regular(path, found, limit)
-        return file.read(found.st_size)
+        with os.fdopen(handle, "rb", closefd=False) as file:
+            return file.read(found.st_size)
+    finally:
+        os.close(handle)
 
 
 def check_regular(path: str | os.PathLike[str], found: os.stat_result, limit: int | None = None) -> None:
@@ -130,16 +135,12 @@ def parse_yaml(text: str) -> Any:
             return None
         _check_size(node)
         return loader.construct_document(node)
-    except yaml.MarkedYAMLError as error:
-        where = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        what = "a tag, which would make an object" if "tag" in str(error.problem) else "a mistake"
-        raise InputError(f"it is not YAML of plain values: there is {what}{where}") from error
-    except (yaml.YAMLError, ValueError, TypeError) as error:  # a character that YAML has not, a date that is none
-        if isinstance(error, InputError):
-            raise
-        raise InputError("it is not YAML of plain values") from error
-    except RecursionError as error:
-        raise InputError(f"it is nested more than {MAX_DEPTH} deep") from error
+    except InputError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:  # a character that YAML has not, a number that is none
+        mark = getattr(error, "problem_mark", None)
+        where = f": there is a mistake in line {mark.line + 1}" if mark else ""
+        raise InputError(f"it is not YAML{where}") from error
     finally:
         if loader is not None:
             loader.dispose()
@@ -147,6 +148,18 @@ def parse_yaml(text: str) -> Any:
 
 class _Loader(yaml.SafeLoader):
     """Plain values alone; 1e-4 is a number, which YAML 1.1 takes for a text, and a date is a text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._nodes = self._depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self._nodes += 1
+        self._depth += 1
+        _check_limits(self._nodes, self._depth)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -163,6 +176,13 @@ _Loader.add_implicit_resolver(
 )
 
 
+def _check_limits(nodes: int, depth: int) -> None:
+    if nodes > MAX_NODES:
+        raise InputError(f"it stands for more than the {MAX_NODES:,} values allowed")
+    if depth > MAX_DEPTH:
+        raise InputError(f"it is nested more than {MAX_DEPTH} deep")
+
+
 def _check_size(root: yaml.Node) -> None:
     """Walk what a text stands for before anything is made of it: a few aliases can stand for billions of values."""
     left = [(root, 1)]
@@ -170,10 +190,9 @@ def _check_size(root: yaml.Node) -> None:
     while left:
         node, depth = left.pop()
         seen += 1
-        if seen > MAX_NODES:
-            raise InputError(f"it stands for more than the {MAX_NODES:,} values allowed")
-        if depth > MAX_DEPTH:
-            raise InputError(f"it is nested more than {MAX_DEPTH} deep")
+        _check_limits(seen, depth)
+        if node.tag.rpartition(":")[2] not in PLAIN or not node.tag.startswith("tag:yaml.org,2002:"):
+            raise InputError(f"it has a tag in line {node.start_mark.line + 1}, which would make an object")
         if isinstance(node, yaml.MappingNode):
             left += [(child, depth + 1) for pair in node.value for child in pair]
         elif isinstance(node, yaml.SequenceNode):

@@ -10,6 +10,8 @@ import io
 import math
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -80,20 +82,35 @@ def read_image(image: ImageLike, name: str | None = None) -> Image.Image:
     if isinstance(image, np.ndarray):
         return _from_array(image, "the array given as an image")
     if isinstance(image, Image.Image):
-        return _decode(image, f"image {getattr(image, 'filename', '') or 'given by PIL'}")
+        return _given(image, f"image {getattr(image, 'filename', '') or 'given by PIL'}")
     if name is None:
         name = f"image of {len(image)} bytes" if isinstance(image, bytes) else f"image {os.fspath(image)}"
     data = image if isinstance(image, bytes) else read_bytes(image)
     if not data:
         raise ImageError(f"{name} is empty (0 bytes): copy or download it again")
+    with open_image(data, name, shows=isinstance(image, bytes)) as opened:
+        return _to_rgb(opened, name)
+
+
+@contextmanager
+def open_image(data: bytes, name: str, shows: bool = True) -> Iterator[Image.Image]:
+    """The image in the bytes of a file, not decoded yet; the one place where such bytes reach Pillow.
+
+    Args:
+        name: of the image, for messages.
+        shows: whether a message may show how the bytes begin. Not of a file that a table names: it can be any file.
+
+    Raises:
+        ImageError: not an image, damaged, or too large; also while it is decoded, within the context.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata, and of bombs below its own limit
             with Image.open(io.BytesIO(data)) as opened:
-                return _decode(opened, name, data.count(START_OF_SCAN) if opened.format in ("JPEG", "MPO") else 1)
+                _check(opened, name, data.count(START_OF_SCAN) if opened.format in ("JPEG", "MPO") else 1)
+                yield opened
     except UnidentifiedImageError as error:
-        # Of a file that a table names no content is shown: it can be any file.
-        begins = f"begins with {data[:12]!r}" if isinstance(image, bytes) else "begins as no image does"
+        begins = f"begins with {data[:12]!r}" if shows else "begins as no image does"
         begins = "begins with <, as a page of the web does" if data[:1] == b"<" else begins
         raise ImageError(f"{name} is not an image (it {begins}): save it as PNG or JPEG") from error
     except Image.DecompressionBombError as error:
@@ -104,19 +121,25 @@ def read_image(image: ImageLike, name: str | None = None) -> Image.Image:
         raise ImageError(_damaged(name, error)) from error
 
 
-def _decode(image: Image.Image, name: str, scans: int = 1) -> Image.Image:
-    if image.width * image.height > MAX_PIXELS:
+def _check(image: Image.Image, name: str, scans: int = 1) -> None:
+    """Look at what an image says of itself before it is decoded."""
+    pixels = image.width * image.height
+    if pixels > MAX_PIXELS:
         raise ImageError(
             f"{name} has {image.width} x {image.height} pixels, more than the {MAX_PIXELS:,} allowed: make it smaller"
         )
-    if scans * image.width * image.height > MAX_SCANNED:
+    if scans * pixels > MAX_SCANNED:
         raise ImageError(
             f"{name} has {scans} scans of {image.width} x {image.height} pixels, more than the"
-            f" {MAX_SCANNED // (image.width * image.height)} allowed at this size: save it again as a plain JPEG"
+            f" {MAX_SCANNED // pixels} allowed at this size: save it again as a plain JPEG"
         )
     if image.format == "EPS":
         raise ImageError(f"{name} is PostScript, a program, which is never run: save it as PNG or JPEG")
+
+
+def _given(image: Image.Image, name: str) -> Image.Image:
     try:
+        _check(image, name)
         return _to_rgb(image, name)
     except ImageError:
         raise

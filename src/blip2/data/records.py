@@ -18,6 +18,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+from datasets.config import HF_DATASETS_CACHE
 from datasets.distributed import split_dataset_by_node
 from huggingface_hub.constants import HF_HUB_CACHE
 from jaxtyping import Int
@@ -49,7 +50,7 @@ BUILDERS = {
 }  # fmt: skip
 
 
-CACHES = (datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE)
+CACHES = (HF_DATASETS_CACHE, HF_HUB_CACHE)
 """Where the datasets library puts the files of a data set of the hub."""
 
 ROWS_AT_ONCE = 50_000

@@ -241,13 +241,15 @@ def check_tar(shard: str) -> None:
         InputError: a member is too large, sparse or compressed. Other damage is left to whoever reads it.
     """
     try:
-        with fsspec.open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
-            for member in tar:
-                tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
-                kind = member.name.rpartition("/")[2].partition(".")[2].lower()
-                _check_member(member, kind, member.size)
-                if kind.endswith(COMPRESSED):
-                    raise InputError(f"{member.name} is compressed, and can hold anything: pack it unpacked")
+        with fsspec.open(shard, "rb") as file:
+            opened: Any = file
+            with tarfile.open(fileobj=opened, mode="r:", tarinfo=_Header) as tar:
+                for member in tar:
+                    tar.members.clear()
+                    kind = member.name.rpartition("/")[2].partition(".")[2].lower()
+                    _check_member(member, kind, member.size)
+                    if kind.endswith(COMPRESSED):
+                        raise InputError(f"{member.name} is compressed, and can hold anything: pack it unpacked")
     except (OSError, tarfile.TarError):
         return
     except ValueError as error:
