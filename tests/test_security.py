@@ -202,7 +202,7 @@ def test_a_base_shows_no_file(tmp_path):
 
 def test_a_base_of_a_checkpoint_is_not_read(tmp_path, checkpoint):
     (tmp_path / "base.yaml").write_text(yaml.safe_dump({"output": SECRET}))
-    with pytest.raises(InputError, match="it has a base, '../base.yaml', expected all keys in it") as raised:
+    with pytest.raises(InputError, match=r"it has a base, '\.\./base\.yaml', expected all keys in it") as raised:
         open_checkpoint(str(checkpoint(base="../base.yaml")))
     one_line(raised)
 
@@ -307,8 +307,8 @@ def own_code(tmp_path, monkeypatch, parts):
 
 def test_the_code_of_a_model_does_not_run(own_code, parts):
     for part, key, read in (
-        ("llama", "language", lambda name, **key: read_language_model(LanguageConfig(name, **key), torch.float32)),
-        ("vision", "vision", lambda name, **key: read_image_encoder(VisionConfig(name, **key), torch.float32)),
+        ("llama", "language", lambda name, **more: read_language_model(LanguageConfig(name, **more), torch.float32)),
+        ("vision", "vision", lambda name, **more: read_image_encoder(VisionConfig(name, **more), torch.float32)),
     ):
         folder, marker = own_code(part)
         with pytest.raises(InputError) as raised:
@@ -328,7 +328,7 @@ def test_neither_does_that_of_a_tokenizer(own_code):
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings |= {"tokenizer_class": "Words", "auto_map": {"AutoTokenizer": [None, "code.Words"]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(InputError, match="no tokenizer|needs Python code") as raised:
+    with pytest.raises(InputError, match=r"no tokenizer|needs Python code") as raised:
         read_tokenizer(folder)
     one_line(raised)
     assert not marker.exists() and sys.stdin.tell() == 0
@@ -421,7 +421,7 @@ def test_pickles_hold_what_they_say(tmp_path):
         for name in one.namelist():
             two.writestr(name, one.read(name))
     open_file(path)
-    with pytest.raises(InputError, match="is compressed, which torch.save never does"):
+    with pytest.raises(InputError, match="is compressed, which"):
         open_file(packed)
 
 
@@ -452,7 +452,7 @@ def test_parts_are_regular_files(parts, tmp_path, name):
         lambda: read_language_model(LanguageConfig(str(folder)), torch.float32),
         lambda: read_tokenizer(folder),
     ):
-        with pytest.raises(InputError, match="is a pipe, a socket or a device, expected a regular file"):
+        with pytest.raises(InputError, match=r"is a pipe, a socket or a device, expected a regular file"):
             read()
 
 
@@ -588,7 +588,8 @@ def test_no_other_column_opens_a_file(local, tmp_path):
     datasets.Dataset.from_dict(rows, datasets.Features(kinds)).to_parquet(tmp_path / "b.parquet")
     table = pyarrow.parquet.read_table(tmp_path / "b.parquet")  # the library put the bytes of the file there
     mask = pyarrow.array([{"bytes": None, "path": path}], table.schema.field("mask").type)
-    os.remove(path), os.mkfifo(path)
+    Path(path).unlink()
+    os.mkfifo(path)
     pyarrow.parquet.write_table(table.set_column(1, "mask", mask), tmp_path / "a.parquet")
     (record,) = records(tmp_path / "a.parquet", streaming=False)
     assert record.image == png()
@@ -620,8 +621,11 @@ def pax(attributes: dict[str, str], size: int = 512) -> bytes:
 
 TARS = {
     "GNU sparse": (sparse_gnu(), "sparse file"),
-    "sparse 0.1": (pax({"GNU.sparse.map": "0,512", "GNU.sparse.size": str(3 << 30), "GNU.sparse.major": "0"}), "sparse"),
-    "sparse 1.0": (pax({"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(1 << 40)}), "sparse"),
+    "sparse 0.1": (pax({"GNU.sparse.map": "0,512", "GNU.sparse.size": str(3 << 30)}), "sparse"),
+    "sparse 1.0": (
+        pax({"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(1 << 40)}),
+        "sparse",
+    ),
     "claims": (header("1.png", 3 << 30) + bytes(1024), "3,221,225,472 bytes, expected at most"),
     "claims by an attribute": (pax({"size": str(1 << 50)}), "bytes, expected at most"),
     "less than nothing": (pax({"size": "-5"}), "-5 bytes|negative|invalid"),
@@ -672,7 +676,8 @@ ESCAPE = "a\x1b[2J\x9b31mb\nc\r\x07\u202e[/x][abc]:cat:"
 
 def test_visible():
     assert visible(ESCAPE) == r"a\x1b[2J\x9b31mb\nc\r\x07\u202e[/x][abc]:cat:"
-    assert visible("naïve 猫 می\u200cخواهم 👩\u200d🚀 \\n") == "naïve 猫 می\u200cخواهم 👩\u200d🚀 \\n"
+    for text in ("naïve 猫", "\u05d0\u200f\u06cc\u200c", "👩\u200d🚀", "\\n"):  # what is written in any language stays
+        assert visible(text) == text
     assert visible("a\udcff") == r"a\udcff"
     assert visible("a\nb\x1b", keep="\n") == "a\nb\\x1b"
 

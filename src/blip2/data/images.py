@@ -171,11 +171,14 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
     if array.dtype.kind not in "buif":
         raise ImageError(f"{name} holds {array.dtype}, expected integers or floats: convert it")
     if array.dtype != np.uint8:
-        values = array.astype(np.float64)
-        if not np.isfinite(values).all():
+        # Row by row, as it were: all of a large image in float64 would take gigabytes.
+        rows = max((1 << 20) // (array.shape[1] * array.shape[2]), 1)
+        parts = [slice(start, start + rows) for start in range(0, len(array), rows)]
+        if array.dtype.kind == "f" and not all(np.isfinite(array[part]).all() for part in parts):
             raise ImageError(f"{name} holds values that are not finite (NaN or infinite): replace them")
-        array = (values / _white(array)).clip(0, 1)
-        array = (array * 255).round().astype(np.uint8)
+        values, white, array = array, _white(array), np.empty(array.shape, np.uint8)
+        for part in parts:
+            array[part] = ((values[part].astype(np.float64) / white).clip(0, 1) * 255).round()
     if array.shape[2] == 1:
         array = array.repeat(3, axis=2)
     mode = "RGBA" if array.shape[2] == 4 else "RGB"
