@@ -17,6 +17,7 @@ import zipfile
 import zlib
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 
 import datasets
 import pyarrow.parquet
@@ -46,6 +47,8 @@ from fixtures.corpus import write_tar
 SOURCE = Path(__file__).parents[1] / "src" / "blip2"
 SECRET = "hunter2-the-secret"
 MINIMAL = {"stage": "representation", "output": "run", "vision": {"name": "vit"}, "data": {"train": "pairs.jsonl"}}
+TINY = {"hidden_size": 4, "layers": 1, "heads": 1, "intermediate_size": 4, "queries": 1}
+TINY |= {"vocabulary": 4, "max_positions": 2, "contrastive_width": 4}
 
 
 def one_line(raised) -> str:
@@ -78,8 +81,10 @@ def checkpoint(tmp_path):
     def write(text=None, **changes):
         folder = tmp_path / "checkpoint"
         folder.mkdir(exist_ok=True)
-        save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
-        (folder / "recipe.yaml").write_text(yaml.safe_dump({**MINIMAL, **changes}) if text is None else text)
+        save_file({"a": torch.zeros(64)}, folder / "model.safetensors")
+        (folder / "recipe.yaml").write_text(
+            yaml.safe_dump({**MINIMAL, "qformer": TINY, **changes}) if text is None else text
+        )
         return folder
 
     return write
@@ -248,6 +253,18 @@ def test_a_checkpoint_without_a_recipe(tmp_path, checkpoint, spoil):
         with pytest.raises(InputError) as raised:
             open_checkpoint(str(name))
         one_line(raised)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"hidden_size": 10**9}, {"intermediate_size": 10**12}, {"queries": 10**12}, {"vocabulary": 10**12}]
+)
+def test_sizes_that_the_weights_do_not_have(checkpoint, sizes):
+    """Nothing of that size is made."""
+    with pytest.raises(InputError, match=r"has a Q-Former of more than [\d,]+ numbers, its model\.safetensors is of"):
+        open_checkpoint(str(checkpoint(qformer={**TINY, **sizes})))
+    with pytest.raises(InputError, match=r"qformer\.layers is 1000000000, expected 1 to 1000"):
+        open_checkpoint(str(checkpoint(qformer={**TINY, "layers": 10**9})))
+    open_checkpoint(str(checkpoint()))
 
 
 # -- JSON ----------------------------------------------------------------------------------------------------------
@@ -454,6 +471,32 @@ def test_parts_are_regular_files(parts, tmp_path, name):
     ):
         with pytest.raises(InputError, match=r"is a pipe, a socket or a device, expected a regular file"):
             read()
+
+
+@pytest.mark.parametrize("name", ["timm:x@{}", "timm:hf-hub:someone/x", "timm:local-dir:x"])
+def test_what_timm_would_unpickle(tmp_path, monkeypatch, name):
+    """timm reads files of its own users with ``weights_only=False``; here it is one that does so and nothing else."""
+    marker, path = tmp_path / "IT_RAN", tmp_path / "x.pth"
+    torch.save(Runs(marker), path)
+    timm = ModuleType("timm")
+    timm.create_model = lambda *_, **__: torch.load(path, weights_only=False)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    name = name.format(path)
+    with pytest.raises(InputError) as raised:
+        read_image_encoder(VisionConfig(name), torch.float32)
+    one_line(raised)
+    assert not marker.exists()
+    with suppress(AttributeError):  # it gives no network
+        read_image_encoder(VisionConfig(name, trust_remote_code=name), torch.float32)
+    assert marker.exists()
+
+
+def test_an_encoder_for_images_of_any_size(parts, tmp_path):
+    folder = tmp_path / "vit"
+    shutil.copytree(parts.vision, folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"size": 8 * 10**6}))
+    with pytest.raises(InputError, match="is for images of 8000000 pixels, expected 1 to 8192"):
+        read_image_encoder(VisionConfig(str(folder)), torch.float32)
 
 
 # -- images --------------------------------------------------------------------------------------------------------

@@ -69,23 +69,28 @@ def check_regular(path: str | os.PathLike[str], found: os.stat_result, limit: in
 def _read_text(path: Path, limit: int) -> str:
     try:
         return read_regular(path, limit).decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror or error
-        raise InputError(f"{path} cannot be read ({why}): check its path, or copy it again") from error
+    except UnicodeDecodeError as error:
+        raise InputError("it is not UTF-8") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or error}): check the path") from error
 
 
-def read_json(path: str | os.PathLike[str], limit: int = MAX_JSON) -> Any:
+def read_json(path: str | os.PathLike[str], limit: int = MAX_JSON, advice: str = "copy or download it again") -> Any:
     """The value of a JSON file.
+
+    Args:
+        advice: what to do about a damaged one, for the message.
 
     Raises:
         InputError: it is no regular file, has more than `limit` bytes, or is not JSON.
     """
     path = Path(path)
-    text = _read_text(path, limit)
     try:
-        return parse_json(text)
+        return parse_json(_read_text(path, limit))
     except InputError as error:
-        raise InputError(f"{path} is damaged or no JSON ({error}): copy or download it again") from error
+        if str(error).startswith(str(path)):
+            raise
+        raise InputError(f"{path} is damaged or no JSON ({error}): {advice}") from error
 
 
 def parse_json(text: str | bytes) -> Any:

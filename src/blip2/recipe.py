@@ -219,7 +219,7 @@ def _section(kind: Any, values: Any, key: str, what: str) -> Any:
         raise InputError(f"{what}: {key} is {_show(values)}, expected its keys, such as {next(iter(hints))}; {SEE}")
     for name in values:
         if name not in hints:
-            raise InputError(f"{what}: there is no key {f'{key}.' * bool(key)}{name}; {SEE}")
+            raise InputError(f"{what}: there is no key {_show(f'{key}.{name}' if key else name)}; {SEE}")
     made: dict[str, Any] = {}
     for field in fields(kind):
         place = f"{key}.{field.name}" if key else field.name

@@ -245,7 +245,7 @@ def check_tar(shard: str) -> None:
             opened: Any = file
             with tarfile.open(fileobj=opened, mode="r:", tarinfo=_Header) as tar:
                 for member in tar:
-                    tar.members.clear()
+                    tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
                     kind = member.name.rpartition("/")[2].partition(".")[2].lower()
                     _check_member(member, kind, member.size)
                     if kind.endswith(COMPRESSED):

@@ -56,7 +56,7 @@ def read_predictions(path: str | Path, kind: Kind, expected: Collection[Id]) -> 
         InputError: the file cannot be read, an entry is of another kind, or ids are missing, doubled or unknown.
     """
     id_key, text_key = KEYS[kind]
-    rows = read_json(path, limit=1 << 30)
+    rows = read_json(path, 1 << 30, "write the predictions again")
     wanted = f'[{{"{id_key}": {_id_kind(kind)}, "{text_key}": text}}, ...]'
     if not isinstance(rows, list):
         raise InputError(f"{path} holds one {type(rows).__name__}, expected a list {wanted}")

@@ -24,10 +24,12 @@ from blip2.errors import InputError
 from blip2.files import read_json
 from blip2.model.frozen import Freezable
 from blip2.model.linear import use_linear
-from blip2.model.pretrained import first_line, read_config, read_model, read_safetensors
+from blip2.model.pretrained import first_line, read_config, read_model, read_pickle, read_safetensors
 
 Layer = Literal["second-last", "last"]
 
+MAX_IMAGE_SIZE = 8192
+"""Height and width of what an image encoder can be made for: a file may say any, and one batch of it be terabytes."""
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -70,6 +72,11 @@ class ImageEncoder(Freezable):
         if not blocks:  # a CNN: the layout in which convolutions are fast
             network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.blocks = tuple(blocks)  # not a list of modules, which would give their parameters second names
+        if not 0 < preprocessing.image_size <= MAX_IMAGE_SIZE:
+            raise InputError(
+                f"the image encoder is for images of {preprocessing.image_size} pixels, expected 1 to {MAX_IMAGE_SIZE}:"
+                " set vision.image_size, or correct its preprocessor_config.json"
+            )
         self.preprocessing = preprocessing
         self.position_encoding: Literal["sine2d", "none"] = "none"
         """What the models add to the features (:mod:`blip2.model.position`). :meth:`features` never holds it."""
@@ -176,7 +183,7 @@ def load_image_encoder(
         InputError: no such model, a model without vision part, or a size that its patches do not divide.
     """
     if name.startswith("timm:"):
-        return _load_timm(name.removeprefix("timm:"), layer, image_size, dtype)
+        return _load_timm(name.removeprefix("timm:"), layer, image_size, dtype, trust_remote_code)
     if (Path(name) / "config.json").is_file():
         settings = read_json(Path(name) / "config.json")
         if isinstance(settings, dict) and settings.get("model_type") == "efficientnet-lite0":
@@ -310,7 +317,9 @@ def read_preprocessing(name: str, config: Any, image_size: int | None) -> Prepro
     return Preprocessing(image_size, (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
 
 
-def _load_timm(name: str, layer: Layer | None, image_size: int | None, dtype: torch.dtype) -> ImageEncoder:
+def _load_timm(
+    name: str, layer: Layer | None, image_size: int | None, dtype: torch.dtype, trust_remote_code: bool
+) -> ImageEncoder:
     try:
         import timm
     except (ImportError, RuntimeError) as error:
@@ -320,6 +329,14 @@ def _load_timm(name: str, layer: Layer | None, image_size: int | None, dtype: to
         ) from error
     name, _, checkpoint = name.partition("@")
     options: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
+    if not trust_remote_code:
+        if ":" in name:  # hf-hub:, local-dir:, whose config.json can have timm unpickle a file
+            raise InputError(
+                f"timm:{name} is no model of timm's own list, and what timm reads for it can run code: name one of the"
+                f" list, or set vision.trust_remote_code to timm:{name} if you trust whoever wrote it"
+            )
+        if checkpoint and not checkpoint.endswith((".safetensors", ".npz", ".npy")):
+            read_pickle(Path(checkpoint))  # which timm does next, and would execute what it holds
     try:
         network = timm.create_model(
             name, pretrained=not checkpoint, checkpoint_path=checkpoint, num_classes=0, **options

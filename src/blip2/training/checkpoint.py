@@ -42,6 +42,8 @@ from blip2.recipe import dump_recipe, load_recipe, override
 
 FOLDER = "checkpoints"
 BEST = "best"
+ROOM = 1 << 26
+"""So many numbers may a Q-Former have that its weights do not: what is not theirs is said better later on."""
 STATE_FORMAT = 1
 """Of state.json and optimizer.pt; another number when they hold something else."""
 
@@ -253,6 +255,7 @@ def open_own(folder: Path, changes: Mapping[str, object] | None = None) -> Check
         weights = open_file(folder / "model.safetensors")
     except InputError as error:
         raise InputError(f"checkpoint {folder} cannot be read ({error}): use another, or train again") from error
+    _check_sizes(recipe, folder / "model.safetensors")
     tokenizer = folder / "tokenizer"
     found = Checkpoint(
         name=str(folder),
@@ -263,6 +266,20 @@ def open_own(folder: Path, changes: Mapping[str, object] | None = None) -> Check
         tokenizer=tokenizer if tokenizer.is_dir() else None,
     )
     return replace(found, recipe=_change(found, changes))
+
+
+def _check_sizes(recipe: Recipe, weights: Path) -> None:
+    """Refuse a recipe whose Q-Former its weights cannot hold, before anything of that size is made."""
+    qformer, width = recipe.qformer, recipe.qformer.hidden_size
+    least = qformer.layers * (4 * width**2 + 2 * width * qformer.intermediate_size) + qformer.queries * width
+    if recipe.stage == "representation" or qformer.reads_questions:
+        least += (qformer.vocabulary + qformer.max_positions) * width
+    size = weights.stat().st_size
+    if least > size + ROOM:  # even with a byte each
+        raise InputError(
+            f"the recipe in {weights.parent} has a Q-Former of more than {least:,} numbers, its {weights.name} is of"
+            f" {size:,} bytes: use the recipe that it was made with"
+        )
 
 
 def _change(checkpoint: Checkpoint, changes: Mapping[str, object] | None) -> Recipe:
