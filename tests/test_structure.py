@@ -10,7 +10,7 @@ FILES = {path.relative_to(SOURCE).as_posix(): path for path in sorted(SOURCE.rgl
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 
 MAY_IMPORT = {
-    "model": {"model", "config", "errors"},
+    "model": {"model", "config", "errors", "files"},
     "data": {"data", "model", "config", "errors", "files"},
     "interop": {"interop", "data", "model", "recipe", "config", "errors", "files"},
 }

@@ -105,7 +105,7 @@ def build(
     language = read_language_model(recipe.language, dtype, checkpoint, device)
     if recipe.language.lora is not None:
         add_adapters(language, recipe.language.lora)
-    tokenizer = read_tokenizer(resolve(recipe.language.name))
+    tokenizer = read_tokenizer(resolve(recipe.language.name), recipe.language.trust_remote_code is not None)
     reader = text_tokenizer(recipe.qformer, checkpoint) if recipe.qformer.reads_questions else None
     model = GenerationModel(vision, recipe.qformer, language, recipe.objectives)
     # A stage 2 that could not read questions has no text transformer to start from.
@@ -120,7 +120,8 @@ def read_image_encoder(config: VisionConfig, dtype: torch.dtype, opened: Checkpo
     """The image encoder that a recipe names, which may lie within a checkpoint of BLIP-2: `opened`, or another."""
     within = opened if opened is not None and opened.holds_vision else open_foreign(config.name)
     if within is None:
-        encoder = load_image_encoder(resolve(config.name), config.layer, config.image_size, dtype)
+        trusts = config.trust_remote_code is not None  # which is its name then: a recipe sees to that
+        encoder = load_image_encoder(resolve(config.name), config.layer, config.image_size, dtype, trusts)
     elif within.holds_vision:
         encoder = within.image_encoder(config.layer, config.image_size, dtype)
     else:
@@ -140,7 +141,8 @@ def read_language_model(
     """
     within = opened if opened is not None and opened.holds_language else open_foreign(config.name)
     if within is None:
-        return load_language_model(resolve(config.name), dtype, config.activation, config.quantization, device)
+        trusts = config.trust_remote_code is not None
+        return load_language_model(resolve(config.name), dtype, config.activation, config.quantization, device, trusts)
     if not within.holds_language:
         raise InputError(f"{config.name!r} ({within.about}) holds no LLM: set language.name to one that does")
     if config.quantization is not None:

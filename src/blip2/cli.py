@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from blip2.corpus.command import add_capfilt, add_corpus, add_engine, embed_corpus, make_features_on
-from blip2.errors import InputError, process_name
+from blip2.errors import InputError, process_name, visible
 from blip2.memory import keep_memory
 from blip2.training.interruption import Interruption
 
@@ -28,7 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Of several processes each says which it is when it fails, whatever the reason; the status is 1 where it is another.
     """
-    logging.basicConfig(format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Visible())
+    logging.basicConfig(handlers=[handler])
     logging.getLogger("blip2").setLevel(logging.INFO)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -54,14 +56,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except Interruption as error:
-        print(error, file=sys.stderr)
+        print(visible(error), file=sys.stderr)
         return 130
     except Exception:
         if not process_name():
             raise
-        print(f"{process_name()} failed\n{traceback.format_exc()}", file=sys.stderr)  # at once, among others' lines
+        told = visible(traceback.format_exc(), keep="\n")
+        print(f"{process_name()} failed\n{told}", file=sys.stderr)  # at once, among others' lines
         return 1
     return 0
+
+
+class _Visible(logging.Formatter):
+    """The message alone, as :func:`visible` shows it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        return visible(record.message)
+
+
+def say(*parts: object) -> None:
+    """Print a line of parts with tabs between them, each as :func:`visible` shows it."""
+    print("\t".join(visible(part) for part in parts))
 
 
 def take_changes(arguments: Sequence[str]) -> tuple[list[str], dict[str, object]]:
@@ -302,7 +317,7 @@ def run_scenes(options: argparse.Namespace) -> None:
         output, options.seed, train=options.train, shards=options.shards, cutouts=cutouts, kinds=options.kinds
     )
     for name, rows in made.items():
-        print(f"{output / name}: {rows} rows")
+        say(f"{output / name}: {rows} rows")
 
 
 def run_train(options: argparse.Namespace) -> None:
@@ -321,7 +336,7 @@ def run_train(options: argparse.Namespace) -> None:
     recipe = load_recipe(find_recipe(options.recipe), options.rest)
     from blip2.evaluation.during import train
 
-    print(train(recipe, resume=options.resume))
+    say(train(recipe, resume=options.resume))
 
 
 def run_features(options: argparse.Namespace) -> None:
@@ -332,21 +347,21 @@ def run_features(options: argparse.Namespace) -> None:
 
     make_features_on(options, recipe)
     for line in make_features(recipe):
-        print(line)
+        say(line)
 
 
 def run_caption(options: argparse.Namespace) -> None:
     model = _load(options)
     captions = model.caption(options.images, options.prompt, _decoding(options, questions=False))
     for image, caption in zip(options.images, captions, strict=True):
-        print(f"{image}\t{caption}" if len(captions) > 1 else caption)
+        say(*([image] if len(captions) > 1 else []), caption)
 
 
 def run_ask(options: argparse.Namespace) -> None:
     model = _load(options)
     answers = model.answer(options.image, options.questions, _decoding(options, questions=True))
     for question, answer in zip(options.questions, answers, strict=True):
-        print(f"{question}\t{answer}" if len(answers) > 1 else answer)
+        say(*([question] if len(answers) > 1 else []), answer)
 
 
 def run_match(options: argparse.Namespace) -> None:
@@ -355,7 +370,7 @@ def run_match(options: argparse.Namespace) -> None:
     similarities = model.similarity(options.image, options.texts)[0].tolist()
     print("match\tsimilarity\ttext")
     for text, match, similarity in sorted(zip(options.texts, matches, similarities, strict=True), key=lambda r: -r[1]):
-        print(f"{match:.3f}\t{similarity:.3f}\t{text}")
+        say(f"{match:.3f}", f"{similarity:.3f}", text)
 
 
 def run_embed(options: argparse.Namespace) -> None:
@@ -365,7 +380,8 @@ def run_embed(options: argparse.Namespace) -> None:
     if not options.images and not options.text:
         raise InputError("nothing to embed: give image files, --text, or both; or a whole corpus with --data")
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
+
+    from blip2.files import write_tensors
 
     if not Path(options.output).absolute().parent.is_dir():  # better said before the work than after
         raise InputError(f"there is no folder for {options.output}: make it, or give another --output")
@@ -377,10 +393,10 @@ def run_embed(options: argparse.Namespace) -> None:
         out["texts"] = model.embed_texts(options.text).cpu().contiguous()
     names = {"images": json.dumps(options.images), "texts": json.dumps(options.text)}
     try:
-        save_file(out, options.output, metadata={key: names[key] for key in out})
+        write_tensors(options.output, out, {key: names[key] for key in out})
     except (OSError, SafetensorError) as error:
         raise InputError(f"{options.output} cannot be written ({error}): give another --output") from error
-    print(", ".join(f"{key} {list(tensor.shape)}" for key, tensor in out.items()), "->", options.output)
+    say(", ".join(f"{key} {list(tensor.shape)}" for key, tensor in out.items()) + f" -> {options.output}")
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
@@ -410,13 +426,13 @@ def run_evaluate(options: argparse.Namespace) -> None:
 def run_convert(options: argparse.Namespace) -> None:
     from blip2.convert import convert
 
-    print(convert(options.source, options.target, options.to, options.changes, options.stage1, options.with_language))
+    say(convert(options.source, options.target, options.to, options.changes, options.stage1, options.with_language))
 
 
 def run_push(options: argparse.Namespace) -> None:
     from blip2.publish import push
 
-    print(push(options.folder, options.repository, options.private))
+    say(push(options.folder, options.repository, options.private))
 
 
 def _load(options: argparse.Namespace):

@@ -40,6 +40,9 @@ class VisionConfig:
     drop_path: float = 0.0
     """Stochastic depth while it trains: how often its last block is left out for an image; falls evenly to 0 at its
     first. The paper fine-tunes with 0."""
+    trust_remote_code: str | None = None
+    """The encoder's name again, to run Python code that lies beside its weights (docs/security.md); null: no code runs,
+    and an encoder that needs it is refused. A checkpoint cannot set it, only a recipe of one's own or an option."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,9 @@ class LanguageConfig:
     quantization: Literal["4bit", "8bit"] | None = None
     """Bits a number of its matrices (4: NF4), by bitsandbytes, the extra blip2[quantization]; dtype is then that of the
     computation. null: all in dtype."""
+    trust_remote_code: str | None = None
+    """The LLM's name again, to run Python code that lies beside its weights (docs/security.md); null: no code runs, and
+    an LLM that needs it is refused. A checkpoint cannot set it, only a recipe of one's own or an option."""
 
     @property
     def asks(self) -> bool:
@@ -364,6 +370,12 @@ class Recipe:
                 if isinstance(number, float | int) and not smallest <= number <= largest:
                     expected = f"at least {smallest}" if largest == math.inf else f"{smallest} to {largest}"
                     raise InputError(f"{name} is {number}, expected {expected}")
+        for name, part in (("vision", self.vision), ("language", self.language)):
+            if part is not None and part.trust_remote_code not in (None, part.name):
+                raise InputError(
+                    f"{name}.trust_remote_code is {part.trust_remote_code}, expected {part.name}, which is {name}.name:"
+                    " name the model whose code may run, or leave it out"
+                )
         if not self.data.sources:
             raise InputError("data.train names nothing to train on: name a source")
         self._check_evaluation()

@@ -26,6 +26,7 @@ from blip2.build import choose_dtype, end_of_text, read_image_encoder, text_toke
 from blip2.config import LanguageConfig, Recipe
 from blip2.data.assets import resolve
 from blip2.errors import InputError
+from blip2.files import share
 from blip2.interop import lavis, transformers
 from blip2.interop.foreign import LANGUAGE, QFORMER_TOKENIZER, VISION, Checkpoint, read_tokenizer
 from blip2.interop.formats import open_foreign
@@ -108,6 +109,7 @@ def convert(
         target.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(prefix=f".{target.name[:40]}.", suffix=".tmp", dir=target.parent))
         write(building / target.name)
+        share(building / target.name)
         (building / target.name).rename(target)
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and shutil.disk_usage(target.parent).free >= 2**20:
@@ -216,8 +218,9 @@ def _with_whole_paths(recipe: Recipe) -> Recipe:
         path = Path(name).expanduser()
         return str(path.absolute()) if path.exists() else name
 
-    vision = replace(recipe.vision, name=whole(recipe.vision.name))
-    language = None if recipe.language is None else replace(recipe.language, name=whole(recipe.language.name))
+    plain: Any = {"trust_remote_code": None}  # which no checkpoint can say
+    vision = replace(recipe.vision, name=whole(recipe.vision.name), **plain)
+    language = None if recipe.language is None else replace(recipe.language, name=whole(recipe.language.name), **plain)
     named = {key: getattr(recipe.qformer, key) for key in ("tokenizer", "bert")}
     qformer = replace(recipe.qformer, **{key: name and whole(name) for key, name in named.items()})
     return replace(recipe, vision=vision, language=language, qformer=qformer)
@@ -317,7 +320,8 @@ def _with_language(checkpoint: Checkpoint) -> Checkpoint:
         if holder is not None and holder.holds_language:
             config, weights = copy.deepcopy(holder.language_config), holder.weights.part(LANGUAGE)
         else:
-            network = read_network(resolve(named.name), "auto")
+            trusts = named.trust_remote_code is not None
+            network = read_network(resolve(named.name), "auto", trust_remote_code=trusts)
             config = network.config
             weights = _without_twins(config, Weights(network.state_dict()).with_prefix(LANGUAGE))
         trained = checkpoint.weights.part(LANGUAGE)
@@ -342,7 +346,7 @@ def _with_image_token(checkpoint: Checkpoint) -> tuple[Checkpoint, PreTrainedTok
     """
     named = checkpoint.recipe.language
     assert named is not None
-    tokenizer = read_tokenizer(resolve(named.name))
+    tokenizer = read_tokenizer(resolve(named.name), named.trust_remote_code is not None)
     tokenizer.add_special_tokens({"additional_special_tokens": [transformers.IMAGE_TOKEN]}, False)
     side = "right" if checkpoint.language_config.is_encoder_decoder else "left"
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = side  # the latter is what is saved

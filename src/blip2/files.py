@@ -1,15 +1,212 @@
-"""Files that are there whole or not at all, whenever the process that writes them is killed."""
+"""Files: read within limits as plain values, and written whole or not at all.
+
+Every recipe and every JSON file that this library reads itself is read here. What a file says is never executed: it
+gives texts, numbers, lists and dictionaries, and no more of them than the limits allow (docs/security.md).
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import yaml
+
 from blip2.errors import InputError
+
+MAX_JSON = 256 << 20
+"""Bytes of a JSON file."""
+MAX_YAML = 1 << 18
+"""Bytes of a YAML text."""
+MAX_NODES = 10_000
+"""Values in a YAML text, those that an alias stands for counted each time."""
+MAX_DEPTH = 32
+"""Lists and mappings of a YAML text within one another."""
+PLAIN = ("map", "seq", "str", "int", "float", "bool", "null", "merge", "value")
+"""Kinds of values in a YAML text."""
+MAX_DIGITS = 100
+"""Characters of a number in a YAML text."""
+
+
+# -- reading -------------------------------------------------------------------------------------------------------
+
+
+def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
+    """The bytes of a regular file: a pipe or a device, which may never end, is not read.
+
+    Raises:
+        OSError: it cannot be read.
+        InputError: it is not a regular file, or has more than `limit` bytes.
+    """
+    # Opening a pipe waits for its other end, unless it is told not to.
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    try:
+        found = os.fstat(handle)
+        check_regular(path, found, limit)
+        with os.fdopen(handle, "rb", closefd=False) as file:
+            return file.read(found.st_size)
+    finally:
+        os.close(handle)
+
+
+def check_regular(path: str | os.PathLike[str], found: os.stat_result, limit: int | None = None) -> None:
+    """Raise :class:`InputError` for what is not a regular file, or has more than `limit` bytes."""
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, a socket or a device"
+        raise InputError(f"{os.fspath(path)} is {kind}, expected a regular file: check its path")
+    if limit is not None and found.st_size > limit:
+        raise InputError(
+            f"{os.fspath(path)} has {found.st_size:,} bytes, more than the {limit:,} allowed: give a smaller file"
+        )
+
+
+def _read_text(path: Path, limit: int) -> str:
+    try:
+        return read_regular(path, limit).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError("it is not UTF-8") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or error}): check the path") from error
+
+
+def read_json(path: str | os.PathLike[str], limit: int = MAX_JSON, advice: str = "copy or download it again") -> Any:
+    """The value of a JSON file.
+
+    Args:
+        advice: what to do about a damaged one, for the message.
+
+    Raises:
+        InputError: it is no regular file, has more than `limit` bytes, or is not JSON.
+    """
+    path = Path(path)
+    try:
+        return parse_json(_read_text(path, limit))
+    except InputError as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise InputError(f"{path} is damaged or no JSON ({error}): {advice}") from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        InputError: it is not JSON, or nested more deeply than Python reads.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{error.msg} at character {error.pos}") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, or a number of too many digits
+        raise InputError(
+            "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        ) from error
+
+
+def plain(value: Any) -> Any:
+    """A value as it is after being written as JSON: tuples are lists, keys are texts."""
+    return json.loads(json.dumps(value))
+
+
+def read_yaml(path: str | os.PathLike[str]) -> Any:
+    """The value of a YAML file.
+
+    Raises:
+        InputError: it is no regular file, is not YAML, or exceeds a limit; the message shows nothing of its content.
+    """
+    return parse_yaml(_read_text(Path(path), MAX_YAML))
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        InputError: it is not YAML, or exceeds :data:`MAX_YAML`, :data:`MAX_NODES`, :data:`MAX_DEPTH` or
+            :data:`MAX_DIGITS`.
+    """
+    if len(text) > MAX_YAML:
+        raise InputError(f"it has more than the {MAX_YAML:,} characters allowed")
+    loader = None
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_size(node)
+        return loader.construct_document(node)
+    except InputError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:  # a character that YAML has not, a number that is none
+        mark = getattr(error, "problem_mark", None)
+        where = f": there is a mistake in line {mark.line + 1}" if mark else ""
+        raise InputError(f"it is not YAML{where}") from error
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values alone; 1e-4 is a number, which YAML 1.1 takes for a text, and a date is a text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._nodes = self._depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self._nodes += 1
+        self._depth += 1
+        _check_limits(self._nodes, self._depth)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":float"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"[-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9][0-9_]*([eE][-+]?[0-9]+)?"
+        r"|\.(inf|Inf|INF))$|\.(nan|NaN|NAN)$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def _check_limits(nodes: int, depth: int) -> None:
+    if nodes > MAX_NODES:
+        raise InputError(f"it stands for more than the {MAX_NODES:,} values allowed")
+    if depth > MAX_DEPTH:
+        raise InputError(f"it is nested more than {MAX_DEPTH} deep")
+
+
+def _check_size(root: yaml.Node) -> None:
+    """Walk what a text stands for before anything is made of it: a few aliases can stand for billions of values."""
+    left = [(root, 1)]
+    seen = 0
+    while left:
+        node, depth = left.pop()
+        seen += 1
+        _check_limits(seen, depth)
+        if node.tag.rpartition(":")[2] not in PLAIN or not node.tag.startswith("tag:yaml.org,2002:"):
+            raise InputError(f"it has a tag in line {node.start_mark.line + 1}, which would make an object")
+        if isinstance(node, yaml.MappingNode):
+            left += [(child, depth + 1) for pair in node.value for child in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            left += [(child, depth + 1) for child in node.value]
+        elif node.tag.endswith((":int", ":float")) and len(node.value) > MAX_DIGITS:
+            raise InputError(f"it has a number of more than {MAX_DIGITS} digits")
+
+
+# -- writing -------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -37,6 +234,31 @@ def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
     with written(path) as file:
         # Half of a surrogate pair, as names of files may hold it, has no UTF-8; its escape in JSON looks like Python's.
         file.write(json.dumps(value, ensure_ascii=False, indent=indent).encode(errors="backslashreplace"))
+
+
+def write_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Any], metadata: dict[str, str] | None = None
+) -> None:
+    """A safetensors file with the mode that the umask gives every other file: the library's own is for its owner alone.
+
+    Raises:
+        OSError, SafetensorError: it cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    save_file(dict(tensors), path, metadata=metadata)
+    share(Path(path))
+
+
+def share(path: Path) -> None:
+    """Give a file, or the files of a folder, the mode that the umask gives new ones."""
+    for file in [path] if path.is_file() else [each for each in path.rglob("*.safetensors") if each.is_file()]:
+        beside = file.with_name(f"{file.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            beside.touch()  # the umask can only be asked for by setting it, which other threads would see
+            file.chmod(stat.S_IMODE(beside.stat().st_mode))
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from yaml import YAMLError
 from blip2.data.assets import ASSETS, PREFIX
 from blip2.data.batches import CAUSES
 from blip2.errors import InputError
+from blip2.files import parse_json, read_json
 from blip2.interop.foreign import QFORMER_TOKENIZER, Checkpoint
 from blip2.interop.formats import is_blip2, is_pickle
 from blip2.model.pretrained import first_line
@@ -157,8 +158,8 @@ def _step(checkpoint: Checkpoint) -> int | None:
 def _processes(checkpoint: Checkpoint) -> int | None:
     """How many trained it, where it says so."""
     try:
-        return len(json.loads((Path(checkpoint.name) / "state.json").read_text(encoding="utf-8"))["positions"]) or None
-    except (OSError, ValueError, KeyError, TypeError):
+        return len(read_json(Path(checkpoint.name) / "state.json")["positions"]) or None
+    except (InputError, KeyError, TypeError):
         return None
 
 
@@ -170,7 +171,7 @@ def _results(checkpoint: Checkpoint) -> str:
     held_out: dict[str, Any] = {}
     for text in path.read_text(encoding="utf-8").splitlines() if path is not None and path.is_file() else ():
         try:
-            line = json.loads(text)
+            line = parse_json(text)
         except ValueError:  # torn by a kill
             continue
         if line["step"] <= step:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 RANGES: dict[str, tuple[float, float]] = {
-    "vision.image_size": (1, math.inf),
+    "vision.image_size": (1, 8192),
     "vision.drop_path": (0, 0.99),
     "qformer.hidden_size": (1, math.inf),
-    "qformer.layers": (1, math.inf),
+    "qformer.layers": (1, 1000),
     "qformer.heads": (1, math.inf),
     "qformer.intermediate_size": (1, math.inf),
     "qformer.queries": (1, math.inf),
@@ -19,7 +19,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "qformer.dropout": (0, 1),
     "qformer.layer_norm_eps": (0, 1),
     "qformer.image_norm_eps": (0, 1),
-    "language.lora.rank": (1, math.inf),
+    "language.lora.rank": (1, 8192),
     "language.lora.alpha": (0, math.inf),
     "language.lora.dropout": (0, 1),
     "objectives.itc": (0, math.inf),

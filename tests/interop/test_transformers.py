@@ -464,7 +464,7 @@ def test_two_formats_in_one_folder(copy, runs):
 def test_a_damaged_configuration(copy):
     folder = copy("opt")
     (folder / "config.json").write_text("{")
-    refuses(folder, r"config.json cannot be read \(.*\): copy or download it again")
+    refuses(folder, r"config.json is damaged or no JSON \(.*\): copy or download it again")
 
 
 def test_a_stage_that_is_not_there(saved):

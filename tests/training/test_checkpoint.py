@@ -111,7 +111,7 @@ def test_is_complete_or_absent(save, built, monkeypatch, moment):
         raise Killed
 
     target = {
-        "model": (checkpoint, "save_file"),
+        "model": (checkpoint, "write_tensors"),
         "optimizer": (torch, "save"),
         "recipe": (checkpoint, "dump_recipe"),
         "flush": (os, "fsync"),
@@ -135,7 +135,7 @@ def test_is_complete_or_absent(save, built, monkeypatch, moment):
 @pytest.mark.parametrize(
     ("target", "error"),
     [
-        ((checkpoint, "save_file"), OSError(errno.ENOSPC, "No space left on device")),
+        ((checkpoint, "write_tensors"), OSError(errno.ENOSPC, "No space left on device")),
         ((torch, "save"), OSError(errno.EDQUOT, "Disk quota exceeded")),
         ((os, "fsync"), OSError(errno.ENOSPC, "No space left on device")),
     ],

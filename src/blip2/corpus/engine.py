@@ -22,7 +22,7 @@ import torch
 from blip2.corpus.shards import Unit
 from blip2.errors import InputError
 from blip2.evaluation.parts import whose
-from blip2.files import explained, write_json
+from blip2.files import explained, parse_json, plain, read_json, write_json
 from blip2.training.progress import Display
 
 Worker = Callable[[Unit], Mapping[str, Any]]
@@ -91,7 +91,7 @@ def do_units(
         _sweep(folder)
     finally:
         display.close()
-    return (json.loads(_stats(folder, unit).read_text(encoding="utf-8")) for unit in units)
+    return (read_json(_stats(folder, unit)) for unit in units)
 
 
 def claim(folder: Path, about: Mapping[str, Any]) -> None:
@@ -107,8 +107,7 @@ def claim(folder: Path, about: Mapping[str, Any]) -> None:
             write_json(file, about)
     except OSError as error:
         raise InputError(f"{folder} cannot be written ({error.strerror}): give another output") from error
-    found = json.loads(file.read_text(encoding="utf-8"))
-    problem = whose(folder, found, json.loads(json.dumps(about)), "pass")
+    problem = whose(folder, read_json(file), plain(about), "pass")
     if problem is not None:
         raise InputError(problem)
 
@@ -140,7 +139,7 @@ class _Recorded:
                 told = do(unit)
                 with explained(file):
                     write_json(file, told)
-            return {"pictures": json.loads(file.read_text(encoding="utf-8"))["pictures"]}
+            return {"pictures": read_json(file)["pictures"]}
 
         return record
 
@@ -202,7 +201,7 @@ def _on_ray(work: Work, units: Sequence[Unit], engine: Engine) -> Iterator[Mappi
             num_gpus=min(1, gpus / workers),
         )
         for row in rows.iter_rows():
-            told = json.loads(row["told"])
+            told = parse_json(row["told"])
             if ERROR in told:
                 raise InputError(told[ERROR])
             yield told
@@ -223,6 +222,6 @@ class _Actor:
             if self._do is None:  # not when it is made, or Ray would make it again and again where that fails
                 torch.set_num_threads(self._threads)
                 self._do = self._work.worker()
-            return {"told": [json.dumps(self._do(Unit(**json.loads(unit)))) for unit in rows["unit"]]}
+            return {"told": [json.dumps(self._do(Unit(**parse_json(unit)))) for unit in rows["unit"]]}
         except InputError as error:  # told, for what is raised comes wrapped in pages of Ray's own
             return {"told": [json.dumps({ERROR: str(error)})]}

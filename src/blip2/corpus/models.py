@@ -21,7 +21,7 @@ from blip2.errors import InputError
 from blip2.inference import GenerationPipeline, RepresentationPipeline, load
 from blip2.interop.formats import is_pickle
 from blip2.model.decoding import Decoding, DrawnTokens
-from blip2.model.pretrained import read_config, read_model, reading
+from blip2.model.pretrained import load_pretrained, read_config, read_model, reading
 from blip2.training.checkpoint import FOLDER, find
 
 
@@ -203,4 +203,4 @@ LEFT_OUT = r"position_ids|decoder\.(bias|weight)$"
 
 def _processor(name: str, what: str) -> Any:
     with reading(name, what, "preprocessor_config.json and tokenizer.json"):
-        return AutoProcessor.from_pretrained(name)
+        return load_pretrained(AutoProcessor, name)

@@ -157,7 +157,7 @@ def _read_tar(unit: Unit) -> Iterator[Sample | Skipped]:
         if BROKEN in row:
             why = f"{unit.source} cannot be read to its end ({row[BROKEN]}): download it again"
             yield Skipped(unit.source, "shard broken", why)
-        elif suffix is None:
+        elif suffix is None or not isinstance(row[suffix], bytes):  # what its .json says is no image
             found = ", ".join(kind for kind in row if kind != KEY)
             yield Skipped(name, "no image", f"it has {found}, expected an image ({', '.join(IMAGE_SUFFIXES)})")
         else:

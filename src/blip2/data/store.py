@@ -35,7 +35,8 @@ import torch
 from jaxtyping import BFloat16, Float
 from torch import Tensor
 
-from blip2.files import write_json
+from blip2.errors import InputError
+from blip2.files import parse_json, read_json, write_json
 from blip2.model.distributed import process_index
 
 StoredDtype = Literal["bf16", "int8"]
@@ -157,7 +158,12 @@ class About:
     @property
     def error(self) -> float | None:
         """None where nothing was measured yet."""
-        return json.loads(self._path.read_text(encoding="utf-8"))["error"] if self._path.is_file() else None
+        if not self._path.is_file():
+            return None
+        error = found.get("error") if isinstance(found := read_json(self._path), dict) else None
+        if not isinstance(error, int | float):
+            raise InputError(f"{self._path} is damaged (it has no error): delete it, and it is measured again")
+        return error
 
     def measured(self, lost: float, all_: float) -> None:
         """Take down sums of squares: of what another batch lost by being kept, and of its features."""
@@ -228,7 +234,7 @@ def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
         for line in file:
             if line.endswith(b"\n"):
                 with contextlib.suppress(ValueError):
-                    yield json.loads(line)
+                    yield parse_json(line)
 
 
 def find(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float
 from PIL import Image
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from blip2.config import Recipe
@@ -23,7 +22,7 @@ from blip2.evaluation.captioning import score_captions
 from blip2.evaluation.report import Report, plot_attention, plot_curves
 from blip2.evaluation.retrieval import Retrieval
 from blip2.inference import RepresentationPipeline
-from blip2.training.progress import read_metrics
+from blip2.training.progress import plain_table, plain_text, read_metrics
 
 ALONE = "stage 2 without stage 1"
 VQA = "trained on questions"
@@ -120,12 +119,7 @@ def show(metrics: dict[str, Any], output: Path) -> None:
     """Print the tables, and where the page is."""
     console = Console()
     for columns, rows in tables(metrics):
-        table = Table()
-        for number, column in enumerate(columns):
-            table.add_column(column, justify="right" if number else "left")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+        console.print(plain_table(columns, rows, right=True))
     if "scenes" in metrics:
         numbers = metrics["scenes"]["compositions"]
         similarity = ", ".join(f"{name} {value:.2f}" for name, value in numbers["queries"].items())
@@ -133,11 +127,15 @@ def show(metrics: dict[str, Any], output: Path) -> None:
             f"accuracy of ITM with hard negatives: {_percent(numbers['itm_accuracy'])} % (saying no to all: 66.7 %);"
             f" mean cosine of an image's queries: {similarity}"
         )
-    console.print(f"in {metrics['seconds']:.0f} s", highlight=False)
-    console.print(f"report: {output / 'report.html'}   numbers: {output / 'metrics.json'}", soft_wrap=True)
-    console.print(f"try: blip2 caption {output / 'stage2'} YOUR_IMAGE.jpg", soft_wrap=True)
+    lines = [
+        f"in {metrics['seconds']:.0f} s",
+        f"report: {output / 'report.html'}   numbers: {output / 'metrics.json'}",
+        f"try: blip2 caption {output / 'stage2'} YOUR_IMAGE.jpg",
+    ]
     if "scenes" in metrics:
-        console.print(f'or:  blip2 ask {output / "vqa"} YOUR_IMAGE.jpg "What is in the image?"', soft_wrap=True)
+        lines.append(f'or:  blip2 ask {output / "vqa"} YOUR_IMAGE.jpg "What is in the image?"')
+    for line in lines:
+        console.print(plain_text(line), soft_wrap=True)
 
 
 # -- page ----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -23,7 +22,7 @@ from blip2.evaluation.predictions import write_predictions
 from blip2.evaluation.report import write_cases
 from blip2.evaluation.table import Table
 from blip2.evaluation.tasks import DEFAULTS, Findings, Settings
-from blip2.files import write_json
+from blip2.files import plain, read_json, write_json
 from blip2.inference import ANSWER, CAPTION, GenerationPipeline, RepresentationPipeline, load
 from blip2.model.distributed import gather_objects, process_index
 from blip2.training.checkpoint import trained_state
@@ -152,7 +151,7 @@ def _for_data(settings: Settings, table: Table) -> Settings:
 
 
 def _plain(settings: Settings) -> dict[str, Any]:
-    return json.loads(json.dumps(asdict(settings)))
+    return plain(asdict(settings))
 
 
 def _once(folder: Path, about: dict[str, Any], anew: bool, work: Callable[[Parts], Findings]) -> dict[str, Any]:
@@ -164,7 +163,7 @@ def _once(folder: Path, about: dict[str, Any], anew: bool, work: Callable[[Parts
     if problem is not None:
         raise InputError(problem)
     if (folder / METRICS).exists():  # it was done before
-        found = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+        found = read_json(folder / METRICS)
         return {name: value for name, value in found.items() if name not in about}
     parts = Parts(folder / "parts")
     findings = work(parts)
@@ -185,14 +184,14 @@ def _claim(folder: Path, about: dict[str, Any], anew: bool) -> str | None:
     """Make a folder an evaluation's own; what is in the way, if it cannot be."""
     file = folder / "evaluation.json"
     try:
-        if anew and file.exists() and json.loads(file.read_text(encoding="utf-8")) != about:
+        if anew and file.exists() and read_json(file) != about:
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if not file.exists():
             write_json(file, about)
     except OSError as error:
         return f"{folder} cannot be written ({error.strerror}): give another output"
-    return whose(folder, json.loads(file.read_text(encoding="utf-8")), about, "evaluation")
+    return whose(folder, read_json(file), about, "evaluation")
 
 
 def _digest(model: torch.nn.Module) -> str:

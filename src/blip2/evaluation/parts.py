@@ -17,6 +17,7 @@ import torch
 from blip2.errors import InputError
 from blip2.files import written
 from blip2.model.distributed import gather_objects, process_count, process_index
+from blip2.model.pretrained import read_pickle
 from blip2.training.progress import Display
 
 Result = TypeVar("Result")
@@ -61,7 +62,7 @@ class Parts:
         missing = next((file for file in files if not file.exists()), None)
         if missing is not None:
             raise InputError(f"{missing} was made by another process but is not there: give an output that all share")
-        return [torch.load(file, weights_only=True) for file in files]
+        return [read_pickle(file, mmap=False) for file in files]
 
     def forget(self) -> None:
         """Delete all that was done."""

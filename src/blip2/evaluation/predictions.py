@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from blip2.errors import InputError
-from blip2.files import write_json
+from blip2.files import read_json, write_json
 
 Id = int | str
 Kind = Literal["answer", "caption", "gqa", "named"]
@@ -56,12 +56,7 @@ def read_predictions(path: str | Path, kind: Kind, expected: Collection[Id]) -> 
         InputError: the file cannot be read, an entry is of another kind, or ids are missing, doubled or unknown.
     """
     id_key, text_key = KEYS[kind]
-    try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): check the path of the predictions") from error
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise InputError(f"{path} is damaged or no JSON ({error}): write the predictions again") from error
+    rows = read_json(path, 1 << 30, "write the predictions again")
     wanted = f'[{{"{id_key}": {_id_kind(kind)}, "{text_key}": text}}, ...]'
     if not isinstance(rows, list):
         raise InputError(f"{path} holds one {type(rows).__name__}, expected a list {wanted}")

@@ -5,7 +5,6 @@ Every scene has an exact truth, so that a caption in any words can be judged fac
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,13 +18,14 @@ from torch import Tensor
 from blip2.data.scene_facts import score_caption
 from blip2.data.scene_texts import Truth
 from blip2.evaluation.vqa import normalise
+from blip2.files import parse_json
 from blip2.inference import RepresentationPipeline
 from blip2.model.representation import RepresentationBatch
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read the rows of one of the files of a set of scenes."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def read_truths(rows: Sequence[Mapping[str, Any]]) -> list[Truth]:

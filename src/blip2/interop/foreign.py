@@ -16,7 +16,7 @@ from blip2.config import Recipe
 from blip2.errors import InputError
 from blip2.interop.weights import Weights
 from blip2.model.language import LanguageModel, set_activation
-from blip2.model.pretrained import read_part, reading
+from blip2.model.pretrained import load_pretrained, read_part, reading
 from blip2.model.vision import (
     ImageEncoder,
     Layer,
@@ -164,14 +164,17 @@ def converted(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Te
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
 
 
-def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+def read_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """A fast tokenizer.
 
+    Args:
+        trust_remote_code: whether code that lies beside it may run.
+
     Raises:
-        InputError: there is none, it is damaged, or it is a slow one.
+        InputError: there is none, it is damaged, it needs code that may not run, or it is a slow one.
     """
     with reading(str(folder), "tokenizer", "tokenizer.json"):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = load_pretrained(AutoTokenizer, folder, trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast:
         raise InputError(f"the tokenizer of {str(folder)!r} has no tokenizer.json: save it as a fast tokenizer first")
     return tokenizer

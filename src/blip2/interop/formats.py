@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from huggingface_hub.errors import (
 
 from blip2.data.assets import resolve
 from blip2.errors import InputError
+from blip2.files import read_json
 from blip2.interop import lavis, transformers
 from blip2.interop.foreign import QFORMER_TOKENIZER, Checkpoint
 from blip2.model.pretrained import first_line
@@ -57,8 +57,8 @@ def is_pickle(name: str) -> bool:
 def is_blip2(folder: Path) -> bool:
     """Whether a folder holds a BLIP-2 of transformers' layout."""
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") == "blip-2"
-    except (OSError, ValueError, AttributeError):
+        return read_json(folder / "config.json").get("model_type") == "blip-2"
+    except (InputError, AttributeError):
         return False
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,12 @@ from transformers import (
 
 from blip2.config import DataConfig, LanguageConfig, QFormerConfig, Recipe, VisionConfig
 from blip2.errors import InputError
+from blip2.files import read_json as read_plain
 from blip2.files import write_json
 from blip2.interop.foreign import Checkpoint, read_tokenizer
 from blip2.interop.names import Table, block_names
 from blip2.interop.weights import Weights, open_folder, understood
-from blip2.model.pretrained import first_line, reading
+from blip2.model.pretrained import reading
 from blip2.model.vision import read_preprocessing
 
 RETRIEVAL, GENERATION = "Blip2ForImageTextRetrieval", "Blip2ForConditionalGeneration"
@@ -224,10 +224,7 @@ def check_conventions(
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({first_line(error)}): copy or download it again") from error
+    found = read_plain(path)
     if not isinstance(found, dict):
         raise InputError(f"{path} holds no object: copy or download it again")
     return found

@@ -6,8 +6,6 @@ when its tensor goes: a model that is loaded in another dtype or onto another de
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +17,7 @@ from torch import Tensor
 
 from blip2.errors import InputError
 from blip2.interop.names import Table, listing, rename
-from blip2.model.pretrained import first_line
+from blip2.model.pretrained import check_shards, read_pickle
 
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 
@@ -91,10 +89,7 @@ def open_folder(folder: Path) -> Weights:
 
 
 def _open_shards(folder: Path, index: Path) -> Weights:
-    try:
-        homes = dict[str, str](json.loads(index.read_text(encoding="utf-8"))["weight_map"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index} is damaged ({type(error).__name__}): copy or download it again") from error
+    homes = check_shards(index)
     shards = sorted(set(homes.values()))
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing:
@@ -144,35 +139,16 @@ def understood(name: str) -> Iterator[None]:
         ) from error
 
 
-def read_pickle(path: Path) -> Any:
-    """What :func:`torch.save` wrote, its tensors mapped from the file; nothing is executed.
-
-    Raises:
-        InputError: there is no such file, it is damaged, or it holds objects, which would have to be executed.
-    """
-    if not path.is_file():
-        raise InputError(f"there is no file {path}: check its path")
-    try:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            return torch.load(path, map_location="cpu", weights_only=True)  # written before PyTorch 1.6
-    except Exception as error:  # unpickling damaged bytes raises nearly anything
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if wanted:
-            raise InputError(
-                f"{path} is refused: it wants to run {wanted[1]} while it is read, and files of weights need no code;"
-                " save its state dict alone, with tensors, numbers and texts"
-            ) from error
-        raise InputError(f"{path} is damaged ({first_line(error)}): copy or download it again") from error
-
-
 def _tensors(found: Any, path: Path) -> dict[str, Tensor]:
     if isinstance(found, Mapping) and isinstance(found.get("model"), Mapping):
         found = found["model"]
     good = isinstance(found, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items())
     if not good or not found:
         raise InputError(f"{path} holds no state dict (names with tensors): give a file of weights")
+    for name, tensor in found.items():  # a view of four bytes can be said to have any number of rows
+        if tensor.layout == torch.strided and not tensor.is_meta and tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise InputError(
+                f"{path} is damaged ({name} is said to be {tuple(tensor.shape)}, which it does not hold): copy or"
+                " download it again"
+            )
     return dict(found)

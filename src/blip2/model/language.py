@@ -223,6 +223,7 @@ def load_language_model(
     activation: str | None = None,
     quantization: Literal["4bit", "8bit"] | None = None,
     device: torch.device | None = None,
+    trust_remote_code: bool = False,
 ) -> LanguageModel:
     """Load any ``AutoModelForCausalLM`` or ``AutoModelForSeq2SeqLM``, frozen.
 
@@ -232,12 +233,13 @@ def load_language_model(
         activation: of its feed-forwards, in place of its own.
         quantization: bits a number of its matrices, but for embeddings and the output matrix.
         device: where it is to run, if it is quantised; it cannot be moved afterwards.
+        trust_remote_code: whether Python code that lies beside its weights may run.
 
     Raises:
         InputError: there is no such model, it is not a language model, or bitsandbytes is needed and is not installed.
     """
     if quantization is None:
-        return LanguageModel(read_network(name, dtype, activation))
+        return LanguageModel(read_network(name, dtype, activation, trust_remote_code=trust_remote_code))
     if find_spec("bitsandbytes") is None:
         raise InputError(
             f"language.quantization {quantization} needs bitsandbytes: pip install 'blip2[quantization]', or set it to"
@@ -247,7 +249,7 @@ def load_language_model(
     settings = BitsAndBytesConfig(**bits, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     place = {"": torch.device("cpu") if device is None else device}
     how = {"quantization_config": settings, "device_map": place}
-    network = read_network(name, dtype, activation, how)
+    network = read_network(name, dtype, activation, how, trust_remote_code)
     for module in network.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # after a pass without gradients it would never pass one on
@@ -255,14 +257,20 @@ def load_language_model(
 
 
 def read_network(
-    name: str, dtype: torch.dtype | str, activation: str | None = None, how: Mapping[str, Any] | None = None
+    name: str,
+    dtype: torch.dtype | str,
+    activation: str | None = None,
+    how: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> Any:
     """The network of :func:`load_language_model` alone; `dtype` may be ``auto``, that of its files; `how` else it is
     loaded goes to transformers."""
-    config = read_config(name, "language model")
+    config = read_config(name, "language model", trust_remote_code)
     set_activation(config, activation)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return read_model(auto, name, "language model", dtype, config=config, how=how)[0]
+    return read_model(auto, name, "language model", dtype, config=config, how=how, trust_remote_code=trust_remote_code)[
+        0
+    ]
 
 
 def set_activation(config: Any, activation: str | None) -> None:

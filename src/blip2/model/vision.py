@@ -7,7 +7,6 @@ Legend: B batch, P image tokens, E width of the image encoder.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,18 +16,20 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Shaped
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, Blip2VisionConfig, Blip2VisionModel, ImageProcessingMixin
 
 from blip2.errors import InputError
+from blip2.files import read_json
 from blip2.model.frozen import Freezable
 from blip2.model.linear import use_linear
-from blip2.model.pretrained import first_line, read_config, read_model, reading
+from blip2.model.pretrained import first_line, read_config, read_model, read_pickle, read_safetensors
 
 Layer = Literal["second-last", "last"]
 
+MAX_IMAGE_SIZE = 8192
+"""Height and width of what an image encoder can be made for: a file may say any, and one batch of it be terabytes."""
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -71,6 +72,11 @@ class ImageEncoder(Freezable):
         if not blocks:  # a CNN: the layout in which convolutions are fast
             network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.blocks = tuple(blocks)  # not a list of modules, which would give their parameters second names
+        if not 0 < preprocessing.image_size <= MAX_IMAGE_SIZE:
+            raise InputError(
+                f"the image encoder is for images of {preprocessing.image_size} pixels, expected 1 to {MAX_IMAGE_SIZE}:"
+                " set vision.image_size, or correct its preprocessor_config.json"
+            )
         self.preprocessing = preprocessing
         self.position_encoding: Literal["sine2d", "none"] = "none"
         """What the models add to the features (:mod:`blip2.model.position`). :meth:`features` never holds it."""
@@ -156,7 +162,11 @@ def _drop(share: float, block: nn.Module, arguments: tuple[Any, ...], named: dic
 
 
 def load_image_encoder(
-    name: str, layer: Layer | None = None, image_size: int | None = None, dtype: torch.dtype = torch.float32
+    name: str,
+    layer: Layer | None = None,
+    image_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
 ) -> ImageEncoder:
     """Load a pretrained image encoder, frozen.
 
@@ -167,24 +177,26 @@ def load_image_encoder(
             for transformers, ``last`` for CNNs.
         image_size: height and width in pixels; the encoder's own when None. Position embeddings are interpolated.
         dtype: of the weights and of the computation.
+        trust_remote_code: whether Python code that lies beside its weights may run.
 
     Raises:
         InputError: no such model, a model without vision part, or a size that its patches do not divide.
     """
     if name.startswith("timm:"):
-        return _load_timm(name.removeprefix("timm:"), layer, image_size, dtype)
+        return _load_timm(name.removeprefix("timm:"), layer, image_size, dtype, trust_remote_code)
     if (Path(name) / "config.json").is_file():
-        with reading(name, "image encoder"):
-            settings = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
-        if settings.get("model_type") == "efficientnet-lite0":
+        settings = read_json(Path(name) / "config.json")
+        if isinstance(settings, dict) and settings.get("model_type") == "efficientnet-lite0":
             return _load_efficientnet_lite0(Path(name), settings, layer, image_size, dtype)
-    return _load_transformers(name, layer, image_size, dtype)
+    return _load_transformers(name, layer, image_size, dtype, trust_remote_code)
 
 
-def _load_transformers(name: str, layer: Layer | None, image_size: int | None, dtype: torch.dtype) -> ImageEncoder:
-    config = read_config(name, "image encoder")
+def _load_transformers(
+    name: str, layer: Layer | None, image_size: int | None, dtype: torch.dtype, trust_remote_code: bool
+) -> ImageEncoder:
+    config = read_config(name, "image encoder", trust_remote_code)
     auto = Blip2VisionModel if isinstance(config, Blip2VisionConfig) else AutoModel
-    model, _ = read_model(auto, name, "image encoder", dtype, optional="pooler")
+    model, _ = read_model(auto, name, "image encoder", dtype, optional="pooler", trust_remote_code=trust_remote_code)
     network = getattr(model, "vision_model", model)
     if getattr(network, "main_input_name", None) != "pixel_values":
         raise InputError(f"{name!r} is a {type(model).__name__}, which has no vision part: name an image encoder")
@@ -305,7 +317,9 @@ def read_preprocessing(name: str, config: Any, image_size: int | None) -> Prepro
     return Preprocessing(image_size, (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
 
 
-def _load_timm(name: str, layer: Layer | None, image_size: int | None, dtype: torch.dtype) -> ImageEncoder:
+def _load_timm(
+    name: str, layer: Layer | None, image_size: int | None, dtype: torch.dtype, trust_remote_code: bool
+) -> ImageEncoder:
     try:
         import timm
     except (ImportError, RuntimeError) as error:
@@ -315,6 +329,14 @@ def _load_timm(name: str, layer: Layer | None, image_size: int | None, dtype: to
         ) from error
     name, _, checkpoint = name.partition("@")
     options: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
+    if not trust_remote_code:
+        if ":" in name:  # hf-hub:, local-dir:, whose config.json can have timm unpickle a file
+            raise InputError(
+                f"timm:{name} is no model of timm's own list, and what timm reads for it can run code: name one of the"
+                f" list, or set vision.trust_remote_code to timm:{name} if you trust whoever wrote it"
+            )
+        if checkpoint and not checkpoint.endswith((".safetensors", ".npz", ".npy")):
+            read_pickle(Path(checkpoint))  # which timm does next, and would execute what it holds
     try:
         network = timm.create_model(
             name, pretrained=not checkpoint, checkpoint_path=checkpoint, num_classes=0, **options
@@ -342,6 +364,6 @@ def _load_efficientnet_lite0(
         raise InputError("EfficientNet-Lite0 has only its last features: set vision.layer to last, or leave it out")
     size = image_size or settings["image_size"]
     network = EfficientNet.from_name("efficientnet-lite0", image_size=size)
-    network.load_state_dict(load_file(folder / "model.safetensors"))
+    network.load_state_dict(read_safetensors(folder / "model.safetensors"))
     preprocessing = Preprocessing(size, tuple(settings["image_mean"]), tuple(settings["image_std"]))
     return ImageEncoder(network.to(dtype), network.extract_features, preprocessing)

@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -32,16 +31,19 @@ from blip2.build import Built
 from blip2.config import QFormerConfig, Recipe
 from blip2.data.assets import resolve
 from blip2.errors import InputError
+from blip2.files import read_json, write_tensors
 from blip2.interop.foreign import Checkpoint
 from blip2.interop.formats import is_blip2, is_pickle, open_foreign
-from blip2.interop.transformers import read_json
 from blip2.interop.weights import open_file
 from blip2.model.frozen import Freezable
 from blip2.model.generation import GenerationModel
+from blip2.model.pretrained import read_pickle
 from blip2.recipe import dump_recipe, load_recipe, override
 
 FOLDER = "checkpoints"
 BEST = "best"
+ROOM = 1 << 26
+"""So many numbers may a Q-Former have that its weights do not: what is not theirs is said better later on."""
 STATE_FORMAT = 1
 """Of state.json and optimizer.pt; another number when they hold something else."""
 
@@ -100,7 +102,7 @@ def save(
         for stale in root.glob("*.tmp"):  # of a process that was killed while it wrote
             shutil.rmtree(stale, ignore_errors=True)
         building.mkdir()
-        save_file({k: v.contiguous() for k, v in trained_state(model).items()}, building / "model.safetensors")
+        write_tensors(building / "model.safetensors", {k: v.contiguous() for k, v in trained_state(model).items()})
         torch.save(optimizer, building / "optimizer.pt")
         if tokenizer is not None:
             tokenizer.save_pretrained(str(building / "tokenizer"))
@@ -202,7 +204,8 @@ def find(path: Path) -> Path:
         if not path.is_dir():
             what = "is not a folder"
         elif (path / "config.json").is_file():
-            kind = read_json(path / "config.json").get("model_type")
+            settings = read_json(path / "config.json")
+            kind = settings.get("model_type") if isinstance(settings, dict) else None
             what = f"is a model of type {kind} of transformers, not a BLIP-2"
         else:
             what = "holds no checkpoint"
@@ -247,11 +250,12 @@ def open_own(folder: Path, changes: Mapping[str, object] | None = None) -> Check
     Raises:
         InputError: it is damaged.
     """
-    recipe = load_recipe(folder / "recipe.yaml")
+    recipe = load_recipe(folder / "recipe.yaml", is_own=False)
     try:
         weights = open_file(folder / "model.safetensors")
     except InputError as error:
         raise InputError(f"checkpoint {folder} cannot be read ({error}): use another, or train again") from error
+    _check_sizes(recipe, folder / "model.safetensors")
     tokenizer = folder / "tokenizer"
     found = Checkpoint(
         name=str(folder),
@@ -262,6 +266,20 @@ def open_own(folder: Path, changes: Mapping[str, object] | None = None) -> Check
         tokenizer=tokenizer if tokenizer.is_dir() else None,
     )
     return replace(found, recipe=_change(found, changes))
+
+
+def _check_sizes(recipe: Recipe, weights: Path) -> None:
+    """Refuse a recipe whose Q-Former its weights cannot hold, before anything of that size is made."""
+    qformer, width = recipe.qformer, recipe.qformer.hidden_size
+    least = qformer.layers * (4 * width**2 + 2 * width * qformer.intermediate_size) + qformer.queries * width
+    if recipe.stage == "representation" or qformer.reads_questions:
+        least += (qformer.vocabulary + qformer.max_positions) * width
+    size = weights.stat().st_size
+    if least > size + ROOM:  # even with a byte each
+        raise InputError(
+            f"the recipe in {weights.parent} has a Q-Former of more than {least:,} numbers, its {weights.name} is of"
+            f" {size:,} bytes: use the recipe that it was made with"
+        )
 
 
 def _change(checkpoint: Checkpoint, changes: Mapping[str, object] | None) -> Recipe:
@@ -392,10 +410,10 @@ def read_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     name = "state.json"
     try:
-        state = json.loads((folder / name).read_text(encoding="utf-8"))
+        state = read_json(folder / name)
         found, by = state.get("format"), state["versions"]["blip2"]
         name = "optimizer.pt"
-        optimizer = torch.load(folder / name, map_location="cpu", weights_only=True)
+        optimizer = read_pickle(folder / name, mmap=False)
     except Exception as error:  # unpickling damaged bytes raises nearly anything
         raise InputError(
             f"{folder / name} cannot be read ({type(error).__name__}): delete {folder} to go on from the checkpoint"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-from blip2.files import written
+from blip2.errors import InputError, visible
+from blip2.files import parse_json, written
 
 METRICS = "metrics.jsonl"
 """A line for every step."""
@@ -36,9 +38,9 @@ class StepFile:
         kept = []
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line)["step"] <= step:
+                if parse_json(line)["step"] <= step:
                     kept.append(line)
-            except (json.JSONDecodeError, KeyError):  # torn by the kill
+            except (InputError, KeyError, TypeError):  # torn by the kill
                 continue
         with written(path) as file:
             file.write("".join(f"{line}\n" for line in kept).encode())
@@ -55,13 +57,34 @@ class StepFile:
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """All lines of a run's metrics file."""
-    return [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
+    return [parse_json(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
 
 
 def note(values: dict[str, float]) -> str:
     """What of a line of metrics stands beside the progress bar."""
     shown = [name for name in ("itc", "itm", "itg", "lm", "itc_r1", "itm_accuracy", "lm_accuracy") if name in values]
     return "  ".join([*(f"{name} {values[name]:.3f}" for name in shown), f"{values['images_per_second']:.1f} images/s"])
+
+
+def plain_text(text: str) -> Text:
+    """A text for rich that is shown as it stands: names may look like its markup, or hold control characters."""
+    return Text(visible(text))
+
+
+def plain_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None, right: bool = False
+) -> Table:
+    """A table for rich whose cells are shown as they stand.
+
+    Args:
+        right: justify all but the first column to the right.
+    """
+    table = Table(title=None if title is None else plain_text(title), title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(plain_text(column), justify="right" if right and number else "left")
+    for row in rows:
+        table.add_row(*map(plain_text, row))
+    return table
 
 
 class Display:
@@ -73,7 +96,7 @@ class Display:
 
     def __init__(self, label: str, enabled: bool = True) -> None:
         self.console = Console(stderr=True, quiet=not enabled, soft_wrap=True)
-        self._label = label
+        self._label = visible(label)
         self._bar: Progress | None = None
         self._total = self._first = 0
         self._started = self._shown = time.monotonic()
@@ -84,13 +107,13 @@ class Display:
         self._started = self._shown = time.monotonic()
         if self.console.is_terminal and not self.console.quiet:
             self._bar = Progress(
-                TextColumn("[bold]{task.description}"),
+                TextColumn("{task.description}", style="bold", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
                 console=self.console,
             )
             self._bar.add_task(self._label, total=total, completed=done, note="")
@@ -105,7 +128,7 @@ class Display:
         if done in (self._first + 1, self._total) or now - self._shown >= 10:
             self._shown = now
             left = (now - self._started) / max(done - self._first, 1) * (self._total - done)
-            self.console.print(f"{self._label} {done}/{self._total}  {note}  {left:.0f} s left", highlight=False)
+            self.say(f"{self._label} {done}/{self._total}  {note}  {left:.0f} s left")
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -118,13 +141,10 @@ class Display:
 
     def say(self, text: str) -> None:
         """A line above the bar."""
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(plain_text(text))
 
     def table(self, title: str, columns: list[str], rows: list[tuple[str, ...]]) -> None:
-        table = Table(*columns, title=title, title_justify="left")
-        for row in rows:
-            table.add_row(*row)
-        self.console.print(table)
+        self.console.print(plain_table(columns, rows, title))
 
     def close(self) -> None:
         if self._bar is not None:
