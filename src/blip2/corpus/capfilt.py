@@ -25,7 +25,7 @@ from blip2.corpus.models import Captioner, Ranker, open_captioner, open_ranker, 
 from blip2.corpus.report import Summary, write_report
 from blip2.corpus.selection import Caption, Chosen, Rules, choose, read_language
 from blip2.corpus.shards import Sample, ShardWriter, Skipped, Unit, batches, list_units
-from blip2.data.records import clean_captions
+from blip2.data.cells import read_texts
 from blip2.data.store import digest
 from blip2.errors import InputError
 from blip2.files import explained, write_json, written
@@ -159,7 +159,7 @@ class Bootstrap:
             dice = [self._dice(sample) for sample in samples]
             new = self._captioner.write(images, settings.captions, torch.from_numpy(np.concatenate(dice)))
         texts = [
-            [*dict.fromkeys(sample.captions), *dict.fromkeys(clean_captions(mine))]
+            [*dict.fromkeys(sample.captions), *dict.fromkeys(read_texts(mine)[0])]
             for sample, mine in zip(samples, new, strict=True)
         ]
         spoken = [at for at, own in enumerate(texts) if own]

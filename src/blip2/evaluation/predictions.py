@@ -57,7 +57,7 @@ def read_predictions(path: str | Path, kind: Kind, expected: Collection[Id]) -> 
     """
     id_key, text_key = KEYS[kind]
     try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+        rows = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): check the path of the predictions") from error
     except ValueError as error:  # not JSON, or not UTF-8
