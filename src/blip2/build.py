@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from blip2.config import IMAGE_TOKEN, LanguageConfig, Precision, QFormerConfig, Recipe, VisionConfig
 from blip2.data.assets import resolve
-from blip2.data.texts import GenerationTexts, PrefixTexts, RepresentationTexts, TextPreparation
+from blip2.data.texts import GenerationTexts, PrefixTexts, RepresentationTexts, TextPreparation, check_prompt
 from blip2.errors import InputError
 from blip2.interop.foreign import Checkpoint, read_tokenizer
 from blip2.interop.formats import open_foreign

@@ -427,7 +427,9 @@ def as_list(images: Images) -> list[ImageLike]:
     """One image or several, as a list."""
     if isinstance(images, Tensor) or hasattr(images, "ndim"):
         return list(images) if images.ndim == 4 else [images]  # pyright: ignore
-    one = isinstance(images, str | bytes | bytearray | memoryview | IOBase | Mapping) or not isinstance(images, Iterable)
+    one = isinstance(images, str | bytes | bytearray | memoryview | IOBase | Mapping) or not isinstance(
+        images, Iterable
+    )
     return [images] if one else list(images)  # pyright: ignore
 
 

@@ -73,7 +73,9 @@ def read_text(value: Any) -> str:
     text = str(value)
     if found := _NO_TEXT.search(text):
         before = text[max(0, found.start() - 20) : found.start()]
-        raise CellError(f"holds {_name_fault(found[0])} after {before!r}, expected text: correct it, or save it as UTF-8")
+        raise CellError(
+            f"holds {_name_fault(found[0])} after {before!r}, expected text: correct it, or save it as UTF-8"
+        )
     if IMAGE_TOKEN in text:
         raise CellError(f"holds {IMAGE_TOKEN}, expected words alone, as the image comes first by itself: take it out")
     return " ".join(text.split())

@@ -26,8 +26,8 @@ from blip2.model.vision import Preprocessing
 ImageLike = str | os.PathLike[str] | bytes | bytearray | io.BufferedIOBase | Image.Image | np.ndarray | Tensor
 """A path, the bytes of a file, a binary file, a PIL image, or an array [H, W], [H, W, 3 or 4].
 
-Arrays of floats are in [0, 1], those of uint8 in [0, 255] and those of uint16 in [0, 65535]. Other integers count to the
-first of 255 and 65535 that holds their largest value.
+Arrays of floats are in [0, 1], those of uint8 in [0, 255] and those of uint16 in [0, 65535]. Other integers count to
+the first of 255 and 65535 that holds their largest value.
 """
 
 USUAL_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -139,7 +139,9 @@ def _path_or_bytes(image: Any) -> str | os.PathLike[str] | bytes:
     if isinstance(image, bytes | bytearray | memoryview):
         return bytes(image)
     if not isinstance(image, str | os.PathLike):
-        what = f"a {type(image).__name__} of {len(image)}" if isinstance(image, list | tuple | dict) else repr(image)[:80]
+        what = (
+            f"a {type(image).__name__} of {len(image)}" if isinstance(image, list | tuple | dict) else repr(image)[:80]
+        )
         raise ImageError(
             f"an image is {what}, expected a path, the bytes of a file, a PIL image, or an array [H, W, 3]: give these,"
             " several in one list"
@@ -189,8 +191,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 def _transparent_value(image: Image.Image) -> Any:
     """The value whose pixels are transparent, in the range of the decoded pixels; None where there is none.
 
-    Pillow gives it in the range of the file, and scales the pixels of grey PNGs with 2 or 4 bits to 8 bits, and those of
-    color PNGs with 16 bits.
+    Pillow gives it in the range of the file, and scales the pixels of gray PNGs with 2 or 4 bits and of color PNGs with
+    16 bits to 8 bits.
     """
     clear = image.info.get("transparency")
     tiles = getattr(image, "tile", None)  # there until the image is decoded

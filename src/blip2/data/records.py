@@ -1,4 +1,4 @@
-"""What one example is, and readers for what people have.
+"""Readers for what people have.
 
 Everything is read through the ``datasets`` library: memory-mapped tables where the number of rows is known, streams
 where it is not. Images stay encoded here; :mod:`blip2.data.images` decodes them later, in other processes.
@@ -10,8 +10,7 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -33,13 +32,10 @@ from blip2.data.cells import (
     QUESTION_COLUMNS,
     CellError,
     class_names,
-    name_classes,
-    read_about,
     read_image_cell,
-    read_text,
-    read_texts,
 )
 from blip2.data.folders import list_pairs
+from blip2.data.record import Columns, Record
 from blip2.data.shards import BEGINS, BROKEN, KEY, expand_files, is_url, read_shard, stream_shards, unreadable
 from blip2.data.tables import Table, build_table, make_table, read_text_table
 from blip2.errors import InputError
@@ -50,106 +46,16 @@ ROWS_AT_ONCE = 50_000
 """Of a benchmark become a table together: as Python's objects they take ten times as much memory."""
 
 LOOKED_AT = 20
-"""So many rows of shards are read to learn their columns: a sample may lack one. If none of so many rows can be used, no
-other is expected to."""
+"""So many rows of shards are read to learn their columns: a sample may lack one. A table of whose first so many rows none
+can be used is refused."""
 BROKEN_AT_FIRST = 10
 """So many shards without a row, one after the other, and there is nothing to be learned."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """One image and what is said about it."""
-
-    key: str
-    """Names it in messages."""
-    image: str | bytes | None
-    """Path or encoded bytes; None where the data set has none, which is found out when it is decoded."""
-    captions: tuple[str, ...]
-    """Those that are not blank; of a question the answers, each as often as it was given. Whitespace is collapsed."""
-    question: str | None = None
-    """What is asked about the image; None where captions are to be written."""
-    about: Mapping[str, Any] = field(default_factory=dict)
-    """What its row says in the :data:`ABOUT_COLUMNS`, by which results are told apart and handed in."""
-    blank: int = 0
-    """So many further answers or captions were given and are blank."""
-    unusable: tuple[str, str] | None = None
-    """The cause, one of :data:`blip2.data.batches.CAUSES`, and the reason why its row cannot be used."""
-    broken: str | None = None
-    """Why the rest of a shard could not be read, which this record stands for."""
-    begins: bool = False
-    """Whether a shard begins with it."""
-
-    @property
-    def image_id(self) -> int:
-        """Equal for equal images (by path, or by content where there is no path), in 63 bits."""
-        name = self.image if isinstance(self.image, bytes) else str(self.image).encode(errors="surrogatepass")
-        return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") >> 1
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """How to make records of a data set's rows."""
-
-    source: str
-    image: str
-    caption: str | None
-    """None for questions whose answers are not published."""
-    question: str | None
-    about: tuple[str, ...]
-    root: Path
-    """Where relative paths of images start."""
-    classes: Mapping[str, list[str]] = field(default_factory=dict)
-    """Names of the classes that a column holds as numbers."""
-    group: str | None = None
-    """Column whose equal values belong into one batch."""
-    group_share: float = 1.0
-    """Share of the groups that do."""
-
-    @property
-    def names(self) -> list[str]:
-        """The columns that records are made of."""
-        named = (self.image, self.caption, self.question, self.group, *self.about, KEY)
-        return [name for name in named if name is not None]
-
-    def record(self, row: dict[str, Any], number: int) -> Record:
-        begins = row.get(BEGINS, False)
-        if BROKEN in row:
-            return Record(row[KEY], None, (), broken=row[BROKEN], begins=begins)
-        faults: list[tuple[str, str]] = []
-
-        def read(cause: str, name: str | None, how: Callable[[Any], Any], otherwise: Any) -> Any:
-            if name is None:
-                return otherwise
-            try:
-                return how(self._named(row.get(name), name))
-            except CellError as error:
-                faults.append((cause, f"{name} {error}"))
-                return otherwise
-
-        image = read("image", self.image, read_image_cell, None)
-        image = str(self.root / image) if isinstance(image, str) else image
-        captions, blank = read("caption", self.caption, read_texts, ((), 0))
-        question = read("question", self.question, read_text, "")
-        about = {name: read("caption", name, read_about, None) for name in self.about if row.get(name) is not None}
-        key = row.get(KEY) or f"{self.source} row {number}" + (f" ({image})" if isinstance(image, str) else "")
-        unusable = faults[0] if faults else None
-        return Record(key, image, captions, question or None, about, blank, unusable, begins=begins)
-
-    def captions(self, cell: Any) -> tuple[str, ...]:
-        """The captions of a record, of whose row this is the cell."""
-        try:
-            return read_texts(self._named(cell, self.caption or ""))[0]
-        except CellError:
-            return ()
-
-    def _named(self, cell: Any, name: str) -> Any:
-        return name_classes(cell, self.classes[name]) if name in self.classes else cell
 
 
 class Records(Sequence[Record]):
     """Records that can be read in any order."""
 
-    def __init__(self, table: Table, columns: _Columns) -> None:
+    def __init__(self, table: Table, columns: Columns) -> None:
         self._table = table
         self._rows = table.only(columns.names)
         self._columns = columns
@@ -218,7 +124,7 @@ class RecordStream:
     of all shards. The position can be taken down and gone back to.
     """
 
-    def __init__(self, dataset: datasets.IterableDataset, columns: _Columns, process: int, processes: int) -> None:
+    def __init__(self, dataset: datasets.IterableDataset, columns: Columns, process: int, processes: int) -> None:
         self._dataset = dataset
         self._columns = columns
         self._process, self._processes = process, processes
@@ -342,7 +248,7 @@ def _open_folder(folder: Path, config: DataConfig, process: int, processes: int)
         if (folder / name).is_file():
             return open_records(str(folder / name), config, process, processes)
     table = make_table(list_pairs(folder, say=process == 0))
-    return Records(table, _Columns(str(folder), "image", "captions", None, (), folder))
+    return Records(table, Columns(str(folder), "image", "captions", None, (), folder))
 
 
 def _load(source: str, load: Callable[..., Any], what: Any, **options: Any) -> Any:
@@ -371,10 +277,8 @@ def _empty(source: str) -> InputError:
 def _records(
     dataset: Any, source: str, config: DataConfig, root: Path, process: int, processes: int
 ) -> Records | RecordStream:
-    table = dataset if isinstance(dataset, Table) else Table(dataset) if isinstance(dataset, datasets.Dataset) else None
-    features = dataset.features if table is None else table.features
-    if features is None:
-        features = _columns_of(dataset, source)
+    table = _as_table(dataset)
+    features = (dataset.features or _columns_of(dataset, source)) if table is None else table.features
     features = {name: feature for name, feature in features.items() if name not in (KEY, BEGINS)}
     if not features:
         raise _empty(source)
@@ -390,14 +294,14 @@ def _records(
     encoded = _encoded(features[image])
     if encoded is not None:
         dataset = dataset.cast_column(image, encoded)
-        table = None if table is None else Table(dataset)
+        table = _as_table(dataset)
     about = tuple(name for name in ABOUT_COLUMNS if name in features)
     classes = {name: names for name, feature in features.items() if (names := class_names(feature))}
     group = None
     # Answers are mixed, whatever they are about.
     if config.group_column in features and question is None:
         group = config.group_column
-    columns = _Columns(source, image, caption, question, about, root, classes, group, config.group_share)
+    columns = Columns(source, image, caption, question, about, root, classes, group, config.group_share)
     if table is None:
         if group is not None:
             raise InputError(
@@ -413,6 +317,13 @@ def _records(
         others = f", and no other of the first {len(first)} rows can" if len(first) > 1 else ""
         raise InputError(f"{records[0].key} cannot be used{others}: {first[0][1]}")
     return records
+
+
+def _as_table(dataset: Any) -> Table | None:
+    """What can be read in any order; None for a stream."""
+    if isinstance(dataset, Table):
+        return dataset
+    return Table(dataset) if isinstance(dataset, datasets.Dataset) else None
 
 
 def _encoded(feature: Any) -> Any:

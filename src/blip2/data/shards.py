@@ -8,7 +8,6 @@ resume.
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import tarfile
 from collections.abc import Iterator
@@ -86,8 +85,8 @@ def unreadable(source: str, error: BaseException) -> InputError:
 
 
 def stream_shards(shards: list[str]) -> datasets.IterableDataset:
-    """The rows of files, by path or URL, as a stream that the datasets library shuffles by shards, deals out and goes on
-    with."""
+    """The rows of files, by path or URL, as a stream that the datasets library shuffles by files, deals out and
+    continues."""
     return datasets.IterableDataset.from_generator(_read, gen_kwargs={"shards": shards})
 
 

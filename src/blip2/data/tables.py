@@ -20,7 +20,7 @@ from typing import Any
 import datasets
 import fsspec
 import pyarrow
-import pyarrow.compute
+from datasets.config import HF_DATASETS_CACHE
 from filelock import FileLock
 
 from blip2.data.cells import ABOUT_COLUMNS, find_encoding
@@ -62,7 +62,8 @@ def read_text_table(file: str) -> Iterator[Row]:
     """
     suffix = file[file.rfind(".") :].lower()
     try:
-        with fsspec.open(file, "rb") as binary:
+        with fsspec.open(file, "rb") as opened:
+            binary: Any = opened
             encoding = find_encoding(binary.read(4))
             binary.seek(0)
             errors = "surrogateescape" if encoding == "utf-8-sig" else "surrogatepass"
@@ -92,7 +93,9 @@ def _read_delimited(text: io.TextIOWrapper, quoted: bool) -> Iterator[Row]:
             if doubled := {name for name in names if name and names.count(name) > 1}:
                 raise _TableError(f"has the column {', '.join(sorted(doubled))} more than once: rename one")
         elif len(cells) != len(names):
-            advice = "write texts with commas in quotation marks" if quoted else "take tabs and line breaks out of texts"
+            advice = (
+                "write texts with commas in quotation marks" if quoted else "take tabs and line breaks out of texts"
+            )
             raise _TableError(
                 f"line {number} has {len(cells)} cells, expected {len(names)} ({', '.join(names)[:200]}): {advice}"
             )
@@ -108,7 +111,9 @@ def _csv_cells(text: io.TextIOWrapper) -> Iterator[tuple[int, list[str]]]:
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            raise _TableError(f"line {number} is not CSV ({error}): double the quotation marks within a text") from error
+            raise _TableError(
+                f"line {number} is not CSV ({error}): double the quotation marks within a text"
+            ) from error
         if cells is None:
             return
         yield number, cells
@@ -159,7 +164,7 @@ def _read_json(text: io.TextIOWrapper) -> Iterator[Row]:
 
 def _object(value: Any, where: str) -> Row:
     if not isinstance(value, dict):
-        raise _TableError(f"{where} is a {type(value).__name__}, expected an object such as {{\"image\": ..., ...}}")
+        raise _TableError(f'{where} is a {type(value).__name__}, expected an object such as {{"image": ..., ...}}')
     return value
 
 
@@ -199,7 +204,7 @@ class Table:
         self.features: dict[str, Any] = dict(dataset.features)
         """The type of each column, in order; None where every row may have another."""
         if self._packed:
-            known = pyarrow.compute.unique(dataset.data.column(_NAMES)).to_pylist()
+            known = dataset.unique(_NAMES)
             self.features = {name: None for names in known if names is not None for name in json.loads(names)}
             if dataset.data.column(_BYTES).null_count == len(dataset):
                 self.dataset = dataset.select_columns([_ROW])
@@ -262,7 +267,7 @@ def build_table(files: Sequence[str], read: Callable[[str], Iterator[Row]], kind
         path = Path(file).absolute()
         stamp = path.stat() if path.is_file() else None
         known.update(json.dumps([str(path), file, stamp and stamp.st_size, stamp and stamp.st_mtime_ns]).encode())
-    made = Path(datasets.config.HF_DATASETS_CACHE) / "blip2" / f"{known.hexdigest()}.arrow"
+    made = Path(HF_DATASETS_CACHE) / "blip2" / f"{known.hexdigest()}.arrow"
     made.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{made}.lock"):  # one process makes it for all
         if not made.exists():

@@ -43,8 +43,8 @@ class Table:
         if unusable and unusable[0].unusable is not None:
             others = f" (and {len(unusable) - 1} others like it)" if len(unusable) > 1 else ""
             raise InputError(
-                f"{unusable[0].key} cannot be used{others}: {unusable[0].unusable[1]}. Scores are of all records: correct"
-                " it, or take it out"
+                f"{unusable[0].key} cannot be used{others}: {unusable[0].unusable[1]}; scores are of all records, so"
+                " correct it, or take it out"
             )
 
     def __len__(self) -> int:

@@ -129,7 +129,9 @@ def _true_answers(table: Table) -> dict[int, Question]:
             truth[i] = Question(answers, *types)
     found = {kind: rows for kind, rows in numbers.items() if rows}
     if len(found) > 1:
-        counts = ", ".join(f"{len(rows)} with {kind} (the first: {table.said[rows[0]].key})" for kind, rows in found.items())
+        counts = ", ".join(
+            f"{len(rows)} with {kind} (the first: {table.said[rows[0]].key})" for kind, rows in found.items()
+        )
         raise InputError(
             f"{table.source} has questions {counts}, which no rule scores together: give all of them one answer, or all"
             " of them several"
