@@ -86,7 +86,8 @@ class Columns:
         image = str(self.root / image) if isinstance(image, str) else image
         captions, blank = read("caption", self.caption, read_texts, ((), 0))
         question = read("question", self.question, read_text, "")
-        about = {name: read("caption", name, read_about, None) for name in self.about if row.get(name) is not None}
+        given = [name for name in self.about if row.get(name) not in (None, "")]
+        about = {name: read("caption", name, read_about, None) for name in given}
         key = row.get(KEY) or f"{self.source} row {number}" + (f" ({image})" if isinstance(image, str) else "")
         unusable = faults[0] if faults else None
         return Record(key, image, captions, question or None, about, blank, unusable, begins=begins)

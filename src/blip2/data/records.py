@@ -46,8 +46,8 @@ ROWS_AT_ONCE = 50_000
 """Of a benchmark become a table together: as Python's objects they take ten times as much memory."""
 
 LOOKED_AT = 20
-"""So many rows of shards are read to learn their columns: a sample may lack one. A table of whose first so many rows none
-can be used is refused."""
+"""So many rows of shards are read to learn their columns: a sample may lack one. A table is refused if none of so many
+rows at its start can be used."""
 BROKEN_AT_FIRST = 10
 """So many shards without a row, one after the other, and there is nothing to be learned."""
 

@@ -122,7 +122,8 @@ def _true_answers(table: Table) -> dict[int, Question]:
     truth: dict[int, Question] = {}
     numbers: dict[str, list[int]] = {"no answers": [], "one answer": [], "several answers": []}
     for i, record in enumerate(table.said):
-        answers = (*record.captions, *[""] * record.blank)
+        blank = [""] * record.blank if len(record.captions) + record.blank > 1 else []
+        answers = (*record.captions, *blank)
         numbers["no answers" if not answers else "one answer" if len(answers) == 1 else "several answers"].append(i)
         if answers:
             types = (str(record.about.get(key, "")) for key in ("question_type", "answer_type"))
