@@ -7,13 +7,12 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from blip2.config import LanguageConfig, Precision, QFormerConfig, Recipe, VisionConfig
+from blip2.config import IMAGE_TOKEN, LanguageConfig, Precision, QFormerConfig, Recipe, VisionConfig
 from blip2.data.assets import resolve
-from blip2.data.texts import GenerationTexts, PrefixTexts, RepresentationTexts, TextPreparation
+from blip2.data.texts import GenerationTexts, PrefixTexts, RepresentationTexts, TextPreparation, check_prompt
 from blip2.errors import InputError
 from blip2.interop.foreign import Checkpoint, read_tokenizer
 from blip2.interop.formats import open_foreign
-from blip2.interop.transformers import IMAGE_TOKEN
 from blip2.model.bert import check_fits, initialise_from_bert
 from blip2.model.generation import GenerationModel
 from blip2.model.language import LanguageModel, load_language_model
@@ -207,6 +206,9 @@ def prepare_texts(recipe: Recipe, built: Built) -> TextPreparation:
         return RepresentationTexts(built.tokenizer, limit)
     assert built.end is not None
     kind = PrefixTexts if built.model.language.is_encoder_decoder else GenerationTexts
+    for prompt in (recipe.language.prompt, recipe.language.question_prompt or ""):
+        if prompt.strip() and kind is GenerationTexts:
+            check_prompt(built.tokenizer, prompt)
     return kind(
         built.tokenizer, limit, recipe.language.prompt, built.end, built.reader, recipe.language.question_prompt
     )

@@ -18,6 +18,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Stage = Literal["representation", "generation"]
 QUESTION_PLACE = "{}"
 """Where a prompt takes its question."""
+IMAGE_TOKEN = "<image>"
+"""What stands for an image in prompts of other programs, and as a token in transformers' BLIP-2."""
 
 
 @dataclass(frozen=True)
@@ -379,6 +381,9 @@ class Recipe:
         if not self.data.sources:
             raise InputError("data.train names nothing to train on: name a source")
         self._check_evaluation()
+        for name in ("prompt", "question_prompt"):
+            if IMAGE_TOKEN in ((self.language and getattr(self.language, name)) or ""):
+                raise InputError(f"language.{name} holds {IMAGE_TOKEN}: leave it out, the image comes first by itself")
         question_prompt = None if self.language is None else self.language.question_prompt
         if self.language is not None and question_prompt is not None and (
             QUESTION_PLACE not in question_prompt or self.language.asks

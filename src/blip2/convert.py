@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import Blip2VisionConfig, PreTrainedTokenizerBase
 
 from blip2.build import choose_dtype, end_of_text, read_image_encoder, text_tokenizer
-from blip2.config import LanguageConfig, Recipe
+from blip2.config import IMAGE_TOKEN, LanguageConfig, Recipe
 from blip2.data.assets import resolve
 from blip2.errors import InputError
 from blip2.files import share
@@ -347,7 +347,7 @@ def _with_image_token(checkpoint: Checkpoint) -> tuple[Checkpoint, PreTrainedTok
     named = checkpoint.recipe.language
     assert named is not None
     tokenizer = read_tokenizer(resolve(named.name), named.trust_remote_code is not None)
-    tokenizer.add_special_tokens({"additional_special_tokens": [transformers.IMAGE_TOKEN]}, False)
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, False)
     side = "right" if checkpoint.language_config.is_encoder_decoder else "left"
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = side  # the latter is what is saved
     end = end_of_text(tokenizer, named.stop, named.name)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from io import IOBase
 from pathlib import Path
 from typing import Generic, NoReturn, TypeVar
 
@@ -14,11 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from blip2.build import Built, build, choose_device
-from blip2.config import Precision, Recipe, Stage
+from blip2.config import IMAGE_TOKEN, Precision, Recipe, Stage
 from blip2.data.images import ImageLike, read_image, to_pixels
 from blip2.data.texts import encode_continuations, encode_prompts, encode_questions, encode_texts, fill_prompts, pad
 from blip2.errors import InputError
-from blip2.interop.transformers import IMAGE_TOKEN
 from blip2.model import objectives
 from blip2.model.decoding import Decoding
 from blip2.model.generation import GenerationModel, Questions
@@ -28,7 +28,7 @@ from blip2.training import checkpoint
 log = logging.getLogger("blip2")
 
 Model = TypeVar("Model", RepresentationModel, GenerationModel)
-Images = ImageLike | Sequence[ImageLike]
+Images = ImageLike | Iterable[ImageLike]
 CAPTION = Decoding()
 """How captions are generated unless said otherwise: beam search of width 5."""
 ANSWER = Decoding(length_penalty=-1.0, max_new_tokens=10)
@@ -427,7 +427,10 @@ def as_list(images: Images) -> list[ImageLike]:
     """One image or several, as a list."""
     if isinstance(images, Tensor) or hasattr(images, "ndim"):
         return list(images) if images.ndim == 4 else [images]  # pyright: ignore
-    return list(images) if isinstance(images, list | tuple) else [images]  # pyright: ignore
+    one = isinstance(images, str | bytes | bytearray | memoryview | IOBase | Mapping) or not isinstance(
+        images, Iterable
+    )
+    return [images] if one else list(images)  # pyright: ignore
 
 
 def check_texts(texts: str | Sequence[str], kind: str) -> list[str]:

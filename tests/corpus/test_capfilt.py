@@ -12,6 +12,7 @@ from blip2.corpus.capfilt import Settings, capfilt
 from blip2.corpus.engine import Engine
 from blip2.corpus.selection import Rules
 from blip2.corpus.shards import Sample, list_units, read_unit
+from blip2.data.benchmarks import read_benchmark
 from blip2.data.records import open_records
 from blip2.errors import InputError
 from blip2.model.decoding import Decoding
@@ -69,6 +70,8 @@ def test_training_reads_what_was_written(done):
     assert len(streamed) == 24
     wanted = [tuple(about["captions"]) for about in said(*sorted(output.glob("*.tar")))]
     assert [record.captions for record in streamed] == wanted
+    benchmark = list(read_benchmark(f"cc3m:train:{output}"))
+    assert [(row["image"], tuple(row["captions"])) for row in benchmark] == [(r.image, r.captions) for r in streamed]
     table = open_records(source, replace(config, streaming=False))
     assert [(r.image, r.captions) for r in table] == [(r.image, r.captions) for r in streamed]
 
@@ -140,6 +143,9 @@ def test_pictures_that_cannot_be_used_are_counted_and_named(runs, tmp_path):
             "2.txt": b"no picture",
             "3.png": good, "3.json": b"{no",
             "4.png": good,
+            "5.png": good, "5.json": b'{"captions": ["half of a \\ud83d pair"]}',
+            "6.png": good, "6.txt": b"un caf\xe9",
+            "7.png": good, "7.json": b'{"captions": {"text": "a red disc"}}',
         },
     )  # fmt: skip
     members = {f"{n}.{kind}": good if kind == "png" else b"x" for n in range(3) for kind in ("png", "txt")}
@@ -147,12 +153,14 @@ def test_pictures_that_cannot_be_used_are_counted_and_named(runs, tmp_path):
     (tmp_path / "b.tar").write_bytes(whole[: 9 * 512 + 20])  # each member is a header and a block
     (tmp_path / "c.tar").write_bytes(b"")
     metrics = run(runs, tmp_path / "?.tar", tmp_path / "output")
-    assert metrics["skipped"] == {"image not decoded": 1, "no image": 1, "shard broken": 2}
+    assert metrics["skipped"] == {"image not decoded": 1, "no image": 1, "caption not read": 3, "shard broken": 2}
     # A .json that is none says nothing: its picture is one without a caption.
     assert metrics["counts"]["pictures"] == 5 and metrics["counts"]["with an original"] == 3
     assert sorted(tars(tmp_path / "output")) == ["a.tar", "b.tar"]  # an empty one would be taken for a broken one
     named = " ".join(f"{key} {why}" for key, why in metrics["skipped_first"])
     assert "1 in" in named and "is damaged" in named and "c.tar cannot be read to its end" in named
+    assert "5 in" in named and "holds half of a surrogate pair" in named and "the byte 0xe9" in named
+    assert "captions holds an object with the keys text" in named
     assert "2 in" in named and "it has txt, expected an image" in named
     assert "is damaged" in (tmp_path / "output" / "report.html").read_text()
 

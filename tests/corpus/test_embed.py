@@ -1,4 +1,5 @@
 import json
+import os
 
 import torch
 from safetensors import safe_open
@@ -7,7 +8,7 @@ from blip2.cli import main
 from blip2.corpus.embed import embed_corpus
 from blip2.corpus.engine import Engine
 from blip2.inference import load
-from fixtures.corpus import read_tar
+from fixtures.corpus import picture, read_tar, write_tar
 
 
 def read(path):
@@ -30,6 +31,16 @@ def test_a_corpus_is_embedded_shard_by_shard(runs, shards, tmp_path):
     assert tensors["images"].dtype == torch.float16
     assert tensors["images"].shape == images.shape and (tensors["images"] - images).abs().max() < 1e-3
     assert (tensors["texts"] - judge.embed_texts(records["texts"])).abs().max() < 2e-3
+
+
+def test_texts_and_names_that_are_not_utf_8(runs, tmp_path):
+    good = picture("disc", "red")
+    name = os.fsdecode(b"caf\xe9")
+    members = {f"{name}.png": good, f"{name}.txt": b"a disc", "1.png": good, "1.json": b'{"caption": "half \\ud83d"}'}
+    write_tar(tmp_path / "a.tar", members)
+    metrics = embed_corpus(str(runs["stage1"]), str(tmp_path / "a.tar"), tmp_path / "out", device="cpu")
+    assert (metrics["pictures"], metrics["texts"], metrics["skipped"]) == (1, 1, {"caption not read": 1})
+    assert read(tmp_path / "out" / "a.safetensors")[1] == {"keys": [name], "texts": ["a disc"]}
 
 
 def test_the_command(runs, shards, tmp_path, capsys):

@@ -1,4 +1,5 @@
 import io
+import re
 import struct
 import sys
 import zlib
@@ -29,6 +30,15 @@ def file_bytes(image: Image.Image, kind: str, **options: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def png_of(width: int, height: int, depth: int, kind: int, chunks: list[tuple[bytes, bytes]]) -> bytes:
+    """A PNG of so many bits a channel, gray (kind 0) or of colors (kind 2)."""
+    header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
+    out = b"\x89PNG\r\n\x1a\n"
+    for name, data in ((b"IHDR", header), *chunks, (b"IEND", b"")):
+        out += struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    return out
 
 
 def grey(image: Image.Image) -> list[int]:
@@ -103,6 +113,23 @@ def test_transparency_shows_white(data: bytes, expected: list[tuple[int, int, in
     assert [tuple(pixel) for pixel in np.asarray(read_image(data))[0].tolist()] == expected
 
 
+@pytest.mark.parametrize(
+    ("depth", "kind", "row", "clear", "expected"),
+    [
+        (16, 0, struct.pack(">2H", 32896, 16448), struct.pack(">H", 32896), [WHITE, (64, 64, 64)]),
+        (4, 0, bytes([0x36]), struct.pack(">H", 3), [WHITE, (102, 102, 102)]),
+        (2, 0, bytes([0b01100000]), struct.pack(">H", 1), [WHITE, (170, 170, 170)]),
+        (16, 2, struct.pack(">6H", 9000, 0, 0, 0, 0, 0), struct.pack(">3H", 9000, 0, 0), [WHITE, (0, 0, 0)]),
+    ],
+    ids=["16-bit gray", "4-bit gray", "2-bit gray", "16-bit color"],
+)
+def test_transparent_values_of_other_depths(
+    depth: int, kind: int, row: bytes, clear: bytes, expected: list[tuple[int, int, int]]
+) -> None:
+    read = read_image(png_of(2, 1, depth, kind, [(b"tRNS", clear), (b"IDAT", zlib.compress(b"\0" + row))]))
+    assert [tuple(pixel) for pixel in np.asarray(read)[0].tolist()] == expected
+
+
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 @pytest.mark.parametrize(
     ("counts", "expected"),
@@ -151,7 +178,6 @@ def test_colours_of_a_cmyk_jpeg(ink: tuple[int, ...], colour: tuple[int, ...]) -
         (np.array([[0, 255]], dtype=np.uint16), [0, 1]),
         (np.array([[0, 257, 32896]], dtype=np.int32), [0, 1, 128]),
         (np.array([[0, 0.2, 1]], dtype=np.float16), [0, 51, 255]),
-        (np.array([[0, 51.0, 255]]), [0, 51, 255]),
         # Resampling overshoots: such a picture is not 255 times darker.
         (np.array([[-0.01, 0.2, 1.02]]), [0, 51, 255]),
     ],
@@ -179,7 +205,9 @@ def test_all_ways_to_give_an_image(tmp_path: Path) -> None:
     path = tmp_path / "blocks.png"
     image.save(path)
     with Image.open(path) as opened:
-        for given in (path, str(path), path.read_bytes(), image, opened, blocks(), torch.from_numpy(blocks())):
+        data = path.read_bytes()
+        files = (io.BytesIO(data), bytearray(data), memoryview(data))
+        for given in (path, str(path), data, *files, *files, image, opened, blocks(), torch.from_numpy(blocks())):
             assert np.array_equal(np.asarray(read_image(given)), blocks())
 
 
@@ -188,14 +216,9 @@ def test_all_ways_to_give_an_image(tmp_path: Path) -> None:
 
 def png(width: int, height: int) -> bytes:
     """A black 1-bit PNG, written without ever holding its pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     packer, row = zlib.compressobj(1), bytes(1 + (width + 7) // 8)
     packed = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
-    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+    return png_of(width, height, 1, 0, [(b"IDAT", packed)])
 
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
@@ -271,11 +294,33 @@ def test_damaged_image_opened_by_pil() -> None:
         (np.full((2, 2), np.inf), "not finite"),
         (np.full((2, 2), "a"), "expected integers or floats"),
         (np.full((2, 2), 1j), "expected integers or floats"),
+        (np.linspace(-1, 1, 12).reshape(2, 2, 3), r"float64 from -1 to 1, expected floats in \[0, 1\] or integers"),
+        (np.linspace(0.1, 2.1, 4, dtype=np.float32).reshape(2, 2), "float32 from 0.1 to 2.1"),
+        (np.array([[0, 51.0, 255]]), "float64 from 0 to 255"),
+        (np.array([[-3, 200]]), "int64 from -3 to 200"),
     ],
 )
 def test_broken_arrays(array: np.ndarray, found: str) -> None:
-    with pytest.raises(ImageError, match=rf"^the array given as an image .*{found}.*: \w+ (it|them)$"):
+    with pytest.raises(ImageError, match=rf"^the array given as an image .*{found}.*: .*\w+ (it|them)$"):
         read_image(array)
+    if array.dtype.kind in "if" and array.ndim < 4:
+        with pytest.raises(ImageError, match=found.replace("float64", "float32")):
+            read_image(torch.from_numpy(array))
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        (None, "None"), (7, "7"), (["a.png", "b.png"], "a list of 2"), ({"bytes": b"", "path": None}, "a dict of 2"),
+        ((n for n in range(3)), "<generator object"), (io.StringIO("a"), "<_io.StringIO object"),
+        ("https://x.org/a.png", "the URL 'https://x.org/a.png', expected the path of a file: download the image first"),
+        ("file:///a.png", "the URL 'file:///a.png', expected the path of a file: write the path alone"),
+    ],
+)  # fmt: skip
+def test_what_is_no_image(given: object, found: str) -> None:
+    with pytest.raises(ImageError, match=f"^an image is {re.escape(found)}") as error:
+        read_image(given)
+    assert "\n" not in str(error.value) and "expected" in str(error.value)
 
 
 # -- pixels ----------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from blip2.data.texts import (
@@ -13,12 +13,14 @@ from blip2.data.texts import (
     RepresentationTexts,
     StageBatch,
     TextPreparation,
+    check_prompt,
     encode_continuations,
     encode_prompts,
     encode_texts,
     pad,
     split_caption,
 )
+from blip2.errors import InputError
 from blip2.model.generation import GenerationBatch
 from blip2.model.objectives import IGNORED
 from blip2.model.representation import RepresentationBatch
@@ -240,3 +242,33 @@ def test_long_captions_are_cut_on_both_sides(parts: Parts, prompt: str) -> None:
     prefix = tokenizer.decode(batch.ids[0], skip_special_tokens=True)
     suffix = tokenizer.decode(batch.labels[0], skip_special_tokens=True)
     assert (suffix if prompt else f"{prefix} {suffix}") == LONG[:23]
+
+
+# -- prompts that end within a token ----------------------------------------------------------------------------------
+
+
+def sentencepiece(*merged: str) -> PreTrainedTokenizerFast:
+    """As Llama 2, Mistral and Gemma have it: the space before a word is a part of its first token."""
+    pairs = [("\u2581", "\u2581"), ("C", "a"), ("Ca", "p"), ("\u2581", "Cap"), ("\u2581", "a")]
+    pairs += [tuple(pair.split()) for pair in merged]
+    words = ["<unk>", "</s>", *"\u2581:Captc7Thehsiw?", *("".join(pair) for pair in pairs)]
+    core = Tokenizer(models.BPE({word: i for i, word in enumerate(dict.fromkeys(words))}, pairs, unk_token="<unk>"))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("prompt", ["Cap:", "Cap: ", "Cap:  ", "Cap:\n"])
+def test_what_is_trained_is_what_is_used(prompt: str) -> None:
+    tokenizer = sentencepiece()
+    ids, _, labels, _ = encode_continuations(tokenizer, [prompt], ["a cat"], 32, 1)
+    trained = ids[0][labels[0] == IGNORED].tolist()
+    used = encode_prompts(tokenizer, [prompt], "left")[0][0].tolist()
+    assert trained == used
+    assert tokenizer.convert_ids_to_tokens(used) == ["\u2581Cap", ":"]
+    check_prompt(tokenizer, prompt)
+
+
+def test_a_prompt_that_ends_within_a_token_is_refused() -> None:
+    """Its tokenizer joins a colon with what follows."""
+    with pytest.raises(InputError, match=r"'Cap:' ends within a token: alone .* \['.Cap', ':'\], before the text 'a'"):
+        check_prompt(sentencepiece(": \u2581a"), "Cap:")

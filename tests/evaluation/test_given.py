@@ -6,6 +6,7 @@ import json
 import pytest
 
 from blip2.cli import main
+from blip2.errors import InputError
 from blip2.evaluation import tasks
 from blip2.evaluation.evaluate import evaluate
 from blip2.evaluation.tasks import Settings
@@ -244,8 +245,45 @@ def test_a_question_without_answers_among_others(score, tmp_path):
     rows = [ROWS[0], {**ROWS[1], "answers": []}, {**ROWS[2], "answers": [" "]}]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     line = score(ANSWERS, data=str(file), status=2)
-    assert line.startswith(f"error: {file} row 1 ")
-    assert line.endswith("and 1 others have no answers: give all of them some, or leave them out")
+    assert line.startswith(f"error: {file} has questions 2 with no answers (the first: {file} row 1 ")
+    assert "1 with several answers" in line and line.endswith("one answer, or all of them several")
+
+
+def test_blank_answers_count(score, tmp_path):
+    """Three of ten said so, one said nothing: eight thirds of nine in ten, as the official script has it."""
+    file = tmp_path / "blank.jsonl"
+    file.write_text(json.dumps({**ROWS[0], "answers": ["cat"] * 3 + ["dog"] * 6 + [""]}))
+    assert score([{"question_id": 7, "answer": "cat"}], data=str(file))["accuracy"] == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize("model", [False, True])
+def test_one_answer_beside_several_is_found_before_anything_is_answered(score, runs, tmp_path, monkeypatch, model):
+    file = tmp_path / "mixed.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in (ROWS[0], {**ROWS[1], "answers": ["2"]}, ROWS[2])))
+    if model:
+        monkeypatch.setattr(tasks, "_see", lambda *_: pytest.fail("an image was looked at"))
+        with pytest.raises(InputError, match=r"has questions 1 with one answer .* 2 with several answers"):
+            evaluate(runs["llama"], "vqa", str(file), tmp_path / "out", device="cpu")
+    else:
+        line = score(ANSWERS, data=str(file), status=2)
+        assert f"1 with one answer (the first: {file} row 1" in line
+
+
+def test_answers_of_a_csv_are_texts(score, tmp_path):
+    """The same from CSV as from JSON Lines, whatever the answers look like."""
+    answers = ["007", "true", "None", "1.50", "2020-01-02"]
+    (tmp_path / "a.csv").write_text(
+        "image,question,answer,question_id\n" + "".join(f"a.png,what?,{text},{n}\n" for n, text in enumerate(answers))
+    )
+    given = [{"question_id": n, "answer": text} for n, text in enumerate(answers)]
+    assert score(given, data=str(tmp_path / "a.csv"))["accuracy"] == 1.0
+
+
+def test_a_row_that_cannot_be_used(score, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in (ROWS[0], {**ROWS[1], "question": "<image> what?"})))
+    line = score(ANSWERS, data=str(file), status=2)
+    assert line.startswith(f"error: {file} row 1 ") and "cannot be used: question holds <image>" in line
 
 
 # -- what cannot be --------------------------------------------------------------------------------------------------

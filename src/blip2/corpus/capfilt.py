@@ -9,7 +9,8 @@ digit of a network's output may depend on the batch, so batches are cut within a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +26,7 @@ from blip2.corpus.models import Captioner, Ranker, open_captioner, open_ranker, 
 from blip2.corpus.report import Summary, write_report
 from blip2.corpus.selection import Caption, Chosen, Rules, choose, read_language
 from blip2.corpus.shards import Sample, ShardWriter, Skipped, Unit, batches, list_units
-from blip2.data.records import clean_captions
+from blip2.data.cells import CellError, read_text
 from blip2.data.store import digest
 from blip2.errors import InputError
 from blip2.files import explained, write_json, written
@@ -159,7 +160,7 @@ class Bootstrap:
             dice = [self._dice(sample) for sample in samples]
             new = self._captioner.write(images, settings.captions, torch.from_numpy(np.concatenate(dice)))
         texts = [
-            [*dict.fromkeys(sample.captions), *dict.fromkeys(clean_captions(mine))]
+            [*dict.fromkeys(sample.captions), *dict.fromkeys(_usable(mine))]
             for sample, mine in zip(samples, new, strict=True)
         ]
         spoken = [at for at, own in enumerate(texts) if own]
@@ -178,6 +179,14 @@ class Bootstrap:
     def _dice(self, sample: Sample) -> np.ndarray:
         random = np.random.default_rng([self._settings.seed, int(digest(sample.image), 16)])
         return random.random((self._settings.captions, self._settings.decoding.max_new_tokens))
+
+
+def _usable(texts: Iterable[str]) -> Iterator[str]:
+    """Written captions that training can read, their whitespace collapsed."""
+    for text in texts:
+        with suppress(CellError):
+            if caption := read_text(text):
+                yield caption
 
 
 def describe(chosen: Chosen) -> dict[str, Any]:

@@ -93,6 +93,7 @@ class Embed:
             if texts:
                 tensors["texts"] = pipeline.embed_texts(texts).half().cpu().contiguous()
             records = json.dumps({"keys": keys, "texts": texts}, ensure_ascii=False)
+            records = records.encode(errors="backslashreplace").decode()  # names that are not UTF-8, as JSON has them
             path = Path(self.output) / f"{unit.name}.safetensors"
             with explained(path), written(path) as file:
                 file.write(save(tensors, {"records": records}))

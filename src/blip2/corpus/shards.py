@@ -22,9 +22,10 @@ from PIL.Image import Image
 from blip2.config import DataConfig
 from blip2.data.assets import resolve
 from blip2.data.benchmarks import find_shards, is_benchmark
-from blip2.data.images import ImageError, read_bytes, read_image
-from blip2.data.records import CAPTION_COLUMNS, Records, clean_captions, open_records
-from blip2.data.shards import BROKEN, IMAGE_SUFFIXES, KEY, expand_files, read_shard
+from blip2.data.cells import CAPTION_COLUMNS, CellError, read_texts
+from blip2.data.images import IMAGE_SUFFIXES, USUAL_SUFFIXES, ImageError, read_bytes, read_image
+from blip2.data.records import Records, open_records
+from blip2.data.shards import BROKEN, KEY, expand_files, read_shard
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,10 @@ def batches(unit: Unit, size: int, skipped: list[Skipped]) -> Iterator[list[tupl
 def _read_records(records: Records, unit: Unit) -> Iterator[Sample | Skipped]:
     for number in range(unit.first, unit.first + (unit.count or 0)):
         record = records[number]
+        if record.unusable is not None:
+            cause, why = record.unusable
+            yield Skipped(record.key, f"{cause} not read", why)
+            continue
         if record.image is None:
             yield Skipped(record.key, "no image", "it has no image")
             continue
@@ -153,16 +158,23 @@ def _read_tar(unit: Unit) -> Iterator[Sample | Skipped]:
     for row in read_shard(unit.source):
         key = row.get(KEY, "")
         name = f"{key} in {unit.source}"
-        suffix = next((kind for kind in row if f".{kind}" in IMAGE_SUFFIXES), None)
+        images = [kind for kind in row if f".{kind}" in IMAGE_SUFFIXES]
+        suffix = next((kind for kind in images if f".{kind}" in USUAL_SUFFIXES), images[0] if images else None)
         if BROKEN in row:
             why = f"{unit.source} cannot be read to its end ({row[BROKEN]}): download it again"
             yield Skipped(unit.source, "shard broken", why)
         elif suffix is None or not isinstance(row[suffix], bytes):  # what its .json says is no image
             found = ", ".join(kind for kind in row if kind != KEY)
-            yield Skipped(name, "no image", f"it has {found}, expected an image ({', '.join(IMAGE_SUFFIXES)})")
+            expected = f"{', '.join(USUAL_SUFFIXES)}, or another that Pillow reads"
+            yield Skipped(name, "no image", f"it has {found}, expected an image ({expected})")
         else:
-            captions = next((row[column] for column in CAPTION_COLUMNS if column in row), None)
-            yield Sample(key, row[suffix], clean_captions(captions), suffix)
+            column = next((column for column in CAPTION_COLUMNS if column in row), "")
+            try:
+                captions, _ = read_texts(row.get(column))
+            except CellError as error:
+                yield Skipped(name, "caption not read", f"{column} {error}")
+                continue
+            yield Sample(key, row[suffix], captions, suffix)
 
 
 # -- writing shards ------------------------------------------------------------------------------------------------

@@ -238,6 +238,8 @@ class Preparation(Dataset[Loaded]):
         """Caption and question."""
         if record.broken is not None:
             raise _Unusable("shard", f"the rest of it cannot be read: {record.broken}")
+        if record.unusable is not None:
+            raise _Unusable(*record.unusable)
         if draw.caption < 0:
             raise _Unusable("caption", "it has no caption or answer: every image needs a text that is not blank")
         if self.texts.asks and record.question is None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from io import TextIOBase
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from blip2.errors import InputError
 
@@ -23,13 +24,22 @@ def stream_json(path: Path, characters: int = 1 << 20) -> Iterator[tuple[str, An
     Raises:
         InputError: it is not JSON.
     """
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         try:
-            yield from _members(_Reader(file, characters))
+            yield from read_members(file, json.JSONDecoder(), characters)
         except json.JSONDecodeError as error:
             raise _damaged(path, error.msg) from error  # its place is one in the part that is held
         except (_SyntaxError, UnicodeDecodeError, RecursionError) as error:
             raise _damaged(path, str(error)) from error
+
+
+def read_members(file: TextIOBase, decoder: json.JSONDecoder, characters: int = 1 << 20) -> Iterator[tuple[str, Any]]:
+    """The members of an open JSON file, as :func:`stream_json` gives them, with values as `decoder` makes them.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+    return _members(_Reader(file, characters, decoder))
 
 
 def entries(path: Path, name: str, subset: str | None = None) -> Iterator[Any]:
@@ -78,20 +88,20 @@ def _damaged(path: Path, reason: str) -> InputError:
     return InputError(f"{path} is damaged or no JSON ({reason}): download or unpack it again")
 
 
-class _SyntaxError(Exception):
+class _SyntaxError(ValueError):
     """Something else than JSON follows."""
 
 
 class _Reader:
     """The values and signs of a JSON text, of which a part is held."""
 
-    def __init__(self, file: TextIO, characters: int) -> None:
+    def __init__(self, file: TextIOBase, characters: int, decoder: json.JSONDecoder) -> None:
         self._file = file
         self._characters = characters
         self._text = ""
         self._at = 0
         self._ended = False
-        self._decode = json.JSONDecoder().raw_decode
+        self._decode = decoder.raw_decode
 
     def _more(self) -> None:
         # As much again as is held, so that a long value is not decoded from its start too often.

@@ -28,11 +28,12 @@ def identify(records: Records, index: Index, part: Part) -> tuple[np.ndarray, di
     images, files = np.zeros(len(own), DIGEST), np.zeros(len(own), DIGEST)
     unusable: dict[int, str] = {}
     for at, i in enumerate(own.tolist()):
-        image = records[i].image
+        record = records[i]
+        image = record.image
         if isinstance(image, bytes):
             images[at] = digest(image)
         elif image is None:
-            unusable[i] = "it has no image"
+            unusable[i] = record.unusable[1] if record.unusable else "it has no image"
         else:
             try:
                 found = Path(image).stat()

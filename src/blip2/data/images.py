@@ -9,26 +9,48 @@ from __future__ import annotations
 import io
 import math
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from blip2.errors import InputError
 from blip2.files import read_regular
 from blip2.model.vision import Preprocessing
 
-ImageLike = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
-"""A path, the bytes of a file, a PIL image, or an array [H, W], [H, W, 3 or 4].
+ImageLike = str | os.PathLike[str] | bytes | bytearray | io.BufferedIOBase | Image.Image | np.ndarray | Tensor
+"""A path, the bytes of a file, a binary file, a PIL image, or an array [H, W], [H, W, 3 or 4].
 
-Arrays of uint16 count to 65535; others to the first of 1 (floats only), 255, 65535 that holds their largest value.
+Arrays of floats are in [0, 1], those of uint8 in [0, 255] and those of uint16 in [0, 65535]. Other integers count to
+the first of 255 and 65535 that holds their largest value.
 """
 
+USUAL_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+def _find_suffixes() -> tuple[str, ...]:
+    Image.init()
+    read = {
+        suffix
+        for suffix, kind in Image.registered_extensions().items()
+        if kind in Image.OPEN and kind not in ("EPS", "MPEG")  # a program, which is never run, and a video
+        if not (isinstance(Image.OPEN[kind][0], type) and issubclass(Image.OPEN[kind][0], ImageFile.StubImageFile))
+    }
+    return (*USUAL_SUFFIXES, *sorted(read - set(USUAL_SUFFIXES)))
+
+
+IMAGE_SUFFIXES = _find_suffixes()
+"""How the names of image files end: all that Pillow reads, the usual ones first."""
+
+OVERSHOOT = 0.05
+"""So far beyond 0 and 1 resampling may take the floats of an array."""
 MAX_PIXELS = 120_000_000
 """Larger images are refused before they are decoded: a small file can unpack to gigabytes."""
 MAX_BYTES = 4 * MAX_PIXELS
@@ -67,22 +89,40 @@ def unreadable(path: str | os.PathLike[str], error: OSError | ValueError) -> Ima
     return ImageError(f"image {os.fspath(path)} cannot be read ({why}): check its path")
 
 
-def read_image(image: ImageLike, name: str | None = None) -> Image.Image:
+def describe_name(name: str) -> str | None:
+    """What a text given as the path of an image is, where it is no path; None where it may be one."""
+    if ":" not in name and not name.startswith("~/"):  # nearly all
+        return None
+    if name.startswith("file://"):
+        return f"the URL {name[:80]!r}, expected the path of a file: write the path alone"
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", name):
+        return f"the URL {name[:80]!r}, expected the path of a file: download the image first"
+    if name.startswith("data:"):
+        return f"the data URL {name[:30]!r}, expected the path of a file: decode its base64 to bytes"
+    if name.startswith("~/"):
+        return f"{name[:80]!r}, whose ~ only a shell expands, expected the path of a file: write it from / on"
+    return None
+
+
+def read_image(image: ImageLike | Any, name: str | None = None) -> Image.Image:
     """Decode to 8-bit RGB.
 
     Args:
+        image: an :data:`ImageLike`.
         name: of a file or its bytes, for messages; None: its path or its length.
 
     Raises:
-        ImageError: no such file, empty, not an image, damaged, or more than :data:`MAX_PIXELS`.
+        ImageError: no such file, empty, not an image, damaged, more than :data:`MAX_PIXELS`, or another object than an
+            image.
     """
     if isinstance(image, Tensor):
         image = image.detach().cpu()
         image = (image.float() if image.is_floating_point() else image).numpy()  # numpy has no bfloat16
     if isinstance(image, np.ndarray):
-        return _from_array(image, "the array given as an image")
+        return _from_array(_check_range(image), "the array given as an image")
     if isinstance(image, Image.Image):
         return _given(image, f"image {getattr(image, 'filename', '') or 'given by PIL'}")
+    image = _path_or_bytes(image)
     if name is None:
         name = f"image of {len(image)} bytes" if isinstance(image, bytes) else f"image {os.fspath(image)}"
     data = image if isinstance(image, bytes) else read_bytes(image)
@@ -121,6 +161,28 @@ def open_image(data: bytes, name: str, shows: bool = True) -> Iterator[Image.Ima
         raise ImageError(_damaged(name, error)) from error
 
 
+def _path_or_bytes(image: Any) -> str | os.PathLike[str] | bytes:
+    """An image that is no array and not PIL's."""
+    if isinstance(image, io.IOBase) and not isinstance(image, io.TextIOBase):
+        file, start = image, image.tell() if image.seekable() else None
+        image = file.read()
+        if start is not None:  # or the file would be empty when it is read once more
+            file.seek(start)
+    if isinstance(image, bytes | bytearray | memoryview):
+        return bytes(image)
+    if not isinstance(image, str | os.PathLike):
+        what = (
+            f"a {type(image).__name__} of {len(image)}" if isinstance(image, list | tuple | dict) else repr(image)[:80]
+        )
+        raise ImageError(
+            f"an image is {what}, expected a path, the bytes of a file, a PIL image, or an array [H, W, 3]: give these,"
+            " several in one list"
+        )
+    if isinstance(image, str) and (problem := describe_name(image)):
+        raise ImageError(f"an image is {problem}")
+    return image
+
+
 def _check(image: Image.Image, name: str, scans: int = 1) -> None:
     """Look at what an image says of itself before it is decoded."""
     pixels = image.width * image.height
@@ -152,14 +214,51 @@ def _damaged(name: str, error: Exception) -> str:
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    clear = _transparent_value(image)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
-        return _from_array(np.asarray(image), name)
+        array = np.asarray(image)
+        picture = _from_array(array, name)
+        if isinstance(clear, int):
+            picture.paste((255, 255, 255), mask=Image.fromarray(np.where(array == clear, 255, 0).astype(np.uint8)))
+        return picture
+    if clear is not None:
+        image.info["transparency"] = clear
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def _transparent_value(image: Image.Image) -> Any:
+    """The value whose pixels are transparent, in the range of the decoded pixels; None where there is none.
+
+    Pillow gives it in the range of the file, and scales the pixels of gray PNGs with 2 or 4 bits and of color PNGs with
+    16 bits to 8 bits.
+    """
+    clear = image.info.get("transparency")
+    tiles = getattr(image, "tile", None)  # there until the image is decoded
+    raw = tiles[0][3] if tiles else None
+    if isinstance(clear, int) and raw in ("L;2", "L;4"):
+        return clear * (85 if raw == "L;2" else 17)
+    if isinstance(clear, tuple) and raw == "RGB;16B":
+        return tuple(value >> 8 for value in clear)
+    return clear
+
+
+def _check_range(array: np.ndarray) -> np.ndarray:
+    """The array, unless its numbers are those of a normalized image: nearly all black, it would pass for a dark one."""
+    if array.dtype.kind not in "if" or array.size == 0 or not np.isfinite(array).all():
+        return array
+    low, high = float(array.min()), float(array.max())
+    slack = OVERSHOOT if array.dtype.kind == "f" else 0
+    if low < -slack or (array.dtype.kind == "f" and high > 1 + slack):
+        raise ImageError(
+            f"the array given as an image holds {array.dtype} from {low:g} to {high:g}, expected floats in [0, 1] or"
+            " integers in [0, 255]: undo its normalization, or convert it"
+        )
+    return array
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:

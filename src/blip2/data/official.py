@@ -9,15 +9,18 @@ at its row.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
-
+from blip2.data.cells import CAPTION_COLUMNS, CellError, read_texts
 from blip2.data.entries import entries, fields, stream_json
+from blip2.data.shards import BROKEN, KEY, read_shard
 from blip2.errors import InputError
+
+log = logging.getLogger("blip2")
 
 Row = dict[str, Any]
 
@@ -324,16 +327,24 @@ def read_easy_vqa(split: str, questions: Path, pictures: Pictures) -> Iterator[R
 
 
 def read_shards(split: str, shards: list[Path]) -> Iterator[Row]:
-    """WebDataset shards that img2dataset wrote: ``image`` is the bytes of the file."""
-    files = {"train": [str(path) for path in shards]}
-    rows = datasets.load_dataset("webdataset", data_files=files, split="train", streaming=True)
-    names = rows.column_names or []
-    image = next((name for name in ("jpg", "png", "webp") if name in names), None)
-    if image is None or "txt" not in names:
-        raise InputError(
-            f"{shards[0]} holds {', '.join(names)}, expected jpg and txt: run img2dataset with --caption_col"
-        )
-    for row in rows.cast_column(image, datasets.Image(decode=False)):
-        key = row["__key__"]
-        image_key = f"{row['__url__']}/{key}"
-        yield {"image": row[image]["bytes"], "image_id": key, "image_key": image_key, "captions": [row["txt"]]}
+    """WebDataset shards that img2dataset or ``blip2 capfilt`` wrote: ``image`` is the bytes of the file.
+
+    A sample whose caption cannot be read is left out with a warning.
+    """
+    for shard in shards:
+        for row in read_shard(str(shard)):
+            if BROKEN in row:
+                raise InputError(f"{shard} cannot be read to its end ({row[BROKEN]}): download it again")
+            key, column = row.pop(KEY), next((name for name in CAPTION_COLUMNS if name in row), None)
+            if not isinstance(row.get("image"), bytes) or column is None:
+                raise InputError(
+                    f"{shard} has a sample {key} of {', '.join(row)}, expected an image and a txt, or a json with"
+                    " captions: run img2dataset with --caption_col, or blip2 capfilt"
+                )
+            try:
+                captions, _ = read_texts(row[column])
+            except CellError as error:
+                log.warning("left out %s of %s: %s %s", key, shard, column, error)
+                continue
+            image_key = f"{shard}/{key}"
+            yield {"image": row["image"], "image_id": key, "image_key": image_key, "captions": list(captions)}

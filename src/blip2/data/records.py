@@ -1,4 +1,4 @@
-"""What one example is, and readers for what people have.
+"""Readers for what people have.
 
 Everything is read through the ``datasets`` library: memory-mapped tables where the number of rows is known, streams
 where it is not. Images stay encoded here; :mod:`blip2.data.images` decodes them later, in other processes.
@@ -6,12 +6,11 @@ where it is not. Images stay encoded here; :mod:`blip2.data.images` decodes them
 
 from __future__ import annotations
 
-import contextlib
+import glob
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,30 +24,25 @@ from jaxtyping import Int
 
 from blip2.config import DataConfig
 from blip2.data.benchmarks import find_shards, is_benchmark, read_benchmark
-from blip2.data.shards import (
-    BEGINS,
-    BROKEN,
-    IMAGE_SUFFIXES,
-    KEY,
-    check_tar,
-    expand_files,
-    is_url,
-    stream_shards,
-    unreadable,
+from blip2.data.cells import (
+    ABOUT_COLUMNS,
+    ANSWER_COLUMNS,
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    NAME_COLUMNS,
+    QUESTION_COLUMNS,
+    CellError,
+    class_names,
+    read_image_cell,
 )
+from blip2.data.folders import list_pairs
+from blip2.data.record import Columns, Record
+from blip2.data.shards import BEGINS, BROKEN, KEY, expand_files, is_url, read_shard, stream_shards, unreadable
+from blip2.data.tables import Table, build_table, make_table, read_text_table
 from blip2.errors import InputError
 from blip2.files import read_json
 
-IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "image_path", "file_name", "filename", "img", "path")
-CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "texts", "sentence", "sentences")
-ANSWER_COLUMNS = ("answers", "answer")
-QUESTION_COLUMNS = ("question",)
-NAME_COLUMNS = ("image_key", "coco_id")
-ABOUT_COLUMNS = ("image_id", "question_id", "question_type", "answer_type", "domain")
-BUILDERS = {
-    ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".tar": "webdataset"
-}  # fmt: skip
-
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".tar")
 
 CACHES = (HF_DATASETS_CACHE, HF_HUB_CACHE)
 """Where the datasets library puts the files of a data set of the hub."""
@@ -57,109 +51,29 @@ ROWS_AT_ONCE = 50_000
 """Of a benchmark become a table together: as Python's objects they take ten times as much memory."""
 
 LOOKED_AT = 20
-"""So many rows of shards are read to learn their columns: a sample may lack one."""
+"""So many rows of shards are read to learn their columns: a sample may lack one. A table is refused if none of so many
+rows at its start can be used."""
 BROKEN_AT_FIRST = 10
 """So many shards without a row, one after the other, and there is nothing to be learned."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """One image and what is said about it."""
-
-    key: str
-    """Names it in messages."""
-    image: str | bytes | None
-    """Path or encoded bytes; None where the data set has none, which is found out when it is decoded."""
-    captions: tuple[str, ...]
-    """Those that are not blank; of a question the answers, each as often as it was given."""
-    question: str | None = None
-    """What is asked about the image; None where captions are to be written."""
-    about: Mapping[str, Any] = field(default_factory=dict)
-    """What its row says in the :data:`ABOUT_COLUMNS`, by which results are told apart and handed in."""
-    broken: str | None = None
-    """Why the rest of a shard could not be read, which this record stands for."""
-    begins: bool = False
-    """Whether a shard begins with it."""
-
-    @property
-    def image_id(self) -> int:
-        """Equal for equal images (by path, or by content where there is no path), in 63 bits."""
-        name = self.image if isinstance(self.image, bytes) else str(self.image).encode()
-        return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") >> 1
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """How to make records of a data set's rows."""
-
-    source: str
-    image: str
-    caption: str | None
-    """None for questions whose answers are not published."""
-    question: str | None
-    about: tuple[str, ...]
-    root: Path
-    """Where relative paths of images start."""
-    within: tuple[str, ...] | None = None
-    """Folders that a file which an image is named by has to lie in; None: any. An image of a shard is its own bytes."""
-    group: str | None = None
-    """Column whose equal values belong into one batch."""
-    group_share: float = 1.0
-    """Share of the groups that do."""
-
-    def record(self, row: dict[str, Any], number: int) -> Record:
-        begins = row.get(BEGINS, False)
-        if BROKEN in row:
-            return Record(row[KEY], None, (), broken=row[BROKEN], begins=begins)
-        image = _unpacked(row.get(self.image))
-        refused = ""
-        if image and not isinstance(image, bytes):
-            image = str(self.root / str(image))
-            if self.within is not None and not _lies_in(image, self.within):
-                image, refused = None, f", whose image is the name {image}, which is not read: expected the bytes"
-        key = row.get(KEY) or f"{self.source} row {number}" + (f" ({image})" if isinstance(image, str) else "")
-        question = " ".join(str(row.get(self.question) or "").split()) if self.question else ""
-        about = {name: row[name] for name in self.about if row.get(name) is not None}
-        captions = clean_captions(row.get(self.caption)) if self.caption else ()
-        return Record(key + refused, image or None, captions, question or None, about, begins=begins)
-
-
-def _lies_in(path: str, folders: tuple[str, ...]) -> bool:
-    """Whether a file lies in one of some folders, links followed."""
-    with contextlib.suppress(OSError, ValueError):
-        real = os.path.realpath(path)
-        return any(real.startswith(os.path.join(os.path.realpath(folder), "")) for folder in folders)  # noqa: PTH118
-    return False
-
-
-def _unpacked(image: Any) -> Any:
-    """The path or the bytes of a cell: Hugging Face's image has one of them, or both."""
-    return (image.get("bytes") or image.get("path")) if isinstance(image, dict) else image
-
-
-def clean_captions(value: Any) -> tuple[str, ...]:
-    """The captions of a cell that holds one, a list of them, or nothing; whitespace is collapsed."""
-    captions = value if isinstance(value, list | tuple) else [value]
-    return tuple(" ".join(str(c).split()) for c in captions if c is not None and str(c).strip())
 
 
 class Records(Sequence[Record]):
     """Records that can be read in any order."""
 
-    def __init__(self, dataset: datasets.Dataset, columns: _Columns) -> None:
-        self._dataset = dataset
+    def __init__(self, table: Table, columns: Columns) -> None:
+        self._table = table
+        self._rows = table.only(columns.names)
         self._columns = columns
-        self._captions = dataset.select_columns([columns.caption] if columns.caption else [])
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self._table)
 
     def __getitem__(self, index: int) -> Record:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self._columns.record(self._dataset[int(index)], int(index))
+        return self._columns.record(self._rows.row(int(index)), int(index))
 
     def part(self, first: int, count: int) -> Records:
         """So many records from one on."""
-        return Records(self._dataset.select(range(first, first + count)), self._columns)
+        return Records(self._table.part(first, count), self._columns)
 
     @property
     def asks(self) -> bool:
@@ -176,14 +90,14 @@ class Records(Sequence[Record]):
         """A number for each record, equal for those that belong into one batch; None where there are no groups."""
         if self._columns.group is None:
             return None
-        values = self._dataset.select_columns([self._columns.group])[:][self._columns.group]
+        values = self._table.texts(self._columns.group, slice(None))
         return np.unique([str(value) for value in values], return_inverse=True)[1]
 
     def captions(self, indices: Sequence[int]) -> list[tuple[str, ...]]:
         """Captions of some records, without reading their images."""
         if self._columns.caption is None:
             return [()] * len(indices)
-        return [clean_captions(value) for value in self._captions[list(indices)][self._columns.caption]]
+        return [self._columns.captions(cell) for cell in self._table.texts(self._columns.caption, list(indices))]
 
     @property
     def holds_images(self) -> bool:
@@ -193,19 +107,19 @@ class Records(Sequence[Record]):
     def image_names(self) -> Iterator[dict[str, Any]]:
         """What each record's image is called: its path, or a digest of its bytes, as ``image``; of the data sets of the
         paper the names that :func:`blip2.data.benchmarks.check_disjoint` compares. No file is opened."""
-        names = [name for name in NAME_COLUMNS if name in self._dataset.column_names]
+        names = [name for name in NAME_COLUMNS if name in self._table.features]
         root = os.path.abspath(self._columns.root)  # noqa: PTH100  (of millions of paths Path would make a minute)
-        named = self._dataset.select_columns([self._columns.image, *names])
-        for start in range(0, len(self), 1000):
-            rows = named[start : start + 1000]
-            for cell, *others in zip(*(rows[name] for name in (self._columns.image, *names)), strict=True):
-                image = _unpacked(cell)
-                if isinstance(image, bytes):
-                    image = hashlib.blake2b(image, digest_size=16).hexdigest()
-                elif image:
-                    image = os.path.join(root, str(image))  # noqa: PTH118
-                    image = os.path.normpath(image) if "/." in image or "//" in image else image
-                yield {"image": image or None, **dict(zip(names, others, strict=True))}
+        for row in self._table.rows([self._columns.image, *names]):
+            try:
+                image = read_image_cell(row.get(self._columns.image))
+            except CellError:
+                image = None
+            if isinstance(image, bytes):
+                image = hashlib.blake2b(image, digest_size=16).hexdigest()
+            elif image:
+                image = os.path.join(root, image)  # noqa: PTH118
+                image = os.path.normpath(image) if "/." in image or "//" in image else image
+            yield {"image": image, **{name: row.get(name) for name in names}}
 
 
 class RecordStream:
@@ -215,7 +129,7 @@ class RecordStream:
     of all shards. The position can be taken down and gone back to.
     """
 
-    def __init__(self, dataset: datasets.IterableDataset, columns: _Columns, process: int, processes: int) -> None:
+    def __init__(self, dataset: datasets.IterableDataset, columns: Columns, process: int, processes: int) -> None:
         self._dataset = dataset
         self._columns = columns
         self._process, self._processes = process, processes
@@ -289,39 +203,35 @@ def open_records(source: str, config: DataConfig, process: int = 0, processes: i
     if not remote and path.is_dir():
         return _open_folder(path, config, process, processes)
     suffix = path.suffix.lower()
-    if suffix not in BUILDERS:
+    if suffix not in SUFFIXES:
         raise InputError(
-            f"data source {source!r} is neither a folder nor a file ending in {', '.join(BUILDERS)}: check the path,"
+            f"data source {source!r} is neither a folder nor a file ending in {', '.join(SUFFIXES)}: check the path,"
             " or write hub:NAME for a data set on the Hugging Face hub"
         )
     files = expand_files(source)
-    builder = BUILDERS[suffix]
-    options: dict[str, Any] = {"data_files": {"train": files}, "split": "train"}
-    if suffix == ".tsv":
-        options["sep"] = "\t"
-    streaming = builder == "webdataset" or remote if streaming is None else streaming
-    if streaming and builder in ("webdataset", "parquet"):
+    streaming = suffix == ".tar" or remote if streaming is None else streaming
+    if streaming:
         dataset = stream_shards(files)
+    elif suffix == ".parquet":
+        literal = [file if remote else glob.escape(file) for file in files]  # the library looks for patterns again
+        dataset = _load(source, datasets.load_dataset, "parquet", data_files={"train": literal}, split="train")
+    elif suffix == ".tar":
+        kept = config.image_column or "image"
+        dataset = _load(source, build_table, files, read=partial(_read_samples, image=kept), kind=kept)
     else:
-        for file in files if builder == "webdataset" else ():
-            check_tar(file)
-        dataset = _load(source, datasets.load_dataset, builder, streaming=streaming, **options)
-        if builder == "webdataset":
-            dataset = _spread_json(dataset)
+        dataset = _load(source, build_table, files, read=read_text_table)
     # A .parquet may name files beside it; what a .json in a tar says is no name of a file.
-    within = {"webdataset": (), "parquet": (str(path.parent),)}.get(builder)
+    within = {".tar": (), ".parquet": (str(path.parent),)}.get(suffix)
     return _records(dataset, source, config, path.parent, process, processes, within)
 
 
-def _spread_json(dataset: datasets.Dataset) -> datasets.Dataset:
-    """What the ``.json`` of a sample says as columns beside its other members, which come first."""
-    known: Any = dataset.features
-    said = known.get("json")
-    for name in said if isinstance(said, dict) else ():
-        if name not in known:
-            column = dataset.data.column("json").combine_chunks().field(name)
-            dataset = dataset.add_column(name, column, feature=said[name])
-    return dataset
+def _read_samples(shard: str, image: str) -> Iterator[dict[str, Any]]:
+    """The rows of a shard that has to be whole; the image lies in the column `image` alone."""
+    for row in read_shard(shard):
+        if BROKEN in row:
+            raise InputError(row[BROKEN])
+        kept = {name: cell for name, cell in row.items() if name == image or not isinstance(cell, bytes)}
+        yield {**kept, KEY: f"{shard} {row[KEY]}"}
 
 
 def _table(source: str) -> datasets.Dataset:
@@ -330,7 +240,7 @@ def _table(source: str) -> datasets.Dataset:
     rows = ({name: value for name, value in row.items() if name in wanted} for row in read_benchmark(source))
     parts = []
     while part := list(islice(rows, ROWS_AT_ONCE)):
-        parts.append(datasets.Dataset.from_list(part))
+        parts.append(_load(source, datasets.Dataset.from_list, part))
     return datasets.concatenate_datasets(parts)
 
 
@@ -347,25 +257,15 @@ def _open_folder(folder: Path, config: DataConfig, process: int, processes: int)
     for name in ("metadata.jsonl", "metadata.csv"):
         if (folder / name).is_file():
             return open_records(str(folder / name), config, process, processes)
-    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not images:
-        raise InputError(f"folder {folder} holds no images ({', '.join(IMAGE_SUFFIXES)}) and no metadata.jsonl")
-    texts = [path.with_suffix(".txt") for path in images]
-    if not any(text.is_file() for text in texts):
-        raise InputError(
-            f"folder {folder} holds {len(images)} images but no captions: put a .txt beside each image, or a"
-            " metadata.jsonl with file_name and caption"
-        )
-    captions = [t.read_text(encoding="utf-8", errors="replace").splitlines() if t.is_file() else [] for t in texts]
-    table = datasets.Dataset.from_dict(
-        {"image": [str(path.relative_to(folder)) for path in images], "captions": captions}
-    )
-    return Records(table, _Columns(str(folder), "image", "captions", None, (), folder))
+    table = make_table(list_pairs(folder, say=process == 0))
+    return Records(table, Columns(str(folder), "image", "captions", None, (), folder))
 
 
-def _load(source: str, load: Callable[..., Any], name: str, **options: Any) -> Any:
+def _load(source: str, load: Callable[..., Any], what: Any, **options: Any) -> Any:
     try:
-        return load(name, **options)
+        return load(what, **options)
+    except InputError as error:
+        raise unreadable(source, error) from error
     except StopIteration as error:
         raise _empty(source) from error
     except Exception as error:  # the builders raise whatever their parsers raise
@@ -393,7 +293,9 @@ def _records(
     processes: int,
     within: tuple[str, ...] | None = None,
 ) -> Records | RecordStream:
-    features = dataset.features or _columns_of(dataset, source)
+    table = _as_table(dataset)
+    features = (dataset.features or _columns_of(dataset, source)) if table is None else table.features
+    features = {name: feature for name, feature in features.items() if name not in (KEY, BEGINS)}
     if not features:
         raise _empty(source)
     image = _column(features, config.image_column, IMAGE_COLUMNS, "image", source)
@@ -405,28 +307,48 @@ def _records(
         caption = _column(features, config.caption_column, CAPTION_COLUMNS, "caption", source)
     elif config.caption_column or any(name in features for name in ANSWER_COLUMNS):
         caption = _column(features, config.caption_column, ANSWER_COLUMNS, "caption", source)
-    if isinstance(dataset, datasets.IterableDataset):
-        dataset = dataset.decode(False) if dataset.features else dataset
-    else:
-        for name, feature in features.items():  # no library is to open what a column names
-            if getattr(feature, "decode", False):
-                dataset = dataset.cast_column(name, replace(feature, decode=False))
+    for name, feature in features.items():  # no library is to open what a column names
+        encoded = _encoded(feature)
+        if encoded is not None:
+            dataset = dataset.cast_column(name, encoded)
+            table = _as_table(dataset)
     about = tuple(name for name in ABOUT_COLUMNS if name in features)
+    classes = {name: names for name, feature in features.items() if (names := class_names(feature))}
     group = None
     # Answers are mixed, whatever they are about.
     if config.group_column in features and question is None:
         group = config.group_column
-    columns = _Columns(source, image, caption, question, about, root, within, group, config.group_share)
-    if isinstance(dataset, datasets.IterableDataset):
+    columns = Columns(source, image, caption, question, about, root, classes, within, group, config.group_share)
+    if table is None:
         if group is not None:
             raise InputError(
                 f"data.group_column is {group}, but {source!r} is read as a stream, whose records come as they lie: set"
                 " data.streaming to false, or leave group_column out and write near twins beside each other"
             )
         return RecordStream(dataset, columns, process, processes)
-    if len(dataset) == 0:
+    if len(table) == 0:
         raise _empty(source)
-    return Records(dataset, columns)
+    records = Records(table, columns)
+    first = [records[i].unusable for i in range(min(len(records), LOOKED_AT))]
+    if first[0] is not None and all(first):
+        others = f", and no other of the first {len(first)} rows can" if len(first) > 1 else ""
+        raise InputError(f"{records[0].key} cannot be used{others}: {first[0][1]}")
+    return records
+
+
+def _as_table(dataset: Any) -> Table | None:
+    """What can be read in any order; None for a stream."""
+    if isinstance(dataset, Table):
+        return dataset
+    return Table(dataset) if isinstance(dataset, datasets.Dataset) else None
+
+
+def _encoded(feature: Any) -> Any:
+    """The type of a column of images or sounds that leaves them encoded; None of one that the library does not decode."""
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        inner = _encoded(feature.feature)
+        return inner and type(feature)(inner)
+    return replace(feature, decode=False) if getattr(feature, "decode", False) else None
 
 
 def _columns_of(dataset: datasets.IterableDataset, source: str) -> dict[str, Any]:

@@ -19,11 +19,11 @@ import fsspec
 import pyarrow
 import pyarrow.parquet
 
-from blip2.data.images import MAX_BYTES
+from blip2.data.cells import class_names, decode_text, name_classes
+from blip2.data.images import IMAGE_SUFFIXES, MAX_BYTES, USUAL_SUFFIXES
+from blip2.data.tables import DECODER, is_text_table, read_text_table
 from blip2.errors import InputError
-from blip2.files import parse_json
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 BROKEN = "__broken__"
 """In a row that is no sample: the reason why a shard could not be read on."""
 BEGINS = "__begins__"
@@ -69,8 +69,10 @@ def expand_files(pattern: str) -> list[str]:
     elif path.is_file():
         return [str(path)]
     else:
-        there = path.parent.glob(path.name) if path.parent.is_dir() else ()
-        files = sorted(str(file) for file in there if file.is_file())  # no pipe, which would be waited for
+        names = (path.name, path.name.replace("[", "[[]"))  # brackets are also part of names
+        there = (path.parent.glob(name) for name in names) if path.parent.is_dir() else ()
+        found = (sorted(str(file) for file in each if file.is_file()) for each in there)  # no pipe, which never ends
+        files = next(filter(None, found), [])
     if not files:
         raise InputError(f"no file {pattern!r}: check the path of the data")
     return files
@@ -88,19 +90,22 @@ def _expand_url(pattern: str) -> list[str]:
 
 def unreadable(source: str, error: BaseException) -> InputError:
     """Says in a line why a source cannot be read."""
-    while error.__cause__ is not None:
+    while error.__cause__ is not None and not isinstance(error, InputError):
         error = error.__cause__
     return InputError(f"data source {source!r} cannot be read: {' '.join(str(error).split()).rstrip('.')}")
 
 
 def stream_shards(shards: list[str]) -> datasets.IterableDataset:
-    """The rows of ``.tar`` and ``.parquet`` files, by path or URL, as a stream that the datasets library shuffles by
-    shards, deals out and goes on with."""
+    """The rows of files, by path or URL, as a stream that the datasets library shuffles by files, deals out and
+    continues."""
     return datasets.IterableDataset.from_generator(_read, gen_kwargs={"shards": shards})
 
 
 def _read(shards: list[str]) -> Iterator[Row]:
     for shard in shards:
+        if is_text_table(shard):  # an error of its text is raised: what follows it cannot be trusted
+            yield from read_text_table(shard)
+            continue
         begins = True
         for row in read_shard(shard):
             yield {**row, KEY: f"{shard} {row[KEY]}" if KEY in row else shard, BEGINS: begins}
@@ -117,11 +122,15 @@ def read_shard(shard: str) -> Iterator[Row]:
 
 
 def _read_parquet(file: Any) -> Iterator[Row]:
-    number = 0
-    for batch in pyarrow.parquet.ParquetFile(file).iter_batches(AT_ONCE):
+    number, parquet = 0, pyarrow.parquet.ParquetFile(file)
+    schema = parquet.schema_arrow
+    columns = datasets.Features.from_arrow_schema(schema) if b"huggingface" in (schema.metadata or {}) else {}
+    classes = {name: names for name, feature in columns.items() if (names := class_names(feature))}
+    for batch in parquet.iter_batches(AT_ONCE):
         for part in _small_enough(batch):
             for row in part.to_pylist():
-                yield {**_unmarked(row), KEY: f"row {number}"}
+                named = {name: name_classes(row[name], names) for name, names in classes.items()}
+                yield {**_unmarked(row), **named, KEY: f"row {number}"}
                 number += 1
 
 
@@ -262,12 +271,13 @@ def _complete(sample: Row) -> Row:
     said: Any = None
     for kind, content in sample.items():
         if kind == "json":
-            with contextlib.suppress(InputError):  # then it says nothing
-                said = parse_json(content)
+            with contextlib.suppress(ValueError, RecursionError):  # then it says nothing
+                said = DECODER.decode(decode_text(content))
         elif kind in TEXTS:
-            row[kind] = content.decode("utf-8", errors="replace")
+            row[kind] = decode_text(content)
         else:
             row[kind] = content
-            if f".{kind}" in IMAGE_SUFFIXES:
-                row.setdefault("image", content)
+    images = [kind for kind in row if f".{kind}" in IMAGE_SUFFIXES]
+    if images and "image" not in row:
+        row["image"] = row[next((kind for kind in images if f".{kind}" in USUAL_SUFFIXES), images[0])]
     return {**_unmarked(said), **row} if isinstance(said, dict) else row

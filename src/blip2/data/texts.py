@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from blip2.config import QUESTION_PLACE
+from blip2.errors import InputError
 from blip2.model.generation import GenerationBatch, Questions
 from blip2.model.objectives import IGNORED
 from blip2.model.representation import RepresentationBatch
@@ -174,6 +175,7 @@ def encode_continuations(
     """
     rows, labels, cut = [], [], 0
     for prompt, caption in zip(prompts, captions, strict=True):
+        prompt = prompt.rstrip()
         text = f"{prompt} {caption}" if prompt else caption
         encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
         ids, offsets = strip_end(tokenizer, encoded["input_ids"]), encoded["offset_mapping"]
@@ -189,11 +191,34 @@ def encode_continuations(
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], side: str
 ) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:
-    """Ids and mask of prompts; decoder-only LLMs need them padded on the left, encoders on the right."""
-    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    """Ids and mask of prompts; decoder-only LLMs need them padded on the left, encoders on the right.
+
+    White space at the end of a prompt is left out: many tokenizers join the space before a word with the word, so that
+    the tokens of a prompt that ends with one are never those that a text follows.
+    """
+    rows = [tokenizer(prompt.rstrip())["input_ids"] for prompt in prompts]
     if side == "left":
         rows = [strip_end(tokenizer, row) for row in rows]
     return pad(rows, 0, side), pad([[1] * len(row) for row in rows], 0, side).bool()
+
+
+def check_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
+    """Make sure that a decoder-only LLM is trained on a prompt's tokens as they are when texts are written.
+
+    Raises:
+        InputError: the tokens of the prompt are others where a text follows.
+    """
+    (filled,) = fill_prompts(prompt, ["what is this?"])
+    alone = encode_prompts(tokenizer, [filled], "left")[0][0].tolist()
+    for text in ("a", "The", "7"):
+        ids, _, labels, _ = encode_continuations(tokenizer, [filled], [text], 2**31, 0)
+        before = ids[0][labels[0] == IGNORED].tolist()
+        if before != alone:
+            raise InputError(
+                f"the prompt {prompt!r} ends within a token: alone its last tokens are"
+                f" {tokenizer.convert_ids_to_tokens(alone)[-3:]}, before the text {text!r} they are"
+                f" {tokenizer.convert_ids_to_tokens(before)[-3:]}; end the prompt with a word or a colon"
+            )
 
 
 def strip_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:

@@ -20,7 +20,7 @@ class Table:
         limit: how many; None: all.
 
     Raises:
-        InputError: the source cannot be read, or is a stream.
+        InputError: the source cannot be read, is a stream, or has a row that cannot be used.
     """
 
     def __init__(self, config: DataConfig, limit: int | None = None) -> None:
@@ -39,6 +39,13 @@ class Table:
             record = records[i]
             self.image_ids.append(record.image_id)
             self.said.append(replace(record, image=None))
+        unusable = [record for record in self.said if record.unusable is not None]
+        if unusable and unusable[0].unusable is not None:
+            others = f" (and {len(unusable) - 1} others like it)" if len(unusable) > 1 else ""
+            raise InputError(
+                f"{unusable[0].key} cannot be used{others}: {unusable[0].unusable[1]}; scores are of all records, so"
+                " correct it, or take it out"
+            )
 
     def __len__(self) -> int:
         return len(self.said)

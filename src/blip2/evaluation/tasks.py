@@ -82,7 +82,7 @@ def answer(pipeline: GenerationPipeline, table: Table, settings: Settings, parts
     prompt = settings.prompt or pipeline.question_prompt
     if QUESTION_PLACE not in prompt:
         raise InputError(f"the prompt {prompt!r} has no {QUESTION_PLACE} where the question goes: put it in")
-    ids = table.question_ids()
+    ids, truth = table.question_ids(), _true_answers(table)
 
     def write(span: range) -> tuple[dict[int, str], list[str]]:
         first: dict[int, int] = {}
@@ -100,7 +100,7 @@ def answer(pipeline: GenerationPipeline, table: Table, settings: Settings, parts
         return dict(zip(asked, written, strict=True)), skipped
 
     answers, skipped = _write("answers", len(table), write, parts, settings.seed)
-    return _judge_answers(table, ids, answers, settings, _skips(skipped))
+    return _judge_answers(table, ids, truth, answers, settings, _skips(skipped))
 
 
 def judge_given_answers(table: Table, file: str | Path, settings: Settings, parts: Parts) -> Findings:
@@ -109,25 +109,47 @@ def judge_given_answers(table: Table, file: str | Path, settings: Settings, part
     Raises:
         InputError: it cannot be read, or ids are missing, doubled or unknown.
     """
-    ids = table.question_ids()
-    return _judge_answers(table, ids, dict(enumerate(_read(file, "answer", ids))), settings, {})
+    ids, truth = table.question_ids(), _true_answers(table)
+    return _judge_answers(table, ids, truth, dict(enumerate(_read(file, "answer", ids))), settings, {})
+
+
+def _true_answers(table: Table) -> dict[int, Question]:
+    """What people answered, by the number of the question; blank answers count, as the official scripts count them.
+
+    Raises:
+        InputError: some questions have answers and others none, or some have one answer and others several.
+    """
+    truth: dict[int, Question] = {}
+    numbers: dict[str, list[int]] = {"no answers": [], "one answer": [], "several answers": []}
+    for i, record in enumerate(table.said):
+        blank = [""] * record.blank if len(record.captions) + record.blank > 1 else []
+        answers = (*record.captions, *blank)
+        numbers["no answers" if not answers else "one answer" if len(answers) == 1 else "several answers"].append(i)
+        if answers:
+            types = (str(record.about.get(key, "")) for key in ("question_type", "answer_type"))
+            truth[i] = Question(answers, *types)
+    found = {kind: rows for kind, rows in numbers.items() if rows}
+    if len(found) > 1:
+        counts = ", ".join(
+            f"{len(rows)} with {kind} (the first: {table.said[rows[0]].key})" for kind, rows in found.items()
+        )
+        raise InputError(
+            f"{table.source} has questions {counts}, which no rule scores together: give all of them one answer, or all"
+            " of them several"
+        )
+    return truth
 
 
 def _judge_answers(
-    table: Table, ids: Sequence[Any], answers: Mapping[int, str], settings: Settings, about: Mapping[str, Any]
+    table: Table,
+    ids: Sequence[Any],
+    true: Mapping[int, Question],
+    answers: Mapping[int, str],
+    settings: Settings,
+    about: Mapping[str, Any],
 ) -> Findings:
     metrics: dict[str, Any] = {"answered": len(answers), **about}
-    truth = {
-        i: Question(
-            table.said[i].captions, *(str(table.said[i].about.get(key, "")) for key in ("question_type", "answer_type"))
-        )
-        for i in answers
-        if table.said[i].captions
-    }
-    bare = next((table.said[i].key for i in answers if i not in truth), None)
-    if truth and bare is not None:
-        count = len(answers) - len(truth)
-        raise InputError(f"{bare} and {count - 1} others have no answers: give all of them some, or leave them out")
+    truth = {i: true[i] for i in answers if i in true}
     scores: dict[Any, float] = {}
     if truth:
         one = all(len(question.answers) == 1 for question in truth.values())

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from blip2.config import DataConfig, LanguageConfig, QFormerConfig, Recipe, VisionConfig
+from blip2.config import IMAGE_TOKEN, DataConfig, LanguageConfig, QFormerConfig, Recipe, VisionConfig
 from blip2.errors import InputError
 from blip2.files import read_json as read_plain
 from blip2.files import write_json
@@ -29,7 +29,6 @@ from blip2.model.pretrained import reading
 from blip2.model.vision import read_preprocessing
 
 RETRIEVAL, GENERATION = "Blip2ForImageTextRetrieval", "Blip2ForConditionalGeneration"
-IMAGE_TOKEN = "<image>"
 NAMES: Table = (
     ("query_tokens", "qformer.queries"),
     ("vision_model.post_layernorm", "image_norm"),

@@ -1,0 +1,290 @@
+"""What the cells of tables may hold, and what is refused by name instead of being trained on."""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from blip2.config import DataConfig
+from blip2.data.cells import CellError, read_image_cell, read_text, read_texts
+from blip2.data.records import Record, Records, open_records
+from blip2.errors import InputError
+from fixtures.corpus import write_tar
+
+
+def read(source: Path | str, **settings: Any) -> list[Record]:
+    records = open_records(str(source), DataConfig(train=str(source), **settings))
+    return [records[i] for i in range(len(records))] if isinstance(records, Records) else list(records.read())
+
+
+def why(record: Record) -> str:
+    assert record.unusable is not None
+    return f"{record.unusable[0]}: {record.unusable[1]}"
+
+
+# -- cells -----------------------------------------------------------------------------------------------------------
+
+ANSWER = {"answer": "yes", "answer_confidence": "maybe", "answer_id": 1}
+
+
+@pytest.mark.parametrize(
+    ("cell", "texts", "blank"),
+    [
+        ([ANSWER, {**ANSWER, "answer": "no"}], ("yes", "no"), 0),
+        ({"answer": ["yes", "no"], "answer_id": [1, 2]}, ("yes", "no"), 0),
+        ({"raw": " A  cat. ", "tokens": ["a", "cat"], "sentid": 2}, ("A cat.",), 0),
+        (["cat", "", " ", None], ("cat",), 2),
+        (b"un caf\xc3\xa9", ("un café",), 0),
+        ("a cat".encode("utf-16"), ("a cat",), 0),
+        ([7, 2.5], ("7", "2.5"), 0),
+    ],
+)
+def test_texts_of_a_cell(cell: object, texts: tuple[str, ...], blank: int) -> None:
+    assert read_texts(cell) == (texts, blank)
+
+
+@pytest.mark.parametrize(
+    ("cell", "found"),
+    [
+        (
+            {"text": "a", "lang": "en"},
+            "holds an object with the keys text, lang, expected text, or an object with either",
+        ),
+        ({"answer": "a", "raw": "b"}, "holds an object with the keys answer, raw"),
+        ({}, "holds {}, expected text"),
+        ([["a cat"], ["a dog"]], "holds a list of 1, expected text"),
+        ([{"from": "human", "value": "hi"}], "holds an object with the keys from, value"),
+        (True, "holds the truth value true, expected text"),
+        (float("nan"), "holds nan, expected text"),
+        (b"un caf\xe9", "holds the byte 0xe9, which is not UTF-8, after 'un caf'"),
+        ("a \ud83d cat", r"holds half of a surrogate pair (\ud83d) after 'a '"),
+        ("a\0b", "holds the character NUL after 'a'"),
+        ("a cat".encode("utf-16-le"), "holds the character NUL"),
+        ("<image>\nWhat is it?", "holds <image>, expected words alone"),
+        (object, "holds a value of type type"),
+    ],
+)
+def test_what_is_no_text(cell: object, found: str) -> None:
+    with pytest.raises(CellError) as error:
+        read_texts(cell)
+    assert found in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_question_is_one_text() -> None:
+    assert read_text(b"what?") == "what?"
+    with pytest.raises(CellError, match="a list of 2, expected text"):
+        read_text(["what?", "why?"])
+
+
+@pytest.mark.parametrize(
+    ("cell", "image"),
+    [
+        ("000123", "000123"), (5, "5"), (["a.png"], "a.png"), (b"png", b"png"), (bytearray(b"png"), b"png"), ("", None),
+        ({"bytes": None, "path": "a.png"}, "a.png"), ([{"bytes": b"png", "path": "a.png"}], b"png"), ([], None),
+        ("C:/a.png", "C:/a.png"), ("~a.png", "~a.png"),
+    ],
+)  # fmt: skip
+def test_images_of_a_cell(cell: object, image: object) -> None:
+    assert read_image_cell(cell) == image
+
+
+@pytest.mark.parametrize(
+    ("cell", "found"),
+    [
+        (["a.png", "b.png"], "holds a list of 2 images, expected one"),
+        ("https://x.org/a.png", "holds the URL 'https://x.org/a.png', expected the path of a file: download"),
+        ("s3://bucket/a.png", "holds the URL"),
+        ("file:///a.png", "holds the URL 'file:///a.png', expected the path of a file: write the path alone"),
+        ("data:image/png;base64,AAAA", "holds the data URL"),
+        ("~/a.png", "whose ~ only a shell expands"),
+        ({"coco_url": "x", "id": 1}, "holds an object with the keys coco_url, id, expected a path"),
+        (True, "holds the truth value true"),
+    ],
+)
+def test_what_is_no_image(cell: object, found: str) -> None:
+    with pytest.raises(CellError) as error:
+        read_image_cell(cell)
+    assert found in str(error.value)
+
+
+# -- tables ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "found"),
+    [
+        (
+            "a.csv",
+            "image,caption\na.png,a cat\n\nb.png,a cat, a dog\n",
+            "a.csv line 4 has 3 cells, expected 2 (image, cap",
+        ),
+        ("a.csv", "image,caption\na.png,a cat\nb.png\n", "a.csv line 3 has 1 cells, expected 2"),
+        (
+            "a.csv",
+            'image,caption\na.png,"a\ncat"\nb.png,"a dog\nc.png,a cow\n',
+            "a.csv line 4 is not CSV (unexpected end",
+        ),
+        ("a.csv", 'image,caption\na.png,"a" cat\n', "a.csv line 2 is not CSV"),
+        ("a.csv", "image,image\na.png,b.png\n", "a.csv has the column image more than once"),
+        ("a.tsv", "image\tcaption\na.png\ta\tcat\n", "a.tsv line 2 has 3 cells, expected 2"),
+        ("a.jsonl", '{"image": "a.png", "caption": "a"}\n\n["a"]\n', "a.jsonl line 3 is a list, expected an object"),
+        ("a.jsonl", "[" * 100_000, "a.jsonl"),
+        ("a.json", '[{"image": "a.png", "caption": "a"}, {"image"]', "a.json is not JSON after entry 1"),
+        ("a.json", '{\n "data": []\n}', "a.json line 1 is not JSON"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_tables_that_are_refused(tmp_path: Path, name: str, text: str, found: str, streaming: bool) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError) as error:
+        read(tmp_path / name, streaming=streaming)
+    assert found in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_numbers_of_json_are_as_written(tmp_path: Path) -> None:
+    texts = ["2", "2.50", "1e5", "-0", "123456789012345678901234567890", "1" * 5000]
+    rows = "".join(
+        f'{{"image": "a.png", "question": "q", "answer": {text}, "question_id": {n}}}\n' for n, text in enumerate(texts)
+    )
+    (tmp_path / "a.jsonl").write_text(rows)
+    found = read(tmp_path / "a.jsonl")
+    assert [record.captions for record in found] == [(text,) for text in texts]
+    assert [record.about for record in found] == [{"question_id": n} for n in range(6)]
+
+
+def test_ids_of_a_csv_are_numbers_if_no_digit_is_lost(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(
+        "image,question,answer,question_id\na,q,2,7\na,q,2,007\na,q,2,x\na,q,2,1.0\na,q,2,\n"
+    )
+    assert [r.about.get("question_id") for r in read(tmp_path / "a.csv")] == [7, "007", "x", "1.0", None]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_row_that_cannot_be_used_says_why(tmp_path: Path, streaming: bool) -> None:
+    cells = ["fine", {"text": "x"}, "\ud83d", True, "fine"]
+    rows = [json.dumps({"image": "a.png", "caption": cell}) for cell in cells]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    (tmp_path / "b.jsonl").write_bytes(
+        b'{"image": "a.png", "caption": "fine"}\n{"image": "a.png", "caption": "caf\xe9"}\n'
+    )
+    found = read(tmp_path / "*.jsonl", streaming=streaming)
+    assert [record.captions for record in found] == [("fine",), (), (), (), ("fine",), ("fine",), ()]
+    assert [record.unusable is None for record in found] == [True, False, False, False, True, True, False]
+    assert why(found[1]).startswith("caption: caption holds an object with the keys text")
+    assert "0xe9" in why(found[6])
+
+
+def test_a_table_of_which_nothing_can_be_used(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"image": "a.png", "caption": [["a"]]}\n' * 3)
+    with pytest.raises(
+        InputError, match=r"a\.jsonl row 0 .* no other of the first 3 rows can: caption holds a list of 1"
+    ):
+        read(tmp_path / "a.jsonl")
+
+
+def test_questions_with_a_place_for_the_image(tmp_path: Path) -> None:
+    """As LLaVA's files have them."""
+    rows = [{"image": "a.png", "question": question, "answer": "a"} for question in ("what?", "<image>\nwhat?")]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, second = read(tmp_path / "a.jsonl")
+    assert first.unusable is None
+    assert why(second).startswith("question: question holds <image>")
+
+
+# -- data sets of the hub ---------------------------------------------------------------------------------------------
+
+
+def hub_like() -> datasets.Dataset:
+    answer = {"answer": datasets.Value("string"), "answer_id": datasets.Value("int64")}
+    features = {
+        "images": datasets.List(datasets.Image()),
+        "mask": datasets.Image(),
+        "label": datasets.ClassLabel(names=["cat", "dog"]),
+        "labels": datasets.List(datasets.ClassLabel(names=["cat", "dog"])),
+        "answers": datasets.List(answer),
+    }
+    row = {
+        "images": [{"bytes": b"png", "path": None}],
+        "mask": {"bytes": b"no image", "path": None},
+        "labels": [1, 0],
+        "answers": [{"answer": "yes", "answer_id": 1}] * 2,
+    }
+    return datasets.Dataset.from_list([{**row, "label": n} for n in (1, 0, -1)], datasets.Features(features))
+
+
+@pytest.mark.parametrize("kind", ["saved", "parquet", "parquet stream"])
+def test_classes_and_objects_of_the_hub(tmp_path: Path, kind: str) -> None:
+    streaming = True if kind == "parquet stream" else None
+    (tmp_path / "[1]").mkdir()
+    source = tmp_path / "[1]" / ("saved" if kind == "saved" else "a.parquet")
+    hub_like().save_to_disk(str(source)) if kind == "saved" else hub_like().to_parquet(str(source))
+
+    def texts(column: str) -> list[tuple[str, ...]]:
+        found = read(source, image_column="images", caption_column=column, streaming=streaming)
+        assert [record.image for record in found] == [b"png"] * 3
+        return [record.captions for record in found]
+
+    assert texts("label") == [("dog",), ("cat",), ()]
+    assert texts("labels") == [("dog", "cat")] * 3
+    assert texts("answers") == [("yes", "yes")] * 3
+
+
+# -- folders and shards -----------------------------------------------------------------------------------------------
+
+
+def test_files_beside_images_in_other_encodings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    texts = {
+        "a.jfif": b"\xef\xbb\xbfa dog",
+        "b.avif": "a cat".encode("utf-16"),
+        "c.JPE": b"un caf\xe9",
+        "d.png": b"a\0",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).touch()
+        (tmp_path / name).with_suffix(".txt").write_bytes(text)
+    for name in ("e.heic", "e.txt", "f.mp4", "README"):
+        (tmp_path / name).touch()
+    with caplog.at_level(logging.WARNING, "blip2"):
+        found = read(tmp_path)
+    assert [record.captions for record in found] == [("a dog",), ("a cat",), (), ()]
+    assert "0xe9" in why(found[2]) and "NUL" in why(found[3])
+    (message,) = caplog.messages
+    assert "left out 4 files, which are neither images that Pillow reads nor the .txt of one: " in message
+    assert all(part in message for part in ("1 .heic", "1 .mp4", "1 .txt", "1 without a suffix"))
+
+
+def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    try:
+        (tmp_path / name).write_bytes(b"png")
+    except OSError:
+        pytest.skip("this file system has no such names")
+    (tmp_path / name).with_suffix(".txt").write_text("a cup")
+    (tmp_path / "a.csv").write_bytes(b"image,caption\ncaf\xe9.png,a cup\n")
+    shard = write_tar(tmp_path / os.fsdecode(b"\xe9.tar"), {name: b"png", name.replace("png", "txt"): b"a cup"})
+    for source in (tmp_path, tmp_path / "a.csv", shard):
+        (record,) = read(source)
+        image = record.image if isinstance(record.image, bytes) else Path(record.image or "").read_bytes()
+        assert (image, record.captions) == (b"png", ("a cup",))
+        assert record.image_id >= 0
+
+
+def test_patterns_beside_names_with_brackets(tmp_path: Path) -> None:
+    for name in ("[2024] a.jsonl", "[2024] b.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"image": "a.png", "caption": name}) + "\n")
+    assert [record.captions for record in read(tmp_path / "[2024] *.jsonl")] == [
+        ("[2024] a.jsonl",),
+        ("[2024] b.jsonl",),
+    ]
+
+
+def test_the_image_of_a_sample_is_of_the_usual_kind(tmp_path: Path) -> None:
+    """Where a sample has several members that Pillow reads."""
+    write_tar(tmp_path / "0.tar", {"0.bw": b"no", "0.jpg": b"yes", "0.txt": b"a", "1.jpe": b"yes", "1.txt": b"b"})
+    assert [record.image for record in read(tmp_path / "0.tar")] == [b"yes", b"yes"]
