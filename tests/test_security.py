@@ -693,10 +693,9 @@ def test_what_a_tar_may_claim(tmp_path, attack):
     one_line(raised)
 
 
-def test_a_compressed_member(tmp_path):
-    """The datasets library unpacks it."""
+def test_a_compressed_member_is_not_unpacked(tmp_path):
     write_tar(tmp_path / "a.tar", {"0.png": png(), "0.txt.gz": gzip.compress(bytes(1 << 20))})
-    with pytest.raises(InputError, match=r"0\.txt\.gz is compressed"):
+    with pytest.raises(InputError, match="no caption column: its columns are image"):
         records(tmp_path / "a.tar", streaming=False)
 
 
@@ -774,7 +773,7 @@ def test_the_mode_of_weights(tmp_path, mask):
 
 DOORS = {
     "json.load": {"evaluation/java_metrics.py"},  # what its own parent writes
-    "json.loads": {"files.py"},
+    "json.loads": {"files.py", "data/tables.py"},  # the latter what it has written itself
     "yaml.load": set(), "yaml.safe_load": set(), "yaml.unsafe_load": set(), "yaml.full_load": set(),
     "torch.load": {"model/pretrained.py"},
     "load_file": {"model/pretrained.py"},

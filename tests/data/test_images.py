@@ -230,7 +230,7 @@ NOT_A_NUMBER = Image.fromarray(np.array([[0, np.nan]], dtype=np.float32))
     [
         ("missing.jpg", None, "No such file", "check its path"),
         ("empty.jpg", b"", "0 bytes", "copy or download it again"),
-        ("text.jpg", b"Not Found", "not an image (it begins with b'Not Found')", "save it as PNG or JPEG"),
+        ("text.jpg", b"Not Found", "not an image (it begins as no image does)", "save it as PNG or JPEG"),
         ("cut.jpg", file_bytes(NOISE, "JPEG")[:1500], "damaged", "copy or download it again"),
         ("cut.png", file_bytes(NOISE, "PNG")[:1500], "damaged", "copy or download it again"),
         ("nan.tif", file_bytes(NOT_A_NUMBER, "TIFF"), "not finite", "replace them"),

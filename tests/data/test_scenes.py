@@ -532,7 +532,7 @@ def test_bad_cutouts(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"a\.png cannot be used \(it has no transparent background\): replace"):
         read_cutouts(tmp_path)
     (tmp_path / "cat" / "a.png").write_bytes(b"no image")
-    with pytest.raises(InputError, match=r"a\.png cannot be used \(cannot identify"):
+    with pytest.raises(InputError, match=r"a\.png cannot be used \(it is not an image"):
         read_cutouts(tmp_path)
     (tmp_path / "cat").rename(tmp_path / "Big cats")
     with pytest.raises(InputError, match="Big cats is no name of a kind"):

@@ -10,7 +10,9 @@ from typing import Any
 
 from blip2.data.cells import decode_text
 from blip2.data.images import IMAGE_SUFFIXES, USUAL_SUFFIXES
+from blip2.data.shards import MAX_TEXT
 from blip2.errors import InputError
+from blip2.files import read_regular
 
 log = logging.getLogger("blip2")
 
@@ -48,7 +50,8 @@ def _read_pairs(folder: Path, images: list[Path], texts: set[Path]) -> Iterator[
     for path in images:
         text = path.with_suffix(".txt")
         # str.splitlines knows further line ends, which may stand within a caption.
-        lines = decode_text(text.read_bytes()).replace("\r\n", "\n").replace("\r", "\n") if text in texts else ""
+        lines = decode_text(read_regular(text, MAX_TEXT)) if text in texts else ""
+        lines = lines.replace("\r\n", "\n").replace("\r", "\n")
         yield {"image": str(path.relative_to(folder)), "captions": lines.split("\n")}
 
 

@@ -10,6 +10,7 @@ import glob
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -344,7 +345,7 @@ def _as_table(dataset: Any) -> Table | None:
 
 
 def _encoded(feature: Any) -> Any:
-    """The type of a column of images or sounds that leaves them encoded; None of one that the library does not decode."""
+    """The type of a column that the library would decode, without that; None of a column that it reads as it is."""
     if isinstance(feature, datasets.List | datasets.LargeList):
         inner = _encoded(feature.feature)
         return inner and type(feature)(inner)

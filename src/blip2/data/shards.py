@@ -40,7 +40,6 @@ MAX_HEADER = 1 << 14
 """Bytes of what a tar says about a member before it: a long name, attributes."""
 
 TEXTS = ("txt", "text", "json")
-COMPRESSED = (".gz", ".xz", ".bz2", ".zst", ".lz4", ".zip")
 
 Row = dict[str, Any]
 
@@ -241,28 +240,6 @@ def _check_member(member: tarfile.TarInfo, kind: str, size: int) -> None:
             f"{member.name} has {member.size:,} bytes, expected at most {limit:,}, and {MAX_SAMPLE:,} with the other"
             " members of its sample"
         )
-
-
-def check_tar(shard: str) -> None:
-    """Look at the headers of a tar that another library is to read, which knows no limits.
-
-    Raises:
-        InputError: a member is too large, sparse or compressed. Other damage is left to whoever reads it.
-    """
-    try:
-        with fsspec.open(shard, "rb") as file:
-            opened: Any = file
-            with tarfile.open(fileobj=opened, mode="r:", tarinfo=_Header) as tar:
-                for member in tar:
-                    tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
-                    kind = member.name.rpartition("/")[2].partition(".")[2].lower()
-                    _check_member(member, kind, member.size)
-                    if kind.endswith(COMPRESSED):
-                        raise InputError(f"{member.name} is compressed, and can hold anything: pack it unpacked")
-    except (OSError, tarfile.TarError):
-        return
-    except ValueError as error:
-        raise unreadable(shard, error) from error
 
 
 def _complete(sample: Row) -> Row:

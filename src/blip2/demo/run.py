@@ -41,7 +41,7 @@ from blip2.evaluation.scenes import (
     score_answers,
     score_facts,
 )
-from blip2.files import write_json
+from blip2.files import read_json, write_json
 from blip2.inference import GenerationPipeline, RepresentationPipeline, load
 from blip2.model.decoding import Decoding
 from blip2.model.objectives import query_statistics
@@ -126,8 +126,8 @@ def make_plan(output: Path, scale: float | None = None) -> Plan:
     path = output / PLAN
     if path.is_file():
         try:
-            kept = Plan(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, TypeError, ValueError) as error:
+            kept = Plan(**read_json(path))
+        except TypeError as error:
             raise InputError(f"{path} cannot be read ({error}): remove it, or give another output") from error
         if scale is None or scale == kept.scale:
             return kept
