@@ -42,7 +42,7 @@ from blip2.recipe import dump_recipe, load_recipe, override
 
 FOLDER = "checkpoints"
 BEST = "best"
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 """Of state.json and optimizer.pt; another number when they hold something else."""
 
 
@@ -267,6 +267,16 @@ def open_own(folder: Path, changes: Mapping[str, object] | None = None) -> Check
 def _change(checkpoint: Checkpoint, changes: Mapping[str, object] | None) -> Recipe:
     """The recipe of a checkpoint with `changes`, which may not change what its weights are."""
     recipe = override(checkpoint.recipe, changes or {})
+    check_qformer(checkpoint, recipe)
+    return recipe
+
+
+def check_qformer(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Refuse a recipe whose Q-Former is another than the one that the weights of a checkpoint are for.
+
+    Raises:
+        InputError: a field of ``qformer`` differs which decides what the weights compute.
+    """
     for field in fields(QFormerConfig):
         had, given = getattr(checkpoint.recipe.qformer, field.name), getattr(recipe.qformer, field.name)
         if had != given and field.name not in ("bert", "tokenizer", "dropout"):
@@ -274,7 +284,6 @@ def _change(checkpoint: Checkpoint, changes: Mapping[str, object] | None) -> Rec
                 f"qformer.{field.name} of {checkpoint.name} is {had}, which its weights are for; it cannot be {given}:"
                 " leave it out"
             )
-    return recipe
 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
@@ -295,6 +304,23 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
     _load(weights, model, checkpoint, {name for name in expected if not name.startswith(checkpoint.absent)})
 
 
+def resume_weights(checkpoint: Checkpoint, model: nn.Module) -> list[str]:
+    """Load what was trained into a model that goes on training; other parts of it may train than before.
+
+    Returns:
+        A line for each frozen part that trains, or has adapters, for the first time and begins as it was pretrained.
+
+    Raises:
+        InputError: what was trained is frozen now, the file is damaged, or names or shapes differ.
+    """
+    weights, here = checkpoint.trained(), trained_state(model)
+    _check_kept(checkpoint, weights, model)
+    begins = tuple(f"{part}." for part in _freezable(model) if not weights.part(f"{part}."))
+    _load(weights, model, checkpoint, {name for name in here if not name.startswith(begins)})
+    new = sorted({name.split(".")[0] for name in here if name.startswith(begins)})
+    return [f"{part} trains from here on, and begins as it was pretrained" for part in new]
+
+
 def load_previous_stage(checkpoint: Checkpoint, model: nn.Module) -> list[str]:
     """Start a model from a checkpoint of another stage: what both have is loaded.
 
@@ -307,19 +333,7 @@ def load_previous_stage(checkpoint: Checkpoint, model: nn.Module) -> list[str]:
     """
     weights = checkpoint.weights if checkpoint.format == "blip2" else checkpoint.trained()
     here = set(trained_state(model))
-    lost = sorted({name.split(".")[0] for name in set(weights) & set(model.state_dict()) - here})
-    if lost:
-        raise InputError(
-            f"checkpoint {checkpoint.name} holds trained weights of {', '.join(lost)}, which optimizer.rates freezes:"
-            f' give "{lost[0]}.*" a rate, or they would be lost'
-        )
-    parts = tuple(f"{part}." for part in _freezable(model))
-    homeless = sorted(name for name in set(weights) - set(model.state_dict()) if name.startswith(parts))
-    if homeless:
-        raise InputError(
-            f"checkpoint {checkpoint.name} holds {homeless[0]}, for which there is no place: set"
-            f" {homeless[0].split('.')[0]} (its name and its lora) to what the checkpoint's recipe.yaml says"
-        )
+    _check_kept(checkpoint, weights, model)
     shared = here & set(weights)
     if not any(name.startswith("qformer.") for name in shared):
         raise InputError(
@@ -334,6 +348,27 @@ def load_previous_stage(checkpoint: Checkpoint, model: nn.Module) -> list[str]:
             )
     _load(weights.where(shared.__contains__), model, checkpoint, expected=shared)
     return sorted(here - shared)
+
+
+def _check_kept(checkpoint: Checkpoint, weights: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Refuse to train a model whose checkpoints would lack what was trained before.
+
+    Raises:
+        InputError: a part that was trained is frozen, or has no adapters, or others.
+    """
+    lost = sorted({name.split(".")[0] for name in set(weights) & set(model.state_dict()) - set(trained_state(model))})
+    if lost:
+        raise InputError(
+            f"checkpoint {checkpoint.name} holds trained weights of {', '.join(lost)}, which optimizer.rates freezes:"
+            f' give "{lost[0]}.*" a rate (0 leaves them as they are), or they would be lost'
+        )
+    parts = tuple(f"{part}." for part in _freezable(model))
+    homeless = sorted(name for name in set(weights) - set(model.state_dict()) if name.startswith(parts))
+    if homeless:
+        raise InputError(
+            f"checkpoint {checkpoint.name} holds {homeless[0]}, for which there is no place: set"
+            f" {homeless[0].split('.')[0]} (its name and its lora) to what the checkpoint's recipe.yaml says"
+        )
 
 
 def start_from(recipe: Recipe, built: Built, say: Callable[[str], None]) -> bool:

@@ -29,7 +29,7 @@ from blip2.config import Recipe
 from blip2.data.assets import resolve
 from blip2.data.batches import Loaded, Preparation, plan_evaluation, to_device
 from blip2.data.loading import load
-from blip2.data.mixtures import Preparations, mix, plan_mixture, start_anew
+from blip2.data.mixtures import Preparations, go_on, mix, plan_mixture
 from blip2.data.overlap import Source, check_overlap
 from blip2.data.records import Records, RecordStream, open_records
 from blip2.data.texts import StageBatch
@@ -43,10 +43,13 @@ from blip2.training.checkpoint import start_from
 from blip2.training.features import cached_features, summary
 from blip2.training.interruption import Interruption, note_signals
 from blip2.training.measuring import Evaluation, best_so_far, evaluate, is_better, validate
-from blip2.training.optimizer import build_optimizer, describe, restore_optimizer, set_rates, set_schedule
+from blip2.training.optimizer import (
+    build_optimizer, describe, named_state, restore_optimizer, set_rates, set_schedule
+)  # fmt: skip
 from blip2.training.processes import deterministic, make_accelerator, naming_failures
 from blip2.training.progress import METRICS, SKIPPED, Display, StepFile, note
 from blip2.training.projection import fit_projection
+from blip2.training.resuming import compare_recipes
 from blip2.training.sharding import leave_frozen, place_trained, shard_frozen
 from blip2.training.tally import Tally
 from blip2.training.traffic import step_traffic
@@ -135,6 +138,8 @@ class _Training:
             # What was tested at the first start is kept: another machine must not decide otherwise.
             found = going_on.recipe.vision.position_encoding
             recipe = replace(recipe, vision=replace(recipe.vision, position_encoding=found))
+        for line in compare_recipes(going_on, recipe) if going_on is not None else ():
+            display.say(line)
         shards = recipe.training.shard_frozen and accelerator.num_processes > 1
         built = build(recipe, accelerator.device, going_on, torch.device("cpu") if shards else None)
         self.built = built
@@ -142,7 +147,8 @@ class _Training:
         self.recipe = recipe = replace(recipe, vision=vision)
         rates = set_rates(built.model, recipe.optimizer)
         if going_on is not None:
-            checkpoint.load_weights(going_on, built.model)
+            for line in checkpoint.resume_weights(going_on, built.model):
+                display.say(line)
         elif recipe.start_from is not None:
             self.new_projection = start_from(recipe, built, display.say)
         if accelerator.is_main_process:
@@ -167,7 +173,7 @@ class _Training:
             built.model.vision.to(accelerator.device)
         positions = state["positions"] if state else []
         self.opened: list[Source] = []
-        self.loaded, self.validation = self._open_data(self._own(positions, display))
+        self.loaded, self.validation = self._open_data(positions)
         language = recipe.language
         if language is not None and language.projection_init == "least_squares" and self.new_projection:
             self._fit_projection()
@@ -205,26 +211,15 @@ class _Training:
             sent = sum(travel.sent(accelerator.num_processes) for travel in travels)
             display.say(f"a process sends at most {sent / 1e6:,.1f} MB to the others in a step")
         if optimizer_state is not None:
-            restore_optimizer(self.optimizer, optimizer_state["optimizer"])
+            for line in restore_optimizer(self.optimizer, built.model, optimizer_state["optimizer"]):
+                display.say(line)
             if accelerator.scaler is not None and optimizer_state["scaler"]:
                 accelerator.scaler.load_state_dict(optimizer_state["scaler"])
         self.tally = Tally(list(recipe.data.sources), state["counts"] if state else None)
 
-    def _own(self, positions: list[Any], display: Display) -> Any:
-        """The position in the data of this process."""
-        if not positions:
-            return None
-        if len(positions) == self.accelerator.num_processes:
-            return positions[self.accelerator.process_index]
-        display.say(
-            f"the checkpoint is of {len(positions)} processes and there are {self.accelerator.num_processes} now: the"
-            " data goes on with the next epoch of each source"
-        )
-        return start_anew(positions)
-
     # -- data --------------------------------------------------------------------------------------------------------
 
-    def _open_data(self, position: Any) -> tuple[Iterator[Loaded], Preparation | None]:
+    def _open_data(self, positions: list[Any]) -> tuple[Iterator[Loaded], Preparation | None]:
         recipe, data = self.recipe, self.recipe.data
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         texts = prepare_texts(recipe, self.built)
@@ -255,10 +250,15 @@ class _Training:
         if len(sources) > 1:
             rows = [(source.name, f"{100 * source.share:.3g} %") for source in sources]
             self.display.table("data.train", ["source", "share of the steps"], rows)
-        plans = plan_mixture(
-            sources, data.batch_size, recipe.training.seed, data.group_by_length, process, processes,
-            recipe.training.accumulate, position,
+        dealing = (
+            data.batch_size, recipe.training.seed, data.group_by_length, process, processes, recipe.training.accumulate
         )  # fmt: skip
+        position = None
+        if positions:
+            position, lines = go_on(positions, sources, *dealing)
+            for line in lines:
+                self.display.say(line)
+        plans = plan_mixture(sources, *dealing, position)
         validation = None
         if data.validation is not None:
             held_out, validation = prepare(data.validation, train=False)
@@ -466,7 +466,7 @@ class _Training:
                 accelerator.unwrap_model(self.model),
                 self.recipe,
                 self.built.qformer_tokenizer,
-                {"optimizer": self.optimizer.state_dict(), "scaler": scaler},
+                {"optimizer": named_state(self.optimizer, self.built.model), "scaler": scaler},
                 {"positions": positions, "counts": self.tally.metrics(), "unfinished": unfinished},
                 self.recipe.training.keep,
             )
