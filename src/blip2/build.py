@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from blip2.config import LanguageConfig, Precision, QFormerConfig, Recipe, VisionConfig
 from blip2.data.assets import resolve
+from blip2.data.benchmarks import SOURCE as BENCHMARK
+from blip2.data.shards import is_url
 from blip2.data.texts import GenerationTexts, PrefixTexts, RepresentationTexts, TextPreparation
 from blip2.errors import InputError
+from blip2.files import output_path
 from blip2.interop.foreign import Checkpoint, read_tokenizer
 from blip2.interop.formats import open_foreign
 from blip2.interop.transformers import IMAGE_TOKEN
@@ -73,6 +80,44 @@ def choose_device(wanted: str | None) -> torch.device:
 def choose_dtype(wanted: Precision | None, device: torch.device, trains: bool = False) -> torch.dtype:
     """The dtype asked for; when none was, bfloat16 for what is frozen on a GPU and float32 elsewhere."""
     return DTYPES[wanted or ("bf16" if device.type == "cuda" and not trains else "fp32")]
+
+
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """A recipe that means the same from every working directory.
+
+    Names of models and data that are there as files or folders become absolute paths, and so do outputs; names on a
+    hub, packages and URLs stay as they are.
+    """
+    data, language, evaluation = recipe.data, recipe.language, recipe.evaluation
+    sources = data.train
+    sources = _absolute(sources) if isinstance(sources, str) else {_absolute(key): n for key, n in sources.items()}
+    features = None if data.features is None else str(output_path(data.features).absolute())
+    bert, tokenizer = _absolute(recipe.qformer.bert), _absolute(recipe.qformer.tokenizer)
+    return replace(
+        recipe,
+        output=str(output_path(recipe.output).absolute()),
+        vision=replace(recipe.vision, name=_absolute(recipe.vision.name)),
+        data=replace(data, train=sources, validation=_absolute(data.validation), features=features),
+        qformer=replace(recipe.qformer, bert=bert, tokenizer=tokenizer),
+        language=None if language is None else replace(language, name=_absolute(language.name)),
+        evaluation=None if evaluation is None else replace(evaluation, data=_absolute(evaluation.data)),
+        start_from=_absolute(recipe.start_from),
+    )
+
+
+Name = TypeVar("Name", str, str | None)
+
+
+def _absolute(name: Name) -> Name:
+    if name is None or is_url(name):
+        return name
+    benchmark = BENCHMARK.fullmatch(name)
+    if benchmark is not None:
+        return f"{benchmark[1]}:{benchmark[2]}:{_absolute(benchmark[3])}"
+    path = Path(name).expanduser() if name.startswith("~") else Path(name)
+    plain = re.split(r"[*?\[{]", str(path))[0]  # of a pattern the folders that it names
+    there = path.exists() or (plain != str(path) and os.path.isdir(os.path.dirname(plain) or "."))  # noqa: PTH112, PTH120
+    return str(path.absolute()) if there else name
 
 
 def build(

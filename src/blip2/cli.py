@@ -15,6 +15,7 @@ from pathlib import Path
 
 from blip2.corpus.command import add_capfilt, add_corpus, add_engine, embed_corpus, make_features_on
 from blip2.errors import InputError, process_name
+from blip2.files import output_path
 from blip2.memory import keep_memory
 from blip2.training.interruption import Interruption
 
@@ -46,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     transformers_logging.disable_progress_bar()
     try:
+        if getattr(options, "output", None) is not None:
+            options.output = str(output_path(options.output))
         options.run(options)
     except InputError as error:
         print(f"error{' in ' if process_name() else ''}{process_name()}: {error}", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,10 +38,17 @@ def reading(name: str, what: str, files: str = "config.json and model.safetensor
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, InputError):
             raise
+        if _is_path(name) and not Path(name).expanduser().exists():
+            raise InputError(f"there is no folder {name!r} to read the {what} from: check the path, or copy it there") from error
         raise InputError(
             f"no {what} could be read from {name!r} ({first_line(error)}): name a folder that has a {files}, or a hub"
             " name when there is a network"
         ) from error
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name means a folder: a name on the hub has at most an owner and one slash."""
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
 
 
 def first_line(error: BaseException) -> str:

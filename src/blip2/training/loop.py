@@ -24,7 +24,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import nn
 
-from blip2.build import build, prepare_texts
+from blip2.build import build, prepare_texts, with_absolute_paths
 from blip2.config import Recipe
 from blip2.data.assets import resolve
 from blip2.data.batches import Loaded, Preparation, plan_evaluation, to_device
@@ -46,7 +46,7 @@ from blip2.training.measuring import Evaluation, best_so_far, evaluate, is_bette
 from blip2.training.optimizer import (
     build_optimizer, describe, named_state, restore_optimizer, set_rates, set_schedule
 )  # fmt: skip
-from blip2.training.processes import deterministic, make_accelerator, naming_failures
+from blip2.training.processes import deterministic, holding, make_accelerator, naming_failures
 from blip2.training.progress import METRICS, SKIPPED, Display, StepFile, note
 from blip2.training.projection import fit_projection
 from blip2.training.resuming import compare_recipes
@@ -82,28 +82,34 @@ def train(recipe: Recipe, resume: bool = False, evaluation: Callable[[Recipe], E
             full, or the loss is no longer finite. Earlier checkpoints stay.
         Interruption: after SIGTERM or SIGINT, with a checkpoint of the step that was under way.
     """
+    recipe = with_absolute_paths(recipe)
     run = Path(recipe.output)
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"output {run} cannot be made a folder ({error.strerror}): give another output") from error
-    last = checkpoint.latest(run)
-    if last is not None and not resume:
-        raise InputError(
-            f"{run} already holds a run (its last checkpoint is {last.name}): go on with --resume, or give another"
-            " output"
-        )
     if recipe.evaluation is not None and evaluation is None:
         raise InputError("the recipe has an evaluation: train with blip2.evaluation.during.train, or leave it out")
     accelerator = make_accelerator(recipe)
     display = Display(run.name, enabled=accelerator.is_main_process)
     try:
-        with naming_failures(run), deterministic(recipe.training.deterministic):
-            return _Training(recipe, accelerator, display, last, evaluation).run()
+        with holding(run):
+            last = checkpoint.latest(run)
+            if last is not None and not resume:
+                raise InputError(
+                    f"{run} already holds a run (its last checkpoint is {last.name}): go on with --resume, or give"
+                    " another output"
+                )
+            with naming_failures(run), deterministic(recipe.training.deterministic):
+                return _Training(recipe, accelerator, display, last, evaluation).run()
     except OSError as error:
-        if not checkpoint.is_full(error):
+        if checkpoint.is_full(error):
+            raise checkpoint.no_room(run, f"writing to {run}") from error
+        if error.filename is None or not Path(str(error.filename)).absolute().is_relative_to(run):
             raise
-        raise checkpoint.no_room(run, f"writing to {run}") from error
+        raise InputError(
+            f"{error.filename} cannot be written or read ({error.strerror}): put that right and go on with --resume"
+        ) from error
     finally:
         display.close()
         accelerator.end_training()
