@@ -26,6 +26,7 @@ from blip2.model.generation import GenerationModel
 from blip2.model.language import LanguageModel, load_language_model
 from blip2.model.lora import add_adapters
 from blip2.model.position import tells_positions
+from blip2.model.pretrained import check_finite
 from blip2.model.representation import RepresentationModel
 from blip2.model.vision import ImageEncoder, load_image_encoder
 
@@ -144,7 +145,7 @@ def build(
         model = RepresentationModel(vision, recipe.qformer, recipe.objectives)
         if from_bert:
             initialise_from_bert(resolve(recipe.qformer.bert or ""), model.qformer, model.language_head)
-        return Built(model.to(place), tokenizer)
+        return Built(_placed(model, recipe, place), tokenizer)
     adapts = recipe.language.lora is not None
     dtype = choose_dtype(recipe.language.dtype, device, trains("language") and not adapts)
     language = read_language_model(recipe.language, dtype, checkpoint, device)
@@ -158,7 +159,19 @@ def build(
         initialise_from_bert(resolve(recipe.qformer.bert or ""), model.qformer)
         model.initialise_projection()
     end = end_of_text(tokenizer, recipe.language.stop, recipe.language.name)
-    return Built(model.to(place), tokenizer, end, reader)
+    return Built(_placed(model, recipe, place), tokenizer, end, reader)
+
+
+Model = TypeVar("Model", RepresentationModel, GenerationModel)
+
+
+def _placed(model: Model, recipe: Recipe, place: torch.device) -> Model:
+    """A model whose weights are where they are to go, and were found to be numbers there."""
+    model = model.to(place)
+    sources = {"vision": recipe.vision.name, "language": recipe.language.name if recipe.language else ""}
+    for name, parameter in model.named_parameters():
+        check_finite(name, parameter, sources.get(name.split(".")[0]) or recipe.qformer.bert or "")
+    return model
 
 
 def read_image_encoder(config: VisionConfig, dtype: torch.dtype, opened: Checkpoint | None = None) -> ImageEncoder:

@@ -29,27 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Of several processes each says which it is when it fails, whatever the reason; the status is 1 where it is another.
     """
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("blip2").setLevel(logging.INFO)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    keep_memory()
-    parser = build_parser()
-    given, changes = take_changes(sys.argv[1:] if arguments is None else arguments)
-    options, rest = parser.parse_known_args(given)
-    unknown = [] if options.command in RECIPE_COMMANDS else rest
-    if not options.takes_changes:
-        unknown = [*unknown, *(f"--{key}" for key in changes)]
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    options.rest, options.changes = rest, changes
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
     try:
-        if getattr(options, "output", None) is not None:
-            options.output = str(output_path(options.output))
-        options.run(options)
+        _run(sys.argv[1:] if arguments is None else arguments)
     except InputError as error:
         print(f"error{' in ' if process_name() else ''}{process_name()}: {error}", file=sys.stderr)
         return 2
@@ -65,6 +46,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{process_name()} failed\n{traceback.format_exc()}", file=sys.stderr)  # at once, among others' lines
         return 1
     return 0
+
+
+def _run(arguments: Sequence[str]) -> None:
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("blip2").setLevel(logging.INFO)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    keep_memory()
+    parser = build_parser()
+    given, changes = take_changes(arguments)
+    options, rest = parser.parse_known_args(given)
+    unknown = [] if options.command in RECIPE_COMMANDS else rest
+    if not options.takes_changes:
+        unknown = [*unknown, *(f"--{key}" for key in changes)]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    options.rest, options.changes = rest, changes
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    if getattr(options, "output", None) is not None:
+        options.output = str(output_path(options.output))
+    options.run(options)
 
 
 def take_changes(arguments: Sequence[str]) -> tuple[list[str], dict[str, object]]:

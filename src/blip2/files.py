@@ -20,7 +20,6 @@ except ImportError:  # on Windows, where a folder is not locked
 
 from blip2.errors import InputError
 
-
 LOCK = ".lock"
 """File in a folder that a process is writing to; says which process."""
 
@@ -34,7 +33,9 @@ def output_path(name: str | Path) -> Path:
     try:
         return Path(name).expanduser()
     except RuntimeError as error:
-        raise InputError(f"output {name} begins with a home folder that is not known ({error}): write it out") from error
+        raise InputError(
+            f"output {name} begins with a home folder that is not known ({error}): write it out"
+        ) from error
 
 
 @contextmanager

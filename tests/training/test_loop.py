@@ -292,7 +292,7 @@ def uninterrupted(parts, tmp_path_factory):
 @pytest.mark.parametrize(
     ("number", "everyone"),
     # A container ends its first process; schedulers and Ctrl-C in a terminal reach the data workers as well.
-    [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, True)],
+    [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, True), (signal.SIGHUP, True)],
 )
 def test_a_signal_saves_a_checkpoint(uninterrupted, tmp_path, number, everyone):
     recipe, reference = uninterrupted

@@ -11,7 +11,12 @@ from blip2.config import OptimizerConfig
 from blip2.errors import InputError
 from blip2.model.vision import Preprocessing, wrap_transformers
 from blip2.training.optimizer import (
-    build_optimizer, describe, named_state, restore_optimizer, set_rates, set_schedule
+    build_optimizer,
+    describe,
+    named_state,
+    restore_optimizer,
+    set_rates,
+    set_schedule,
 )  # fmt: skip
 
 FROZEN = {"vision.*": "frozen", "language.*": "frozen"}

@@ -110,9 +110,7 @@ def order_of(records: Records | RecordStream, seed: int) -> dict[str, Any]:
     return {"seed": seed, **records.layout}
 
 
-def deal_of(
-    records: Records | RecordStream, batch_size: int, group_by_length: bool, processes: int
-) -> dict[str, Any]:
+def deal_of(records: Records | RecordStream, batch_size: int, group_by_length: bool, processes: int) -> dict[str, Any]:
     """What decides how that order becomes batches of several processes."""
     return {
         "batch_size": batch_size, "processes": processes, "group_by_length": group_by_length, "window": WINDOW,

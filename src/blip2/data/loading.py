@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
+import shutil
 import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
 from itertools import chain
 from multiprocessing import parent_process
 from threading import Thread, current_thread, main_thread
@@ -21,6 +24,8 @@ from blip2.errors import InputError
 Made = TypeVar("Made")
 
 
+SHARED_MEMORY = "/dev/shm"
+"""Where Linux keeps what processes share."""
 DEATHS = 3
 """So many times in a row workers may be killed before a batch comes through."""
 
@@ -74,7 +79,7 @@ _WORKER_DIED = re.compile(r"^DataLoader worker \(pid\(?s?\)? [\d, ]+\) (exited u
 
 def _start(items: Iterator[Any], dataset: Dataset[Made], workers: int) -> Iterator[Made]:
     loader = DataLoader(
-        dataset,
+        _Delivered(dataset, workers) if workers else dataset,
         sampler=_Items(items),
         batch_size=None,
         num_workers=workers,
@@ -88,15 +93,52 @@ def _start(items: Iterator[Any], dataset: Dataset[Made], workers: int) -> Iterat
     # torch's own handler would raise wherever the training process is; without it a death shows when it is waited for.
     if handler is not None and current_thread() is main_thread():
         signal.signal(signal.SIGCHLD, handler)
-    return made
+    return (pickle.loads(one) if isinstance(one, _Copy) else one for one in made)  # of our own workers
+
+
+class _Copy(bytes):
+    """What a worker made, pickled."""
+
+
+class _Delivered(Dataset[Any]):
+    """Sends tensors through shared memory, as torch does, or through the pipe where that has too little room.
+
+    A container has 64 MB of it unless it is told otherwise. A worker that finds too little cannot say so: it is killed,
+    or what it made never arrives.
+    """
+
+    def __init__(self, dataset: Dataset[Any], workers: int) -> None:
+        self.dataset, self.workers = dataset, workers
+
+    def __getitem__(self, item: Any) -> Any:
+        made = self.dataset[item]
+        try:
+            free = shutil.disk_usage(SHARED_MEMORY).free
+        except OSError:  # another system
+            return made
+        # All workers may look at the same time, before any of them writes.
+        return made if 2 * self.workers * _size(made) < free else _Copy(pickle.dumps(made))
+
+
+def _size(made: Any) -> int:
+    """Bytes of the tensors in a value."""
+    if isinstance(made, torch.Tensor):
+        return made.nbytes
+    if is_dataclass(made):
+        return sum(_size(getattr(made, field.name)) for field in fields(made))
+    values = made.values() if isinstance(made, dict) else made if isinstance(made, list | tuple) else ()
+    return sum(_size(value) for value in values)
 
 
 def _outlive_signals(worker: int) -> None:
-    """Leave it to the training process what SIGINT and SIGTERM do.
+    """Leave it to the training process what SIGINT, SIGHUP and SIGTERM do.
 
-    Ctrl-C and schedulers signal every process of a run, but without its workers it could not finish a step.
+    Ctrl-C, terminals that are closed and schedulers signal every process of a run, but without its workers it could not
+    finish a step.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     parent = parent_process()
     if parent is not None and sys.platform == "linux":
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -130,10 +130,7 @@ def go_on(
             why = f"goes on with its next epoch, for its order has changed ({_differs(drawn[0]['order'], order)})"
         elif _differs(drawn[0]["deal"], deal):
             known[source.name] = deal_anew(source.records, theirs, process, processes)
-            why = (
-                "goes on within its epoch; what is left of it is dealt out anew"
-                f" ({_differs(drawn[0]['deal'], deal)})"
-            )
+            why = f"goes on within its epoch; what is left of it is dealt out anew ({_differs(drawn[0]['deal'], deal)})"
         else:
             known[source.name] = theirs[process]
             continue
@@ -148,7 +145,30 @@ def go_on(
     else:  # a step begins, of which all batches are of one source
         steps = math.ceil(max(position["number"] for position in positions) / positions[0]["accumulate"])
         number = steps * accumulate
-    return {"number": number, "accumulate": accumulate, "sources": {n: p for n, p in known.items() if p != START}}, lines
+    return {
+        "number": number,
+        "accumulate": accumulate,
+        "sources": {n: p for n, p in known.items() if p != START},
+    }, lines
+
+
+KINDS = {
+    "since": int, "taken": int, "epoch": int, "batch": int, "seen": str, "left": dict | None, "stream": list | None,
+    "order": dict, "deal": dict,
+}  # fmt: skip
+"""Of the values of the position in a source."""
+
+
+def is_position(value: Any) -> bool:
+    """Whether a value of JSON is a position of :func:`plan_mixture`, as far as its kinds tell."""
+    if not isinstance(value, dict) or not isinstance(value.get("sources"), dict):
+        return False
+    numbers = [value.get("number"), value.get("accumulate")]
+    for each in value["sources"].values():
+        if not isinstance(each, dict) or not all(isinstance(each.get(key), kind) for key, kind in KINDS.items()):
+            return False
+        numbers += [each[key] for key, kind in KINDS.items() if kind is int]
+    return all(type(number) is int and number >= 0 for number in numbers)
 
 
 def _differs(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -31,6 +31,7 @@ from transformers import PreTrainedTokenizerBase
 from blip2.build import Built
 from blip2.config import QFormerConfig, Recipe
 from blip2.data.assets import resolve
+from blip2.data.mixtures import is_position
 from blip2.errors import InputError
 from blip2.interop.foreign import Checkpoint
 from blip2.interop.formats import is_blip2, is_pickle, open_foreign
@@ -38,6 +39,7 @@ from blip2.interop.transformers import read_json
 from blip2.interop.weights import open_file
 from blip2.model.frozen import Freezable
 from blip2.model.generation import GenerationModel
+from blip2.model.pretrained import check_finite
 from blip2.recipe import dump_recipe, load_recipe, override
 
 FOLDER = "checkpoints"
@@ -122,10 +124,16 @@ def save(
         _flush(root)
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch reports a full disk as a short write; what was written must not be deleted before we look.
-        full = is_full(error) or shutil.disk_usage(run).free < 2**20
+        gone = not building.is_dir()
+        full = is_full(error) or (not gone and shutil.disk_usage(run).free < 2**20)
         shutil.rmtree(building, ignore_errors=True)
         if full:
             raise no_room(run, f"saving the checkpoint of step {step} to {root}") from error
+        if gone:
+            raise InputError(
+                f"{building} was deleted while the checkpoint of step {step} was written: leave the run's folder alone,"
+                f" and go on with --resume from {last.name if (last := latest(run)) else 'the start'}"
+            ) from error
         raise
     for old in sorted(root.glob("step-????????"))[:-keep]:
         shutil.rmtree(old)
@@ -416,6 +424,7 @@ def _load(weights: Mapping[str, Tensor], model: nn.Module, checkpoint: Checkpoin
                              " it was made with, which lies beside it")  # fmt: skip
     with torch.no_grad():
         for name, tensor in weights.items():
+            check_finite(name, tensor, checkpoint.name)
             here[name].copy_(tensor)
 
 
@@ -431,6 +440,13 @@ def read_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         found, by = state.get("format"), state["versions"]["blip2"]
         name = "optimizer.pt"
         optimizer = torch.load(folder / name, map_location="cpu", weights_only=True)
+        if found == STATE_FORMAT:
+            _check(isinstance(optimizer, dict) and isinstance(optimizer["optimizer"], dict))
+            _check(all(isinstance(each, dict) for each in optimizer["optimizer"].values()))
+            name = "state.json"
+            _check(type(state["step"]) is int and state["step"] >= 0)
+            _check(isinstance(state["positions"], list) and all(is_position(each) for each in state["positions"]))
+            _check(isinstance(state["counts"], dict) and isinstance(state["unfinished"], dict | None))
     except Exception as error:  # unpickling damaged bytes raises nearly anything
         raise InputError(
             f"{folder / name} cannot be read ({type(error).__name__}): delete {folder} to go on from the checkpoint"
@@ -442,3 +458,9 @@ def read_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f" and format {STATE_FORMAT}: go on with that version, or begin anew with `start_from: {folder}`"
         )
     return state, optimizer
+
+
+def _check(holds: bool) -> None:
+    """Refuse a value of another kind than is written here."""
+    if not holds:
+        raise TypeError

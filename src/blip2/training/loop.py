@@ -44,7 +44,12 @@ from blip2.training.features import cached_features, summary
 from blip2.training.interruption import Interruption, note_signals
 from blip2.training.measuring import Evaluation, best_so_far, evaluate, is_better, validate
 from blip2.training.optimizer import (
-    build_optimizer, describe, named_state, restore_optimizer, set_rates, set_schedule
+    build_optimizer,
+    describe,
+    named_state,
+    restore_optimizer,
+    set_rates,
+    set_schedule,
 )  # fmt: skip
 from blip2.training.processes import deterministic, holding, make_accelerator, naming_failures
 from blip2.training.progress import METRICS, SKIPPED, Display, StepFile, note
@@ -53,7 +58,7 @@ from blip2.training.resuming import compare_recipes
 from blip2.training.sharding import leave_frozen, place_trained, shard_frozen
 from blip2.training.tally import Tally
 from blip2.training.traffic import step_traffic
-from blip2.training.watching import Watch
+from blip2.training.watching import FrozenFiles, Watch
 
 BROKEN_IN_A_ROW = 10
 """So many batches without a single good image stop a run."""
@@ -80,7 +85,7 @@ def train(recipe: Recipe, resume: bool = False, evaluation: Callable[[Recipe], E
     Raises:
         InputError: the recipe asks for something that is not there or does not fit, the data is unusable, the disk is
             full, or the loss is no longer finite. Earlier checkpoints stay.
-        Interruption: after SIGTERM or SIGINT, with a checkpoint of the step that was under way.
+        Interruption: after SIGTERM, SIGINT or SIGHUP, with a checkpoint of the step that was under way.
     """
     recipe = with_absolute_paths(recipe)
     run = Path(recipe.output)
@@ -147,6 +152,8 @@ class _Training:
         for line in compare_recipes(going_on, recipe) if going_on is not None else ():
             display.say(line)
         shards = recipe.training.shard_frozen and accelerator.num_processes > 1
+        names = [recipe.vision.name, *([recipe.language.name] if recipe.language else [])]
+        self.frozen_files = FrozenFiles(resolve(name) for name in names)
         built = build(recipe, accelerator.device, going_on, torch.device("cpu") if shards else None)
         self.built = built
         vision = replace(recipe.vision, position_encoding=built.model.vision.position_encoding)
@@ -312,7 +319,7 @@ class _Training:
         recipe, accelerator = self.recipe, self.accelerator
         total = recipe.training.steps
         if accelerator.is_main_process:
-            (self.folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+            self._write_recipe()
             # The line of a step whose evaluation is not done is yet to be written.
             StepFile.truncate(self.folder / METRICS, self.step - (self.unfinished is not None))
             StepFile.truncate(self.folder / SKIPPED, self.step)
@@ -359,6 +366,10 @@ class _Training:
             self.display.say(f"{self.tally.skipped} records skipped, {self.tally.cut} captions cut")
         assert saved is not None
         return saved
+
+    def _write_recipe(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "recipe.yaml").write_text(dump_recipe(self.recipe), encoding="utf-8")
 
     def _warn_of_collapse(self, values: dict[str, float]) -> None:
         """Say once that the queries have become one vector."""
@@ -462,9 +473,21 @@ class _Training:
     def _save(self, unfinished: dict[str, float] | None = None) -> Path:
         """Write a checkpoint of this step, of which something is yet to be measured where `unfinished` is given."""
         accelerator = self.accelerator
-        positions = gather_objects(self.positions)
+        gathered = gather_objects((self.positions, self.frozen_files.changed()))
+        positions = [position for position, _ in gathered]
+        changed = sorted({file for _, files in gathered for file in files})
+        if changed:
+            raise InputError(
+                f"{changed[0]} was changed while this run reads it, so steps since the last checkpoint may be of either"
+                f" file: put the old one back and go on with --resume from {checkpoint.latest(self.folder) or 'the start'}"
+            )
         path = self.folder
         if accelerator.is_main_process:
+            if not (self.folder / "recipe.yaml").exists():
+                self.display.say(
+                    f"{self.folder} was deleted while the run trains: it is made again, metrics begin anew"
+                )
+                self._write_recipe()
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
             path = checkpoint.save(
                 self.folder,
