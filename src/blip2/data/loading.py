@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import os
-import pickle
 import re
 import shutil
 import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
 from itertools import chain
 from multiprocessing import parent_process
+from multiprocessing.reduction import ForkingPickler
 from threading import Thread, current_thread, main_thread
 from typing import Any, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.multiprocessing.reductions import reduce_tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from blip2.errors import InputError
 
@@ -79,13 +79,13 @@ _WORKER_DIED = re.compile(r"^DataLoader worker \(pid\(?s?\)? [\d, ]+\) (exited u
 
 def _start(items: Iterator[Any], dataset: Dataset[Made], workers: int) -> Iterator[Made]:
     loader = DataLoader(
-        _Delivered(dataset, workers) if workers else dataset,
+        dataset,
         sampler=_Items(items),
         batch_size=None,
         num_workers=workers,
         collate_fn=_as_is,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_outlive_signals,
+        worker_init_fn=_begin,
         generator=torch.Generator(),  # or starting would draw from the one that dropout draws from
     )
     handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
@@ -93,41 +93,35 @@ def _start(items: Iterator[Any], dataset: Dataset[Made], workers: int) -> Iterat
     # torch's own handler would raise wherever the training process is; without it a death shows when it is waited for.
     if handler is not None and current_thread() is main_thread():
         signal.signal(signal.SIGCHLD, handler)
-    return (pickle.loads(one) if isinstance(one, _Copy) else one for one in made)  # of our own workers
+    return made
 
 
-class _Copy(bytes):
-    """What a worker made, pickled."""
+def _begin(worker: int) -> None:
+    _outlive_signals(worker)
+    ForkingPickler.register(torch.Tensor, _send)
 
 
-class _Delivered(Dataset[Any]):
-    """Sends tensors through shared memory, as torch does, or through the pipe where that has too little room.
+def _send(tensor: torch.Tensor) -> Any:
+    """Send a tensor to the training process: through shared memory, as torch does, or within the pipe where that has
+    too little room.
 
-    A container has 64 MB of it unless it is told otherwise. A worker that finds too little cannot say so: it is killed,
-    or what it made never arrives.
+    A container has 64 MB of shared memory unless it is told otherwise. A worker that finds it full cannot say so: it is
+    killed, or its batch never arrives.
     """
-
-    def __init__(self, dataset: Dataset[Any], workers: int) -> None:
-        self.dataset, self.workers = dataset, workers
-
-    def __getitem__(self, item: Any) -> Any:
-        made = self.dataset[item]
-        try:
-            free = shutil.disk_usage(SHARED_MEMORY).free
-        except OSError:  # another system
-            return made
-        # All workers may look at the same time, before any of them writes.
-        return made if 2 * self.workers * _size(made) < free else _Copy(pickle.dumps(made))
+    info = get_worker_info()
+    try:
+        room = shutil.disk_usage(SHARED_MEMORY).free
+    except OSError:  # another system
+        return reduce_tensor(tensor)
+    # All workers may look at the same time, before any of them writes.
+    if info is None or 2 * info.num_workers * tensor.nbytes < room:
+        return reduce_tensor(tensor)
+    content = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return _receive, (content, tensor.dtype, tensor.shape)
 
 
-def _size(made: Any) -> int:
-    """Bytes of the tensors in a value."""
-    if isinstance(made, torch.Tensor):
-        return made.nbytes
-    if is_dataclass(made):
-        return sum(_size(getattr(made, field.name)) for field in fields(made))
-    values = made.values() if isinstance(made, dict) else made if isinstance(made, list | tuple) else ()
-    return sum(_size(value) for value in values)
+def _receive(content: Any, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
+    return torch.from_numpy(content).view(dtype).reshape(shape)
 
 
 def _outlive_signals(worker: int) -> None:

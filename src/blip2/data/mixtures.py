@@ -132,7 +132,8 @@ def go_on(
             known[source.name] = deal_anew(source.records, theirs, process, processes)
             why = f"goes on within its epoch; what is left of it is dealt out anew ({_differs(drawn[0]['deal'], deal)})"
         else:
-            known[source.name] = theirs[process]
+            if theirs[process] is not START:
+                known[source.name] = theirs[process]
             continue
         changed.setdefault(why, []).append(source.name)
     lines = [f"{', '.join(names)}: {why}" for why, names in changed.items()]
@@ -145,11 +146,7 @@ def go_on(
     else:  # a step begins, of which all batches are of one source
         steps = math.ceil(max(position["number"] for position in positions) / positions[0]["accumulate"])
         number = steps * accumulate
-    return {
-        "number": number,
-        "accumulate": accumulate,
-        "sources": {n: p for n, p in known.items() if p != START},
-    }, lines
+    return {"number": number, "accumulate": accumulate, "sources": known}, lines
 
 
 KINDS = {

@@ -477,15 +477,16 @@ class _Training:
         positions = [position for position, _ in gathered]
         changed = sorted({file for _, files in gathered for file in files})
         if changed:
+            last = checkpoint.latest(self.folder)
             raise InputError(
                 f"{changed[0]} was changed while this run reads it, so steps since the last checkpoint may be of either"
-                f" file: put the old one back and go on with --resume from {checkpoint.latest(self.folder) or 'the start'}"
+                f" file: put the old one back and go on with --resume from {last or 'the start'}"
             )
         path = self.folder
         if accelerator.is_main_process:
             if not (self.folder / "recipe.yaml").exists():
                 self.display.say(
-                    f"{self.folder} was deleted while the run trains: it is made again, metrics begin anew"
+                    f"{self.folder} was deleted while the run trains, and is made again: metrics begin anew"
                 )
                 self._write_recipe()
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None

@@ -27,8 +27,8 @@ def compare_recipes(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
     before = checkpoint.recipe
     if before.stage != recipe.stage:
         raise InputError(
-            f"{checkpoint.name} is of stage {before.stage}, and the recipe of stage {recipe.stage}: give another output,"
-            " with start_from for the weights"
+            f"{checkpoint.name} is of stage {before.stage}, and the recipe of stage {recipe.stage}: give another"
+            " output, with start_from for the weights"
         )
     check_qformer(checkpoint, recipe)
     old, new = dict(_flat(asdict(before))), dict(_flat(asdict(recipe)))
