@@ -63,10 +63,10 @@ RANGES: dict[str, tuple[float, float]] = {
 """Smallest and largest value of numbers, both allowed; every element of a list and every value of a mapping."""
 
 
-def outside(number: float, smallest: float, largest: float) -> str | None:
+def outside(number: float | int, smallest: float | int, largest: float | int) -> str | None:
     """What was expected of a number that lies outside its range, or is no number at all; None where it lies within."""
     if smallest <= number <= largest:
         return None
     if number < smallest and largest >= 1000:
         return f"at least {smallest}"
-    return f"at most {largest:g}" if number > largest >= 1000 else f"{smallest} to {largest:g}"
+    return f"at most {largest}" if number > largest >= 1000 else f"{smallest} to {largest}"
