@@ -108,7 +108,7 @@ def test_adapters_that_come_and_go(parts, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "language trains from here on" in said and "language.lora.rank from None to 2" in said
     longer = changed(adapted, training={"steps": 3})
-    with pytest.raises(InputError, match="for which there is no place: set language .* its lora"):
+    with pytest.raises(InputError, match=r"for which there is no place: set language .* its lora"):
         train(changed(plain, training={"steps": 3}), resume=True)
     with pytest.raises(InputError, match="of other shapes: language"):
         train(changed(longer, language={"lora": LoraConfig(rank=3)}), resume=True)
