@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -38,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except Interruption as error:
-        print(error, file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal may be gone, which is why it was interrupted
+            print(error, file=sys.stderr)
         return 130
     except Exception:
         if not process_name():

@@ -103,34 +103,49 @@ class Display:
     def advance(self, done: int, note: str = "") -> None:
         """Say that `done` of the total are done; `note` stands beside it."""
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=done, note=note)
+            with self._terminal():
+                self._bar.update(self._bar.task_ids[0], completed=done, note=note)
             return
         now = time.monotonic()
         if done in (self._first + 1, self._total) or now - self._shown >= 10:
             self._shown = now
             left = (now - self._started) / max(done - self._first, 1) * (self._total - done)
-            self.console.print(f"{self._label} {done}/{self._total}  {note}  {left:.0f} s left", highlight=False)
+            with self._terminal():
+                self.console.print(f"{self._label} {done}/{self._total}  {note}  {left:.0f} s left", highlight=False)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Without its bar, while something else shows one."""
         if self._bar is not None:
-            self._bar.stop()
+            with self._terminal():
+                self._bar.stop()
         yield
         if self._bar is not None:
-            self._bar.start()
+            with self._terminal():
+                self._bar.start()
 
     def say(self, text: str) -> None:
         """A line above the bar."""
-        self.console.print(text, highlight=False, markup=False)
+        with self._terminal():
+            self.console.print(text, highlight=False, markup=False)
 
     def table(self, title: str, columns: list[str], rows: list[tuple[str, ...]]) -> None:
         table = Table(*columns, title=title, title_justify="left")
         for row in rows:
             table.add_row(*row)
-        self.console.print(table)
+        with self._terminal():
+            self.console.print(table)
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with self._terminal():
+                self._bar.stop()
             self._bar = None
+
+    @contextmanager
+    def _terminal(self) -> Iterator[None]:
+        """Where nobody can be shown anything any more, because a terminal was closed, work goes on all the same."""
+        try:
+            yield
+        except OSError:
+            self.console.quiet = True
