@@ -93,32 +93,35 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     sources = data.train
     sources = _absolute(sources) if isinstance(sources, str) else {_absolute(key): n for key, n in sources.items()}
     features = None if data.features is None else str(output_path(data.features).absolute())
-    bert, tokenizer = _absolute(recipe.qformer.bert), _absolute(recipe.qformer.tokenizer)
+    bert, tokenizer = _absolute_or_none(recipe.qformer.bert), _absolute_or_none(recipe.qformer.tokenizer)
     return replace(
         recipe,
         output=str(output_path(recipe.output).absolute()),
         vision=replace(recipe.vision, name=_absolute(recipe.vision.name)),
-        data=replace(data, train=sources, validation=_absolute(data.validation), features=features),
+        data=replace(data, train=sources, validation=_absolute_or_none(data.validation), features=features),
         qformer=replace(recipe.qformer, bert=bert, tokenizer=tokenizer),
         language=None if language is None else replace(language, name=_absolute(language.name)),
         evaluation=None if evaluation is None else replace(evaluation, data=_absolute(evaluation.data)),
-        start_from=_absolute(recipe.start_from),
+        start_from=_absolute_or_none(recipe.start_from),
     )
 
 
-Name = TypeVar("Name", str, str | None)
+def _absolute_or_none(name: str | None) -> str | None:
+    return None if name is None else _absolute(name)
 
 
-def _absolute(name: Name) -> Name:
-    if name is None or is_url(name):
+def _absolute(name: str) -> str:
+    if is_url(name):
         return name
     benchmark = BENCHMARK.fullmatch(name)
     if benchmark is not None:
         return f"{benchmark[1]}:{benchmark[2]}:{_absolute(benchmark[3])}"
-    path = Path(name).expanduser() if name.startswith("~") else Path(name)
-    plain = re.split(r"[*?\[{]", str(path))[0]  # of a pattern the folders that it names
-    there = path.exists() or (plain != str(path) and os.path.isdir(os.path.dirname(plain) or "."))  # noqa: PTH112, PTH120
-    return str(path.absolute()) if there else name
+    # os.path, as a name may be no path at all, or one that is too long
+    path = os.path.expanduser(name)  # noqa: PTH111
+    plain = re.split(r"[*?\[{]", path)[0]  # of a pattern the folders that it names
+    folder = os.path.dirname(plain) or "."  # noqa: PTH120
+    there = os.path.exists(path) or (plain != path and os.path.isdir(folder))  # noqa: PTH110, PTH112
+    return str(Path(path).absolute()) if there else name
 
 
 def build(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import socket
@@ -13,12 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-try:
-    import fcntl
-except ImportError:  # on Windows, where a folder is not locked
-    fcntl = None
-
 from blip2.errors import InputError
+
+fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
+"""None on Windows, where a folder is not locked."""
 
 LOCK = ".lock"
 """File in a folder that a process is writing to; says which process."""
@@ -79,7 +78,6 @@ _held: set[Path] = set()
 
 def _hold(path: Path) -> IO[str]:
     """The locked file, open."""
-    assert fcntl is not None
     here = path.parent
     if path in _held:
         raise InputError(f"{here} is in use by this process: wait until it ends, or give another output")
