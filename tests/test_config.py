@@ -1,9 +1,13 @@
 import ast
 import inspect
 import math
+import os
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, fields, is_dataclass, replace
+from functools import reduce
 from pathlib import Path
+from random import Random
 
 import pytest
 import yaml
@@ -11,6 +15,7 @@ import yaml
 from blip2 import config
 from blip2.config import EvaluationConfig, LanguageConfig, LoraConfig, Recipe
 from blip2.errors import InputError
+from blip2.ranges import RANGES
 from blip2.recipe import dump_recipe, find_recipe, load_recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -442,3 +447,75 @@ def test_a_mixture_that_cannot_be(write, train, why):
     with pytest.raises(InputError, match=why) as error:
         load_recipe(write(data={"train": train}))
     message(error)
+
+
+# -- numbers of all kinds ------------------------------------------------------------------------------------------
+
+ODD = (
+    "-1", "0", "1", "2147483648", "9223372036854775808", "1e308", ".inf", "-.inf", ".nan", '""', "null", "true", '"1"',
+    "[]", "{}", "1e-300", "0.5", "-0.5", '"abc"',
+)  # fmt: skip
+FIRST, LAST = (int(number) for number in os.environ.get("BLIP2_ODD_NUMBERS", "0-120").split("-"))
+"""BLIP2_ODD_NUMBERS=0-10000 tries so many."""
+
+
+def odd_recipe(random, folder):
+    """A recipe with odd values at one or two of its numbers; what is odd, and the file."""
+    chosen = random.sample(list(RANGES), random.choice((1, 1, 2)))
+    values = {"stage": "representation", "output": "run", "vision": {"name": "v"}, "data": {"train": "d"}}
+    values["evaluation"] = {"task": "retrieval", "data": "d"}
+    if any(name.startswith("language") for name in chosen):
+        values |= {"stage": "generation", "language": {"name": "l", "lora": {}}}
+        values["evaluation"] = {"task": "vqa", "data": "d"}
+    odd = {}
+    for number, name in enumerate(chosen):
+        *sections, key = name.split(".")
+        section, place = values, f"@{number}@"
+        for each in sections:
+            section = section.setdefault(each, {})
+        several = {"data.train": {"a": place}, "optimizer.rates": {"*": place}, "optimizer.betas": [0.9, place]}
+        section[key] = several.get(name, place)
+        odd[name] = random.choice(ODD)
+    text = yaml.safe_dump(values)
+    for number, value in enumerate(odd.values()):
+        text = text.replace(f"'@{number}@'", value)
+    (folder / "recipe.yaml").write_text(text)
+    return odd, folder / "recipe.yaml"
+
+
+def test_odd_numbers_are_taken_or_named(tmp_path):
+    refused = 0
+    for number in range(FIRST, LAST):
+        odd, path = odd_recipe(Random(number), tmp_path)
+        try:
+            recipe = load_recipe(path)
+        except InputError as error:
+            assert "\n" not in str(error), odd
+            refused += 1
+            continue
+        for name in odd:
+            *sections, key = name.split(".")
+            found = getattr(reduce(getattr, sections, recipe), key)
+            found = found.values() if isinstance(found, dict) else found
+            for each in found if isinstance(found, Iterable) else [found]:
+                assert each is None or each == "frozen" or (type(each) in (int, float) and math.isfinite(each)), odd
+    assert LAST - FIRST > refused > (LAST - FIRST) / 3
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "why"),
+    [
+        ("training.steps", "9223372036854775808", "training.steps is 9223372036854775808, expected at most 1000000000"),
+        ("training.timeout", "1e12", "training.timeout"),
+        ("training.steps", "null", "training.steps is null, expected a number: give one, or leave the key out"),
+        ("objectives.itc", ".inf", "objectives.itc is inf, expected at most 1000000"),
+        ("optimizer.weight_decay", ".nan", "optimizer.weight_decay is nan, expected 0 to 1000000"),
+        ("optimizer.warmup_steps", "-3", "optimizer.warmup_steps is -3, expected at least 0"),
+    ],
+)
+def test_numbers_beyond_sense_are_named(tmp_path, key, value, why):
+    (tmp_path / "recipe.yaml").write_text("stage: representation\noutput: run\nvision: {name: v}\ndata: {train: d}\n")
+    with pytest.raises(InputError) as raised:
+        load_recipe(tmp_path / "recipe.yaml", [f"--{key}={value}"])
+    assert why in str(raised.value)
+    assert "\n" not in str(raised.value)

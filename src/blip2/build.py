@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from blip2.config import IMAGE_TOKEN, LanguageConfig, Precision, QFormerConfig, Recipe, VisionConfig
 from blip2.data.assets import resolve
+from blip2.data.benchmarks import SOURCE as BENCHMARK
+from blip2.data.shards import is_url
 from blip2.data.texts import GenerationTexts, PrefixTexts, RepresentationTexts, TextPreparation, check_prompt
 from blip2.errors import InputError
+from blip2.files import output_path
 from blip2.interop.foreign import Checkpoint, read_tokenizer
 from blip2.interop.formats import open_foreign
 from blip2.model.bert import check_fits, initialise_from_bert
@@ -18,6 +25,7 @@ from blip2.model.generation import GenerationModel
 from blip2.model.language import LanguageModel, load_language_model
 from blip2.model.lora import add_adapters
 from blip2.model.position import tells_positions
+from blip2.model.pretrained import check_finite
 from blip2.model.representation import RepresentationModel
 from blip2.model.vision import ImageEncoder, load_image_encoder
 
@@ -74,6 +82,47 @@ def choose_dtype(wanted: Precision | None, device: torch.device, trains: bool = 
     return DTYPES[wanted or ("bf16" if device.type == "cuda" and not trains else "fp32")]
 
 
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """A recipe that means the same from every working directory.
+
+    Names of models and data that are there as files or folders become absolute paths, and so do outputs; names on a
+    hub, packages and URLs stay as they are.
+    """
+    data, language, evaluation = recipe.data, recipe.language, recipe.evaluation
+    sources = data.train
+    sources = _absolute(sources) if isinstance(sources, str) else {_absolute(key): n for key, n in sources.items()}
+    features = None if data.features is None else str(output_path(data.features).absolute())
+    bert, tokenizer = _absolute_or_none(recipe.qformer.bert), _absolute_or_none(recipe.qformer.tokenizer)
+    return replace(
+        recipe,
+        output=str(output_path(recipe.output).absolute()),
+        vision=replace(recipe.vision, name=_absolute(recipe.vision.name)),
+        data=replace(data, train=sources, validation=_absolute_or_none(data.validation), features=features),
+        qformer=replace(recipe.qformer, bert=bert, tokenizer=tokenizer),
+        language=None if language is None else replace(language, name=_absolute(language.name)),
+        evaluation=None if evaluation is None else replace(evaluation, data=_absolute(evaluation.data)),
+        start_from=_absolute_or_none(recipe.start_from),
+    )
+
+
+def _absolute_or_none(name: str | None) -> str | None:
+    return None if name is None else _absolute(name)
+
+
+def _absolute(name: str) -> str:
+    if is_url(name):
+        return name
+    benchmark = BENCHMARK.fullmatch(name)
+    if benchmark is not None:
+        return f"{benchmark[1]}:{benchmark[2]}:{_absolute(benchmark[3])}"
+    # os.path, as a name may be no path at all, or one that is too long
+    path = os.path.expanduser(name)  # noqa: PTH111
+    plain = re.split(r"[*?\[{]", path)[0]  # of a pattern the folders that it names
+    folder = os.path.dirname(plain) or "."  # noqa: PTH120
+    there = os.path.exists(path) or (plain != path and os.path.isdir(folder))  # noqa: PTH110, PTH112
+    return str(Path(path).absolute()) if there else name
+
+
 def build(
     recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None = None, place: torch.device | None = None
 ) -> Built:
@@ -98,7 +147,7 @@ def build(
         model = RepresentationModel(vision, recipe.qformer, recipe.objectives)
         if from_bert:
             initialise_from_bert(resolve(recipe.qformer.bert or ""), model.qformer, model.language_head)
-        return Built(model.to(place), tokenizer)
+        return Built(_placed(model, recipe, place), tokenizer)
     adapts = recipe.language.lora is not None
     dtype = choose_dtype(recipe.language.dtype, device, trains("language") and not adapts)
     language = read_language_model(recipe.language, dtype, checkpoint, device)
@@ -112,7 +161,19 @@ def build(
         initialise_from_bert(resolve(recipe.qformer.bert or ""), model.qformer)
         model.initialise_projection()
     end = end_of_text(tokenizer, recipe.language.stop, recipe.language.name)
-    return Built(model.to(place), tokenizer, end, reader)
+    return Built(_placed(model, recipe, place), tokenizer, end, reader)
+
+
+Model = TypeVar("Model", RepresentationModel, GenerationModel)
+
+
+def _placed(model: Model, recipe: Recipe, place: torch.device) -> Model:
+    """A model whose weights are where they are to go, and were found to be numbers there."""
+    model = model.to(place)
+    sources = {"vision": recipe.vision.name, "language": recipe.language.name if recipe.language else ""}
+    for name, parameter in model.named_parameters():
+        check_finite(name, parameter, sources.get(name.split(".")[0]) or recipe.qformer.bert or "")
+    return model
 
 
 def read_image_encoder(config: VisionConfig, dtype: torch.dtype, opened: Checkpoint | None = None) -> ImageEncoder:

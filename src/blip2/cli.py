@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from blip2.corpus.command import add_capfilt, add_corpus, add_engine, embed_corpus, make_features_on
 from blip2.errors import InputError, process_name, visible
+from blip2.files import output_path
 from blip2.memory import keep_memory
 from blip2.training.interruption import Interruption
 
@@ -28,6 +30,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Of several processes each says which it is when it fails, whatever the reason; the status is 1 where it is another.
     """
+    try:
+        _run(sys.argv[1:] if arguments is None else arguments)
+    except InputError as error:
+        print(f"error{' in ' if process_name() else ''}{process_name()}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Interruption as error:
+        with contextlib.suppress(OSError):  # the terminal may be gone, which is why it was interrupted
+            print(visible(error), file=sys.stderr)
+        return 130
+    except Exception:
+        if not process_name():
+            raise
+        told = visible(traceback.format_exc(), keep="\n")
+        print(f"{process_name()} failed\n{told}", file=sys.stderr)  # at once, among others' lines
+        return 1
+    return 0
+
+
+def _run(arguments: Sequence[str]) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_Visible())
     logging.basicConfig(handlers=[handler])
@@ -36,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     keep_memory()
     parser = build_parser()
-    given, changes = take_changes(sys.argv[1:] if arguments is None else arguments)
+    given, changes = take_changes(arguments)
     options, rest = parser.parse_known_args(given)
     unknown = [] if options.command in RECIPE_COMMANDS else rest
     if not options.takes_changes:
@@ -47,24 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    try:
-        options.run(options)
-    except InputError as error:
-        print(f"error{' in ' if process_name() else ''}{process_name()}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except Interruption as error:
-        print(visible(error), file=sys.stderr)
-        return 130
-    except Exception:
-        if not process_name():
-            raise
-        told = visible(traceback.format_exc(), keep="\n")
-        print(f"{process_name()} failed\n{told}", file=sys.stderr)  # at once, among others' lines
-        return 1
-    return 0
+    if getattr(options, "output", None) is not None:
+        options.output = str(output_path(options.output))
+    options.run(options)
 
 
 class _Visible(logging.Formatter):

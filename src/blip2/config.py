@@ -6,13 +6,14 @@ overridden on the command line (``--data.batch_size 32``). A key that is not a f
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import cache
+from types import NoneType
+from typing import Any, Literal, get_args, get_type_hints
 
 from blip2.errors import InputError
-from blip2.ranges import RANGES
+from blip2.ranges import RANGES, outside
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Stage = Literal["representation", "generation"]
@@ -364,14 +365,7 @@ class Recipe:
             raise InputError("stage representation has no LLM: leave out language, or set stage to generation")
         if self.stage == "representation" and not (self.objectives.itc or self.objectives.itm or self.objectives.itg):
             raise InputError("all objectives are switched off: give one of objectives.itc, .itm, .itg a weight")
-        for name, (smallest, largest) in RANGES.items():
-            value: Any = self
-            for key in name.split("."):
-                value = None if value is None else getattr(value, key)  # a section may be left out
-            for number in value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else [value]:
-                if isinstance(number, float | int) and not smallest <= number <= largest:
-                    expected = f"at least {smallest}" if largest == math.inf else f"{smallest} to {largest}"
-                    raise InputError(f"{name} is {number}, expected {expected}")
+        self._check_numbers()
         for name, part in (("vision", self.vision), ("language", self.language)):
             if part is not None and part.trust_remote_code not in (None, part.name):
                 raise InputError(
@@ -408,6 +402,25 @@ class Recipe:
                 f" {self.qformer.heads}"
             )
 
+    def _check_numbers(self) -> None:
+        for name, (smallest, largest) in RANGES.items():
+            *sections, key = name.split(".")
+            section: Any = self
+            for each in sections:
+                section = None if section is None else getattr(section, each)  # a section may be left out
+            if section is None:
+                continue
+            value = getattr(section, key)
+            several = isinstance(value, dict | list | tuple)
+            for number in (value.values() if isinstance(value, dict) else value) if several else [value]:
+                if number is None and not several and not _may_be_null(type(section), key):
+                    raise InputError(f"{name} is null, expected a number: give one, or leave the key out")
+                if isinstance(number, bool):
+                    raise InputError(f"{name} is {str(number).lower()}, expected a number")
+                expected = outside(number, smallest, largest) if isinstance(number, float | int) else None
+                if expected is not None:
+                    raise InputError(f"{name} is {number}, expected {expected}")
+
     def _check_evaluation(self) -> None:
         task = None if self.evaluation is None else self.evaluation.task
         if task is not None and (task == "retrieval") != (self.stage == "representation"):
@@ -425,3 +438,8 @@ class Recipe:
                 raise InputError(f"training.best is {best}, which needs {key}: set it, or another training.best")
         if best and not best.startswith(tuple(needs)):
             raise InputError(f"training.best is {best}, expected a name that begins with {' or '.join(needs)}")
+
+
+@cache
+def _may_be_null(section: type, key: str) -> bool:
+    return NoneType in get_args(get_type_hints(section)[key])

@@ -1,4 +1,4 @@
-"""Files: read within limits as plain values, and written whole or not at all.
+"""Files: read within limits as plain values, written whole or not at all, in folders of one writer.
 
 Every recipe and every JSON file that this library reads itself is read here. What a file says is never executed: it
 gives texts, numbers, lists and dictionaries, and no more of them than the limits allow (docs/security.md).
@@ -6,10 +6,14 @@ gives texts, numbers, lists and dictionaries, and no more of them than the limit
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import re
+import socket
 import stat
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +24,11 @@ import yaml
 
 from blip2.errors import InputError
 
+fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
+"""None on Windows, where a folder is not locked."""
+
+LOCK = ".lock"
+"""File in a folder that a process is writing to; says which process."""
 MAX_JSON = 256 << 20
 """Bytes of a JSON file."""
 MAX_YAML = 1 << 18
@@ -91,6 +100,19 @@ def read_json(path: str | os.PathLike[str], limit: int = MAX_JSON, advice: str =
         if str(error).startswith(str(path)):
             raise
         raise InputError(f"{path} is damaged or no JSON ({error}): {advice}") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object of a file of :func:`write_json`.
+
+    Raises:
+        InputError: it is damaged, as by a disk that failed, or holds something else.
+    """
+    advice = "delete it to go on with what lies beside it, if that is of the same work, or give another output"
+    value = read_json(path, advice=advice)
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is damaged (it holds a {type(value).__name__}): {advice}")
+    return value
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -207,6 +229,87 @@ def _check_size(root: yaml.Node) -> None:
 
 
 # -- writing -------------------------------------------------------------------------------------------------------
+
+
+def output_path(name: str | Path) -> Path:
+    """The path of an output, in which ``~`` is the home folder.
+
+    Raises:
+        InputError: the home folder is not known.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise InputError(
+            f"output {name} begins with a home folder that is not known ({error}): write it out"
+        ) from error
+
+
+@contextmanager
+def locked(folder: Path, enabled: bool = True) -> Iterator[None]:
+    """Hold a folder for this process alone.
+
+    The system ends the lock with the process, however it ends, so that one that was killed stands in nobody's way.
+    Processes that it forks do not hold it. Where the file system knows no locks, nothing is locked.
+
+    Args:
+        folder: made if need be.
+        enabled: False: do nothing, as another process of the same work holds it.
+
+    Raises:
+        InputError: another process holds it, or it cannot be written.
+    """
+    if not enabled or fcntl is None:
+        yield
+        return
+    path = folder.resolve() / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = _hold(path)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written ({error.strerror or error}): give another output") from error
+    _held.add(path)
+    try:
+        with file:
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+    finally:
+        _held.discard(path)
+
+
+_held: set[Path] = set()
+"""Locks of this process: the system would give it one again, and take it away with the first file that is closed."""
+
+
+def _hold(path: Path) -> IO[str]:
+    """The locked file, open."""
+    here = path.parent
+    if path in _held:
+        raise InputError(f"{here} is in use by this process: wait until it ends, or give another output")
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise InputError(
+                f"{here} is in use by {holder}: wait until it ends, end it, or give another output"
+            ) from error
+        except OSError:  # no locks on this file system
+            return file
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:  # noqa: PTH116
+                break
+        file.close()  # who held it has deleted it in the meantime
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    file.flush()
+    return file
 
 
 @contextmanager

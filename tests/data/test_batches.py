@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from blip2.config import DataConfig
-from blip2.data import batches
+from blip2.data import batches, loading
 from blip2.data.batches import Draw, Plan, Preparation, plan_batches, plan_evaluation, to_device
 from blip2.data.images import read_image, to_pixels
 from blip2.data.loading import load
@@ -277,6 +278,23 @@ def test_workers_change_nothing(parts: Parts, bert: PreTrainedTokenizerBase, str
         assert same(first.batch, second.batch)
         assert (first.keys, first.cut, first.position) == (second.keys, second.cut, second.position)
     assert sum(each.cut for each in alone) > 0
+
+
+class Large(Dataset[tuple[torch.Tensor, str]]):
+    def __getitem__(self, item: int) -> tuple[torch.Tensor, str]:
+        return torch.full((3, 64, 64), item, dtype=torch.bfloat16), str(item)
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.mark.parametrize("scarce", [False, True])
+def test_shared_memory_that_is_too_small(small_disk: Callable[[int], Path], scarce: bool) -> None:
+    """Docker's is 64 MB. A batch of 24 KiB comes through the pipe where there are 64 KiB for two workers."""
+    with pytest.MonkeyPatch.context() as patch:
+        if scarce:
+            patch.setattr(loading, "SHARED_MEMORY", str(small_disk(64)))
+        made = list(load(iter(range(9)), Large(), 2))
+    assert [(float(tensor[0, 0, 0]), name) for tensor, name in made] == [(float(i), str(i)) for i in range(9)]
+    assert all(tensor.is_shared() is not scarce and tensor.shape == (3, 64, 64) for tensor, _ in made)
 
 
 def rows_of(folder: Path, rows: list[dict]) -> Records:

@@ -604,7 +604,7 @@ def test_shards_without_captions_are_refused(tmp_path: Path) -> None:
         archive.addfile(entry, io.BytesIO(b"{}"))
     with pytest.raises(
         InputError,
-        match="of nothing, expected an image and a txt, or a json with captions: run img2dataset with --caption_col",
+        match="of nothing, expected an image and a txt, or a json with captions: run",
     ):
         rows(f"laion:train:{tmp_path}")
 

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from blip2.config import DataConfig
 from blip2.data import batches
 from blip2.data.batches import Plan
-from blip2.data.mixtures import Source, mix, plan_mixture, start_anew
+from blip2.data.mixtures import Source, go_on, mix, plan_mixture
 from blip2.data.records import Records, RecordStream, open_records
 from blip2.errors import InputError
 
@@ -115,16 +116,130 @@ def test_going_on_from_any_position(tmp_path: Path, process: int, processes: int
         assert draws(again) == draws(rest[3:])
 
 
-def test_another_number_of_processes_begins_new_epochs(tmp_path: Path) -> None:
-    shares = [list(islice(plans(tmp_path, process, 2), 40)) for process in range(2)]
-    seen = drawn(tmp_path, shares[0]) + drawn(tmp_path, shares[1])
-    new = start_anew([share[-1].position for share in shares])
-    assert new["number"] == 40
-    went_on = drawn(tmp_path, list(islice(plans(tmp_path, position=new), 30)))
+# -- going on in another way -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Way:
+    """How some batches are taken."""
+
+    steps: int
+    processes: int = 1
+    batch_size: int = 4
+    accumulate: int = 1
+    group_by_length: bool = True
+
+
+def take(folder: Path, ways: list[Way], weights: dict[str, float | None]) -> tuple[list[Plan], list[list[str]]]:
+    """All plans of one way after the other, and what each says when it goes on where the one before ended."""
+    ends: list[dict[str, Any]] = []
+    taken: list[Plan] = []
+    said: list[list[str]] = []
+    for way in ways:
+        before, ends = json.loads(json.dumps(ends)), []
+        for process in range(way.processes):
+            named = dict(zip(SIZES, open_all(folder, process, way.processes), strict=True))
+            sources = mix(weights, [named[name] for name in weights])
+            settings = (way.batch_size, 7, way.group_by_length, process, way.processes, way.accumulate)
+            position, lines = go_on(before, sources, *settings) if before else (None, [])
+            plans = list(islice(plan_mixture(sources, *settings, position), way.steps * way.accumulate))
+            taken += plans
+            ends.append(plans[-1].position)
+        said.append(lines)
+    return taken, said
+
+
+WAYS = {
+    "another batch": [Way(3), Way(2, batch_size=3), Way(30, batch_size=5)],
+    "fewer processes": [Way(3, 3), Way(4, 2), Way(24)],
+    "more processes": [Way(5), Way(1, 2), Way(12, 3, batch_size=2)],
+    "both, again and again": [Way(2, 2, 2), Way(1, 3, 1), Way(2, 1, 3), Way(1, 4, 1), Way(1, 3, 2), Way(9, 2, 3)],
+    "across an epoch": [Way(9, 2), Way(7, 1, 3), Way(8, 3, 2), Way(15, 2)],
+    "other batches of one size": [Way(3), Way(20, group_by_length=False)],
+    "other steps": [Way(3, accumulate=3), Way(5, accumulate=2), Way(20)],
+}
+
+
+@pytest.mark.parametrize("source", ["a", "c"])  # a table and a stream
+@pytest.mark.parametrize("ways", WAYS.values(), ids=WAYS)
+def test_every_record_once_an_epoch_whatever_changes(tmp_path: Path, source: str, ways: list[Way]) -> None:
+    taken, said = take(tmp_path, ways, {source: 1.0})
+    found: Counter[tuple[int, str]] = Counter()
+    records = dict(zip(SIZES, open_all(tmp_path), strict=True))[source]
+    for plan in taken:
+        for draw in plan.draws:
+            record = records[draw.record] if isinstance(records, Records) else draw.record
+            found[draw.seed[1], record.captions[0]] += 1
+    assert set(found.values()) == {1}
+    last = max(epoch for epoch, _ in found)
+    assert last >= 1
+    for epoch in range(last):  # the last is not through
+        # A process of a stream that has less of an epoch than others is ahead of them.
+        missing = SIZES[source] - sum(e == epoch for e, _ in found)
+        assert missing == 0 or (source == STREAMED and epoch == last - 1)
+    for before, way, lines in zip(ways, ways[1:], said[1:], strict=False):
+        dealt = replace(before, steps=0, accumulate=0) != replace(way, steps=0, accumulate=0)
+        assert bool(lines) == dealt
+        if dealt:
+            assert lines[0].startswith(f"{source}: goes on within its epoch; what is left of it is dealt out anew (")
+            assert len(lines) == 1 and "\n" not in lines[0]
+
+
+def test_what_has_changed_is_said(tmp_path: Path) -> None:
+    _, said = take(tmp_path, [Way(9, 2, 4), Way(1, 1, 3)], {"a": 1.0, "b": 1.0})
+    assert said[1] == [
+        "a, b: goes on within its epoch; what is left of it is dealt out anew"
+        " (batch_size from 4 to 3, processes from 2 to 1)"
+    ]
+
+
+def test_a_mixture_is_dealt_out_anew_source_by_source(tmp_path: Path) -> None:
+    taken, _ = take(tmp_path, [Way(9, 2), Way(7, 3, 3, 2), Way(40, 1, 5, 3)], WEIGHTS)
+    found = drawn(tmp_path, taken)
+    assert set(found.values()) == {1}
+    for which, (name, size) in enumerate(SIZES.items()):
+        epochs = max(epoch for source, epoch, _ in found if source == which)
+        assert epochs >= 2
+        for epoch in range(epochs - 1):
+            assert sum((source, e) == (which, epoch) for source, e, _ in found) == size, name
+    # All batches of a step are of one source, in every process.
+    for plans, accumulate in ((taken[18 + 14 * p : 32 + 14 * p] for p in range(3)), 2), ((taken[60:],), 3):
+        steps = [[plan.source for plan in each] for each in plans]
+        assert all(step == steps[0] for step in steps)
+        assert all(len(set(steps[0][i : i + accumulate])) == 1 for i in range(0, len(steps[0]), accumulate))
+
+
+def test_going_on_from_a_dealing_anew_is_exact(tmp_path: Path) -> None:
+    """A kill after the change costs nothing."""
+    for weights in ({"a": 1.0}, {"c": 1.0}):
+        whole, _ = take(tmp_path, [Way(3, 3), Way(12, 2, 3)], weights)
+        for cut in (1, 4, 7):
+            parts, said = take(tmp_path, [Way(3, 3), Way(cut, 2, 3), Way(12 - cut, 2, 3)], weights)
+            assert said[2] == []
+            first, second = (parts[9 + p * cut : 9 + (p + 1) * cut] for p in range(2))
+            rest = parts[9 + 2 * cut :]
+            assert first + rest[: 12 - cut] == whole[9:21]
+            assert second + rest[12 - cut :] == whole[21:]
+
+
+def test_another_order_begins_the_next_epoch(tmp_path: Path) -> None:
+    opened = open_all(tmp_path)
+    sources = mix(WEIGHTS, opened)
+    before = list(islice(plan_mixture(sources, 4, 7), 40))
+    position, lines = go_on([before[-1].position], sources, 4, 8)
+    assert lines == ["a, b, c: goes on with its next epoch, for its order has changed (seed from 7 to 8)"]
+    after = list(islice(plan_mixture(sources, 4, 8, position=position), 30))
     for which in range(3):
-        last = max(epoch for source, epoch, _ in seen if source == which)
-        assert min(epoch for source, epoch, _ in went_on if source == which) == last + 1
-    assert set((seen + went_on).values()) == {1}
+        last = max(draw.seed[1] for plan in before if plan.source == which for draw in plan.draws)
+        assert min(draw.seed[1] for plan in after if plan.source == which for draw in plan.draws) == last + 1
+
+
+def test_a_source_that_is_gone_is_said(tmp_path: Path) -> None:
+    opened = open_all(tmp_path)
+    before = list(islice(plan_mixture(mix(WEIGHTS, opened), 4, 7), 20))
+    position, lines = go_on([before[-1].position], mix({"a": 1.0}, opened[:1]), 4, 7)
+    assert lines == ["b, c: no longer in data.train; its place is forgotten"]
+    assert set(position["sources"]) == {"a"}
 
 
 def test_another_source_joins(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from blip2.errors import InputError
 from blip2.evaluation.evaluate import Settings, evaluate, open_table
 from blip2.evaluation.report import SHOWN
 from blip2.evaluation.retrieval import recall
+from blip2.files import locked
 from blip2.inference import GenerationPipeline, load
 from blip2.model.decoding import Decoding
 from conftest import COLOURS, SHAPES, draw
@@ -292,6 +293,32 @@ def test_an_output_belongs_to_one_evaluation(runs, parts, table, tmp_path):
     evaluate(runs["llama"], "vqa", table, tmp_path, GREEDY, device="cpu", limit=3)
     with pytest.raises(InputError, match=r"holds another evaluation: its records is 3, not 2: give another output"):
         evaluate(runs["llama"], "vqa", table, tmp_path, GREEDY, device="cpu", limit=2)
+
+
+def test_an_output_that_another_evaluation_is_writing(runs, table, tmp_path):
+    with locked(tmp_path), pytest.raises(InputError, match="is in use by this process"):
+        evaluate(runs["llama"], "vqa", table, tmp_path, GREEDY, device="cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_notes_are_named(runs, table, tmp_path):
+    """And what lies beside them is not lost."""
+    whole = evaluate(runs["llama"], "vqa", table, tmp_path, GREEDY, device="cpu")
+    for name, torn in (("evaluation.json", b'{"task": "v\xff'), ("metrics.json", b"[1]")):
+        (tmp_path / name).write_bytes(torn)
+        with pytest.raises(
+            InputError, match=rf"{name} is damaged: delete it to go on with what lies beside it"
+        ) as error:
+            evaluate(runs["llama"], "vqa", table, tmp_path, GREEDY, device="cpu")
+        assert "\n" not in str(error.value)
+        (tmp_path / name).unlink()
+        assert evaluate(runs["llama"], "vqa", table, tmp_path, GREEDY, device="cpu") == whole
+
+
+def test_a_full_disk(runs, table, small_disk):
+    with pytest.raises(InputError, match=r"disk/out cannot be written \(No space left on device\): make room") as error:
+        evaluate(runs["llama"], "vqa", table, small_disk(16) / "out", GREEDY, device="cpu")
+    assert "\n" not in str(error.value)
 
 
 def test_tasks_that_do_not_fit(runs, parts, table, tmp_path):

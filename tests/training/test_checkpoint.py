@@ -15,6 +15,7 @@ from blip2.training import checkpoint
 from blip2.training.optimizer import set_rates
 
 CPU = torch.device("cpu")
+STATE = {"positions": [], "counts": {}, "unfinished": None}
 
 
 @pytest.fixture
@@ -34,8 +35,8 @@ def save(recipe, built, tmp_path):
     run = tmp_path / "run"
 
     def save(step, keep=2, **state):
-        optimizer = {"optimizer": {"momentum": torch.full((3,), float(step))}, "scaler": None}
-        return checkpoint.save(run, step, built.model, recipe, built.tokenizer, optimizer, state, keep)
+        optimizer = {"optimizer": {"temperature": {"momentum": torch.full((3,), float(step))}}, "scaler": None}
+        return checkpoint.save(run, step, built.model, recipe, built.tokenizer, optimizer, {**STATE, **state}, keep)
 
     save.run = run
     return save
@@ -70,15 +71,16 @@ def test_holds_what_was_trained_and_nothing_frozen(save, built):
 
 
 def test_holds_recipe_versions_and_step(save, recipe):
-    folder = save(7, positions=[{"epoch": 3}])
+    positions = [{"number": 3, "accumulate": 1, "sources": {}}]
+    folder = save(7, positions=positions)
     assert folder.name == "step-00000007"
     assert load_recipe(folder / "recipe.yaml") == recipe
     state, optimizer = checkpoint.read_state(folder)
     assert state["step"] == 7
-    assert state["positions"] == [{"epoch": 3}]
+    assert state["positions"] == positions
     assert state["versions"]["torch"] == version("torch")
     assert set(state["versions"]) == {"python", "blip2", "torch", "transformers"}
-    assert torch.equal(optimizer["optimizer"]["momentum"], torch.full((3,), 7.0))
+    assert torch.equal(optimizer["optimizer"]["temperature"]["momentum"], torch.full((3,), 7.0))
     assert (folder / "tokenizer" / "tokenizer.json").is_file()
 
 
@@ -162,10 +164,10 @@ def test_disk_full_names_the_last_good_checkpoint(save, built, monkeypatch, targ
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.6, 0.95])
 def test_really_full_disk(built, recipe, tmp_path, small_disk, share):
     """The second checkpoint does not fit, wherever in it the disk ends."""
-    optimizer = {"momentum": [torch.zeros(500_000), torch.zeros(500_000)]}
+    optimizer = {"optimizer": {"temperature": {"momentum": [torch.zeros(500_000), torch.zeros(500_000)]}}}
 
     def save(run, step):
-        return checkpoint.save(run, step, built.model, recipe, built.tokenizer, optimizer, {}, keep=2)
+        return checkpoint.save(run, step, built.model, recipe, built.tokenizer, optimizer, STATE, keep=2)
 
     files = [path for path in save(tmp_path / "roomy", 2).rglob("*") if path.is_file()]
     pages = sum(-(-path.stat().st_size // 4096) + 1 for path in files)
@@ -250,13 +252,13 @@ def test_damaged_state(save, name, size):
         checkpoint.read_state(path.parent)
 
 
-@pytest.mark.parametrize("found", [None, 0, 2])
+@pytest.mark.parametrize("found", [None, 0, 1])
 def test_the_state_of_another_version(save, found):
     folder = save(2)
     state = {**json.loads((folder / "state.json").read_text()), "format": found}
     (folder / "state.json").write_text(json.dumps(state))
     with pytest.raises(
-        InputError, match=f"state of format {found}; this is blip2 .* and format 1: .*start_from"
+        InputError, match=f"state of format {found}; this is blip2 .* and format 2: .*start_from"
     ) as raised:
         checkpoint.read_state(folder)
     one_line(raised)

@@ -7,7 +7,7 @@ import pytest
 from blip2.training.interruption import note_signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_is_noted_and_the_second_does_what_it_always_did(number):
     arrived = []
     outside = signal.signal(number, lambda *_: arrived.append("outside"))
@@ -22,6 +22,17 @@ def test_the_first_is_noted_and_the_second_does_what_it_always_did(number):
         assert arrived == ["outside", "outside"]
     finally:
         signal.signal(number, outside)
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    """As SIGHUP is under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with note_signals() as asked:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert asked == []
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_handlers_are_put_back_after_an_error():

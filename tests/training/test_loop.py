@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from blip2.build import read_image_encoder
 from blip2.config import ObjectivesConfig
@@ -128,8 +128,7 @@ def test_stage_two_starts_from_stage_one(parts, runs, tmp_path, capsys):
 def gradients(recipe):
     """First moments of AdamW after one step, which are a tenth of the gradients."""
     _, state = checkpoint.read_state(train(recipe))
-    groups = state["optimizer"]["state"]
-    return [groups[i]["exp_avg"] for i in sorted(groups)]
+    return [each["exp_avg"] for each in state["optimizer"].values() if each]
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
@@ -229,35 +228,14 @@ def test_resume_without_a_run_begins_one(parts, tmp_path):
     assert [row["step"] for row in lines(tmp_path / "run")] == [1]
 
 
-def test_other_number_of_processes_goes_on_with_the_next_epoch(parts, tmp_path, capsys):
-    recipe = parts.recipe(tmp_path / "run", training={"steps": 2})
-    folder = train(recipe)
-    state = json.loads((folder / "state.json").read_text())
-    (position,) = state["positions"]
-    at = position["sources"][parts.pictures]
-    state["positions"] = [position, {**position, "sources": {parts.pictures: {**at, "epoch": 4}}}]
-    (folder / "state.json").write_text(json.dumps(state))
-    train(replace(recipe, training=replace(recipe.training, steps=3)), resume=True)
-    assert "the checkpoint is of 2 processes and there are 1 now" in capsys.readouterr().err
-    (position,) = json.loads((checkpoint.latest(tmp_path / "run") / "state.json").read_text())["positions"]
-    assert position["number"] == 3
-    at = position["sources"][parts.pictures]
-    assert (at["since"], at["epoch"], at["taken"], at["batch"]) == (5, 5, 0, 1)
-
-
 # -- stopping ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["weights", "rate"])
-def test_a_loss_that_is_not_finite_stops_the_run(parts, tmp_path, where):
-    changes = {"optimizer": {"rates": {"vision.*": "frozen", "*": 1e30}, "warmup_steps": 0}} if where == "rate" else {}
-    recipe = parts.recipe(tmp_path / "run", training={"steps": 1, "save_every": 1}, **changes)
+def test_a_loss_that_is_not_finite_stops_the_run(parts, tmp_path):
+    optimizer = {"rates": {"vision.*": "frozen", "*": 1e30}, "warmup_steps": 0}
+    recipe = parts.recipe(tmp_path / "run", training={"steps": 1, "save_every": 1}, optimizer=optimizer)
     train(recipe)
     good = checkpoint.latest(tmp_path / "run")
-    if where == "weights":
-        weights = load_file(good / "model.safetensors")
-        weights["qformer.queries"][0, 0, 0] = float("nan")
-        save_file(weights, good / "model.safetensors")
     with pytest.raises(InputError) as raised:
         train(replace(recipe, training=replace(recipe.training, steps=5)), resume=True)
     message = str(raised.value)
@@ -292,7 +270,7 @@ def uninterrupted(parts, tmp_path_factory):
 @pytest.mark.parametrize(
     ("number", "everyone"),
     # A container ends its first process; schedulers and Ctrl-C in a terminal reach the data workers as well.
-    [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, True)],
+    [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, True), (signal.SIGHUP, True)],
 )
 def test_a_signal_saves_a_checkpoint(uninterrupted, tmp_path, number, everyone):
     recipe, reference = uninterrupted

@@ -10,7 +10,14 @@ from blip2.build import build
 from blip2.config import OptimizerConfig
 from blip2.errors import InputError
 from blip2.model.vision import Preprocessing, wrap_transformers
-from blip2.training.optimizer import build_optimizer, describe, restore_optimizer, set_rates, set_schedule
+from blip2.training.optimizer import (
+    build_optimizer,
+    describe,
+    named_state,
+    restore_optimizer,
+    set_rates,
+    set_schedule,
+)  # fmt: skip
 
 FROZEN = {"vision.*": "frozen", "language.*": "frozen"}
 
@@ -233,28 +240,77 @@ def test_describe_says_how_much_of_a_part_trains(model):
     assert rows["temperature"] == "frozen"
 
 
-def test_restored_state_takes_the_recipe_s_rates(model):
+# -- going on ------------------------------------------------------------------------------------------------------
+
+
+def stepped(model, config):
+    """An optimizer after a step in which the gradient of each parameter is its number, and its state by names."""
+    optimizer = build_optimizer(model, set_rates(model, config), config)
+    for number, parameter in enumerate(model.parameters(), 1):
+        parameter.grad = torch.full_like(parameter, float(number)) if parameter.requires_grad else None
+    optimizer.step()
+    return optimizer, named_state(optimizer, model)
+
+
+def moments(model, optimizer):
+    """The first moment of each parameter that has one, which the step of :func:`stepped` made equal throughout."""
+    found = {name: optimizer.state.get(parameter, {}).get("exp_avg") for name, parameter in model.named_parameters()}
+    return {name: float(moment.mean()) for name, moment in found.items() if moment is not None}
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [
+        {**FROZEN, "*": 1e-4},
+        {**FROZEN, "qformer.*": 1e-4, "*": 1e-3},
+        {"temperature": 1e-5, "qformer.blocks.1.*": 2e-3, **FROZEN, "qformer.queries": 3e-3, "*": 1e-3},
+    ],
+)
+def test_moments_go_to_the_parameter_of_their_name(model, rates):
+    """However the rates divide the parameters into groups; rates and decay are those of the recipe."""
+    optimizer, saved = stepped(model, OptimizerConfig(rates={**FROZEN, "*": 1e-3}))
+    before = moments(model, optimizer)
+    config = OptimizerConfig(rates=rates, weight_decay=0.01, betas=(0.5, 0.6))
+    new = build_optimizer(model, set_rates(model, config), config)
+    assert restore_optimizer(new, model, saved) == []
+    assert moments(model, new) == before
+    assert len(set(before.values())) == len(before) > 40
+    assert {group["peak"] for group in new.param_groups} == {rate for rate in rates.values() if rate != "frozen"}
+    assert {group["weight_decay"] for group in new.param_groups} == {0.01, 0.0}
+    assert {group["betas"] for group in new.param_groups} == {(0.5, 0.6)}
+
+
+def test_what_no_longer_trains_and_what_trains_anew_is_said(model):
+    before = moments(model, stepped(model, OptimizerConfig(rates={**FROZEN, "*": 1e-3}))[0])
+    _, saved = stepped(model, OptimizerConfig(rates={**FROZEN, "image_norm.*": "frozen", "*": 1e-3}))
+    config = OptimizerConfig(rates={**FROZEN, "qformer.queries": "frozen", "*": 1e-3})
+    optimizer = build_optimizer(model, set_rates(model, config), config)
+    fresh, dropped = restore_optimizer(optimizer, model, saved)
+    assert "begins anew for 2 parameters (image_norm.weight, image_norm.bias)" in fresh
+    assert "1 parameter (qformer.queries) is dropped" in dropped
+    expected = set(before) - {"qformer.queries", "image_norm.weight", "image_norm.bias"}
+    assert {name: moment for name, moment in before.items() if name in expected} == moments(model, optimizer)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    optimizer.step()  # what begins anew has a state after it
+    assert set(moments(model, optimizer)) == expected | {"image_norm.weight", "image_norm.bias"}
+
+
+def test_moments_of_another_shape_begin_anew(model):
+    config = OptimizerConfig(rates={**FROZEN, "*": 1e-3})
+    optimizer, saved = stepped(model, config)
+    saved["temperature"]["exp_avg"] = torch.zeros(3)
+    fresh, dropped = restore_optimizer(optimizer, model, saved)
+    assert "(temperature)" in fresh and "(temperature)" in dropped
+
+
+def test_a_parameter_without_a_gradient_is_nothing_to_speak_of(model):
+    """A head whose objective is switched off has no state, and none after the run goes on."""
     config = OptimizerConfig(rates={**FROZEN, "*": 1e-3})
     optimizer = build_optimizer(model, set_rates(model, config), config)
-    for parameter in (p for p in model.parameters() if p.requires_grad):
+    for parameter in (p for name, p in model.named_parameters() if p.requires_grad and "head" not in name):
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    state = optimizer.state_dict()
-
-    lower = replace(config, rates={**FROZEN, "*": 1e-4}, weight_decay=0.01)
-    new = build_optimizer(model, set_rates(model, lower), lower)
-    restore_optimizer(new, state)
-    assert {group["peak"] for group in new.param_groups} == {1e-4}
-    assert {group["weight_decay"] for group in new.param_groups} == {0.01, 0.0}
-    for old, group in zip(optimizer.param_groups, new.param_groups, strict=True):
-        for before, after in zip(old["params"], group["params"], strict=True):
-            assert torch.equal(optimizer.state[before]["exp_avg"], new.state[after]["exp_avg"])
-
-
-def test_state_of_other_parameters_is_refused(model):
-    config = OptimizerConfig(rates={**FROZEN, "*": 1e-3})
-    state = build_optimizer(model, set_rates(model, config), config).state_dict()
-    fewer = OptimizerConfig(rates={**FROZEN, "qformer.*": 1e-3, "*": "frozen"})
-    optimizer = build_optimizer(model, set_rates(model, fewer), fewer)
-    with pytest.raises(InputError, match=r"does not fit optimizer\.rates .* go on with the rates"):
-        restore_optimizer(optimizer, state)
+    new = build_optimizer(model, set_rates(model, config), config)
+    assert restore_optimizer(new, model, named_state(optimizer, model)) == []
+    assert moments(model, new) == moments(model, optimizer)

@@ -29,7 +29,7 @@ from blip2.corpus.shards import Sample, ShardWriter, Skipped, Unit, batches, lis
 from blip2.data.cells import CellError, read_text
 from blip2.data.store import digest
 from blip2.errors import InputError
-from blip2.files import explained, write_json, written
+from blip2.files import explained, output_path, write_json, written
 from blip2.model.decoding import Decoding
 
 SAMPLING = Decoding(top_p=0.9)
@@ -92,7 +92,7 @@ def capfilt(
     Raises:
         InputError: a model or the data cannot be read, or `output` belongs to another pass.
     """
-    settings, folder = settings or Settings(), Path(output)
+    settings, folder = settings or Settings(), output_path(output)
     read_language(settings.rules.language)  # a missing extra is better found now than in a worker
     units = list_units(data, settings.shard_size)
     work = CapFilt(pin(captioner), pin(ranker), str(folder.absolute()), settings, device, dtype)

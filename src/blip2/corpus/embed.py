@@ -18,7 +18,7 @@ from blip2.config import Precision
 from blip2.corpus.engine import HERE, Engine, Worker, do_units
 from blip2.corpus.models import pin
 from blip2.corpus.shards import Skipped, Unit, batches, list_units
-from blip2.files import explained, write_json, written
+from blip2.files import explained, output_path, write_json, written
 from blip2.inference import RepresentationPipeline, load
 
 
@@ -45,7 +45,7 @@ def embed_corpus(
     Raises:
         InputError: the model or the data cannot be read, or `output` belongs to another pass.
     """
-    folder = Path(output)
+    folder = output_path(output)
     work = Embed(pin(model), str(folder.absolute()), device, dtype, changes)
     about = {"pass": "embed", "model": work.model, "data": data, "dtype": dtype, "changes": changes}
     totals: dict[str, Any] = {"pictures": 0, "texts": 0, "skipped": {}}

@@ -22,7 +22,7 @@ import torch
 from blip2.corpus.shards import Unit
 from blip2.errors import InputError
 from blip2.evaluation.parts import whose
-from blip2.files import explained, parse_json, plain, read_json, write_json
+from blip2.files import explained, locked, parse_json, plain, read_object, write_json
 from blip2.training.progress import Display
 
 Worker = Callable[[Unit], Mapping[str, Any]]
@@ -77,6 +77,13 @@ def do_units(
     Raises:
         InputError: the folder cannot be written or holds another pass, Ray is missing, or what a worker raised.
     """
+    with locked(folder):
+        return _do_units(work, units, folder, about, engine, label)
+
+
+def _do_units(
+    work: Work, units: Sequence[Unit], folder: Path, about: Mapping[str, Any], engine: Engine, label: str
+) -> Iterator[dict[str, Any]]:
     claim(folder, about)
     _sweep(folder)
     left = [unit for unit in units if not _stats(folder, unit).exists()]
@@ -107,7 +114,7 @@ def claim(folder: Path, about: Mapping[str, Any]) -> None:
             write_json(file, about)
     except OSError as error:
         raise InputError(f"{folder} cannot be written ({error.strerror}): give another output") from error
-    problem = whose(folder, read_json(file), plain(about), "pass")
+    problem = whose(folder, read_object(file), plain(about), "pass")
     if problem is not None:
         raise InputError(problem)
 

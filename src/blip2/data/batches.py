@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from blip2.config import QUESTION_PLACE
 from blip2.data.features import CachedFeatures
 from blip2.data.images import ImageError, augment_to_pixels, read_image, to_pixels
-from blip2.data.order import START, Item, Windows, read_chunks
+from blip2.data.order import START, Item, Windows, read_chunks, to_hex
 from blip2.data.records import Record, Records, RecordStream
 from blip2.data.texts import StageBatch, TextPreparation
 from blip2.model.vision import Preprocessing
@@ -76,6 +76,7 @@ def plan_batches(
         position: of a :class:`Plan`; batches go on behind it.
     """
     at = position or START
+    about = {"order": order_of(records, seed), "deal": deal_of(records, batch_size, group_by_length, processes)}
     windows = Windows(read_chunks(records, batch_size, seed, process, processes, at), WINDOW)
     done = at["batch"]
     while True:
@@ -93,13 +94,28 @@ def plan_batches(
         batches = order.reshape(-1, size)
         # Groups that are spread over processes must meet in the same step of all.
         turns = np.arange(len(batches)) if grouped else random.permutation(len(batches))
+        seen = np.zeros(len(draws), bool)
         for number, batch in enumerate(turns):
             windows.read_ahead()
+            seen[batches[batch]] = True
             if number < done:
                 continue
-            after = {**start, "epoch": window[-1].epochs[1], "batch": number + 1}
+            after = {**start, "epoch": window[-1].epochs[1], "batch": number + 1, "seen": to_hex(seen), **about}
             yield Plan(tuple(draws[i] for i in batches[batch]), after)
         done = 0
+
+
+def order_of(records: Records | RecordStream, seed: int) -> dict[str, Any]:
+    """What decides in which order records come; a position holds no longer when it changes."""
+    return {"seed": seed, **records.layout}
+
+
+def deal_of(records: Records | RecordStream, batch_size: int, group_by_length: bool, processes: int) -> dict[str, Any]:
+    """What decides how that order becomes batches of several processes."""
+    return {
+        "batch_size": batch_size, "processes": processes, "group_by_length": group_by_length, "window": WINDOW,
+        "caption_column": records.caption_column,
+    }  # fmt: skip
 
 
 def _draw_captions(records: Records | RecordStream, items: Sequence[Item], seed: int) -> tuple[list[Draw], list[int]]:

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import chain
 from multiprocessing import parent_process
+from multiprocessing.reduction import ForkingPickler
 from threading import Thread, current_thread, main_thread
 from typing import Any, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.multiprocessing.reductions import reduce_tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from blip2.errors import InputError
 
 Made = TypeVar("Made")
 
 
+SHARED_MEMORY = "/dev/shm"
+"""Where Linux keeps what processes share."""
 DEATHS = 3
 """So many times in a row workers may be killed before a batch comes through."""
 
@@ -80,7 +85,7 @@ def _start(items: Iterator[Any], dataset: Dataset[Made], workers: int) -> Iterat
         num_workers=workers,
         collate_fn=_as_is,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_outlive_signals,
+        worker_init_fn=_begin,
         generator=torch.Generator(),  # or starting would draw from the one that dropout draws from
     )
     handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
@@ -91,12 +96,43 @@ def _start(items: Iterator[Any], dataset: Dataset[Made], workers: int) -> Iterat
     return made
 
 
-def _outlive_signals(worker: int) -> None:
-    """Leave it to the training process what SIGINT and SIGTERM do.
+def _begin(worker: int) -> None:
+    _outlive_signals(worker)
+    ForkingPickler.register(torch.Tensor, _send)
 
-    Ctrl-C and schedulers signal every process of a run, but without its workers it could not finish a step.
+
+def _send(tensor: torch.Tensor) -> Any:
+    """Send a tensor to the training process: through shared memory, as torch does, or within the pipe where that has
+    too little room.
+
+    A container has 64 MB of shared memory unless it is told otherwise. A worker that finds it full cannot say so: it is
+    killed, or its batch never arrives.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    info = get_worker_info()
+    try:
+        room = shutil.disk_usage(SHARED_MEMORY).free
+    except OSError:  # another system
+        return reduce_tensor(tensor)
+    # All workers may look at the same time, before any of them writes.
+    if info is None or 2 * info.num_workers * tensor.nbytes < room:
+        return reduce_tensor(tensor)
+    content = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return _receive, (content, tensor.dtype, tensor.shape)
+
+
+def _receive(content: Any, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
+    return torch.from_numpy(content).view(dtype).reshape(shape)
+
+
+def _outlive_signals(worker: int) -> None:
+    """Leave it to the training process what SIGINT, SIGHUP and SIGTERM do.
+
+    Ctrl-C, terminals that are closed and schedulers signal every process of a run, but without its workers it could not
+    finish a step.
+    """
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     parent = parent_process()
     if parent is not None and sys.platform == "linux":
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

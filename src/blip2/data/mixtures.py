@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from blip2.data.batches import Loaded, Plan, plan_batches
-from blip2.data.order import next_epoch
+from blip2.data.batches import Loaded, Plan, deal_of, order_of, plan_batches
+from blip2.data.order import START, deal_anew, next_epoch
 from blip2.data.records import Records, RecordStream
 from blip2.errors import InputError
 
@@ -90,18 +90,88 @@ def plan_mixture(
         which = int(np.random.default_rng([seed, number // accumulate, 3]).choice(len(sources), p=shares))
         plan = next(plans[which])
         positions = {**positions, sources[which].name: plan.position}
-        yield replace(plan, position={"number": number + 1, "sources": positions}, source=which)
+        place = {"number": number + 1, "accumulate": accumulate, "sources": positions}
+        yield replace(plan, position=place, source=which)
 
 
-def start_anew(positions: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The position from which another number of processes goes on: with the next epoch of every source."""
-    names = {name for position in positions for name in position["sources"]}
-    return {
-        "number": max(position["number"] for position in positions),
-        "sources": {
-            name: next_epoch([p["sources"][name] for p in positions if name in p["sources"]]) for name in sorted(names)
-        },
-    }
+def go_on(
+    positions: Sequence[dict[str, Any]],
+    sources: Sequence[Source],
+    batch_size: int,
+    seed: int,
+    group_by_length: bool = True,
+    process: int = 0,
+    processes: int = 1,
+    accumulate: int = 1,
+) -> tuple[dict[str, Any], list[str]]:
+    """Find where a process goes on.
+
+    Where nothing has changed that decides about batches, it goes on exactly where it was. Where batches or processes
+    have changed, what no process has taken of the epoch is dealt out anew. Where the order of the records itself has
+    changed, a source goes on with its next epoch, and one that is new begins at its start.
+
+    Args:
+        positions: of the plans that all processes took last.
+        sources, batch_size, seed, group_by_length, process, processes, accumulate: as :func:`plan_mixture` takes them.
+
+    Returns:
+        The position for :func:`plan_mixture`, and lines on what has changed.
+    """
+    known: dict[str, Any] = {}
+    changed: dict[str, list[str]] = {}
+    for source in sources:
+        theirs = [position["sources"].get(source.name, START) for position in positions]
+        drawn = [position for position in theirs if position is not START]
+        if not drawn:
+            continue
+        order, deal = order_of(source.records, seed), deal_of(source.records, batch_size, group_by_length, processes)
+        if _differs(drawn[0]["order"], order):
+            known[source.name] = next_epoch(theirs)
+            why = f"goes on with its next epoch, for its order has changed ({_differs(drawn[0]['order'], order)})"
+        elif _differs(drawn[0]["deal"], deal):
+            known[source.name] = deal_anew(source.records, theirs, process, processes)
+            why = f"goes on within its epoch; what is left of it is dealt out anew ({_differs(drawn[0]['deal'], deal)})"
+        else:
+            if theirs[process] is not START:
+                known[source.name] = theirs[process]
+            continue
+        changed.setdefault(why, []).append(source.name)
+    lines = [f"{', '.join(names)}: {why}" for why, names in changed.items()]
+    before = {name for position in positions for name in position["sources"]}
+    gone = sorted(before - {source.name for source in sources})
+    if gone:
+        lines.append(f"{', '.join(gone)}: no longer in data.train; its place is forgotten")
+    if len(positions) == processes and positions[0]["accumulate"] == accumulate:
+        number = positions[process]["number"]
+    else:  # a step begins, of which all batches are of one source
+        steps = math.ceil(max(position["number"] for position in positions) / positions[0]["accumulate"])
+        number = steps * accumulate
+    return {"number": number, "accumulate": accumulate, "sources": known}, lines
+
+
+KINDS = {
+    "since": int, "taken": int, "epoch": int, "batch": int, "seen": str, "left": dict | None, "stream": list | None,
+    "order": dict, "deal": dict,
+}  # fmt: skip
+"""Of the values of the position in a source."""
+
+
+def is_position(value: Any) -> bool:
+    """Whether a value of JSON is a position of :func:`plan_mixture`, as far as its kinds tell."""
+    if not isinstance(value, dict) or not isinstance(value.get("sources"), dict):
+        return False
+    numbers = [value.get("number"), value.get("accumulate")]
+    for each in value["sources"].values():
+        if not isinstance(each, dict) or not all(isinstance(each.get(key), kind) for key, kind in KINDS.items()):
+            return False
+        numbers += [each[key] for key, kind in KINDS.items() if kind is int]
+    return all(type(number) is int and number >= 0 for number in numbers)
+
+
+def _differs(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What is another in two descriptions; empty where they are equal."""
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    return ", ".join(f"{key} from {before.get(key)} to {now.get(key)}" for key in keys)
 
 
 class Preparations(Dataset[Loaded]):

@@ -82,6 +82,16 @@ class Records(Sequence[Record]):
         return self._columns.question is not None
 
     @property
+    def caption_column(self) -> str | None:
+        """The column that its captions or answers come from."""
+        return self._columns.caption
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """What the order of its records depends on beside a seed, for JSON."""
+        return {"records": len(self), "group_column": self._columns.group, "group_share": self._columns.group_share}
+
+    @property
     def group_share(self) -> float:
         """Share of the groups that stay together in an epoch, in [0, 1]."""
         return self._columns.group_share
@@ -134,7 +144,6 @@ class RecordStream:
         self._dataset = dataset
         self._columns = columns
         self._process, self._processes = process, processes
-        self._by_shards = dataset.num_shards >= processes
         self._reading = dataset
         self._number = 0
         self._unread: dict[str, Any] | None = None
@@ -145,18 +154,35 @@ class RecordStream:
         """Whether its texts are answers to questions."""
         return self._columns.question is not None
 
-    def read(self, position: dict[str, Any] | None = None, shuffle: tuple[int, int] | None = None) -> Iterator[Record]:
+    @property
+    def caption_column(self) -> str | None:
+        """The column that its captions or answers come from."""
+        return self._columns.caption
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """What the order of its records depends on beside a seed, for JSON."""
+        return {"shards": self._dataset.num_shards}
+
+    def read(
+        self,
+        position: dict[str, Any] | None = None,
+        shuffle: tuple[int, int] | None = None,
+        share: tuple[int, int] | None = None,
+    ) -> Iterator[Record]:
         """The records of this process.
 
         Args:
             position: one that :meth:`position` gave, which is gone to at once; None: the start.
             shuffle: (seed, epoch), by which the shards are shuffled and dealt out; None: as they are listed.
+            share: (process, processes) whose records are read in place of its own.
         """
         self._number = position["number"] if position else 0
+        process, processes = share or (self._process, self._processes)
         # With shards that cannot be dealt out evenly it is each time another process that has more.
-        process = (self._process + (shuffle[1] if shuffle else 0)) % self._processes
-        how = "shards" if self._by_shards else "examples"
-        self._reading = split_dataset_by_node(self._dataset, process, self._processes, strategy=how)
+        process = (process + (shuffle[1] if shuffle else 0)) % processes
+        how = "shards" if self._dataset.num_shards >= processes else "examples"
+        self._reading = split_dataset_by_node(self._dataset, process, processes, strategy=how)
         if shuffle is not None:
             self._reading.set_epoch(1 + int(np.random.default_rng(shuffle).integers(2**31)))
         if position:

@@ -22,10 +22,11 @@ from blip2.evaluation.predictions import write_predictions
 from blip2.evaluation.report import write_cases
 from blip2.evaluation.table import Table
 from blip2.evaluation.tasks import DEFAULTS, Findings, Settings
-from blip2.files import plain, read_json, write_json
+from blip2.files import explained, output_path, plain, read_object, write_json
 from blip2.inference import ANSWER, CAPTION, GenerationPipeline, RepresentationPipeline, load
 from blip2.model.distributed import gather_objects, process_index
 from blip2.training.checkpoint import trained_state
+from blip2.training.processes import holding
 
 Task = Literal["captioning", "vqa", "retrieval"]
 WORK: dict[Task, Any] = {"captioning": tasks.caption, "vqa": tasks.answer, "retrieval": tasks.retrieve}
@@ -92,7 +93,7 @@ def evaluate_pipeline(
         "task": task, "model": str(pipeline.path), "weights": _digest(pipeline.model), "data": table.source,
         "records": len(table), "dtype": str(pipeline.model.vision.dtype), **_plain(settings),
     }  # fmt: skip
-    return about, _once(Path(output), about, anew, lambda parts: WORK[task](pipeline, table, settings, parts))
+    return about, _once(output_path(output), about, anew, lambda parts: WORK[task](pipeline, table, settings, parts))
 
 
 def evaluate_predictions(
@@ -123,7 +124,7 @@ def evaluate_predictions(
         "task": task, "predictions": str(file), "digest": hashlib.blake2b(content, digest_size=8).hexdigest(),
         "data": table.source, "records": len(table), "rules": settings.rules, "lemmatise": settings.lemmatise,
     }  # fmt: skip
-    found = _once(Path(output), about, False, lambda parts: JUDGE[task](table, file, settings, parts))
+    found = _once(output_path(output), about, False, lambda parts: JUDGE[task](table, file, settings, parts))
     return {**about, **found}
 
 
@@ -156,6 +157,13 @@ def _plain(settings: Settings) -> dict[str, Any]:
 
 def _once(folder: Path, about: dict[str, Any], anew: bool, work: Callable[[Parts], Findings]) -> dict[str, Any]:
     """The metrics that `work` finds, which are written to a folder; those in it, where it was done before."""
+    if anew:  # of a run that is held, which says itself what cannot be written
+        return _find(folder, about, anew, work)
+    with explained(folder), holding(folder):
+        return _find(folder, about, anew, work)
+
+
+def _find(folder: Path, about: dict[str, Any], anew: bool, work: Callable[[Parts], Findings]) -> dict[str, Any]:
     problem = None
     if process_index() == 0:
         problem = _claim(folder, about, anew)
@@ -163,7 +171,7 @@ def _once(folder: Path, about: dict[str, Any], anew: bool, work: Callable[[Parts
     if problem is not None:
         raise InputError(problem)
     if (folder / METRICS).exists():  # it was done before
-        found = read_json(folder / METRICS)
+        found = read_object(folder / METRICS)
         return {name: value for name, value in found.items() if name not in about}
     parts = Parts(folder / "parts")
     findings = work(parts)
@@ -184,14 +192,25 @@ def _claim(folder: Path, about: dict[str, Any], anew: bool) -> str | None:
     """Make a folder an evaluation's own; what is in the way, if it cannot be."""
     file = folder / "evaluation.json"
     try:
-        if anew and file.exists() and read_json(file) != about:
+        if anew and file.exists() and _said(file) != about:
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if not file.exists():
             write_json(file, about)
     except OSError as error:
         return f"{folder} cannot be written ({error.strerror}): give another output"
-    return whose(folder, read_json(file), about, "evaluation")
+    try:
+        return whose(folder, read_object(file), about, "evaluation")
+    except InputError as error:
+        return str(error)
+
+
+def _said(file: Path) -> dict[str, Any] | None:
+    """What a folder says of itself; None where that is damaged."""
+    try:
+        return read_object(file)
+    except InputError:
+        return None
 
 
 def _digest(model: torch.nn.Module) -> str:

@@ -7,6 +7,7 @@ counted twice, and what comes out is the same to the last digit however many pro
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -70,8 +71,10 @@ class Parts:
 
 
 def _write(file: Path, value: Any) -> None:
+    content = io.BytesIO()  # or torch would have words of its own for a full disk
+    torch.save(value, content)
     with written(file) as out:
-        torch.save(value, out)
+        out.write(content.getbuffer())
 
 
 def whose(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], what: str) -> str | None:

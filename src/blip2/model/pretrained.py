@@ -56,10 +56,36 @@ def reading(name: str, what: str, files: str = "config.json and model.safetensor
                 f"the {what} {name!r} needs Python code that lies beside it (auto_map), which is not run: name another"
                 f" one that transformers knows by itself{allow}"
             ) from error
+        if _is_path(name) and not Path(name).expanduser().exists():
+            raise InputError(
+                f"there is no folder {name!r} to read the {what} from: check the path, or copy it there"
+            ) from error
         raise InputError(
             f"no {what} could be read from {name!r} ({first_line(error)}): name a folder that has a {files}, or a hub"
             " name when there is a network"
         ) from error
+
+
+def check_finite(name: str, tensor: Tensor, source: str) -> None:
+    """Refuse weights that would make everything NaN.
+
+    Args:
+        source: where they were read from, for the message.
+
+    Raises:
+        InputError: a number is NaN or infinite.
+    """
+    if not tensor.is_floating_point() or tensor.is_meta or tensor.element_size() < 2 or not tensor.numel():
+        return  # a quantized or an empty one
+    extremes = torch.stack(torch.aminmax(tensor.detach())).float()  # both are NaN where one number is
+    if not extremes.isfinite().all():
+        found = "NaN" if extremes.isnan().any() else "infinite numbers"
+        raise InputError(f"{name} in {source!r} holds {found}: use another checkpoint, or copy or download it again")
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name means a folder: a name on the hub has at most an owner and one slash."""
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
 
 
 def first_line(error: BaseException) -> str:

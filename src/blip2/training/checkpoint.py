@@ -30,6 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from blip2.build import Built
 from blip2.config import QFormerConfig, Recipe
 from blip2.data.assets import resolve
+from blip2.data.mixtures import is_position
 from blip2.errors import InputError
 from blip2.files import read_json, write_tensors
 from blip2.interop.foreign import Checkpoint
@@ -37,14 +38,14 @@ from blip2.interop.formats import is_blip2, is_pickle, open_foreign
 from blip2.interop.weights import open_file
 from blip2.model.frozen import Freezable
 from blip2.model.generation import GenerationModel
-from blip2.model.pretrained import read_pickle
+from blip2.model.pretrained import check_finite, read_pickle
 from blip2.recipe import dump_recipe, load_recipe, override
 
 FOLDER = "checkpoints"
 BEST = "best"
 ROOM = 1 << 26
 """So many numbers may a Q-Former have that its weights do not: what is not theirs is said better later on."""
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 """Of state.json and optimizer.pt; another number when they hold something else."""
 
 
@@ -124,10 +125,16 @@ def save(
         _flush(root)
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch reports a full disk as a short write; what was written must not be deleted before we look.
-        full = is_full(error) or shutil.disk_usage(run).free < 2**20
+        gone = not building.is_dir()
+        full = is_full(error) or (not gone and shutil.disk_usage(run).free < 2**20)
         shutil.rmtree(building, ignore_errors=True)
         if full:
             raise no_room(run, f"saving the checkpoint of step {step} to {root}") from error
+        if gone:
+            raise InputError(
+                f"{building} was deleted while the checkpoint of step {step} was written: leave the run's folder alone,"
+                f" and go on with --resume from {last.name if (last := latest(run)) else 'the start'}"
+            ) from error
         raise
     for old in sorted(root.glob("step-????????"))[:-keep]:
         shutil.rmtree(old)
@@ -285,6 +292,16 @@ def _check_sizes(recipe: Recipe, weights: Path) -> None:
 def _change(checkpoint: Checkpoint, changes: Mapping[str, object] | None) -> Recipe:
     """The recipe of a checkpoint with `changes`, which may not change what its weights are."""
     recipe = override(checkpoint.recipe, changes or {})
+    check_qformer(checkpoint, recipe)
+    return recipe
+
+
+def check_qformer(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Refuse a recipe whose Q-Former is another than the one that the weights of a checkpoint are for.
+
+    Raises:
+        InputError: a field of ``qformer`` differs which decides what the weights compute.
+    """
     for field in fields(QFormerConfig):
         had, given = getattr(checkpoint.recipe.qformer, field.name), getattr(recipe.qformer, field.name)
         if had != given and field.name not in ("bert", "tokenizer", "dropout"):
@@ -292,7 +309,6 @@ def _change(checkpoint: Checkpoint, changes: Mapping[str, object] | None) -> Rec
                 f"qformer.{field.name} of {checkpoint.name} is {had}, which its weights are for; it cannot be {given}:"
                 " leave it out"
             )
-    return recipe
 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
@@ -313,6 +329,23 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
     _load(weights, model, checkpoint, {name for name in expected if not name.startswith(checkpoint.absent)})
 
 
+def resume_weights(checkpoint: Checkpoint, model: nn.Module) -> list[str]:
+    """Load what was trained into a model that goes on training; other parts of it may train than before.
+
+    Returns:
+        A line for each frozen part that trains, or has adapters, for the first time and begins as it was pretrained.
+
+    Raises:
+        InputError: what was trained is frozen now, the file is damaged, or names or shapes differ.
+    """
+    weights, here = checkpoint.trained(), trained_state(model)
+    _check_kept(checkpoint, weights, model)
+    begins = tuple(f"{part}." for part in _freezable(model) if not weights.part(f"{part}."))
+    _load(weights, model, checkpoint, {name for name in here if not name.startswith(begins)})
+    new = sorted({name.split(".")[0] for name in here if name.startswith(begins)})
+    return [f"{part} trains from here on, and begins as it was pretrained" for part in new]
+
+
 def load_previous_stage(checkpoint: Checkpoint, model: nn.Module) -> list[str]:
     """Start a model from a checkpoint of another stage: what both have is loaded.
 
@@ -325,19 +358,7 @@ def load_previous_stage(checkpoint: Checkpoint, model: nn.Module) -> list[str]:
     """
     weights = checkpoint.weights if checkpoint.format == "blip2" else checkpoint.trained()
     here = set(trained_state(model))
-    lost = sorted({name.split(".")[0] for name in set(weights) & set(model.state_dict()) - here})
-    if lost:
-        raise InputError(
-            f"checkpoint {checkpoint.name} holds trained weights of {', '.join(lost)}, which optimizer.rates freezes:"
-            f' give "{lost[0]}.*" a rate, or they would be lost'
-        )
-    parts = tuple(f"{part}." for part in _freezable(model))
-    homeless = sorted(name for name in set(weights) - set(model.state_dict()) if name.startswith(parts))
-    if homeless:
-        raise InputError(
-            f"checkpoint {checkpoint.name} holds {homeless[0]}, for which there is no place: set"
-            f" {homeless[0].split('.')[0]} (its name and its lora) to what the checkpoint's recipe.yaml says"
-        )
+    _check_kept(checkpoint, weights, model)
     shared = here & set(weights)
     if not any(name.startswith("qformer.") for name in shared):
         raise InputError(
@@ -352,6 +373,27 @@ def load_previous_stage(checkpoint: Checkpoint, model: nn.Module) -> list[str]:
             )
     _load(weights.where(shared.__contains__), model, checkpoint, expected=shared)
     return sorted(here - shared)
+
+
+def _check_kept(checkpoint: Checkpoint, weights: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Refuse to train a model whose checkpoints would lack what was trained before.
+
+    Raises:
+        InputError: a part that was trained is frozen, or has no adapters, or others.
+    """
+    lost = sorted({name.split(".")[0] for name in set(weights) & set(model.state_dict()) - set(trained_state(model))})
+    if lost:
+        raise InputError(
+            f"checkpoint {checkpoint.name} holds trained weights of {', '.join(lost)}, which optimizer.rates freezes:"
+            f' give "{lost[0]}.*" a rate (0 leaves them as they are), or they would be lost'
+        )
+    parts = tuple(f"{part}." for part in _freezable(model))
+    homeless = sorted(name for name in set(weights) - set(model.state_dict()) if name.startswith(parts))
+    if homeless:
+        raise InputError(
+            f"checkpoint {checkpoint.name} holds {homeless[0]}, for which there is no place: set"
+            f" {homeless[0].split('.')[0]} (its name and its lora) to what the checkpoint's recipe.yaml says"
+        )
 
 
 def start_from(recipe: Recipe, built: Built, say: Callable[[str], None]) -> bool:
@@ -399,6 +441,7 @@ def _load(weights: Mapping[str, Tensor], model: nn.Module, checkpoint: Checkpoin
                              " it was made with, which lies beside it")  # fmt: skip
     with torch.no_grad():
         for name, tensor in weights.items():
+            check_finite(name, tensor, checkpoint.name)
             here[name].copy_(tensor)
 
 
@@ -414,6 +457,13 @@ def read_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         found, by = state.get("format"), state["versions"]["blip2"]
         name = "optimizer.pt"
         optimizer = read_pickle(folder / name, mmap=False)
+        if found == STATE_FORMAT:
+            _check(isinstance(optimizer, dict) and isinstance(optimizer["optimizer"], dict))
+            _check(all(isinstance(each, dict) for each in optimizer["optimizer"].values()))
+            name = "state.json"
+            _check(type(state["step"]) is int and state["step"] >= 0)
+            _check(isinstance(state["positions"], list) and all(is_position(each) for each in state["positions"]))
+            _check(isinstance(state["counts"], dict) and isinstance(state["unfinished"], dict | None))
     except Exception as error:  # unpickling damaged bytes raises nearly anything
         raise InputError(
             f"{folder / name} cannot be read ({type(error).__name__}): delete {folder} to go on from the checkpoint"
@@ -425,3 +475,9 @@ def read_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f" and format {STATE_FORMAT}: go on with that version, or begin anew with `start_from: {folder}`"
         )
     return state, optimizer
+
+
+def _check(holds: bool) -> None:
+    """Refuse a value of another kind than is written here."""
+    if not holds:
+        raise TypeError

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -14,6 +12,7 @@ from blip2.data.assets import resolve
 from blip2.data.features import Augmentation, CachedFeatures, cache_features
 from blip2.data.records import Records, RecordStream, open_records
 from blip2.errors import InputError
+from blip2.files import output_path
 from blip2.model.distributed import process_index
 from blip2.model.vision import ImageEncoder
 from blip2.training.checkpoint import is_full
@@ -42,7 +41,7 @@ def cached_features(
     if not encoder.is_frozen:
         raise InputError("data.cached_views needs a frozen image encoder, but optimizer.rates trains it: set it to 0")
     data = recipe.data
-    root = Path(data.features) if data.features is not None else Path(recipe.output).parent / "features"
+    root = output_path(recipe.output).parent / "features" if data.features is None else output_path(data.features)
     display = Display(f"features in {count(views, 'view')}", enabled=process_index() == 0)
 
     def report(done: int, total: int) -> None:

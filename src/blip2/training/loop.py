@@ -24,12 +24,12 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import nn
 
-from blip2.build import build, prepare_texts
+from blip2.build import build, prepare_texts, with_absolute_paths
 from blip2.config import Recipe
 from blip2.data.assets import resolve
 from blip2.data.batches import Loaded, Preparation, plan_evaluation, to_device
 from blip2.data.loading import load
-from blip2.data.mixtures import Preparations, mix, plan_mixture, start_anew
+from blip2.data.mixtures import Preparations, go_on, mix, plan_mixture
 from blip2.data.overlap import Source, check_overlap
 from blip2.data.records import Records, RecordStream, open_records
 from blip2.data.texts import StageBatch
@@ -43,14 +43,22 @@ from blip2.training.checkpoint import start_from
 from blip2.training.features import cached_features, summary
 from blip2.training.interruption import Interruption, note_signals
 from blip2.training.measuring import Evaluation, best_so_far, evaluate, is_better, validate
-from blip2.training.optimizer import build_optimizer, describe, restore_optimizer, set_rates, set_schedule
-from blip2.training.processes import deterministic, make_accelerator, naming_failures
+from blip2.training.optimizer import (
+    build_optimizer,
+    describe,
+    named_state,
+    restore_optimizer,
+    set_rates,
+    set_schedule,
+)  # fmt: skip
+from blip2.training.processes import deterministic, holding, make_accelerator, naming_failures
 from blip2.training.progress import METRICS, SKIPPED, Display, StepFile, note
 from blip2.training.projection import fit_projection
+from blip2.training.resuming import compare_recipes
 from blip2.training.sharding import leave_frozen, place_trained, shard_frozen
 from blip2.training.tally import Tally
 from blip2.training.traffic import step_traffic
-from blip2.training.watching import Watch
+from blip2.training.watching import FrozenFiles, Watch
 
 BROKEN_IN_A_ROW = 10
 """So many batches without a single good image stop a run."""
@@ -77,30 +85,36 @@ def train(recipe: Recipe, resume: bool = False, evaluation: Callable[[Recipe], E
     Raises:
         InputError: the recipe asks for something that is not there or does not fit, the data is unusable, the disk is
             full, or the loss is no longer finite. Earlier checkpoints stay.
-        Interruption: after SIGTERM or SIGINT, with a checkpoint of the step that was under way.
+        Interruption: after SIGTERM, SIGINT or SIGHUP, with a checkpoint of the step that was under way.
     """
+    recipe = with_absolute_paths(recipe)
     run = Path(recipe.output)
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"output {run} cannot be made a folder ({error.strerror}): give another output") from error
-    last = checkpoint.latest(run)
-    if last is not None and not resume:
-        raise InputError(
-            f"{run} already holds a run (its last checkpoint is {last.name}): go on with --resume, or give another"
-            " output"
-        )
     if recipe.evaluation is not None and evaluation is None:
         raise InputError("the recipe has an evaluation: train with blip2.evaluation.during.train, or leave it out")
     accelerator = make_accelerator(recipe)
     display = Display(run.name, enabled=accelerator.is_main_process)
     try:
-        with naming_failures(run), deterministic(recipe.training.deterministic):
-            return _Training(recipe, accelerator, display, last, evaluation).run()
+        with holding(run):
+            last = checkpoint.latest(run)
+            if last is not None and not resume:
+                raise InputError(
+                    f"{run} already holds a run (its last checkpoint is {last.name}): go on with --resume, or give"
+                    " another output"
+                )
+            with naming_failures(run), deterministic(recipe.training.deterministic):
+                return _Training(recipe, accelerator, display, last, evaluation).run()
     except OSError as error:
-        if not checkpoint.is_full(error):
+        if checkpoint.is_full(error):
+            raise checkpoint.no_room(run, f"writing to {run}") from error
+        if error.filename is None or not Path(str(error.filename)).absolute().is_relative_to(run):
             raise
-        raise checkpoint.no_room(run, f"writing to {run}") from error
+        raise InputError(
+            f"{error.filename} cannot be written or read ({error.strerror}): put that right and go on with --resume"
+        ) from error
     finally:
         display.close()
         accelerator.end_training()
@@ -135,14 +149,19 @@ class _Training:
             # What was tested at the first start is kept: another machine must not decide otherwise.
             found = going_on.recipe.vision.position_encoding
             recipe = replace(recipe, vision=replace(recipe.vision, position_encoding=found))
+        for line in compare_recipes(going_on, recipe) if going_on is not None else ():
+            display.say(line)
         shards = recipe.training.shard_frozen and accelerator.num_processes > 1
+        names = [recipe.vision.name, *([recipe.language.name] if recipe.language else [])]
+        self.frozen_files = FrozenFiles(resolve(name) for name in names)
         built = build(recipe, accelerator.device, going_on, torch.device("cpu") if shards else None)
         self.built = built
         vision = replace(recipe.vision, position_encoding=built.model.vision.position_encoding)
         self.recipe = recipe = replace(recipe, vision=vision)
         rates = set_rates(built.model, recipe.optimizer)
         if going_on is not None:
-            checkpoint.load_weights(going_on, built.model)
+            for line in checkpoint.resume_weights(going_on, built.model):
+                display.say(line)
         elif recipe.start_from is not None:
             self.new_projection = start_from(recipe, built, display.say)
         if accelerator.is_main_process:
@@ -167,7 +186,7 @@ class _Training:
             built.model.vision.to(accelerator.device)
         positions = state["positions"] if state else []
         self.opened: list[Source] = []
-        self.loaded, self.validation = self._open_data(self._own(positions, display))
+        self.loaded, self.validation = self._open_data(positions)
         language = recipe.language
         if language is not None and language.projection_init == "least_squares" and self.new_projection:
             self._fit_projection()
@@ -205,26 +224,15 @@ class _Training:
             sent = sum(travel.sent(accelerator.num_processes) for travel in travels)
             display.say(f"a process sends at most {sent / 1e6:,.1f} MB to the others in a step")
         if optimizer_state is not None:
-            restore_optimizer(self.optimizer, optimizer_state["optimizer"])
+            for line in restore_optimizer(self.optimizer, built.model, optimizer_state["optimizer"]):
+                display.say(line)
             if accelerator.scaler is not None and optimizer_state["scaler"]:
                 accelerator.scaler.load_state_dict(optimizer_state["scaler"])
         self.tally = Tally(list(recipe.data.sources), state["counts"] if state else None)
 
-    def _own(self, positions: list[Any], display: Display) -> Any:
-        """The position in the data of this process."""
-        if not positions:
-            return None
-        if len(positions) == self.accelerator.num_processes:
-            return positions[self.accelerator.process_index]
-        display.say(
-            f"the checkpoint is of {len(positions)} processes and there are {self.accelerator.num_processes} now: the"
-            " data goes on with the next epoch of each source"
-        )
-        return start_anew(positions)
-
     # -- data --------------------------------------------------------------------------------------------------------
 
-    def _open_data(self, position: Any) -> tuple[Iterator[Loaded], Preparation | None]:
+    def _open_data(self, positions: list[Any]) -> tuple[Iterator[Loaded], Preparation | None]:
         recipe, data = self.recipe, self.recipe.data
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         texts = prepare_texts(recipe, self.built)
@@ -255,10 +263,15 @@ class _Training:
         if len(sources) > 1:
             rows = [(source.name, f"{100 * source.share:.3g} %") for source in sources]
             self.display.table("data.train", ["source", "share of the steps"], rows)
-        plans = plan_mixture(
-            sources, data.batch_size, recipe.training.seed, data.group_by_length, process, processes,
-            recipe.training.accumulate, position,
+        dealing = (
+            data.batch_size, recipe.training.seed, data.group_by_length, process, processes, recipe.training.accumulate
         )  # fmt: skip
+        position = None
+        if positions:
+            position, lines = go_on(positions, sources, *dealing)
+            for line in lines:
+                self.display.say(line)
+        plans = plan_mixture(sources, *dealing, position)
         validation = None
         if data.validation is not None:
             held_out, validation = prepare(data.validation, train=False)
@@ -306,7 +319,7 @@ class _Training:
         recipe, accelerator = self.recipe, self.accelerator
         total = recipe.training.steps
         if accelerator.is_main_process:
-            (self.folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+            self._write_recipe()
             # The line of a step whose evaluation is not done is yet to be written.
             StepFile.truncate(self.folder / METRICS, self.step - (self.unfinished is not None))
             StepFile.truncate(self.folder / SKIPPED, self.step)
@@ -353,6 +366,10 @@ class _Training:
             self.display.say(f"{self.tally.skipped} records skipped, {self.tally.cut} captions cut")
         assert saved is not None
         return saved
+
+    def _write_recipe(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "recipe.yaml").write_text(dump_recipe(self.recipe), encoding="utf-8")
 
     def _warn_of_collapse(self, values: dict[str, float]) -> None:
         """Say once that the queries have become one vector."""
@@ -456,9 +473,22 @@ class _Training:
     def _save(self, unfinished: dict[str, float] | None = None) -> Path:
         """Write a checkpoint of this step, of which something is yet to be measured where `unfinished` is given."""
         accelerator = self.accelerator
-        positions = gather_objects(self.positions)
+        gathered = gather_objects((self.positions, self.frozen_files.changed()))
+        positions = [position for position, _ in gathered]
+        changed = sorted({file for _, files in gathered for file in files})
+        if changed:
+            last = checkpoint.latest(self.folder)
+            raise InputError(
+                f"{changed[0]} was changed while this run reads it, so steps since the last checkpoint may be of either"
+                f" file: put the old one back and go on with --resume from {last or 'the start'}"
+            )
         path = self.folder
         if accelerator.is_main_process:
+            if not (self.folder / "recipe.yaml").exists():
+                self.display.say(
+                    f"{self.folder} was deleted while the run trains, and is made again: metrics begin anew"
+                )
+                self._write_recipe()
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
             path = checkpoint.save(
                 self.folder,
@@ -466,7 +496,7 @@ class _Training:
                 accelerator.unwrap_model(self.model),
                 self.recipe,
                 self.built.qformer_tokenizer,
-                {"optimizer": self.optimizer.state_dict(), "scaler": scaler},
+                {"optimizer": named_state(self.optimizer, self.built.model), "scaler": scaler},
                 {"positions": positions, "counts": self.tally.metrics(), "unfinished": unfinished},
                 self.recipe.training.keep,
             )

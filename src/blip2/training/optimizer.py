@@ -15,6 +15,8 @@ from blip2.model.frozen import Freezable
 from blip2.model.vision import ImageEncoder
 
 UNDECAYED = ("temperature", "qformer.queries")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Names that AdamW has for the moments of a parameter."""
 
 
 def pattern_of(name: str, config: OptimizerConfig) -> str:
@@ -134,22 +136,54 @@ def set_schedule(optimizer: Any, step: int, steps: int, config: OptimizerConfig)
     return share
 
 
-def restore_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
-    """Load the state of a checkpoint; rates and decay stay those of the recipe, which may have changed.
+def named_state(optimizer: Any, model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return the state of each parameter that an optimizer trains by its name; empty where it had no gradient yet."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    trained = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return {names[parameter]: dict(optimizer.state.get(parameter, {})) for parameter in trained}
 
-    Raises:
-        InputError: other parameters train now, or are grouped otherwise.
+
+def restore_optimizer(optimizer: Any, model: nn.Module, saved: dict[str, dict[str, Any]]) -> list[str]:
+    """Give each parameter the state that was saved under its name.
+
+    Rates, betas and decay stay those of the recipe, which may have changed. A parameter without a saved state begins
+    without one, as in a new run.
+
+    Args:
+        saved: as :func:`named_state` returned it.
+
+    Returns:
+        A line on the parameters that begin without a state, and one on the saved states that no parameter takes.
     """
-    own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(state)
-    except ValueError as error:
-        raise InputError(
-            f"the checkpoint's optimiser does not fit optimizer.rates ({error}): go on with the rates that the run"
-            " began with, or begin another with start_from"
-        ) from error
-    for group, settings in zip(optimizer.param_groups, own, strict=True):
-        group.update(settings)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    current = optimizer.state_dict()
+    state: dict[int, dict[str, Any]] = {}
+    taken: set[str] = set()
+    fresh: list[str] = []
+    for group, indices in zip(optimizer.param_groups, current["param_groups"], strict=True):
+        for parameter, index in zip(group["params"], indices["params"], strict=True):
+            name = names[parameter]
+            found = saved.get(name)
+            if found is None or any(found[moment].shape != parameter.shape for moment in MOMENTS if found):
+                fresh.append(name)
+                continue
+            taken.add(name)
+            if found:
+                state[index] = found
+    optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
+    lost = [name for name in saved if name not in taken]
+    lines = []
+    if fresh:
+        lines.append(f"the optimizer's state begins anew for {_some(fresh)}, of which the checkpoint has none")
+    if lost:
+        lines.append(f"the optimizer's state of {_some(lost)} is dropped: it no longer trains, or has another shape")
+    return lines
+
+
+def _some(names: list[str]) -> str:
+    """How many parameters there are, and the first of them."""
+    listed = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+    return f"{len(names)} parameter{'' if len(names) == 1 else 's'} ({listed})"
 
 
 def describe(model: nn.Module, rates: dict[str, float]) -> list[tuple[str, str, str, str]]:

@@ -18,6 +18,8 @@ from accelerate.utils import InitProcessGroupKwargs
 from blip2.build import choose_device
 from blip2.config import Recipe
 from blip2.errors import InputError, process_name
+from blip2.files import locked
+from blip2.model.distributed import gather_objects, process_index
 from blip2.training.interruption import Interruption
 
 FAILURES = "failures.log"
@@ -62,6 +64,27 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.training.timeout)),
         ],
     )
+
+
+@contextlib.contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    """Hold a folder for the processes of this run alone, of which the first does it for all; see
+    :func:`blip2.files.locked`. All of them call this.
+
+    Raises:
+        InputError: in all of them: processes of another run hold it, or it cannot be written.
+    """
+    problem = None
+    with contextlib.ExitStack() as stack:
+        if process_index() == 0:
+            try:
+                stack.enter_context(locked(folder))
+            except InputError as error:
+                problem = str(error)
+        problem = gather_objects(problem)[0]
+        if problem is not None:
+            raise InputError(problem)
+        yield
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,19 +37,22 @@ class StepFile:
         if not path.exists():
             return
         kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(InputError, KeyError, TypeError):  # torn by the kill
                 if parse_json(line)["step"] <= step:
                     kept.append(line)
-            except (InputError, KeyError, TypeError):  # torn by the kill
-                continue
         with written(path) as file:
             file.write("".join(f"{line}\n" for line in kept).encode())
 
     def write(self, values: dict[str, Any]) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps(values) + "\n")
-            self._file.flush()
+        if self._file is None:
+            return
+        if not self.path.exists():  # deleted while the run trains: what is written from here on shall be there
+            self._file.close()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a", encoding="utf-8")
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
 
     def close(self) -> None:
         if self._file is not None:
@@ -122,7 +126,8 @@ class Display:
     def advance(self, done: int, note: str = "") -> None:
         """Say that `done` of the total are done; `note` stands beside it."""
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=done, note=note)
+            with self._terminal():
+                self._bar.update(self._bar.task_ids[0], completed=done, note=note)
             return
         now = time.monotonic()
         if done in (self._first + 1, self._total) or now - self._shown >= 10:
@@ -134,19 +139,32 @@ class Display:
     def paused(self) -> Iterator[None]:
         """Without its bar, while something else shows one."""
         if self._bar is not None:
-            self._bar.stop()
+            with self._terminal():
+                self._bar.stop()
         yield
         if self._bar is not None:
-            self._bar.start()
+            with self._terminal():
+                self._bar.start()
 
     def say(self, text: str) -> None:
         """A line above the bar."""
-        self.console.print(plain_text(text))
+        with self._terminal():
+            self.console.print(plain_text(text))
 
     def table(self, title: str, columns: list[str], rows: list[tuple[str, ...]]) -> None:
-        self.console.print(plain_table(columns, rows, title))
+        with self._terminal():
+            self.console.print(plain_table(columns, rows, title))
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with self._terminal():
+                self._bar.stop()
             self._bar = None
+
+    @contextmanager
+    def _terminal(self) -> Iterator[None]:
+        """Where nobody can be shown anything any more, because a terminal was closed, work goes on all the same."""
+        try:
+            yield
+        except OSError:
+            self.console.quiet = True

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable
+from pathlib import Path
+
 import torch
 
 from blip2.model.distributed import gather
@@ -50,3 +54,34 @@ class Watch:
             except Exception:  # no pynvml, or one that does not go with the driver: nothing to stop training for
                 self._tells_utilisation = False
         return memory, -1.0
+
+
+class FrozenFiles:
+    """The files of the frozen parts, which are mapped: what is written into one of them changes a run under way.
+
+    Args:
+        names: files, and folders of weights; names on a hub are left out.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._paths = [
+            file
+            for path in map(Path, names)
+            for file in ([path] if path.is_file() else sorted(path.glob("*")) if path.is_dir() else [])
+            if file.suffix in (".safetensors", ".bin", ".pth", ".pt")
+        ]
+        self._found = self._look()
+
+    def _look(self) -> dict[tuple[Path, int], tuple[int, int]]:
+        found: dict[tuple[Path, int], tuple[int, int]] = {}
+        for path in self._paths:
+            with contextlib.suppress(OSError):
+                about = path.stat()
+                found[path, about.st_ino] = (about.st_size, about.st_mtime_ns)
+        return found
+
+    def changed(self) -> list[str]:
+        """Those whose size or time is another than at the start. One that was deleted, or replaced by another under its
+        name, is not among them: it stays mapped as it was."""
+        now = self._look()
+        return [str(file[0]) for file, was in self._found.items() if now.get(file, was) != was]
