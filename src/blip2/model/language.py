@@ -21,12 +21,17 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndByt
 from transformers.activations import ACT2FN
 
 from blip2.errors import InputError
-from blip2.model.decoding import Decoding, write, write_plainly
+from blip2.model.decoding import Decoding, Way
 from blip2.model.frozen import Freezable
 from blip2.model.linear import use_linear
 from blip2.model.objectives import IGNORED
 from blip2.model.pretrained import read_config, read_model
-from blip2.model.reading import Prompts, is_supported
+from blip2.model.reading import Prompts, beside_embeddings, blank_token, forward
+from blip2.model.trial import check_gradient, find_way
+
+
+POSITIONS = ("max_position_embeddings", "max_target_positions", "n_positions", "max_seq_len", "n_ctx")
+"""Names that configurations have for the number of positions."""
 
 
 class LanguageModel(Freezable):
@@ -42,10 +47,10 @@ class LanguageModel(Freezable):
         use_linear(network)
         self.is_encoder_decoder: bool = bool(self.network.config.is_encoder_decoder)
         # What generation does is said by Decoding alone, not by defaults that came with the weights.
-        start = getattr(self.network.config, "decoder_start_token_id", None)
+        start = start_token(self.network) if self.is_encoder_decoder else None
         self.network.generation_config = GenerationConfig(decoder_start_token_id=start)
         self._attention: str = self.network.config._attn_implementation
-        self._writes = is_supported(self.network)
+        self._way: Way | None = None
         self.freeze()
         embedding: Any = self.network.get_input_embeddings()
         self.width: int = embedding.weight.shape[1]
@@ -96,16 +101,23 @@ class LanguageModel(Freezable):
         inputs, seen = self._inputs(visual, ids, mask)
         counted = labels != IGNORED
         columns = counted.any(dim=0).nonzero().squeeze(1)
-        arguments: dict[str, Any] = {"inputs_embeds": inputs, "attention_mask": seen, "use_cache": False}
+        arguments: dict[str, Any] = {"inputs_embeds": inputs, "attention_mask": seen}
+        wanted = None
         if self.is_encoder_decoder:
-            arguments["decoder_input_ids"] = self.network.prepare_decoder_input_ids_from_labels(labels=labels)
+            arguments["decoder_input_ids"] = self._decoder_input(labels)
         else:
             # The token at column t is predicted one position before it.
-            arguments["logits_to_keep"] = visual.shape[1] + columns - 1
+            wanted = visual.shape[1] + columns - 1
             counted, labels = counted[:, columns], labels[:, columns]
         with self.own_precision(inputs.device), self._without_head():
-            states = self.network(**arguments).logits
+            arguments |= beside_embeddings(self.network, visual.shape[1], ids, inputs)
+            states = forward(self.network, wanted, **arguments)
         return states[counted], labels[counted]
+
+    def _decoder_input(self, labels: Int[Tensor, "B U"]) -> Int[Tensor, "B U"]:
+        """What a decoder reads to write `labels`: its start token, then all of them but the last."""
+        start = torch.full_like(labels[:, :1], self.network.generation_config.decoder_start_token_id)
+        return torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, blank_token(self.network))], dim=1)
 
     def head(self, states: Float[Tensor, "M S"]) -> Float[Tensor, "M V"]:
         """The logits of states."""
@@ -142,7 +154,7 @@ class LanguageModel(Freezable):
         setattr(matrix, "forward", lambda states: read.append(states) or states)  # noqa: B010
         try:
             logits = self.network(input_ids=ids, use_cache=False, **decoder).logits
-        except (RuntimeError, ValueError, TypeError):  # something is added that is as wide as the vocabulary
+        except Exception:  # something is added that is as wide as the vocabulary
             return False
         finally:
             del matrix.forward
@@ -177,8 +189,7 @@ class LanguageModel(Freezable):
         """
         prompts = self.prompts(visual, ids, mask, image_of)
         with self.own_precision(prompts.text.device):
-            by = write if self._writes else write_plainly
-            return by(self.network, prompts, decoding, self.ends(end), copies, dice)
+            return self.way(self.network, prompts, decoding, self.ends(end), copies, dice)
 
     def prompts(
         self,
@@ -193,11 +204,57 @@ class LanguageModel(Freezable):
         self._choose_attention(text)
         if image_of is None:
             image_of = torch.arange(len(ids), device=ids.device)
-        return Prompts(visual.to(text.dtype), text, mask.gather(1, order), image_of)
+        return Prompts(visual.to(text.dtype), text, ids.gather(1, order), mask.gather(1, order), image_of)
+
+    @property
+    def way(self) -> Way:
+        """How it writes: the fastest way in which it predicts what it does in training (:mod:`blip2.model.trial`)."""
+        if self._way is None:
+            with self._trying():
+                self._way = find_way(self.network, self._teach)
+        return self._way
+
+    def check(self, trains: bool = False) -> None:
+        """Run the LLM for a few tokens, in every way in which it is used.
+
+        Args:
+            trains: see that a gradient reaches the visual prompt, too.
+
+        Raises:
+            InputError: it cannot be used; the message says why.
+        """
+        _ = self.way
+        if trains:
+            with self._trying():
+                check_gradient(self.network, self._teach)
+
+    def _teach(self, visual: Tensor, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+        return self.head(self.states(visual, ids, mask, labels)[0])
+
+    @contextmanager
+    def _trying(self) -> Iterator[None]:
+        """Without dropout, and leaving PyTorch's random numbers as they are."""
+        device = self.network.device
+        training = [module for module in self.network.modules() if module.training]
+        self.network.eval()
+        self._choose_attention(self.embed(torch.zeros(1, 1, dtype=torch.long, device=device)))
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []), self.own_precision(device):
+                yield
+        finally:
+            for module in training:
+                module.training = True
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens that it has positions for, the visual prompt included; None: no limit that it knows of."""
+        config = self.network.config.get_text_config(decoder=not self.is_encoder_decoder)
+        found = (getattr(config, name, None) for name in POSITIONS)
+        return next((each for each in found if isinstance(each, int) and each > 0), None)
 
     def ends(self, end: int) -> list[int]:
         """Tokens that end a text. Some chat models have several; where `end` is one of them, so are the others."""
-        own = getattr(self.network.config, "eos_token_id", None)
+        own = getattr(self.network.config.get_text_config(decoder=True), "eos_token_id", None)
         return [end, *(other for other in own if other != end)] if isinstance(own, list) and end in own else [end]
 
     def _inputs(
@@ -263,6 +320,25 @@ def read_network(
     set_activation(config, activation)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     return read_model(auto, name, "language model", dtype, config=config, how=how)[0]
+
+
+def start_token(network: Any) -> int:
+    """Return the token that a decoder's text begins with.
+
+    Raises:
+        InputError: neither configuration of the LLM says it.
+    """
+    config, generation = network.config, network.generation_config
+    decoder = config.get_text_config(decoder=True)
+    found = [getattr(each, "decoder_start_token_id", None) for each in (generation, config, decoder)]
+    found += [getattr(each, "bos_token_id", None) for each in (generation, config, decoder)]
+    start = next((each for each in found if isinstance(each, int)), None)
+    if start is None:
+        raise InputError(
+            f"the LLM, a {type(network).__name__}, does not say which token its texts begin with: add"
+            " decoder_start_token_id to its config.json or generation_config.json"
+        )
+    return start
 
 
 def set_activation(config: Any, activation: str | None) -> None:
