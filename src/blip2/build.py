@@ -113,7 +113,8 @@ def build(
         initialise_from_bert(resolve(recipe.qformer.bert or ""), model.qformer)
         model.initialise_projection()
     end = end_of_text(tokenizer, recipe.language.stop, recipe.language.name)
-    return Built(model.to(place), tokenizer, end, reader)
+    model.to(place).language.check()
+    return Built(model, tokenizer, end, reader)
 
 
 def read_image_encoder(config: VisionConfig, dtype: torch.dtype, opened: Checkpoint | None = None) -> ImageEncoder:
@@ -204,7 +205,32 @@ def prepare_texts(recipe: Recipe, built: Built) -> TextPreparation:
         limit = min(limit, recipe.qformer.max_positions)
         return RepresentationTexts(built.tokenizer, limit)
     assert built.end is not None
-    kind = PrefixTexts if built.model.language.is_encoder_decoder else GenerationTexts
-    return kind(
-        built.tokenizer, limit, recipe.language.prompt, built.end, built.reader, recipe.language.question_prompt
-    )
+    language = built.model.language
+    language.check(trains=True)
+    kind = PrefixTexts if language.is_encoder_decoder else GenerationTexts
+    texts = kind(
+        built.tokenizer, limit, recipe.language.prompt, built.end, built.reader, recipe.language.question_prompt,
+        _room(recipe, language),
+    )  # fmt: skip
+    longest = max(texts.prompt_length(prompt) for prompt in (recipe.language.prompt, texts.question_prompt or ""))
+    if texts.room is not None and longest > texts.room:
+        raise InputError(
+            f"the LLM has {language.positions} positions, which do not hold {recipe.qformer.queries} queries, a prompt of"
+            f" {longest} tokens and data.max_tokens {limit}: make data.max_tokens or language.prompt shorter, or set"
+            " language.name to another"
+        )
+    return texts
+
+
+def _room(recipe: Recipe, language: LanguageModel) -> int | None:
+    """Tokens that a prompt may have beside queries and caption; None: any number. Below 0 nothing fits at all."""
+    if language.positions is None:
+        return None
+    captions = recipe.data.max_tokens
+    if not language.is_encoder_decoder:
+        return language.positions - recipe.qformer.queries - captions
+    # The decoder writes the caption; without a prompt, the encoder reads the beginning of it.
+    room = language.positions - recipe.qformer.queries
+    if captions > language.positions or (recipe.language is not None and not recipe.language.prompt and captions > room):
+        return -1
+    return room

@@ -17,7 +17,16 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig, GenerationConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    BitsAndBytesConfig,
+    GenerationConfig,
+)
 from transformers.activations import ACT2FN
 
 from blip2.errors import InputError
@@ -248,7 +257,9 @@ class LanguageModel(Freezable):
     @property
     def positions(self) -> int | None:
         """Tokens that it has positions for, the visual prompt included; None: no limit that it knows of."""
-        config = self.network.config.get_text_config(decoder=not self.is_encoder_decoder)
+        config = self.network.config
+        if not self.is_encoder_decoder:
+            config = config.get_text_config(decoder=True)
         found = (getattr(config, name, None) for name in POSITIONS)
         return next((each for each in found if isinstance(each, int) and each > 0), None)
 
@@ -317,9 +328,40 @@ def read_network(
     """The network of :func:`load_language_model` alone; `dtype` may be ``auto``, that of its files; `how` else it is
     loaded goes to transformers."""
     config = read_config(name, "language model")
-    set_activation(config, activation)
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return read_model(auto, name, "language model", dtype, config=config, how=how)[0]
+    set_activation(config.get_text_config(decoder=True), activation)
+    auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    known = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in known:
+        auto = AutoModelForImageTextToText
+    network = read_model(auto, name, "language model", dtype, config=config, how=how)[0]
+    if network.config.is_encoder_decoder and getattr(network.config, "decoder_start_token_id", None) is None:
+        network.config.decoder_start_token_id = start_token(network)
+    return text_tower(network)
+
+
+def text_tower(network: Any) -> Any:
+    """The LLM inside one that reads images by itself (Gemma 3, Llama 4, Mistral 3 ...), which shares its weights.
+
+    An LLM that is nothing else, and one whose text part transformers does not have as an LLM of its own (Qwen-VL), is
+    returned as it is.
+    """
+    whole = network.config
+    config = whole.get_text_config(decoder=True)
+    if config is whole or whole.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return network
+    with torch.device("meta"):
+        alone: Any = AutoModelForCausalLM.from_config(config)
+    tower, head = network.get_decoder(), network.get_output_embeddings()
+    if type(tower) is not type(alone.base_model) or head is None:
+        return network
+    setattr(alone, alone.base_model_prefix, tower)
+    alone.set_output_embeddings(head)
+    if any(tensor.is_meta for tensor in (*alone.parameters(), *alone.buffers())):
+        return network
+    ends = getattr(whole, "eos_token_id", None)
+    if ends is not None:  # the whole model's configuration knows the end of a turn, too
+        config.eos_token_id = ends
+    return alone.eval()
 
 
 def start_token(network: Any) -> int:
