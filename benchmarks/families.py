@@ -14,6 +14,7 @@ takes about half an hour on one core.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import resource
@@ -94,6 +95,8 @@ def shrink(kind: type[PreTrainedConfig], changes: dict[str, Any]) -> dict[str, A
     except Exception:
         return dict(changes)
     fields: dict[str, Any] = {}
+    if "qk_rope_head_dim" in vars(default):  # of which others are made
+        changes = {**changes, "head_dim": None}
     layers = next((getattr(default, n) for n in ("num_hidden_layers", "n_layer", "num_layers")
                    if isinstance(getattr(default, n, None), int)), None)  # fmt: skip
     for name, value in vars(default).items():
@@ -112,7 +115,7 @@ def shrink(kind: type[PreTrainedConfig], changes: dict[str, Any]) -> dict[str, A
             fields[name] = VOCABULARY - 1 - sum(map(ord, name)) % 20
         elif isinstance(value, list) and layers and len(value) == layers and layers > 4:
             fields[name] = value[:2] + value[-2:]
-    return {**fields, **changes}
+    return {name: value for name, value in {**fields, **changes}.items() if value is not None or name not in SIZES}
 
 
 STAGES = {
@@ -124,21 +127,22 @@ STAGES = {
 def attempts(kind: type[PreTrainedConfig]) -> list[dict[str, Any]]:
     """Arguments to try, one after the other."""
     listed = [shrink(kind, {})]
-    listed.append({**listed[0], **{key: listed[0].get(key, 0) and 2 for key in ("num_hidden_layers",)}})
+    listed.append({**listed[0], **({"num_hidden_layers": 2} if "num_hidden_layers" in listed[0] else {})})
     default: Any = None
     try:
         default = kind()
     except Exception:
         return listed
-    stages = {key: value for key, value in STAGES.items() if isinstance(getattr(default, key, None), type(value))}
-    if isinstance(getattr(default, "depths", None), list):
-        count = len(default.depths)
-        plain = {key: value[-count:] if isinstance(value, list) else value for key, value in stages.items()}
-        listed.insert(0, {**listed[0], **plain})
+    plain = vars(default)
+    stages = {key: value for key, value in STAGES.items() if isinstance(plain.get(key), type(value))}
+    if isinstance(plain.get("depths"), list):
+        count = len(plain["depths"])
+        sized = {key: value[-count:] if isinstance(value, list) else value for key, value in stages.items()}
+        listed.insert(0, {**listed[0], **sized})
         listed.append({"depths": [1] * count, "image_size": 64})
         listed.append({"depths": [1] * count})
-    layers = {key: 2 for key in ("num_hidden_layers", "n_layer", "encoder_layers", "decoder_layers") if hasattr(default, key)}
-    listed.append({**layers, "vocab_size": VOCABULARY} if hasattr(default, "vocab_size") else layers)
+    layers = {key: 2 for key in ("num_hidden_layers", "n_layer", "encoder_layers", "decoder_layers") if key in plain}
+    listed.append({**layers, "vocab_size": VOCABULARY} if "vocab_size" in plain else layers)
     listed.append({})
     return listed
 
@@ -156,6 +160,8 @@ def tiny(kind: type[PreTrainedConfig], model: type) -> Any:
                 continue
             torch.manual_seed(0)
             network = model(kind(**arguments)).eval()
+            if network.main_input_name == "input_ids":
+                run_alone(network, torch.arange(3, 9)[None])
         except Exception as error:
             said = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error).strip() else ''}"
             continue
@@ -166,6 +172,14 @@ def tiny(kind: type[PreTrainedConfig], model: type) -> Any:
                 parameter.data.normal_(std=min(0.3, 1.5 / fan**0.5), generator=generator)
         return network
     raise LookupError(said)
+
+
+def run_alone(network: Any, ids: torch.Tensor, **more: Any) -> torch.Tensor:
+    """Logits of a text by transformers alone."""
+    taken = inspect.signature(network.forward).parameters
+    if network.config.is_encoder_decoder and not more:
+        more = {"decoder_input_ids": ids}
+    return network(input_ids=ids, **more, **({"use_cache": False} if "use_cache" in taken else {})).logits
 
 
 # -- what is compared --------------------------------------------------------------------------------------------------
@@ -200,9 +214,10 @@ def language_family(kind: type[PreTrainedConfig], model: type, folder: Path) -> 
         for row, target in zip(rows, labels, strict=True):
             whole = torch.cat([visual_ids, row])[None]
             if language.is_encoder_decoder:
-                logits = own(input_ids=whole, labels=target[None]).logits[0]
+                start = torch.tensor([own.generation_config.decoder_start_token_id])
+                logits = run_alone(own, whole, decoder_input_ids=torch.cat([start, target[:-1]])[None])[0]
             else:
-                logits = own(input_ids=whole).logits[0, -len(target) - 1 : -1]
+                logits = run_alone(own, whole)[0, -len(target) - 1 : -1]
             theirs.append(F.cross_entropy(logits.float(), target, reduction="none"))
         apart = (ours - torch.cat(theirs)).abs().max().item()
         found["loss"] = ours.mean().item()

@@ -229,7 +229,7 @@ def _generates(trial: Trial, which: Sequence[int]) -> bool:
         dictation = Dictation(trial.continuations, beams)
         write_plainly(
             trial.network, trial.prompts.rows(torch.tensor(which, device=trial.continuations.device)),
-            Decoding(beams=beams, max_new_tokens=WRITTEN, min_new_tokens=WRITTEN), [end], also=[dictation],
+            Decoding(beams=beams, max_new_tokens=WRITTEN, min_new_tokens=0), [end], also=[dictation],
         )  # fmt: skip
         for place, (continuations, logits) in enumerate(dictation.read):
             if place and sorted(set(continuations.tolist())) != list(range(beams)):
