@@ -20,7 +20,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import Blip2VisionConfig, PreTrainedTokenizerBase
+from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2VisionConfig, PreTrainedTokenizerBase
 
 from blip2.build import choose_dtype, end_of_text, read_image_encoder, text_tokenizer
 from blip2.config import LanguageConfig, Recipe
@@ -136,6 +136,7 @@ def _transformers(checkpoint: Checkpoint, stage1: Checkpoint | None, to: str) ->
     text: Any = None
     if generates:
         complete, tokenizer = _with_image_token(_with_language(complete))
+        _check_language(complete)
         if to == "vllm":
             if complete.language_config.is_encoder_decoder:
                 raise InputError(
@@ -164,6 +165,26 @@ def _transformers(checkpoint: Checkpoint, stage1: Checkpoint | None, to: str) ->
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     return write
+
+
+def _check_language(checkpoint: Checkpoint) -> None:
+    """See that transformers' BLIP-2 makes the same LLM of a configuration.
+
+    Raises:
+        InputError: it makes another, as a decoder alone of BART and Pegasus, or none.
+    """
+    config: Any = checkpoint.language_config
+    expected = type(empty_model(config)).__name__
+    try:
+        with torch.device("meta"):
+            made = type(Blip2ForConditionalGeneration(Blip2Config(text_config=config)).language_model).__name__
+    except Exception as error:  # which configurations it does not take is nowhere said
+        made = f"nothing ({first_line(error)[:160]})"
+    if made != expected:
+        raise InputError(
+            f"{checkpoint.name} has an LLM of type {config.model_type}, a {expected}, of which transformers' BLIP-2 makes"
+            f" {made}: convert it to blip2"
+        )
 
 
 def _lavis(checkpoint: Checkpoint, with_language: bool) -> Writer:
@@ -247,6 +268,13 @@ def _check_fits(checkpoint: Checkpoint) -> None:
         ("LLM", checkpoint.language_config, len(weights.get("projection.weight", ()))),
     ):
         if config is not None and config.hidden_size != here:
+            embeddings = getattr(config, "word_embed_proj_dim", None)
+            if what == "LLM" and embeddings == here:
+                raise InputError(
+                    f"{checkpoint.name} has an LLM of type {config.model_type} whose embeddings are {here} wide and whose"
+                    f" layers are {config.hidden_size} wide; transformers' BLIP-2 takes the latter for both: convert it"
+                    " to blip2"
+                )
             raise InputError(
                 f"{checkpoint.name} is for an {what} of width {here}, the one named is {config.hidden_size} wide: name"
                 " the one that it was trained with"

@@ -35,7 +35,7 @@ from blip2.model.frozen import Freezable
 from blip2.model.linear import use_linear
 from blip2.model.objectives import IGNORED
 from blip2.model.pretrained import read_config, read_model
-from blip2.model.reading import Prompts, beside_embeddings, blank_token, forward
+from blip2.model.reading import Prompts, beside_embeddings, blank_token, forward, text_config
 from blip2.model.trial import check_gradient, find_way
 
 
@@ -257,15 +257,13 @@ class LanguageModel(Freezable):
     @property
     def positions(self) -> int | None:
         """Tokens that it has positions for, the visual prompt included; None: no limit that it knows of."""
-        config = self.network.config
-        if not self.is_encoder_decoder:
-            config = config.get_text_config(decoder=True)
+        config = text_config(self.network.config)
         found = (getattr(config, name, None) for name in POSITIONS)
         return next((each for each in found if isinstance(each, int) and each > 0), None)
 
     def ends(self, end: int) -> list[int]:
         """Tokens that end a text. Some chat models have several; where `end` is one of them, so are the others."""
-        own = getattr(self.network.config.get_text_config(decoder=True), "eos_token_id", None)
+        own = getattr(text_config(self.network.config), "eos_token_id", None)
         return [end, *(other for other in own if other != end)] if isinstance(own, list) and end in own else [end]
 
     def _inputs(
@@ -328,7 +326,7 @@ def read_network(
     """The network of :func:`load_language_model` alone; `dtype` may be ``auto``, that of its files; `how` else it is
     loaded goes to transformers."""
     config = read_config(name, "language model")
-    set_activation(config.get_text_config(decoder=True), activation)
+    set_activation(text_config(config), activation)
     auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     known = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in known:
@@ -346,7 +344,7 @@ def text_tower(network: Any) -> Any:
     returned as it is.
     """
     whole = network.config
-    config = whole.get_text_config(decoder=True)
+    config = text_config(whole)
     if config is whole or whole.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return network
     with torch.device("meta"):
@@ -383,6 +381,16 @@ def start_token(network: Any) -> int:
     return start
 
 
+def activation_of(config: Any) -> str | None:
+    """Return the activation of an LLM's feed-forwards; None where its configuration does not say it."""
+    key = _activation_key(config)
+    return None if key is None else getattr(config, key)
+
+
+def _activation_key(config: Any) -> str | None:
+    return next((key for key in ("dense_act_fn", "hidden_act", "activation_function") if hasattr(config, key)), None)
+
+
 def set_activation(config: Any, activation: str | None) -> None:
     """Have the feed-forwards of an LLM use another activation than its own; None leaves it as it is.
 
@@ -393,7 +401,7 @@ def set_activation(config: Any, activation: str | None) -> None:
         return
     if activation not in ACT2FN:
         raise InputError(f"language.activation is {activation!r}, expected one that transformers has, such as gelu")
-    key = next((k for k in ("dense_act_fn", "hidden_act", "activation_function") if hasattr(config, k)), None)
+    key = _activation_key(config)
     if key is None:
         raise InputError(f"an LLM of type {config.model_type} has no activation to set: leave out language.activation")
     setattr(config, key, activation)

@@ -68,8 +68,7 @@ def beside_embeddings(
     Args:
         visual: number of embeddings before those of `ids`.
     """
-    config = network.config.get_text_config(decoder=True)
-    if not getattr(config, "hidden_size_per_layer_input", None):
+    if not has_embeddings_in_layers(network):
         return {}
     blank = ids.new_full((len(ids), visual), blank_token(network))
     look_up = network.get_decoder().get_per_layer_inputs
@@ -78,9 +77,19 @@ def beside_embeddings(
     return {"per_layer_inputs": look_up(ids, embeddings) if by_both else look_up(ids)}
 
 
+def text_config(config: Any) -> Any:
+    """Return the part of a configuration that is of the text: all of it but for LLMs that read images by themselves."""
+    return config if config.is_encoder_decoder else config.get_text_config()
+
+
+def has_embeddings_in_layers(network: Any) -> bool:
+    """Return whether an LLM looks tokens up in each layer (Gemma 3n, Gemma 4 E2B and E4B)."""
+    return bool(getattr(text_config(network.config), "hidden_size_per_layer_input", None))
+
+
 def blank_token(network: Any) -> int:
     """Return the token that stands where there is none: that of padding, or else the first."""
-    token = getattr(network.config.get_text_config(decoder=True), "pad_token_id", None)
+    token = getattr(text_config(network.config), "pad_token_id", None)
     return token if isinstance(token, int) and token >= 0 else 0
 
 

@@ -38,7 +38,16 @@ from blip2.model.decoding import (
 )
 from blip2.model.objectives import IGNORED
 from blip2.model.pretrained import first_line
-from blip2.model.reading import Prompts, Reader, Rereader, blank_token, forward, is_supported
+from blip2.model.reading import (
+    Prompts,
+    Reader,
+    Rereader,
+    blank_token,
+    forward,
+    has_embeddings_in_layers,
+    is_supported,
+    text_config,
+)
 
 VISUAL, WRITTEN = 3, 3
 """Length of the visual prompt, and number of tokens that are predicted."""
@@ -133,8 +142,8 @@ def _prepare(network: Any, teach: Teach) -> Trial:
     mask = torch.arange(max(LENGTHS), device=device) < torch.tensor(LENGTHS, device=device)[:, None]
     try:
         embed = network.get_input_embeddings()
-        if getattr(network.config.get_text_config(decoder=True), "hidden_size_per_layer_input", None):
-            visual = torch.full_like(visual, blank_token(network))  # see beside_embeddings
+        if has_embeddings_in_layers(network):
+            visual = torch.full_like(visual, blank_token(network))  # for which a visual prompt counts there
         prompts = Prompts(embed(visual[None]), embed(ids), ids, mask, torch.zeros_like(ids[:, 0]))
         trial = Trial(network, visual[None], prompts, torch.stack([first, second]))
         arguments = _as_trained(trial)
@@ -169,7 +178,7 @@ def _as_trained(trial: Trial) -> tuple[Tensor, Tensor, Tensor]:
 def _ordinary_tokens(network: Any, count: int) -> list[int]:
     """Tokens from all over the vocabulary, none of which its configuration gives a meaning."""
     special: set[int] = set()
-    for config in (network.config, network.config.get_text_config(decoder=True)):
+    for config in (network.config, text_config(network.config)):
         for name, value in config.to_dict().items():
             if name.endswith(("token_id", "token_index", "_ids")):
                 special |= {each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int)}
