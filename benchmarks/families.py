@@ -81,6 +81,16 @@ SIZES: dict[str, Any] = {
     "conv_kernel_size": 3, "index_topk": 8, "index_head_dim": 8, "index_n_heads": 2, "block_size": 16, "num_buckets": 32,
 }  # fmt: skip
 """What fields of configurations become, by their names."""
+OWN: dict[str, dict[str, Any]] = {
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 4,
+                  "mamba_expand": 2},
+    "bamba": {"attn_layer_indices": [1], "mamba_expand": 2},
+    "gemma3n_text": {"intermediate_size": 64, "activation_sparsity_pattern": None, "laurel_rank": 4},
+    "openai-gpt": {"n_embd": 32},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "mamba_ngroups": 1, "mamba_headdim": 16},
+    "nemotron_h": {"layers_block_type": ["mamba", "attention", "mlp", "mamba"]},
+}  # fmt: skip
+"""What the sizes above do not do for a family."""
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 PATTERN = "num_hidden_layers"
 
@@ -96,7 +106,7 @@ def shrink(kind: type[PreTrainedConfig], changes: dict[str, Any]) -> dict[str, A
         return dict(changes)
     fields: dict[str, Any] = {}
     if "qk_rope_head_dim" in vars(default):  # of which others are made
-        changes = {**changes, "head_dim": None}
+        changes = {**changes, "head_dim": None, "qk_head_dim": None, "num_key_value_heads": 4}
     layers = next((getattr(default, n) for n in ("num_hidden_layers", "n_layer", "num_layers")
                    if isinstance(getattr(default, n, None), int)), None)  # fmt: skip
     for name, value in vars(default).items():
@@ -126,7 +136,8 @@ STAGES = {
 
 def attempts(kind: type[PreTrainedConfig]) -> list[dict[str, Any]]:
     """Arguments to try, one after the other."""
-    listed = [shrink(kind, {})]
+    own = OWN.get(kind.model_type, {})
+    listed = [{**shrink(kind, {}), **own}, shrink(kind, {})]
     listed.append({**listed[0], **({"num_hidden_layers": 2} if "num_hidden_layers" in listed[0] else {})})
     default: Any = None
     try:
@@ -156,14 +167,15 @@ def tiny(kind: type[PreTrainedConfig], model: type) -> Any:
             with torch.device("meta"):
                 count = sum(p.numel() for p in model(config).parameters())
             if count > LARGEST:
-                said = f"{count / 1e6:.0f} million parameters"
+                said = f"{count / 1e6:.0f} million parameters" if said == "no configuration" else said
                 continue
             torch.manual_seed(0)
             network = model(kind(**arguments)).eval()
             if network.main_input_name == "input_ids":
                 run_alone(network, torch.arange(3, 9)[None])
         except Exception as error:
-            said = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error).strip() else ''}"
+            if said == "no configuration":
+                said = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
             continue
         generator = torch.Generator().manual_seed(3)
         for parameter in network.parameters():

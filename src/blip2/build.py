@@ -121,9 +121,11 @@ def read_image_encoder(config: VisionConfig, dtype: torch.dtype, opened: Checkpo
     """The image encoder that a recipe names, which may lie within a checkpoint of BLIP-2: `opened`, or another."""
     within = opened if opened is not None and opened.holds_vision else open_foreign(config.name)
     if within is None:
+        if config.heads is not None:
+            raise InputError(f"vision.heads is {config.heads}, which {config.name!r} says itself: leave it out")
         encoder = load_image_encoder(resolve(config.name), config.layer, config.image_size, dtype)
     elif within.holds_vision:
-        encoder = within.image_encoder(config.layer, config.image_size, dtype)
+        encoder = within.with_heads(config.heads).image_encoder(config.layer, config.image_size, dtype)
     else:
         raise InputError(f"{config.name!r} ({within.about}) holds no image encoder: set vision.name to one that does")
     encoding = config.position_encoding

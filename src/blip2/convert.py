@@ -309,6 +309,7 @@ def _with_vision(checkpoint: Checkpoint, clip: bool) -> Checkpoint:
     recipe = checkpoint.recipe
     trained = () if checkpoint.holds_vision else tuple(checkpoint.weights.part("vision."))
     holder = checkpoint if checkpoint.holds_vision else open_foreign(recipe.vision.name)
+    holder = holder and holder.with_heads(recipe.vision.heads)
     fits = holder is not None and (clip or isinstance(holder.vision_config, Blip2VisionConfig))
     if holder is not None and holder.holds_vision and fits and not trained:
         assert holder.preprocessing is not None

@@ -15,6 +15,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "qformer.cross_attention_every": (1, math.inf),
     "qformer.contrastive_width": (1, math.inf),
     "qformer.vocabulary": (1, math.inf),
+    "vision.heads": (1, math.inf),
     "qformer.max_positions": (2, math.inf),
     "qformer.dropout": (0, 1),
     "qformer.layer_norm_eps": (0, 1),

@@ -38,6 +38,7 @@ from blip2.interop.transformers import read_json
 from blip2.interop.weights import open_file
 from blip2.model.frozen import Freezable
 from blip2.model.generation import GenerationModel
+from blip2.model.pretrained import check_twins
 from blip2.recipe import dump_recipe, load_recipe, override
 
 FOLDER = "checkpoints"
@@ -379,6 +380,7 @@ def _load(weights: Mapping[str, Tensor], model: nn.Module, checkpoint: Checkpoin
             listed = "; ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
             raise InputError(f"checkpoint {checkpoint.name} does not fit the {says} ({what}: {listed}): use the {says}"
                              " it was made with, which lies beside it")  # fmt: skip
+    check_twins(weights, here, f"checkpoint {checkpoint.name}")
     with torch.no_grad():
         for name, tensor in weights.items():
             here[name].copy_(tensor)
