@@ -14,6 +14,7 @@ takes about half an hour on one core.
 from __future__ import annotations
 
 import argparse
+import copy
 import inspect
 import json
 import os
@@ -33,7 +34,7 @@ import torch
 import transformers
 from torch.nn import functional as F
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
-from transformers import MODEL_MAPPING, PreTrainedConfig
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING, PreTrainedConfig
 
 from blip2.errors import InputError
 from blip2.model.decoding import Decoding
@@ -88,6 +89,8 @@ OWN: dict[str, dict[str, Any]] = {
     "gemma3n_text": {"intermediate_size": 64, "activation_sparsity_pattern": None, "laurel_rank": 4},
     "openai-gpt": {"n_embd": 32},
     "zamba2": {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "mamba_ngroups": 1, "mamba_headdim": 16},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 8},
+    "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2, "layer_types": ["mamba", "attention"] * 2},
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "mlp", "mamba"]},
 }  # fmt: skip
 """What the sizes above do not do for a family."""
@@ -119,6 +122,8 @@ def shrink(kind: type[PreTrainedConfig], changes: dict[str, Any]) -> dict[str, A
         elif name in ("layer_types", "layers_block_type", "block_types", "mlp_layer_types") and isinstance(value, list):
             kinds = list(dict.fromkeys(value))
             fields[name] = (kinds * 4)[:4] if len(value) == layers else value
+        elif name == "head_dim" and value is None and "qk_rope_head_dim" not in vars(default):
+            fields[name] = SIZES[name]
         elif name in TOKENS and (value is not None or name in ("pad_token_id",)):
             fields[name] = TOKENS[name]
         elif name.endswith(("token_id", "token_index")) and isinstance(value, int):
@@ -153,6 +158,7 @@ def attempts(kind: type[PreTrainedConfig]) -> list[dict[str, Any]]:
         listed.append({"depths": [1] * count, "image_size": 64})
         listed.append({"depths": [1] * count})
     layers = {key: 2 for key in ("num_hidden_layers", "n_layer", "encoder_layers", "decoder_layers") if key in plain}
+    listed.insert(1, {**listed[0], **TOKENS})
     listed.append({**layers, "vocab_size": VOCABULARY} if "vocab_size" in plain else layers)
     listed.append({})
     return listed
@@ -163,14 +169,16 @@ def tiny(kind: type[PreTrainedConfig], model: type) -> Any:
     said = "no configuration"
     for arguments in attempts(kind):
         try:
-            config = kind(**arguments)
+            config: Any = kind(**arguments)
+            if model.config_class is not kind and type(config.get_text_config()) is model.config_class:
+                config = config.get_text_config()
             with torch.device("meta"):
                 count = sum(p.numel() for p in model(config).parameters())
             if count > LARGEST:
                 said = f"{count / 1e6:.0f} million parameters" if said == "no configuration" else said
                 continue
             torch.manual_seed(0)
-            network = model(kind(**arguments)).eval()
+            network = model(copy.deepcopy(config)).eval()
             if network.main_input_name == "input_ids":
                 run_alone(network, torch.arange(3, 9)[None])
         except Exception as error:
@@ -286,16 +294,20 @@ def vision_family(kind: type[PreTrainedConfig], model: type, folder: Path) -> di
     return found
 
 
+LANGUAGE = (("llm", MODEL_FOR_CAUSAL_LM_MAPPING), ("seq2seq", MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING))
+
+
 def families() -> list[tuple[str, str, type[PreTrainedConfig], type]]:
     """(kind, name, configuration, model) of all that the installed transformers has."""
     found = []
     for name, kind in CONFIG_MAPPING.items():
-        for what, mapping in (("llm", MODEL_FOR_CAUSAL_LM_MAPPING), ("seq2seq", MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING)):
-            try:
-                if kind in mapping:
-                    found.append((what, name, kind, mapping[kind]))
-            except Exception:  # it needs a package that is not here
-                continue
+        try:
+            own = [(what, mapping[kind]) for what, mapping in LANGUAGE if kind in mapping]
+            if not own and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+                own = [("reads-images", MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[kind])]
+            found += [(what, name, kind, model) for what, model in own]
+        except Exception:  # it needs a package that is not here
+            pass
         try:
             model = MODEL_MAPPING[kind] if kind in MODEL_MAPPING else None
             model = model[0] if isinstance(model, tuple) else model
@@ -346,7 +358,8 @@ def run(kind: str, config: type[PreTrainedConfig], model: type, path: Path) -> N
 def table(output: Path) -> str:
     """The table of docs/models.md."""
     lines = [f"Measured with transformers {transformers.__version__}.", ""]
-    titles = {"llm": "Decoder-only LLMs", "seq2seq": "Encoder-decoder LLMs", "vision": "Image encoders"}
+    titles = {"llm": "Decoder-only LLMs", "seq2seq": "Encoder-decoder LLMs",
+              "reads-images": "LLMs that read images by themselves and are no LLMs of their own in transformers", "vision": "Image encoders"}
     ways = {
         "write": "keeps keys and values", "write_plainly": "transformers' `generate`",
         "write_by_length": "transformers' `generate`, prompts of one length at once", "write_again": "reads again for each token",
@@ -377,7 +390,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the results, one JSON file a family")
     parser.add_argument("--only", help="names of families, with commas between them")
-    parser.add_argument("--kind", choices=["llm", "seq2seq", "vision"], help="only families of this kind")
+    parser.add_argument("--kind", choices=["llm", "seq2seq", "reads-images", "vision"], help="only families of this kind")
     parser.add_argument("--status", help="again those whose result is one of these, with commas between them")
     parser.add_argument("--again", action="store_true", help="also those that have a result")
     parser.add_argument("--table", type=Path, help="write the table of the results into this Markdown file, run nothing")

@@ -393,7 +393,7 @@ def test_other_parts_are_refused_before_anything_is_written(runs, tmp_path, part
     for source, match in (
         (
             runs["stage1"],
-            "the image encoder of .* has num_attention_heads 2, where LAVIS, .*, would take 1: conv",
+            "the image encoder of .* has num_attention_heads 2, where LAVIS, .*, would take none that is known: conv",
         ),
         (runs["llama"], "has an LLM of type llama; LAVIS's BLIP-2 has OPT or T5: convert it to transformers"),
     ):

@@ -326,7 +326,7 @@ def state_of(checkpoint: Checkpoint, is_t5: bool) -> dict[str, Tensor]:
             if here != there:
                 raise InputError(
                     f"the image encoder of {checkpoint.name} has {key} {here}, where LAVIS, which knows EVA-CLIP and"
-                    f" CLIP ViT-L alone, would take {there}: convert it to transformers"
+                    f" CLIP ViT-L alone, would take {there or 'none that is known'}: convert it to transformers"
                 )
     state = dict(checkpoint.weights.renamed(_table(is_t5, is_clip), checkpoint.name, back=True))
     join_attention(state) if is_clip else split_biases(state)
