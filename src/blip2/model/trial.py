@@ -93,7 +93,11 @@ def find_way(network: Any, teach: Teach) -> Way:
         InputError: it cannot be trained behind a soft visual prompt, or it cannot write.
     """
     trial = _prepare(network, teach)
-    if not _reads_tokens_alike(trial):
+    logits = _alone(trial, WRITTEN)
+    if not all(trial.is_expected(logits[place, None], [0], place) for place in range(WRITTEN)):
+        shorter = _alone(trial, 1)
+        if not network.config.is_encoder_decoder and not torch.allclose(shorter[0], logits[0], atol=1e-2, rtol=1e-2):
+            raise _refusal(network, "what it predicts depends on tokens that come later: it is an encoder")
         raise _refusal(
             network,
             "what it predicts of a text alone, given as tokens, is not what it predicts of the same text as embeddings in"
@@ -191,21 +195,20 @@ def _ordinary_tokens(network: Any, count: int) -> list[int]:
 
 
 @torch.no_grad()
-def _reads_tokens_alike(trial: Trial) -> bool:
-    """The shortest prompt with its first continuation, alone and all of it as tokens."""
-    network, written = trial.network, trial.continuations[:1]
+def _alone(trial: Trial, count: int) -> Float[Tensor, "U V"]:
+    """Logits of the first tokens of the first continuation behind the shorter prompt, alone and all of it as tokens."""
+    network, read = trial.network, trial.continuations[:1, : count - 1]
     arguments: dict[str, Any] = {"input_ids": trial.visual_ids}
     if network.config.is_encoder_decoder:
-        start = torch.full_like(written[:, :1], network.generation_config.decoder_start_token_id)
-        arguments["decoder_input_ids"] = torch.cat([start, written[:, :-1]], dim=1)
+        start = torch.full_like(trial.continuations[:1, :1], network.generation_config.decoder_start_token_id)
+        arguments["decoder_input_ids"] = torch.cat([start, read], dim=1)
     else:
-        arguments["input_ids"] = torch.cat([trial.visual_ids, written[:, :-1]], dim=1)
+        arguments["input_ids"] = torch.cat([trial.visual_ids, read], dim=1)
     arguments["attention_mask"] = torch.ones_like(arguments["input_ids"])
     try:
-        logits = forward(network, **arguments)[0, -WRITTEN:]
+        return forward(network, **arguments)[0, -count:]
     except Exception as error:
         raise _refusal(network, _said(error)) from error
-    return all(trial.is_expected(logits[place, None], [0], place) for place in range(WRITTEN))
 
 
 @torch.no_grad()

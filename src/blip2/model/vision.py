@@ -412,9 +412,8 @@ def read_preprocessing(name: str, config: Any, image_size: int | None) -> Prepro
         seen = torch.stack([_center(pixels) for pixels in prepared["pixel_values"]]).double()
     except Exception as error:  # no such class, or patches in place of images: its file has to say it all
         unlike = {key: settings[key] for key, usual in USUAL.items() if settings.get(key, usual) != usual}
-        plain = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-        if settings.get("do_normalize") is False and not unlike:
-            return Preprocessing(image_size, *plain)
+        if settings.get("do_normalize") is False:
+            stated = [[0.0] * 3, [1.0] * 3]
         if unlike or not all(isinstance(each, list | tuple) and len(each) == 3 for each in stated):
             raise InputError(
                 f"what {name!r} does to pixels cannot be read from its preprocessor_config.json"
@@ -443,7 +442,7 @@ def read_preprocessing(name: str, config: Any, image_size: int | None) -> Prepro
 
 COLORS = ((0, 0, 0), (255, 255, 255), (200, 90, 20))
 """What image processors are tried with."""
-USUAL = {"do_normalize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_flip_channel_order": False}
+USUAL = {"do_rescale": True, "rescale_factor": 1 / 255, "do_flip_channel_order": False}
 
 
 def _center(pixels: Tensor) -> Float[Tensor, "3"]:
