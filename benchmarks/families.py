@@ -41,8 +41,8 @@ from blip2.model.decoding import Decoding
 from blip2.model.language import load_language_model
 from blip2.model.vision import load_image_encoder
 
-SECONDS, GIGABYTES = 90, 6
-"""What one family may take."""
+SECONDS, LONGEST, GIGABYTES = 60, 600, 6
+"""What one family may take: of computing, in all, of memory."""
 LARGEST = 30_000_000
 """Parameters of a tiny model."""
 VOCABULARY = 320
@@ -77,7 +77,7 @@ SIZES: dict[str, Any] = {
     "hidden_size_per_layer_input": 8, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1,
     "mamba_d_state": 4, "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1, "ssm_state_size": 8, "sliding_window": 64,
     "attention_window_size": 64, "chunk_size": 16, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "rotary_dim": 8,
-    "image_size": 64, "patch_size": 16, "num_channels": 3, "output_channels": 16, "window_size": 4, "hidden_dim": 32,
+    "image_size": 112, "patch_size": 16, "num_channels": 3, "output_channels": 16, "window_size": 4, "hidden_dim": 32,
     "output_hidden_size": 32, "out_hidden_size": 32, "projection_dim": 32, "rope_dim": 8, "spatial_merge_size": 2,
     "conv_kernel_size": 3, "index_topk": 8, "index_head_dim": 8, "index_n_heads": 2, "block_size": 16, "num_buckets": 32,
 }  # fmt: skip
@@ -155,7 +155,7 @@ def attempts(kind: type[PreTrainedConfig]) -> list[dict[str, Any]]:
         count = len(plain["depths"])
         sized = {key: value[-count:] if isinstance(value, list) else value for key, value in stages.items()}
         listed.insert(0, {**listed[0], **sized})
-        listed.append({"depths": [1] * count, "image_size": 64})
+        listed.append({"depths": [1] * count, "image_size": 112})
         listed.append({"depths": [1] * count})
     layers = {key: 2 for key in ("num_hidden_layers", "n_layer", "encoder_layers", "decoder_layers") if key in plain}
     listed.insert(1, {**listed[0], **TOKENS})
@@ -325,6 +325,7 @@ def run(kind: str, config: type[PreTrainedConfig], model: type, path: Path) -> N
     """One family in a process of its own."""
     process = os.fork()
     if process == 0:
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS,) * 2)
         resource.setrlimit(resource.RLIMIT_AS, (GIGABYTES * 2**30,) * 2)
         sys.stderr = sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         os.dup2(sys.stdout.fileno(), 1)
@@ -343,7 +344,7 @@ def run(kind: str, config: type[PreTrainedConfig], model: type, path: Path) -> N
                 found = {"status": "fault", "reason": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
         path.write_text(json.dumps({"model": model.__name__, **found}, indent=1), encoding="utf-8")
         os._exit(0)
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + LONGEST
     while os.waitpid(process, os.WNOHANG)[0] == 0:
         if time.monotonic() > deadline:
             os.kill(process, signal.SIGKILL)
