@@ -1,8 +1,8 @@
 """Which LLMs and image encoders of the installed transformers can be used, found by using each: docs/models.md.
 
 Every family of ``AutoModelForCausalLM`` and ``AutoModelForSeq2SeqLM``, and every one of ``AutoModel`` that takes
-``pixel_values``, is made tiny with random weights, saved, and loaded as a recipe would. What it then computes is compared
-with transformers: the loss of a batch of unlike lengths with that of each text alone, and greedy texts with
+``pixel_values``, is made tiny with random weights, saved, and loaded as a recipe would. What it then computes is
+compared with transformers: the loss of a batch of unlike lengths with that of each text alone, and greedy texts with
 ``generate`` of each alone; the features of two images with what the network itself puts out. Not part of the tests: it
 takes about half an hour on one core.
 
@@ -33,8 +33,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 import transformers
 from torch.nn import functional as F
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
-from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING, PreTrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    PreTrainedConfig,
+)
 
 from blip2.errors import InputError
 from blip2.model.decoding import Decoding
@@ -48,11 +54,13 @@ LARGEST = 30_000_000
 VOCABULARY = 320
 SIZES: dict[str, Any] = {
     **dict.fromkeys(
-        ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "emb_dim", "word_embed_proj_dim", "decoder_hidden_size",
+        ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "emb_dim", "word_embed_proj_dim",
+         "decoder_hidden_size",
          "encoder_hidden_size", "dim_model", "attention_hidden_size", "lru_width", "embedding_size", "model_dim"), 32
     ),
     **dict.fromkeys(
-        ("intermediate_size", "ffn_dim", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner", "dim_ff", "ffn_hidden_size",
+        ("intermediate_size", "ffn_dim", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner", "dim_ff",
+         "ffn_hidden_size",
          "moe_intermediate_size", "shared_expert_intermediate_size", "mlp_dim", "d_inner", "ffn_intermediate_size",
          "expert_ffn_hidden_size", "mlp_hidden_size", "feed_forward_size"), 64
     ),
@@ -66,8 +74,8 @@ SIZES: dict[str, Any] = {
     ),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "linear_num_key_heads", "num_query_groups"), 2),
     **dict.fromkeys(("head_dim", "d_kv", "kv_channels", "attention_head_dim", "global_head_dim"), 8),
-    **dict.fromkeys(("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input", "src_vocab_size", "tgt_vocab_size"),
-                    VOCABULARY),
+    **dict.fromkeys(("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input", "src_vocab_size",
+                     "tgt_vocab_size"), VOCABULARY),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_target_positions", "max_source_positions", "n_ctx",
                      "max_seq_len", "max_sequence_length", "seq_length"), 128),
     **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 4),
@@ -75,11 +83,13 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "v_head_dim", "qk_head_dim", "state_size"), 16),
     "qk_rope_head_dim": 8, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "num_kv_shared_layers": 0,
     "hidden_size_per_layer_input": 8, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1,
-    "mamba_d_state": 4, "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1, "ssm_state_size": 8, "sliding_window": 64,
-    "attention_window_size": 64, "chunk_size": 16, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "rotary_dim": 8,
+    "mamba_d_state": 4, "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1, "ssm_state_size": 8,
+    "sliding_window": 64, "attention_window_size": 64, "chunk_size": 16, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8, "rotary_dim": 8,
     "image_size": 112, "patch_size": 16, "num_channels": 3, "output_channels": 16, "window_size": 4, "hidden_dim": 32,
     "output_hidden_size": 32, "out_hidden_size": 32, "projection_dim": 32, "rope_dim": 8, "spatial_merge_size": 2,
-    "conv_kernel_size": 3, "index_topk": 8, "index_head_dim": 8, "index_n_heads": 2, "block_size": 16, "num_buckets": 32,
+    "conv_kernel_size": 3, "index_topk": 8, "index_head_dim": 8, "index_n_heads": 2, "block_size": 16,
+    "num_buckets": 32,
 }  # fmt: skip
 """What fields of configurations become, by their names."""
 OWN: dict[str, dict[str, Any]] = {
@@ -90,7 +100,8 @@ OWN: dict[str, dict[str, Any]] = {
     "openai-gpt": {"n_embd": 32},
     "zamba2": {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "mamba_ngroups": 1, "mamba_headdim": 16},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 8},
-    "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2, "layer_types": ["mamba", "attention"] * 2},
+    "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2,
+                         "layer_types": ["mamba", "attention"] * 2},
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "mlp", "mamba"]},
 }  # fmt: skip
 """What the sizes above do not do for a family."""
@@ -134,7 +145,8 @@ def shrink(kind: type[PreTrainedConfig], changes: dict[str, Any]) -> dict[str, A
 
 
 STAGES = {
-    "depths": [1, 1, 1, 1], "hidden_sizes": [8, 16, 24, 32], "num_attention_heads": [1, 2, 2, 4], "num_heads": [1, 2, 2, 4],
+    "depths": [1, 1, 1, 1], "hidden_sizes": [8, 16, 24, 32], "num_attention_heads": [1, 2, 2, 4],
+    "num_heads": [1, 2, 2, 4],
     "embed_dim": 8, "layers": [1, 1, 1, 1], "embedding_size": 8,
 }  # fmt: skip
 
@@ -269,8 +281,6 @@ def vision_family(kind: type[PreTrainedConfig], model: type, folder: Path) -> di
     network = tiny(kind, model)
     network.save_pretrained(folder)
     torch.manual_seed(1)
-    for buffer in network.buffers():
-        pass
     encoder = load_image_encoder(str(folder))
     size = encoder.preprocessing.image_size
     images = torch.randn(2, 3, size, size)
@@ -280,6 +290,8 @@ def vision_family(kind: type[PreTrainedConfig], model: type, folder: Path) -> di
         with torch.no_grad():
             out = own(pixel_values=images, output_hidden_states=True)
         wanted = out.hidden_states[-2] if encoder.layer == "second-last" else out.last_hidden_state
+        if isinstance(own, Blip2VisionModel):  # the paper's, whose last layer was removed before it was published
+            wanted = out.hidden_states[-1]
         if wanted.ndim == 4 and wanted.shape[-1] != encoder.width:
             wanted = wanted.permute(0, 2, 3, 1)
         wanted = wanted.reshape(2, -1, wanted.shape[-1])
@@ -309,7 +321,7 @@ def families() -> list[tuple[str, str, type[PreTrainedConfig], type]]:
         except Exception:  # it needs a package that is not here
             pass
         try:
-            model = MODEL_MAPPING[kind] if kind in MODEL_MAPPING else None
+            model = MODEL_MAPPING.get(kind, None)
             model = model[0] if isinstance(model, tuple) else model
             if "pixel_values" in getattr(model, "main_input_name", ""):
                 found.append(("vision", name, kind, model))
@@ -327,7 +339,7 @@ def run(kind: str, config: type[PreTrainedConfig], model: type, path: Path) -> N
     if process == 0:
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS,) * 2)
         resource.setrlimit(resource.RLIMIT_AS, (GIGABYTES * 2**30,) * 2)
-        sys.stderr = sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stderr = sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
         os.dup2(sys.stdout.fileno(), 1)
         os.dup2(sys.stdout.fileno(), 2)
         with tempfile.TemporaryDirectory() as folder:
@@ -337,11 +349,19 @@ def run(kind: str, config: type[PreTrainedConfig], model: type, path: Path) -> N
                 if type(error) is LookupError:
                     found = {"status": "untried", "reason": str(error)}
                 else:
-                    found = {"status": "fault", "reason": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+                    found = {
+                        "status": "fault",
+                        "reason": f"{type(error).__name__}: {error}",
+                        "trace": traceback.format_exc(),
+                    }
             except InputError as error:
                 found = {"status": "refused", "reason": str(error)}
             except BaseException as error:
-                found = {"status": "fault", "reason": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+                found = {
+                    "status": "fault",
+                    "reason": f"{type(error).__name__}: {error}",
+                    "trace": traceback.format_exc(),
+                }
         path.write_text(json.dumps({"model": model.__name__, **found}, indent=1), encoding="utf-8")
         os._exit(0)
     deadline = time.monotonic() + LONGEST
@@ -359,11 +379,16 @@ def run(kind: str, config: type[PreTrainedConfig], model: type, path: Path) -> N
 def table(output: Path) -> str:
     """The table of docs/models.md."""
     lines = [f"Measured with transformers {transformers.__version__}.", ""]
-    titles = {"llm": "Decoder-only LLMs", "seq2seq": "Encoder-decoder LLMs",
-              "reads-images": "LLMs that read images by themselves and are no LLMs of their own in transformers", "vision": "Image encoders"}
+    titles = {
+        "llm": "Decoder-only LLMs",
+        "seq2seq": "Encoder-decoder LLMs",
+        "reads-images": "LLMs that read images by themselves and are no LLMs of their own in transformers",
+        "vision": "Image encoders",
+    }
     ways = {
         "write": "keeps keys and values", "write_plainly": "transformers' `generate`",
-        "write_by_length": "transformers' `generate`, prompts of one length at once", "write_again": "reads again for each token",
+        "write_by_length": "transformers' `generate`, prompts of one length at once",
+        "write_again": "reads again for each token",
     }  # fmt: skip
     for kind, title in titles.items():
         rows = [(p.stem.split(".", 1)[1], json.loads(p.read_text())) for p in sorted(output.glob(f"{kind}.*.json"))]
@@ -391,10 +416,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the results, one JSON file a family")
     parser.add_argument("--only", help="names of families, with commas between them")
-    parser.add_argument("--kind", choices=["llm", "seq2seq", "reads-images", "vision"], help="only families of this kind")
+    parser.add_argument(
+        "--kind", choices=["llm", "seq2seq", "reads-images", "vision"], help="only families of this kind"
+    )
     parser.add_argument("--status", help="again those whose result is one of these, with commas between them")
     parser.add_argument("--again", action="store_true", help="also those that have a result")
-    parser.add_argument("--table", type=Path, help="write the table of the results into this Markdown file, run nothing")
+    parser.add_argument(
+        "--table", type=Path, help="write the table of the results into this Markdown file, run nothing"
+    )
     given = parser.parse_args()
     if given.table is not None:
         page = given.table.read_text(encoding="utf-8")
@@ -418,8 +447,8 @@ def main() -> None:
         run(kind, config, model, path)
         found = json.loads(path.read_text(encoding="utf-8"))
         said = found.get("reason") or found.get("way") or f"{found.get('tokens')} tokens of {found.get('width')}"
-        print(f"{number}/{len(listed)} {time.monotonic() - started:.0f} s {kind} {name}: {found['status']}: {said[:150]}",
-              flush=True)  # fmt: skip
+        seconds = time.monotonic() - started
+        print(f"{number}/{len(listed)} {seconds:.0f} s {kind} {name}: {found['status']}: {said[:150]}", flush=True)
 
 
 if __name__ == "__main__":

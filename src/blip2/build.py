@@ -217,8 +217,8 @@ def prepare_texts(recipe: Recipe, built: Built) -> TextPreparation:
     longest = max(texts.prompt_length(prompt) for prompt in (recipe.language.prompt, texts.question_prompt or ""))
     if texts.room is not None and longest > texts.room:
         raise InputError(
-            f"the LLM has {language.positions} positions, which do not hold {recipe.qformer.queries} queries, a prompt of"
-            f" {longest} tokens and data.max_tokens {limit}: make data.max_tokens or language.prompt shorter, or set"
+            f"the LLM has {language.positions} positions, which do not hold {recipe.qformer.queries} queries, a prompt"
+            f" of {longest} tokens and data.max_tokens {limit}: make data.max_tokens or language.prompt shorter, or set"
             " language.name to another"
         )
     return texts
@@ -233,6 +233,8 @@ def _room(recipe: Recipe, language: LanguageModel) -> int | None:
         return language.positions - recipe.qformer.queries - captions
     # The decoder writes the caption; without a prompt, the encoder reads the beginning of it.
     room = language.positions - recipe.qformer.queries
-    if captions > language.positions or (recipe.language is not None and not recipe.language.prompt and captions > room):
+    if captions > language.positions or (
+        recipe.language is not None and not recipe.language.prompt and captions > room
+    ):
         return -1
     return room

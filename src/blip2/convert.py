@@ -182,8 +182,8 @@ def _check_language(checkpoint: Checkpoint) -> None:
         made = f"nothing ({first_line(error)[:160]})"
     if made != expected:
         raise InputError(
-            f"{checkpoint.name} has an LLM of type {config.model_type}, a {expected}, of which transformers' BLIP-2 makes"
-            f" {made}: convert it to blip2"
+            f"{checkpoint.name} has an LLM of type {config.model_type}, a {expected}, of which transformers' BLIP-2"
+            f" makes {made}: convert it to blip2"
         )
 
 
@@ -271,9 +271,9 @@ def _check_fits(checkpoint: Checkpoint) -> None:
             embeddings = getattr(config, "word_embed_proj_dim", None)
             if what == "LLM" and embeddings == here:
                 raise InputError(
-                    f"{checkpoint.name} has an LLM of type {config.model_type} whose embeddings are {here} wide and whose"
-                    f" layers are {config.hidden_size} wide; transformers' BLIP-2 takes the latter for both: convert it"
-                    " to blip2"
+                    f"{checkpoint.name} has an LLM of type {config.model_type} whose embeddings are {here} wide and"
+                    f" whose layers are {config.hidden_size} wide; transformers' BLIP-2 takes the latter for both:"
+                    " convert it to blip2"
                 )
             raise InputError(
                 f"{checkpoint.name} is for an {what} of width {here}, the one named is {config.hidden_size} wide: name"

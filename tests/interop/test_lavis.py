@@ -292,7 +292,7 @@ def test_the_heads_of_an_eva_of_another_width_are_asked_for(parts, save, tmp_pat
         assert vision.network.config.num_attention_heads == heads
         features.append(vision.features(torch.ones(1, 3, 28, 28)))
     assert not torch.allclose(*features)  # so that a guess would be wrong in silence
-    with pytest.raises(InputError, match="vision.heads is 3, which .* says itself: leave it out"):
+    with pytest.raises(InputError, match=r"vision.heads is 3, which .* says itself: leave it out"):
         build(parts.recipe(tmp_path / "run", vision={"heads": 3}), torch.device("cpu"))
 
 

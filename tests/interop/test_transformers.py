@@ -3,7 +3,6 @@
 import json
 import logging
 import shutil
-
 from typing import Any
 
 import pytest

@@ -245,7 +245,9 @@ class Preparation(Dataset[Loaded]):
         if isinstance(self.texts, GenerationTexts) and record.question and self.texts.room is not None:
             length = self.texts.prompt_length(self.texts.prompt_of(record.question))
             if length > self.texts.room:
-                raise _Unusable("question", f"with its prompt it has {length} tokens, the LLM has room for {self.texts.room}")
+                raise _Unusable(
+                    "question", f"with its prompt it has {length} tokens, the LLM has room for {self.texts.room}"
+                )
         return record.captions[draw.caption], record.question or ""
 
     def _image(self, record: Record, draw: Draw) -> Tensor:

@@ -132,8 +132,8 @@ class Checkpoint:
         known, width = config.num_attention_heads or heads, config.hidden_size
         if known is None or width % known:
             raise InputError(
-                f"the image encoder of {self.name} is {width} wide and of {known or 'an unknown number of'} heads, expected"
-                " a divisor of the width: set vision.heads to the number that it was trained with"
+                f"the image encoder of {self.name} is {width} wide and of {known or 'an unknown number of'} heads,"
+                " expected a divisor of the width: set vision.heads to the number that it was trained with"
             )
         if heads not in (None, known):
             raise InputError(f"vision.heads is {heads}, the image encoder of {self.name} has {known}: leave it out")

@@ -38,7 +38,6 @@ from blip2.model.pretrained import read_config, read_model
 from blip2.model.reading import Prompts, beside_embeddings, blank_token, forward, text_config
 from blip2.model.trial import check_gradient, find_way
 
-
 POSITIONS = ("max_position_embeddings", "max_target_positions", "n_positions", "max_seq_len", "n_ctx")
 """Names that configurations have for the number of positions."""
 
@@ -126,7 +125,9 @@ class LanguageModel(Freezable):
     def _decoder_input(self, labels: Int[Tensor, "B U"]) -> Int[Tensor, "B U"]:
         """What a decoder reads to write `labels`: its start token, then all of them but the last."""
         start = torch.full_like(labels[:, :1], self.network.generation_config.decoder_start_token_id)
-        return torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, blank_token(self.network))], dim=1)
+        return torch.cat(
+            [start, labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, blank_token(self.network))], dim=1
+        )
 
     def head(self, states: Float[Tensor, "M S"]) -> Float[Tensor, "M V"]:
         """The logits of states."""

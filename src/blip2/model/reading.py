@@ -48,7 +48,6 @@ class Prompts:
         seen = self.mask.new_ones(visual.shape[:2])
         return torch.cat([visual, self.text], dim=1), torch.cat([seen, self.mask], dim=1)
 
-
     def rows(self, which: Int[Tensor, "N"]) -> Prompts:
         """Some of the prompts, without columns that are padding in all of them."""
         columns = int(self.mask[which].sum(dim=1).max()) if len(which) else 0

@@ -2,8 +2,8 @@
 
 LLMs differ in what they take and keep: embeddings, a mask, positions, keys and values, states of a recurrence. No list
 of names says which can do what, so each is run for a few tokens, as it is and where it is, which needs no memory beside
-its own and about ten short passes. Three prompts' worth of tokens go through it in all the ways in which it is used, and
-what it predicts after the same text has to be the same each time:
+its own and about ten short passes. A few tokens go through it in all the ways in which it is used, and what it
+predicts after the same text has to be the same each time:
 
 - in training: texts of unlike lengths in a batch, the soft visual prompt before them as embeddings;
 - alone, all of it as tokens;
@@ -100,8 +100,8 @@ def find_way(network: Any, teach: Teach) -> Way:
             raise _refusal(network, "what it predicts depends on tokens that come later: it is an encoder")
         raise _refusal(
             network,
-            "what it predicts of a text alone, given as tokens, is not what it predicts of the same text as embeddings in"
-            " a batch",
+            "what it predicts of a text alone, given as tokens, is not what it predicts of the same text as embeddings"
+            " in a batch",
         )
     said = "it predicts other tokens while it writes than in training"
     ways: list[tuple[Way, Callable[[Trial], bool]]] = [
@@ -305,6 +305,6 @@ def _said(error: Exception) -> str:
 
 def _refusal(network: Any, reason: str) -> InputError:
     return InputError(
-        f"the LLM, a {type(network).__name__}, cannot be used behind a soft visual prompt ({reason}): set language.name to"
-        " another, see docs/models.md"
+        f"the LLM, a {type(network).__name__}, cannot be used behind a soft visual prompt ({reason}): set language.name"
+        " to another, see docs/models.md"
     )

@@ -226,8 +226,8 @@ def _is_channels_last(network: nn.Module, grid: Tensor) -> bool:
         if first != last:
             return last
     raise InputError(
-        f"the image encoder, a {type(network).__name__}, gives features {list(grid.shape)} of which it is not clear where"
-        " their width is: set vision.image_size to another"
+        f"the image encoder, a {type(network).__name__}, gives features {list(grid.shape)} of which it is not clear"
+        " where their width is: set vision.image_size to another"
     )
 
 
@@ -403,7 +403,9 @@ def read_preprocessing(name: str, config: Any, image_size: int | None) -> Prepro
     if image_size is None:
         image_size = _image_size(settings, config)
     if not settings:
-        log.warning("%s has no preprocessor_config.json: its pixels are normalized with CLIP's mean and deviation", name)
+        log.warning(
+            "%s has no preprocessor_config.json: its pixels are normalized with CLIP's mean and deviation", name
+        )
         return Preprocessing(image_size)
     stated = [settings.get(key) for key in ("image_mean", "image_std")]
     try:
@@ -428,8 +430,8 @@ def read_preprocessing(name: str, config: Any, image_size: int | None) -> Prepro
               (color, color.flip(0))]  # fmt: skip
     if not any(orders) or not (scale.abs() > 1e-9).all():
         raise InputError(
-            f"the image processor of {name!r}, a {type(processor).__name__}, does more to pixels than to scale and shift"
-            " each channel: set vision.name to another"
+            f"the image processor of {name!r}, a {type(processor).__name__}, does more to pixels than to scale and"
+            " shift each channel: set vision.name to another"
         )
     found = [-shift / scale, 1 / scale]
     for place, each in enumerate(stated):  # not rounded
