@@ -200,7 +200,7 @@ def tiny(kind: type[PreTrainedConfig], model: type) -> Any:
         generator = torch.Generator().manual_seed(3)
         for parameter in network.parameters():
             if parameter.ndim > 1 and parameter.is_floating_point():
-                fan = parameter[0].numel()
+                fan = max(parameter[0].numel(), 1)
                 parameter.data.normal_(std=min(0.3, 1.5 / fan**0.5), generator=generator)
         return network
     raise LookupError(said)

@@ -151,8 +151,8 @@ def check_twins(weights: Mapping[str, Tensor], state: Mapping[str, Tensor], name
         if twin != key and not torch.equal(weights[twin].to(dtype), weights[key].to(dtype)):
             raise InputError(
                 f"{name} has different values for {twin} and {key}, which are one matrix in a model of its"
-                " configuration: set tie_word_embeddings to false in the config.json of the LLM, or name the LLM that it"
-                " was made with"
+                " configuration: set tie_word_embeddings to false in the config.json of the LLM, or name the LLM"
+                " that it was made with"
             )
 
 
