@@ -94,7 +94,11 @@ def stage_one(dropout: float) -> tuple[nn.Module, Count]:
     """The Q-Former of §3.1 with its three objectives, given features."""
     torch.manual_seed(0)
     probe = nn.Linear(1, 1)
-    encoder = ImageEncoder(probe, lambda pixels: pixels.new_zeros(len(pixels), TOKENS, WIDTH), Preprocessing(8))
+
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.mean((1, 2, 3))[:, None, None].expand(len(pixels), TOKENS, WIDTH)
+
+    encoder = ImageEncoder(probe, encode, Preprocessing(8))
     model = RepresentationModel(encoder, QFormerConfig(bert=None, dropout=dropout), ObjectivesConfig()).train()
     ids = torch.randint(5, 30000, (PAIRS, LENGTH))
     features = torch.randn(PAIRS, TOKENS, WIDTH)

@@ -6,14 +6,25 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    OPTConfig,
+    OPTForCausalLM,
+    PegasusConfig,
+    PegasusForConditionalGeneration,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 import blip2
 from blip2.convert import convert
 from blip2.errors import InputError
 from blip2.interop.weights import open_folder
 from blip2.training.loop import train
-from conftest import draw
+from conftest import byte_tokenizer, draw
 from fixtures.checkpoints import lavis_state, save_transformers, share_qformer
 from fixtures.tiny import randomise
 
@@ -231,3 +242,31 @@ def test_image_sizes_that_no_patches_fill(parts, tmp_path):
     save_transformers(tmp_path / "there", "opt", parts.bert)
     with pytest.raises(InputError, match="image_size 30 is not a multiple of the encoder's patch size 7: use 28 or 35"):
         convert(tmp_path / "there", tmp_path / "out", "transformers", {"vision.image_size": 30})
+
+
+SEQ2SEQ = {"vocab_size": 258, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 64}
+SEQ2SEQ |= {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+SEQ2SEQ |= {"decoder_start_token_id": 256, "eos_token_id": 256, "pad_token_id": 257}
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: BartForConditionalGeneration(BartConfig(**SEQ2SEQ)), "of type bart, .* makes BartForCausalLM"),
+        (lambda: PegasusForConditionalGeneration(PegasusConfig(**SEQ2SEQ)), "of type pegasus, .* PegasusForCausalLM"),
+        (
+            lambda: OPTForCausalLM(
+                OPTConfig(vocab_size=258, hidden_size=64, word_embed_proj_dim=32, ffn_dim=48, num_hidden_layers=1,
+                          num_attention_heads=4, max_position_embeddings=64, do_layer_norm_before=False)
+            ),
+            "whose embeddings are 32 wide and whose layers are 64 wide",
+        ),
+    ],
+)  # fmt: skip
+def test_an_llm_of_which_transformers_would_make_another(runs, tmp_path, make, reason):
+    make().save_pretrained(tmp_path / "llm")
+    byte_tokenizer().save_pretrained(tmp_path / "llm")
+    with pytest.raises(InputError, match=reason) as error:
+        convert(runs["llama"], tmp_path / "out", "transformers", {"language.name": str(tmp_path / "llm")})
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, BertForMaskedLM
+from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration, BertForMaskedLM
 
 from blip2.convert import convert
 from blip2.data.records import open_records
@@ -297,3 +297,39 @@ def test_the_log_likelihood_of_a_text_is_the_sum_of_its_tokens(runs, name):
     # What greedy search writes is likelier than the same with another word at its beginning.
     best = pipeline.generate(images[:1], ["x"], Decoding(beams=1, max_new_tokens=3))
     assert together.max() < 0 and torch.isfinite(pipeline.log_likelihood(images[:1], ["x"], best)).all()
+
+
+# -- what the LLM has positions for ------------------------------------------------------------------------------------
+
+
+def test_a_question_that_is_too_long_is_a_skipped_record(parts, recipe, table, tmp_path):
+    rows = Path(table).read_text().splitlines()
+    long = json.loads(rows[0])
+    long["question"] = "what " * 30
+    folder = tmp_path / "data"
+    shutil.copytree(Path(table).parent, folder)
+    (folder / "questions.jsonl").write_text("\n".join([json.dumps(long), *rows[1:]]))
+    training = {"steps": 6, "save_every": 6, "device": "cpu", "precision": "fp32"}
+    data = {"train": str(folder / "questions.jsonl"), "batch_size": 4, "workers": 0, "max_tokens": 12, "max_bad": 1.0}
+    opt = {"name": parts.opt, "prompt": PROMPT}  # of 96 positions
+    train(recipe(tmp_path / "run", language=opt, data=data, training=training))
+    skipped = (tmp_path / "run" / "skipped.jsonl").read_text()
+    assert "with its prompt it has" in skipped and "the LLM has room for 80" in skipped
+
+
+@pytest.mark.parametrize("name", ["opt", "bart"])
+def test_limits_that_the_llm_has_no_positions_for(parts, recipe, tmp_path, name):
+    folder = parts.opt
+    if name == "bart":
+        folder = str(tmp_path / "bart")
+        part = {"layers": 1, "ffn_dim": 48, "attention_heads": 4}
+        sizes = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in part.items()}
+        config = BartConfig(vocab_size=258, d_model=32, max_position_embeddings=96, decoder_start_token_id=256, **sizes)
+        BartForConditionalGeneration(config).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(parts.t5).save_pretrained(folder)
+    data = {"max_tokens": 100, "train": parts.pictures, "workers": 0}
+    made = recipe(tmp_path / "run", language={"name": folder, "prompt": "a "}, data=data,
+                  qformer={"reads_questions": False})  # fmt: skip
+    with pytest.raises(InputError, match="the LLM has 96 positions, which do not hold 4 queries, a prompt of") as error:
+        train(made)
+    assert "\n" not in str(error.value)

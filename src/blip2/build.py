@@ -161,7 +161,9 @@ def build(
         initialise_from_bert(resolve(recipe.qformer.bert or ""), model.qformer)
         model.initialise_projection()
     end = end_of_text(tokenizer, recipe.language.stop, recipe.language.name)
-    return Built(_placed(model, recipe, place), tokenizer, end, reader)
+    model = _placed(model, recipe, place)
+    model.language.check()
+    return Built(model, tokenizer, end, reader)
 
 
 Model = TypeVar("Model", RepresentationModel, GenerationModel)
@@ -180,10 +182,12 @@ def read_image_encoder(config: VisionConfig, dtype: torch.dtype, opened: Checkpo
     """The image encoder that a recipe names, which may lie within a checkpoint of BLIP-2: `opened`, or another."""
     within = opened if opened is not None and opened.holds_vision else open_foreign(config.name)
     if within is None:
+        if config.heads is not None:
+            raise InputError(f"vision.heads is {config.heads}, which {config.name!r} says itself: leave it out")
         trusts = config.trust_remote_code is not None  # which is its name then: a recipe sees to that
         encoder = load_image_encoder(resolve(config.name), config.layer, config.image_size, dtype, trusts)
     elif within.holds_vision:
-        encoder = within.image_encoder(config.layer, config.image_size, dtype)
+        encoder = within.with_heads(config.heads).image_encoder(config.layer, config.image_size, dtype)
     else:
         raise InputError(f"{config.name!r} ({within.about}) holds no image encoder: set vision.name to one that does")
     encoding = config.position_encoding
@@ -266,10 +270,37 @@ def prepare_texts(recipe: Recipe, built: Built) -> TextPreparation:
         limit = min(limit, recipe.qformer.max_positions)
         return RepresentationTexts(built.tokenizer, limit)
     assert built.end is not None
-    kind = PrefixTexts if built.model.language.is_encoder_decoder else GenerationTexts
+    language = built.model.language
+    language.check(trains=True)
+    kind = PrefixTexts if language.is_encoder_decoder else GenerationTexts
     for prompt in (recipe.language.prompt, recipe.language.question_prompt or ""):
         if prompt.strip() and kind is GenerationTexts:
             check_prompt(built.tokenizer, prompt)
-    return kind(
-        built.tokenizer, limit, recipe.language.prompt, built.end, built.reader, recipe.language.question_prompt
-    )
+    texts = kind(
+        built.tokenizer, limit, recipe.language.prompt, built.end, built.reader, recipe.language.question_prompt,
+        _room(recipe, language),
+    )  # fmt: skip
+    longest = max(texts.prompt_length(prompt) for prompt in (recipe.language.prompt, texts.question_prompt or ""))
+    if texts.room is not None and longest > texts.room:
+        raise InputError(
+            f"the LLM has {language.positions} positions, which do not hold {recipe.qformer.queries} queries, a prompt"
+            f" of {longest} tokens and data.max_tokens {limit}: make data.max_tokens or language.prompt shorter, or set"
+            " language.name to another"
+        )
+    return texts
+
+
+def _room(recipe: Recipe, language: LanguageModel) -> int | None:
+    """Tokens that a prompt may have beside queries and caption; None: any number. Below 0 nothing fits at all."""
+    if language.positions is None:
+        return None
+    captions = recipe.data.max_tokens
+    if not language.is_encoder_decoder:
+        return language.positions - recipe.qformer.queries - captions
+    # The decoder writes the caption; without a prompt, the encoder reads the beginning of it.
+    room = language.positions - recipe.qformer.queries
+    if captions > language.positions or (
+        recipe.language is not None and not recipe.language.prompt and captions > room
+    ):
+        return -1
+    return room

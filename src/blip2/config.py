@@ -34,6 +34,9 @@ class VisionConfig:
     """Whose features to use; null: second-last for transformers, as the paper does, last for CNNs."""
     image_size: int | None = None
     """Height and width of images in pixels; null: the encoder's own. Position embeddings are interpolated."""
+    heads: int | None = None
+    """Attention heads of an image encoder whose file does not say it: an EVA-CLIP in LAVIS's format of another width
+    than ViT-g's. null: as its file says."""
     position_encoding: Literal["auto", "sine2d", "none"] = "auto"
     """Fixed 2-D sine encoding added to the normalized features before the Q-Former's keys and values, as DETR adds one
     to the features of a CNN. auto: sine2d where the encoder's tokens do not tell their places (CNNs, Swin), which is

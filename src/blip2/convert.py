@@ -20,7 +20,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import Blip2VisionConfig, PreTrainedTokenizerBase
+from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2VisionConfig, PreTrainedTokenizerBase
 
 from blip2.build import choose_dtype, end_of_text, read_image_encoder, text_tokenizer
 from blip2.config import IMAGE_TOKEN, LanguageConfig, Recipe
@@ -138,6 +138,7 @@ def _transformers(checkpoint: Checkpoint, stage1: Checkpoint | None, to: str) ->
     text: Any = None
     if generates:
         complete, tokenizer = _with_image_token(_with_language(complete))
+        _check_language(complete)
         if to == "vllm":
             if complete.language_config.is_encoder_decoder:
                 raise InputError(
@@ -166,6 +167,26 @@ def _transformers(checkpoint: Checkpoint, stage1: Checkpoint | None, to: str) ->
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     return write
+
+
+def _check_language(checkpoint: Checkpoint) -> None:
+    """See that transformers' BLIP-2 makes the same LLM of a configuration.
+
+    Raises:
+        InputError: it makes another, as a decoder alone of BART and Pegasus, or none.
+    """
+    config: Any = checkpoint.language_config
+    expected = type(empty_model(config)).__name__
+    try:
+        with torch.device("meta"):
+            made = type(Blip2ForConditionalGeneration(Blip2Config(text_config=config)).language_model).__name__
+    except Exception as error:  # which configurations it does not take is nowhere said
+        made = f"nothing ({first_line(error)[:160]})"
+    if made != expected:
+        raise InputError(
+            f"{checkpoint.name} has an LLM of type {config.model_type}, a {expected}, of which transformers' BLIP-2"
+            f" makes {made}: convert it to blip2"
+        )
 
 
 def _lavis(checkpoint: Checkpoint, with_language: bool) -> Writer:
@@ -250,6 +271,13 @@ def _check_fits(checkpoint: Checkpoint) -> None:
         ("LLM", checkpoint.language_config, len(weights.get("projection.weight", ()))),
     ):
         if config is not None and config.hidden_size != here:
+            embeddings = getattr(config, "word_embed_proj_dim", None)
+            if what == "LLM" and embeddings == here:
+                raise InputError(
+                    f"{checkpoint.name} has an LLM of type {config.model_type} whose embeddings are {here} wide and"
+                    f" whose layers are {config.hidden_size} wide; transformers' BLIP-2 takes the latter for both:"
+                    " convert it to blip2"
+                )
             raise InputError(
                 f"{checkpoint.name} is for an {what} of width {here}, the one named is {config.hidden_size} wide: name"
                 " the one that it was trained with"
@@ -284,6 +312,7 @@ def _with_vision(checkpoint: Checkpoint, clip: bool) -> Checkpoint:
     recipe = checkpoint.recipe
     trained = () if checkpoint.holds_vision else tuple(checkpoint.weights.part("vision."))
     holder = checkpoint if checkpoint.holds_vision else open_foreign(recipe.vision.name)
+    holder = holder and holder.with_heads(recipe.vision.heads)
     fits = holder is not None and (clip or isinstance(holder.vision_config, Blip2VisionConfig))
     if holder is not None and holder.holds_vision and fits and not trained:
         assert holder.preprocessing is not None

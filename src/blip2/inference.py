@@ -414,7 +414,7 @@ class GenerationPipeline(Pipeline[GenerationModel]):
 
     def _check_length(self, tokens: int, decoding: Decoding) -> None:
         language, queries = self.model.language, self.recipe.qformer.queries
-        positions = getattr(language.network.config, "max_position_embeddings", None)
+        positions = language.positions
         new = 0 if language.is_encoder_decoder else decoding.max_new_tokens
         if positions is not None and queries + tokens + new > positions:
             raise InputError(

@@ -8,6 +8,7 @@ COUNT, STEPS = 10**6, 10**9
 RANGES: dict[str, tuple[float, float]] = {
     "vision.image_size": (1, 8192),
     "vision.drop_path": (0, 0.99),
+    "vision.heads": (1, COUNT),
     "qformer.hidden_size": (1, COUNT),
     "qformer.layers": (1, 1000),
     "qformer.heads": (1, COUNT),

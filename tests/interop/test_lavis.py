@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, T5ForConditionalGeneration
 
 import blip2
 from blip2.build import build
@@ -270,6 +270,46 @@ def test_the_file_of_the_encoder_alone(parts, save, tmp_path):
 
 
 @torch.no_grad()
+def test_the_heads_of_an_eva_of_another_width_are_asked_for(parts, save, tmp_path):
+    def narrower(tensor):  # 96 in place of 176, which heads of 88 do not divide
+        for dim, size in enumerate(tensor.shape):
+            if size % 176 == 0:
+                tensor = tensor.narrow(dim, 0, size * 96 // 176)
+        return tensor.clone()
+
+    state = {k.removeprefix("visual_encoder."): t for k, t in lavis_state("1").items() if "visual_encoder" in k}
+    last = {k.replace("blocks.1", "blocks.2"): t for k, t in state.items() if "blocks.1" in k}
+    torch.save({name: narrower(tensor) for name, tensor in {**state, **last}.items()}, tmp_path / "eva.pth")
+    named = {"name": str(tmp_path / "eva.pth")}
+    features = []
+    for heads in (None, 4, 6, 7):
+        recipe = parts.recipe(tmp_path / "run", vision={**named, "heads": heads})
+        if heads in (None, 7):
+            with pytest.raises(InputError, match=r"is 96 wide and of .* heads, .*: set vision.heads to the number"):
+                build(recipe, torch.device("cpu"))
+            continue
+        vision = build(recipe, torch.device("cpu")).model.vision
+        assert vision.network.config.num_attention_heads == heads
+        features.append(vision.features(torch.ones(1, 3, 28, 28)))
+    assert not torch.allclose(*features)  # so that a guess would be wrong in silence
+    with pytest.raises(InputError, match=r"vision.heads is 3, which .* says itself: leave it out"):
+        build(parts.recipe(tmp_path / "run", vision={"heads": 3}), torch.device("cpu"))
+
+
+def test_two_names_of_one_matrix_with_other_values_are_refused(parts, save):
+    """As in LAVIS's FlanT5, whose output matrix is not its embedding, with a configuration that ties them."""
+    there = T5ForConditionalGeneration.from_pretrained(parts.t5).state_dict()
+    whole = {**lavis_state("t5"), **{f"t5_model.{name}": tensor.clone() for name, tensor in there.items()}}
+    changes = {"language.name": parts.t5, "qformer.tokenizer": parts.bert}
+    blip2.load(save(whole), device="cpu", changes=changes)
+    whole["t5_model.lm_head.weight"] += 1
+    refuses(
+        save(whole), "has different values for language.network.* and .*, which are one matrix",
+        **{key.replace(".", "__"): value for key, value in changes.items()},
+    )  # fmt: skip
+
+
+@torch.no_grad()
 def test_clip_inside(parts, save, tmp_path):
     """LAVIS's ViT-L: CLIP's, without its last block."""
     config = CLIPVisionConfig(
@@ -393,7 +433,7 @@ def test_other_parts_are_refused_before_anything_is_written(runs, tmp_path, part
     for source, match in (
         (
             runs["stage1"],
-            "the image encoder of .* has num_attention_heads 2, where LAVIS, .*, would take 1: conv",
+            "the image encoder of .* has num_attention_heads 2, where LAVIS, .*, would take none that is known: conv",
         ),
         (runs["llama"], "has an LLM of type llama; LAVIS's BLIP-2 has OPT or T5: convert it to transformers"),
     ):

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -153,6 +154,18 @@ def test_a_tokenizer_that_begins_with_nothing(parts, tmp_path):
     out = theirs.generate(**images, num_beams=5, max_new_tokens=8, min_new_tokens=1)[:, QUERIES + 1 :]
     expected = [text.strip() for text in plain.batch_decode(out, skip_special_tokens=True)]
     assert ours.caption(PICTURES, decoding=Decoding(max_new_tokens=8)) == expected
+
+
+def test_the_llm_s_own_files_are_used_with_the_activation_of_the_checkpoint(parts, tmp_path):
+    """Those of FlanT5 say gelu_new, the checkpoints of BLIP-2 were trained with gelu."""
+    theirs = save_transformers(tmp_path / "there", "t5", parts.bert)
+    own: Any = theirs.language_model
+    own.config.dense_act_fn = "gelu_new"
+    own.save_pretrained(tmp_path / "llm")
+    byte_tokenizer(ends=True).save_pretrained(tmp_path / "llm")
+    ours = blip2.load(tmp_path / "there", device="cpu", changes={"language.name": str(tmp_path / "llm")})
+    assert ours.recipe.language.activation == "gelu"
+    assert ours.model.language.network.config.dense_act_fn == "gelu"
 
 
 def test_several_ends(parts, tmp_path):

@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.models.blip_2.modeling_blip_2 import Blip2VisionEmbeddings
 
+from blip2.data.images import to_pixels
 from blip2.errors import InputError
-from blip2.model.vision import CLIP_MEAN, CLIP_STD, load_image_encoder, resize_positions
+from blip2.model.vision import CLIP_MEAN, CLIP_STD, load_image_encoder, read_preprocessing, resize_positions
 from fixtures.tiny import randomise
 
 NO_SIZE: dict[str, Any] = {
@@ -349,8 +351,9 @@ def test_preprocessing_is_the_models_own(saved, tmp_path, file, settings, size):
         (tmp_path / file).write_text(json.dumps(settings))
     found = load_image_encoder(str(tmp_path)).preprocessing
     own = "image_mean" in settings.get("image_processor", settings)
-    assert found.mean == ((0.1, 0.2, 0.3) if own else CLIP_MEAN)
-    assert found.std == ((0.4, 0.5, 0.6) if own else CLIP_STD)
+    # A file that does not say it leaves it to the processor of the model's family; without a file it is CLIP's.
+    assert found.mean == ((0.1, 0.2, 0.3) if own else (0.5,) * 3 if file else CLIP_MEAN)
+    assert found.std == ((0.4, 0.5, 0.6) if own else (0.5,) * 3 if file else CLIP_STD)
     assert found.image_size == size
     assert load_image_encoder(str(tmp_path), image_size=70).preprocessing.image_size == 70
 
@@ -396,3 +399,114 @@ def test_timm_that_is_not_installed(monkeypatch):
     with pytest.raises(InputError, match=r"timm:vit_tiny needs timm.*blip2\[timm\]") as caught:
         load_image_encoder("timm:vit_tiny")
     assert "\n" not in str(caught.value)
+
+
+# -- what is found by trying ---------------------------------------------------------------------------------------
+
+
+def sam(**changes: Any) -> nn.Module:
+    sizes = {"hidden_size": 32, "mlp_dim": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "output_channels": 16}
+    shape = {"image_size": 64, "patch_size": 8, "global_attn_indexes": [1], "window_size": 4}
+    return hf.SamVisionModel(hf.SamVisionConfig(**{**sizes, **shape, **changes}))
+
+
+def intern() -> nn.Module:
+    sizes = {**NO_SIZE, "patch_size": [14, 14], "image_size": [28, 28]}
+    return hf.InternVLVisionModel(hf.InternVLVisionConfig(**sizes))
+
+
+def pixtral() -> nn.Module:
+    return hf.PixtralVisionModel(hf.PixtralVisionConfig(**SIZES, head_dim=16))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", ["second-last", "last"])
+def test_a_grid_whose_width_comes_last(tmp_path, layer):
+    network: Any = randomise(sam()).eval()
+    network.save_pretrained(tmp_path)
+    encoder, images = load_image_encoder(str(tmp_path), layer), pixels(64)
+    out = network(images, output_hidden_states=True)
+    # The hidden states are [B, h, w, E], the neck behind them puts out [B, E, h, w].
+    right = out.hidden_states[-2] if layer == "second-last" else out.last_hidden_state.permute(0, 2, 3, 1)
+    assert (encoder.tokens, encoder.width) == (64, right.shape[-1])
+    torch.testing.assert_close(encoder.features(images), right.flatten(1, 2), atol=1e-5, rtol=1e-5)
+
+
+def test_a_grid_of_which_nothing_tells_the_width(tmp_path):
+    randomise(sam(hidden_size=8, num_attention_heads=2, window_size=0)).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"\[2, 8, 8, 8\] of which it is not clear .* set vision.image_size to"):
+        load_image_encoder(str(tmp_path))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [intern, pixtral])
+def test_sizes_that_are_lists_and_tokens_in_a_row(tmp_path, make):
+    network: Any = randomise(make()).eval()
+    network.save_pretrained(tmp_path)
+    encoder, images = load_image_encoder(str(tmp_path)), pixels()
+    alone = torch.cat([network(each[None], output_hidden_states=True).hidden_states[-2] for each in images])
+    torch.testing.assert_close(encoder.features(images), alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(encoder.features(images[:1]), alone[:1], atol=1e-5, rtol=1e-5)
+
+
+def zeroed() -> nn.Module:
+    network = hf.ViTModel(hf.ViTConfig(**SIZES))
+    for parameter in network.parameters():
+        parameter.data.zero_()
+    return network
+
+
+def not_finite() -> nn.Module:
+    network = hf.ViTModel(hf.ViTConfig(**SIZES))
+    network.layers[0].mlp.fc1.weight.data[0, 0] = torch.nan
+    return network
+
+
+@pytest.mark.parametrize(
+    ("make", "size", "message"),
+    [
+        (sam, 32, r"cannot take images of 32 x 32 .* set vision.image_size to its own size"),
+        (zeroed, None, "gives the same features for unlike images: its weights are damaged"),
+        (not_finite, None, "gives features that are not finite: its weights are damaged"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_when_it_is_loaded(tmp_path, make, size, message):
+    make().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=message) as caught:
+        load_image_encoder(str(tmp_path), image_size=size)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["MobileViT", "GLPN", "EfficientNet", "ViT", "CLIP", "Beit"])
+def test_pixels_are_what_the_model_s_own_processor_makes_of_them(tmp_path, name):
+    processor: Any = getattr(hf, f"{name}ImageProcessorPil")()
+    processor.save_pretrained(tmp_path)
+    image = Image.new("RGB", (300, 300), (200, 90, 20))  # of one color: size and crop do not matter
+    theirs = torch.as_tensor(processor(image, return_tensors="pt")["pixel_values"])[0]
+    ours = to_pixels(image, read_preprocessing(str(tmp_path), hf.ViTConfig(), None))
+    middle = [each[:, each.shape[1] // 2, each.shape[2] // 2] for each in (ours, theirs)]
+    torch.testing.assert_close(*middle, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_processor_type": "Unheard", "size": 28}, "state image_mean, image_std and image_processor_type there"),
+        ({"image_processor_type": "Unheard", **MEANS, "do_flip_channel_order": True}, "do_flip_channel_order"),
+        ({"image_processor_type": "Unheard", **MEANS}, None),
+        ({"image_processor_type": "Unheard", "do_normalize": False}, None),
+    ],
+)
+def test_a_processor_that_is_not_known_has_to_say_it_all(tmp_path, settings, message):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    if message is None:
+        found = read_preprocessing(str(tmp_path), hf.ViTConfig(), 28)
+        assert found.mean == ((0.1, 0.2, 0.3) if "image_mean" in settings else (0.0, 0.0, 0.0))
+        return
+    with pytest.raises(InputError, match=message):
+        read_preprocessing(str(tmp_path), hf.ViTConfig(), 28)
+
+
+def test_clip_s_mean_is_not_taken_in_silence(saved, caplog):
+    load_image_encoder(saved("ViT")[1])
+    assert "has no preprocessor_config.json: its pixels are normalized with CLIP's mean and deviation" in caplog.text

@@ -21,7 +21,7 @@ from blip2.data.features import CachedFeatures
 from blip2.data.images import ImageError, augment_to_pixels, read_image, to_pixels
 from blip2.data.order import START, Item, Windows, read_chunks, to_hex
 from blip2.data.records import Record, Records, RecordStream
-from blip2.data.texts import StageBatch, TextPreparation
+from blip2.data.texts import GenerationTexts, StageBatch, TextPreparation
 from blip2.model.vision import Preprocessing
 
 WINDOW = 50
@@ -260,6 +260,12 @@ class Preparation(Dataset[Loaded]):
             raise _Unusable("caption", "it has no caption or answer: every image needs a text that is not blank")
         if self.texts.asks and record.question is None:
             raise _Unusable("question", f"it has no question, and language.prompt has {QUESTION_PLACE} where one goes")
+        if isinstance(self.texts, GenerationTexts) and record.question and self.texts.room is not None:
+            length = self.texts.prompt_length(self.texts.prompt_of(record.question))
+            if length > self.texts.room:
+                raise _Unusable(
+                    "question", f"with its prompt it has {length} tokens, the LLM has room for {self.texts.room}"
+                )
         return record.captions[draw.caption], record.question or ""
 
     def _image(self, record: Record, draw: Draw) -> Tensor:

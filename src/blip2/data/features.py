@@ -206,6 +206,8 @@ def _settings(encoder: ImageEncoder, augmentation: Augmentation, layout: Layout)
     known = {} if config is None else {key: v for key, v in config.to_dict().items() if key not in UNIMPORTANT}
     weights.update(json.dumps([encoder.layer, known], sort_keys=True, default=str).encode())
     settings = {"format": 1, "encoder": weights.hexdigest(), **asdict(layout), **asdict(encoder.preprocessing)}
+    if not encoder.preprocessing.bgr:
+        settings.pop("bgr")  # as in features that were made before there was such a thing
     if augmentation.views > 1:
         settings |= {"smallest_crop": augmentation.smallest_crop, "flip": augmentation.flip}
     return settings

@@ -338,5 +338,7 @@ def _random_box(
 
 def _normalise(image: Image.Image, preprocessing: Preprocessing) -> Float[Tensor, "3 H W"]:
     pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 255
+    if preprocessing.bgr:
+        pixels = pixels.flip(0)
     mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
     return (pixels - mean[:, None, None]) / std[:, None, None]

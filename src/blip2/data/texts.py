@@ -79,6 +79,8 @@ class GenerationTexts:
     """Tokenizer of a Q-Former that reads questions."""
     question_prompt: str | None = None
     """Prompt of records that have a question, where it is not that of all."""
+    room: int | None = None
+    """Tokens that a prompt may have, for the LLM to have positions for it; None: any number."""
 
     @property
     def asks(self) -> bool:
@@ -92,10 +94,18 @@ class GenerationTexts:
         image_ids: Int[Tensor, "B"],
         random: np.random.Generator,
     ) -> tuple[GenerationBatch, int]:
-        asked = self.prompt if self.question_prompt is None else self.question_prompt
-        prompts = [fill_prompts(asked if each else self.prompt, [each])[0] for each in questions]
+        prompts = [self.prompt_of(each) for each in questions]
         ids, mask, labels, cut = self._encode(prompts, captions, random)
         return GenerationBatch(images, ids, mask, labels, encode_questions(self.reader, questions)), cut
+
+    def prompt_of(self, question: str) -> str:
+        """The prompt of a record, whose question may be blank."""
+        asked = self.prompt if self.question_prompt is None else self.question_prompt
+        return fill_prompts(asked if question else self.prompt, [question])[0]
+
+    def prompt_length(self, prompt: str) -> int:
+        """Tokens of a prompt."""
+        return len(self.tokenizer(prompt, verbose=False)["input_ids"])
 
     def _encode(
         self, prompts: Sequence[str], captions: Sequence[str], random: np.random.Generator

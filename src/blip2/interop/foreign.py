@@ -119,6 +119,27 @@ class Checkpoint:
             weights, language = weights.without(LANGUAGE), None
         return replace(self, recipe=recipe, weights=weights, vision_config=vision, language_config=language)
 
+    def with_heads(self, heads: int | None) -> Checkpoint:
+        """The same with the number of heads of its image encoder, which no weight tells.
+
+        Raises:
+            InputError: neither its configuration nor `heads` says it, or each says another, or it does not divide the
+                width.
+        """
+        config = copy.deepcopy(self.vision_config)
+        if config is None:
+            return self
+        known, width = config.num_attention_heads or heads, config.hidden_size
+        if known is None or width % known:
+            raise InputError(
+                f"the image encoder of {self.name} is {width} wide and of {known or 'an unknown number of'} heads,"
+                " expected a divisor of the width: set vision.heads to the number that it was trained with"
+            )
+        if heads not in (None, known):
+            raise InputError(f"vision.heads is {heads}, the image encoder of {self.name} has {known}: leave it out")
+        config.num_attention_heads = known
+        return replace(self, vision_config=config)
+
     def image_encoder(self, layer: Layer | None, image_size: int | None, dtype: torch.dtype) -> ImageEncoder:
         """Its image encoder, frozen, for images of `image_size` (its own when None)."""
         assert self.vision_config is not None and self.preprocessing is not None

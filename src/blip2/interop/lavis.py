@@ -222,17 +222,18 @@ def _blocks(weights: Mapping[str, Tensor]) -> int:
 
 
 def _vision_config(path: Path, weights: Weights) -> Any:
-    """The sizes of an image encoder, read off its weights. A CLIP has lost its last block already."""
+    """The sizes of an image encoder, read off its weights, which do not tell the heads: they are as wide as ViT-g's or
+    ViT-L's, or unknown (0). A CLIP has lost its last block already."""
     patches = weights[f"{VISION}embeddings.patch_embedding.weight"]  # [E, 3, p, p]
     is_clip = f"{VISION}pre_layrnorm.weight" in weights
     table = weights[f"{VISION}embeddings.position_embedding{'.weight' if is_clip else ''}"]
     grid = round((table.shape[-2] - 1) ** 0.5)
     width, patch = patches.shape[0], patches.shape[-1]
-    head = EVA_HEAD if width % EVA_HEAD == 0 and not is_clip else CLIP_HEAD
+    head = CLIP_HEAD if is_clip else EVA_HEAD
     sizes: dict[str, Any] = {
         "hidden_size": width,
         "num_hidden_layers": _blocks(weights),
-        "num_attention_heads": max(width // head, 1),
+        "num_attention_heads": 0 if width % head else width // head,
         "intermediate_size": len(weights[f"{VISION}encoder.layers.0.mlp.fc1.weight"]),
         "image_size": grid * patch,
         "patch_size": patch,
@@ -325,7 +326,7 @@ def state_of(checkpoint: Checkpoint, is_t5: bool) -> dict[str, Tensor]:
             if here != there:
                 raise InputError(
                     f"the image encoder of {checkpoint.name} has {key} {here}, where LAVIS, which knows EVA-CLIP and"
-                    f" CLIP ViT-L alone, would take {there}: convert it to transformers"
+                    f" CLIP ViT-L alone, would take {there or 'none that is known'}: convert it to transformers"
                 )
     state = dict(checkpoint.weights.renamed(_table(is_t5, is_clip), checkpoint.name, back=True))
     join_attention(state) if is_clip else split_biases(state)

@@ -25,6 +25,7 @@ from blip2.files import write_json
 from blip2.interop.foreign import Checkpoint, read_tokenizer
 from blip2.interop.names import Table, block_names
 from blip2.interop.weights import Weights, open_folder, understood
+from blip2.model.language import activation_of
 from blip2.model.pretrained import reading
 from blip2.model.vision import read_preprocessing
 
@@ -138,7 +139,8 @@ def _recipe(name: str, config: Any, weights: Weights, tokenizer: PreTrainedToken
         language = None
         if generates:
             prompt, stop = _prompt(config.text_config, tokenizer), _stop(name, config.text_config, tokenizer)
-            language = LanguageConfig(name=name, prompt=prompt, stop=stop)
+            # Kept, for the LLM's own files may say another: those of FlanT5 have gelu_new, LAVIS trained with gelu.
+            language = LanguageConfig(name=name, prompt=prompt, stop=stop, activation=activation_of(config.text_config))
         return Recipe(
             stage="generation" if generates else "representation",
             output="",

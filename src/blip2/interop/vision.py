@@ -103,7 +103,7 @@ def to_blip2(encoder: ImageEncoder, layer: Layer | None) -> tuple[Blip2VisionCon
         InputError: the encoder is one that the layout has no place for.
     """
     network: Any = encoder.network
-    if obstacle := _obstacle(network, layer):
+    if obstacle := _obstacle(network, layer, encoder.preprocessing.bgr):
         raise _refusal(network, f"it has {obstacle}")
     state = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith(UNUSED)}
     join_biases(state)  # of timm's EVA
@@ -144,11 +144,13 @@ def _refusal(network: nn.Module, reason: str) -> InputError:
     )
 
 
-def _obstacle(network: Any, layer: Layer | None) -> str | None:
+def _obstacle(network: Any, layer: Layer | None, bgr: bool) -> str | None:
     """Something that an encoder has and the layout has not."""
     kind = _kind(network)
     types = {name: type(m).__name__ for name, m in network.named_modules() if not f"{name}.".startswith(UNUSED)}
     names = " ".join([*(name for name in network.state_dict() if not name.startswith(UNUSED)), *types, *types.values()])
+    if bgr:
+        return "channels in the order blue, green, red"
     for pattern, reason in OBSTACLES:
         if re.search(pattern, names):
             return reason

@@ -10,13 +10,14 @@ tokens, L width of the LLM, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -25,7 +26,14 @@ from transformers import (
 )
 
 from blip2.errors import InputError
-from blip2.model.reading import DecoderOnlyReader, EncoderDecoderReader, Prompts, Reader
+from blip2.model.reading import (
+    DecoderOnlyReader,
+    EncoderDecoderReader,
+    Prompts,
+    Reader,
+    Rereader,
+    beside_embeddings,
+)
 
 UNWRITTEN = -1
 """In place of a token that a text does not have."""
@@ -65,6 +73,10 @@ class Decoding:
         return 1 if self.top_p is not None else max(self.beams, copies)
 
 
+Way = Callable[..., Tensor]
+"""One of the ways in which an LLM writes, with the arguments of :func:`write`."""
+
+
 @torch.no_grad()
 def write(
     network: Any,
@@ -73,6 +85,7 @@ def write(
     ends: Sequence[int],
     copies: int = 1,
     dice: Float[Tensor, "N longest"] | None = None,
+    kind: type[Reader] | None = None,
 ) -> Int[Tensor, "N U"]:
     """The continuation of each prompt, `copies` of each beside each other.
 
@@ -80,12 +93,12 @@ def write(
         network: an LLM of which :func:`blip2.model.reading.is_supported` holds.
         ends: ids of the tokens that end a text; the first of them pads the result.
         dice: of sampling: see :func:`draw`, one number a token; None: PyTorch's own random numbers.
+        kind: of reader; None: the one that keeps keys and values.
 
     Returns:
         New tokens only; U is the length of the longest text, its end included.
     """
-    kind = EncoderDecoderReader if network.config.is_encoder_decoder else DecoderOnlyReader
-    reader = kind(network, prompts)
+    reader = (kind or reader_of(network))(network, prompts)
     tokens = torch.tensor(ends, device=prompts.text.device)
     if decoding.width(copies) > 1:
         texts = beam_search(reader, decoding, tokens, copies)
@@ -93,6 +106,46 @@ def write(
         texts = follow(reader, decoding, tokens, copies, dice)
     longest = int((texts != UNWRITTEN).any(dim=0).sum())
     return texts[:, :longest].masked_fill(texts[:, :longest] == UNWRITTEN, ends[0])
+
+
+def reader_of(network: Any) -> type[Reader]:
+    """Return the reader that keeps keys and values of an LLM."""
+    return EncoderDecoderReader if network.config.is_encoder_decoder else DecoderOnlyReader
+
+
+@torch.no_grad()
+def write_again(
+    network: Any,
+    prompts: Prompts,
+    decoding: Decoding,
+    ends: Sequence[int],
+    copies: int = 1,
+    dice: Float[Tensor, "N longest"] | None = None,
+) -> Int[Tensor, "N U"]:
+    """The same by an LLM that reads everything again for each token; much slower, and for any LLM that trains."""
+    return write(network, prompts, decoding, ends, copies, dice, Rereader)
+
+
+@torch.no_grad()
+def write_by_length(
+    network: Any,
+    prompts: Prompts,
+    decoding: Decoding,
+    ends: Sequence[int],
+    copies: int = 1,
+    dice: Float[Tensor, "N longest"] | None = None,
+) -> Int[Tensor, "N U"]:
+    """The same by transformers' own ``generate``, with prompts of one length at once, so that there is no padding."""
+    lengths = prompts.mask.sum(dim=1)
+    texts: list[Tensor] = [lengths] * len(lengths)
+    for length in lengths.unique():
+        which = (lengths == length).nonzero().squeeze(1)
+        own = None if dice is None else dice.unflatten(0, (-1, copies))[which.to(dice.device)].flatten(0, 1)
+        new = write_plainly(network, prompts.rows(which), decoding, ends, copies, own)
+        for i, rows in zip(which.tolist(), new.split(copies), strict=True):
+            texts[i] = rows
+    longest = max(rows.shape[1] for rows in texts)
+    return torch.cat([F.pad(rows, (0, longest - rows.shape[1]), value=ends[0]) for rows in texts])
 
 
 @torch.no_grad()
@@ -103,14 +156,21 @@ def write_plainly(
     ends: Sequence[int],
     copies: int = 1,
     dice: Float[Tensor, "N longest"] | None = None,
+    also: Sequence[LogitsProcessor] = (),
 ) -> Int[Tensor, "N U"]:
-    """The same by transformers' own ``generate``, which any LLM has; slower."""
+    """The same by transformers' own ``generate``, which any LLM has; slower.
+
+    Args:
+        also: processors of its logits before all others.
+    """
     inputs, seen = prompts.joined()
+    beside = beside_embeddings(network, prompts.visual.shape[1], prompts.ids, inputs)
     if not network.config.is_encoder_decoder:
         # Padding goes before everything: what comes next is read off the last position.
         order = seen.long().argsort(dim=1, stable=True)
         inputs = inputs.gather(1, order[..., None].expand_as(inputs))
         seen = seen.gather(1, order)
+        beside = {name: each.gather(1, order[..., None, None].expand_as(each)) for name, each in beside.items()}
     sampling, beams = decoding.top_p is not None, decoding.width(copies)
     settings = GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
@@ -127,7 +187,7 @@ def write_plainly(
         decoder_start_token_id=network.generation_config.decoder_start_token_id,
     )
     # Not among the settings, where padding before the prompt would be taken for padding of the new tokens.
-    processors = LogitsProcessorList()
+    processors = LogitsProcessorList(also)
     if decoding.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(decoding.repetition_penalty))
     if sampling and dice is not None:
@@ -135,6 +195,7 @@ def write_plainly(
     new = network.generate(
         inputs_embeds=inputs,
         attention_mask=seen.long(),
+        **beside,
         generation_config=settings,
         logits_processor=processors,
     )

@@ -17,16 +17,29 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig, GenerationConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    BitsAndBytesConfig,
+    GenerationConfig,
+)
 from transformers.activations import ACT2FN
 
 from blip2.errors import InputError
-from blip2.model.decoding import Decoding, write, write_plainly
+from blip2.model.decoding import Decoding, Way
 from blip2.model.frozen import Freezable
 from blip2.model.linear import use_linear
 from blip2.model.objectives import IGNORED
 from blip2.model.pretrained import read_config, read_model
-from blip2.model.reading import Prompts, is_supported
+from blip2.model.reading import Prompts, beside_embeddings, blank_token, forward, text_config
+from blip2.model.trial import check_gradient, find_way
+
+POSITIONS = ("max_position_embeddings", "max_target_positions", "n_positions", "max_seq_len", "n_ctx")
+"""Names that configurations have for the number of positions."""
 
 
 class LanguageModel(Freezable):
@@ -42,10 +55,10 @@ class LanguageModel(Freezable):
         use_linear(network)
         self.is_encoder_decoder: bool = bool(self.network.config.is_encoder_decoder)
         # What generation does is said by Decoding alone, not by defaults that came with the weights.
-        start = getattr(self.network.config, "decoder_start_token_id", None)
+        start = start_token(self.network) if self.is_encoder_decoder else None
         self.network.generation_config = GenerationConfig(decoder_start_token_id=start)
         self._attention: str = self.network.config._attn_implementation
-        self._writes = is_supported(self.network)
+        self._way: Way | None = None
         self.freeze()
         embedding: Any = self.network.get_input_embeddings()
         self.width: int = embedding.weight.shape[1]
@@ -96,16 +109,25 @@ class LanguageModel(Freezable):
         inputs, seen = self._inputs(visual, ids, mask)
         counted = labels != IGNORED
         columns = counted.any(dim=0).nonzero().squeeze(1)
-        arguments: dict[str, Any] = {"inputs_embeds": inputs, "attention_mask": seen, "use_cache": False}
+        arguments: dict[str, Any] = {"inputs_embeds": inputs, "attention_mask": seen}
+        wanted = None
         if self.is_encoder_decoder:
-            arguments["decoder_input_ids"] = self.network.prepare_decoder_input_ids_from_labels(labels=labels)
+            arguments["decoder_input_ids"] = self._decoder_input(labels)
         else:
             # The token at column t is predicted one position before it.
-            arguments["logits_to_keep"] = visual.shape[1] + columns - 1
+            wanted = visual.shape[1] + columns - 1
             counted, labels = counted[:, columns], labels[:, columns]
         with self.own_precision(inputs.device), self._without_head():
-            states = self.network(**arguments).logits
+            arguments |= beside_embeddings(self.network, visual.shape[1], ids, inputs)
+            states = forward(self.network, wanted, **arguments)
         return states[counted], labels[counted]
+
+    def _decoder_input(self, labels: Int[Tensor, "B U"]) -> Int[Tensor, "B U"]:
+        """What a decoder reads to write `labels`: its start token, then all of them but the last."""
+        start = torch.full_like(labels[:, :1], self.network.generation_config.decoder_start_token_id)
+        return torch.cat(
+            [start, labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, blank_token(self.network))], dim=1
+        )
 
     def head(self, states: Float[Tensor, "M S"]) -> Float[Tensor, "M V"]:
         """The logits of states."""
@@ -142,7 +164,7 @@ class LanguageModel(Freezable):
         setattr(matrix, "forward", lambda states: read.append(states) or states)  # noqa: B010
         try:
             logits = self.network(input_ids=ids, use_cache=False, **decoder).logits
-        except (RuntimeError, ValueError, TypeError):  # something is added that is as wide as the vocabulary
+        except Exception:  # something is added that is as wide as the vocabulary
             return False
         finally:
             del matrix.forward
@@ -177,8 +199,7 @@ class LanguageModel(Freezable):
         """
         prompts = self.prompts(visual, ids, mask, image_of)
         with self.own_precision(prompts.text.device):
-            by = write if self._writes else write_plainly
-            return by(self.network, prompts, decoding, self.ends(end), copies, dice)
+            return self.way(self.network, prompts, decoding, self.ends(end), copies, dice)
 
     def prompts(
         self,
@@ -193,11 +214,57 @@ class LanguageModel(Freezable):
         self._choose_attention(text)
         if image_of is None:
             image_of = torch.arange(len(ids), device=ids.device)
-        return Prompts(visual.to(text.dtype), text, mask.gather(1, order), image_of)
+        return Prompts(visual.to(text.dtype), text, ids.gather(1, order), mask.gather(1, order), image_of)
+
+    @property
+    def way(self) -> Way:
+        """How it writes: the fastest way in which it predicts what it does in training (:mod:`blip2.model.trial`)."""
+        if self._way is None:
+            with self._trying():
+                self._way = find_way(self.network, self._teach)
+        return self._way
+
+    def check(self, trains: bool = False) -> None:
+        """Run the LLM for a few tokens, in every way in which it is used.
+
+        Args:
+            trains: see that a gradient reaches the visual prompt, too.
+
+        Raises:
+            InputError: it cannot be used; the message says why.
+        """
+        _ = self.way
+        if trains:
+            with self._trying():
+                check_gradient(self.network, self._teach)
+
+    def _teach(self, visual: Tensor, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+        return self.head(self.states(visual, ids, mask, labels)[0])
+
+    @contextmanager
+    def _trying(self) -> Iterator[None]:
+        """Without dropout, and leaving PyTorch's random numbers as they are."""
+        device = self.network.device
+        training = [module for module in self.network.modules() if module.training]
+        self.network.eval()
+        self._choose_attention(self.embed(torch.zeros(1, 1, dtype=torch.long, device=device)))
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []), self.own_precision(device):
+                yield
+        finally:
+            for module in training:
+                module.training = True
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens that it has positions for, the visual prompt included; None: no limit that it knows of."""
+        config = text_config(self.network.config)
+        found = (getattr(config, name, None) for name in POSITIONS)
+        return next((each for each in found if isinstance(each, int) and each > 0), None)
 
     def ends(self, end: int) -> list[int]:
         """Tokens that end a text. Some chat models have several; where `end` is one of them, so are the others."""
-        own = getattr(self.network.config, "eos_token_id", None)
+        own = getattr(text_config(self.network.config), "eos_token_id", None)
         return [end, *(other for other in own if other != end)] if isinstance(own, list) and end in own else [end]
 
     def _inputs(
@@ -266,11 +333,71 @@ def read_network(
     """The network of :func:`load_language_model` alone; `dtype` may be ``auto``, that of its files; `how` else it is
     loaded goes to transformers."""
     config = read_config(name, "language model", trust_remote_code)
-    set_activation(config, activation)
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return read_model(auto, name, "language model", dtype, config=config, how=how, trust_remote_code=trust_remote_code)[
-        0
-    ]
+    set_activation(text_config(config), activation)
+    auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    known = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in known:
+        auto = AutoModelForImageTextToText
+    network = read_model(
+        auto, name, "language model", dtype, config=config, how=how, trust_remote_code=trust_remote_code
+    )[0]
+    if network.config.is_encoder_decoder and getattr(network.config, "decoder_start_token_id", None) is None:
+        network.config.decoder_start_token_id = start_token(network)
+    return text_tower(network)
+
+
+def text_tower(network: Any) -> Any:
+    """The LLM inside one that reads images by itself (Gemma 3, Llama 4, Mistral 3 ...), which shares its weights.
+
+    An LLM that is nothing else, and one whose text part transformers does not have as an LLM of its own (Qwen-VL), is
+    returned as it is.
+    """
+    whole = network.config
+    config = text_config(whole)
+    if config is whole or whole.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return network
+    with torch.device("meta"):
+        alone: Any = AutoModelForCausalLM.from_config(config)
+    tower, head = network.get_decoder(), network.get_output_embeddings()
+    if type(tower) is not type(alone.base_model) or head is None:
+        return network
+    setattr(alone, alone.base_model_prefix, tower)
+    alone.set_output_embeddings(head)
+    if any(tensor.is_meta for tensor in (*alone.parameters(), *alone.buffers())):
+        return network
+    ends = getattr(whole, "eos_token_id", None)
+    if ends is not None:  # the whole model's configuration knows the end of a turn, too
+        config.eos_token_id = ends
+    return alone.eval()
+
+
+def start_token(network: Any) -> int:
+    """Return the token that a decoder's text begins with.
+
+    Raises:
+        InputError: neither configuration of the LLM says it.
+    """
+    config, generation = network.config, network.generation_config
+    decoder = config.get_text_config(decoder=True)
+    found = [getattr(each, "decoder_start_token_id", None) for each in (generation, config, decoder)]
+    found += [getattr(each, "bos_token_id", None) for each in (generation, config, decoder)]
+    start = next((each for each in found if isinstance(each, int)), None)
+    if start is None:
+        raise InputError(
+            f"the LLM, a {type(network).__name__}, does not say which token its texts begin with: add"
+            " decoder_start_token_id to its config.json or generation_config.json"
+        )
+    return start
+
+
+def activation_of(config: Any) -> str | None:
+    """Return the activation of an LLM's feed-forwards; None where its configuration does not say it."""
+    key = _activation_key(config)
+    return None if key is None else getattr(config, key)
+
+
+def _activation_key(config: Any) -> str | None:
+    return next((key for key in ("dense_act_fn", "hidden_act", "activation_function") if hasattr(config, key)), None)
 
 
 def set_activation(config: Any, activation: str | None) -> None:
@@ -283,7 +410,7 @@ def set_activation(config: Any, activation: str | None) -> None:
         return
     if activation not in ACT2FN:
         raise InputError(f"language.activation is {activation!r}, expected one that transformers has, such as gelu")
-    key = next((k for k in ("dense_act_fn", "hidden_act", "activation_function") if hasattr(config, k)), None)
+    key = _activation_key(config)
     if key is None:
         raise InputError(f"an LLM of type {config.model_type} has no activation to set: leave out language.activation")
     setattr(config, key, activation)

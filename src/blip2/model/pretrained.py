@@ -225,6 +225,7 @@ def read_part(config: Any, weights: Mapping[str, Tensor], name: str, what: str, 
             " config.json belongs to another model"
         )
     _check_missing(model, {key for key in info["missing_keys"] if not re.search(optional, key)}, name, what)
+    check_twins(weights, model.state_dict(), name)
     return model
 
 
@@ -288,6 +289,30 @@ def _check_stored(path: Path) -> None:
         packed = next((member for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED), None)
     if packed is not None:
         raise InputError(f"{path} is compressed, which torch.save never does: save it again with torch.save")
+
+
+def check_twins(weights: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str) -> None:
+    """See that two weights of a file that are one parameter of a model, as tied matrices are, have the same values.
+
+    Args:
+        state: of the model, under the names of `weights`.
+        name: of the file, for the message.
+
+    Raises:
+        InputError: they differ, and one of them would be lost.
+    """
+    first: dict[int, str] = {}
+    for key in weights:
+        if key not in state or state[key].is_meta or not state[key].numel():
+            continue
+        twin = first.setdefault(state[key].data_ptr(), key)
+        dtype = state[key].dtype
+        if twin != key and not torch.equal(weights[twin].to(dtype), weights[key].to(dtype)):
+            raise InputError(
+                f"{name} has different values for {twin} and {key}, which are one matrix in a model of its"
+                " configuration: set tie_word_embeddings to false in the config.json of the LLM, or name the LLM"
+                " that it was made with"
+            )
 
 
 def _check_missing(model: Any, missing: set[str], name: str, what: str) -> None:

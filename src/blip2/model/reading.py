@@ -35,6 +35,8 @@ class Prompts:
     """Soft visual prompts."""
     text: Float[Tensor, "B T L"]
     """Embeddings of the text, padded on the right. T may be 0."""
+    ids: Int[Tensor, "B T"]
+    """Tokens of the text."""
     mask: Bool[Tensor, "B T"]
     """True where there is text."""
     image_of: Int[Tensor, "B"]
@@ -46,12 +48,71 @@ class Prompts:
         seen = self.mask.new_ones(visual.shape[:2])
         return torch.cat([visual, self.text], dim=1), torch.cat([seen, self.mask], dim=1)
 
+    def rows(self, which: Int[Tensor, "N"]) -> Prompts:
+        """Some of the prompts, without columns that are padding in all of them."""
+        columns = int(self.mask[which].sum(dim=1).max()) if len(which) else 0
+        image, image_of = self.image_of[which].unique(return_inverse=True)
+        text, ids, mask = (each[which, :columns] for each in (self.text, self.ids, self.mask))
+        return Prompts(self.visual[image], text, ids, mask, image_of)
+
+
+def beside_embeddings(
+    network: Any, visual: int, ids: Int[Tensor, "B T"], embeddings: Float[Tensor, "B S L"]
+) -> dict[str, Tensor]:
+    """Return what an LLM has to be given beside the embeddings of a text, because it looks tokens up more than once.
+
+    That is ``per_layer_inputs`` for those with an embedding in each layer (Gemma 3n, Gemma 4 E2B and E4B). A visual
+    prompt counts as padding there, as the images do in transformers' own models.
+
+    Args:
+        visual: number of embeddings before those of `ids`.
+    """
+    if not has_embeddings_in_layers(network):
+        return {}
+    blank = ids.new_full((len(ids), visual), blank_token(network))
+    look_up = network.get_decoder().get_per_layer_inputs
+    ids = torch.cat([blank, ids], dim=1)
+    by_both = "inputs_embeds" in inspect.signature(look_up).parameters
+    return {"per_layer_inputs": look_up(ids, embeddings) if by_both else look_up(ids)}
+
+
+def text_config(config: Any) -> Any:
+    """Return the part of a configuration that is of the text: all of it but for LLMs that read images by themselves."""
+    return config if config.is_encoder_decoder else config.get_text_config()
+
+
+def has_embeddings_in_layers(network: Any) -> bool:
+    """Return whether an LLM looks tokens up in each layer (Gemma 3n, Gemma 4 E2B and E4B)."""
+    return bool(getattr(text_config(network.config), "hidden_size_per_layer_input", None))
+
+
+def blank_token(network: Any) -> int:
+    """Return the token that stands where there is none: that of padding, or else the first."""
+    token = getattr(text_config(network.config), "pad_token_id", None)
+    return token if isinstance(token, int) and token >= 0 else 0
+
+
+def forward(network: Any, columns: Int[Tensor, "C"] | None = None, **arguments: Any) -> Float[Tensor, "B C V"]:
+    """Run an LLM over whole texts, without anything kept of an earlier pass or for a later one.
+
+    Args:
+        columns: of which logits are wanted, in rising order and not all of them; None: all.
+        arguments: of its own ``forward``; those that it does not have are left out.
+    """
+    known = set(inspect.signature(network.forward).parameters) | {"per_layer_inputs"}
+    arguments = {name: value for name, value in {**arguments, "use_cache": False}.items() if name in known}
+    if columns is None:
+        return network(**arguments).logits
+    if "logits_to_keep" in known:
+        return network(**arguments, logits_to_keep=columns).logits
+    return network(**arguments).logits[:, columns]
+
 
 def is_supported(network: Any) -> bool:
-    """Whether :func:`write` can run an LLM: what it keeps of a text is the keys and values of each row, and no more.
+    """Whether what an LLM keeps of a text may be the keys and values of each row, and no more.
 
     Not so for recurrent LLMs (Mamba and its hybrids), for those with steps of their own before each pass, and for those
-    that cannot be told the positions of tokens.
+    that cannot be told the positions of tokens. Whether it is really so is tried in :mod:`blip2.model.trial`.
     """
     config = network.config
     needed = {"attention_mask", "past_key_values", "use_cache"}
@@ -128,19 +189,23 @@ class DecoderOnlyReader(Reader):
         else:
             inputs, seen = prompts.joined()
             self._mask = seen[:, :0]
-            self._run(seen, inputs_embeds=inputs)
+            beside = beside_embeddings(network, prompts.visual.shape[1], prompts.ids, inputs)
+            self._run(seen, inputs_embeds=inputs, **beside)
         self._move_padding_to_the_front()
         self._cache.layers = [PromptLayer(layer.keys, layer.values) for layer in self._cache.layers]
 
     def _read_visual_prompts_once(self, prompts: Prompts) -> None:
         seen = prompts.mask.new_ones(prompts.visual.shape[:2])
         self._mask = seen[:, :0]
-        self._run(seen, inputs_embeds=prompts.visual)
+        nothing = prompts.ids.new_empty(len(seen), 0)
+        beside = beside_embeddings(self.network, prompts.visual.shape[1], nothing, prompts.visual)
+        self._run(seen, inputs_embeds=prompts.visual, **beside)
         after_visual = self.logits[prompts.image_of]
         self._mask = self._mask[prompts.image_of]
         self._cache.reorder_cache(prompts.image_of)
         if prompts.text.shape[1]:
-            self._run(prompts.mask, inputs_embeds=prompts.text)
+            beside = beside_embeddings(self.network, 0, prompts.ids, prompts.text)
+            self._run(prompts.mask, inputs_embeds=prompts.text, **beside)
             after_visual = self.logits.where(prompts.mask.any(dim=1, keepdim=True), after_visual)
         self.logits = after_visual
 
@@ -186,12 +251,12 @@ class EncoderDecoderReader(Reader):
     def __init__(self, network: Any, prompts: Prompts) -> None:
         super().__init__(network, prompts)
         inputs, seen = prompts.joined()
-        decoder = network.config.get_text_config(decoder=True)
         start = network.generation_config.decoder_start_token_id
         self.start = start
         self._mask = seen.long()
         self._hidden = network.get_encoder()(inputs_embeds=inputs, attention_mask=self._mask).last_hidden_state
-        self._cache: Any = EncoderDecoderCache(DynamicCache(config=decoder), DynamicCache(config=decoder))
+        # Of all that was read, also where the LLM looks at a window of it: the encoder's output is no window.
+        self._cache: Any = EncoderDecoderCache(DynamicCache(), DynamicCache())
         self._read(torch.full_like(self._prompt, start))
 
     def _read(self, tokens: Int[Tensor, "N"]) -> None:
@@ -210,6 +275,58 @@ class EncoderDecoderReader(Reader):
 
     def _exchange(self, rows: Int[Tensor, "N"]) -> None:
         self._cache.self_attention_cache.reorder_cache(rows)
+
+
+class Rereader(Reader):
+    """Of an LLM of any kind: it reads everything again for each token, exactly as it does in training."""
+
+    def __init__(self, network: Any, prompts: Prompts) -> None:
+        super().__init__(network, prompts)
+        self._inputs, self._seen = prompts.joined()
+        self._ids, self._visual = prompts.ids, prompts.visual.shape[1]
+        self._written = prompts.ids[:, :0]
+        self._hidden: Tensor | None = None
+        if network.config.is_encoder_decoder:
+            self.start = network.generation_config.decoder_start_token_id
+            encoder = network.get_encoder()
+            self._hidden = encoder(inputs_embeds=self._inputs, attention_mask=self._seen.long()).last_hidden_state
+        self._run()
+
+    def _read(self, tokens: Int[Tensor, "N"]) -> None:
+        self._written = torch.cat([self._written, tokens[:, None]], dim=1)
+        self._run()
+
+    def _select(self, rows: Int[Tensor, "M"]) -> None:
+        self._inputs, self._seen, self._ids = self._inputs[rows], self._seen[rows], self._ids[rows]
+        if self._hidden is not None:
+            self._hidden = self._hidden[rows]
+        self._exchange(rows)
+
+    def _exchange(self, rows: Int[Tensor, "N"]) -> None:
+        self._written = self._written[rows]
+
+    def _run(self) -> None:
+        if self._hidden is not None:
+            begun = self._written.new_full((len(self._written), 1), self.start or 0)
+            logits = forward(
+                self.network,
+                encoder_outputs=BaseModelOutput(last_hidden_state=self._hidden),  # pyright: ignore[reportArgumentType]
+                attention_mask=self._seen.long(),
+                decoder_input_ids=torch.cat([begun, self._written], dim=1),
+            )
+            self.logits = logits[:, -1].float()
+            return
+        seen = torch.cat([self._seen, self._seen.new_ones(self._written.shape)], dim=1)
+        order = (~seen).long().argsort(dim=1, stable=True)  # what was written follows its prompt without a gap
+        embed = self.network.get_input_embeddings()
+        inputs = torch.cat([self._inputs, embed(self._written).to(self._inputs.dtype)], dim=1)
+        inputs = inputs.gather(1, order[..., None].expand_as(inputs))
+        blank = self._ids.new_full((len(seen), self._visual), blank_token(self.network))
+        ids = torch.cat([blank, self._ids, self._written], dim=1).gather(1, order)
+        seen = seen.gather(1, order)
+        beside = beside_embeddings(self.network, 0, ids, inputs)
+        logits = forward(self.network, inputs_embeds=inputs, attention_mask=seen.long(), **beside)
+        self.logits = logits[torch.arange(len(seen)), seen.sum(dim=1) - 1].float()
 
 
 class PromptLayer(DynamicLayer):

@@ -7,6 +7,8 @@ Legend: B batch, P image tokens, E width of the image encoder.
 
 from __future__ import annotations
 
+import inspect
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,9 +18,10 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Shaped
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModel, Blip2VisionConfig, Blip2VisionModel, ImageProcessingMixin
+from transformers import AutoImageProcessor, AutoModel, Blip2VisionConfig, Blip2VisionModel, ImageProcessingMixin
 
 from blip2.errors import InputError
 from blip2.files import read_json
@@ -28,8 +31,14 @@ from blip2.model.pretrained import first_line, read_config, read_model, read_pic
 
 Layer = Literal["second-last", "last"]
 
+log = logging.getLogger("blip2")
+
 MAX_IMAGE_SIZE = 8192
 """Height and width of what an image encoder can be made for: a file may say any, and one batch of it be terabytes."""
+WIDTHS = ("hidden_size", "hidden_sizes", "output_channels", "embed_dim", "num_features")
+"""Names that configurations have for the widths of their features."""
+TOWERS = ("vision_model", "vision_tower", "vision_encoder", "visual")
+"""Names that a model of images and texts has for its image encoder."""
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -44,6 +53,8 @@ class Preprocessing:
     """Subtracted from each channel of pixels in [0, 1]."""
     std: tuple[float, float, float] = CLIP_STD
     """What each channel is divided by afterwards."""
+    bgr: bool = False
+    """Whether channels come as blue, green, red; mean and deviation are in the same order."""
 
 
 class ImageEncoder(Freezable):
@@ -51,10 +62,14 @@ class ImageEncoder(Freezable):
 
     Args:
         network: the module that holds the weights.
-        encode: pixels [B, 3, H, W] to features: [B, P, E], or a grid [B, E, h, w], which becomes P = h * w tokens.
+        encode: pixels [B, 3, H, W] to features: [B, P, E], or a grid [B, E, h, w] or [B, h, w, E], which becomes
+            P = h * w tokens. It is tried with two unlike images.
         preprocessing: what `encode` expects.
         layer: whose output `encode` gives, where the weights do not tell.
         blocks: of a ViT, from the first to the last; none where the network is of another kind.
+
+    Raises:
+        InputError: it cannot take images of that size, or gives something else than features of each.
     """
 
     def __init__(
@@ -81,10 +96,65 @@ class ImageEncoder(Freezable):
         self.position_encoding: Literal["sine2d", "none"] = "none"
         """What the models add to the features (:mod:`blip2.model.position`). :meth:`features` never holds it."""
         self._encode = encode
+        self._channels_last = False
         self.freeze()
-        size = preprocessing.image_size
-        probe = self.features(torch.zeros(1, 3, size, size))
-        self.tokens, self.width = probe.shape[1], probe.shape[2]
+        self.tokens, self.width = self._try()
+
+    def _try(self) -> tuple[int, int]:
+        """P and E, from two unlike images that the network is given once."""
+        size = self.preprocessing.image_size
+        images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+        images[1] = 1 - images[1] * torch.linspace(0, 1, size)
+        kind = type(self.network).__name__
+        place = next(self.network.parameters()).device
+        try:
+            with torch.no_grad(), self.own_precision(place):
+                raw: Any = self._encode(images.to(self.dtype))
+            if not isinstance(raw, Tensor):
+                raise TypeError(f"its features are a {type(raw).__name__}, expected one tensor")
+        except InputError:
+            raise
+        except Exception as error:  # what a network raises that cannot do something is not said anywhere
+            raise InputError(
+                f"the image encoder, a {kind}, cannot take images of {size} x {size} ({type(error).__name__}:"
+                f" {first_line(error)[:200]}): set vision.image_size to its own size, or vision.name to another"
+            ) from error
+        if raw.ndim == 4:
+            self._channels_last = _is_channels_last(self.network, raw)
+        features = self._tokens(raw, 2)
+        if features.ndim != 3 or len(features) != 2 or not features.numel():
+            raise InputError(
+                f"the image encoder, a {kind}, gives features {list(raw.shape)} for two images, expected [2, tokens,"
+                " width]: set vision.name to another, see docs/models.md"
+            )
+        if not features.isfinite().all():
+            raise InputError(
+                f"the image encoder, a {kind}, gives features that are not finite: its weights are damaged, or need"
+                " another vision.dtype"
+            )
+        if torch.equal(features[0], features[1]):
+            raise InputError(
+                f"the image encoder, a {kind}, gives the same features for unlike images: its weights are damaged, or"
+                " vision.name has to be another"
+            )
+        if raw.ndim == 2 or len(raw) == 1:  # the tokens of all images in a row: they must not have seen each other
+            alone = self.features(images[:1])
+            if not torch.allclose(alone[0], features[0].float(), atol=1e-3 * float(features.abs().max())):
+                raise InputError(
+                    f"the image encoder, a {kind}, gives an image other features when there is another beside it: set"
+                    " vision.name to another, see docs/models.md"
+                )
+        return features.shape[1], features.shape[2]
+
+    def _tokens(self, raw: Tensor, count: int) -> Tensor:
+        """What the network puts out for `count` images, as tokens of each."""
+        if raw.ndim == 4:
+            return raw.flatten(1, 2) if self._channels_last else raw.flatten(2).transpose(1, 2)
+        if raw.ndim == 2:  # of all images in a row
+            raw = raw[None]
+        if count > 1 and len(raw) == 1 and raw.shape[1] % count == 0:
+            return raw[0].unflatten(0, (count, -1))
+        return raw
 
     def compile_network(self) -> None:
         """Let torch.compile fuse what lies between the matrix products of the network."""
@@ -145,9 +215,26 @@ class ImageEncoder(Freezable):
         trains = torch.is_grad_enabled() and not self.is_frozen
         with torch.set_grad_enabled(trains), self.own_precision(images.device):
             features = self._encode(images.to(self.dtype))
-        if features.ndim == 4:
-            features = features.flatten(2).transpose(1, 2)
-        return features.float()
+        return self._tokens(features, len(images)).float()
+
+
+def _is_channels_last(network: nn.Module, grid: Tensor) -> bool:
+    """Whether features of a square image are [B, h, w, E] and not [B, E, h, w].
+
+    Raises:
+        InputError: neither the widths in its configuration nor the square tells.
+    """
+    config: Any = getattr(network, "config", None)
+    found = [getattr(config, name, None) for name in WIDTHS] + [getattr(network, "num_features", None)]
+    widths = {each for value in found for each in (value if isinstance(value, list | tuple) else [value])}
+    _, a, b, c = grid.shape
+    for first, last in ((a in widths, c in widths), (b == c, a == b)):
+        if first != last:
+            return last
+    raise InputError(
+        f"the image encoder, a {type(network).__name__}, gives features {list(grid.shape)} of which it is not clear"
+        " where their width is: set vision.image_size to another"
+    )
 
 
 def _drop(share: float, block: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
@@ -197,7 +284,7 @@ def _load_transformers(
     config = read_config(name, "image encoder", trust_remote_code)
     auto = Blip2VisionModel if isinstance(config, Blip2VisionConfig) else AutoModel
     model, _ = read_model(auto, name, "image encoder", dtype, optional="pooler", trust_remote_code=trust_remote_code)
-    network = getattr(model, "vision_model", model)
+    network = next((getattr(model, tower) for tower in TOWERS if hasattr(model, tower)), model)
     if getattr(network, "main_input_name", None) != "pixel_values":
         raise InputError(f"{name!r} is a {type(model).__name__}, which has no vision part: name an image encoder")
     return wrap_transformers(network, read_preprocessing(name, network.config, image_size), layer)
@@ -232,13 +319,15 @@ def wrap_transformers(network: nn.Module, preprocessing: Preprocessing, layer: L
         config.num_hidden_layers -= 1
         config.tie_last_hidden_states = False
 
-    patch = getattr(config, "patch_size", 1)
+    patch = _side(getattr(config, "patch_size", None)) or 1
     size = preprocessing.image_size
     if is_vit:
         check_image_size(size, patch)
     inputs: dict[str, Any] = {}
-    if is_vit and getattr(config, "image_size", size) != size and not _set_image_size(network, size):
-        inputs["interpolate_pos_encoding"] = True
+    if (_side(getattr(config, "image_size", None)) or size) != size and not (is_vit and _set_image_size(network, size)):
+        parameters = inspect.signature(network.forward).parameters
+        if "interpolate_pos_encoding" in parameters or (is_vit and "kwargs" in parameters):
+            inputs["interpolate_pos_encoding"] = True
 
     def encode(pixels: Tensor) -> Tensor:
         if config.model_type == "siglip2_vision_model":
@@ -249,6 +338,13 @@ def wrap_transformers(network: nn.Module, preprocessing: Preprocessing, layer: L
         return hidden.hidden_states[-1 if is_vit else -2]
 
     return ImageEncoder(network, encode, preprocessing, layer, list(stacks[0]) if is_vit else ())
+
+
+def _side(value: Any) -> int | None:
+    """The side of a square, which configurations say as one number or as two."""
+    if isinstance(value, list | tuple):
+        return value[0] if value and all(each == value[0] for each in value) and isinstance(value[0], int) else None
+    return value if isinstance(value, int) else None
 
 
 def check_image_size(size: int, patch: int) -> None:
@@ -303,18 +399,81 @@ def _encode_siglip2(network: nn.Module, pixels: Tensor, patch: int, layer: Layer
 
 
 def read_preprocessing(name: str, config: Any, image_size: int | None) -> Preprocessing:
-    """Mean, standard deviation and size from the model's own processor file; CLIP's where it has none."""
+    """What the model's own image processor does to pixels, found by having it prepare images of one color.
+
+    Images are always resized to a square, which the paper does; what a processor says of resizing and cropping beside
+    the size is not used.
+
+    Raises:
+        InputError: its files do not say what is subtracted and what is divided by, or it does something else to pixels
+            than to scale and shift each channel.
+    """
     try:
         settings, _ = ImageProcessingMixin.get_image_processor_dict(name)
     except OSError:
         settings = {}
     if image_size is None:
-        size = settings.get("crop_size") or settings.get("size") or getattr(config, "image_size", 224)
-        if isinstance(size, dict):
-            size = size.get("height") or size.get("shortest_edge") or 224
-        image_size = int(size[0] if isinstance(size, list | tuple) else size)
-    mean, std = settings.get("image_mean") or CLIP_MEAN, settings.get("image_std") or CLIP_STD
-    return Preprocessing(image_size, (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
+        image_size = _image_size(settings, config)
+    if not settings:
+        log.warning(
+            "%s has no preprocessor_config.json: its pixels are normalized with CLIP's mean and deviation", name
+        )
+        return Preprocessing(image_size)
+    stated = [settings.get(key) for key in ("image_mean", "image_std")]
+    try:
+        processor: Any = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
+        prepared = processor([Image.new("RGB", (64, 64), color) for color in COLORS], return_tensors="pt")
+        seen = torch.stack([_center(pixels) for pixels in prepared["pixel_values"]]).double()
+    except Exception as error:  # no such class, or patches in place of images: its file has to say it all
+        unlike = {key: settings[key] for key, usual in USUAL.items() if settings.get(key, usual) != usual}
+        if settings.get("do_normalize") is False:
+            stated = [[0.0] * 3, [1.0] * 3]
+        if unlike or not all(isinstance(each, list | tuple) and len(each) == 3 for each in stated):
+            raise InputError(
+                f"what {name!r} does to pixels cannot be read from its preprocessor_config.json"
+                f" ({first_line(error)[:120]}; {unlike or 'image_mean and image_std'}): state image_mean, image_std and"
+                " image_processor_type there"
+            ) from error
+        mean, std = stated
+        return Preprocessing(image_size, (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
+    shift, scale = seen[0], seen[1] - seen[0]
+    color = torch.tensor(COLORS[2], dtype=torch.float64) / 255
+    orders = [torch.allclose(shift + scale * each, seen[2], atol=1e-3 * float(scale.abs().max())) for each in
+              (color, color.flip(0))]  # fmt: skip
+    if not any(orders) or not (scale.abs() > 1e-9).all():
+        raise InputError(
+            f"the image processor of {name!r}, a {type(processor).__name__}, does more to pixels than to scale and"
+            " shift each channel: set vision.name to another"
+        )
+    found = [-shift / scale, 1 / scale]
+    for place, each in enumerate(stated):  # not rounded
+        if isinstance(each, list | tuple) and len(each) == 3:
+            each = torch.tensor(each, dtype=torch.float64)
+            found[place] = each if torch.allclose(each, found[place], atol=1e-4) else found[place]
+    mean, std = ([0.0 + round(number, 8) for number in each.tolist()] for each in found)
+    return Preprocessing(image_size, (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]), bgr=not orders[0])
+
+
+COLORS = ((0, 0, 0), (255, 255, 255), (200, 90, 20))
+"""What image processors are tried with."""
+USUAL = {"do_rescale": True, "rescale_factor": 1 / 255, "do_flip_channel_order": False}
+
+
+def _center(pixels: Tensor) -> Float[Tensor, "3"]:
+    """The pixel in the middle of an image [3, H, W], or of the first of several."""
+    height, width = pixels.shape[-2:]
+    if pixels.ndim < 3 or pixels.shape[-3] != 3:
+        raise ValueError(f"pixel_values of an image are {list(pixels.shape)}")
+    return pixels.reshape(-1, 3, height, width)[0, :, height // 2, width // 2]
+
+
+def _image_size(settings: dict[str, Any], config: Any) -> int:
+    size = settings.get("crop_size") or settings.get("size")
+    if isinstance(size, dict):
+        size = size.get("height") or size.get("shortest_edge") or size.get("longest_edge")
+    if isinstance(size, list | tuple):
+        size = size[0]
+    return int(size or _side(getattr(config, "image_size", None)) or 224)
 
 
 def _load_timm(

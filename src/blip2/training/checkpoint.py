@@ -38,7 +38,7 @@ from blip2.interop.formats import is_blip2, is_pickle, open_foreign
 from blip2.interop.weights import open_file
 from blip2.model.frozen import Freezable
 from blip2.model.generation import GenerationModel
-from blip2.model.pretrained import check_finite, read_pickle
+from blip2.model.pretrained import check_finite, check_twins, read_pickle
 from blip2.recipe import dump_recipe, load_recipe, override
 
 FOLDER = "checkpoints"
@@ -439,6 +439,7 @@ def _load(weights: Mapping[str, Tensor], model: nn.Module, checkpoint: Checkpoin
             listed = "; ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
             raise InputError(f"checkpoint {checkpoint.name} does not fit the {says} ({what}: {listed}): use the {says}"
                              " it was made with, which lies beside it")  # fmt: skip
+    check_twins(weights, here, f"checkpoint {checkpoint.name}")
     with torch.no_grad():
         for name, tensor in weights.items():
             check_finite(name, tensor, checkpoint.name)
