@@ -84,7 +84,7 @@ def size(network: nn.Module) -> int:
 def vit_g() -> tuple[nn.Module, Count]:
     """EVA-CLIP's ViT-g/14 without its last layer (§3.4), for a picture of 224 pixels."""
     with torch.device("meta"):
-        network = Blip2VisionModel(Blip2VisionConfig(num_hidden_layers=38))
+        network = Blip2VisionModel(Blip2VisionConfig(num_hidden_layers=39))
         pixels = torch.empty(1, 3, 224, 224)
     network.requires_grad_(False)
     return network, count(lambda: network(pixel_values=pixels).last_hidden_state.sum(), weights(network))
@@ -162,7 +162,7 @@ def main() -> None:
     print("| network | weights, million | operations a pair, GFLOP | kept for the backward pass, MB a pair |")
     print("|---|---:|---:|---:|")
     rows = {
-        "ViT-g/14, 39 layers less the last": (encoder, encoded._replace(kept=0)),
+        "ViT-g/14, 40 layers less the last": (encoder, encoded._replace(kept=0)),
         "Q-Former, stage 1, dropout 0.1, fp32": (model, step),
         "the same without dropout": (model, plain),
         "Q-Former, stage 2, dropout 0.1, fp32": (reader, read),
