@@ -71,6 +71,26 @@ def test_file_with_overrides(write):
     assert recipe.start_from == "runs/z"
 
 
+@pytest.mark.parametrize(
+    ("given", "starts"),
+    [("null", []), ("runs/z", ["runs/z"]), ("[runs/b, runs/a]", ["runs/b", "runs/a"]), ('["b"]', ["b"])],
+)
+def test_starts(write, tmp_path, given, starts):
+    recipe = load_recipe(write(start_from="runs/y"), ["--start_from", given])
+    assert recipe.starts == starts
+    (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "again.yaml") == recipe
+    path = write()
+    path.write_text(path.read_text() + f"start_from: {given}\n")
+    assert load_recipe(path).starts == starts
+
+
+@pytest.mark.parametrize("given", [[], [""], ["runs/a", ""], ""])
+def test_starts_that_name_nothing(write, given):
+    with pytest.raises(InputError, match=r"start_from is .*, expected runs or checkpoints: name them, or set it to"):
+        load_recipe(write(start_from=given))
+
+
 def test_rates_in_scientific_notation(write):
     """YAML 1.1 takes 1e-4 for a text."""
     path = write()
@@ -380,15 +400,17 @@ def test_recipes_of_the_paper(name):
         assert not optimizer.trains("language")
         assert (language.name, language.dtype, language.prompt) == (paper["llm"], paper["language"], paper["prompt"])
         assert language.stop == ("\n" if "opt" in name else None)
-        assert recipe.start_from.startswith("runs/pretrain/stage")
+        assert recipe.starts[0].startswith("runs/pretrain/stage")
     if "lowest" in paper:
         assert optimizer.rates["*"] * optimizer.final_rate == pytest.approx(paper["lowest"])
     if recipe.evaluation is not None:
         assert recipe.evaluation.candidates == 128 and recipe.evaluation.beams in (5, None)
-    if recipe.start_from is not None:  # what another recipe makes, with the same image encoder
-        before = load_recipe(find_recipe(f"pretrain-{recipe.start_from.split('/')[-1]}"))
-        assert before.output == recipe.start_from and before.vision.name == recipe.vision.name
+    befores = [load_recipe(find_recipe(f"pretrain-{start.split('/')[-1]}")) for start in recipe.starts]
+    for before, start in zip(befores, recipe.starts, strict=True):  # what other recipes make, with one image encoder
+        assert before.output == start and before.vision.name == recipe.vision.name
         assert before.language is None or before.language.name == language.name
+    if recipe.qformer.reads_questions:  # what stage 2 has no place for
+        assert [before.stage for before in befores] == ["generation", "representation"]
 
 
 def test_every_recipe_of_the_paper_is_in_the_table():

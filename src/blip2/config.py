@@ -346,8 +346,10 @@ class Recipe:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig | None = None
-    start_from: str | None = None
-    """Run or checkpoint whose trained weights this one starts from: a stage 2 starts from a stage 1."""
+    start_from: str | list[str] | None = None
+    """Run or checkpoint whose trained weights this one starts from: a stage 2 starts from a stage 1. Several are a
+    list, of which the former wins where two have a weight: [STAGE_2, STAGE_1] starts a Q-Former that reads questions
+    (Figure 7), whose text transformer only the latter has. null: from BERT; of a stage 2, Figure 5's comparison."""
 
     def __post_init__(self) -> None:
         if self.stage == "generation" and self.language is None:
@@ -364,6 +366,10 @@ class Recipe:
                 if isinstance(number, float | int) and not smallest <= number <= largest:
                     expected = f"at least {smallest}" if largest == math.inf else f"{smallest} to {largest}"
                     raise InputError(f"{name} is {number}, expected {expected}")
+        if self.start_from is not None and not all(self.starts or [""]):
+            raise InputError(
+                f"start_from is {self.start_from!r}, expected runs or checkpoints: name them, or set it to null"
+            )
         if not self.data.sources:
             raise InputError("data.train names nothing to train on: name a source")
         self._check_evaluation()
@@ -390,6 +396,11 @@ class Recipe:
                 f"qformer.hidden_size {self.qformer.hidden_size} is not a multiple of qformer.heads"
                 f" {self.qformer.heads}"
             )
+
+    @property
+    def starts(self) -> list[str]:
+        """What the run starts from, the first of which wins."""
+        return [self.start_from] if isinstance(self.start_from, str) else self.start_from or []
 
     def _check_evaluation(self) -> None:
         task = None if self.evaluation is None else self.evaluation.task

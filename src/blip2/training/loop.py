@@ -143,7 +143,7 @@ class _Training:
         rates = set_rates(built.model, recipe.optimizer)
         if going_on is not None:
             checkpoint.load_weights(going_on, built.model)
-        elif recipe.start_from is not None:
+        elif recipe.starts:
             self.new_projection = start_from(recipe, built, display.say)
         if accelerator.is_main_process:
             display.table(
