@@ -203,9 +203,10 @@ def prepare_texts(recipe: Recipe, built: Built) -> TextPreparation:
     limit = recipe.data.max_tokens
     if recipe.language is None or not isinstance(built.model, GenerationModel):
         limit = min(limit, recipe.qformer.max_positions)
-        return RepresentationTexts(built.tokenizer, limit)
+        return RepresentationTexts(built.tokenizer, limit, recipe.data.text_normalization)
     assert built.end is not None
     kind = PrefixTexts if built.model.language.is_encoder_decoder else GenerationTexts
     return kind(
-        built.tokenizer, limit, recipe.language.prompt, built.end, built.reader, recipe.language.question_prompt
-    )
+        built.tokenizer, limit, recipe.language.prompt, built.end, built.reader, recipe.language.question_prompt,
+        recipe.data.text_normalization,
+    )  # fmt: skip

@@ -15,6 +15,7 @@ from blip2.errors import InputError
 from blip2.ranges import RANGES
 
 Precision = Literal["fp32", "bf16", "fp16"]
+TextNormalization = Literal["none", "lavis"]
 Stage = Literal["representation", "generation"]
 QUESTION_PLACE = "{}"
 """Where a prompt takes its question."""
@@ -191,6 +192,10 @@ class DataConfig:
     """Pairs a process takes at once."""
     max_tokens: int = 32
     """Longer captions are cut, and counted."""
+    text_normalization: TextNormalization = "none"
+    """What is done to captions and questions before they are tokenized, in training and by everything that uses the
+    model. lavis: lower case, without .!"()*#:;~ and at most 50 words, as LAVIS and so the published checkpoints do it,
+    for which it is the default. Answers and prompts are left as they are."""
     smallest_crop: float = 0.5
     """Random crops cover between this share and all of an image (§3.4)."""
     flip: bool = True

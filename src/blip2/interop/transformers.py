@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from blip2.config import DataConfig, LanguageConfig, QFormerConfig, Recipe, VisionConfig
+from blip2.config import DataConfig, LanguageConfig, QFormerConfig, Recipe, TextNormalization, VisionConfig
 from blip2.errors import InputError
 from blip2.files import write_json
 from blip2.interop.foreign import Checkpoint, read_tokenizer
@@ -30,6 +30,11 @@ from blip2.model.vision import read_preprocessing
 
 RETRIEVAL, GENERATION = "Blip2ForImageTextRetrieval", "Blip2ForConditionalGeneration"
 IMAGE_TOKEN = "<image>"
+NORMALIZATION = "text_normalization"
+"""Key of config.json, which transformers passes over, for a ``data.text_normalization`` other than
+:data:`PUBLISHED`."""
+PUBLISHED: TextNormalization = "lavis"
+"""What the published checkpoints were trained with."""
 NAMES: Table = (
     ("query_tokens", "qformer.queries"),
     ("vision_model.post_layernorm", "image_norm"),
@@ -144,12 +149,23 @@ def _recipe(name: str, config: Any, weights: Weights, tokenizer: PreTrainedToken
             stage="generation" if generates else "representation",
             output="",
             vision=VisionConfig(name=name, position_encoding="none"),
-            data=DataConfig(train=""),
+            data=DataConfig(train="", text_normalization=_normalization(name, config)),
             qformer=qformer,
             language=language,
         )
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
+
+
+def _normalization(name: str, config: Any) -> TextNormalization:
+    """What was done to texts in training: LAVIS's way, unless :func:`write_settings` has said otherwise."""
+    found = getattr(config, NORMALIZATION, PUBLISHED)
+    if found not in get_args(TextNormalization):
+        raise InputError(
+            f"{name}: its config.json says {NORMALIZATION} {found!r}, expected one of"
+            f" {', '.join(get_args(TextNormalization))}: correct it, or leave it out"
+        )
+    return found
 
 
 def _prompt(text_config: Any, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -275,6 +291,8 @@ def write_settings(folder: Path, checkpoint: Checkpoint, tokenizer: PreTrainedTo
         image_text_hidden_size=recipe.qformer.contrastive_width,
         image_token_index=tokenizer.get_vocab()[IMAGE_TOKEN],
     )
+    if recipe.data.text_normalization != PUBLISHED:
+        setattr(config, NORMALIZATION, recipe.data.text_normalization)
     if llm is not None:
         start = getattr(llm, "decoder_start_token_id", None)
         GenerationConfig(

@@ -395,7 +395,7 @@ def _parts(names: Collection[str]) -> str:
 def _say_what_differs(found: Checkpoint, recipe: Recipe, built: Built, say: Callable[[str], None]) -> None:
     if found.holds_vision and found.name not in (recipe.vision.name, str(Path(recipe.vision.name).absolute())):
         say(f"its own image encoder is left out for vision.name {recipe.vision.name}")
-    for key, of in (("image_norm_eps", "qformer"), ("activation", "language")):
+    for key, of in (("image_norm_eps", "qformer"), ("activation", "language"), ("text_normalization", "data")):
         theirs, ours = (getattr(getattr(each, of), key, None) for each in (found.recipe, recipe))
         if theirs != ours and getattr(found.recipe, of) is not None:
             say(f"its {of}.{key} is {theirs}, the recipe's {ours}: results begin a little apart")
