@@ -268,8 +268,8 @@ class TrainingConfig:
     """Of what trains: bf16 and fp16 keep fp32 weights and compute in half precision; null: bf16 on a GPU, fp32 on a
     CPU."""
     activation_checkpointing: bool = False
-    """Keep only what goes into each block of the Q-Former, and compute the rest again in the backward pass: about a
-    third more time, and much less memory. The results are the same."""
+    """Keep only what goes into each block of the Q-Former, of an image encoder that trains and of the LLM, and compute
+    the rest again in the backward pass: about a third more time, and much less memory. The results are the same."""
     compile: bool = False
     """Let torch.compile fuse what lies between the matrix products of the Q-Former's blocks and of a frozen image
     encoder. Pays on GPUs and in long runs: the first steps take minutes."""

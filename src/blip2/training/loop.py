@@ -47,7 +47,7 @@ from blip2.training.optimizer import build_optimizer, describe, restore_optimize
 from blip2.training.processes import deterministic, make_accelerator, naming_failures
 from blip2.training.progress import METRICS, SKIPPED, Display, StepFile, note
 from blip2.training.projection import fit_projection
-from blip2.training.sharding import leave_frozen, place_trained, shard_frozen
+from blip2.training.sharding import checkpoint_activations, leave_frozen, place_trained, shard_frozen
 from blip2.training.tally import Tally
 from blip2.training.traffic import step_traffic
 from blip2.training.watching import Watch
@@ -156,7 +156,9 @@ class _Training:
                     ' it to 0, or give "vision.*" a rate'
                 )
             built.model.vision.drop_path(recipe.vision.drop_path)
-        built.model.qformer.checkpointing = recipe.training.activation_checkpointing
+        if recipe.training.activation_checkpointing:
+            for line in checkpoint_activations(built.model):
+                display.say(line)
         if recipe.training.compile:
             built.model.qformer.compile_blocks()
             if built.model.vision.is_frozen and not shards:
