@@ -91,8 +91,7 @@ def build(
     place = device if place is None else place
     trains = recipe.optimizer.trains
     vision = read_image_encoder(recipe.vision, choose_dtype(recipe.vision.dtype, device, trains("vision")), checkpoint)
-    # Several checkpoints to start from have to hold all of the Q-Former between them.
-    from_bert = recipe.qformer.bert is not None and checkpoint is None and len(recipe.starts) < 2
+    from_bert = recipe.begins_with_bert and checkpoint is None
     if recipe.language is None:
         if from_bert:
             check_fits(resolve(recipe.qformer.bert or ""), recipe.qformer)
@@ -109,8 +108,7 @@ def build(
     tokenizer = read_tokenizer(resolve(recipe.language.name))
     reader = text_tokenizer(recipe.qformer, checkpoint) if recipe.qformer.reads_questions else None
     model = GenerationModel(vision, recipe.qformer, language, recipe.objectives)
-    # A stage 2 that could not read questions has no text transformer to start from.
-    if from_bert and (not recipe.starts or recipe.qformer.reads_questions):
+    if from_bert:
         initialise_from_bert(resolve(recipe.qformer.bert or ""), model.qformer)
         model.initialise_projection()
     end = end_of_text(tokenizer, recipe.language.stop, recipe.language.name)

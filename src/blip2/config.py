@@ -407,6 +407,13 @@ class Recipe:
         """What the run starts from, the first of which wins."""
         return [self.start_from] if isinstance(self.start_from, str) else self.start_from or []
 
+    @property
+    def begins_with_bert(self) -> bool:
+        """Whether BERT's weights are read before what the run starts from. A stage 2 that reads no questions has none
+        of them but those that a stage 1 has trained, and several checkpoints have to hold all of the Q-Former."""
+        wanted = not self.starts or self.language is None or self.qformer.reads_questions
+        return self.qformer.bert is not None and wanted and len(self.starts) < 2
+
     def _check_evaluation(self) -> None:
         task = None if self.evaluation is None else self.evaluation.task
         if task is not None and (task == "retrieval") != (self.stage == "representation"):

@@ -33,17 +33,17 @@ TEXT = ("qformer.word_embedding", "qformer.position_embedding")
 feed-forwards."""
 
 
-def is_text_weight(name: str) -> bool:
-    """Whether a weight is of the Q-Former's text transformer alone."""
-    return name.startswith(TEXT) or ".text_feed_forward." in name
-
-
 STAGE_1_ALONE = ("image_projection", "text_projection", "matching_head", "language_head", "temperature")
 """Beginnings of the names of weights that stage 2 has not."""
 STAGE_2_ALONE = ("projection.", LANGUAGE)
 """Beginnings of the names of weights that stage 1 has not."""
 QFORMER_TOKENIZER = "qformer_tokenizer"
 """Folder, within one that holds both stages, of the tokenizer of the Q-Former's text."""
+
+
+def is_text_weight(name: str) -> bool:
+    """Whether a weight is of the Q-Former's text transformer alone."""
+    return name.startswith(TEXT) or ".text_feed_forward." in name
 
 
 @dataclass(frozen=True)

@@ -371,7 +371,7 @@ def start_from(recipe: Recipe, built: Built, say: Callable[[str], None]) -> bool
         say(f"starting from {found.name} ({found.about}): {_parts(set(wanted) - set(new))}")
         _say_what_differs(found, recipe, built, say)
     homeless = [name for name in new if name.startswith("qformer.")]
-    if homeless and (recipe.qformer.bert is None or len(recipe.starts) > 1):
+    if homeless and not recipe.begins_with_bert:
         raise InputError(
             f"{' and '.join(recipe.starts)} {'hold' if len(recipe.starts) > 1 else 'holds'} no {_parts(homeless)}"
             f" (such as {homeless[0]}): add a checkpoint that does to start_from, for example a stage 1, or start from"
