@@ -159,7 +159,7 @@ def _recipe(name: str, config: Any, weights: Weights, tokenizer: PreTrainedToken
 
 def _normalization(name: str, config: Any) -> TextNormalization:
     """What was done to texts in training: LAVIS's way, unless :func:`write_settings` has said otherwise."""
-    found = getattr(config, NORMALIZATION, PUBLISHED)
+    found: Any = getattr(config, NORMALIZATION, PUBLISHED)
     if found not in get_args(TextNormalization):
         raise InputError(
             f"{name}: its config.json says {NORMALIZATION} {found!r}, expected one of"
