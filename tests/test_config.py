@@ -11,7 +11,7 @@ import yaml
 from blip2 import config
 from blip2.config import EvaluationConfig, LanguageConfig, LoraConfig, Recipe
 from blip2.errors import InputError
-from blip2.recipe import dump_recipe, load_recipe
+from blip2.recipe import dump_recipe, find_recipe, load_recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 MINIMAL = {"stage": "representation", "output": "runs/x", "vision": {"name": "vit"}, "data": {"train": "pairs.jsonl"}}
