@@ -1,6 +1,7 @@
 """python benchmarks/plan.py
 
-The tables of docs/scale.md: what the paper's pre-training takes on 8 and on 64 GPUs. Counted here: operations, by
+The tables of docs/scale.md: what the paper's pre-training takes on 8 and on 64 GPUs, and what memory its fine-tuning
+takes on the paper's 16. Counted here: operations, by
 PyTorch, on networks of full size (the frozen ones without weights, on the meta device; the Q-Former on CPUs), and what
 autograd keeps for the backward pass. Bytes that travel are those of blip2.training.traffic, which a test compares with
 what does travel. Assumed, and named below: how much of its peak a GPU reaches, how fast a network is, how large a
@@ -27,7 +28,7 @@ from transformers import (
 from blip2.config import DataConfig, LanguageConfig, ObjectivesConfig, QFormerConfig, Recipe, VisionConfig
 from blip2.model.qformer import QFormer
 from blip2.model.representation import RepresentationBatch, RepresentationModel
-from blip2.model.vision import ImageEncoder, Preprocessing
+from blip2.model.vision import ImageEncoder, Preprocessing, wrap_transformers
 from blip2.training.traffic import step_traffic
 
 PEAK = {"A100": 312e12, "H100": 989e12}
@@ -43,6 +44,11 @@ PICTURES, PICTURE_BYTES = 129e6, 30e3
 TOKENS, WIDTH = 257, 1408
 PAIRS = 2
 GIB = 2**30
+LAYERS = 39
+"""Of ViT-g/14, whose 40th is removed (§3.4)."""
+TUNED = {"captions": (364, 256), "answers": (490, 128)}
+"""Of fine-tuning: image size, pairs a step (Tables 7 and 8)."""
+TUNING_GPUS = 16
 
 
 class Count(NamedTuple):
@@ -53,8 +59,12 @@ class Count(NamedTuple):
     """Bytes that autograd keeps."""
 
 
-def count(forward: Any, parameters: set[int], pairs: int = 1) -> Count:
-    """Operations of a pass forwards and back, and what is kept between the two but for weights."""
+def count(forward: Any, parameters: set[int], pairs: int = 1, backward: bool = True) -> Count:
+    """Operations of a pass forwards and back, and what is kept between the two but for weights.
+
+    Args:
+        backward: False leaves the way back out, and its operations.
+    """
     kept: dict[int, Any] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -67,7 +77,7 @@ def count(forward: Any, parameters: set[int], pairs: int = 1) -> Count:
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             out = forward()
         size = sum(storage.nbytes() for storage in kept.values())
-        if out.requires_grad:
+        if out.requires_grad and backward:
             out.backward()
     return Count(counter.get_total_flops() / pairs, size / pairs)
 
@@ -84,7 +94,7 @@ def size(network: nn.Module) -> int:
 def vit_g() -> tuple[nn.Module, Count]:
     """EVA-CLIP's ViT-g/14 without its last layer (§3.4), for a picture of 224 pixels."""
     with torch.device("meta"):
-        network = Blip2VisionModel(Blip2VisionConfig(num_hidden_layers=38))
+        network = Blip2VisionModel(Blip2VisionConfig(num_hidden_layers=LAYERS))
         pixels = torch.empty(1, 3, 224, 224)
     network.requires_grad_(False)
     return network, count(lambda: network(pixel_values=pixels).last_hidden_state.sum(), weights(network))
@@ -106,12 +116,42 @@ def stage_one(dropout: float) -> tuple[nn.Module, Count]:
     return model, count(lambda: torch.stack(list(model(batch).losses.values())).sum(), weights(model), PAIRS)
 
 
-def stage_two() -> tuple[nn.Module, Count]:
-    """The Q-Former without text."""
+def stage_two(tokens: int = TOKENS, trains: bool = False, checkpointing: bool = False) -> tuple[nn.Module, Count]:
+    """The Q-Former without text.
+
+    Args:
+        trains: the image encoder, which asks for gradients of its features.
+    """
     model = QFormer(QFormerConfig(bert=None), WIDTH, has_text=False).train()
+    model.checkpointing = checkpointing
     norm = nn.LayerNorm(WIDTH)
-    features = torch.randn(PAIRS, TOKENS, WIDTH)
-    return model, count(lambda: model(model.memory(features, norm)).queries.sum(), weights(model), PAIRS)
+    features = torch.randn(PAIRS, tokens, WIDTH, requires_grad=trains)
+    return model, count(lambda: model(model.memory(features, norm)).queries.sum(), weights(model), PAIRS, not trains)
+
+
+def trained_block(size: int, checkpointing: bool) -> tuple[float, float]:
+    """What a block of a ViT-g that trains keeps in half precision: bytes an image, and copies of its weights.
+
+    It is what the second of two blocks adds, counted at an eighth of ViT-g's width and so multiplied.
+    """
+    part = 8
+
+    def keep(layers: int, pairs: int) -> float:
+        torch.manual_seed(0)
+        config = Blip2VisionConfig(
+            hidden_size=1408 // part, intermediate_size=6144 // part, num_attention_heads=16 // part,
+            num_hidden_layers=layers, image_size=size, attn_implementation="sdpa",
+        )  # fmt: skip
+        encoder = wrap_transformers(Blip2VisionModel(config), Preprocessing(size))
+        encoder.requires_grad_(True).train()
+        if checkpointing:
+            encoder.recompute_blocks()
+        pixels = torch.zeros(pairs, 3, size, size)
+        with torch.autocast("cpu", torch.bfloat16):
+            return count(lambda: encoder.features(pixels).sum(), weights(encoder), backward=False).kept
+
+    one, two = (keep(2, pairs) - keep(1, pairs) for pairs in (1, 2))
+    return part * (two - one), part**2 * (2 * one - two)
 
 
 def language_models() -> dict[str, tuple[nn.Module, Count]]:
@@ -151,6 +191,37 @@ def language_models() -> dict[str, tuple[nn.Module, Count]]:
     return found
 
 
+def tuning(encoder: nn.Module, llms: dict[str, tuple[nn.Module, Count]]) -> None:
+    """The table of fine-tuning: memory without and with training.activation_checkpointing."""
+    print("\n| fine-tuning | image size | pairs a GPU | LLM | weights, GiB: frozen + trained | activations, GiB |"
+          " with activation_checkpointing | all in all: without, with | and with shard_frozen |")  # fmt: skip
+    print("|---|---:|---:|---|---|---:|---:|---:|---:|")
+    for name, (pixels, batch) in TUNED.items():
+        tokens, pairs = (pixels // 14) ** 2 + 1, batch // TUNING_GPUS
+        blocks = [trained_block(pixels, checkpointing) for checkpointing in (False, True)]
+        reader = [stage_two(tokens, True, checkpointing)[1].kept for checkpointing in (False, True)]
+        with torch.device("meta"):  # of questions it has the text transformer, too
+            qformer = QFormer(QFormerConfig(bert=None), WIDTH, has_text=name == "answers")
+        trained = 20 * (size(encoder) + size(qformer)) / GIB
+        for llm, (network, each) in llms.items():
+            if llm == "FlanT5-XXL":
+                continue
+            layers, read = (24, 40) if "T5" in llm else (32, 48)
+            inputs = layers * read * 2 * network.config.hidden_size  # pyright: ignore
+            kept = [
+                LAYERS * (pairs * blocks[0][0] + blocks[0][1]) + pairs * (reader[0] + each.kept),
+                LAYERS * pairs * blocks[1][0] + pairs * blocks[0][0] + blocks[0][1]
+                + pairs * (reader[1] + inputs + each.kept / layers),
+            ]  # fmt: skip
+            frozen = 2 * size(network) / GIB
+            sums = [frozen + trained + each / GIB for each in kept]
+            dealt = sums[1] - frozen * (1 - 1 / TUNING_GPUS)
+            print(
+                f"| {name} | {pixels} | {pairs} | {llm} | {frozen:.1f} + {trained:.1f} | {kept[0] / GIB:.1f} |"
+                f" {kept[1] / GIB:.1f} | {sums[0]:.1f}, {sums[1]:.1f} | {dealt:.1f} |"
+            )
+
+
 def recipe(stage: Any, batch: int) -> Recipe:
     language = None if stage == "representation" else LanguageConfig(name="")
     data = DataConfig(train="", batch_size=batch)
@@ -166,7 +237,7 @@ def main() -> None:
     print("| network | weights, million | operations a pair, GFLOP | kept for the backward pass, MB a pair |")
     print("|---|---:|---:|---:|")
     rows = {
-        "ViT-g/14, 39 layers less the last": (encoder, encoded._replace(kept=0)),
+        "ViT-g/14, 40 layers less the last": (encoder, encoded._replace(kept=0)),
         "Q-Former, stage 1, dropout 0.1, fp32": (model, step),
         "the same without dropout": (model, plain),
         "Q-Former, stage 2, dropout 0.1, fp32": (reader, read),
@@ -211,6 +282,7 @@ def main() -> None:
         f"Pictures {PICTURES * PICTURE_BYTES / 1e12:.1f} TB; features in one view {PICTURES * view / 1e12:.0f} TB in"
         f" bf16, {PICTURES * (view / 2 + 4 * TOKENS) / 1e12:.0f} TB in int8."
     )
+    tuning(encoder, llms)
     kept = [f"{16 * each.kept / GIB:.2f}" for each in (plain, step)]
     print(f"Kept by stage 1 for 16 pairs: {kept[0]} GiB, with dropout {kept[1]} GiB.")
 

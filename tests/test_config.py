@@ -76,6 +76,26 @@ def test_file_with_overrides(write):
     assert recipe.start_from == "runs/z"
 
 
+@pytest.mark.parametrize(
+    ("given", "starts"),
+    [("null", []), ("runs/z", ["runs/z"]), ("[runs/b, runs/a]", ["runs/b", "runs/a"]), ('["b"]', ["b"])],
+)
+def test_starts(write, tmp_path, given, starts):
+    recipe = load_recipe(write(start_from="runs/y"), ["--start_from", given])
+    assert recipe.starts == starts
+    (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "again.yaml") == recipe
+    path = write()
+    path.write_text(path.read_text() + f"start_from: {given}\n")
+    assert load_recipe(path).starts == starts
+
+
+@pytest.mark.parametrize("given", [[], [""], ["runs/a", ""], ""])
+def test_starts_that_name_nothing(write, given):
+    with pytest.raises(InputError, match=r"start_from is .*, expected runs or checkpoints: name them, or set it to"):
+        load_recipe(write(start_from=given))
+
+
 def test_rates_in_scientific_notation(write):
     """YAML 1.1 takes 1e-4 for a text."""
     path = write()
@@ -326,78 +346,6 @@ def test_bases_that_cannot_be(tmp_path, text, message):
 def test_a_base_is_not_for_the_command_line(write):
     with pytest.raises(InputError, match="--base stands in a recipe: give the recipe"):
         load_recipe(write(), ["--base", "x.yaml"])
-
-
-VIT_L, VIT_G = "openai/clip-vit-large-patch14", "eva_vit_g.pth"
-PROCESSES = 16
-PRETRAINING = {"betas": (0.9, 0.98), "warmup": 2000, "size": 224, "rate": 1e-4, "frozen": True}
-FINETUNING = {"betas": (0.9, 0.999), "warmup": 1000, "rate": 1e-5, "frozen": False}
-STAGE_1 = PRETRAINING | {"steps": 250_000}
-OPT = PRETRAINING | {"steps": 80_000, "batch": 1920, "lowest": 5e-5, "language": "fp16", "prompt": ""}
-FLAN_T5 = OPT | {"batch": 1520, "language": "bf16"}
-CAPTIONING = FINETUNING | {"batch": 256, "size": 364, "prompt": "a photo of", "vision": VIT_G, "epochs": 5 * 566_747}
-VQA = FINETUNING | {"batch": 128, "size": 490, "prompt": "Question: {} Answer:", "vision": VIT_G, "steps": 92_000}
-RETRIEVAL = FINETUNING | {"batch": 224, "size": 364, "epochs": 5 * 566_747}
-PAPER = {
-    # §3.4
-    "pretrain-stage1-vit-l": STAGE_1 | {"vision": VIT_L, "batch": 2320},
-    "pretrain-stage1-vit-g": STAGE_1 | {"vision": VIT_G, "batch": 1680},
-    # §3.4, Table 2
-    "pretrain-stage2-vit-l-opt-2.7b": OPT | {"vision": VIT_L, "llm": "facebook/opt-2.7b"},
-    "pretrain-stage2-vit-g-opt-2.7b": OPT | {"vision": VIT_G, "llm": "facebook/opt-2.7b"},
-    "pretrain-stage2-vit-g-opt-6.7b": OPT | {"vision": VIT_G, "llm": "facebook/opt-6.7b"},
-    "pretrain-stage2-vit-l-flan-t5-xl": FLAN_T5 | {"vision": VIT_L, "llm": "google/flan-t5-xl"},
-    "pretrain-stage2-vit-g-flan-t5-xl": FLAN_T5 | {"vision": VIT_G, "llm": "google/flan-t5-xl"},
-    "pretrain-stage2-vit-g-flan-t5-xxl": FLAN_T5 | {"vision": VIT_G, "llm": "google/flan-t5-xxl"},
-    # Tables 3 and 7
-    "finetune-captioning-flan-t5-xl": CAPTIONING | {"llm": "google/flan-t5-xl", "language": "bf16", "decay": 1.0},
-    "finetune-captioning-opt-2.7b": CAPTIONING | {"llm": "facebook/opt-2.7b", "language": "fp16", "decay": 1.0},
-    "finetune-captioning-opt-6.7b": CAPTIONING | {"llm": "facebook/opt-6.7b", "language": "fp16", "decay": 0.95},
-    # Tables 4 and 8
-    "finetune-vqa-flan-t5-xl": VQA | {"llm": "google/flan-t5-xl", "language": "bf16", "decay": 0.95},
-    "finetune-vqa-opt-2.7b": VQA | {"llm": "facebook/opt-2.7b", "language": "fp16", "decay": 0.95},
-    "finetune-vqa-opt-6.7b": VQA | {"llm": "facebook/opt-6.7b", "language": "fp16", "decay": 0.9},
-    # Tables 5, 6 and 9
-    "finetune-retrieval-vit-l": RETRIEVAL | {"vision": VIT_L, "rate": 5e-6, "betas": (0.9, 0.98), "decay": 1.0},
-    "finetune-retrieval-vit-g": RETRIEVAL | {"vision": VIT_G, "decay": 0.95},
-    "finetune-retrieval-vit-g-without-itg": RETRIEVAL | {"vision": VIT_G, "decay": 0.95, "itg": 0.0},
-}
-"""The numbers of the paper, written down from it."""
-
-
-@pytest.mark.parametrize("name", PAPER)
-def test_recipes_of_the_paper(name):
-    recipe, paper = load_recipe(find_recipe(name)), PAPER[name]
-    optimizer, language = recipe.optimizer, recipe.language
-    assert recipe.output.split("/")[-1] == name.removeprefix("pretrain-").removeprefix("finetune-")
-    assert recipe.vision.name == paper["vision"] and recipe.vision.image_size == paper["size"]
-    assert recipe.data.batch_size * PROCESSES == paper["batch"]
-    assert (optimizer.betas, optimizer.weight_decay, optimizer.warmup_steps) == (paper["betas"], 0.05, paper["warmup"])
-    assert optimizer.rates["*"] == paper["rate"] and (optimizer.trains("vision") is not paper["frozen"])
-    steps = paper["steps"] if "steps" in paper else round(paper["epochs"] / paper["batch"] - 0.1)
-    assert recipe.training.steps == steps
-    assert optimizer.layer_decay == paper.get("decay", 1.0) and recipe.vision.drop_path == 0
-    assert recipe.vision.dtype == ("fp16" if paper["frozen"] else "fp32")
-    assert recipe.qformer.queries == 32 and recipe.qformer.reads_questions is (name.startswith("finetune-vqa"))
-    assert recipe.objectives.itg == paper.get("itg", 1.0) and recipe.objectives.itc == recipe.objectives.itm == 1.0
-    assert (recipe.stage == "representation") is ("llm" not in paper)
-    if language is not None:
-        assert not optimizer.trains("language")
-        assert (language.name, language.dtype, language.prompt) == (paper["llm"], paper["language"], paper["prompt"])
-        assert language.stop == ("\n" if "opt" in name else None)
-        assert recipe.start_from.startswith("runs/pretrain/stage")
-    if "lowest" in paper:
-        assert optimizer.rates["*"] * optimizer.final_rate == pytest.approx(paper["lowest"])
-    if recipe.evaluation is not None:
-        assert recipe.evaluation.candidates == 128 and recipe.evaluation.beams in (5, None)
-    if recipe.start_from is not None:  # what another recipe makes, with the same image encoder
-        before = load_recipe(find_recipe(f"pretrain-{recipe.start_from.split('/')[-1]}"))
-        assert before.output == recipe.start_from and before.vision.name == recipe.vision.name
-        assert before.language is None or before.language.name == language.name
-
-
-def test_every_recipe_of_the_paper_is_in_the_table():
-    assert {path.stem for path in RECIPES if path.stem.startswith(("pretrain-", "finetune-"))} == set(PAPER)
 
 
 def test_there_are_shipped_recipes():

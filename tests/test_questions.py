@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration, BertForMaskedLM
 
 from blip2.convert import convert
@@ -22,9 +22,11 @@ from blip2.model.language import load_language_model
 from blip2.model.qformer import attention_mask
 from blip2.model.vision import load_image_encoder
 from blip2.training import checkpoint
+from blip2.training.checkpoint import open_checkpoint
 from blip2.training.loop import train
 from blip2.training.progress import read_metrics
 from conftest import COLOURS, SHAPES, draw
+from fixtures.checkpoints import lavis_state, save_transformers
 from fixtures.tiny import QFORMER, randomise, texts
 
 PROMPT = "Question: {} Answer:"
@@ -174,6 +176,100 @@ def test_after_a_stage_two_that_read_no_questions_it_comes_from_bert(parts, reci
     assert all(torch.equal(before[name], after[name]) for name in before)
     words = BertForMaskedLM.from_pretrained(parts.bert).bert.embeddings.word_embeddings.weight
     assert torch.equal(after["qformer.word_embedding.weight"][:-1], words)
+
+
+def started(folder):
+    """The weights of a run that learned nothing."""
+    return load_file(checkpoint.latest(folder) / "model.safetensors")
+
+
+STILL = {"rates": {"vision.*": "frozen", "language.*": "frozen", "*": 0.0}}
+
+
+def test_two_starts(parts, recipe, runs, tmp_path, capsys):
+    """The former wins where both have a weight, and no BERT is read."""
+    first, second = started(runs["stage1"]), started(runs["llama"])
+    both = {name for name in first if name in second and not torch.equal(first[name], second[name])}
+    assert any(".self_attention." in name for name in both) and "qformer.queries" in both
+    for starts, winner in ((["llama", "stage1"], second), (["stage1", "llama"], first)):
+        names = [str(runs[name]) for name in starts]
+        train(
+            recipe(
+                tmp_path / starts[0], start_from=names, optimizer=STILL, training={"steps": 1},
+                qformer={"reads_questions": True, "bert": None, "tokenizer": parts.bert},
+            )
+        )  # fmt: skip
+        after = started(tmp_path / starts[0])
+        assert {name for name in after if not torch.equal(after[name], {**first, **second, **winner}[name])} == set()
+        said = " ".join(capsys.readouterr().err.split())
+        of = {name: f"starting from {runs[name]}/checkpoints/step-00000003 (" for name in starts}
+        assert said.index(of[starts[0]]) < said.index(of[starts[1]])
+        if starts[0] == "llama":
+            assert "step-00000003): image_norm, projection, qformer starting" in said
+            assert "step-00000003): qformer (text transformer) " in said
+        else:
+            assert "step-00000003): image_norm, qformer, qformer (text transformer) starting" in said
+            assert "step-00000003): projection " in said
+        assert "new: " not in said and "the checkpoint has none" not in said
+
+
+def test_what_no_start_has(parts, recipe, runs, tmp_path):
+    rest = save_rest(runs["llama"], tmp_path / "rest", lambda name: not name.startswith("projection."))
+    for starts, bert, expected in (
+        ([runs["llama"], runs["llama"]], parts.bert, "holds nothing that those before it in start_from lack: leave it"),
+        ([rest, runs["llama"]], parts.bert, r"hold no qformer \(text transformer\) \(such as qformer.* stage 1, or"),
+        ([runs["llama"]], None, r"holds no qformer \(text transformer\) \(such as qformer\.blocks\.0\.text_feed"),
+    ):
+        qformer = {"reads_questions": True, "bert": bert, "tokenizer": parts.bert}
+        with pytest.raises(InputError, match=expected) as raised:
+            train(recipe(tmp_path / "run", start_from=[str(start) for start in starts], qformer=qformer))
+        assert "\n" not in str(raised.value)
+
+
+def save_rest(run, folder, keep):
+    """A checkpoint without some of its weights."""
+    shutil.copytree(checkpoint.latest(run), folder)
+    save_file({k: t for k, t in started(run).items() if keep(k)}, folder / "model.safetensors")
+    return folder
+
+
+def test_one_start_and_bert(parts, recipe, runs, tmp_path, capsys):
+    train(recipe(tmp_path / "run", start_from=str(runs["llama"]), training={"steps": 1}))
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"from {parts.bert}, as the checkpoint has none: qformer (text transformer)" in said
+
+
+@pytest.mark.parametrize("form", ["transformers", "lavis"])
+def test_two_starts_of_other_formats(parts, recipe, tmp_path, form):
+    if form == "transformers":
+        names = [str(tmp_path / name) for name in ("opt", "itm")]
+        for name, flavour in zip(names, ("opt", None), strict=True):
+            save_transformers(Path(name), flavour, parts.bert)
+        first, second = (open_checkpoint(name).weights for name in names)
+        sizes = {}
+    else:
+        names = [str(tmp_path / f"{stage}.pth") for stage in ("opt", "1")]
+        for name, stage in zip(names, ("opt", "1"), strict=True):
+            torch.save({"model": lavis_state(stage, seed=len(stage))}, name)
+        first = open_checkpoint(names[0], {"vision.name": names[1], "language.name": parts.opt}).weights
+        second = open_checkpoint(names[1]).weights
+        sizes = {"hidden_size": 64, "heads": 1}
+    train(
+        recipe(
+            tmp_path / "run", start_from=names, optimizer=STILL, training={"steps": 1}, vision={"name": names[1]},
+            language={"name": parts.opt, "prompt": PROMPT},
+            qformer={"reads_questions": True, "bert": None, "tokenizer": parts.bert, "layers": 3, **sizes},
+        )
+    )  # fmt: skip
+    after = started(tmp_path / "run")
+    of = {name: "first" if name in first else "second" for name in after}
+    assert {"first", "second"} == set(of.values()) and of["projection.weight"] == of["qformer.queries"] == "first"
+    assert {"qformer.word_embedding.weight", "qformer.blocks.0.text_feed_forward.expand.weight"} <= {
+        name for name in of if of[name] == "second"
+    }
+    assert not torch.equal(first["qformer.queries"], second["qformer.queries"]) or form == "transformers"
+    held = {"first": first, "second": second}
+    assert [name for name, tensor in after.items() if not torch.equal(tensor, held[of[name]][name].float())] == []
 
 
 def test_any_llm_learns_to_answer_without_a_question_for_the_qformer(parts, recipe, tmp_path):

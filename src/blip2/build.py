@@ -88,7 +88,7 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     Names of models and data that are there as files or folders become absolute paths, and so do outputs; names on a
     hub, packages and URLs stay as they are.
     """
-    data, language, evaluation = recipe.data, recipe.language, recipe.evaluation
+    data, language, evaluation, starts = recipe.data, recipe.language, recipe.evaluation, recipe.start_from
     sources = data.train
     sources = _absolute(sources) if isinstance(sources, str) else {_absolute(key): n for key, n in sources.items()}
     features = None if data.features is None else str(output_path(data.features).absolute())
@@ -96,13 +96,21 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     return replace(
         recipe,
         output=str(output_path(recipe.output).absolute()),
-        vision=replace(recipe.vision, name=_absolute(recipe.vision.name)),
+        vision=_absolute_model(recipe.vision),
         data=replace(data, train=sources, validation=_absolute_or_none(data.validation), features=features),
         qformer=replace(recipe.qformer, bert=bert, tokenizer=tokenizer),
-        language=None if language is None else replace(language, name=_absolute(language.name)),
+        language=None if language is None else _absolute_model(language),
         evaluation=None if evaluation is None else replace(evaluation, data=_absolute(evaluation.data)),
-        start_from=_absolute_or_none(recipe.start_from),
+        start_from=[_absolute(each) for each in starts] if isinstance(starts, list) else _absolute_or_none(starts),
     )
+
+
+Part = TypeVar("Part", VisionConfig, LanguageConfig)
+
+
+def _absolute_model(part: Part) -> Part:
+    name, trusted = _absolute(part.name), _absolute_or_none(part.trust_remote_code)
+    return replace(part, name=name, trust_remote_code=trusted)
 
 
 def _absolute_or_none(name: str | None) -> str | None:
@@ -139,7 +147,7 @@ def build(
     place = device if place is None else place
     trains = recipe.optimizer.trains
     vision = read_image_encoder(recipe.vision, choose_dtype(recipe.vision.dtype, device, trains("vision")), checkpoint)
-    from_bert = recipe.qformer.bert is not None and checkpoint is None
+    from_bert = recipe.begins_with_bert and checkpoint is None
     if recipe.language is None:
         if from_bert:
             check_fits(resolve(recipe.qformer.bert or ""), recipe.qformer)
@@ -156,8 +164,7 @@ def build(
     tokenizer = read_tokenizer(resolve(recipe.language.name), recipe.language.trust_remote_code is not None)
     reader = text_tokenizer(recipe.qformer, checkpoint) if recipe.qformer.reads_questions else None
     model = GenerationModel(vision, recipe.qformer, language, recipe.objectives)
-    # A stage 2 that could not read questions has no text transformer to start from.
-    if from_bert and (recipe.start_from is None or recipe.qformer.reads_questions):
+    if from_bert:
         initialise_from_bert(resolve(recipe.qformer.bert or ""), model.qformer)
         model.initialise_projection()
     end = end_of_text(tokenizer, recipe.language.stop, recipe.language.name)
@@ -268,7 +275,7 @@ def prepare_texts(recipe: Recipe, built: Built) -> TextPreparation:
     limit = recipe.data.max_tokens
     if recipe.language is None or not isinstance(built.model, GenerationModel):
         limit = min(limit, recipe.qformer.max_positions)
-        return RepresentationTexts(built.tokenizer, limit)
+        return RepresentationTexts(built.tokenizer, limit, recipe.data.text_normalization)
     assert built.end is not None
     language = built.model.language
     language.check(trains=True)
@@ -278,7 +285,7 @@ def prepare_texts(recipe: Recipe, built: Built) -> TextPreparation:
             check_prompt(built.tokenizer, prompt)
     texts = kind(
         built.tokenizer, limit, recipe.language.prompt, built.end, built.reader, recipe.language.question_prompt,
-        _room(recipe, language),
+        _room(recipe, language), recipe.data.text_normalization,
     )  # fmt: skip
     longest = max(texts.prompt_length(prompt) for prompt in (recipe.language.prompt, texts.question_prompt or ""))
     if texts.room is not None and longest > texts.room:

@@ -16,6 +16,7 @@ from blip2.errors import InputError
 from blip2.ranges import RANGES, outside
 
 Precision = Literal["fp32", "bf16", "fp16"]
+TextNormalization = Literal["none", "lavis"]
 Stage = Literal["representation", "generation"]
 QUESTION_PLACE = "{}"
 """Where a prompt takes its question."""
@@ -203,6 +204,10 @@ class DataConfig:
     """Pairs a process takes at once."""
     max_tokens: int = 32
     """Longer captions are cut, and counted."""
+    text_normalization: TextNormalization = "none"
+    """What is done to captions and questions before they are tokenized, in training and by everything that uses the
+    model. lavis: lower case, without .!"()*#:;~ and at most 50 words, as LAVIS and so the published checkpoints do it,
+    for which it is the default. Answers and prompts are left as they are."""
     smallest_crop: float = 0.5
     """Random crops cover between this share and all of an image (§3.4)."""
     flip: bool = True
@@ -275,8 +280,8 @@ class TrainingConfig:
     """Of what trains: bf16 and fp16 keep fp32 weights and compute in half precision; null: bf16 on a GPU, fp32 on a
     CPU."""
     activation_checkpointing: bool = False
-    """Keep only what goes into each block of the Q-Former, and compute the rest again in the backward pass: about a
-    third more time, and much less memory. The results are the same."""
+    """Keep only what goes into each block of the Q-Former, of an image encoder that trains and of the LLM, and compute
+    the rest again in the backward pass: about a third more time, and much less memory. The results are the same."""
     compile: bool = False
     """Let torch.compile fuse what lies between the matrix products of the Q-Former's blocks and of a frozen image
     encoder. Pays on GPUs and in long runs: the first steps take minutes."""
@@ -358,8 +363,10 @@ class Recipe:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig | None = None
-    start_from: str | None = None
-    """Run or checkpoint whose trained weights this one starts from: a stage 2 starts from a stage 1."""
+    start_from: str | list[str] | None = None
+    """Run or checkpoint whose trained weights this one starts from: a stage 2 starts from a stage 1. Several are a
+    list, of which the former wins where two have a weight: [STAGE_2, STAGE_1] starts a Q-Former that reads questions
+    (Figure 7), whose text transformer only the latter has. null: from BERT; of a stage 2, Figure 5's comparison."""
 
     def __post_init__(self) -> None:
         if self.stage == "generation" and self.language is None:
@@ -375,6 +382,10 @@ class Recipe:
                     f"{name}.trust_remote_code is {part.trust_remote_code}, expected {part.name}, which is {name}.name:"
                     " name the model whose code may run, or leave it out"
                 )
+        if self.start_from is not None and not all(self.starts or [""]):
+            raise InputError(
+                f"start_from is {self.start_from!r}, expected runs or checkpoints: name them, or set it to null"
+            )
         if not self.data.sources:
             raise InputError("data.train names nothing to train on: name a source")
         self._check_evaluation()
@@ -404,6 +415,18 @@ class Recipe:
                 f"qformer.hidden_size {self.qformer.hidden_size} is not a multiple of qformer.heads"
                 f" {self.qformer.heads}"
             )
+
+    @property
+    def starts(self) -> list[str]:
+        """What the run starts from, the first of which wins."""
+        return [self.start_from] if isinstance(self.start_from, str) else self.start_from or []
+
+    @property
+    def begins_with_bert(self) -> bool:
+        """Whether BERT's weights are read before what the run starts from. A stage 2 that reads no questions has none
+        of them but those that a stage 1 has trained, and several checkpoints have to hold all of the Q-Former."""
+        wanted = not self.starts or self.language is None or self.qformer.reads_questions
+        return self.qformer.bert is not None and wanted and len(self.starts) < 2
 
     def _check_numbers(self) -> None:
         for name, (smallest, largest) in RANGES.items():

@@ -17,7 +17,16 @@ from transformers import PreTrainedTokenizerBase
 from blip2.build import Built, build, choose_device
 from blip2.config import IMAGE_TOKEN, Precision, Recipe, Stage
 from blip2.data.images import ImageLike, read_image, to_pixels
-from blip2.data.texts import encode_continuations, encode_prompts, encode_questions, encode_texts, fill_prompts, pad
+from blip2.data.texts import (
+    encode_continuations,
+    encode_prompts,
+    encode_questions,
+    encode_texts,
+    fill_prompts,
+    normalize_captions,
+    normalize_questions,
+    pad,
+)
 from blip2.errors import InputError
 from blip2.model import objectives
 from blip2.model.decoding import Decoding
@@ -209,7 +218,11 @@ class RepresentationPipeline(Pipeline[RepresentationModel]):
         )
 
     def encode_texts(self, texts: Sequence[str]) -> tuple[Int[Tensor, "T L"], Bool[Tensor, "T L"]]:
-        """Tokens of texts for the Q-Former, and where they are real. Texts beyond the limit are cut."""
+        """Tokens of texts for the Q-Former, and where they are real.
+
+        Texts are normalized as ``data.text_normalization`` says; those beyond the limit are cut.
+        """
+        texts = normalize_captions(texts, self.recipe.data.text_normalization)
         limit = min(self.recipe.qformer.max_positions, 2 * self.recipe.data.max_tokens)
         ids, mask, _ = encode_texts(self.tokenizer, texts, limit)
         return ids.to(self.device), mask.to(self.device)
@@ -274,9 +287,8 @@ class GenerationPipeline(Pipeline[GenerationModel]):
                 " either for all of the other"
             )
         return self.generate(
-            features, fill_prompts(self.question_prompt, listed), decoding or ANSWER, image_of=image_of,
-            questions=listed,
-        )  # fmt: skip
+            features, self.question_prompts(listed), decoding or ANSWER, image_of=image_of, questions=listed
+        )
 
     @property
     def question_prompt(self) -> str:
@@ -286,6 +298,15 @@ class GenerationPipeline(Pipeline[GenerationModel]):
         if template is not None:
             return template
         return SHORT_QUESTION if self.model.language.is_encoder_decoder else QUESTION
+
+    def question_prompts(self, questions: Sequence[str], prompt: str | None = None) -> list[str]:
+        """The prompts that put questions to the LLM, normalized as ``data.text_normalization`` says.
+
+        Args:
+            prompt: with {} where the question goes; None: :attr:`question_prompt`.
+        """
+        questions = normalize_questions(questions, self.recipe.data.text_normalization)
+        return fill_prompts(self.question_prompt if prompt is None else prompt, questions)
 
     @torch.no_grad()
     def generate(
@@ -328,7 +349,10 @@ class GenerationPipeline(Pipeline[GenerationModel]):
         side = "right" if self.model.language.is_encoder_decoder else "left"
         ids, mask = encode_prompts(self.tokenizer, prompts, side)
         self._check_length(ids.shape[1], decoding)
-        asked = encode_questions(self.reader, questions) if questions is not None else None
+        asked = None
+        if questions is not None:
+            questions = normalize_questions(questions, self.recipe.data.text_normalization)
+            asked = encode_questions(self.reader, questions)
         visual = self._visual_prompts(features, asked, torch.tensor(owners))
         if asked is not None:  # a visual prompt is of one question alone
             owners = list(range(len(prompts)))

@@ -117,9 +117,9 @@ def _parts(checkpoint: Checkpoint) -> Iterable[tuple[str, str]]:
         yield "Q-Former", checkpoint.name
     if recipe.qformer.bert is not None:
         yield "BERT that the Q-Former started from", recipe.qformer.bert
-    start = recipe.start_from
-    if start is not None and (is_pickle(start) or is_blip2(Path(start)) or _hub_name(start)):
-        yield "checkpoint that training started from", start
+    for start in recipe.starts:
+        if is_pickle(start) or is_blip2(Path(start)) or _hub_name(start):
+            yield "checkpoint that training started from", start
 
 
 def _training(checkpoint: Checkpoint) -> list[str]:
@@ -128,7 +128,7 @@ def _training(checkpoint: Checkpoint) -> list[str]:
         return [f"The weights are those of `{checkpoint.name}` ({checkpoint.about}). On which data they were trained,"
                 " and how, is not recorded in that format."]  # fmt: skip
     bert = f"the BERT `{recipe.qformer.bert}`" if recipe.qformer.bert else "random weights"
-    start = bert if recipe.start_from is None else f"the weights of `{recipe.start_from}`"
+    start = " and ".join(f"the weights of `{name}`" for name in recipe.starts) or bert
     sources = ", ".join(
         f"`{name}`" + (f" ({licence_of(name)})" if name.startswith(PREFIX) else "") for name in data.sources
     )

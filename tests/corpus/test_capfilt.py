@@ -1,10 +1,13 @@
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
+from blip2.cli import build_parser
 from blip2.config import DataConfig
 from blip2.corpus import capfilt as module
 from blip2.corpus import shards as shards_module
@@ -12,14 +15,18 @@ from blip2.corpus.capfilt import Settings, capfilt
 from blip2.corpus.engine import Engine
 from blip2.corpus.selection import Rules
 from blip2.corpus.shards import Sample, list_units, read_unit
-from blip2.data.benchmarks import read_benchmark
+from blip2.data.benchmarks import is_benchmark, read_benchmark
 from blip2.data.records import open_records
 from blip2.errors import InputError
 from blip2.model.decoding import Decoding
+from blip2.recipe import load_recipe
+from blip2.training.loop import train
+from blip2.training.progress import read_metrics
 from fixtures.corpus import picture, read_tar, write_tar
 
 SETTINGS = Settings(captions=3, decoding=Decoding(top_p=0.9, max_new_tokens=6), batch_size=4, shard_size=10)
 ONE = Engine(threads=1)
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def run(runs, source, output, settings=SETTINGS, ranker=None, **options):
@@ -74,6 +81,55 @@ def test_training_reads_what_was_written(done):
     assert [(row["image"], tuple(row["captions"])) for row in benchmark] == [(r.image, r.captions) for r in streamed]
     table = open_records(source, replace(config, streaming=False))
     assert [(r.image, r.captions) for r in table] == [(r.image, r.captions) for r in streamed]
+
+
+PRETRAINING = sorted(path.stem for path in RECIPES.glob("pretrain-*.yaml"))
+
+
+@pytest.mark.parametrize("name", PRETRAINING)
+def test_recipes_say_how_the_captions_of_web_images_are_made(name):
+    """By the command in the recipe, or in the one that it is based on, with the paper's numbers as defaults (§3.4)."""
+    texts, path = [], RECIPES / f"{name}.yaml"
+    while path is not None:
+        texts.append(path.read_text())
+        base = yaml.safe_load(texts[-1]).get("base")
+        path = base and path.with_name(base)
+    (command,) = re.findall(r"^ *# blip2 (capfilt .*)$", "\n".join(texts), re.MULTILINE)
+    options = build_parser().parse_args(command.split())
+    made = {
+        options.data.replace("cc3m", web): options.output.replace("cc3m", web)
+        for web in ("cc3m", "cc12m", "sbu", "laion")
+    }
+    assert (options.captions, options.keep, options.top_p) == (10, 2, 0.9)
+    assert options.captioner == "Salesforce/blip-image-captioning-large"
+    assert options.ranker == "openai/clip-vit-large-patch14"
+    assert [is_benchmark(source) for source in made] == [True] * 4
+    sources = set(load_recipe(RECIPES / f"{name}.yaml").data.sources)
+    assert {f"{output}/*.tar" for output in made.values()} == {source for source in sources if "bootstrapped" in source}
+    assert not sources & set(made)  # as they were published
+
+
+def test_a_recipe_trains_on_what_was_written(done, parts, tmp_path):
+    """The mixture of the pre-training recipes in small: each web source as capfilt left it."""
+    output, _ = done
+    data = load_recipe(RECIPES / "pretrain-stage1-vit-l.yaml").data
+    sources = {}
+    for source, weight in data.sources.items():
+        if is_benchmark(source):
+            assert weight is None
+            shutil.copytree(Path(parts.pictures).parent, tmp_path / source[:2])
+            sources[str(tmp_path / source[:2] / Path(parts.pictures).name)] = None
+            continue
+        folder = tmp_path / Path(source).parent.relative_to("/data")
+        shutil.copytree(output, folder)
+        sources[str(folder / Path(source).name)] = weight / 1e6
+    assert len(sources) == 6
+    # More equal shares, so that each is drawn.
+    small = replace(data, train=sources, temperature=8.0, batch_size=2, workers=0, max_tokens=30)
+    train(parts.recipe(tmp_path / "run", data=vars(small), training={"steps": 30, "save_every": 30}))
+    last = read_metrics(tmp_path / "run")[-1]
+    assert set(last["drawn"]) == set(sources) and min(last["drawn"].values()) > 0
+    assert last["skipped"] == 0
 
 
 def test_scores_are_those_of_the_ranker(done, runs):

@@ -17,6 +17,8 @@ from blip2.data.texts import (
     encode_continuations,
     encode_prompts,
     encode_texts,
+    normalize_captions,
+    normalize_questions,
     pad,
     split_caption,
 )
@@ -55,6 +57,64 @@ def tokenizer(request: pytest.FixtureRequest, parts: Parts) -> PreTrainedTokeniz
     if request.param == "merging":
         return merging_tokenizer()
     return AutoTokenizer.from_pretrained(getattr(parts, request.param))
+
+
+WORDS = [f"w{n}" for n in range(60)]
+NORMALIZED = [
+    # text, as LAVIS's blip_caption makes it, as its blip_question does
+    ("A Cat.", "a cat", "a cat"),
+    ('"Two" dogs (and a CAT)!', "two dogs and a cat", "two dogs and a cat"),
+    ("What's this?", "what's this?", "what's this?"),
+    ("red:blue;green~#1 *new*", "red blue green 1 new", "redbluegreen1 new"),
+    ("  Is   it,  really - so?  ", "is it, really - so?", "  is   it,  really - so?"),
+    ("one\ttwo", "one\ttwo", "one\ttwo"),
+    ("one \n two\n", "one two", "one \n two\n"),
+    ("a. b.. c...", "a b c", "a b c"),
+    ("ÉCOLE № 3.", "école № 3", "école № 3"),
+    ("it is 3.5 m", "it is 3 5 m", "it is 35 m"),
+    ("!!!", "", ""),
+    ("", "", ""),
+    (" ".join(WORDS), " ".join(WORDS[:50]), " ".join(WORDS[:50])),
+    ("a  " * 60, " ".join(["a"] * 50), ("a  " * 25).removesuffix(" ")),
+    (" ".join(WORDS[:50]) + " .", " ".join(WORDS[:50]), " ".join(WORDS[:50])),
+]
+"""Written down from the rules of LAVIS's processors, word by word."""
+
+
+@pytest.mark.parametrize(("text", "caption", "question"), NORMALIZED)
+def test_text_normalization_is_lavis_s(text: str, caption: str, question: str) -> None:
+    assert normalize_captions([text, text], "lavis") == [caption, caption]
+    assert normalize_questions([text], "lavis") == [question]
+    assert normalize_captions([text], "none") == normalize_questions([text], "none") == [text]
+
+
+def test_captions_and_questions_are_normalized_and_answers_and_prompts_are_not(parts: Parts) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(parts.llama)
+    reader = AutoTokenizer.from_pretrained(parts.bert)
+
+    def read(row: torch.Tensor) -> str:
+        return tokenizer.decode(row[row >= 0], skip_special_tokens=True)
+
+    given = ["A Dog.", "Left, Mr. Y."], ["", "Which WAY (is it)?"], torch.arange(2), np.random.default_rng(0)
+    for how, caption, question in (("none", "A Dog.", "Which WAY (is it)?"), ("lavis", "a dog", "which way is it?")):
+        texts = GenerationTexts(tokenizer, 32, "A Photo.", END, reader, "Q: {} A.", how)
+        batch, _ = texts(torch.zeros(2, 3, 8, 8), *given)
+        assert [read(row) for row in batch.ids] == [f"A Photo. {caption}", f"Q: {question} A. Left, Mr. Y."]
+        assert batch.questions is not None
+        assert torch.equal(batch.questions.ids, encode_texts(reader, ["", question], 40)[0])
+        prefix = PrefixTexts(AutoTokenizer.from_pretrained(parts.t5), 32, "", END, None, None, how)
+        batch, _ = prefix(torch.zeros(1, 3, 8, 8), ["One TWO."], [""], torch.arange(1), np.random.default_rng(0))
+        written = [read(batch.ids[0]), read(batch.labels[0])]
+        assert written == (["One", "TWO."] if how == "none" else ["one", "two"])
+        first = RepresentationTexts(reader, 32, how)
+        batch, _ = first(torch.zeros(1, 3, 8, 8), ["a. (b)"], [""], torch.arange(1), np.random.default_rng(0))
+        assert torch.equal(batch.ids, encode_texts(reader, ["a. (b)" if how == "none" else "a b"], 32)[0])
+
+
+def test_a_question_of_signs_alone_is_still_asked(parts: Parts) -> None:
+    texts = GenerationTexts(AutoTokenizer.from_pretrained(parts.llama), 32, "", END, None, "Q: {} A:", "lavis")
+    batch, _ = texts(torch.zeros(1, 3, 8, 8), ["no"], ["..."], torch.arange(1), np.random.default_rng(0))
+    assert texts.tokenizer.decode(batch.ids[0], skip_special_tokens=True) == "Q:  A: no"
 
 
 def test_texts_are_padded_to_the_longest(bert: PreTrainedTokenizerBase) -> None:

@@ -179,6 +179,30 @@ def test_what_else_lies_in_the_file_is_no_matter(parts, save):
     assert full.match(PICTURES, TEXTS).std() > 0
 
 
+def test_texts_are_normalized_as_lavis_normalizes_them(parts, save):
+    changes = {"qformer.tokenizer": parts.bert}
+    ours = blip2.load(save(lavis_state("1")), device="cpu", changes=changes)
+    assert ours.recipe.data.text_normalization == "lavis"
+    signs = ["A Red (disc).", "The square: is *blue*; here!"]
+    bare = ["a red disc", "the square is blue here"]
+    assert torch.equal(ours.similarity(PICTURES, signs), ours.similarity(PICTURES, bare))
+    assert torch.equal(ours.match(PICTURES, signs), ours.match(PICTURES, bare))
+    plain = blip2.load(save(lavis_state("1")), "cpu", changes=changes | {"data.text_normalization": "none"})
+    assert not torch.allclose(plain.similarity(PICTURES, signs), plain.similarity(PICTURES, bare), atol=1e-3)
+    assert torch.equal(plain.similarity(PICTURES, bare), ours.similarity(PICTURES, bare))
+
+
+def test_questions_are_normalized_as_lavis_normalizes_them(parts, save, monkeypatch):
+    ours = blip2.load(save(lavis_state("opt")), device="cpu", changes={"language.name": parts.opt})
+    seen = []
+    generate = ours.generate
+    monkeypatch.setattr(ours, "generate", lambda *given, **named: seen.append(given[1]) or generate(*given, **named))
+    ours.answer(PICTURES[0], ["What (Colour) is it?", "A Disc."])
+    assert seen == [["Question: what colour is it? Answer:", "Question: a disc Answer:"]]
+    ours.caption(PICTURES[0], "A Photo. Of")
+    assert seen[1:] == [["A Photo. Of"]]
+
+
 def test_captions_stop_where_lavis_stops(parts, save):
     ours = blip2.load(save(lavis_state("opt")), device="cpu", changes={"language.name": parts.opt})
     assert ours.recipe.language.stop == "\n" and ours.tokenizer.decode([ours.end]) == "\n"

@@ -16,6 +16,7 @@ from blip2.data.texts import encode_prompts, encode_texts
 from blip2.errors import InputError
 from blip2.interop.weights import open_folder
 from blip2.model.decoding import Decoding
+from blip2.training.checkpoint import open_checkpoint
 from conftest import byte_tokenizer, draw
 from fixtures.checkpoints import FLAVOURS, QUERIES, processor, save_transformers, share_qformer
 
@@ -211,6 +212,20 @@ def test_shards_and_half_precision(parts, tmp_path, name, dtype):
     convert(tmp_path / "there", tmp_path / "back", "transformers")
     assert same(tmp_path / "there", tmp_path / "back")
     assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == str(dtype).split(".")[1]
+
+
+def test_text_normalization_goes_with_the_weights(saved, runs, tmp_path, copy):
+    """Published checkpoints were trained with LAVIS's; what this project trained without it is loaded without."""
+    assert open_checkpoint(str(saved["opt"][0])).recipe.data.text_normalization == "lavis"
+    convert(saved["opt"][0], tmp_path / "ours", "blip2")
+    assert open_checkpoint(str(tmp_path / "ours")).recipe.data.text_normalization == "lavis"
+    assert open_checkpoint(str(runs["llama"])).recipe.data.text_normalization == "none"
+    convert(runs["stage1"], tmp_path / "plain", "transformers")
+    assert open_checkpoint(str(tmp_path / "plain")).recipe.data.text_normalization == "none"
+    changed = open_checkpoint(str(tmp_path / "plain"), {"data.text_normalization": "lavis"})
+    assert changed.recipe.data.text_normalization == "lavis"
+    edit(copy("t5") / "config.json", text_normalization="upper")
+    refuses(tmp_path / "t5", "config.json says text_normalization 'upper', expected one of none, lavis: correct it")
 
 
 @pytest.mark.parametrize("name", [*FLAVOURS, "retrieval"])

@@ -199,6 +199,23 @@ def test_queries_alone_and_attention_maps_agree_with_transformers(qformer, featu
     torch.testing.assert_close(maps, torch.stack(seen, dim=1), atol=1e-5, rtol=0)
 
 
+def test_attention_maps_are_those_of_the_image_that_each_row_looks_at(qformer, features):
+    memory = qformer.memory(features, NORM)
+    maps = qformer.attention_maps(memory)
+    assert (maps[0] - maps[1]).abs().max() > 1e-2
+    several = torch.tensor([2, 0, 0, 1])
+    flipped = memory.select(torch.tensor([1, 0]))
+    for changed, rows in (
+        (flipped, [1, 0]),
+        (memory.select(several), several.tolist()),
+        (memory.repeat(2), [0, 1, 2, 0, 1, 2]),
+        (flipped.repeat(2), [1, 0, 1, 0]),
+        (memory.join(flipped), [0, 1, 2, 1, 0]),
+    ):
+        assert len(changed) == len(rows)
+        torch.testing.assert_close(qformer.attention_maps(changed), maps[rows], atol=1e-6, rtol=0)
+
+
 def test_attention_maps_leave_nothing_behind(qformer, features):
     memory = qformer.memory(features, NORM)
     qformer.attention_maps(memory)

@@ -15,13 +15,15 @@ from blip2.data.batches import Preparation, plan_evaluation
 from blip2.data.images import read_image
 from blip2.data.records import open_records
 from blip2.errors import InputError
+from blip2.model.generation import GenerationBatch, GenerationModel
+from blip2.model.language import LanguageModel
 from blip2.model.vision import load_image_encoder
 from blip2.training import checkpoint
 from blip2.training.features import make_features
 from blip2.training.loop import train
 from blip2.training.optimizer import set_rates
 from fixtures.runs import assert_same_run, cut_short, lines
-from fixtures.tiny import randomise
+from fixtures.tiny import QFORMER, randomise
 
 CPU = torch.device("cpu")
 RATES = {"vision.*": 1e-3, "*": 1e-3}
@@ -102,6 +104,93 @@ def test_only_what_has_a_rate_changes(parts, tmp_path, stage):
     rounding = {"network.layers.1.attention.k_proj.bias", "network.pooler.dense.weight"}
     assert changed - rounding == {name for name in pretrained if ".layers.1." in name} - rounding
     assert not any(name.startswith("language.") for name in weights(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("stage", ["representation", "t5"])
+def test_activation_checkpointing_changes_nothing(parts, tmp_path, stage):
+    """Of the Q-Former with its dropout, of the image encoder with its drop path, and of the frozen LLM."""
+    for name, checkpointing in (("plain", False), ("lean", True)):
+        training = {"steps": 2, "save_every": 2, "activation_checkpointing": checkpointing}
+        train(tune(parts, tmp_path / name, stage, training=training, vision={"drop_path": 0.3}))
+    assert_same_run(tmp_path / "plain", tmp_path / "lean")
+    plain, lean = (torch.load(checkpoint.latest(tmp_path / name) / "optimizer.pt") for name in ("plain", "lean"))
+    moments = [each["optimizer"]["state"] for each in (plain, lean)]
+    assert all(torch.equal(moments[0][key]["exp_avg"], state["exp_avg"]) for key, state in moments[1].items())
+
+
+LARGE = {
+    "vit": hf.ViTConfig(
+        hidden_size=24, num_hidden_layers=7, num_attention_heads=2, intermediate_size=96, image_size=32, patch_size=4
+    ),
+    "opt": hf.OPTConfig(
+        vocab_size=259, hidden_size=32, ffn_dim=128, num_hidden_layers=6, num_attention_heads=4,
+        word_embed_proj_dim=32, max_position_embeddings=96,
+    ),
+    "t5": hf.T5Config(
+        vocab_size=259, d_model=32, d_kv=8, d_ff=128, num_layers=6, num_heads=4, decoder_start_token_id=257,
+        feed_forward_proj="gated-gelu",
+    ),
+}  # fmt: skip
+
+
+def kept(model, batch):
+    """Bytes that autograd keeps of each part for the backward pass, but for weights, and the gradients."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages = {}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    model.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = sum(model(batch).losses.values())
+    size = sum(storage.nbytes() for storage in storages.values())
+    loss.backward()
+    return size, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("language", ["opt", "t5"])
+def test_activation_checkpointing_keeps_a_block_s_inputs_alone(parts, tmp_path, language):
+    """An image encoder that trains and a frozen LLM, each deep enough to see it: the case of VQA's fine-tuning."""
+    vision = load_image_encoder(str(save(hf.ViTModel(LARGE["vit"], add_pooling_layer=False), tmp_path / "vit")))
+    llm = hf.OPTForCausalLM if language == "opt" else hf.T5ForConditionalGeneration
+    model = GenerationModel(vision, QFORMER, LanguageModel(randomise(llm(LARGE[language]))))
+    vision.requires_grad_(True)
+    model.train()
+    ids = torch.randint(5, 250, (2, 12), generator=torch.Generator().manual_seed(1))
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    batch = GenerationBatch(pixels, ids, torch.ones_like(ids).bool(), ids)
+    whole, gradients = kept(model, batch)
+    sizes = []
+    for part in (model.vision, model.language):
+        assert part.recompute_blocks()
+        size, same = kept(model, batch)
+        sizes.append(size)
+        assert all(torch.equal(gradients[name], gradient) for name, gradient in same.items()), len(gradients)
+        assert set(same) == set(gradients)
+    assert not model.language.training and model.language.is_frozen
+    # Each of the two keeps less than a third of what it kept, the Q-Former all of it.
+    assert sizes[0] < 0.75 * whole and sizes[1] < 0.35 * whole, (whole, sizes)
+    with torch.no_grad():  # nothing is kept, and nothing computed twice
+        calls = []
+        hook = model.language.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+        model(batch)
+        hook.remove()
+    assert calls == [1]
+
+
+def test_a_cnn_that_keeps_all_is_named(parts, tmp_path, cnn, capsys):
+    recipe = tune(parts, tmp_path / "run", training={"steps": 1, "activation_checkpointing": True})
+    train(replace(recipe, vision=replace(recipe.vision, name=cnn, image_size=32)))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "activation_checkpointing: the image encoder is no stack of equal blocks and keeps all" in said
+
+
+def save(network, folder):
+    network.save_pretrained(folder)
+    return folder
 
 
 # -- what is kept --------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Legend: B batch, T text tokens, U target tokens.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -15,13 +16,40 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from blip2.config import QUESTION_PLACE
+from blip2.config import QUESTION_PLACE, TextNormalization
 from blip2.errors import InputError
 from blip2.model.generation import GenerationBatch, Questions
 from blip2.model.objectives import IGNORED
 from blip2.model.representation import RepresentationBatch
 
 StageBatch = RepresentationBatch | GenerationBatch
+SIGNS = '.!"()*#:;~'
+"""What LAVIS takes out of texts."""
+MOST_WORDS = 50
+"""Words of a text that LAVIS keeps."""
+
+
+def normalize_captions(captions: Sequence[str], how: TextNormalization) -> list[str]:
+    """Captions as ``data.text_normalization`` says: with ``lavis``, in lower case, with a space for each of
+    :data:`SIGNS`, one space for several, and at most :data:`MOST_WORDS` words."""
+    if how == "none":
+        return list(captions)
+    spaces = str.maketrans(dict.fromkeys(SIGNS, " "))
+    texts = (re.sub(r"\s{2,}", " ", text.lower().translate(spaces)) for text in captions)
+    return [_first_words(text.rstrip("\n").strip(" ")) for text in texts]
+
+
+def normalize_questions(questions: Sequence[str], how: TextNormalization) -> list[str]:
+    """Questions as ``data.text_normalization`` says: with ``lavis``, in lower case, without :data:`SIGNS` and spaces at
+    the end, and at most :data:`MOST_WORDS` words. Unlike those of captions, spaces are left as they are."""
+    if how == "none":
+        return list(questions)
+    nothing = str.maketrans(dict.fromkeys(SIGNS))
+    return [_first_words(text.lower().translate(nothing).rstrip(" ")) for text in questions]
+
+
+def _first_words(text: str) -> str:
+    return " ".join(text.split(" ")[:MOST_WORDS])
 
 
 @runtime_checkable
@@ -51,6 +79,7 @@ class RepresentationTexts:
 
     tokenizer: PreTrainedTokenizerBase
     max_tokens: int
+    normalization: TextNormalization = "none"
     asks = False
 
     def __call__(
@@ -61,6 +90,7 @@ class RepresentationTexts:
         image_ids: Int[Tensor, "B"],
         random: np.random.Generator,
     ) -> tuple[RepresentationBatch, int]:
+        captions = normalize_captions(captions, self.normalization)
         ids, mask, cut = encode_texts(self.tokenizer, captions, self.max_tokens)
         return RepresentationBatch(images, ids, mask, image_ids), cut
 
@@ -81,6 +111,8 @@ class GenerationTexts:
     """Prompt of records that have a question, where it is not that of all."""
     room: int | None = None
     """Tokens that a prompt may have, for the LLM to have positions for it; None: any number."""
+    normalization: TextNormalization = "none"
+    """Of captions and questions. Answers are left as they are."""
 
     @property
     def asks(self) -> bool:
@@ -94,14 +126,18 @@ class GenerationTexts:
         image_ids: Int[Tensor, "B"],
         random: np.random.Generator,
     ) -> tuple[GenerationBatch, int]:
+        said = normalize_captions(captions, self.normalization)
+        captions = [text if asks else caption for text, caption, asks in zip(captions, said, questions, strict=True)]
+        said = normalize_questions(questions, self.normalization)
         prompts = [self.prompt_of(each) for each in questions]
         ids, mask, labels, cut = self._encode(prompts, captions, random)
-        return GenerationBatch(images, ids, mask, labels, encode_questions(self.reader, questions)), cut
+        return GenerationBatch(images, ids, mask, labels, encode_questions(self.reader, said)), cut
 
     def prompt_of(self, question: str) -> str:
         """The prompt of a record, whose question may be blank."""
         asked = self.prompt if self.question_prompt is None else self.question_prompt
-        return fill_prompts(asked if question else self.prompt, [question])[0]
+        said = normalize_questions([question], self.normalization)
+        return fill_prompts(asked if question else self.prompt, said)[0]
 
     def prompt_length(self, prompt: str) -> int:
         """Tokens of a prompt."""

@@ -25,7 +25,6 @@ from blip2.config import DataConfig, Precision, Recipe
 from blip2.data.assets import fetch
 from blip2.data.images import read_image, to_pixels
 from blip2.data.records import Records, open_records
-from blip2.data.texts import fill_prompts
 from blip2.demo.material import Material, own_material, scenes_material
 from blip2.demo.report import ALONE, BLANK, MAJORITY, VQA, Findings, show, write_report
 from blip2.errors import InputError
@@ -355,7 +354,7 @@ class Tester:
 
     def _answer(self, features: Float[Tensor, "I P E"], asked: list[dict[str, Any]], owners: list[int]) -> list[str]:
         writer = self.writers[VQA]
-        prompts = fill_prompts(writer.question_prompt, [row["question"] for row in asked])
+        prompts = writer.question_prompts([row["question"] for row in asked])
         return writer.generate(features, prompts, SHORT, image_of=owners)
 
     def _sure(
@@ -368,7 +367,7 @@ class Tester:
         """Four questions of each of some images, with answers and their probabilities."""
         writer = self.writers[VQA]
         chosen = [i for i, owner in enumerate(owners) if owner < 24 and owners[:i].count(owner) < 4]
-        prompts = fill_prompts(writer.question_prompt, [asked[i]["question"] for i in chosen])
+        prompts = writer.question_prompts([asked[i]["question"] for i in chosen])
         given = [answers[i] for i in chosen]
         sure = writer.log_likelihood(features, prompts, given, [owners[i] for i in chosen]).exp().tolist()
         out: dict[int, list[tuple[str, str, str, float]]] = {}

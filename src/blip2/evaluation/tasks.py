@@ -16,7 +16,6 @@ from torch import Tensor
 
 from blip2.config import QUESTION_PLACE
 from blip2.data.images import ImageError, read_image, to_pixels
-from blip2.data.texts import fill_prompts
 from blip2.errors import InputError
 from blip2.evaluation.captioning import CaptionScores, Missing, official_scores, scores_by_domain
 from blip2.evaluation.parts import Parts
@@ -94,7 +93,7 @@ def answer(pipeline: GenerationPipeline, table: Table, settings: Settings, parts
             return {}, skipped
         questions = [table.said[i].question or "" for i in asked]
         written = pipeline.generate(
-            features, fill_prompts(prompt, questions), settings.decoding or ANSWER,
+            features, pipeline.question_prompts(questions, prompt), settings.decoding or ANSWER,
             image_of=[good.index(table.image_ids[i]) for i in asked], questions=questions,
         )  # fmt: skip
         return dict(zip(asked, written, strict=True)), skipped

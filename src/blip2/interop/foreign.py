@@ -31,12 +31,19 @@ VISION, LANGUAGE = "vision.network.", "language.network."
 TEXT = ("qformer.word_embedding", "qformer.position_embedding")
 """Beginnings of the names of weights that stage 2 has only if its Q-Former reads questions, beside the text
 feed-forwards."""
+
+
 STAGE_1_ALONE = ("image_projection", "text_projection", "matching_head", "language_head", "temperature")
 """Beginnings of the names of weights that stage 2 has not."""
 STAGE_2_ALONE = ("projection.", LANGUAGE)
 """Beginnings of the names of weights that stage 1 has not."""
 QFORMER_TOKENIZER = "qformer_tokenizer"
 """Folder, within one that holds both stages, of the tokenizer of the Q-Former's text."""
+
+
+def is_text_weight(name: str) -> bool:
+    """Whether a weight is of the Q-Former's text transformer alone."""
+    return name.startswith(TEXT) or ".text_feed_forward." in name
 
 
 @dataclass(frozen=True)
@@ -83,8 +90,7 @@ class Checkpoint:
 
     def is_stage_1_alone(self, name: str) -> bool:
         """Whether a weight is of the heads, or of a text transformer that stage 2 has not."""
-        is_text = name.startswith(TEXT) or ".text_feed_forward." in name
-        return name.startswith(STAGE_1_ALONE) or (is_text and not self.recipe.qformer.reads_questions)
+        return name.startswith(STAGE_1_ALONE) or (is_text_weight(name) and not self.recipe.qformer.reads_questions)
 
     def only_stage(self) -> Weights:
         """The weights that its stage has, frozen parts included, where those of both are there."""
@@ -94,8 +100,15 @@ class Checkpoint:
 
     def trained(self) -> Weights:
         """What its stage trains: all but the frozen parts that :meth:`image_encoder`, :meth:`language_model` read."""
-        frozen = (VISION,) * self.holds_vision + (LANGUAGE,) * self.holds_language
-        return self.only_stage().without(*frozen)
+        return self.only_stage().without(*self._frozen)
+
+    def not_frozen(self) -> Weights:
+        """What both stages train, as far as it is there: :meth:`trained` of either."""
+        return self.weights.without(*self._frozen)
+
+    @property
+    def _frozen(self) -> tuple[str, ...]:
+        return (VISION,) * self.holds_vision + (LANGUAGE,) * self.holds_language
 
     def of_stage(self, stage: Literal["representation", "generation"] | None) -> Checkpoint:
         """The same weights seen as those of a stage, where it holds those of both.

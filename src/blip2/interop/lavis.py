@@ -165,7 +165,7 @@ def _recipe(
         stage=stage,
         output="",
         vision=VisionConfig(name=str(path), position_encoding="none"),
-        data=DataConfig(train=""),
+        data=DataConfig(train="", text_normalization="lavis"),
         qformer=QFormerConfig(
             bert=None,
             tokenizer=BERT,
@@ -352,6 +352,8 @@ def differences(checkpoint: Checkpoint) -> list[str]:
             notes.append(f"its T5 has the activation {llm.dense_act_fn}; LAVIS's has gelu: results differ")
         if llm is not None and llm.model_type == "opt" and language.stop != "\n":
             notes.append("its texts end with the LLM's own token; LAVIS's end with a newline")
+    if checkpoint.recipe.data.text_normalization != "lavis":
+        notes.append("LAVIS puts captions and questions in lower case and takes signs out; this was not trained so")
     if qformer.image_norm_eps != NORM_EPS:
         notes.append(
             f"the norm of its image features has an epsilon of {qformer.image_norm_eps}, LAVIS's is {NORM_EPS}, which"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +18,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from blip2.config import IMAGE_TOKEN, DataConfig, LanguageConfig, QFormerConfig, Recipe, VisionConfig
+from blip2.config import (
+    IMAGE_TOKEN,
+    DataConfig,
+    LanguageConfig,
+    QFormerConfig,
+    Recipe,
+    TextNormalization,
+    VisionConfig,
+)
 from blip2.errors import InputError
 from blip2.files import read_json as read_plain
 from blip2.files import write_json
@@ -30,6 +38,11 @@ from blip2.model.pretrained import reading
 from blip2.model.vision import read_preprocessing
 
 RETRIEVAL, GENERATION = "Blip2ForImageTextRetrieval", "Blip2ForConditionalGeneration"
+NORMALIZATION = "text_normalization"
+"""Key of config.json, which transformers passes over, for a ``data.text_normalization`` other than
+:data:`PUBLISHED`."""
+PUBLISHED: TextNormalization = "lavis"
+"""What the published checkpoints were trained with."""
 NAMES: Table = (
     ("query_tokens", "qformer.queries"),
     ("vision_model.post_layernorm", "image_norm"),
@@ -145,12 +158,23 @@ def _recipe(name: str, config: Any, weights: Weights, tokenizer: PreTrainedToken
             stage="generation" if generates else "representation",
             output="",
             vision=VisionConfig(name=name, position_encoding="none"),
-            data=DataConfig(train=""),
+            data=DataConfig(train="", text_normalization=_normalization(name, config)),
             qformer=qformer,
             language=language,
         )
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
+
+
+def _normalization(name: str, config: Any) -> TextNormalization:
+    """What was done to texts in training: LAVIS's way, unless :func:`write_settings` has said otherwise."""
+    found: Any = getattr(config, NORMALIZATION, PUBLISHED)
+    if found not in get_args(TextNormalization):
+        raise InputError(
+            f"{name}: its config.json says {NORMALIZATION} {found!r}, expected one of"
+            f" {', '.join(get_args(TextNormalization))}: correct it, or leave it out"
+        )
+    return found
 
 
 def _prompt(text_config: Any, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -273,6 +297,8 @@ def write_settings(folder: Path, checkpoint: Checkpoint, tokenizer: PreTrainedTo
         image_text_hidden_size=recipe.qformer.contrastive_width,
         image_token_index=tokenizer.get_vocab()[IMAGE_TOKEN],
     )
+    if recipe.data.text_normalization != PUBLISHED:
+        setattr(config, NORMALIZATION, recipe.data.text_normalization)
     if llm is not None:
         start = getattr(llm, "decoder_start_token_id", None)
         GenerationConfig(

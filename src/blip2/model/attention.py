@@ -34,6 +34,11 @@ class Looked(NamedTuple):
     def rows(self) -> int:
         return self.images * len(self.keys) if isinstance(self.images, int) else len(self.images)
 
+    @property
+    def row_keys(self) -> Float[Tensor, "N H P d"]:
+        """The keys of the image that each row looks at, a copy for each."""
+        return self.keys.repeat(self.images, 1, 1, 1) if isinstance(self.images, int) else self.keys[self.images]
+
 
 @dataclass(frozen=True)
 class ImageMemory:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 Part = TypeVar("Part", bound="Freezable")  # the run-time type checks of the tests cannot read typing.Self
 
@@ -39,7 +41,26 @@ class Freezable(nn.Module):
     def train(self: Part, mode: bool = True) -> Part:
         return super().train(mode and not self.is_frozen)
 
+    def recompute_blocks(self) -> bool:
+        """Keep only the inputs of each block for the backward pass, and compute the rest of it a second time there.
+
+        The results, dropout included, are the same. Frozen or not: gradients pass through a frozen LLM as well.
+        transformers' own way leaves out whatever is in ``eval()``, as frozen parts always are.
+
+        Returns:
+            Whether there are blocks. Without, all is kept as before.
+        """
+        for block in self.blocks:
+            block.forward = partial(_recompute, block.forward)
+        return bool(self.blocks)
+
     def own_precision(self, device: torch.device) -> torch.autocast:
         """Autocast off while frozen; as it is around us otherwise."""
         outside = torch.is_autocast_enabled(device.type)
         return torch.autocast(device.type, enabled=outside and not self.is_frozen)
+
+
+def _recompute(forward: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*arguments, **named)
+    return checkpoint(partial(forward, **named), *arguments, use_reentrant=False)

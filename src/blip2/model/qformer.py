@@ -206,13 +206,15 @@ class QFormer(nn.Module):
         return ImageMemory(tuple((Looked(*each.keys_and_values(features, folded)),) for each in attentions))
 
     @torch.no_grad()
-    def attention_maps(self, memory: ImageMemory) -> Float[Tensor, "B layers Q P"]:
-        """Where each query looks: cross-attention weights, averaged over heads, which sum to 1 over P."""
+    def attention_maps(self, memory: ImageMemory) -> Float[Tensor, "N layers Q P"]:
+        """Return where the queries of each row of `memory` look: the weights of every cross-attention, averaged over
+        its heads, which sum to 1 over P."""
         maps: list[Tensor] = []
 
         def note(attention: nn.Module, inputs: tuple[Tensor, tuple[Looked, ...]]) -> None:
             assert isinstance(attention, CrossAttention)
-            queries, keys = attention.split_heads(attention.query(inputs[0])), inputs[1][0].keys
+            queries = attention.split_heads(attention.query(inputs[0]))
+            keys = torch.cat([looked.row_keys for looked in inputs[1]])
             maps.append((queries @ keys.mT / math.sqrt(keys.shape[-1])).softmax(dim=-1).mean(dim=1))
 
         hooks = [

@@ -16,7 +16,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -33,7 +33,7 @@ from blip2.data.assets import resolve
 from blip2.data.mixtures import is_position
 from blip2.errors import InputError
 from blip2.files import read_json, write_tensors
-from blip2.interop.foreign import Checkpoint
+from blip2.interop.foreign import Checkpoint, is_text_weight
 from blip2.interop.formats import is_blip2, is_pickle, open_foreign
 from blip2.interop.weights import open_file
 from blip2.model.frozen import Freezable
@@ -346,17 +346,20 @@ def resume_weights(checkpoint: Checkpoint, model: nn.Module) -> list[str]:
     return [f"{part} trains from here on, and begins as it was pretrained" for part in new]
 
 
-def load_previous_stage(checkpoint: Checkpoint, model: nn.Module) -> list[str]:
+def load_previous_stage(checkpoint: Checkpoint, model: nn.Module, wanted: Collection[str] | None = None) -> list[str]:
     """Start a model from a checkpoint of another stage: what both have is loaded.
 
+    Args:
+        wanted: names of the parameters of `model` to load; None: all that it trains.
+
     Returns:
-        Names of parameters of `model` that the checkpoint does not have.
+        Those of the wanted names that the checkpoint does not have.
 
     Raises:
         InputError: a shape differs, the checkpoint lacks the Q-Former or has another number of heads, or it holds a
             trained image encoder or LLM that is frozen or another here.
     """
-    weights = checkpoint.weights if checkpoint.format == "blip2" else checkpoint.trained()
+    weights = checkpoint.not_frozen()
     here = set(trained_state(model))
     _check_kept(checkpoint, weights, model)
     shared = here & set(weights)
@@ -371,8 +374,14 @@ def load_previous_stage(checkpoint: Checkpoint, model: nn.Module) -> list[str]:
             raise InputError(
                 f"checkpoint {checkpoint.name} has qformer.{key} {theirs}, the recipe {ours}: set it to {theirs}"
             )
-    _load(weights.where(shared.__contains__), model, checkpoint, expected=shared)
-    return sorted(here - shared)
+    wanted = here if wanted is None else set(wanted)
+    if not shared & wanted:
+        raise InputError(
+            f"checkpoint {checkpoint.name} holds nothing that those before it in start_from lack: leave it out, or put"
+            " it first"
+        )
+    _load(weights.where((shared & wanted).__contains__), model, checkpoint, expected=shared & wanted)
+    return sorted(wanted - shared)
 
 
 def _check_kept(checkpoint: Checkpoint, weights: Mapping[str, Tensor], model: nn.Module) -> None:
@@ -397,32 +406,62 @@ def _check_kept(checkpoint: Checkpoint, weights: Mapping[str, Tensor], model: nn
 
 
 def start_from(recipe: Recipe, built: Built, say: Callable[[str], None]) -> bool:
-    """Load the trained weights of a checkpoint of any format, of this stage or of the one before.
+    """Load the trained weights of checkpoints of any format, of this stage or of the one before.
+
+    Where two have a weight, the one that ``recipe.start_from`` names first wins.
+
+    Args:
+        say: is told what comes from which.
 
     Returns:
-        Whether the projection to the LLM is still random, because the checkpoint has none.
+        Whether the projection to the LLM is still random, because no checkpoint has one.
+
+    Raises:
+        InputError: one of them cannot be read, does not fit or adds nothing, or none holds a part of the Q-Former that
+            BERT does not give either.
     """
-    assert recipe.start_from is not None
     known: dict[str, object] = {"vision.name": recipe.vision.name, "qformer.heads": recipe.qformer.heads}
     if recipe.language is not None:
         known["language.name"] = recipe.language.name
-    name = recipe.start_from  # a pickle says nothing of its frozen parts
-    found = (open_foreign(name, known) if is_pickle(name) else None) or open_checkpoint(name)
-    new = load_previous_stage(found, built.model)
+    new = sorted(trained_state(built.model))
+    for name in recipe.starts:
+        # A pickle says nothing of its frozen parts.
+        found = (open_foreign(name, known) if is_pickle(name) else None) or open_checkpoint(name)
+        wanted, new = new, load_previous_stage(found, built.model, new)
+        say(f"starting from {found.name} ({found.about}): {_parts(set(wanted) - set(new))}")
+        _say_what_differs(found, recipe, built, say)
+    homeless = [name for name in new if name.startswith("qformer.")]
+    if homeless and not recipe.begins_with_bert:
+        raise InputError(
+            f"{' and '.join(recipe.starts)} {'hold' if len(recipe.starts) > 1 else 'holds'} no {_parts(homeless)}"
+            f" (such as {homeless[0]}): add a checkpoint that does to start_from, for example a stage 1, or start from"
+            " one and set qformer.bert"
+        )
+    if homeless:
+        say(f"from {recipe.qformer.bert}, as the checkpoint has none: {_parts(homeless)}")
+    if len(new) > len(homeless):
+        say(f"new: {_parts(set(new) - set(homeless))}")
     if isinstance(built.model, GenerationModel) and "projection.weight" in new:
         built.model.initialise_projection()
-    parts = sorted({name.split(".")[0] for name in new})
-    say(f"starting from {found.name} ({found.about})" + (f"; new: {', '.join(parts)}" if parts else ""))
+    return "projection.weight" in new
+
+
+def _parts(names: Collection[str]) -> str:
+    """The parts of a model that weights are of, the Q-Former's text transformer apart from what it shares."""
+    found = {f"{name.split('.')[0]}{' (text transformer)' if is_text_weight(name) else ''}" for name in names}
+    return ", ".join(sorted(found))
+
+
+def _say_what_differs(found: Checkpoint, recipe: Recipe, built: Built, say: Callable[[str], None]) -> None:
     if found.holds_vision and found.name not in (recipe.vision.name, str(Path(recipe.vision.name).absolute())):
         say(f"its own image encoder is left out for vision.name {recipe.vision.name}")
-    for key, of in (("image_norm_eps", "qformer"), ("activation", "language")):
+    for key, of in (("image_norm_eps", "qformer"), ("activation", "language"), ("text_normalization", "data")):
         theirs, ours = (getattr(getattr(each, of), key, None) for each in (found.recipe, recipe))
         if theirs != ours and getattr(found.recipe, of) is not None:
             say(f"its {of}.{key} is {theirs}, the recipe's {ours}: results begin a little apart")
     theirs, ours = found.recipe.vision.position_encoding, built.model.vision.position_encoding
     if theirs not in ("auto", ours):
         say(f"its vision.position_encoding is {theirs}, here it is {ours}: results begin apart")
-    return "projection.weight" in new
 
 
 def _load(weights: Mapping[str, Tensor], model: nn.Module, checkpoint: Checkpoint, expected: set[str]) -> None:

@@ -55,7 +55,7 @@ from blip2.training.processes import deterministic, holding, make_accelerator, n
 from blip2.training.progress import METRICS, SKIPPED, Display, StepFile, note
 from blip2.training.projection import fit_projection
 from blip2.training.resuming import compare_recipes
-from blip2.training.sharding import leave_frozen, place_trained, shard_frozen
+from blip2.training.sharding import checkpoint_activations, leave_frozen, place_trained, shard_frozen
 from blip2.training.tally import Tally
 from blip2.training.traffic import step_traffic
 from blip2.training.watching import FrozenFiles, Watch
@@ -162,7 +162,7 @@ class _Training:
         if going_on is not None:
             for line in checkpoint.resume_weights(going_on, built.model):
                 display.say(line)
-        elif recipe.start_from is not None:
+        elif recipe.starts:
             self.new_projection = start_from(recipe, built, display.say)
         if accelerator.is_main_process:
             display.table(
@@ -175,7 +175,9 @@ class _Training:
                     ' it to 0, or give "vision.*" a rate'
                 )
             built.model.vision.drop_path(recipe.vision.drop_path)
-        built.model.qformer.checkpointing = recipe.training.activation_checkpointing
+        if recipe.training.activation_checkpointing:
+            for line in checkpoint_activations(built.model):
+                display.say(line)
         if recipe.training.compile:
             built.model.qformer.compile_blocks()
             if built.model.vision.is_frozen and not shards:

@@ -1,4 +1,5 @@
-"""What is frozen, dealt out to the processes of a machine (FSDP2): each block is whole only while it computes."""
+"""What saves a GPU's memory: activations are computed again in the backward pass, and what is frozen is dealt out to
+the processes of a machine (FSDP2), so that each block is whole only while it computes."""
 
 from __future__ import annotations
 
@@ -14,6 +15,23 @@ from torch.nn.parallel import DistributedDataParallel
 
 from blip2.errors import InputError
 from blip2.model.frozen import Freezable
+from blip2.model.generation import GenerationModel
+from blip2.model.representation import RepresentationModel
+
+
+def checkpoint_activations(model: RepresentationModel | GenerationModel) -> list[str]:
+    """Keep only the inputs of each block for the backward pass, in all parts through which gradients pass: the
+    Q-Former, an image encoder that trains, and the LLM.
+
+    Returns:
+        What there is to say: parts that have no blocks, and keep everything.
+    """
+    model.qformer.checkpointing = True
+    parts: dict[str, Freezable] = {} if model.vision.is_frozen else {"image encoder": model.vision}
+    if isinstance(model, GenerationModel):
+        parts["LLM"] = model.language
+    bare = [name for name, part in parts.items() if not part.recompute_blocks()]
+    return [f"training.activation_checkpointing: the {name} is no stack of equal blocks and keeps all" for name in bare]
 
 
 def leave_frozen(model: nn.Module) -> None:
