@@ -22,7 +22,7 @@ import torch
 from blip2.corpus.shards import Unit
 from blip2.errors import InputError
 from blip2.evaluation.parts import whose
-from blip2.files import explained, locked, parse_json, plain, read_object, write_json
+from blip2.files import explained, locked, parse_json, plain, read_json, read_object, write_json
 from blip2.training.progress import Display
 
 Worker = Callable[[Unit], Mapping[str, Any]]

@@ -36,12 +36,17 @@ USUAL_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".ti
 
 
 def _find_suffixes() -> tuple[str, ...]:
+    def is_stub(kind: str) -> bool:  # which Pillow identifies and does not decode
+        opener: Any = Image.OPEN[kind][0]
+        return isinstance(opener, type) and issubclass(opener, ImageFile.StubImageFile)
+
     Image.init()
     read = {
         suffix
         for suffix, kind in Image.registered_extensions().items()
-        if kind in Image.OPEN and kind not in ("EPS", "MPEG")  # a program, which is never run, and a video
-        if not (isinstance(Image.OPEN[kind][0], type) and issubclass(Image.OPEN[kind][0], ImageFile.StubImageFile))
+        if kind in Image.OPEN
+        and kind not in ("EPS", "MPEG")  # a program, which is never run, and a video
+        and not is_stub(kind)
     }
     return (*USUAL_SUFFIXES, *sorted(read - set(USUAL_SUFFIXES)))
 

@@ -337,9 +337,10 @@ def read_shards(split: str, shards: list[Path]) -> Iterator[Row]:
                 raise InputError(f"{shard} cannot be read to its end ({row[BROKEN]}): download it again")
             key, column = row.pop(KEY), next((name for name in CAPTION_COLUMNS if name in row), None)
             if not isinstance(row.get("image"), bytes) or column is None:
+                found = ", ".join(row) or "nothing"
                 raise InputError(
-                    f"{shard} has a sample {key} of {', '.join(row) or 'nothing'}, expected an image and a txt, or"
-                    " a json with captions: run img2dataset with --caption_col, or blip2 capfilt"
+                    f"{shard} has a sample {key} of {found}, expected an image and a txt, or a json with"
+                    " captions: run img2dataset with --caption_col, or blip2 capfilt"
                 )
             try:
                 captions, _ = read_texts(row[column])

@@ -310,7 +310,7 @@ class Rereader(Reader):
             begun = self._written.new_full((len(self._written), 1), self.start or 0)
             logits = forward(
                 self.network,
-                encoder_outputs=BaseModelOutput(last_hidden_state=self._hidden),  # pyright: ignore[reportArgumentType]
+                encoder_outputs=BaseModelOutput(last_hidden_state=self._hidden),
                 attention_mask=self._seen.long(),
                 decoder_input_ids=torch.cat([begun, self._written], dim=1),
             )

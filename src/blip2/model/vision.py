@@ -434,7 +434,7 @@ def read_preprocessing(name: str, config: Any, image_size: int | None) -> Prepro
                 f" ({first_line(error)[:120]}; {unlike or 'image_mean and image_std'}): state image_mean, image_std and"
                 " image_processor_type there"
             ) from error
-        mean, std = stated
+        mean, std = (list(each or ()) for each in stated)
         return Preprocessing(image_size, (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
     shift, scale = seen[0], seen[1] - seen[0]
     color = torch.tensor(COLORS[2], dtype=torch.float64) / 255
