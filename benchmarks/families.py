@@ -392,6 +392,8 @@ def table(output: Path) -> str:
     }  # fmt: skip
     for kind, title in titles.items():
         rows = [(p.stem.split(".", 1)[1], json.loads(p.read_text())) for p in sorted(output.glob(f"{kind}.*.json"))]
+        if not rows:
+            continue
         works = [(name, row) for name, row in rows if row["status"] == "works"]
         lines += [f"### {title}", "", f"{len(works)} of {len(rows)} families work.", ""]
         groups: dict[str, list[str]] = {}
