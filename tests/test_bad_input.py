@@ -233,8 +233,7 @@ def test_going_on_with_another_recipe(run):
     run(status=0, training={"steps": 1})
     lines = run("--resume", training={"steps": 2}, qformer={"contrastive_width": 8})
     line = last_error(lines)
-    assert "image_projection.bias is (16,), expected (8,)" in line
-    assert "use the recipe it was made with" in line
+    assert "is 16, which its weights are for; it cannot be 8" in line
 
 
 def test_a_checkpoint_cut_short(run, tmp_path):
@@ -274,7 +273,8 @@ def test_weights_that_are_not_finite(run, parts, tmp_path):
     weights = load_file(folder / "model.safetensors")
     weights["image_norm.weight"][:] = float("inf")
     save_file(weights, folder / "model.safetensors")
-    assert "the loss is nan at step 2, in the batch of" in last_error(run("--resume", training={"steps": 2}))
+    line = last_error(run("--resume", training={"steps": 2}))
+    assert "image_norm.weight in" in line and "holds infinite numbers" in line
 
 
 # -- using what was trained ----------------------------------------------------------------------------------------
@@ -283,7 +283,11 @@ def test_weights_that_are_not_finite(run, parts, tmp_path):
 @pytest.mark.parametrize("command", ["caption", "ask", "match", "embed"])
 @pytest.mark.parametrize("name", [*BROKEN, "missing.jpg", "."])
 def test_images_that_cannot_be_used(capsys, runs, broken, tmp_path, command, name):
-    why = {**{key: why for key, (_, why) in BROKEN.items()}, "missing.jpg": "No such file", ".": "Is a directory"}[name]
+    why = {
+        **{key: why for key, (_, why) in BROKEN.items()},
+        "missing.jpg": "No such file",
+        ".": "is a folder, expected a regular file",
+    }[name]
     model = str(runs["llama"] if command in ("caption", "ask") else runs["stage1"])
     text = {"caption": [], "ask": ["what?"], "match": ["a disc"], "embed": ["--output", str(tmp_path / "out")]}[command]
     line = only_error(capsys, command, model, str(broken / name), *text)

@@ -125,7 +125,7 @@ def test_it_is_random_without_bert(parts, tmp_path):
             "(hidden_size 64, layers 3): set qformer {hidden_size: 32, layers: 2}",
         ),
         ({"bert": "LLAMA"}, "is a llama model; the Q-Former starts from a model of type bert"),
-        ({"bert": "NOWHERE"}, "name a folder that has a config.json and model.safetensors, or a hub name"),
+        ({"bert": "NOWHERE"}, "to read the BERT from: check the path, or copy it there"),
     ],
 )
 def test_a_bert_that_does_not_fit(parts, tmp_path, changes, expected):

@@ -1,5 +1,6 @@
 """Every command and every line of Python of docs/checkpoints.md, with tiny models where it names published ones."""
 
+import json
 import re
 import shlex
 import shutil
@@ -57,6 +58,17 @@ def place(parts, runs, tmp_path_factory):
         )  # fmt: skip
         recipe = replace(recipe, qformer=replace(recipe.qformer, tokenizer=parts.bert))
         (root / f"{stage}.yaml").write_text(dump_recipe(recipe))
+    row = {"image": str(root / "cat.jpg"), "question": "what shape?", "answers": ["disc"]}
+    (root / "questions.jsonl").write_text(json.dumps(row) + "\n")
+    asks = replace(
+        recipe,
+        output=str(root / "runs" / "vqa"),
+        vision=replace(recipe.vision, name="Salesforce/blip2-opt-2.7b"),
+        qformer=replace(recipe.qformer, reads_questions=True),
+        language=replace(recipe.language, name="facebook/opt-2.7b", prompt="Question: {} Answer:"),
+        data=replace(recipe.data, train=str(root / "questions.jsonl"), validation=None),
+    )
+    (root / "vqa.yaml").write_text(dump_recipe(asks))
     frozen_stage_2(parts, runs, root / "runs" / "mine" / "stage2-frozen")
     return root
 
@@ -114,7 +126,7 @@ def test_what_each_command_found_is_said(place, monkeypatch, caplog):
 def test_memory_is_not_taken_twice():
     """The model is read in another dtype than its file's, which is where two copies would be."""
     script = str(ROOT / "benchmarks" / "loading_memory.py")
-    done = subprocess.run([sys.executable, script, "--gigabytes", "0.3"], check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, script, "--gigabytes", "0.6"], check=True, capture_output=True, text=True)
     rows = [line.split("|") for line in done.stdout.splitlines() if line.startswith("| bf16")]
     assert [row[2].strip() for row in rows] == ["bf16", "fp32"]
     assert all(float(row[4]) < 1.3 and float(row[5]) < 1.3 for row in rows), done.stdout

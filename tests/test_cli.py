@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from blip2 import config
 from blip2.cli import main
+from blip2.errors import visible
 from blip2.inference import load
 from blip2.model.decoding import Decoding
 from blip2.recipe import dump_recipe, load_recipe
@@ -245,9 +246,9 @@ def test_caption(capsys, runs, pictures):
     options = ("--beams", "1", "--max-new-tokens", "4", "--prompt", "a photo of")
     expected = model.caption(pictures, "a photo of", Decoding(beams=1, max_new_tokens=4))
     one = output(capsys, "caption", str(runs["llama"]), pictures[0], *options)
-    assert one == f"{expected[0]}\n"
+    assert one == f"{visible(expected[0])}\n"
     several = output(capsys, "caption", str(runs["llama"]), *pictures, *options)
-    assert several == "".join(f"{name}\t{caption}\n" for name, caption in zip(pictures, expected, strict=True))
+    assert several == "".join(f"{name}\t{visible(text)}\n" for name, text in zip(pictures, expected, strict=True))
 
 
 def test_caption_of_a_sample_follows_the_seed(capsys, runs, pictures):
@@ -260,9 +261,9 @@ def test_caption_of_a_sample_follows_the_seed(capsys, runs, pictures):
 def test_ask(capsys, runs, pictures):
     questions = ["what is it?", "which colour does it have?"]
     expected = load(runs["t5"], device="cpu").answer(pictures[0], questions)
-    assert output(capsys, "ask", str(runs["t5"]), pictures[0], questions[0]) == f"{expected[0]}\n"
+    assert output(capsys, "ask", str(runs["t5"]), pictures[0], questions[0]) == f"{visible(expected[0])}\n"
     both = output(capsys, "ask", str(runs["t5"]), pictures[0], *questions)
-    assert both == "".join(f"{question}\t{answer}\n" for question, answer in zip(questions, expected, strict=True))
+    assert both == "".join(f"{question}\t{visible(text)}\n" for question, text in zip(questions, expected, strict=True))
 
 
 def test_match(capsys, runs, pictures):

@@ -455,9 +455,9 @@ def test_odd_numbers_are_taken_or_named(tmp_path):
     [
         ("training.steps", "9223372036854775808", "training.steps is 9223372036854775808, expected at most 1000000000"),
         ("training.timeout", "1e12", "training.timeout"),
-        ("training.steps", "null", "training.steps is null, expected a number: give one, or leave the key out"),
-        ("objectives.itc", ".inf", "objectives.itc is inf, expected at most 1000000"),
-        ("optimizer.weight_decay", ".nan", "optimizer.weight_decay is nan, expected 0 to 1000000"),
+        ("training.steps", "null", "training.steps is None, expected a whole number"),
+        ("objectives.itc", ".inf", "objectives.itc is inf, expected a finite number"),
+        ("optimizer.weight_decay", ".nan", "optimizer.weight_decay is nan, expected a finite number"),
         ("optimizer.warmup_steps", "-3", "optimizer.warmup_steps is -3, expected at least 0"),
     ],
 )

@@ -136,7 +136,7 @@ def test_places_that_cannot_be_written(parts, tmp_path, target):
         ),
         (
             {"to": "blip2", "changes": {"vision.nme": "x"}},
-            "vision.nme 'x': Group 'vision' does not accept option",
+            "vision.nme 'x': there is no key vision.nme",
         ),
         (
             {"to": "transformers", "changes": {"vision.position_encoding": "sine2d"}},

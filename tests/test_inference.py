@@ -81,7 +81,7 @@ def test_a_frozen_part_that_is_gone(runs, tmp_path, compare):
     shutil.copytree(compare.path, tmp_path / "copy")
     recipe = tmp_path / "copy" / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace(compare.recipe.vision.name, "/nowhere/at/all"))
-    with pytest.raises(InputError, match="no image encoder could be read from '/nowhere/at/all'"):
+    with pytest.raises(InputError, match="there is no folder '/nowhere/at/all' to read the image encoder from"):
         load(tmp_path / "copy", device="cpu")
 
 

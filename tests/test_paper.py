@@ -69,6 +69,8 @@ OURS = {  # docs/paper.md says why, or it has no bearing on results
     "optimizer.clip_norm": 1.0,
     "objectives.query_diversity": 0.0,
     "vision.position_encoding": "auto",
+    "vision.heads": None,
+    "vision.trust_remote_code": None,
     "data.group_by_length": True,
     "data.group_column": None,
     "data.group_share": 1.0,
@@ -127,8 +129,20 @@ GENERATION = {
     "language.lora": None,  # §4.2: the LLM is frozen
     "language.quantization": None,
 }
-OPT = {"language.dtype": "fp16", "language.stop": "\n", "language.activation": None, "training.precision": "fp16"}
-FLAN_T5 = {"language.dtype": "bf16", "language.stop": None, "language.activation": "gelu", "training.precision": "bf16"}
+OPT = {
+    "language.trust_remote_code": None,
+    "language.dtype": "fp16",
+    "language.stop": "\n",
+    "language.activation": None,
+    "training.precision": "fp16",
+}
+FLAN_T5 = {
+    "language.trust_remote_code": None,
+    "language.dtype": "bf16",
+    "language.stop": None,
+    "language.activation": "gelu",
+    "training.precision": "bf16",
+}
 OPT_2_7B, OPT_6_7B = (OPT | {"language.name": f"facebook/opt-{size}"} for size in ("2.7b", "6.7b"))
 FLAN_T5_XL, FLAN_T5_XXL = (FLAN_T5 | {"language.name": f"google/flan-t5-{size}"} for size in ("xl", "xxl"))
 STAGE_1 = (

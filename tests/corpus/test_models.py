@@ -81,7 +81,7 @@ def test_models_of_the_wrong_kind(runs, clip, parts, tmp_path):
 
     refuses(caption(str(runs["stage1"])), "of stage representation alone: load a model of stage generation")
     refuses(caption(clip), "no captioning model could be read")
-    refuses(caption(str(tmp_path / "nothing")), "no captioning model could be read")
+    refuses(caption(str(tmp_path / "nothing")), "there is no folder .* to read the captioning model from")
     refuses(lambda: open_ranker(str(runs["llama"]), "cpu", "fp32"), "of stage generation alone")
     refuses(lambda: open_ranker(parts.llama, "cpu", "fp32"), "no image-text model|does not compare")
 

@@ -97,12 +97,12 @@ def test_captions_and_questions_are_normalized_and_answers_and_prompts_are_not(p
 
     given = ["A Dog.", "Left, Mr. Y."], ["", "Which WAY (is it)?"], torch.arange(2), np.random.default_rng(0)
     for how, caption, question in (("none", "A Dog.", "Which WAY (is it)?"), ("lavis", "a dog", "which way is it?")):
-        texts = GenerationTexts(tokenizer, 32, "A Photo.", END, reader, "Q: {} A.", how)
+        texts = GenerationTexts(tokenizer, 32, "A Photo.", END, reader, "Q: {} A.", normalization=how)
         batch, _ = texts(torch.zeros(2, 3, 8, 8), *given)
         assert [read(row) for row in batch.ids] == [f"A Photo. {caption}", f"Q: {question} A. Left, Mr. Y."]
         assert batch.questions is not None
         assert torch.equal(batch.questions.ids, encode_texts(reader, ["", question], 40)[0])
-        prefix = PrefixTexts(AutoTokenizer.from_pretrained(parts.t5), 32, "", END, None, None, how)
+        prefix = PrefixTexts(AutoTokenizer.from_pretrained(parts.t5), 32, "", END, normalization=how)
         batch, _ = prefix(torch.zeros(1, 3, 8, 8), ["One TWO."], [""], torch.arange(1), np.random.default_rng(0))
         written = [read(batch.ids[0]), read(batch.labels[0])]
         assert written == (["One", "TWO."] if how == "none" else ["one", "two"])
@@ -112,7 +112,9 @@ def test_captions_and_questions_are_normalized_and_answers_and_prompts_are_not(p
 
 
 def test_a_question_of_signs_alone_is_still_asked(parts: Parts) -> None:
-    texts = GenerationTexts(AutoTokenizer.from_pretrained(parts.llama), 32, "", END, None, "Q: {} A:", "lavis")
+    texts = GenerationTexts(
+        AutoTokenizer.from_pretrained(parts.llama), 32, "", END, None, "Q: {} A:", normalization="lavis"
+    )
     batch, _ = texts(torch.zeros(1, 3, 8, 8), ["no"], ["..."], torch.arange(1), np.random.default_rng(0))
     assert texts.tokenizer.decode(batch.ids[0], skip_special_tokens=True) == "Q:  A: no"
 

@@ -37,6 +37,7 @@ OPT = OPTConfig(
     eos_token_id=50118,
 )
 FLAN_T5 = T5Config(
+    decoder_start_token_id=0,
     vocab_size=32128,
     d_model=2048,
     d_kv=64,

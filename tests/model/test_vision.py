@@ -378,7 +378,7 @@ def no_weights(folder: str, parts: Any) -> str:
         (no_weights, r"no image encoder could be read from .*model\.safetensors"),
         (lambda folder, parts: parts.bert, "is a BertModel, which has no vision part"),
         (lambda folder, parts: parts.llama, "is a LlamaModel, which has no vision part"),
-        (lambda folder, parts: f"{folder}/nowhere", "no image encoder could be read from"),
+        (lambda folder, parts: f"{folder}/nowhere", "there is no folder .* to read the image encoder from"),
     ],
 )
 def test_what_is_no_image_encoder(saved, parts, tmp_path, spoil, message):

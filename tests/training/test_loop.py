@@ -519,7 +519,7 @@ def test_training_reads_what_the_encoder_says(parts, tmp_path):
         train(cached)
     seen = [images for images in given if images.ndim == 3]
     assert len(seen) == 4 + 6  # steps, and batches of validation
-    assert sum(len(images) for images in given if images.ndim == 4) == 24 + 1 + 2  # and probes of shape and positions
+    assert sum(len(images) for images in given if images.ndim == 4) == 24 + 2  # and a probe of positions
 
     records = open_records(parts.pictures, recipe.data)
     every = torch.stack([to_pixels(read_image(record.image), encoder.preprocessing) for record in records])

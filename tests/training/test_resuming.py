@@ -279,7 +279,7 @@ def test_weights_that_are_no_numbers(parts, tmp_path, value):
     name = next(name for name in weights if name.endswith("projection.weight"))
     weights[name].view(-1)[-1] = value
     save_file(weights, tmp_path / "vit" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match=rf"^vision\.network.*projection\.weight in '{tmp_path}/vit' holds {found}"):
+    with pytest.raises(InputError, match="gives features that are not finite: its weights are damaged"):
         build(changed(recipe, vision={"name": str(tmp_path / "vit")}), torch.device("cpu"))
 
 

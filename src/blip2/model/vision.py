@@ -419,6 +419,7 @@ def read_preprocessing(name: str, config: Any, image_size: int | None) -> Prepro
             "%s has no preprocessor_config.json: its pixels are normalized with CLIP's mean and deviation", name
         )
         return Preprocessing(image_size)
+    _check_sizes(name, settings)
     stated = [settings.get(key) for key in ("image_mean", "image_std")]
     try:
         processor: Any = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
@@ -465,6 +466,22 @@ def _center(pixels: Tensor) -> Float[Tensor, "3"]:
     if pixels.ndim < 3 or pixels.shape[-3] != 3:
         raise ValueError(f"pixel_values of an image are {list(pixels.shape)}")
     return pixels.reshape(-1, 3, height, width)[0, :, height // 2, width // 2]
+
+
+def _check_sizes(name: str, settings: dict[str, Any]) -> None:
+    """Refuse sizes for which the processor would take any amount of memory."""
+    for key in ("size", "crop_size", "pad_size"):
+        value = settings.get(key)
+        sides = dict(value) if isinstance(value, dict) else {key: value}
+        if "shortest_edge" in sides:
+            sides.pop("longest_edge", None)  # no more than a bound, and of some processors a number of pixels
+        for side in sides.values():
+            for number in side if isinstance(side, list | tuple) else [side]:
+                if isinstance(number, int | float) and not 0 < number <= MAX_IMAGE_SIZE:
+                    raise InputError(
+                        f"the image encoder {name!r} is for images of {number} pixels, expected 1 to {MAX_IMAGE_SIZE}:"
+                        f" correct {key} in its preprocessor_config.json"
+                    )
 
 
 def _image_size(settings: dict[str, Any], config: Any) -> int:
