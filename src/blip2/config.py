@@ -21,7 +21,7 @@ Stage = Literal["representation", "generation"]
 QUESTION_PLACE = "{}"
 """Where a prompt takes its question."""
 IMAGE_TOKEN = "<image>"
-"""What stands for an image in prompts of other programs, and as a token in transformers' BLIP-2."""
+"""The token that stands for an image in prompts of other programs and in transformers' BLIP-2."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ class DataConfig:
     max_tokens: int = 32
     """Longer captions are cut, and counted."""
     text_normalization: TextNormalization = "none"
-    """What is done to captions and questions before they are tokenized, in training and by everything that uses the
+    """Normalization of captions and questions before they are tokenized, in training and by everything that uses the
     model. lavis: lower case, without .!"()*#:;~ and at most 50 words, as LAVIS and so the published checkpoints do it,
     for which it is the default. Answers and prompts are left as they are."""
     smallest_crop: float = 0.5
@@ -418,7 +418,7 @@ class Recipe:
 
     @property
     def starts(self) -> list[str]:
-        """What the run starts from, the first of which wins."""
+        """The runs or checkpoints that the run starts from; the first that has a weight gives it."""
         return [self.start_from] if isinstance(self.start_from, str) else self.start_from or []
 
     @property

@@ -106,12 +106,12 @@ def plan_batches(
 
 
 def order_of(records: Records | RecordStream, seed: int) -> dict[str, Any]:
-    """What decides in which order records come; a position holds no longer when it changes."""
+    """Return what decides the order of records. A position no longer holds when it changes."""
     return {"seed": seed, **records.layout}
 
 
 def deal_of(records: Records | RecordStream, batch_size: int, group_by_length: bool, processes: int) -> dict[str, Any]:
-    """What decides how that order becomes batches of several processes."""
+    """Return what decides how that order becomes batches of several processes."""
     return {
         "batch_size": batch_size, "processes": processes, "group_by_length": group_by_length, "window": WINDOW,
         "caption_column": records.caption_column,

@@ -22,7 +22,7 @@ QUESTION_COLUMNS = ("question",)
 NAME_COLUMNS = ("image_key", "coco_id")
 ABOUT_COLUMNS = ("image_id", "question_id", "question_type", "answer_type", "domain")
 TEXT_KEYS = ("answer", "raw")
-"""Where the text is in an entry that is an object: VQAv2's answers and COCO's sentences on the Hugging Face hub."""
+"""Keys of the text in an entry that is an object: VQAv2's answers and COCO's sentences on the Hugging Face hub."""
 
 
 class CellError(InputError):
@@ -123,7 +123,7 @@ def _text_within(value: Any) -> Any:
 
 
 def read_about(cell: Any) -> Any:
-    """What identifies or classifies a record: a number or a text as it is.
+    """Return what identifies or classifies a record: a number or a text as it is.
 
     Raises:
         CellError: the cell holds something else.
@@ -132,7 +132,7 @@ def read_about(cell: Any) -> Any:
 
 
 def describe(value: Any) -> str:
-    """What kind of value a cell holds, for messages."""
+    """Name the kind of value that a cell holds, for messages."""
     if isinstance(value, Mapping):
         keys = [str(key) for key in value]
         return f"an object with the keys {', '.join(keys[:8])}{', ...' if len(keys) > 8 else ''}" if keys else "{}"

@@ -223,10 +223,10 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         array = np.asarray(image)
-        picture = _from_array(array, name)
+        drawn = _from_array(array, name)
         if isinstance(clear, int):
-            picture.paste((255, 255, 255), mask=Image.fromarray(np.where(array == clear, 255, 0).astype(np.uint8)))
-        return picture
+            drawn.paste((255, 255, 255), mask=Image.fromarray(np.where(array == clear, 255, 0).astype(np.uint8)))
+        return drawn
     if clear is not None:
         image.info["transparency"] = clear
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:

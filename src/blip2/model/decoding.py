@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -113,17 +114,8 @@ def reader_of(network: Any) -> type[Reader]:
     return EncoderDecoderReader if network.config.is_encoder_decoder else DecoderOnlyReader
 
 
-@torch.no_grad()
-def write_again(
-    network: Any,
-    prompts: Prompts,
-    decoding: Decoding,
-    ends: Sequence[int],
-    copies: int = 1,
-    dice: Float[Tensor, "N longest"] | None = None,
-) -> Int[Tensor, "N U"]:
-    """The same by an LLM that reads everything again for each token; much slower, and for any LLM that trains."""
-    return write(network, prompts, decoding, ends, copies, dice, Rereader)
+write_again: Way = partial(write, kind=Rereader)
+"""The same by an LLM that reads everything again for each token; much slower, and for any LLM that trains."""
 
 
 @torch.no_grad()

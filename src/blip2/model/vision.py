@@ -27,7 +27,7 @@ from blip2.errors import InputError
 from blip2.files import read_json
 from blip2.model.frozen import Freezable
 from blip2.model.linear import use_linear
-from blip2.model.pretrained import first_line, read_config, read_model, read_pickle, read_safetensors
+from blip2.model.pretrained import first_line, load_pretrained, read_config, read_model, read_pickle, read_safetensors
 
 Layer = Literal["second-last", "last"]
 
@@ -422,7 +422,7 @@ def read_preprocessing(name: str, config: Any, image_size: int | None) -> Prepro
     _check_sizes(name, settings)
     stated = [settings.get(key) for key in ("image_mean", "image_std")]
     try:
-        processor: Any = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
+        processor: Any = load_pretrained(AutoImageProcessor, name, backend="pil")
         prepared = processor([Image.new("RGB", (64, 64), color) for color in COLORS], return_tensors="pt")
         seen = torch.stack([_center(pixels) for pixels in prepared["pixel_values"]]).double()
     except Exception as error:  # no such class, or patches in place of images: its file has to say it all
