@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -340,15 +341,42 @@ def test_what_cannot_be_done(capsys, runs, pictures, tmp_path, monkeypatch, argu
     assert expected in error(capsys, *filled)
 
 
-def test_a_bug_of_ours_is_not_hidden(monkeypatch, recipe_file):
-    """Only what a user can mend becomes one line."""
-
+def raising(error):
     def broken(*arguments):
-        raise ValueError("a bug")
+        raise error
 
-    monkeypatch.setattr("blip2.recipe.load_recipe", broken)
-    with pytest.raises(ValueError, match="a bug"):
-        main(["train", recipe_file])
+    return broken
+
+
+def test_a_fault_of_ours_is_one_line_with_its_traceback_in_a_file(monkeypatch, capsys, recipe_file, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("blip2.recipe.load_recipe", raising(ValueError("a\nfault")))
+    assert main(["train", recipe_file]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    said = re.fullmatch(r"error: ValueError \(a\\nfault\), which is a fault of blip2: .* traceback in (\S+)", line)
+    assert "in broken\n" in Path(said[1]).read_text() and Path(said[1]).parent == tmp_path
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    assert main(["train", recipe_file]) == 1
+    assert capsys.readouterr().err.startswith("Traceback")  # rather than that it is lost
+    monkeypatch.setenv("BLIP2_TRACEBACK", "1")
+    assert main(["train", recipe_file]) == 1
+    assert capsys.readouterr().err.startswith("blip2 failed\nTraceback")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError(28, "No space left on device", "x"), "error: [Errno 28] No space left on device: 'x': see that"),
+        (MemoryError(), "error: there is not enough memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "error: there is not enough memory (CUDA out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "error: there is not enough memory"),
+    ],
+)
+def test_what_the_machine_cannot_do_is_one_line(monkeypatch, capsys, recipe_file, error, expected):
+    monkeypatch.setattr("blip2.recipe.load_recipe", raising(error))
+    assert main(["train", recipe_file]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(expected)
 
 
 def test_ctrl_c_outside_of_training(monkeypatch, capsys, recipe_file):

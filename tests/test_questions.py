@@ -395,6 +395,20 @@ def test_the_log_likelihood_of_a_text_is_the_sum_of_its_tokens(runs, name):
     assert together.max() < 0 and torch.isfinite(pipeline.log_likelihood(images[:1], ["x"], best)).all()
 
 
+def test_the_log_likelihood_of_an_answer_depends_on_what_the_qformer_reads(run):
+    pipeline = load(run, device="cpu")
+    randomise(pipeline.model.qformer)
+    images, texts = [draw("disc", "red", 0), draw("square", "blue", 7)], ["red", "blue", "red"]
+    questions, image_of = ["what color is it?", "which shape?", "is it large?"], [0, 1, 0]
+    prompts = pipeline.question_prompts(questions)
+    together = pipeline.log_likelihood(images, prompts, texts, image_of, questions)
+    for i, image in enumerate(image_of):
+        alone = pipeline.log_likelihood([images[image]], [prompts[i]], [texts[i]], questions=[questions[i]])
+        torch.testing.assert_close(together[i], alone[0], atol=1e-4, rtol=1e-5)
+    other = pipeline.log_likelihood(images, prompts, texts, image_of, questions[::-1])
+    assert (together - other).abs().max() > 1e-3
+
+
 # -- what the LLM has positions for ------------------------------------------------------------------------------------
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import logging
 import os
 import re
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -26,15 +28,21 @@ RECIPE_COMMANDS = ("train", "features")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status is 0, 2 for input that cannot be used, 130 after an interruption.
+    """Run a command.
 
-    Of several processes each says which it is when it fails, whatever the reason; the status is 1 where it is another.
+    Returns:
+        The exit status: 0 when it is done, 2 for something that cannot be used, in what was given or on the machine,
+        130 after an interruption, 1 for a fault of blip2 and when the reader of the output has gone. Whatever it is,
+        one line on stderr says so; of several processes each says which it is.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may know ASCII alone, and names need not be UTF-8
+            stream.reconfigure(errors="backslashreplace")
     try:
         _run(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
     except InputError as error:
-        print(f"error{' in ' if process_name() else ''}{process_name()}: {error}", file=sys.stderr)
-        return 2
+        return _fail(error, 2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -42,13 +50,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError):  # the terminal may be gone, which is why it was interrupted
             print(visible(error), file=sys.stderr)
         return 130
-    except Exception:
-        if not process_name():
-            raise
-        told = visible(traceback.format_exc(), keep="\n")
-        print(f"{process_name()} failed\n{told}", file=sys.stderr)  # at once, among others' lines
+    except BrokenPipeError:  # as of `blip2 caption ... | head`
+        with contextlib.suppress(OSError, ValueError):  # what is still to be written has no reader either
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        return _fail(f"{error}: see that it is there, that it may be read or written, and that there is room", 2)
+    except Exception as error:
+        if _is_out_of_memory(error):
+            return _fail(f"there is not enough memory ({error}): use smaller batches or a smaller model", 2)
+        return _fail_unforeseen(error)
     return 0
+
+
+def _fail(message: object, status: int) -> int:
+    """Print why the command ends."""
+    in_process = f" in {process_name()}" if process_name() else ""
+    print(f"error{in_process}: {visible(message)}", file=sys.stderr)
+    return status
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate" in str(error)
+
+
+def _fail_unforeseen(error: Exception) -> int:
+    """Print in one line what nobody has foreseen, and keep the traceback in a file for a report.
+
+    With ``BLIP2_TRACEBACK`` set the traceback is printed, as each of several processes does: their files may lie on
+    machines that are gone afterwards.
+    """
+    told = visible(traceback.format_exc(), keep="\n")
+    name = f"{type(error).__name__} ({error})" if str(error) else type(error).__name__
+    if process_name() or os.environ.get("BLIP2_TRACEBACK"):
+        print(f"{process_name() or 'blip2'} failed\n{told}", file=sys.stderr)  # at once, among others' lines
+        return 1
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="blip2-", suffix=".txt", delete=False, encoding="utf-8") as file:
+            file.write(told)
+    except OSError:
+        print(told, file=sys.stderr)
+        return _fail(f"{name}, which is a fault of blip2: please report it with the traceback above", 1)
+    return _fail(f"{name}, which is a fault of blip2: please report it with the traceback in {file.name}", 1)
 
 
 def _run(arguments: Sequence[str]) -> None:
@@ -58,6 +101,10 @@ def _run(arguments: Sequence[str]) -> None:
     logging.getLogger("blip2").setLevel(logging.INFO)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise InputError("the current folder is gone: change to one that is there") from error
     keep_memory()
     parser = build_parser()
     given, changes = take_changes(arguments)

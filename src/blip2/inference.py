@@ -349,10 +349,7 @@ class GenerationPipeline(Pipeline[GenerationModel]):
         side = "right" if self.model.language.is_encoder_decoder else "left"
         ids, mask = encode_prompts(self.tokenizer, prompts, side)
         self._check_length(ids.shape[1], decoding)
-        asked = None
-        if questions is not None:
-            questions = normalize_questions(questions, self.recipe.data.text_normalization)
-            asked = encode_questions(self.reader, questions)
+        asked = self._encode_questions(questions)
         visual = self._visual_prompts(features, asked, torch.tensor(owners))
         if asked is not None:  # a visual prompt is of one question alone
             owners = list(range(len(prompts)))
@@ -388,6 +385,7 @@ class GenerationPipeline(Pipeline[GenerationModel]):
         prompts: Sequence[str],
         texts: Sequence[str],
         image_of: Sequence[int] | None = None,
+        questions: Sequence[str] | None = None,
     ) -> Float[Tensor, "N"]:
         """Return the log-probability (natural logarithm) of each text, its end included, behind its prompt.
 
@@ -395,10 +393,14 @@ class GenerationPipeline(Pipeline[GenerationModel]):
             prompts: the prompt of each text.
             texts: what is scored; not cut.
             image_of: the image that each text is about, counted from 0; None: one each.
+            questions: as :meth:`generate` takes them.
         """
         features = self.features(images)
         owners = torch.arange(len(texts)) if image_of is None else torch.tensor(image_of)
-        visual = self._visual_prompts(features, None, owners)
+        asked = self._encode_questions(questions)
+        visual = self._visual_prompts(features, asked, owners)
+        if asked is not None:  # a visual prompt is of one question alone
+            owners = torch.arange(len(texts))
         out = []
         for start in range(0, len(texts), self.batch_size):
             part = slice(start, start + self.batch_size)
@@ -409,6 +411,12 @@ class GenerationPipeline(Pipeline[GenerationModel]):
             counts = (batch[2] != objectives.IGNORED).sum(dim=1).tolist()
             out += [each.sum() for each in token.split(counts)]
         return torch.stack(out)
+
+    def _encode_questions(self, questions: Sequence[str] | None) -> Questions | None:
+        """What the Q-Former reads, normalized; None where it reads no questions."""
+        if questions is None:
+            return None
+        return encode_questions(self.reader, normalize_questions(questions, self.recipe.data.text_normalization))
 
     def _continuations(
         self, texts: Sequence[str], prompts: Sequence[str]

@@ -81,8 +81,9 @@ def run_capfilt(options: argparse.Namespace) -> None:
     from blip2.corpus.selection import Rules
     from blip2.model.decoding import Decoding
 
-    top_p = None if options.beams else options.top_p
-    decoding = Decoding(options.beams or 1, options.max_new_tokens, top_p=top_p, temperature=options.temperature)
+    sampled = options.beams is None
+    top_p = options.top_p if sampled else None
+    decoding = Decoding(1 if sampled else options.beams, options.max_new_tokens, top_p=top_p, temperature=options.temperature)
     rules = Rules(options.keep, options.fewest_words, options.most_words, options.language, options.alike)
     settings = Settings(
         options.captions, decoding, options.prompt, rules, options.seed, options.batch_size, options.shard_size

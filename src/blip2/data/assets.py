@@ -43,9 +43,9 @@ LAYOUT = 1
 """Part of a folder's name in the cache; another number where folders are made in another way."""
 HELD_OUT = 37
 """Pictures of 256 that are held out."""
-SCENES: dict[str, dict[str, Any]] = {"scenes": {}, "scenes-20": {"kinds": FEW_KINDS, "train": 3000}}
+SCENES: dict[str, dict[str, Any]] = {"scenes": {}, "scenes-20": {"kinds": FEW_KINDS, "train": 4000, "group_size": 1}}
 """Assets that are made here, of the cut-outs of another: what :func:`write_scenes` is told beside the cut-outs."""
-SCENES_LAYOUT = 2
+SCENES_LAYOUT = 3
 """Another number where scenes are made in another way."""
 CATEGORY_COLUMN = "captions_with_category"
 """Column with the sentence of a picture, and where there is one the sentence with its category behind it."""

@@ -22,8 +22,6 @@ log = logging.getLogger("blip2")
 
 HELD_OUT = 0.1
 """Share of a user's own images that are held out."""
-DESCRIPTIONS_SHARE = 0.33
-"""Weight of the captions in training on questions, whose weight is 1. Without captions the model forgets them."""
 QUICK_IMAGES = 48
 """Held-out images of the curves of a quick demo."""
 FEWEST_IMAGES = 20
@@ -38,12 +36,14 @@ class Material:
     """Captions of stage 1."""
     generation: str
     """Captions of stage 2."""
-    questions: dict[str, float | None] | None
-    """Sources with questions and with captions, each with its weight; None where there are no questions."""
+    questions: str | None
+    """Questions with their answers; None where there are none."""
     validation: str
     """Held-out images for the curves of stage 1."""
     generation_validation: str
     """The same for stage 2."""
+    questions_validation: str | None
+    """The same for training on questions."""
     held_out: Path | None
     """Images with captions for the table of captions and retrieval, as JSONL; None where they cannot be had."""
     scenes: Path | None
@@ -63,7 +63,7 @@ def scenes_material(output: Path, quick: bool) -> Material:
     scenes = fetch("scenes-20")
     split, held = ("validation", "test_images") if quick else ("train", "validation")
     descriptions, questions = (str(scenes / f"{split}_{part}.jsonl") for part in ("descriptions", "questions"))
-    validation = {part: scenes / f"{held}{part}.jsonl" for part in ("", "_descriptions")}
+    validation = {part: scenes / f"{held}{part}.jsonl" for part in ("", "_descriptions", "_questions")}
     if quick:
         for part, path in validation.items():
             validation[part] = output / path.name
@@ -82,9 +82,10 @@ def scenes_material(output: Path, quick: bool) -> Material:
     return Material(
         str(scenes / f"{split}.jsonl"),
         descriptions,
-        {questions: 1.0, descriptions: DESCRIPTIONS_SHARE},
+        questions,
         str(validation[""]),
         str(validation["_descriptions"]),
+        str(validation["_questions"]),
         held_out,
         scenes,
         credit,
@@ -122,7 +123,7 @@ def own_material(source: str, output: Path) -> Material:
     _write_rows(held_out, ranked[:count])
     _write_rows(train, ranked[count:])
     train_on, measure_on = str(train), str(held_out)
-    return Material(train_on, train_on, None, measure_on, measure_on, held_out, None, f"your images, {source}")
+    return Material(train_on, train_on, None, measure_on, measure_on, None, held_out, None, f"your images, {source}")
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

@@ -79,15 +79,15 @@ class Run:
 
     recipe: str
     folder: str
-    start_from: str | None = None
-    """Name of the run whose weights it starts from."""
+    start_from: tuple[str, ...] = ()
+    """Names of the runs whose weights it starts from; the first that has a weight gives it."""
 
 
 RUNS = {
     "stage 1": Run("demo-stage1", "stage1"),
-    "stage 2": Run("demo-stage2", "stage2", "stage 1"),
+    "stage 2": Run("demo-stage2", "stage2", ("stage 1",)),
     ALONE: Run("demo-stage2", "stage2-without-stage1"),
-    VQA: Run("demo-vqa", "vqa", "stage 2"),
+    VQA: Run("demo-vqa", "vqa", ("stage 2", "stage 1")),
 }
 """In their order. The last is left out where there are no questions."""
 
@@ -213,7 +213,7 @@ def demo_recipes(output: Path, material: Material, plan: Plan, quick: bool) -> d
         recipes[name] = replace(
             in_precision(recipe, plan.precision, steps),
             output=str(output / run.folder),
-            start_from=run.start_from and str(output / RUNS[run.start_from].folder),
+            start_from=[str(output / RUNS[name].folder) for name in run.start_from] or None,
             data=data,
         )
     return recipes
@@ -354,8 +354,8 @@ class Tester:
 
     def _answer(self, features: Float[Tensor, "I P E"], asked: list[dict[str, Any]], owners: list[int]) -> list[str]:
         writer = self.writers[VQA]
-        prompts = writer.question_prompts([row["question"] for row in asked])
-        return writer.generate(features, prompts, SHORT, image_of=owners)
+        questions = [row["question"] for row in asked]
+        return writer.generate(features, writer.question_prompts(questions), SHORT, image_of=owners, questions=questions)
 
     def _sure(
         self,
@@ -367,9 +367,9 @@ class Tester:
         """Four questions of each of some images, with answers and their probabilities."""
         writer = self.writers[VQA]
         chosen = [i for i, owner in enumerate(owners) if owner < 24 and owners[:i].count(owner) < 4]
-        prompts = writer.question_prompts([asked[i]["question"] for i in chosen])
-        given = [answers[i] for i in chosen]
-        sure = writer.log_likelihood(features, prompts, given, [owners[i] for i in chosen]).exp().tolist()
+        questions, given = [asked[i]["question"] for i in chosen], [answers[i] for i in chosen]
+        prompts, about = writer.question_prompts(questions), [owners[i] for i in chosen]
+        sure = writer.log_likelihood(features, prompts, given, about, questions).exp().tolist()
         out: dict[int, list[tuple[str, str, str, float]]] = {}
         for i, answer, probability in zip(chosen, given, sure, strict=True):
             row = asked[i]
@@ -389,11 +389,11 @@ class Tester:
 
     @torch.no_grad()
     def _queries(self, features: Float[Tensor, "I P E"]) -> dict[str, float]:
-        """Return the mean cosine between the output queries of an image, for each model."""
+        """Return the mean cosine between the output queries of an image, for each model that reads no questions."""
         some = features[:64]
         model = self.representation.model
         z = {"stage 1": model.qformer(model.memory(some)).queries}
-        z |= {name: writer.model.query_outputs(some) for name, writer in self.writers.items()}
+        z |= {name: writer.model.query_outputs(some) for name, writer in self.writers.items() if name != VQA}
         return {name: float(query_statistics(each)["query_similarity"]) for name, each in z.items()}
 
 
