@@ -80,7 +80,7 @@ def main() -> None:
         )
         timed(f"training {name}", lambda: train(recipe, resume=True))
         held_out = str(corpus / "held_out" / "*.tar")
-        measuring = Measuring(candidates=ITC_ALONE)
+        measuring = Measuring(rerank_k=ITC_ALONE)
         return timed(
             f"measuring {name}",
             lambda: evaluate(output / name, "retrieval", held_out, output / f"{name}-retrieval", measuring),

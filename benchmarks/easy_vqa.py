@@ -34,7 +34,7 @@ from blip2.data.benchmarks import read_benchmark
 SHAPES = {"circle", "rectangle", "triangle"}
 COLOURS = {"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"}
 DESCRIBE = "what does the image show?"
-TYPES = ("shape", "colour", "yes or no", "yes or no, negated")
+TYPES = ("shape", "color", "yes or no", "yes or no, negated")
 
 
 def rows(split: str) -> list[dict[str, Any]]:
@@ -46,7 +46,7 @@ def question_type(question: str) -> str:
     words = question.rstrip("?").split()
     if "color" in words:
         # "what is the red shape?" has no such word.
-        return "colour"
+        return "color"
     if words[0] == "what":
         return "shape"
     return "yes or no, negated" if {"no", "not"} & set(words) else "yes or no"
@@ -78,14 +78,14 @@ def say(told: list[tuple[str, str]]) -> list[str]:
     """Captions of a picture from its questions and answers; those that say what it shows as often as all others."""
     statements = [f"{question} {answer}" for question, answer in told]
     shown = {word for question, answer in told for word in facts(question, answer)}
-    shape, colour = shown & SHAPES, shown & COLOURS
-    if not (shape and colour):
+    shape, color = shown & SHAPES, shown & COLOURS
+    if not (shape and color):
         return statements
-    return [*statements, *[f"a {colour.pop()} {shape.pop()}."] * len(statements)]
+    return [*statements, *[f"a {color.pop()} {shape.pop()}."] * len(statements)]
 
 
 def facts(question: str, answer: str) -> set[str]:
-    """The shape and the colour that a question with its answer says are there, if any."""
+    """The shape and the color that a question with its answer says are there, if any."""
     named = (SHAPES | COLOURS) & {*question.rstrip("?").split(), answer}
     if answer not in ("yes", "no"):
         return named
@@ -137,12 +137,12 @@ def draw(shares: dict[str, dict[str, float]], runs: dict[str, Path], path: Path)
     """Accuracy by type of question, and how it grew in training."""
     from matplotlib import pyplot as plt
 
-    colours = dict(zip(shares, ("0.85", "0.7", "#1a6aab", "#7fb2d9", "#e0a458", "#c05f5f"), strict=False))
+    colors = dict(zip(shares, ("0.85", "0.7", "#1a6aab", "#7fb2d9", "#e0a458", "#c05f5f"), strict=False))
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained", width_ratios=(1.6, 1))
     width = 0.84 / len(shares)
     for number, (name, each) in enumerate(shares.items()):
         places = [place + width * (number - (len(shares) - 1) / 2) for place in range(len(each))]
-        left.bar(places, [100 * share for share in each.values()], width, color=colours[name], label=name)
+        left.bar(places, [100 * share for share in each.values()], width, color=colors[name], label=name)
     left.set_xticks(range(len(TYPES) + 1), [*TYPES, "all"])
     left.set_ylabel("right answers, %")
     left.set_ylim(0, 100)
@@ -150,7 +150,7 @@ def draw(shares: dict[str, dict[str, float]], runs: dict[str, Path], path: Path)
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         values = [100 * line["lm_accuracy"] for line in lines]
         smooth = [sum(values[max(0, i - 19) : i + 1]) / len(values[max(0, i - 19) : i + 1]) for i in range(len(values))]
-        right.plot([line["step"] for line in lines], smooth, color=colours[name], label=name)
+        right.plot([line["step"] for line in lines], smooth, color=colors[name], label=name)
     right.set_xlabel("step")
     right.set_ylabel("right tokens in training, %")
     right.set_ylim(0, 100)

@@ -29,14 +29,14 @@ def main() -> None:
     recipe = replace(recipe, vision=replace(recipe.vision, dtype=precision))
     count = len((pictures / "train.jsonl").read_text(encoding="utf-8").splitlines())
     epoch = count // recipe.data.batch_size
-    training = replace(recipe.training, steps=2 * epoch, save_every=10_000, validate_every=10_000, precision=precision)
+    training = replace(recipe.training, max_steps=2 * epoch, save_steps=10_000, eval_steps=10_000, precision=precision)
     kinds = {
         "cached": (recipe.data.cached_views, 0), "not cached": (0, 0), "not cached, 2 workers": (0, 2)
     }  # fmt: skip
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     for number in range(rounds):
         for kind, (views, workers) in kinds.items():
-            data = replace(recipe.data, cached_views=views, workers=workers, validation=None)
+            data = replace(recipe.data, cached_views=views, num_workers=workers, validation=None)
             run = replace(recipe, output=str(folder / f"{kind} {number}"), data=data, training=training)
             train(run)
             second = read_metrics(Path(run.output))[epoch:]

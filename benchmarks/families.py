@@ -257,7 +257,7 @@ def language_family(kind: type[PreTrainedConfig], model: type, folder: Path) -> 
             return found | {"status": "differs", "reason": f"losses of tokens are up to {apart:.3g} from transformers'"}
         prompts, seen = pad(texts, 0), pad([torch.ones_like(text) for text in texts], 0).bool()
         end = 2
-        written = language.generate(visual, prompts, seen, Decoding(beams=1, max_new_tokens=6), end)
+        written = language.generate(visual, prompts, seen, Decoding(num_beams=1, max_new_tokens=6), end)
         for i, text in enumerate(texts):
             whole = torch.cat([visual_ids, text])[None]
             start = {"decoder_start_token_id": own.generation_config.decoder_start_token_id}

@@ -191,7 +191,7 @@ def recipe(place: Place, stage: Any, output: str, **training: Any) -> Recipe:
     """A small run of a stage, with dropout, on the device."""
     folder = checkpoint(place, "opt")
     sizes: dict[str, Any] = {"bert": None, "hidden_size": 64, "layers": 4, "heads": 2, "intermediate_size": 128,
-                             "queries": 8, "contrastive_width": 16, "dropout": 0.1}  # fmt: skip
+                             "queries": 8, "image_text_hidden_size": 16, "dropout": 0.1}  # fmt: skip
     if stage == "representation":
         sizes["tokenizer"], sizes["vocabulary"] = bert_tokenizer(place.folder / "bert")
         language = None
@@ -204,10 +204,10 @@ def recipe(place: Place, stage: Any, output: str, **training: Any) -> Recipe:
         output=str(place.folder / output),
         vision=VisionConfig(name=str(folder), dtype="fp32"),
         qformer=QFormerConfig(**sizes),
-        data=DataConfig(train=table, batch_size=4, workers=0),
+        data=DataConfig(train=table, batch_size=4, num_workers=0),
         language=language,
         optimizer=OptimizerConfig(warmup_steps=2),
-        training=TrainingConfig(**{"steps": 8, "save_every": 100, "device": place.device.type, **training}),
+        training=TrainingConfig(**{"steps": 8, "save_steps": 100, "device": place.device.type, **training}),
     )
 
 
@@ -316,7 +316,7 @@ def tokens(place: Place) -> Iterator[Row]:
     import blip2
 
     ways = {
-        "greedy": Decoding(beams=1, max_new_tokens=16),
+        "greedy": Decoding(num_beams=1, max_new_tokens=16),
         "5 beams": Decoding(max_new_tokens=16),
         "nucleus": Decoding(top_p=0.9, max_new_tokens=16),
     }

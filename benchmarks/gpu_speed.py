@@ -193,7 +193,8 @@ def both(place: Place, language: str) -> tuple[Any, Any]:
 
     encoder = wrap_on(place, lambda: wrap_transformers(shared(theirs.vision_model), Preprocessing(vision.image_size)))
     qformer = QFormerConfig(
-        bert=None, hidden_size=width, layers=layers, heads=heads, intermediate_size=4 * width, queries=queries,
+        bert=None, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * width,
+        num_query_tokens=queries,
         dropout=0.0, image_norm_eps=vision.layer_norm_eps,
     )  # fmt: skip
     ours = GenerationModel(encoder, qformer, LanguageModel(shared(theirs.language_model))).to(place.device)
@@ -285,7 +286,7 @@ def generation(place: Place, language: str) -> Iterator[Result]:
     longest = 4 if place.tiny else 30
     some = pixels[: max(batch // 4, 1)]
     none = ids[: len(some), :0]
-    decoding = Decoding(beams=5, max_new_tokens=longest)
+    decoding = Decoding(num_beams=5, max_new_tokens=longest)
     prompt = {
         "input_ids": places[: len(some)], "attention_mask": torch.ones_like(places[: len(some)]),
         "num_beams": 5, "max_new_tokens": longest, "min_new_tokens": 1, "eos_token_id": END, "pad_token_id": 1,
@@ -312,7 +313,7 @@ def generation(place: Place, language: str) -> Iterator[Result]:
 
 
 def encoding(place: Place) -> Iterator[Result]:
-    """Pictures that ViT-g encodes in a second: transformers' network as it is, and with `training.compile`."""
+    """Pictures that ViT-g encodes in a second: transformers' network as it is, and with `training.torch_compile`."""
     from transformers import Blip2VisionModel
 
     from blip2.model.vision import Preprocessing, wrap_transformers

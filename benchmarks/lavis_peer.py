@@ -66,7 +66,7 @@ def build(about: dict[str, Any], folder: Path) -> Any:
     )
     config.encoder_width = about["width"]
     config.add_cross_attention = True
-    config.cross_attention_freq = sizes["cross_attention_every"]
+    config.cross_attention_freq = sizes["cross_attention_frequency"]
     config.query_length = sizes["queries"]
     model = stage1.Blip2Qformer.__new__(stage1.Blip2Qformer)
     nn.Module.__init__(model)
@@ -74,7 +74,7 @@ def build(about: dict[str, Any], folder: Path) -> Any:
     model.Qformer = qformer.BertLMHeadModel(config)
     model.query_tokens = nn.Parameter(torch.zeros(1, sizes["queries"], sizes["hidden_size"]))
     for name in ("vision_proj", "text_proj"):
-        setattr(model, name, nn.Linear(sizes["hidden_size"], sizes["contrastive_width"]))
+        setattr(model, name, nn.Linear(sizes["hidden_size"], sizes["image_text_hidden_size"]))
     model.itm_head = nn.Linear(sizes["hidden_size"], 2)
     model.temp = nn.Parameter(torch.tensor(0.07))
     model.max_txt_len = about["padded"]
@@ -129,7 +129,7 @@ def reranker(model: Any, features: torch.Tensor, texts: Texts, candidates: torch
     def rerank() -> list[float]:
         scores = []
         with torch.autocast(features.device.type, torch.bfloat16, enabled=bf16):
-            normed = model.ln_vision(features)  # its evaluation keeps the encoder's features normalised
+            normed = model.ln_vision(features)  # its evaluation keeps the encoder's features normalized
             for image, wanted in zip(normed, candidates, strict=True):
                 repeated = image[None].repeat(len(wanted), 1, 1)
                 scores.append(model.compute_itm(repeated, texts.input_ids[wanted], texts.attention_mask[wanted]))

@@ -88,12 +88,14 @@ def main() -> None:
         output=str(folder / "run"),
         vision=VisionConfig(name=vit, layer="last"),
         qformer=QFormerConfig(
-            bert=bert, hidden_size=32, layers=2, heads=2, intermediate_size=64, queries=4, contrastive_width=16,
-            vocabulary=12,
+            bert=bert, hidden_size=32,
+            num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, num_query_tokens=4,
+            image_text_hidden_size=16,
+            vocab_size=12,
         ),
-        data=DataConfig(train=shards(folder), batch_size=4, workers=1, smallest_crop=0.5),
+        data=DataConfig(train=shards(folder), batch_size=4, num_workers=1, min_crop_scale=0.5),
         optimizer=OptimizerConfig(warmup_steps=10),
-        training=TrainingConfig(steps=STEPS, save_every=1000, device="cpu", precision="fp32"),
+        training=TrainingConfig(max_steps=STEPS, save_steps=1000, device="cpu", precision="fp32"),
     )  # fmt: skip
     from blip2.training.loop import train
 

@@ -85,7 +85,7 @@ def raw(like: str, **changes: Any) -> Raw:
 
 CLIPART = raw(
     "tuxpaint-stamps", package="openclipart-svg", version="1:0.18+dfsg-19", unpack=unpack_clipart,
-    file="openclipart-svg_1%3a0.18+dfsg-19_all.deb", megabytes=25, licence="public domain",
+    file="openclipart-svg_1%3a0.18+dfsg-19_all.deb", megabytes=25, license="public domain",
     sha256="989712d90d57dfa3230049f553bb43b76c30ee4d4b8c5f6e106e33f7db5cbdc5",
 )  # fmt: skip
 EMOJI = raw("openmoji", unpack=unpack_emoji)
@@ -138,12 +138,12 @@ def draw(drawing: Drawing) -> tuple[bytes, str] | None:
         image = on_white_square(read_image(data, drawing.name))
     except ImageError:
         return None
-    grey = np.asarray(image.convert("L").resize((17, 16)), dtype=np.int16)
-    if int(grey.max()) - int(grey.min()) < 8:
+    gray = np.asarray(image.convert("L").resize((17, 16)), dtype=np.int16)
+    if int(gray.max()) - int(gray.min()) < 8:
         return None
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    return buffer.getvalue(), np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes().hex()
+    return buffer.getvalue(), np.packbits(gray[:, 1:] > gray[:, :-1]).tobytes().hex()
 
 
 class Groups:

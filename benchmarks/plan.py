@@ -192,7 +192,7 @@ def language_models() -> dict[str, tuple[nn.Module, Count]]:
 
 
 def tuning(encoder: nn.Module, llms: dict[str, tuple[nn.Module, Count]]) -> None:
-    """The table of fine-tuning: memory without and with training.activation_checkpointing."""
+    """The table of fine-tuning: memory without and with training.gradient_checkpointing."""
     print("\n| fine-tuning | image size | pairs a GPU | LLM | weights, GiB: frozen + trained | activations, GiB |"
           " with activation_checkpointing | all in all: without, with | and with shard_frozen |")  # fmt: skip
     print("|---|---:|---:|---|---|---:|---:|---:|---:|")

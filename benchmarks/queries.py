@@ -56,7 +56,7 @@ def _diversity(weight: float) -> Callable[[Recipe], Recipe]:
 def _one_rate(recipe: Recipe) -> Recipe:
     rates = {"vision.*": "frozen", "language.*": "frozen", "*": 2e-4}
     recipe = _diversity(0)(recipe)
-    return recipe if recipe.language else replace(recipe, optimizer=replace(recipe.optimizer, rates=rates))
+    return recipe if recipe.language else replace(recipe, optimizer=replace(recipe.optimizer, learning_rate=rates))
 
 
 def _without_positions(recipe: Recipe) -> Recipe:
@@ -86,7 +86,7 @@ def recipes(folder: Path, variant: Variant, seed: int, steps: tuple[int, int] | 
             output=str(folder / stage),
             start_from=str(folder / "stage1") if number else None,
             data=replace(recipe.data, features=str(folder.parents[1] / "features")),
-            training=replace(recipe.training, seed=seed, validate_every=25, save_every=25),
+            training=replace(recipe.training, seed=seed, eval_steps=25, save_steps=25),
         )
     return out
 

@@ -41,7 +41,7 @@ def write(folder: Path) -> None:
     for shard in range(SHARDS):
         with tarfile.open(folder / f"{shard:03d}.tar", "w") as tar:
             for number in range(SIZE):
-                members = {"jpg": files[number % len(files)], "txt": b"a picture of colours"}
+                members = {"jpg": files[number % len(files)], "txt": b"a picture of colors"}
                 for kind, data in members.items():
                     entry = tarfile.TarInfo(f"{shard:03d}{number:05d}.{kind}")
                     entry.size = len(data)
@@ -62,7 +62,7 @@ def ours(files: list[str]) -> Iterator[Any]:
     from blip2.model.representation import RepresentationBatch
 
     class NoTexts:
-        """Captions are not tokenised: the others do not either."""
+        """Captions are not tokenized: the others do not either."""
 
         asks = False
 

@@ -46,11 +46,11 @@ def config_of(case: Case) -> Any:
     return QFormerConfig(
         bert=None,
         hidden_size=case.hidden,
-        layers=case.layers,
-        heads=case.hidden // 64,
+        num_hidden_layers=case.layers,
+        num_attention_heads=case.hidden // 64,
         intermediate_size=4 * case.hidden,
-        queries=case.queries,
-        vocabulary=case.vocabulary,
+        num_query_tokens=case.queries,
+        vocab_size=case.vocabulary,
         dropout=case.dropout,
     )
 

@@ -127,7 +127,7 @@ def ours(work: str, folder: Path, data: dict[str, Tensor]) -> Callable[[], Seque
     model: Any = pipeline.model
     pixels, ids, mask = data["pixels"], data["ids"], data["mask"]
     if work.startswith("answers"):
-        decoding = Decoding(beams=5, max_new_tokens=5, length_penalty=-1.0)
+        decoding = Decoding(num_beams=5, max_new_tokens=5, length_penalty=-1.0)
         with torch.no_grad():
             visual = model.visual_prompt(pixels)
 
@@ -153,7 +153,7 @@ def ours(work: str, folder: Path, data: dict[str, Tensor]) -> Callable[[], Seque
     batch = GenerationBatch(images, ids, mask, ids.masked_fill(~mask, -100))
 
     def step() -> Sequence[float]:
-        return optimise(optimizer, lambda: model(batch).losses["lm"])
+        return optimize(optimizer, lambda: model(batch).losses["lm"])
 
     return step
 
@@ -212,12 +212,12 @@ def theirs(work: str, folder: Path, data: dict[str, Tensor]) -> Callable[[], Seq
     labels = torch.cat([torch.full_like(places, -100), ids.masked_fill(mask == 0, -100)], 1)
 
     def step() -> Sequence[float]:
-        return optimise(optimizer, lambda: model(**inputs, labels=labels).loss)
+        return optimize(optimizer, lambda: model(**inputs, labels=labels).loss)
 
     return step
 
 
-def optimise(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> list[float]:
+def optimize(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> list[float]:
     """One step, at a rate of zero: every round has the same loss, which can be compared."""
     for group in optimizer.param_groups:
         group["lr"] = 0.0

@@ -88,8 +88,8 @@ def draw(points: dict[str, list[tuple[int, float, float]]], path: Path) -> None:
     for axis, (title, rows) in zip(axes, points.items(), strict=True):
         sizes, first, second = zip(*rows, strict=True)
         names = ("encoding", "finding again") if title == "pictures" else ("blip2", "LAVIS")
-        for values, name, colour in zip((first, second), names, ("#1b6ca8", "#b8b8b8"), strict=True):
-            axis.plot(sizes, values, marker="o", label=name, color=colour)
+        for values, name, color in zip((first, second), names, ("#1b6ca8", "#b8b8b8"), strict=True):
+            axis.plot(sizes, values, marker="o", label=name, color=color)
         axis.set_xlabel(title)
         axis.set_xticks(sizes)
         axis.set_ylim(bottom=0)

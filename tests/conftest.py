@@ -89,20 +89,23 @@ class Parts:
         sections: dict[str, dict[str, object]] = {
             "vision": {"name": self.vision},
             # Most tests measure on what they train on.
-            "data": {"train": self.pictures, "batch_size": 4, "workers": 0, "allow_overlap": True},
+            "data": {"train": self.pictures, "batch_size": 4, "num_workers": 0, "allow_overlap": True},
             "qformer": {
                 "bert": self.bert,
                 "hidden_size": 32,
-                "layers": 2,
-                "heads": 4,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
                 "intermediate_size": 48,
-                "queries": 4,
-                "contrastive_width": 16,
-                "vocabulary": 58,
-                "max_positions": 40,
+                "num_query_tokens": 4,
+                "image_text_hidden_size": 16,
+                "vocab_size": 58,
+                "max_position_embeddings": 40,
             },
-            "optimizer": {"rates": {"vision.*": "frozen", "language.*": "frozen", "*": 1e-3}, "warmup_steps": 2},
-            "training": {"steps": 4, "save_every": 2, "device": "cpu", "precision": "fp32"},
+            "optimizer": {
+                "learning_rate": {"vision.*": "frozen", "language.*": "frozen", "*": 1e-3},
+                "warmup_steps": 2,
+            },
+            "training": {"max_steps": 4, "save_steps": 2, "device": "cpu", "precision": "fp32"},
         }
         top: dict[str, object] = {"stage": "representation", "output": str(output)}
         kinds = {
@@ -171,7 +174,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
         ("opt", OPTForCausalLM(opt), True, False),
         ("t5", T5ForConditionalGeneration(t5), False, True),
     ):
-        # Random models of the usual initialisation hardly depend on what they read.
+        # Random models of the usual initialization hardly depend on what they read.
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.data.normal_(std=0.25)
@@ -207,7 +210,7 @@ def byte_tokenizer(begins: bool = False, ends: bool = False) -> PreTrainedTokeni
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", pad_token="<pad>")
 
 
-def draw(shape: str, colour: str, shade: int) -> Image.Image:
+def draw(shape: str, color: str, shade: int) -> Image.Image:
     """A 40 x 40 picture of a shape; `shade` darkens the background a little, so that no two are the same."""
     pixels = np.full((40, 40, 3), 255 - shade, dtype=np.uint8)
     rows, columns = np.mgrid[:40, :40]
@@ -216,7 +219,7 @@ def draw(shape: str, colour: str, shade: int) -> Image.Image:
         "disc": (rows - 20) ** 2 + (columns - 20) ** 2 < 150,
         "stripe": abs(rows - 20) < 5,
     }[shape]
-    pixels[inside] = COLOURS[colour]
+    pixels[inside] = COLOURS[color]
     return Image.fromarray(pixels)
 
 
@@ -226,10 +229,10 @@ def save_pictures(folder: Path, copies: int = 2) -> Path:
     rows = []
     for shade in range(copies):
         for shape in SHAPES:
-            for colour in COLOURS:
-                name = f"{colour}-{shape}-{shade}.png"
-                draw(shape, colour, 10 * shade).save(folder / name)
-                rows.append({"image": name, "captions": [f"a {colour} {shape}", f"the {shape} is {colour} here"]})
+            for color in COLOURS:
+                name = f"{color}-{shape}-{shade}.png"
+                draw(shape, color, 10 * shade).save(folder / name)
+                rows.append({"image": name, "captions": [f"a {color} {shape}", f"the {shape} is {color} here"]})
     table = folder / "pictures.jsonl"
     table.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return table
@@ -282,7 +285,7 @@ def runs(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     from blip2.training.loop import train  # not above: shapes are checked in what is imported after this file
 
     root = tmp_path_factory.mktemp("runs")
-    short = {"steps": 3, "save_every": 2, "device": "cpu", "precision": "fp32"}
+    short = {"steps": 3, "save_steps": 2, "device": "cpu", "precision": "fp32"}
     train(parts.recipe(root / "stage1", training=short))
     for name in ("llama", "t5"):
         language = {"name": getattr(parts, name)}

@@ -163,7 +163,7 @@ def test_every_image_is_broken(run, table, broken, tmp_path, changes):
 def test_some_images_are_broken(run, table, broken, tmp_path, changes):
     good = [(None, f"a disc {letter}") for letter in "abcde"]
     source = table(*good, *((broken / name, "a disc") for name in BROKEN))
-    lines = run(status=0, data={"train": source, "batch_size": 8, **changes}, training={"steps": 2})
+    lines = run(status=0, data={"train": source, "batch_size": 8, **changes}, training={"max_steps": 2})
     for number, (name, (_, why)) in enumerate(BROKEN.items(), 5):
         said = [line for line in lines if line.startswith(f"skipped {source} row {number} ")]
         assert len(said) == 2  # once an epoch
@@ -175,7 +175,7 @@ def test_some_images_are_broken(run, table, broken, tmp_path, changes):
 @pytest.mark.parametrize("caption", ["", "  \n ", None])
 def test_an_image_without_caption(run, table, tmp_path, caption):
     source = table((None, "a disc"), (None, caption), (None, "the disc"), (None, "it is red"))
-    lines = run(status=0, data={"train": source}, training={"steps": 1})
+    lines = run(status=0, data={"train": source}, training={"max_steps": 1})
     (said,) = (line for line in lines if line.startswith("skipped"))
     assert said.startswith(f"skipped {source} row 1 ")
     assert said.endswith("it has no caption or answer: every image needs a text that is not blank")
@@ -189,8 +189,8 @@ def test_a_caption_of_ten_thousand_words(run, parts, table, tmp_path, stage):
     changes = {}
     if stage != "representation":
         changes = {"stage": "generation", "language": {"name": getattr(parts, stage), "prompt": "a photo of"}}
-    lines = run(status=0, data={"train": source}, training={"steps": 3}, **changes)
-    assert sum("longer than data.max_tokens (32) and was cut; the rest are only counted" in line for line in lines) == 1
+    lines = run(status=0, data={"train": source}, training={"max_steps": 3}, **changes)
+    assert sum("longer than data.max_length (32) and was cut; the rest are only counted" in line for line in lines) == 1
     assert [row["cut"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3]
     assert lines[-1] == "0 records skipped, 3 captions cut"
 
@@ -204,7 +204,7 @@ def test_an_llm_without_an_end(run, parts, tmp_path):
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path / "llm")
     line = last_error(run(stage="generation", language={"name": str(tmp_path / "llm")}))
-    assert "has no end-of-text token, so texts would never end: set language.stop" in line
+    assert "has no end-of-text token, so texts would never end: set language.stop_string" in line
 
 
 def test_a_bert_that_does_not_fit(run, tmp_path):
@@ -225,22 +225,22 @@ def test_a_hub_name_without_a_network(run, parts, part):
 
 
 def test_a_checkpoint_of_other_shapes(run, runs, tmp_path):
-    lines = run(start_from=str(runs["stage1"]), qformer={"queries": 5})
-    assert "of other shapes: qformer.queries is (1, 4, 32), expected (1, 5, 32)" in last_error(lines)
+    lines = run(start_from=str(runs["stage1"]), qformer={"num_query_tokens": 5})
+    assert "of other shapes: qformer.num_query_tokens is (1, 4, 32), expected (1, 5, 32)" in last_error(lines)
 
 
 def test_going_on_with_another_recipe(run):
-    run(status=0, training={"steps": 1})
-    lines = run("--resume", training={"steps": 2}, qformer={"contrastive_width": 8})
+    run(status=0, training={"max_steps": 1})
+    lines = run("--resume", training={"max_steps": 2}, qformer={"image_text_hidden_size": 8})
     line = last_error(lines)
     assert "is 16, which its weights are for; it cannot be 8" in line
 
 
 def test_a_checkpoint_cut_short(run, tmp_path):
-    run(status=0, training={"steps": 1})
+    run(status=0, training={"max_steps": 1})
     weights = checkpoint.latest(tmp_path / "run") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:2000])
-    assert "cannot be read" in last_error(run("--resume", training={"steps": 2}))
+    assert "cannot be read" in last_error(run("--resume", training={"max_steps": 2}))
 
 
 def test_no_checkpoint_to_start_from(run, tmp_path):
@@ -251,7 +251,7 @@ def test_no_checkpoint_to_start_from(run, tmp_path):
 def test_no_space_left_while_saving(parts, small_disk, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     run = small_disk(1000)
-    recipe.write_text(dump_recipe(parts.recipe(run, training={"steps": 6, "save_every": 1, "keep": 9})))
+    recipe.write_text(dump_recipe(parts.recipe(run, training={"max_steps": 6, "save_steps": 1, "save_total_limit": 9})))
     assert main(["train", str(recipe)]) == 2
     printed = capsys.readouterr().err
     assert "Traceback" not in printed
@@ -264,16 +264,16 @@ def test_no_space_left_while_saving(parts, small_disk, tmp_path, capsys):
         for path in sorted(folder.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
         folder.rmdir()
-    assert main(["train", str(recipe), "--resume", "--training.keep", "1"]) == 0
+    assert main(["train", str(recipe), "--resume", "--training.save_total_limit", "1"]) == 0
     assert [row["step"] for row in read_metrics(run)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_weights_that_are_not_finite(run, parts, tmp_path):
-    folder = train(parts.recipe(tmp_path / "run", training={"steps": 1}))
+    folder = train(parts.recipe(tmp_path / "run", training={"max_steps": 1}))
     weights = load_file(folder / "model.safetensors")
     weights["image_norm.weight"][:] = float("inf")
     save_file(weights, folder / "model.safetensors")
-    line = last_error(run("--resume", training={"steps": 2}))
+    line = last_error(run("--resume", training={"max_steps": 2}))
     assert "image_norm.weight in" in line and "holds infinite numbers" in line
 
 

@@ -88,7 +88,7 @@ def test_stage_one(parts, tmp_path):
     built = build(parts.recipe(tmp_path), CPU)
     assert isinstance(built.model, RepresentationModel)
     assert built.end is None
-    tokenizer, size = built.tokenizer, built.model.qformer.config.vocabulary
+    tokenizer, size = built.tokenizer, built.model.qformer.config.vocab_size
     assert len(tokenizer) == size
     assert tokenizer.convert_tokens_to_ids("[DEC]") == tokenizer.bos_token_id == size - 1
     assert built.model.qformer.decoder_start == size - 1
@@ -118,7 +118,7 @@ def test_it_is_random_without_bert(parts, tmp_path):
     ("changes", "expected"),
     [
         ({"bert": None}, "has no text tokenizer: set qformer.tokenizer, or qformer.bert"),
-        ({"bert": None, "tokenizer": "BERT", "vocabulary": 50}, "set qformer.vocabulary to 58"),
+        ({"bert": None, "tokenizer": "BERT", "vocabulary": 50}, "set qformer.vocab_size to 58"),
         ({"vocabulary": 50}, "(vocabulary 50): set qformer {vocabulary: 58}"),
         (
             {"hidden_size": 64, "layers": 3},
@@ -172,7 +172,7 @@ def test_stop(parts):
     for stop, count in (("ab", 2), ("", 0)):
         with pytest.raises(InputError) as raised:
             end_of_text(tokenizer, stop, parts.opt)
-        assert f"language.stop {stop!r} is {count} tokens" in message(raised)
+        assert f"language.stop_string {stop!r} is {count} tokens" in message(raised)
         assert "expected exactly one" in message(raised)
 
 
@@ -227,8 +227,8 @@ def test_without_an_end(parts, tmp_path):
     recipe = parts.recipe(tmp_path, stage="generation", language={"name": name})
     with pytest.raises(InputError) as raised:
         build(recipe, CPU)
-    assert "has no end-of-text token, so texts would never end: set language.stop" in message(raised)
-    recipe = parts.recipe(tmp_path, stage="generation", language={"name": name, "stop": "\n"})
+    assert "has no end-of-text token, so texts would never end: set language.stop_string" in message(raised)
+    recipe = parts.recipe(tmp_path, stage="generation", language={"name": name, "stop_string": "\n"})
     assert build(recipe, CPU).end == read_tokenizer(name)("\n")["input_ids"][0]
 
 

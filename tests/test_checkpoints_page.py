@@ -32,10 +32,10 @@ def place(parts, runs, tmp_path_factory):
     """A folder in which all names of the page mean something."""
     root = tmp_path_factory.mktemp("page")
     draw("disc", "red", 0).save(root / "cat.jpg")
-    for name, flavour in (("opt-2.7b", "opt"), ("flan-t5-xl", "t5"), ("itm-vit-g", None)):
+    for name, flavor in (("opt-2.7b", "opt"), ("flan-t5-xl", "t5"), ("itm-vit-g", None)):
         # Of the sizes that LAVIS's names say: heads of 64 in the Q-Former and of 88 in the image encoder.
         sizes = {"width": 64, "heads": 1, "vision": 176}
-        save_transformers(root / "Salesforce" / f"blip2-{name}", flavour, parts.bert, **sizes)
+        save_transformers(root / "Salesforce" / f"blip2-{name}", flavor, parts.bert, **sizes)
     for name, folder in (("facebook/opt-2.7b", parts.opt), ("google/flan-t5-xl", parts.t5)):
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).symlink_to(folder)
@@ -54,7 +54,7 @@ def place(parts, runs, tmp_path_factory):
         language = {} if stage == "stage1" else {"language": {"name": parts.opt}}
         recipe = parts.recipe(
             root / "runs" / stage, stage="representation" if stage == "stage1" else "generation", qformer=SIZES,
-            training={"steps": 1, "device": "cpu", "precision": "fp32"}, **language,
+            training={"max_steps": 1, "device": "cpu", "precision": "fp32"}, **language,
         )  # fmt: skip
         recipe = replace(recipe, qformer=replace(recipe.qformer, tokenizer=parts.bert))
         (root / f"{stage}.yaml").write_text(dump_recipe(recipe))
@@ -64,7 +64,7 @@ def place(parts, runs, tmp_path_factory):
         recipe,
         output=str(root / "runs" / "vqa"),
         vision=replace(recipe.vision, name="Salesforce/blip2-opt-2.7b"),
-        qformer=replace(recipe.qformer, reads_questions=True),
+        qformer=replace(recipe.qformer, use_qformer_text_input=True),
         language=replace(recipe.language, name="facebook/opt-2.7b", prompt="Question: {} Answer:"),
         data=replace(recipe.data, train=str(root / "questions.jsonl"), validation=None),
     )

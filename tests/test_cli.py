@@ -29,9 +29,9 @@ COMMANDS = ("demo", "scenes", "train", "features", "caption", "ask", "match", "e
 def pictures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
     names = []
-    for colour in ("red", "green", "blue"):
-        draw("disc", colour, 0).save(folder / f"{colour}.png")
-        names.append(str(folder / f"{colour}.png"))
+    for color in ("red", "green", "blue"):
+        draw("disc", color, 0).save(folder / f"{color}.png")
+        names.append(str(folder / f"{color}.png"))
     return names
 
 
@@ -75,18 +75,18 @@ def test_help_of_a_command_has_an_example(capsys, command):
     assert re.search(rf"example: blip2 {command}", text)
 
 
-def normalised(text):
+def normalized(text):
     """Without white space: lines are broken anywhere."""
     return "".join(text.split())
 
 
 def test_help_of_training_has_every_field_s_docstring(capsys):
-    shown = normalised(help_of(capsys, "train"))
+    shown = normalized(help_of(capsys, "train"))
     count = 0
     for node in ast.parse(inspect.getsource(config)).body:
         for field, after in pairwise(node.body if isinstance(node, ast.ClassDef) else []):
             if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr):
-                assert normalised(ast.literal_eval(after.value)).rstrip(".") in shown, ast.unparse(field)
+                assert normalized(ast.literal_eval(after.value)).rstrip(".") in shown, ast.unparse(field)
                 count += 1
     assert count > 50
 
@@ -111,11 +111,11 @@ def test_no_command(capsys):
 def test_unknown_command_and_option(capsys, runs, pictures):
     assert "invalid choice: 'paint'" in usage_error(capsys, "paint")
     caption = ("caption", str(runs["llama"]), pictures[0])
-    assert "unrecognized arguments: --colour" in usage_error(capsys, *caption, "--colour")
+    assert "unrecognized arguments: --color" in usage_error(capsys, *caption, "--color")
     misplaced = ("--vision.name", "x", "train", "demo-stage1")  # which would otherwise train with another encoder
     assert "unrecognized arguments: --vision.name" in usage_error(capsys, *misplaced)
     assert "unrecognized arguments: --data.batch_size" in usage_error(capsys, *caption, "--data.batch_size", "3")
-    assert "invalid int value: 'many'" in usage_error(capsys, *caption, "--beams", "many")
+    assert "invalid int value: 'many'" in usage_error(capsys, *caption, "--num-beams", "many")
     assert "invalid choice: 'fp8'" in usage_error(capsys, *caption, "--dtype", "fp8")
 
 
@@ -125,7 +125,7 @@ def test_unknown_command_and_option(capsys, runs, pictures):
 @pytest.fixture
 def recipe_file(parts, tmp_path):
     path = tmp_path / "recipe.yaml"
-    path.write_text(dump_recipe(parts.recipe(tmp_path / "run", training={"steps": 2, "save_every": 1})))
+    path.write_text(dump_recipe(parts.recipe(tmp_path / "run", training={"max_steps": 2, "save_steps": 1})))
     return str(path)
 
 
@@ -142,7 +142,7 @@ def test_train_again_and_on(capsys, recipe_file, tmp_path):
     assert main(["train", recipe_file]) == 0
     capsys.readouterr()
     assert "already holds a run" in error(capsys, "train", recipe_file)
-    assert main(["train", recipe_file, "--resume", "--training.steps", "3"]) == 0
+    assert main(["train", recipe_file, "--resume", "--training.max_steps", "3"]) == 0
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3]
 
 
@@ -158,7 +158,7 @@ def test_train_with_an_unknown_key(capsys, recipe_file):
 def test_both_stages_one_after_the_other(capsys, parts, recipe_file, tmp_path, pictures):
     assert main(["train", recipe_file]) == 0
     second = parts.recipe(
-        tmp_path / "second", stage="generation", language={"name": parts.llama}, training={"steps": 1}
+        tmp_path / "second", stage="generation", language={"name": parts.llama}, training={"max_steps": 1}
     )
     path = tmp_path / "second.yaml"
     path.write_text(dump_recipe(second))
@@ -213,7 +213,7 @@ def test_features_beside_the_run_in_one_view(capsys, recipe_file, tmp_path):
         (["--data.cached_views", "-1"], "data.cached_views is -1, expected at least 0"),
         (["--data.cached_dtype", "int4"], "cached_dtype"),
         (["--data.cache", "1"], "data.cache"),
-        (["--optimizer.rates", '{"*": 0.1}'], "data.cached_views needs a frozen image encoder"),
+        (["--optimizer.learning_rate", '{"*": 0.1}'], "data.cached_views needs a frozen image encoder"),
         (["--data.streaming", "true"], "data.cached_views needs a table or a folder, not a stream"),
         (["--data.features", "FILE"], "cannot hold features (Not a directory): set data.features to a folder"),
     ],
@@ -244,8 +244,8 @@ def output(capsys, *arguments):
 
 def test_caption(capsys, runs, pictures):
     model = load(runs["llama"], device="cpu")
-    options = ("--beams", "1", "--max-new-tokens", "4", "--prompt", "a photo of")
-    expected = model.caption(pictures, "a photo of", Decoding(beams=1, max_new_tokens=4))
+    options = ("--num-beams", "1", "--max-new-tokens", "4", "--prompt", "a photo of")
+    expected = model.caption(pictures, "a photo of", Decoding(num_beams=1, max_new_tokens=4))
     one = output(capsys, "caption", str(runs["llama"]), pictures[0], *options)
     assert one == f"{visible(expected[0])}\n"
     several = output(capsys, "caption", str(runs["llama"]), *pictures, *options)
@@ -260,7 +260,7 @@ def test_caption_of_a_sample_follows_the_seed(capsys, runs, pictures):
 
 
 def test_ask(capsys, runs, pictures):
-    questions = ["what is it?", "which colour does it have?"]
+    questions = ["what is it?", "which color does it have?"]
     expected = load(runs["t5"], device="cpu").answer(pictures[0], questions)
     assert output(capsys, "ask", str(runs["t5"]), pictures[0], questions[0]) == f"{visible(expected[0])}\n"
     both = output(capsys, "ask", str(runs["t5"]), pictures[0], *questions)
@@ -300,7 +300,7 @@ def test_embed_one_kind(capsys, runs, pictures, tmp_path):
 
 
 def test_dtype(capsys, runs, pictures):
-    assert output(capsys, "caption", str(runs["llama"]), pictures[0], "--dtype", "bf16", "--beams", "1")
+    assert output(capsys, "caption", str(runs["llama"]), pictures[0], "--dtype", "bf16", "--num-beams", "1")
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def test_dtype(capsys, runs, pictures):
             "temperature is 0.0, expected more than 0",
         ),
         (["caption", "LLAMA", "PICTURE", "--max-new-tokens", "0"], "max_new_tokens is 0, expected at least 1"),
-        (["caption", "LLAMA", "PICTURE", "--beams", "0"], "beams is 0, expected at least 1"),
+        (["caption", "LLAMA", "PICTURE", "--num-beams", "0"], "beams is 0, expected at least 1"),
         (["caption", "LLAMA", "PICTURE", "--top-p", "0.5", "--seed", "-1"], "--seed is -1, expected 0 to"),
     ],
 )

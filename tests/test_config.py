@@ -47,32 +47,36 @@ def message(error):
 
 def test_defaults_are_the_paper_s(write):
     recipe = load_recipe(write())
-    assert (recipe.qformer.queries, recipe.qformer.hidden_size, recipe.qformer.contrastive_width) == (32, 768, 256)
-    assert recipe.qformer.cross_attention_every == 2
+    assert (recipe.qformer.num_query_tokens, recipe.qformer.hidden_size, recipe.qformer.image_text_hidden_size) == (
+        32,
+        768,
+        256,
+    )
+    assert recipe.qformer.cross_attention_frequency == 2
     assert (recipe.optimizer.betas, recipe.optimizer.weight_decay) == ((0.9, 0.98), 0.05)
-    assert (recipe.optimizer.rates["*"], recipe.optimizer.warmup_steps) == (1e-4, 2000)
-    assert recipe.training.steps == 250_000
-    assert recipe.data.smallest_crop == 0.5
+    assert (recipe.optimizer.learning_rate["*"], recipe.optimizer.warmup_steps) == (1e-4, 2000)
+    assert recipe.training.max_steps == 250_000
+    assert recipe.data.min_crop_scale == 0.5
 
 
 def test_file_with_overrides(write):
-    path = write(data={"train": "pairs.jsonl", "batch_size": 8, "flip": False})
+    path = write(data={"train": "pairs.jsonl", "batch_size": 8, "horizontal_flip": False})
     recipe = load_recipe(
         path,
         [
             "--data.batch_size=16",
             "--output",
             "runs/y",
-            "--optimizer.rates",
+            "--optimizer.learning_rate",
             '{"vision.*": "frozen", "*": 2e-4}',
-            "--optimizer.clip_norm=null",
+            "--optimizer.max_grad_norm=null",
             "--start_from=runs/z",
         ],
     )
-    assert (recipe.data.batch_size, recipe.data.flip, recipe.output) == (16, False, "runs/y")
-    assert recipe.optimizer.rates == {"vision.*": "frozen", "*": 2e-4}
-    assert list(recipe.optimizer.rates) == ["vision.*", "*"]  # the first that matches decides
-    assert recipe.optimizer.clip_norm is None
+    assert (recipe.data.batch_size, recipe.data.horizontal_flip, recipe.output) == (16, False, "runs/y")
+    assert recipe.optimizer.learning_rate == {"vision.*": "frozen", "*": 2e-4}
+    assert list(recipe.optimizer.learning_rate) == ["vision.*", "*"]  # the first that matches decides
+    assert recipe.optimizer.max_grad_norm is None
     assert recipe.start_from == "runs/z"
 
 
@@ -99,18 +103,18 @@ def test_starts_that_name_nothing(write, given):
 def test_rates_in_scientific_notation(write):
     """YAML 1.1 takes 1e-4 for a text."""
     path = write()
-    path.write_text(path.read_text() + 'optimizer: {rates: {"*": 1e-4}, weight_decay: 5e-2}\n')
+    path.write_text(path.read_text() + 'optimizer: {learning_rate: {"*": 1e-4}, weight_decay: 5e-2}\n')
     recipe = load_recipe(path)
-    assert recipe.optimizer.rates == {"*": 1e-4}
+    assert recipe.optimizer.learning_rate == {"*": 1e-4}
     assert recipe.optimizer.weight_decay == 0.05
 
 
 def test_the_language_of_stage_two(write):
     path = write(stage="generation", language={"name": "opt"})
-    recipe = load_recipe(path, ["--language.prompt=a photo of", r"--language.stop=\n"])
-    assert recipe.language == LanguageConfig("opt", prompt="a photo of", stop=r"\n")
+    recipe = load_recipe(path, ["--language.prompt=a photo of", r"--language.stop_string=\n"])
+    assert recipe.language == LanguageConfig("opt", prompt="a photo of", stop_string=r"\n")
     recipe = load_recipe(path, ["--language.lora.rank=4"])
-    assert recipe.language == LanguageConfig("opt", lora=LoraConfig(rank=4))
+    assert recipe.language == LanguageConfig("opt", lora=LoraConfig(r=4))
 
 
 @pytest.mark.parametrize(
@@ -121,10 +125,10 @@ def test_the_language_of_stage_two(write):
         ({"optimizer": {"schedule": {"warmup": 4}}}, ["schedule"]),
         ({"stage": "pretraining"}, ["stage", "pretraining", "representation"]),
         ({"data": {"train": "x", "batch_size": "many"}}, ["data.batch_size", "many"]),
-        ({"data": {"train": "x", "flip": "perhaps"}}, ["data.flip", "perhaps"]),
-        ({"optimizer": {"rates": {"*": "fast"}}}, ["optimizer.rates", "fast"]),
+        ({"data": {"train": "x", "horizontal_flip": "perhaps"}}, ["data.horizontal_flip", "perhaps"]),
+        ({"optimizer": {"learning_rate": {"*": "fast"}}}, ["optimizer.learning_rate", "fast"]),
         ({"training": {"precision": "fp8"}}, ["training.precision", "fp8"]),
-        ({"training": {"trackers": ["paper"]}}, ["training.trackers", "paper"]),
+        ({"training": {"report_to": ["paper"]}}, ["training.report_to", "paper"]),
         ({"output": None}, ["output"]),
         ({"vision": {"image_size": 224}}, ["vision.name"]),
         ({"data": None}, ["data.train"]),
@@ -157,35 +161,35 @@ def test_not_a_mapping_of_yaml(tmp_path, text):
 
 BAD = [
     ("data.batch_size", 0),
-    ("data.max_tokens", 1),
-    ("data.smallest_crop", 0.0),
-    ("data.smallest_crop", 1.5),
-    ("data.workers", -1),
+    ("data.max_length", 1),
+    ("data.min_crop_scale", 0.0),
+    ("data.min_crop_scale", 1.5),
+    ("data.num_workers", -1),
     ("data.cached_views", -1),
     ("objectives.itc", -1.0),
     ("objectives.label_smoothing", 1.5),
     ("optimizer.betas", (0.9, 1.0)),
-    ("optimizer.clip_norm", 0.0),
+    ("optimizer.max_grad_norm", 0.0),
     ("optimizer.layer_decay", 0.0),
     ("optimizer.layer_decay", 1.1),
-    ("optimizer.final_rate", -0.1),
-    ("optimizer.rates", {"*": -1.0}),
-    ("optimizer.rates", {"*": math.nan}),
+    ("optimizer.min_lr_rate", -0.1),
+    ("optimizer.learning_rate", {"*": -1.0}),
+    ("optimizer.learning_rate", {"*": math.nan}),
     ("optimizer.warmup_steps", -1),
     ("optimizer.weight_decay", -1.0),
-    ("qformer.cross_attention_every", 0),
+    ("qformer.cross_attention_frequency", 0),
     ("qformer.dropout", 1.5),
-    ("qformer.heads", 0),
-    ("qformer.layers", 0),
-    ("qformer.queries", 0),
-    ("training.accumulate", 0),
-    ("training.keep", 0),
-    ("training.save_every", 0),
+    ("qformer.num_attention_heads", 0),
+    ("qformer.num_hidden_layers", 0),
+    ("qformer.num_query_tokens", 0),
+    ("training.gradient_accumulation_steps", 0),
+    ("training.save_total_limit", 0),
+    ("training.save_steps", 0),
     ("training.seed", -1),
     ("training.seed", 2**32),
-    ("training.steps", 0),
-    ("training.validate_every", 0),
-    ("vision.drop_path", 1.0),
+    ("training.max_steps", 0),
+    ("training.eval_steps", 0),
+    ("vision.drop_path_rate", 1.0),
     ("vision.image_size", 0),
 ]
 
@@ -227,7 +231,10 @@ def test_every_number_has_a_range(smallest):
         ({"stage": "generation"}, "stage generation needs a frozen LLM: set language.name"),
         ({"language": {"name": "opt"}}, "stage representation has no LLM: leave out language"),
         ({"objectives": {"itc": 0, "itm": 0, "itg": 0}}, "all objectives are switched off: give one"),
-        ({"qformer": {"heads": 7}}, "qformer.hidden_size 768 is not a multiple of qformer.heads 7"),
+        (
+            {"qformer": {"num_attention_heads": 7}},
+            "qformer.hidden_size 768 is not a multiple of qformer.num_attention_heads 7",
+        ),
         (
             {"evaluation": {"task": "vqa", "data": "x"}},
             "evaluation.task vqa is not for stage representation: set it to retrieval",
@@ -240,9 +247,18 @@ def test_every_number_has_a_range(smallest):
             },
             "evaluation.task retrieval is not for stage generation: set it to captioning or vqa",
         ),
-        ({"training": {"best": "evaluation_CIDEr"}}, "training.best is evaluation_CIDEr, which needs evaluation: set"),
-        ({"training": {"best": "validation_loss"}}, "training.best is validation_loss, which needs data.validation"),
-        ({"training": {"best": "loss"}}, "training.best is loss, expected a name that begins with validation_ or eval"),
+        (
+            {"training": {"metric_for_best_model": "evaluation_CIDEr"}},
+            "training.metric_for_best_model is evaluation_CIDEr, which needs evaluation: set",
+        ),
+        (
+            {"training": {"metric_for_best_model": "validation_loss"}},
+            "training.metric_for_best_model is validation_loss, which needs data.validation",
+        ),
+        (
+            {"training": {"metric_for_best_model": "loss"}},
+            "training.metric_for_best_model is loss, expected a name that begins with validation_ or eval",
+        ),
     ],
 )
 def test_what_does_not_go_together(write, changes, expected):
@@ -267,7 +283,7 @@ def test_what_does_not_go_together(write, changes, expected):
     ],
 )
 def test_whether_a_part_trains(rates, trains):
-    assert config.OptimizerConfig(rates=rates).trains("vision") is trains
+    assert config.OptimizerConfig(learning_rate=rates).trains("vision") is trains
 
 
 def test_one_objective_is_enough(write):
@@ -277,19 +293,21 @@ def test_one_objective_is_enough(write):
 
 @pytest.mark.parametrize("stage", ["representation", "generation"])
 def test_dumped_and_loaded_it_is_the_same(tmp_path, write, stage):
-    lora = LoraConfig(rank=4, targets=["q_proj"])
-    language = LanguageConfig("opt", dtype="fp16", prompt='a "photo": of', stop="\n", lora=lora)
+    lora = LoraConfig(r=4, target_modules=["q_proj"])
+    language = LanguageConfig("opt", dtype="fp16", prompt='a "photo": of', stop_string="\n", lora=lora)
     language = language if stage == "generation" else None
     recipe = replace(load_recipe(write()), stage=stage, language=language)
     recipe = replace(
         recipe,
-        optimizer=replace(recipe.optimizer, rates={"z.*": 1e-5, "vision.*": "frozen", "*": 3.3e-4}, betas=(0.5, 0.75)),
-        training=replace(recipe.training, trackers=["tensorboard"], precision="bf16"),
+        optimizer=replace(
+            recipe.optimizer, learning_rate={"z.*": 1e-5, "vision.*": "frozen", "*": 3.3e-4}, betas=(0.5, 0.75)
+        ),
+        training=replace(recipe.training, report_to=["tensorboard"], precision="bf16"),
     )
     path = tmp_path / "dumped.yaml"
     path.write_text(dump_recipe(recipe))
     assert load_recipe(path) == recipe
-    assert list(load_recipe(path).optimizer.rates) == ["z.*", "vision.*", "*"]
+    assert list(load_recipe(path).optimizer.learning_rate) == ["z.*", "vision.*", "*"]
     assert set(yaml.safe_load(dump_recipe(recipe))) == {f.name for f in fields(Recipe)}
 
 
@@ -317,14 +335,16 @@ def test_shipped_recipes(path):
 
 def test_a_base(tmp_path):
     """All its keys hold but those that are given, section by section; a value is replaced as a whole."""
-    (tmp_path / "lowest.yaml").write_text(yaml.safe_dump({**MINIMAL, "optimizer": {"rates": {"a.*": 1e-3, "*": 1e-4}}}))
+    (tmp_path / "lowest.yaml").write_text(
+        yaml.safe_dump({**MINIMAL, "optimizer": {"learning_rate": {"a.*": 1e-3, "*": 1e-4}}})
+    )
     (tmp_path / "middle.yaml").write_text("base: lowest.yaml\nstage: generation\nlanguage: {name: opt, prompt: a}\n")
     path = tmp_path / "top.yaml"
     path.write_text('base: middle.yaml\nlanguage: {prompt: b}\noptimizer: {rates: {"*": 5e-6}, warmup_steps: 7}\n')
     recipe = load_recipe(path, ["--optimizer.warmup_steps=8"])
     assert recipe.language == LanguageConfig("opt", prompt="b")
     assert (recipe.output, recipe.vision.name) == ("runs/x", "vit")
-    assert (recipe.optimizer.rates, recipe.optimizer.warmup_steps) == ({"*": 5e-6}, 8)
+    assert (recipe.optimizer.learning_rate, recipe.optimizer.warmup_steps) == ({"*": 5e-6}, 8)
     assert "base" not in yaml.safe_load(dump_recipe(recipe))
 
 
@@ -421,7 +441,7 @@ def odd_recipe(random, folder):
         section, place = values, f"@{number}@"
         for each in sections:
             section = section.setdefault(each, {})
-        several = {"data.train": {"a": place}, "optimizer.rates": {"*": place}, "optimizer.betas": [0.9, place]}
+        several = {"data.train": {"a": place}, "optimizer.learning_rate": {"*": place}, "optimizer.betas": [0.9, place]}
         section[key] = several.get(name, place)
         odd[name] = random.choice(ODD)
     text = yaml.safe_dump(values)
@@ -453,9 +473,13 @@ def test_odd_numbers_are_taken_or_named(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "why"),
     [
-        ("training.steps", "9223372036854775808", "training.steps is 9223372036854775808, expected at most 1000000000"),
-        ("training.timeout", "1e12", "training.timeout"),
-        ("training.steps", "null", "training.steps is None, expected a whole number"),
+        (
+            "training.max_steps",
+            "9223372036854775808",
+            "training.max_steps is 9223372036854775808, expected at most 1000000000",
+        ),
+        ("training.ddp_timeout", "1e12", "training.ddp_timeout"),
+        ("training.max_steps", "null", "training.max_steps is None, expected a whole number"),
         ("objectives.itc", ".inf", "objectives.itc is inf, expected a finite number"),
         ("optimizer.weight_decay", ".nan", "optimizer.weight_decay is nan, expected a finite number"),
         ("optimizer.warmup_steps", "-3", "optimizer.warmup_steps is -3, expected at least 0"),

@@ -26,7 +26,7 @@ from blip2.interop.weights import open_folder
 from blip2.training.loop import train
 from conftest import byte_tokenizer, draw
 from fixtures.checkpoints import lavis_state, save_transformers, share_qformer
-from fixtures.tiny import randomise
+from fixtures.tiny import randomize
 
 PICTURES = [draw("disc", "red", 0), draw("square", "blue", 7)]
 SHORT = {"steps": 1, "device": "cpu", "precision": "fp32"}
@@ -37,7 +37,7 @@ SIZES = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "i
 def whole(parts, tmp_path_factory):
     """A stage 2 of which everything was trained."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    optimizer = {"rates": {"*": 1e-2}}
+    optimizer = {"learning_rate": {"*": 1e-2}}
     train(parts.recipe(run, stage="generation", language={"name": parts.opt}, optimizer=optimizer, training=SHORT))
     return run
 
@@ -78,7 +78,7 @@ def test_an_embedding_for_the_placeholder(whole, tmp_path):
     ],
 )
 def test_other_encoders_are_refused_before_anything_is_written(parts, tmp_path, model, reason, to):
-    randomise(model()).save_pretrained(tmp_path / "encoder")
+    randomize(model()).save_pretrained(tmp_path / "encoder")
     run = tmp_path / "run"
     vision = {"name": str(tmp_path / "encoder")}
     train(parts.recipe(run, stage="generation", vision=vision, language={"name": parts.opt}, training=SHORT))
@@ -186,8 +186,8 @@ def test_a_trained_llm_whose_old_file_holds_its_matrix_twice(parts, tmp_path):
     save_file(weights, tmp_path / "there" / "model.safetensors")
     name = str(tmp_path / "there")
     recipe = parts.recipe(
-        tmp_path / "run", stage="generation", vision={"name": name}, language={"name": name, "stop": "\n"},
-        optimizer={"rates": {"vision.*": "frozen", "*": 1e-2}, "warmup_steps": 0}, training=SHORT,
+        tmp_path / "run", stage="generation", vision={"name": name}, language={"name": name, "stop_string": "\n"},
+        optimizer={"learning_rate": {"vision.*": "frozen", "*": 1e-2}, "warmup_steps": 0}, training=SHORT,
     )  # fmt: skip
     train(recipe)
     expected = blip2.load(tmp_path / "run", "cpu").caption(PICTURES)
@@ -231,7 +231,11 @@ def test_other_frozen_parts_take_the_place_of_those_inside(parts, tmp_path):
     layer = model.vision_model.encoder.layers[0].mlp.fc1
     layer.weight.data *= 2
     model.save_pretrained(tmp_path / "same")
-    changes = {"vision.name": str(tmp_path / "same"), "language.name": str(tmp_path / "same"), "language.stop": None}
+    changes = {
+        "vision.name": str(tmp_path / "same"),
+        "language.name": str(tmp_path / "same"),
+        "language.stop_string": None,
+    }
     convert(tmp_path / "there", tmp_path / "out", "transformers", changes)
     out = blip2.load(tmp_path / "out", "cpu").model
     assert torch.equal(out.vision.network.encoder.layers[0].mlp.fc1.weight, layer.weight)

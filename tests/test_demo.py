@@ -60,7 +60,7 @@ def test_each_run_has_its_material_and_starts_from_the_run_before(folder, tmp_pa
     assert len({recipe.output for recipe in recipes.values()}) == len(RUNS)
     longer = demo_recipes(tmp_path / "demo", own, replace(plan, scale=2.0), quick=False)
     once = demo_recipes(tmp_path / "demo", own, plan, quick=False)
-    assert [r.training.steps for r in longer.values()] == [2 * r.training.steps for r in once.values()]
+    assert [r.training.max_steps for r in longer.values()] == [2 * r.training.max_steps for r in once.values()]
 
 
 def test_a_faster_machine_trains_more_in_the_same_time_and_a_killed_demo_keeps_its_plan(tmp_path):

@@ -13,17 +13,17 @@ from blip2.errors import InputError
 from blip2.inference import ANSWER, CAPTION, QUESTION, SHORT_QUESTION, load
 from blip2.model.decoding import Decoding
 from conftest import draw
-from fixtures.tiny import randomise
+from fixtures.tiny import randomize
 
 PICTURES = [draw("disc", "red", 0), draw("square", "blue", 7), draw("stripe", "green", 3)]
 TEXTS = ["a red disc", "the square is blue here and there"]
-GREEDY = Decoding(beams=1, max_new_tokens=6)
+GREEDY = Decoding(num_beams=1, max_new_tokens=6)
 
 
 @pytest.fixture(scope="module")
 def compare(runs):
     pipeline = load(runs["stage1"], device="cpu")
-    randomise(pipeline.model.qformer)
+    randomize(pipeline.model.qformer)
     return pipeline
 
 
@@ -31,7 +31,7 @@ def compare(runs):
 def writer(request, runs):
     """What three steps taught does not depend on the image; what this one writes does."""
     pipeline = load(runs[request.param], device="cpu")
-    randomise(pipeline.model.qformer)
+    randomize(pipeline.model.qformer)
     for parameter in pipeline.model.language.parameters():
         if parameter.ndim > 1:
             parameter.data *= 2
@@ -239,7 +239,7 @@ def test_captions_begin_as_the_model_was_trained(runs):
     assert pipeline.caption(PICTURES, "", GREEDY) != pipeline.caption(PICTURES, "a photo of", GREEDY)
 
 
-QUESTIONS = ["what is it?", "is it red or blue, or of another colour?", "how many?"]
+QUESTIONS = ["what is it?", "is it red or blue, or of another color?", "how many?"]
 
 
 def test_several_questions_on_one_image_are_answered_as_one_by_one(writer):
@@ -264,7 +264,7 @@ def test_how_questions_are_put(writer):
     prompt = template.format("what is it?")
     assert writer.answer(PICTURES[0], "what is it?") == writer.generate(PICTURES[0], [prompt], ANSWER)
     assert (QUESTION, SHORT_QUESTION) == ("Question: {} Answer:", "Question: {} Short answer:")
-    assert (CAPTION.beams, ANSWER.beams, ANSWER.length_penalty) == (5, 5, -1.0)  # of the paper
+    assert (CAPTION.num_beams, ANSWER.num_beams, ANSWER.length_penalty) == (5, 5, -1.0)  # of the paper
 
 
 def test_a_question_with_braces(writer):
@@ -341,7 +341,7 @@ def test_sampling_follows_the_seed(writer):
 
 def test_length_is_limited(writer):
     for limit in (1, 3):
-        (text,) = writer.generate(PICTURES[0], [""], Decoding(beams=1, max_new_tokens=limit))
+        (text,) = writer.generate(PICTURES[0], [""], Decoding(num_beams=1, max_new_tokens=limit))
         assert len(text.encode()) <= 4 * limit  # bytes that are no UTF-8 are written as a sign of three
 
 

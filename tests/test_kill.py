@@ -45,7 +45,7 @@ def wait_until(reached, process, log):
 
 
 def test_killed_at_random_moments(parts, tmp_path):
-    recipe = parts.recipe(tmp_path / "calm", data={"workers": 2}, training={"steps": STEPS, "save_every": 3})
+    recipe = parts.recipe(tmp_path / "calm", data={"num_workers": 2}, training={"max_steps": STEPS, "save_steps": 3})
     assert recipe.qformer.dropout > 0
     path, log = tmp_path / "recipe.yaml", tmp_path / "log"
     path.write_text(dump_recipe(recipe))

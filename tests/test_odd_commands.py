@@ -17,25 +17,29 @@ NUMBERS = (
     "[]", "{}", "1e-300", "0.5", "-0.5", "abc", "1_000", "\u0663", " 2 ", "0x10",
 )  # fmt: skip
 TEXTS = (
-    "", " ", "-", "--", "-x", "a" * 300, "word " * 4000, "{}", "{} {}", "{0}", "{x}", "%s", "<image>", "[/red]", "[bold]",
-    "\x1b[2J", "\u202e", "\udcff", "\ud800", "line\nbreak", "\u0130\u0131\u00df", "\U0001f408" * 50, "\ufeff", "\u200b", "\x00",
+    "", " ", "-", "--", "-x", "a" * 300, "word " * 4000, "{}", "{} {}", "{0}", "{x}", "%s", "<image>",
+    "[/red]", "[bold]",
+    "\x1b[2J", "\u202e", "\udcff", "\ud800", "line\nbreak", "\u0130\u0131\u00df", "\U0001f408" * 50, "\ufeff",
+    "\u200b", "\x00",
 )  # fmt: skip
 PATHS = (
     "", " ", ".", "..", "nowhere", "nowhere/else", "~", "~nobody-of-this-name/x", "empty.jpg", "text.txt", "text.txt/x",
-    "/dev/null", "/dev/zero", "folder", "loop", "a" * 300, "a/" * 3000, "*.png", "[abc].png", "{0..3}.tar", "{9..1}.tar",
+    "/dev/null", "/dev/zero", "folder", "loop", "a" * 300, "a/" * 3000, "*.png", "[abc].png", "{0..3}.tar",
+    "{9..1}.tar",
     "\udcff.png", "\x00", "file:///etc/passwd", "https://localhost:1/x.png", "s3:/", "hub:", "hub:no/such", "package:",
     "package:no-such", "package:../x", "zip://x", "a::b", "vqav2:val:nowhere", "coco", "image.png", "table.jsonl",
     "torn.jsonl", "bytes.csv", "RUN", "MODEL", "OTHER", "pipe",
 )  # fmt: skip
 DECODING = {
-    "--beams": NUMBERS, "--top-p": NUMBERS, "--temperature": NUMBERS, "--length-penalty": NUMBERS,
+    "--num-beams": NUMBERS, "--top-p": NUMBERS, "--temperature": NUMBERS, "--length-penalty": NUMBERS,
     "--max-new-tokens": NUMBERS, "--seed": NUMBERS,
 }  # fmt: skip
 MODEL = {"--device": TEXTS, "--dtype": TEXTS, "--vision.name": PATHS, "--vision.image_size": NUMBERS,
-         "--qformer.queries": NUMBERS}  # fmt: skip
-CORPUS = {"--data": PATHS, "--shard-size": NUMBERS, "--threads": NUMBERS, "--workers": NUMBERS}
-RECIPE = {"--data.train": PATHS, "--output": PATHS, "--start_from": PATHS, "--training.steps": NUMBERS[:6],
-          "--optimizer.warmup_steps": NUMBERS, "--vision.name": PATHS, "--qformer.bert": PATHS, "--no.such": TEXTS}  # fmt: skip
+         "--qformer.num_query_tokens": NUMBERS}  # fmt: skip
+CORPUS = {"--data": PATHS, "--shard-size": NUMBERS, "--num-threads": NUMBERS, "--num-workers": NUMBERS}
+RECIPE = {"--data.train": PATHS, "--output": PATHS, "--start_from": PATHS, "--training.max_steps": NUMBERS[:6],
+          "--optimizer.warmup_steps": NUMBERS, "--vision.name": PATHS, "--qformer.bert": PATHS,
+          "--no.such": TEXTS}  # fmt: skip
 COMMANDS = {
     # What is right, without options; what may be put in each place; options and what they may be given.
     "train": (["recipe.yaml"], [PATHS], RECIPE),
@@ -53,14 +57,14 @@ COMMANDS = {
         [PATHS, PATHS, None, PATHS, None, PATHS, None, NUMBERS[:3], None, NUMBERS],
         {
             **CORPUS, "--keep": NUMBERS, "--prompt": TEXTS, "--top-p": NUMBERS, "--temperature": NUMBERS,
-            "--beams": NUMBERS, "--fewest-words": NUMBERS, "--most-words": NUMBERS, "--language": TEXTS,
-            "--alike": NUMBERS, "--seed": NUMBERS, "--batch-size": NUMBERS,
+            "--num-beams": NUMBERS, "--min-words": NUMBERS, "--max-words": NUMBERS, "--language": TEXTS,
+            "--max-word-overlap": NUMBERS, "--seed": NUMBERS, "--batch-size": NUMBERS,
         },
     ),
     "evaluate": (
         ["MODEL", "--task", "captioning", "--data", "table.jsonl", "--output", "scores", "--max-new-tokens", "3"],
         [PATHS, None, ("vqa", "retrieval", "x"), None, PATHS, None, PATHS, None, NUMBERS],
-        {**DECODING, "--limit": NUMBERS, "--candidates": NUMBERS, "--predictions": PATHS, "--prompt": TEXTS},
+        {**DECODING, "--limit": NUMBERS, "--rerank-k": NUMBERS, "--predictions": PATHS, "--prompt": TEXTS},
     ),
     "convert": (
         ["MODEL", "converted", "--to", "blip2"],
@@ -114,8 +118,9 @@ def folder(runs, parts, tmp_path_factory):
     os.mkfifo(folder / "pipe")
     for name, run in (("MODEL", "llama"), ("OTHER", "stage1"), ("RUN", "t5")):
         shutil.copytree(runs[run], folder / name)
-    recipe = parts.recipe(folder / "run", data={"train": str(folder / "table.jsonl"), "batch_size": 2, "workers": 0},
-                          training={"steps": 1, "device": "cpu", "precision": "fp32"})  # fmt: skip
+    data = {"train": str(folder / "table.jsonl"), "batch_size": 2, "num_workers": 0}
+    training = {"max_steps": 1, "device": "cpu", "precision": "fp32"}
+    recipe = parts.recipe(folder / "run", data=data, training=training)
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))
     return folder
 
@@ -135,7 +140,9 @@ def test_odd_commands_end_in_one_line(folder, monkeypatch, capsys):
             status = ended.code
         said = capsys.readouterr().err.splitlines()
         assert status in (0, 2), (number, command, said)
-        errors = [line for line in said if line.startswith(("error: ", f"blip2 {command[0]}: error: ", "blip2: error: "))]
+        errors = [
+            line for line in said if line.startswith(("error: ", f"blip2 {command[0]}: error: ", "blip2: error: "))
+        ]
         assert len(errors) == (status == 2), (number, command, said)
         assert status == 0 or said[-1] == errors[0], (number, command, said)
         statuses.append(status)

@@ -38,43 +38,43 @@ VISUAL_GENOME = 1_700_000
 PAPER = {
     "qformer.bert": "google-bert/bert-base-uncased",  # §3.1
     "qformer.hidden_size": 768,  # §3.1
-    "qformer.queries": 32,  # §3.1
-    "qformer.cross_attention_every": 2,  # §3.1: every other block
+    "qformer.num_query_tokens": 32,  # §3.1
+    "qformer.cross_attention_frequency": 2,  # §3.1: every other block
     "objectives.itc": 1.0,  # §3.2: jointly
     "objectives.itm": 1.0,
     "objectives.itg": 1.0,
     "optimizer.weight_decay": 0.05,  # §3.4, Tables 7-9
-    "data.flip": True,  # §3.4
-    "vision.drop_path": 0.0,  # Tables 7-9
+    "data.horizontal_flip": True,  # §3.4
+    "vision.drop_path_rate": 0.0,  # Tables 7-9
     "vision.layer": None,  # §3.4: the second last, which null is
     "data.temperature": 1.0,  # of a mixture: as many as each source has
 }
 REFERENCE = {  # BERT-base's sizes, and what LAVIS has where the paper is silent
-    "qformer.layers": 12,
-    "qformer.heads": 12,
+    "qformer.num_hidden_layers": 12,
+    "qformer.num_attention_heads": 12,
     "qformer.intermediate_size": 3072,
-    "qformer.max_positions": 512,
-    "qformer.vocabulary": 30_523,
+    "qformer.max_position_embeddings": 512,
+    "qformer.vocab_size": 30_523,
     "qformer.tokenizer": None,
-    "qformer.contrastive_width": 256,
+    "qformer.image_text_hidden_size": 256,
     "qformer.dropout": 0.1,
     "qformer.layer_norm_eps": 1e-12,
     "qformer.image_norm_eps": 1e-5,
     "objectives.label_smoothing": 0.1,
-    "data.max_tokens": 32,
-    "data.smallest_crop": 0.5,
+    "data.max_length": 32,
+    "data.min_crop_scale": 0.5,
     "data.text_normalization": "lavis",
 }
 OURS = {  # docs/paper.md says why, or it has no bearing on results
-    "optimizer.clip_norm": 1.0,
+    "optimizer.max_grad_norm": 1.0,
     "objectives.query_diversity": 0.0,
     "vision.position_encoding": "auto",
-    "vision.heads": None,
+    "vision.num_attention_heads": None,
     "vision.trust_remote_code": None,
     "data.group_by_length": True,
     "data.group_column": None,
     "data.group_share": 1.0,
-    "data.max_bad": 0.05,
+    "data.max_bad_fraction": 0.05,
     "data.cached_views": 0,
     "data.cached_dtype": "bf16",
     "data.features": None,
@@ -85,18 +85,18 @@ OURS = {  # docs/paper.md says why, or it has no bearing on results
     "data.question_column": None,
     "data.validation": None,
     "data.allow_overlap": False,
-    "data.workers": 8,
-    "training.accumulate": 1,
-    "training.compile": False,
-    "training.deterministic": False,
+    "data.num_workers": 8,
+    "training.gradient_accumulation_steps": 1,
+    "training.torch_compile": False,
+    "training.full_determinism": False,
     "training.shard_frozen": False,
-    "training.timeout": 1800,
+    "training.ddp_timeout": 1800,
     "training.device": None,
     "training.seed": 0,
-    "training.save_every": 1000,
-    "training.keep": 2,
-    "training.validate_every": 1000,
-    "training.trackers": [],
+    "training.save_steps": 1000,
+    "training.save_total_limit": 2,
+    "training.eval_steps": 1000,
+    "training.report_to": [],
 }
 EVERY = PAPER | REFERENCE | OURS
 
@@ -117,9 +117,9 @@ PRETRAINING = {
     "optimizer.betas": (0.9, 0.98),  # §3.4
     "optimizer.warmup_steps": 2000,  # §3.4
     "optimizer.layer_decay": 1.0,  # nothing to decay
-    "qformer.reads_questions": False,
-    "training.activation_checkpointing": False,
-    "training.best": None,
+    "qformer.use_qformer_text_input": False,
+    "training.gradient_checkpointing": False,
+    "training.metric_for_best_model": None,
 }
 REPRESENTATION = {"stage": "representation", "language": None}
 GENERATION = {
@@ -132,14 +132,14 @@ GENERATION = {
 OPT = {
     "language.trust_remote_code": None,
     "language.dtype": "fp16",
-    "language.stop": "\n",
+    "language.stop_string": "\n",
     "language.activation": None,
     "training.precision": "fp16",
 }
 FLAN_T5 = {
     "language.trust_remote_code": None,
     "language.dtype": "bf16",
-    "language.stop": None,
+    "language.stop_string": None,
     "language.activation": "gelu",
     "training.precision": "bf16",
 }
@@ -149,10 +149,10 @@ STAGE_1 = (
     PRETRAINING
     | REPRESENTATION
     | {
-        "training.steps": 250_000,  # §3.4
+        "training.max_steps": 250_000,  # §3.4
         "training.precision": "fp16",
-        "optimizer.rates": {"vision.*": "frozen", "*": 1e-4},  # §3.4
-        "optimizer.final_rate": 0.1,  # the reference implementation's: down to 1e-5
+        "optimizer.learning_rate": {"vision.*": "frozen", "*": 1e-4},  # §3.4
+        "optimizer.min_lr_rate": 0.1,  # the reference implementation's: down to 1e-5
         "start_from": None,
         "evaluation": None,
     }
@@ -161,9 +161,9 @@ STAGE_2 = (
     PRETRAINING
     | GENERATION
     | {
-        "training.steps": 80_000,  # §3.4
-        "optimizer.rates": {"vision.*": "frozen", "language.*": "frozen", "*": 1e-4},  # §3.4
-        "optimizer.final_rate": 0.5,  # §3.4: down to 5e-5
+        "training.max_steps": 80_000,  # §3.4
+        "optimizer.learning_rate": {"vision.*": "frozen", "language.*": "frozen", "*": 1e-4},  # §3.4
+        "optimizer.min_lr_rate": 0.5,  # §3.4: down to 5e-5
         "language.prompt": "",  # and so prefix language modeling for FlanT5 (§3.3)
         "evaluation": None,
     }
@@ -172,18 +172,18 @@ FINETUNING = {
     "vision.dtype": "fp32",  # it trains
     "optimizer.betas": (0.9, 0.999),
     "optimizer.warmup_steps": 1000,
-    "optimizer.final_rate": 0.0,  # the reference implementation's
-    "qformer.reads_questions": False,
-    "training.activation_checkpointing": True,
+    "optimizer.min_lr_rate": 0.0,  # the reference implementation's
+    "qformer.use_qformer_text_input": False,
+    "training.gradient_checkpointing": True,
 }
 EVALUATION = {
     f"evaluation.{key}": None for key in ("limit", "prompt", "top_p", "temperature", "length_penalty", "max_new_tokens")
 } | {
-    "evaluation.beams": None,
-    "evaluation.candidates": 128,
+    "evaluation.num_beams": None,
+    "evaluation.rerank_k": 128,
     "evaluation.fusion": "itm",
     "evaluation.rules": "official",
-    "evaluation.lemmatise": False,
+    "evaluation.lemmatize": False,
 }
 # Table 7
 CAPTIONING = (
@@ -195,15 +195,15 @@ CAPTIONING = (
         "vision.image_size": 364,
         "data.train": COCO,
         "data.batch_size": 256 / PROCESSES,
-        "optimizer.rates": {"language.*": "frozen", "*": 1e-5},
+        "optimizer.learning_rate": {"language.*": "frozen", "*": 1e-5},
         "optimizer.layer_decay": 1.0,
         "language.prompt": "a photo of",
-        "training.steps": 5 * COCO_CAPTIONS // 256,
-        "training.best": "evaluation_CIDEr",
+        "training.max_steps": 5 * COCO_CAPTIONS // 256,
+        "training.metric_for_best_model": "evaluation_CIDEr",
         "evaluation.task": "captioning",
         "evaluation.data": "coco-karpathy:val:/data/coco",
-        "evaluation.every": 2214,
-        "evaluation.beams": 5,
+        "evaluation.eval_steps": 2214,
+        "evaluation.num_beams": 5,
     }
 )
 # Table 8
@@ -215,13 +215,13 @@ VQA = (
         "vision.image_size": 490,
         "data.train": {"vqav2:train+val:/data/coco": None, "vg-qa:all:/data/vg": None},  # §4.3
         "data.batch_size": 128 / PROCESSES,
-        "data.max_tokens": 16,  # ours, of an answer
-        "optimizer.rates": {"language.*": "frozen", "*": 1e-5},
+        "data.max_length": 16,  # ours, of an answer
+        "optimizer.learning_rate": {"language.*": "frozen", "*": 1e-5},
         "optimizer.layer_decay": 0.95,
         "language.prompt": "Question: {} Answer:",
-        "qformer.reads_questions": True,  # §4.3
-        "training.steps": 92_000,
-        "training.best": None,
+        "qformer.use_qformer_text_input": True,  # §4.3
+        "training.max_steps": 92_000,
+        "training.metric_for_best_model": None,
         "evaluation": None,
     }
 )
@@ -235,14 +235,14 @@ RETRIEVAL = (
         "vision.image_size": 364,
         "data.train": COCO,
         "data.batch_size": 224 / PROCESSES,
-        "optimizer.rates": {"*": 1e-5},
+        "optimizer.learning_rate": {"*": 1e-5},
         "optimizer.layer_decay": 0.95,
         "training.precision": "fp16",
-        "training.steps": round(5 * COCO_CAPTIONS / 224),
-        "training.best": "evaluation_itm_TR@1",
+        "training.max_steps": round(5 * COCO_CAPTIONS / 224),
+        "training.metric_for_best_model": "evaluation_itm_TR@1",
         "evaluation.task": "retrieval",
         "evaluation.data": "coco-karpathy:val:/data/coco",
-        "evaluation.every": 2530,
+        "evaluation.eval_steps": 2530,
         "start_from": "runs/pretrain/stage1-vit-g",
     }
 )
@@ -250,8 +250,8 @@ FIGURE_5 = EVALUATION | {
     "data.allow_overlap": True,
     "evaluation.task": "vqa",
     "evaluation.data": "vqav2:val:/data/coco",
-    "evaluation.every": 8000,
-    "evaluation.beams": 5,  # §4.1
+    "evaluation.eval_steps": 8000,
+    "evaluation.num_beams": 5,  # §4.1
     "evaluation.length_penalty": -1.0,  # §4.1
     "evaluation.rules": "lavis",
 }
@@ -299,12 +299,12 @@ RUNS = {
     "finetune-vqa-opt-6.7b": VQA | OPT_6_7B | after("opt-6.7b", "runs/pretrain/stage1-vit-g")
     | {"optimizer.layer_decay": 0.9},
     "finetune-vqa-opt-2.7b-without-val": VQA | OPT_2_7B | after("opt-2.7b", "runs/pretrain/stage1-vit-g")
-    | {"data.train": {"vqav2:train:/data/coco": None, "vg-qa:all:/data/vg": None}, "training.steps": 83_700},
+    | {"data.train": {"vqav2:train:/data/coco": None, "vg-qa:all:/data/vg": None}, "training.max_steps": 83_700},
     # Tables 5, 6 and 9
     "finetune-retrieval-vit-g": RETRIEVAL,
     "finetune-retrieval-vit-l": RETRIEVAL
     | {
-        "vision.name": VIT_L, "start_from": "runs/pretrain/stage1-vit-l", "optimizer.rates": {"*": 5e-6},
+        "vision.name": VIT_L, "start_from": "runs/pretrain/stage1-vit-l", "optimizer.learning_rate": {"*": 5e-6},
         "optimizer.layer_decay": 1.0, "optimizer.betas": (0.9, 0.98),
     },
     "finetune-retrieval-vit-g-without-itg": RETRIEVAL | {"objectives.itg": 0.0},
@@ -321,7 +321,7 @@ def spread(recipe):
 
     def each(values, prefix):
         for key, value in values.items():
-            if isinstance(value, dict) and f"{prefix}{key}" not in ("data.train", "optimizer.rates"):
+            if isinstance(value, dict) and f"{prefix}{key}" not in ("data.train", "optimizer.learning_rate"):
                 yield from each(value, f"{prefix}{key}.")
             elif prefix or key != "output":
                 yield f"{prefix}{key}", value
@@ -348,7 +348,7 @@ def test_every_value_of_a_recipe_is_in_the_table(name):
     for before, start in zip(befores, recipe.starts, strict=True):  # what other recipes make, with one image encoder
         assert before.output == start and before.vision.name == recipe.vision.name
         assert before.language is None or before.language.name == recipe.language.name
-    if recipe.qformer.reads_questions:  # what stage 2 has no place for
+    if recipe.qformer.use_qformer_text_input:  # what stage 2 has no place for
         assert [before.stage for before in befores] == ["generation", "representation"]
 
 
@@ -364,17 +364,17 @@ def test_vqa_trains_for_five_epochs(splits, steps):
 CHANGED = [
     ("pretrain-stage1-vit-l", {"data.train": {k: v for k, v in ALL_DATA.items() if "laion" not in k}}),
     ("pretrain-stage1-vit-l", {"data.train": {k.replace("-bootstrapped", ""): v for k, v in ALL_DATA.items()}}),
-    ("pretrain-stage1-vit-g", {"data.flip": False}),
-    ("pretrain-stage1-vit-g", {"data.smallest_crop": 0.01}),
+    ("pretrain-stage1-vit-g", {"data.horizontal_flip": False}),
+    ("pretrain-stage1-vit-g", {"data.min_crop_scale": 0.01}),
     ("pretrain-stage2-vit-g-opt-2.7b", {"training.precision": "fp32"}),
     ("pretrain-stage2-vit-g-opt-2.7b", {"language.dtype": "fp32"}),
-    ("pretrain-stage2-vit-g-opt-6.7b", {"data.max_tokens": 5}),
-    ("pretrain-stage2-vit-l-flan-t5-xl", {"optimizer.final_rate": 1.0}),
+    ("pretrain-stage2-vit-g-opt-6.7b", {"data.max_length": 5}),
+    ("pretrain-stage2-vit-l-flan-t5-xl", {"optimizer.min_lr_rate": 1.0}),
     ("finetune-captioning-opt-2.7b", {"data.train": "coco-karpathy:test:/data/coco"}),
-    ("finetune-captioning-opt-2.7b", {"optimizer.clip_norm": None}),
+    ("finetune-captioning-opt-2.7b", {"optimizer.max_grad_norm": None}),
     ("finetune-vqa-opt-6.7b", {"qformer.dropout": 0.0}),
     ("finetune-vqa-opt-6.7b", {"data.text_normalization": "none"}),
-    ("finetune-retrieval-vit-l", {"evaluation.candidates": 16}),
+    ("finetune-retrieval-vit-l", {"evaluation.rerank_k": 16}),
     ("finetune-retrieval-vit-l", {"start_from": None}),
 ]
 
@@ -397,11 +397,11 @@ def test_capfilt():
 
 def test_generation():
     """§4.1, Tables 7 and 8; lengths are the reference implementation's."""
-    assert (CAPTION.beams, CAPTION.length_penalty, CAPTION.max_new_tokens, CAPTION.top_p) == (5, 1.0, 30, None)
-    assert (ANSWER.beams, ANSWER.length_penalty, ANSWER.max_new_tokens, ANSWER.top_p) == (5, -1.0, 10, None)
+    assert (CAPTION.num_beams, CAPTION.length_penalty, CAPTION.max_new_tokens, CAPTION.top_p) == (5, 1.0, 30, None)
+    assert (ANSWER.num_beams, ANSWER.length_penalty, ANSWER.max_new_tokens, ANSWER.top_p) == (5, -1.0, 10, None)
     assert CAPTION.repetition_penalty == ANSWER.repetition_penalty == 1.0
     assert (QUESTION, SHORT_QUESTION) == ("Question: {} Answer:", "Question: {} Short answer:")
-    assert EvaluationSettings().candidates == 128  # §4.4
+    assert EvaluationSettings().rerank_k == 128  # §4.4
     assert (MOST_WORDS, set(SIGNS)) == (50, set('.!"()*#:;~'))
 
 

@@ -14,7 +14,7 @@ from blip2.convert import convert
 from blip2.data.assets import ASSETS
 from blip2.errors import InputError
 from blip2.inference import load
-from blip2.publish import UNKNOWN, licence_of, model_card, push
+from blip2.publish import UNKNOWN, license_of, model_card, push
 from blip2.recipe import load_recipe
 from blip2.training.checkpoint import FOLDER, open_checkpoint
 from blip2.training.loop import train
@@ -27,7 +27,7 @@ FORMATS = ("transformers", "vllm", "lavis", "blip2")
 def measured(parts, tmp_path_factory):
     """A run of stage 1 whose losses on held-out pairs were measured after steps 2 and 3."""
     run = tmp_path_factory.mktemp("measured") / "stage1"
-    short = {"steps": 3, "save_every": 1, "keep": 3, "validate_every": 2, "device": "cpu", "precision": "fp32"}
+    short = {"steps": 3, "save_steps": 1, "keep": 3, "eval_steps": 2, "device": "cpu", "precision": "fp32"}
     train(parts.recipe(run, training=short, data={"validation": parts.pictures}))
     return run
 
@@ -81,7 +81,7 @@ def test_card_says_what_was_trained_on_what_with_which_recipe(runs, parts, tmp_p
     card = model_card(found, "transformers")
     assert f"Trained on `{parts.pictures}`; no pairs were held out." in card
     assert f"started from the BERT `{parts.bert}`" in card
-    losses = "ITC + ITM + ITG" if name == "stage1" else "the language modelling loss of the captions"
+    losses = "ITC + ITM + ITG" if name == "stage1" else "the language modeling loss of the captions"
     assert f"This is step 3 of 3, each of 4 pairs, with AdamW on {losses}." in card
     (recipe,) = blocks(card, "yaml")
     assert yaml.safe_load(recipe)["data"]["train"] == parts.pictures
@@ -96,7 +96,9 @@ def test_card_says_where_training_started_and_how_large_a_step_was(runs, tmp_pat
     shutil.copytree(runs["llama"] / FOLDER / folder.name, folder)
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps({**state, "positions": state["positions"] * 8}))
-    found = open_checkpoint(str(folder), {"start_from": "Salesforce/blip2-itm-vit-g", "training.accumulate": 2})
+    found = open_checkpoint(
+        str(folder), {"start_from": "Salesforce/blip2-itm-vit-g", "training.gradient_accumulation_steps": 2}
+    )
     card = model_card(found, "blip2")
     assert "started from the weights of `Salesforce/blip2-itm-vit-g`" in card
     assert "each of 64 pairs, with" in card
@@ -166,7 +168,7 @@ def test_card_of_another_format_does_not_know_the_data(foreign):
     assert table(card, "part")[1:] == [[role, "`Salesforce/blip2-opt-2.7b`", "mit"] for role in roles]
 
 
-def test_a_licence_is_stated_only_if_all_parts_have_it(foreign):
+def test_a_license_is_stated_only_if_all_parts_have_it(foreign):
     def parts(vision, language, bert):
         recipe = replace(
             foreign.recipe,
@@ -224,8 +226,8 @@ def test_programs_of_the_card_say_what_blip2_says(parts, runs, tmp_path, monkeyp
         stage="generation",
         language={"name": parts.llama, "prompt": 'a "picture" of'},
         start_from=str(runs["stage1"]),
-        optimizer={"rates": {**frozen, "*": 1e-3}},
-        training={"steps": 1, "device": "cpu", "precision": "fp32"},
+        optimizer={"learning_rate": {**frozen, "*": 1e-3}},
+        training={"max_steps": 1, "device": "cpu", "precision": "fp32"},
     )
     train(recipe)
     convert(tmp_path / "run", tmp_path / "mine", "transformers", stage1=runs["stage1"])
@@ -246,13 +248,13 @@ def test_programs_of_the_card_run(parts, runs, tmp_path, monkeypatch, capsys, na
     assert run_programs(tmp_path / "mine", parts, monkeypatch, capsys)
 
 
-# -- licences ----------------------------------------------------------------------------------------------------------
+# -- licenses ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("name", "licence"),
+    ("name", "license"),
     [
-        ("facebook/opt-2.7b", "other (OPT-175B licence: research that is not commercial)"),
+        ("facebook/opt-2.7b", "other (OPT-175B license: research that is not commercial)"),
         ("google/flan-t5-xl", "apache-2.0"),
         ("google-bert/bert-base-uncased", "apache-2.0"),
         ("openai/clip-vit-large-patch14", "mit"),
@@ -266,19 +268,19 @@ def test_programs_of_the_card_run(parts, runs, tmp_path, monkeypatch, capsys, na
         ("/no/such/folder", None),
     ],
 )
-def test_licences_that_are_known(name, licence):
-    assert licence_of(name) == licence
+def test_licenses_that_are_known(name, license):
+    assert license_of(name) == license
 
 
-def test_every_asset_has_a_licence():
-    assert all(licence_of(f"package:{name}") == asset.licence for name, asset in ASSETS.items())
+def test_every_asset_has_a_license():
+    assert all(license_of(f"package:{name}") == asset.license for name, asset in ASSETS.items())
 
 
 @pytest.mark.parametrize(
-    ("readme", "licence"),
+    ("readme", "license"),
     [
         ("---\nlicense: bsd-3-clause\n---\n# A model", "bsd-3-clause"),
-        ("---\nlicense: other\nlicense_name: my-licence\n---\n", "other (my-licence)"),
+        ("---\nlicense: other\nlicense_name: my-license\n---\n", "other (my-license)"),
         ("---\nlicense: [mit, apache-2.0]\n---\n", "mit, apache-2.0"),
         ("---\ntags: [a]\n---\n", None),
         ("# A model without front matter\n", None),
@@ -287,9 +289,9 @@ def test_every_asset_has_a_licence():
         (b"---\nlicense: \xff\n---\n", None),
     ],
 )
-def test_licence_by_a_folder_s_own_readme(tmp_path, readme, licence):
+def test_license_by_a_folder_s_own_readme(tmp_path, readme, license):
     (tmp_path / "README.md").write_bytes(readme if isinstance(readme, bytes) else readme.encode())
-    assert licence_of(str(tmp_path)) == licence
+    assert license_of(str(tmp_path)) == license
 
 
 # -- the hub -----------------------------------------------------------------------------------------------------------
@@ -392,20 +394,20 @@ def test_folders_that_are_not_to_be_pushed(hub, folder, tmp_path):
     assert hub.tokens == set()
 
 
-def test_licence_by_the_hub_s_card(hub):
-    assert licence_of("somebody/model") == licence_of("timm:model") == "mpl-2.0"
+def test_license_by_the_hub_s_card(hub):
+    assert license_of("somebody/model") == license_of("timm:model") == "mpl-2.0"
     hub.card = None
-    assert licence_of("somebody/model") is None
+    assert license_of("somebody/model") is None
     hub.refuses["/"] = 404
-    assert licence_of("somebody/model") is None
+    assert license_of("somebody/model") is None
 
 
-def test_licence_without_a_network(monkeypatch, hub):
+def test_license_without_a_network(monkeypatch, hub):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    assert licence_of("somebody/model") is None
+    assert license_of("somebody/model") is None
 
 
 def test_paths_of_this_file_are_not_hub_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("models/vit").mkdir(parents=True)
-    assert licence_of("models/vit") is None
+    assert license_of("models/vit") is None

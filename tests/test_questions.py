@@ -27,19 +27,19 @@ from blip2.training.loop import train
 from blip2.training.progress import read_metrics
 from conftest import COLOURS, SHAPES, draw
 from fixtures.checkpoints import lavis_state, save_transformers
-from fixtures.tiny import QFORMER, randomise, texts
+from fixtures.tiny import QFORMER, randomize, texts
 
 PROMPT = "Question: {} Answer:"
-READING = replace(QFORMER, reads_questions=True)
-GREEDY = Decoding(beams=1, max_new_tokens=6)
+READING = replace(QFORMER, use_qformer_text_input=True)
+GREEDY = Decoding(num_beams=1, max_new_tokens=6)
 
 
 @pytest.fixture
 def model(parts):
     torch.manual_seed(0)
     made = GenerationModel(load_image_encoder(parts.vision), READING, load_language_model(parts.llama))
-    randomise(made.qformer)
-    made.initialise_projection()
+    randomize(made.qformer)
+    made.initialize_projection()
     return made
 
 
@@ -49,10 +49,10 @@ def table(parts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("questions")
     rows = []
     for shape in SHAPES:
-        for colour in COLOURS:
-            draw(shape, colour, 0).save(folder / f"{colour}-{shape}.png")
-            for question, answers in (("what colour?", [colour] * 8 + ["dark", ""]), ("what shape?", [shape])):
-                rows.append({"image": f"{colour}-{shape}.png", "question": question, "answers": answers})
+        for color in COLOURS:
+            draw(shape, color, 0).save(folder / f"{color}-{shape}.png")
+            for question, answers in (("what color?", [color] * 8 + ["dark", ""]), ("what shape?", [shape])):
+                rows.append({"image": f"{color}-{shape}.png", "question": question, "answers": answers})
     file = folder / "questions.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(file)
@@ -64,8 +64,14 @@ def recipe(parts, table, tmp_path_factory):
         sections = {
             "stage": "generation",
             "language": {"name": parts.llama, "prompt": PROMPT},
-            "qformer": {"reads_questions": True, "dropout": 0.0},
-            "data": {"train": table, "batch_size": 4, "workers": 0, "flip": False, "smallest_crop": 1.0},
+            "qformer": {"use_qformer_text_input": True, "dropout": 0.0},
+            "data": {
+                "train": table,
+                "batch_size": 4,
+                "num_workers": 0,
+                "horizontal_flip": False,
+                "min_crop_scale": 1.0,
+            },
         }
         return parts.recipe(output, **{**sections, **changes})
 
@@ -91,7 +97,7 @@ def test_queries_look_for_what_is_asked(model):
     images, (ids, mask) = pixels(2), texts(6, 4)
     prompt = model.visual_prompt(images, Questions(ids, mask))
     memory = model.qformer.memory(model.vision.features(images), model.image_norm)
-    seen = model.qformer(memory, ids, attention_mask("bidirectional", QFORMER.queries, mask)).queries
+    seen = model.qformer(memory, ids, attention_mask("bidirectional", QFORMER.num_query_tokens, mask)).queries
     torch.testing.assert_close(prompt, model.projection(seen))
     other = model.visual_prompt(images, Questions(ids.flip(0), mask.flip(0)))
     assert (other - prompt).abs().amax(dim=(1, 2)).min() > 0.01
@@ -116,7 +122,7 @@ def test_the_text_transformer_learns(model):
     model(batch).losses["lm"].backward()
     idle = {name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
     # A question goes no further than the queries of the last block look; keys have no use for a bias.
-    last = f"qformer.blocks.{QFORMER.layers - 1}.text_feed_forward."
+    last = f"qformer.blocks.{QFORMER.num_hidden_layers - 1}.text_feed_forward."
     assert {name for name in idle if not name.endswith(".key.bias")} == {
         name for name, _ in model.named_parameters() if name.startswith(last)
     }
@@ -128,7 +134,7 @@ def test_the_text_transformer_learns(model):
 def test_answers_are_drawn_as_often_as_they_were_given(recipe, tmp_path):
     asked = recipe(tmp_path)
     records = open_records(asked.data.train, asked.data)
-    assert [record.question for record in records][:2] == ["what colour?", "what shape?"]
+    assert [record.question for record in records][:2] == ["what color?", "what shape?"]
     assert records[0].captions == ("red",) * 8 + ("dark",)
     assert records[1].captions == ("square",)
 
@@ -142,11 +148,11 @@ def test_training_resumes_and_the_model_answers(recipe, run, tmp_path):
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
     pipeline = load(run, device="cpu")
-    randomise(pipeline.model.qformer)
+    randomize(pipeline.model.qformer)
     for parameter in pipeline.model.language.parameters():
         if parameter.ndim > 1:
             parameter.data *= 2
-    pictures, questions = [draw("disc", "red", 0), draw("square", "blue", 7)], ["what colour?", "is it a disc or not?"]
+    pictures, questions = [draw("disc", "red", 0), draw("square", "blue", 7)], ["what color?", "is it a disc or not?"]
     answers = pipeline.answer(pictures, questions, GREEDY)
     assert pipeline.question_prompt == PROMPT
     features = pipeline.features(pictures)
@@ -161,7 +167,7 @@ def test_training_resumes_and_the_model_answers(recipe, run, tmp_path):
 
 
 def test_the_text_transformer_comes_from_stage_one(parts, recipe, runs, tmp_path):
-    train(recipe(tmp_path / "run", start_from=str(runs["stage1"]), optimizer={"rates": {"*": 0.0}}))
+    train(recipe(tmp_path / "run", start_from=str(runs["stage1"]), optimizer={"learning_rate": {"*": 0.0}}))
     before = load_file(checkpoint.latest(runs["stage1"]) / "model.safetensors")
     after = load_file(checkpoint.latest(tmp_path / "run") / "model.safetensors")
     text = [name for name in after if "word_embedding" in name or "text_feed_forward" in name]
@@ -170,7 +176,7 @@ def test_the_text_transformer_comes_from_stage_one(parts, recipe, runs, tmp_path
 
 
 def test_after_a_stage_two_that_read_no_questions_it_comes_from_bert(parts, recipe, runs, tmp_path):
-    train(recipe(tmp_path / "run", start_from=str(runs["llama"]), optimizer={"rates": {"*": 0.0}}))
+    train(recipe(tmp_path / "run", start_from=str(runs["llama"]), optimizer={"learning_rate": {"*": 0.0}}))
     after = load_file(checkpoint.latest(tmp_path / "run") / "model.safetensors")
     before = load_file(checkpoint.latest(runs["llama"]) / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -190,13 +196,13 @@ def test_two_starts(parts, recipe, runs, tmp_path, capsys):
     """The former wins where both have a weight, and no BERT is read."""
     first, second = started(runs["stage1"]), started(runs["llama"])
     both = {name for name in first if name in second and not torch.equal(first[name], second[name])}
-    assert any(".self_attention." in name for name in both) and "qformer.queries" in both
+    assert any(".self_attention." in name for name in both) and "qformer.num_query_tokens" in both
     for starts, winner in ((["llama", "stage1"], second), (["stage1", "llama"], first)):
         names = [str(runs[name]) for name in starts]
         train(
             recipe(
-                tmp_path / starts[0], start_from=names, optimizer=STILL, training={"steps": 1},
-                qformer={"reads_questions": True, "bert": None, "tokenizer": parts.bert},
+                tmp_path / starts[0], start_from=names, optimizer=STILL, training={"max_steps": 1},
+                qformer={"use_qformer_text_input": True, "bert": None, "tokenizer": parts.bert},
             )
         )  # fmt: skip
         after = started(tmp_path / starts[0])
@@ -220,7 +226,7 @@ def test_what_no_start_has(parts, recipe, runs, tmp_path):
         ([rest, runs["llama"]], parts.bert, r"hold no qformer \(text transformer\) \(such as qformer.* stage 1, or"),
         ([runs["llama"]], None, r"holds no qformer \(text transformer\) \(such as qformer\.blocks\.0\.text_feed"),
     ):
-        qformer = {"reads_questions": True, "bert": bert, "tokenizer": parts.bert}
+        qformer = {"use_qformer_text_input": True, "bert": bert, "tokenizer": parts.bert}
         with pytest.raises(InputError, match=expected) as raised:
             train(recipe(tmp_path / "run", start_from=[str(start) for start in starts], qformer=qformer))
         assert "\n" not in str(raised.value)
@@ -234,7 +240,7 @@ def save_rest(run, folder, keep):
 
 
 def test_one_start_and_bert(parts, recipe, runs, tmp_path, capsys):
-    train(recipe(tmp_path / "run", start_from=str(runs["llama"]), training={"steps": 1}))
+    train(recipe(tmp_path / "run", start_from=str(runs["llama"]), training={"max_steps": 1}))
     said = " ".join(capsys.readouterr().err.split())
     assert f"from {parts.bert}, as the checkpoint has none: qformer (text transformer)" in said
 
@@ -243,8 +249,8 @@ def test_one_start_and_bert(parts, recipe, runs, tmp_path, capsys):
 def test_two_starts_of_other_formats(parts, recipe, tmp_path, form):
     if form == "transformers":
         names = [str(tmp_path / name) for name in ("opt", "itm")]
-        for name, flavour in zip(names, ("opt", None), strict=True):
-            save_transformers(Path(name), flavour, parts.bert)
+        for name, flavor in zip(names, ("opt", None), strict=True):
+            save_transformers(Path(name), flavor, parts.bert)
         first, second = (open_checkpoint(name).weights for name in names)
         sizes = {}
     else:
@@ -256,18 +262,23 @@ def test_two_starts_of_other_formats(parts, recipe, tmp_path, form):
         sizes = {"hidden_size": 64, "heads": 1}
     train(
         recipe(
-            tmp_path / "run", start_from=names, optimizer=STILL, training={"steps": 1}, vision={"name": names[1]},
+            tmp_path / "run", start_from=names, optimizer=STILL, training={"max_steps": 1}, vision={"name": names[1]},
             language={"name": parts.opt, "prompt": PROMPT},
-            qformer={"reads_questions": True, "bert": None, "tokenizer": parts.bert, "layers": 3, **sizes},
+            qformer={"use_qformer_text_input": True, "bert": None, "tokenizer": parts.bert, "num_hidden_layers": 3,
+                     **sizes},
         )
     )  # fmt: skip
     after = started(tmp_path / "run")
     of = {name: "first" if name in first else "second" for name in after}
-    assert {"first", "second"} == set(of.values()) and of["projection.weight"] == of["qformer.queries"] == "first"
+    assert {"first", "second"} == set(of.values()) and of["projection.weight"] == of[
+        "qformer.num_query_tokens"
+    ] == "first"
     assert {"qformer.word_embedding.weight", "qformer.blocks.0.text_feed_forward.expand.weight"} <= {
         name for name in of if of[name] == "second"
     }
-    assert not torch.equal(first["qformer.queries"], second["qformer.queries"]) or form == "transformers"
+    assert (
+        not torch.equal(first["qformer.num_query_tokens"], second["qformer.num_query_tokens"]) or form == "transformers"
+    )
     held = {"first": first, "second": second}
     assert [name for name, tensor in after.items() if not torch.equal(tensor, held[of[name]][name].float())] == []
 
@@ -285,14 +296,14 @@ def test_any_llm_learns_to_answer_without_a_question_for_the_qformer(parts, reci
 def test_a_question_needs_a_place(parts, tmp_path):
     for changes in ({}, {"stage": "generation", "language": {"name": parts.llama, "prompt": "a photo of"}}):
         with pytest.raises(InputError, match=r"put \{\} into language.prompt where the question goes"):
-            parts.recipe(tmp_path, qformer={"reads_questions": True}, **changes)
+            parts.recipe(tmp_path, qformer={"use_qformer_text_input": True}, **changes)
 
 
 def test_records_without_questions_are_named(parts, recipe, tmp_path):
     with pytest.raises(
         InputError, match=r"no image that can be used.*it has no question, and language.prompt has \{\}"
     ):
-        train(recipe(tmp_path / "run", data={"train": parts.pictures, "batch_size": 4, "workers": 0}))
+        train(recipe(tmp_path / "run", data={"train": parts.pictures, "batch_size": 4, "num_workers": 0}))
 
 
 def test_a_question_without_answers_is_left_out(recipe, table, tmp_path):
@@ -303,7 +314,7 @@ def test_a_question_without_answers_is_left_out(recipe, table, tmp_path):
         draw("disc", "red", 0).save(folder / row["image"])
     rows[0]["answers"] = [""]
     (folder / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = {"train": str(folder / "some.jsonl"), "batch_size": 24, "workers": 0}
+    data = {"train": str(folder / "some.jsonl"), "batch_size": 24, "num_workers": 0}
     train(recipe(tmp_path / "run", data=data))
     assert {row["skipped"] for row in read_metrics(tmp_path / "run")} == {1, 2, 3, 4}
 
@@ -337,12 +348,12 @@ def test_the_tokenizer_of_questions_is_saved(parts, run):
 def both(recipe, parts, table, tmp_path_factory):
     folder = tmp_path_factory.mktemp("both")
     captions = folder / "captions.jsonl"
-    shown = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+    shown = [(color, shape) for color in COLOURS for shape in SHAPES]
     root = Path(table).parent
-    rows = [{"image": str(root / f"{colour}-{shape}.png"), "caption": f"a {colour} {shape}"} for colour, shape in shown]
+    rows = [{"image": str(root / f"{color}-{shape}.png"), "caption": f"a {color} {shape}"} for color, shape in shown]
     captions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     language = {"name": parts.llama, "prompt": "Caption:", "question_prompt": PROMPT}
-    data = {"train": {str(captions): 1.0, table: 1.0}, "batch_size": 4, "workers": 0}
+    data = {"train": {str(captions): 1.0, table: 1.0}, "batch_size": 4, "num_workers": 0}
     train(recipe(folder / "run", language=language, data=data, qformer={"dropout": 0.0}))
     return folder / "run"
 
@@ -350,7 +361,7 @@ def both(recipe, parts, table, tmp_path_factory):
 def test_captions_and_questions_have_prompts_of_their_own(both):
     pipeline = load(both, device="cpu")
     assert pipeline.question_prompt == PROMPT
-    randomise(pipeline.model.qformer)
+    randomize(pipeline.model.qformer)
     image = draw("disc", "red", 0)
     assert pipeline.caption(image, decoding=GREEDY) == pipeline.caption(image, "Caption:", decoding=GREEDY)
     asked = pipeline.answer(image, "what shape?", decoding=GREEDY)
@@ -380,7 +391,7 @@ def test_prompts_that_contradict_each_other_are_refused(recipe, parts, tmp_path,
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_the_log_likelihood_of_a_text_is_the_sum_of_its_tokens(runs, name):
     pipeline = load(runs[name], device="cpu")
-    randomise(pipeline.model.qformer)
+    randomize(pipeline.model.qformer)
     images = [draw("disc", "red", 0), draw("square", "blue", 7)]
     likely = ["a red disc", "a blue square on a large image"]
     together = pipeline.log_likelihood(images, ["x", "a longer prompt"], likely)
@@ -391,13 +402,13 @@ def test_the_log_likelihood_of_a_text_is_the_sum_of_its_tokens(runs, name):
         together, pipeline.log_likelihood(images[::-1], ["x", "a longer prompt"], likely, [1, 0]), atol=1e-4, rtol=1e-5
     )
     # What greedy search writes is likelier than the same with another word at its beginning.
-    best = pipeline.generate(images[:1], ["x"], Decoding(beams=1, max_new_tokens=3))
+    best = pipeline.generate(images[:1], ["x"], Decoding(num_beams=1, max_new_tokens=3))
     assert together.max() < 0 and torch.isfinite(pipeline.log_likelihood(images[:1], ["x"], best)).all()
 
 
 def test_the_log_likelihood_of_an_answer_depends_on_what_the_qformer_reads(run):
     pipeline = load(run, device="cpu")
-    randomise(pipeline.model.qformer)
+    randomize(pipeline.model.qformer)
     images, texts = [draw("disc", "red", 0), draw("square", "blue", 7)], ["red", "blue", "red"]
     questions, image_of = ["what color is it?", "which shape?", "is it large?"], [0, 1, 0]
     prompts = pipeline.question_prompts(questions)
@@ -419,8 +430,14 @@ def test_a_question_that_is_too_long_is_a_skipped_record(parts, recipe, table, t
     folder = tmp_path / "data"
     shutil.copytree(Path(table).parent, folder)
     (folder / "questions.jsonl").write_text("\n".join([json.dumps(long), *rows[1:]]))
-    training = {"steps": 6, "save_every": 6, "device": "cpu", "precision": "fp32"}
-    data = {"train": str(folder / "questions.jsonl"), "batch_size": 4, "workers": 0, "max_tokens": 12, "max_bad": 1.0}
+    training = {"max_steps": 6, "save_steps": 6, "device": "cpu", "precision": "fp32"}
+    data = {
+        "train": str(folder / "questions.jsonl"),
+        "batch_size": 4,
+        "num_workers": 0,
+        "max_length": 12,
+        "max_bad_fraction": 1.0,
+    }
     opt = {"name": parts.opt, "prompt": PROMPT}  # of 96 positions
     train(recipe(tmp_path / "run", language=opt, data=data, training=training))
     skipped = (tmp_path / "run" / "skipped.jsonl").read_text()
@@ -437,9 +454,9 @@ def test_limits_that_the_llm_has_no_positions_for(parts, recipe, tmp_path, name)
         config = BartConfig(vocab_size=258, d_model=32, max_position_embeddings=96, decoder_start_token_id=256, **sizes)
         BartForConditionalGeneration(config).save_pretrained(folder)
         AutoTokenizer.from_pretrained(parts.t5).save_pretrained(folder)
-    data = {"max_tokens": 100, "train": parts.pictures, "workers": 0}
+    data = {"max_length": 100, "train": parts.pictures, "num_workers": 0}
     made = recipe(tmp_path / "run", language={"name": folder, "prompt": "a "}, data=data,
-                  qformer={"reads_questions": False})  # fmt: skip
+                  qformer={"use_qformer_text_input": False})  # fmt: skip
     with pytest.raises(InputError, match="the LLM has 96 positions, which do not hold 4 queries, a prompt of") as error:
         train(made)
     assert "\n" not in str(error.value)

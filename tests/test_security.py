@@ -48,7 +48,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "blip2"
 SECRET = "hunter2-the-secret"
 MINIMAL = {"stage": "representation", "output": "run", "vision": {"name": "vit"}, "data": {"train": "pairs.jsonl"}}
 TINY = {"hidden_size": 4, "layers": 1, "heads": 1, "intermediate_size": 4, "queries": 1}
-TINY |= {"vocabulary": 4, "max_positions": 2, "contrastive_width": 4}
+TINY |= {"vocabulary": 4, "max_position_embeddings": 2, "image_text_hidden_size": 4}
 
 
 def one_line(raised) -> str:
@@ -102,7 +102,7 @@ RECIPES = {
     "arguments alone": {"evaluation": {"init_args": {"task": "retrieval"}}},
     "a class for an optional one below": {"stage": "generation", "language": {"name": "x", "lora": "notes.X"}},
     "a class for a value": {"data": {"train": CLASS, "batch_size": "notes.X"}},
-    "a class in a list": {"training": {"trackers": [CLASS]}},
+    "a class in a list": {"training": {"report_to": [CLASS]}},
     "a dotted key": {"evaluation.class_path": "notes.X"},
     "other arguments": {"vision": {"name": "vit", "dict_kwargs": {"a": 1}}},
     "a path": {"vision": {"__path__": "notes.py"}},
@@ -262,8 +262,8 @@ def test_sizes_that_the_weights_do_not_have(checkpoint, sizes):
     """Nothing of that size is made."""
     with pytest.raises(InputError, match=r"has a Q-Former of more than [\d,]+ numbers, its model\.safetensors is of"):
         open_checkpoint(str(checkpoint(qformer={**TINY, **sizes})))
-    with pytest.raises(InputError, match=r"qformer\.layers is 1000000000, expected at most 1000"):
-        open_checkpoint(str(checkpoint(qformer={**TINY, "layers": 10**9})))
+    with pytest.raises(InputError, match=r"qformer\.num_hidden_layers is 1000000000, expected at most 1000"):
+        open_checkpoint(str(checkpoint(qformer={**TINY, "num_hidden_layers": 10**9})))
     open_checkpoint(str(checkpoint()))
 
 

@@ -20,7 +20,7 @@ from blip2.errors import InputError
 from blip2.files import output_path
 from blip2.interop.foreign import Checkpoint, read_tokenizer
 from blip2.interop.formats import open_foreign
-from blip2.model.bert import check_fits, initialise_from_bert
+from blip2.model.bert import check_fits, initialize_from_bert
 from blip2.model.generation import GenerationModel
 from blip2.model.language import LanguageModel, load_language_model
 from blip2.model.lora import add_adapters
@@ -154,7 +154,7 @@ def build(
         tokenizer = text_tokenizer(recipe.qformer, checkpoint)
         model = RepresentationModel(vision, recipe.qformer, recipe.objectives)
         if from_bert:
-            initialise_from_bert(resolve(recipe.qformer.bert or ""), model.qformer, model.language_head)
+            initialize_from_bert(resolve(recipe.qformer.bert or ""), model.qformer, model.language_head)
         return Built(_placed(model, recipe, place), tokenizer)
     adapts = recipe.language.lora is not None
     dtype = choose_dtype(recipe.language.dtype, device, trains("language") and not adapts)
@@ -162,12 +162,12 @@ def build(
     if recipe.language.lora is not None:
         add_adapters(language, recipe.language.lora)
     tokenizer = read_tokenizer(resolve(recipe.language.name), recipe.language.trust_remote_code is not None)
-    reader = text_tokenizer(recipe.qformer, checkpoint) if recipe.qformer.reads_questions else None
+    reader = text_tokenizer(recipe.qformer, checkpoint) if recipe.qformer.use_qformer_text_input else None
     model = GenerationModel(vision, recipe.qformer, language, recipe.objectives)
     if from_bert:
-        initialise_from_bert(resolve(recipe.qformer.bert or ""), model.qformer)
-        model.initialise_projection()
-    end = end_of_text(tokenizer, recipe.language.stop, recipe.language.name)
+        initialize_from_bert(resolve(recipe.qformer.bert or ""), model.qformer)
+        model.initialize_projection()
+    end = end_of_text(tokenizer, recipe.language.stop_string, recipe.language.name)
     model = _placed(model, recipe, place)
     model.language.check()
     return Built(model, tokenizer, end, reader)
@@ -189,12 +189,15 @@ def read_image_encoder(config: VisionConfig, dtype: torch.dtype, opened: Checkpo
     """The image encoder that a recipe names, which may lie within a checkpoint of BLIP-2: `opened`, or another."""
     within = opened if opened is not None and opened.holds_vision else open_foreign(config.name)
     if within is None:
-        if config.heads is not None:
-            raise InputError(f"vision.heads is {config.heads}, which {config.name!r} says itself: leave it out")
+        if config.num_attention_heads is not None:
+            raise InputError(
+                f"vision.num_attention_heads is {config.num_attention_heads}, which {config.name!r} says itself:"
+                " leave it out"
+            )
         trusts = config.trust_remote_code is not None  # which is its name then: a recipe sees to that
         encoder = load_image_encoder(resolve(config.name), config.layer, config.image_size, dtype, trusts)
     elif within.holds_vision:
-        encoder = within.with_heads(config.heads).image_encoder(config.layer, config.image_size, dtype)
+        encoder = within.with_heads(config.num_attention_heads).image_encoder(config.layer, config.image_size, dtype)
     else:
         raise InputError(f"{config.name!r} ({within.about}) holds no image encoder: set vision.name to one that does")
     encoding = config.position_encoding
@@ -208,7 +211,7 @@ def read_language_model(
     """The LLM that a recipe names, which may lie within a BLIP-2 of transformers: `opened`, or another.
 
     Args:
-        device: where it is quantised, if it is to be.
+        device: where it is quantized, if it is to be.
     """
     within = opened if opened is not None and opened.holds_language else open_foreign(config.name)
     if within is None:
@@ -217,7 +220,7 @@ def read_language_model(
     if not within.holds_language:
         raise InputError(f"{config.name!r} ({within.about}) holds no LLM: set language.name to one that does")
     if config.quantization is not None:
-        raise InputError(f"the LLM inside {within.name} cannot be quantised: set language.name to the LLM's own files")
+        raise InputError(f"the LLM inside {within.name} cannot be quantized: set language.name to the LLM's own files")
     return within.language_model(dtype, config.activation)
 
 
@@ -230,21 +233,21 @@ def text_tokenizer(config: QFormerConfig, checkpoint: Checkpoint | None) -> PreT
         raise InputError("the Q-Former has no text tokenizer: set qformer.tokenizer, or qformer.bert")
     tokenizer = read_tokenizer(resolve(name))
     tokenizer.add_special_tokens({"bos_token": DECODER_START})
-    tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_positions)
-    if len(tokenizer) != config.vocabulary:
+    tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
+    if len(tokenizer) != config.vocab_size:
         raise InputError(
             f"the tokenizer of {name!r} has {len(tokenizer)} tokens with {DECODER_START}, the recipe's"
-            f" qformer.vocabulary is {config.vocabulary}: set qformer.vocabulary to {len(tokenizer)}"
+            f" qformer.vocab_size is {config.vocab_size}: set qformer.vocab_size to {len(tokenizer)}"
         )
     return tokenizer
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: QFormerConfig, name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint, if the Q-Former has an embedding for each of its words."""
-    beyond = [token for token, index in tokenizer.get_vocab().items() if index >= config.vocabulary]
+    beyond = [token for token, index in tokenizer.get_vocab().items() if index >= config.vocab_size]
     if set(beyond) - {IMAGE_TOKEN}:  # which stands for the picture and is never embedded
         raise InputError(
-            f"the tokenizer of {name!r} has tokens beyond the Q-Former's vocabulary of {config.vocabulary}, such as"
+            f"the tokenizer of {name!r} has tokens beyond the Q-Former's vocabulary of {config.vocab_size}, such as"
             f" {min(beyond)!r}: copy the tokenizer that belongs to the checkpoint"
         )
     return tokenizer
@@ -259,11 +262,12 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase, stop: str | None, name: str)
     if stop is not None:
         ids = tokenizer(stop, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
-            raise InputError(f"language.stop {stop!r} is {len(ids)} tokens for {name!r}, expected exactly one")
+            raise InputError(f"language.stop_string {stop!r} is {len(ids)} tokens for {name!r}, expected exactly one")
         return ids[0]
     if tokenizer.eos_token_id is None:
         raise InputError(
-            f"the tokenizer of {name!r} has no end-of-text token, so texts would never end: set language.stop to the"
+            f"the tokenizer of {name!r} has no end-of-text token, so texts would never end: set language.stop_string"
+            " to the"
             r' text that ends a caption, for example "\n"'
         )
     assert isinstance(tokenizer.eos_token_id, int)
@@ -272,9 +276,9 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase, stop: str | None, name: str)
 
 def prepare_texts(recipe: Recipe, built: Built) -> TextPreparation:
     """How captions become what the stage trains on."""
-    limit = recipe.data.max_tokens
+    limit = recipe.data.max_length
     if recipe.language is None or not isinstance(built.model, GenerationModel):
-        limit = min(limit, recipe.qformer.max_positions)
+        limit = min(limit, recipe.qformer.max_position_embeddings)
         return RepresentationTexts(built.tokenizer, limit, recipe.data.text_normalization)
     assert built.end is not None
     language = built.model.language
@@ -290,8 +294,9 @@ def prepare_texts(recipe: Recipe, built: Built) -> TextPreparation:
     longest = max(texts.prompt_length(prompt) for prompt in (recipe.language.prompt, texts.question_prompt or ""))
     if texts.room is not None and longest > texts.room:
         raise InputError(
-            f"the LLM has {language.positions} positions, which do not hold {recipe.qformer.queries} queries, a prompt"
-            f" of {longest} tokens and data.max_tokens {limit}: make data.max_tokens or language.prompt shorter, or set"
+            f"the LLM has {language.positions} positions, which do not hold {recipe.qformer.num_query_tokens}"
+            " queries, a prompt"
+            f" of {longest} tokens and data.max_length {limit}: make data.max_length or language.prompt shorter, or set"
             " language.name to another"
         )
     return texts
@@ -301,11 +306,11 @@ def _room(recipe: Recipe, language: LanguageModel) -> int | None:
     """Tokens that a prompt may have beside queries and caption; None: any number. Below 0 nothing fits at all."""
     if language.positions is None:
         return None
-    captions = recipe.data.max_tokens
+    captions = recipe.data.max_length
     if not language.is_encoder_decoder:
-        return language.positions - recipe.qformer.queries - captions
+        return language.positions - recipe.qformer.num_query_tokens - captions
     # The decoder writes the caption; without a prompt, the encoder reads the beginning of it.
-    room = language.positions - recipe.qformer.queries
+    room = language.positions - recipe.qformer.num_query_tokens
     if captions > language.positions or (
         recipe.language is not None and not recipe.language.prompt and captions > room
     ):

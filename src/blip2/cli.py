@@ -71,7 +71,9 @@ def _fail(message: object, status: int) -> int:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate" in str(error)
+    return (
+        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate" in str(error)
+    )
 
 
 def _fail_unforeseen(error: Exception) -> int:
@@ -102,7 +104,7 @@ def _run(arguments: Sequence[str]) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        os.getcwd()
+        Path.cwd()
     except FileNotFoundError as error:
         raise InputError("the current folder is gone: change to one that is there") from error
     keep_memory()
@@ -277,7 +279,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--limit", type=int, metavar="N", help="only the first N records")
     evaluate.add_argument("--prompt", help="of captions, or of questions with {} in it (default: the model's own)")
     evaluate.add_argument(
-        "--candidates", type=int, default=128, help="texts an image that are re-ranked in retrieval (default: 128)"
+        "--rerank-k", type=int, default=128, help="texts an image that are re-ranked in retrieval (default: 128)"
     )
     evaluate.add_argument(
         "--fusion",
@@ -292,7 +294,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="of comparing answers (default: official)",
     )
     evaluate.add_argument(
-        "--lemmatise",
+        "--lemmatize",
         action="store_true",
         help="score answers in base forms as well, which is always done for ok-vqa; needs spaCy",
     )
@@ -348,10 +350,10 @@ def add_model(parser: argparse.ArgumentParser, stage: str | None, needed: bool =
 
 
 def add_decoding(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--beams", type=int, help="beam width; 1 is greedy (default: 5)")
+    parser.add_argument("--num-beams", type=int, help="beam width; 1 is greedy (default: 5)")
     parser.add_argument("--top-p", type=float, help="nucleus sampling instead of beam search")
     parser.add_argument("--temperature", type=float, help="of sampling (default: 1)")
-    parser.add_argument("--length-penalty", type=float, help="below 0 favours short texts (default: 1, answers -1)")
+    parser.add_argument("--length-penalty", type=float, help="below 0 favors short texts (default: 1, answers -1)")
     parser.add_argument("--max-new-tokens", type=int, help="longest text in tokens (default: 30, answers 10)")
     parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
 
@@ -463,8 +465,8 @@ def run_evaluate(options: argparse.Namespace) -> None:
 
     decoding = {name: getattr(options, name) for name in DECODING}
     config = EvaluationConfig(
-        options.task, options.data, prompt=options.prompt, candidates=options.candidates, fusion=options.fusion,
-        rules=options.rules, lemmatise=options.lemmatise, **decoding,
+        options.task, options.data, prompt=options.prompt, rerank_k=options.rerank_k, fusion=options.fusion,
+        rules=options.rules, lemmatize=options.lemmatize, **decoding,
     )  # fmt: skip
     settings = settings_of(config, _seed(options))
     if options.predictions is not None:
@@ -505,7 +507,7 @@ def _decoding(options: argparse.Namespace, questions: bool):
 
     set_seed(_seed(options))
     given = {
-        "beams": options.beams,
+        "num_beams": options.num_beams,
         "top_p": options.top_p,
         "temperature": options.temperature,
         "length_penalty": options.length_penalty,

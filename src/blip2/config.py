@@ -26,7 +26,7 @@ IMAGE_TOKEN = "<image>"
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The image encoder (§3.4), frozen unless optimizer.rates trains it (§4.2-4.4)."""
+    """The image encoder (§3.4), frozen unless optimizer.learning_rate trains it (§4.2-4.4)."""
 
     name: str
     """Folder or hub name in transformers' format (CLIP, SigLIP, DINO, ViT, EVA-g, CNNs ...), timm:NAME with the extra
@@ -35,7 +35,7 @@ class VisionConfig:
     """Whose features to use; null: second-last for transformers, as the paper does, last for CNNs."""
     image_size: int | None = None
     """Height and width of images in pixels; null: the encoder's own. Position embeddings are interpolated."""
-    heads: int | None = None
+    num_attention_heads: int | None = None
     """Attention heads of an image encoder whose file does not say it: an EVA-CLIP in LAVIS's format of another width
     than ViT-g's. null: as its file says."""
     position_encoding: Literal["auto", "sine2d", "none"] = "auto"
@@ -44,7 +44,7 @@ class VisionConfig:
     tested by moving an image; none for ViTs with position embeddings. Published BLIP-2 checkpoints have none."""
     dtype: Precision | None = None
     """Of its weights and computation; null: fp32 where it trains or runs on a CPU, otherwise bf16."""
-    drop_path: float = 0.0
+    drop_path_rate: float = 0.0
     """Stochastic depth while it trains: how often its last block is left out for an image; falls evenly to 0 at its
     first. The paper fine-tunes with 0."""
     trust_remote_code: str | None = None
@@ -63,23 +63,23 @@ class QFormerConfig:
     """Folder or hub name of the tokenizer of its text; null: BERT's."""
     hidden_size: int = 768
     """D, its width."""
-    layers: int = 12
+    num_hidden_layers: int = 12
     """Number of blocks."""
-    heads: int = 12
+    num_attention_heads: int = 12
     """Number of attention heads."""
     intermediate_size: int = 3072
     """Width inside a feed-forward."""
-    queries: int = 32
+    num_query_tokens: int = 32
     """Q, the number of learned queries."""
-    cross_attention_every: int = 2
+    cross_attention_frequency: int = 2
     """Every how many blocks the queries look at the image, beginning with the first."""
-    contrastive_width: int = 256
+    image_text_hidden_size: int = 256
     """C, the width in which images and texts are compared."""
-    vocabulary: int = 30523
+    vocab_size: int = 30523
     """Number of its tokens, [DEC] included, which is the last."""
-    max_positions: int = 512
+    max_position_embeddings: int = 512
     """Longest text in tokens that it has positions for."""
-    reads_questions: bool = False
+    use_qformer_text_input: bool = False
     """The question's tokens go into the Q-Former beside the queries, so that it looks for what is asked (Figure 7).
     Only for stage generation."""
     dropout: float = 0.1
@@ -93,15 +93,15 @@ class QFormerConfig:
 @dataclass(frozen=True)
 class LoraConfig:
     """Low-rank adapters (LoRA) that train in an LLM whose own weights stay frozen. Needs the extra blip2[lora]; their
-    rate is that of "language.*lora_*" in optimizer.rates, before "language.*"."""
+    rate is that of "language.*lora_*" in optimizer.learning_rate, before "language.*"."""
 
-    rank: int = 16
+    r: int = 16
     """Rank of what is added to a matrix."""
-    alpha: int = 32
+    lora_alpha: int = 32
     """What is added is scaled by alpha / rank."""
-    dropout: float = 0.0
+    lora_dropout: float = 0.0
     """Share of an adapter's inputs dropped in training."""
-    targets: list[str] | None = None
+    target_modules: list[str] | None = None
     """Ends of the names of the matrices that get one (q_proj); null: PEFT's choice for the LLM."""
 
 
@@ -127,7 +127,7 @@ class LanguageConfig:
     """How the projection to the LLM starts where no checkpoint has one. least_squares: the linear map from Z to the
     LLM's token embeddings of the captions, solved for on some hundred images of the first table of data.train
     (docs/queries.md)."""
-    stop: str | None = None
+    stop_string: str | None = None
     """Text that ends a caption; null: the tokenizer's end-of-text token. The paper's OPT models use a newline."""
     activation: str | None = None
     """Of its feed-forwards, where it has to be another than its own: the paper's FlanT5 models ran with gelu."""
@@ -202,22 +202,22 @@ class DataConfig:
     """Read in order without counting or copying; null: for WebDataset shards, and what a URL names."""
     batch_size: int = 64
     """Pairs a process takes at once."""
-    max_tokens: int = 32
+    max_length: int = 32
     """Longer captions are cut, and counted."""
     text_normalization: TextNormalization = "none"
     """Normalization of captions and questions before they are tokenized, in training and by everything that uses the
     model. lavis: lower case, without .!"()*#:;~ and at most 50 words, as LAVIS and so the published checkpoints do it,
     for which it is the default. Answers and prompts are left as they are."""
-    smallest_crop: float = 0.5
+    min_crop_scale: float = 0.5
     """Random crops cover between this share and all of an image (§3.4)."""
-    flip: bool = True
+    horizontal_flip: bool = True
     """Mirror half of the images. Switch it off where left and right matter."""
     group_by_length: bool = True
     """Make batches of captions of like length, so that little padding is computed. Answers to questions are always
     mixed. Switch it off where captions are few and short: those of one length are too much alike."""
-    workers: int = 2
+    num_workers: int = 2
     """Processes that decode images beside the training process; 0 decodes within it."""
-    max_bad: float = 0.05
+    max_bad_fraction: float = 0.05
     """A run stops when more than this share of what it met is bad: samples whose image, caption or question is missing
     or damaged, or shards that break off. Judged after 1000 samples or 50 shards."""
     cached_views: int = 0
@@ -239,7 +239,7 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW and its schedule (§3.4)."""
 
-    rates: dict[str, float | Literal["frozen"]] = field(
+    learning_rate: dict[str, float | Literal["frozen"]] = field(
         default_factory=lambda: {"vision.*": "frozen", "language.*": "frozen", "*": 1e-4}
     )
     """Which parameters train at which peak rate: shell patterns of their names; the first that matches decides."""
@@ -252,14 +252,14 @@ class OptimizerConfig:
     """On matrices; never on biases, norms, the temperature or the queries."""
     warmup_steps: int = 2000
     """Steps of linear warm-up."""
-    final_rate: float = 0.1
+    min_lr_rate: float = 0.1
     """Where the cosine ends, as a share of the peak. The paper's stage 2 ends at half its peak."""
-    clip_norm: float | None = 1.0
+    max_grad_norm: float | None = 1.0
     """Gradients are scaled down to this norm; null: never."""
 
     def trains(self, part: str) -> bool:
         """Whether anything of a part (``vision``) has a rate, as far as the patterns tell."""
-        for pattern, rate in self.rates.items():
+        for pattern, rate in self.learning_rate.items():
             begins = re.split(r"[*?[]", pattern)[0]
             if rate != "frozen" and (begins.startswith(f"{part}.") or f"{part}.".startswith(begins)):
                 return True
@@ -272,43 +272,43 @@ class OptimizerConfig:
 class TrainingConfig:
     """How long, with what precision, and what is kept."""
 
-    steps: int = 250_000
-    """Optimiser steps in all."""
-    accumulate: int = 1
-    """Batches a process takes for one optimiser step."""
+    max_steps: int = 250_000
+    """Optimizer steps in all."""
+    gradient_accumulation_steps: int = 1
+    """Batches a process takes for one optimizer step."""
     precision: Precision | None = None
     """Of what trains: bf16 and fp16 keep fp32 weights and compute in half precision; null: bf16 on a GPU, fp32 on a
     CPU."""
-    activation_checkpointing: bool = False
+    gradient_checkpointing: bool = False
     """Keep only what goes into each block of the Q-Former, of an image encoder that trains and of the LLM, and compute
     the rest again in the backward pass: about a third more time, and much less memory. The results are the same."""
-    compile: bool = False
+    torch_compile: bool = False
     """Let torch.compile fuse what lies between the matrix products of the Q-Former's blocks and of a frozen image
     encoder. Pays on GPUs and in long runs: the first steps take minutes."""
-    deterministic: bool = False
+    full_determinism: bool = False
     """Use only operations of PyTorch that give the same bits each time, so that a run on a GPU that was stopped and
     resumed equals one that was not, bit for bit. Slower; on a CPU it is so anyway."""
     shard_frozen: bool = False
     """Deal out the frozen LLM and image encoder to the processes of each machine, where one GPU cannot hold them: a
     block is whole only while it computes (FSDP2). What trains stays whole in each process."""
-    timeout: int = 1800
+    ddp_timeout: int = 1800
     """Seconds that a process waits for the others before it gives up, because one of them died or hangs. Longer than
     the first process takes to index the data or to write a checkpoint."""
     device: Literal["cpu", "cuda", "mps"] | None = None
     """null: a GPU if there is one."""
     seed: int = 0
     """All randomness follows from it."""
-    save_every: int = 1000
+    save_steps: int = 1000
     """Steps between checkpoints."""
-    keep: int = 2
+    save_total_limit: int = 2
     """Checkpoints kept; older ones are deleted."""
-    validate_every: int = 1000
+    eval_steps: int = 1000
     """Steps between measurements on data.validation."""
-    best: str | None = None
-    """Metric whose best checkpoint is kept as best in the run's folder, whatever training.keep says: validation_loss or
-    another that is measured on data.validation (of losses and perplexities the smallest is best), or one of evaluation,
-    such as evaluation_CIDEr, evaluation_accuracy, evaluation_itm_IR@1. null: none."""
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
+    metric_for_best_model: str | None = None
+    """Metric whose best checkpoint is kept as best in the run's folder, whatever training.save_total_limit says:
+    validation_loss or another that is measured on data.validation (of losses and perplexities the smallest is best), or
+    one of evaluation, such as evaluation_CIDEr, evaluation_accuracy, evaluation_itm_IR@1. null: none."""
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
     """Where metrics go beside metrics.jsonl."""
 
 
@@ -321,29 +321,29 @@ class EvaluationConfig:
     """What to score: retrieval for stage representation, captioning or vqa for stage generation."""
     data: str
     """Held-out records: what data.train may say."""
-    every: int = 1000
+    eval_steps: int = 1000
     """Steps between evaluations; there is one after the last step, too."""
     limit: int | None = None
     """Only so many records, the first ones; null: all."""
     prompt: str | None = None
     """Of captions, or of questions with {} in it; null: the model's own."""
-    beams: int | None = None
+    num_beams: int | None = None
     """Beam width; 1 is greedy; null: 5."""
     top_p: float | None = None
     """Nucleus sampling instead of beam search."""
     temperature: float | None = None
     """Of sampling; null: 1."""
     length_penalty: float | None = None
-    """Below 0 favours short texts; null: 1, for answers -1."""
+    """Below 0 favors short texts; null: 1, for answers -1."""
     max_new_tokens: int | None = None
     """Longest text in tokens; null: 30, for answers 10."""
-    candidates: int = 128
+    rerank_k: int = 128
     """Of retrieval: how many in each direction are re-ranked; 0: none."""
     fusion: Literal["itm", "itm+itc"] = "itm"
     """Of retrieval: what re-ranks them; itm+itc is LAVIS's."""
     rules: Literal["official", "lavis"] = "official"
     """Of comparing answers."""
-    lemmatise: bool = False
+    lemmatize: bool = False
     """Score answers in base forms as well, as LAVIS does for OK-VQA, for which it is always done. Needs spaCy."""
 
 
@@ -403,17 +403,18 @@ class Recipe:
             )
         if self.training.shard_frozen and self.language is not None and self.language.quantization is not None:
             raise InputError(
-                "a quantised LLM cannot be dealt out: leave out one of training.shard_frozen and language.quantization"
+                "a quantized LLM cannot be dealt out: leave out one of training.shard_frozen and language.quantization"
             )
-        if self.qformer.reads_questions and (self.language is None or not self.language.asks):
+        if self.qformer.use_qformer_text_input and (self.language is None or not self.language.asks):
             raise InputError(
-                "qformer.reads_questions is for stage generation with questions: put {} into language.prompt where the"
+                "qformer.use_qformer_text_input is for stage generation with questions: put {} into language.prompt"
+                " where the"
                 ' question goes, as in "Question: {} Answer:"'
             )
-        if self.qformer.hidden_size % self.qformer.heads:
+        if self.qformer.hidden_size % self.qformer.num_attention_heads:
             raise InputError(
-                f"qformer.hidden_size {self.qformer.hidden_size} is not a multiple of qformer.heads"
-                f" {self.qformer.heads}"
+                f"qformer.hidden_size {self.qformer.hidden_size} is not a multiple of qformer.num_attention_heads"
+                f" {self.qformer.num_attention_heads}"
             )
 
     @property
@@ -425,7 +426,7 @@ class Recipe:
     def begins_with_bert(self) -> bool:
         """Whether BERT's weights are read before what the run starts from. A stage 2 that reads no questions has none
         of them but those that a stage 1 has trained, and several checkpoints have to hold all of the Q-Former."""
-        wanted = not self.starts or self.language is None or self.qformer.reads_questions
+        wanted = not self.starts or self.language is None or self.qformer.use_qformer_text_input
         return self.qformer.bert is not None and wanted and len(self.starts) < 2
 
     def _check_numbers(self) -> None:
@@ -457,13 +458,18 @@ class Recipe:
                 "training.shard_frozen needs all processes at the same work, which an evaluation is not: leave one out,"
                 " and evaluate checkpoints with blip2 evaluate"
             )
-        best = self.training.best or ""
+        best = self.training.metric_for_best_model or ""
         needs = {"validation_": ("data.validation", self.data.validation), "evaluation_": ("evaluation", task)}
         for beginning, (key, value) in needs.items():
             if best.startswith(beginning) and value is None:
-                raise InputError(f"training.best is {best}, which needs {key}: set it, or another training.best")
+                raise InputError(
+                    f"training.metric_for_best_model is {best}, which needs {key}: set it, or another"
+                    " training.metric_for_best_model"
+                )
         if best and not best.startswith(tuple(needs)):
-            raise InputError(f"training.best is {best}, expected a name that begins with {' or '.join(needs)}")
+            raise InputError(
+                f"training.metric_for_best_model is {best}, expected a name that begins with {' or '.join(needs)}"
+            )
 
 
 @cache

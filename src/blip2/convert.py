@@ -85,7 +85,7 @@ def convert(
         raise InputError(f"a second checkpoint for stage 1 goes with the format transformers alone, not {to}")
     checkpoint = open_checkpoint(str(source), changes)
     log.info("%s: %s", checkpoint.name, checkpoint.about)
-    if checkpoint.recipe.qformer.reads_questions and to != "blip2":
+    if checkpoint.recipe.qformer.use_qformer_text_input and to != "blip2":
         raise InputError(
             f"{checkpoint.name} has a Q-Former that reads questions, for which the BLIP-2 of {to} has no place: convert"
             " it to blip2"
@@ -298,7 +298,10 @@ def _with_stage1(checkpoint: Checkpoint, stage1: Checkpoint) -> Checkpoint:
             f"{checkpoint.name} and {stage1.name} have different Q-Formers ({len(other)} weights differ, such as"
             f" {min(other)}), and one folder holds one: convert each to a folder of its own"
         )
-    sizes = {key: getattr(stage1.recipe.qformer, key) for key in ("vocabulary", "max_positions", "contrastive_width")}
+    sizes = {
+        key: getattr(stage1.recipe.qformer, key)
+        for key in ("vocabulary", "max_position_embeddings", "image_text_hidden_size")
+    }
     qformer = replace(checkpoint.recipe.qformer, **sizes)
     return replace(
         checkpoint,
@@ -312,7 +315,7 @@ def _with_vision(checkpoint: Checkpoint, clip: bool) -> Checkpoint:
     recipe = checkpoint.recipe
     trained = () if checkpoint.holds_vision else tuple(checkpoint.weights.part("vision."))
     holder = checkpoint if checkpoint.holds_vision else open_foreign(recipe.vision.name)
-    holder = holder and holder.with_heads(recipe.vision.heads)
+    holder = holder and holder.with_heads(recipe.vision.num_attention_heads)
     fits = holder is not None and (clip or isinstance(holder.vision_config, Blip2VisionConfig))
     if holder is not None and holder.holds_vision and fits and not trained:
         assert holder.preprocessing is not None
@@ -379,7 +382,7 @@ def _with_image_token(checkpoint: Checkpoint) -> tuple[Checkpoint, PreTrainedTok
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, False)
     side = "right" if checkpoint.language_config.is_encoder_decoder else "left"
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = side  # the latter is what is saved
-    end = end_of_text(tokenizer, named.stop, named.name)
+    end = end_of_text(tokenizer, named.stop_string, named.name)
     config = copy.deepcopy(checkpoint.language_config)
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if end not in ends:

@@ -41,7 +41,7 @@ Images = ImageLike | Iterable[ImageLike]
 CAPTION = Decoding()
 """How captions are generated unless said otherwise: beam search of width 5."""
 ANSWER = Decoding(length_penalty=-1.0, max_new_tokens=10)
-"""How answers are generated unless said otherwise: short ones are favoured (§4.1)."""
+"""How answers are generated unless said otherwise: short ones are favored (§4.1)."""
 QUESTION = "Question: {} Answer:"
 """How a question is put to a decoder-only LLM (§4.1)."""
 WHOLE = 2**31
@@ -223,7 +223,7 @@ class RepresentationPipeline(Pipeline[RepresentationModel]):
         Texts are normalized as ``data.text_normalization`` says; those beyond the limit are cut.
         """
         texts = normalize_captions(texts, self.recipe.data.text_normalization)
-        limit = min(self.recipe.qformer.max_positions, 2 * self.recipe.data.max_tokens)
+        limit = min(self.recipe.qformer.max_position_embeddings, 2 * self.recipe.data.max_length)
         ids, mask, _ = encode_texts(self.tokenizer, texts, limit)
         return ids.to(self.device), mask.to(self.device)
 
@@ -445,7 +445,7 @@ class GenerationPipeline(Pipeline[GenerationModel]):
         return torch.cat(parts)
 
     def _check_length(self, tokens: int, decoding: Decoding) -> None:
-        language, queries = self.model.language, self.recipe.qformer.queries
+        language, queries = self.model.language, self.recipe.qformer.num_query_tokens
         positions = language.positions
         new = 0 if language.is_encoder_decoder else decoding.max_new_tokens
         if positions is not None and queries + tokens + new > positions:

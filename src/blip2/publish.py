@@ -27,7 +27,7 @@ from blip2.training.checkpoint import FOLDER
 from blip2.training.progress import METRICS
 
 LICENCES = {
-    "facebook/opt-*": "other (OPT-175B licence: research that is not commercial)",
+    "facebook/opt-*": "other (OPT-175B license: research that is not commercial)",
     "google/flan-t5-*": "apache-2.0",
     "google-bert/*": "apache-2.0",
     "openai/clip-vit-*": "mit",
@@ -37,7 +37,7 @@ LICENCES = {
 """Of the parts that the paper is made of, by a pattern of their names."""
 UNKNOWN = "not stated by its files: check it before you publish"
 BOOKKEEPING = {
-    "step", "seconds", "images_per_second", "data_seconds", "data_share", "gpu_memory_gib", "gpu_utilisation",
+    "step", "seconds", "images_per_second", "data_seconds", "data_share", "gpu_memory_gib", "gpu_utilization",
     "gradient_norm", "rate", "rate_share", "itc_temperature", "source", "drawn", "shards", "cut", "skipped",
     *(f"skipped_{cause}" for cause in CAUSES),
 }  # fmt: skip
@@ -58,25 +58,25 @@ def model_card(checkpoint: Checkpoint, to: str, *, stage1: Checkpoint | None = N
     recipe = checkpoint.recipe
     stages = {f"### Stage {1 if c.recipe.language is None else 2}": c for c in (checkpoint, stage1) if c is not None}
     parts = list(dict.fromkeys(part for each in stages.values() for part in _parts(each)))
-    licences = {name: licence_of(name) for name in dict.fromkeys(name for _, name in parts)}
+    licenses = {name: license_of(name) for name in dict.fromkeys(name for _, name in parts)}
     short = dict.fromkeys(Path(part.name).name for part in (recipe.vision, recipe.language) if part is not None)
     does = "compares images and texts: its {} queries read the features of a frozen image encoder"
     if recipe.language is not None:
         does = "writes about images: a frozen image encoder's features become {} soft visual prompts of a frozen LLM"
     sections = [
-        f"---\n{_front_matter(checkpoint, to, licences)}\n---",
+        f"---\n{_front_matter(checkpoint, to, licenses)}\n---",
         f"# BLIP-2: {' and '.join(short)}",
-        f"A Querying Transformer that {does.format(recipe.qformer.queries)}.",
+        f"A Querying Transformer that {does.format(recipe.qformer.num_query_tokens)}.",
         "## Use",
         *_use(checkpoint, to, both=stage1 is not None),
         "## Training",
         *(text for title, each in stages.items() for text in (title, *_training(each))),
         "## Results",
         *(text for title, each in stages.items() for text in (title, _results(each))),
-        "## Parts and licences",
-        "What follows was made by others and keeps its licence. Where one holds another, as a BLIP-2 does its LLM, the"
-        " licence may not be that of both.",
-        _table(["part", "name", "licence"], [[role, f"`{name}`", licences[name] or UNKNOWN] for role, name in parts]),
+        "## Parts and licenses",
+        "What follows was made by others and keeps its license. Where one holds another, as a BLIP-2 does its LLM, the"
+        " license may not be that of both.",
+        _table(["part", "name", "license"], [[role, f"`{name}`", licenses[name] or UNKNOWN] for role, name in parts]),
         "## Limits",
         LIMITS,
         "## Citation",
@@ -85,12 +85,12 @@ def model_card(checkpoint: Checkpoint, to: str, *, stage1: Checkpoint | None = N
     return "\n\n".join(sections) + "\n"
 
 
-def _front_matter(checkpoint: Checkpoint, to: str, licences: dict[str, str | None]) -> str:
+def _front_matter(checkpoint: Checkpoint, to: str, licenses: dict[str, str | None]) -> str:
     generates = checkpoint.recipe.language is not None
-    stated = {licence and licence.lower() for licence in licences.values()}
-    licence = stated.pop() if len(stated) == 1 else None
-    licence = None if licence is None or licence.startswith("other") else licence
-    base = [hub for hub in map(_hub_name, licences) if hub is not None]
+    stated = {license and license.lower() for license in licenses.values()}
+    license = stated.pop() if len(stated) == 1 else None
+    license = None if license is None or license.startswith("other") else license
+    base = [hub for hub in map(_hub_name, licenses) if hub is not None]
     return ModelCardData(
         library_name="transformers" if to == "vllm" else to,
         pipeline_tag="image-to-text" if generates else "zero-shot-image-classification",
@@ -98,8 +98,8 @@ def _front_matter(checkpoint: Checkpoint, to: str, licences: dict[str, str | Non
             "blip-2",
             *(["image-captioning", "visual-question-answering"] if generates else ["image-text-retrieval"]),
         ],
-        license=licence or "other",
-        license_name=None if licence else "see-frozen-parts",
+        license=license or "other",
+        license_name=None if license else "see-frozen-parts",
         base_model=base or None,
         base_model_relation="finetune" if base else None,
     ).to_yaml()
@@ -130,16 +130,17 @@ def _training(checkpoint: Checkpoint) -> list[str]:
     bert = f"the BERT `{recipe.qformer.bert}`" if recipe.qformer.bert else "random weights"
     start = " and ".join(f"the weights of `{name}`" for name in recipe.starts) or bert
     sources = ", ".join(
-        f"`{name}`" + (f" ({licence_of(name)})" if name.startswith(PREFIX) else "") for name in data.sources
+        f"`{name}`" + (f" ({license_of(name)})" if name.startswith(PREFIX) else "") for name in data.sources
     )
     held_out = f"`{data.validation}` was held out" if data.validation else "no pairs were held out"
     weights = {name.upper(): getattr(recipe.objectives, name) for name in ("itc", "itm", "itg")}
     losses = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in weights.items() if weight)
     if recipe.language is not None:
-        losses = "the language modelling loss of the captions"
+        losses = "the language modeling loss of the captions"
     step, processes = _step(checkpoint), _processes(checkpoint)
-    at = f"the recipe's {training.steps} steps" if step is None else f"step {step} of {training.steps}"
-    pairs = f"{data.batch_size * training.accumulate * (processes or 1)} pairs{'' if processes else ' a process'}"
+    at = f"the recipe's {training.max_steps} steps" if step is None else f"step {step} of {training.max_steps}"
+    count = data.batch_size * training.gradient_accumulation_steps * (processes or 1)
+    pairs = f"{count} pairs{'' if processes else ' a process'}"
     return [
         f"Trained on {sources}; {held_out}. The Q-Former started from {start}.",
         f"This is {at}, each of {pairs}, with AdamW on {losses}.",
@@ -193,7 +194,7 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _use(checkpoint: Checkpoint, to: str, both: bool) -> list[str]:
     """Programs that use a folder, and what is to be known beside them."""
-    language, queries = checkpoint.recipe.language, checkpoint.recipe.qformer.queries
+    language, queries = checkpoint.recipe.language, checkpoint.recipe.qformer.num_query_tokens
     if to == "vllm":
         return [SERVE]
     if to == "lavis":
@@ -287,11 +288,11 @@ CITATION = """\
   note      = {arXiv:2301.12597},
 }"""
 
-# -- licences ----------------------------------------------------------------------------------------------------------
+# -- licenses ----------------------------------------------------------------------------------------------------------
 
 
-def licence_of(name: str) -> str | None:
-    """The licence of a part: by a folder's own README.md, by what is known here, by its card on the hub.
+def license_of(name: str) -> str | None:
+    """The license of a part: by a folder's own README.md, by what is known here, by its card on the hub.
 
     Args:
         name: folder, file, hub name, ``timm:NAME`` or ``package:NAME``.
@@ -301,8 +302,8 @@ def licence_of(name: str) -> str | None:
     """
     if name.startswith(PREFIX):
         asset = ASSETS.get(name.removeprefix(PREFIX).partition("/")[0])
-        return None if asset is None else asset.licence
-    known = next((licence for pattern, licence in LICENCES.items() if fnmatchcase(name, pattern)), None)
+        return None if asset is None else asset.license
+    known = next((license for pattern, license in LICENCES.items() if fnmatchcase(name, pattern)), None)
     try:
         stated = _stated(metadata_load(Path(name).expanduser() / "README.md"))
     except (OSError, ValueError, YAMLError):
@@ -317,10 +318,10 @@ def licence_of(name: str) -> str | None:
 
 
 def _stated(front_matter: dict[str, Any] | None) -> str | None:
-    licence, name = (front_matter or {}).get("license"), (front_matter or {}).get("license_name")
-    if isinstance(licence, list):
-        licence = ", ".join(map(str, licence))
-    return f"other ({name})" if licence == "other" and name else str(licence) if licence else None
+    license, name = (front_matter or {}).get("license"), (front_matter or {}).get("license_name")
+    if isinstance(license, list):
+        license = ", ".join(map(str, license))
+    return f"other ({name})" if license == "other" and name else str(license) if license else None
 
 
 def _api(token: str | None = None) -> HfApi:

@@ -125,8 +125,8 @@ def test_a_recipe_trains_on_what_was_written(done, parts, tmp_path):
         sources[str(folder / Path(source).name)] = weight / 1e6
     assert len(sources) == 6
     # More equal shares, so that each is drawn.
-    small = replace(data, train=sources, temperature=8.0, batch_size=2, workers=0, max_tokens=30)
-    train(parts.recipe(tmp_path / "run", data=vars(small), training={"steps": 30, "save_every": 30}))
+    small = replace(data, train=sources, temperature=8.0, batch_size=2, num_workers=0, max_length=30)
+    train(parts.recipe(tmp_path / "run", data=vars(small), training={"max_steps": 30, "save_steps": 30}))
     last = read_metrics(tmp_path / "run")[-1]
     assert set(last["drawn"]) == set(sources) and min(last["drawn"].values()) > 0
     assert last["skipped"] == 0
@@ -174,7 +174,7 @@ def test_what_is_done_is_not_done_again(done, runs, shards, tmp_path, monkeypatc
         run(runs, shards / "*.tar", again, Settings())
 
 
-def test_samples_are_of_the_picture_not_of_its_neighbours(done, runs, shards, tmp_path):
+def test_samples_are_of_the_picture_not_of_its_neighbors(done, runs, shards, tmp_path):
     """The same pictures in other shards, one of them broken, get the same captions."""
     output, _ = done
     members = [(name, data) for n in (2, 0) for name, data in read_tar(shards / f"0000{n}.tar").items()]
@@ -253,6 +253,6 @@ def test_shards_of_several_folders_have_names_of_their_own(tmp_path):
 
 def test_settings_that_cannot_be():
     with pytest.raises(InputError, match="3 captions of 2 beams are not to be had"):
-        Settings(captions=3, decoding=Decoding(beams=2))
+        Settings(captions=3, decoding=Decoding(num_beams=2))
     with pytest.raises(InputError, match="workers are of the engine ray"):
         Engine(workers=2)

@@ -10,7 +10,7 @@ import pytest
 from fixtures.processes import finish, start
 
 pytest.importorskip("ray")
-OPTIONS = ["--captions", "3", "--max-new-tokens", "6", "--batch-size", "2", "--threads", "1", "--device", "cpu"]
+OPTIONS = ["--captions", "3", "--max-new-tokens", "6", "--batch-size", "2", "--num-threads", "1", "--device", "cpu"]
 
 
 def actors(process):
@@ -29,7 +29,7 @@ def test_ray_writes_what_one_process_writes_though_a_worker_is_killed(runs, shar
     arguments = ["capfilt", str(runs["llama"]), str(runs["stage1"]), "--data", str(shards / "*.tar"), *OPTIONS]
     here, there, log = tmp_path / "here", tmp_path / "there", tmp_path / "log"
     environment = {"RAY_DEDUP_LOGS": "0", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
-    ray = start([*arguments, "--output", str(there), "--engine", "ray", "--workers", "2"], log, **environment)
+    ray = start([*arguments, "--output", str(there), "--engine", "ray", "--num-workers", "2"], log, **environment)
     status, printed = finish(start([*arguments, "--output", str(here)], tmp_path / "other"), tmp_path / "other")
     assert status == 0, printed
     while not (victims := actors(ray)) or not list(there.glob("*.tmp")):  # one is at work
@@ -47,7 +47,9 @@ def test_ray_writes_what_one_process_writes_though_a_worker_is_killed(runs, shar
 
 def test_what_is_wrong_is_said_in_one_line(runs, shards, tmp_path):
     arguments = ["capfilt", str(runs["stage1"]), str(runs["stage1"]), "--data", str(shards / "00000.tar"), *OPTIONS]
-    ray = start([*arguments, "--output", str(tmp_path / "out"), "--engine", "ray", "--workers", "1"], tmp_path / "log")
+    ray = start(
+        [*arguments, "--output", str(tmp_path / "out"), "--engine", "ray", "--num-workers", "1"], tmp_path / "log"
+    )
     ray.join(300)
     status, printed = finish(ray, tmp_path / "log")
     assert status == 2, printed

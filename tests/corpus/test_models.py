@@ -34,7 +34,7 @@ def test_what_is_sampled_depends_on_the_dice_of_the_picture_alone(captioner):
 
 
 def test_beams_of_transformers(blip):
-    captioner = open_captioner(blip, Decoding(beams=3, max_new_tokens=6), None, "cpu", "fp32")
+    captioner = open_captioner(blip, Decoding(num_beams=3, max_new_tokens=6), None, "cpu", "fp32")
     ours = captioner.write(IMAGES, 3, dice(IMAGES, 3))
     assert all(len(own) == 3 and len(set(own)) > 1 for own in ours)
     assert captioner.write(IMAGES, 3, dice(IMAGES, 3, seed=1)) == ours

@@ -196,9 +196,9 @@ def test_minilm_takes_its_files_and_no_others(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {n: n.encode() for n in wanted}
 
 
-def drawing(colour: str) -> bytes:
+def drawing(color: str) -> bytes:
     svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 72 72"><circle cx="36" cy="36" r="30" fill="{}"/></svg>'
-    return svg.format(colour).encode()
+    return svg.format(color).encode()
 
 
 def openmoji(tmp_path: Path, characters: range) -> dict[str, list[dict[str, str]]]:
@@ -256,9 +256,9 @@ def test_stamps_have_sentences_and_categories(tmp_path: Path) -> None:
         (stamps / f"{key}.txt").write_text(text, encoding="utf-8")
         Image.new("RGB", (8, 4), "red").save(stamps / f"{key}.png")
     (stamps / "animals/unseen.txt").write_text("A text without a picture.", encoding="utf-8")
-    licence = tmp_path / "package/usr/share/doc/tuxpaint-stamps-default/copyright"
-    licence.parent.mkdir(parents=True)
-    licence.write_text("GPL-2")
+    license = tmp_path / "package/usr/share/doc/tuxpaint-stamps-default/copyright"
+    license.parent.mkdir(parents=True)
+    license.write_text("GPL-2")
     control = tmp_path / "package/DEBIAN/control"
     control.parent.mkdir()
     control.write_text("Package: stamps\nVersion: 1\nArchitecture: all\nMaintainer: a <a@b.c>\nDescription: none\n")

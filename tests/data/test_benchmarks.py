@@ -179,7 +179,7 @@ def make_visual_genome(folder: Path) -> Path:
         [
             {
                 "regions": [
-                    box | {"region_id": 1382, "image_id": 1, "phrase": "the clock is green in colour"},
+                    box | {"region_id": 1382, "image_id": 1, "phrase": "the clock is green in color"},
                     box | {"region_id": 1383, "image_id": 1, "phrase": "shade is along the street"},
                 ],
                 "id": 1,
@@ -415,7 +415,7 @@ def test_nocaps_has_domains(tmp_path: Path) -> None:
 
 def test_visual_genome(tmp_path: Path) -> None:
     first, second = rows(f"vg-regions:all:{make_visual_genome(tmp_path)}")  # image 3 has no regions
-    assert first["captions"] == ["the clock is green in colour", "shade is along the street"]
+    assert first["captions"] == ["the clock is green in color", "shade is along the street"]
     assert first["image"] == str(tmp_path / "VG_100K_2/1.jpg") and second["image"] == str(tmp_path / "VG_100K/2.jpg")
     assert (first["coco_id"], second["coco_id"]) == (None, 57870)
     one, two = rows(f"vg-qa:all:{tmp_path}")

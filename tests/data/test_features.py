@@ -205,7 +205,7 @@ def of_layer(encoder: ImageEncoder, layer: str) -> ImageEncoder:
         (lambda: of_layer(CountingEncoder(), "second-last"), {}),
         (lambda: configured(CountingEncoder(), hidden_act="relu"), {}),
         (CountingEncoder, {"views": 2}),
-        (CountingEncoder, {"smallest_crop": 0.6}),
+        (CountingEncoder, {"min_crop_scale": 0.6}),
         (CountingEncoder, {"flip": False}),
         (CountingEncoder, {"dtype": "int8"}),
     ],

@@ -21,9 +21,9 @@ RED, WHITE = (255, 0, 0), (255, 255, 255)
 
 
 def blocks(rows: int = 2, columns: int = 3, size: int = 8) -> np.ndarray:
-    """Blocks of random colours: no turn or mirroring leaves them as they are, and JPEG keeps them."""
-    colours = np.random.default_rng(0).integers(0, 256, (rows, columns, 3), dtype=np.uint8)
-    return colours.repeat(size, axis=0).repeat(size, axis=1)
+    """Blocks of random colors: no turn or mirroring leaves them as they are, and JPEG keeps them."""
+    colors = np.random.default_rng(0).integers(0, 256, (rows, columns, 3), dtype=np.uint8)
+    return colors.repeat(size, axis=0).repeat(size, axis=1)
 
 
 def file_bytes(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -41,8 +41,8 @@ def png_of(width: int, height: int, depth: int, kind: int, chunks: list[tuple[by
     return out
 
 
-def grey(image: Image.Image) -> list[int]:
-    """The first row of an image, which has to be grey."""
+def gray(image: Image.Image) -> list[int]:
+    """The first row of an image, which has to be gray."""
     pixels = np.asarray(image)
     assert image.mode == "RGB"
     assert (pixels == pixels[..., :1]).all()
@@ -107,7 +107,7 @@ def pixels(mode: str, values: list[object]) -> Image.Image:
         (file_bytes(pixels("RGB", [RED, (0, 0, 255)]), "PNG", transparency=RED), [WHITE, (0, 0, 255)]),
         (file_bytes(pixels("L", [0, 9]), "PNG", transparency=0), [WHITE, (9, 9, 9)]),
     ],
-    ids=["RGBA", "LA", "palette with one clear colour", "palette with alphas", "RGB with a clear colour", "L"],
+    ids=["RGBA", "LA", "palette with one clear color", "palette with alphas", "RGB with a clear color", "L"],
 )
 def test_transparency_shows_white(data: bytes, expected: list[tuple[int, int, int]]) -> None:
     assert [tuple(pixel) for pixel in np.asarray(read_image(data))[0].tolist()] == expected
@@ -138,21 +138,21 @@ def test_transparent_values_of_other_depths(
 )
 def test_16_bits_are_scaled(kind: str, counts: list[int], expected: list[int]) -> None:
     image = Image.fromarray(np.array([counts], dtype=np.uint16))
-    assert grey(read_image(file_bytes(image, kind))) == expected
+    assert gray(read_image(file_bytes(image, kind))) == expected
 
 
 @pytest.mark.parametrize("white", [1, 255, 65535, 2_000_000])
 def test_float_tiff(white: int) -> None:
     image = Image.fromarray(np.array([[0, 0.25, 0.5, 1]], dtype=np.float32) * white)
-    assert grey(read_image(file_bytes(image, "TIFF"))) == [0, 64, 128, 255]
+    assert gray(read_image(file_bytes(image, "TIFF"))) == [0, 64, 128, 255]
 
 
 def test_one_bit() -> None:
-    assert grey(read_image(file_bytes(pixels("1", [0, 255, 0]), "PNG"))) == [0, 255, 0]
+    assert gray(read_image(file_bytes(pixels("1", [0, 255, 0]), "PNG"))) == [0, 255, 0]
 
 
 def test_first_frame_of_an_animation() -> None:
-    frames = [Image.new("RGB", (8, 8), colour).quantize(4) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (8, 8), color).quantize(4) for color in ("red", "blue")]
     data = file_bytes(frames[0], "GIF", save_all=True, append_images=frames[1:])
     with Image.open(io.BytesIO(data)) as animation:
         assert animation.n_frames == 2
@@ -160,11 +160,11 @@ def test_first_frame_of_an_animation() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ink", "colour"), [((0, 255, 255, 0), RED), ((255, 0, 0, 0), (0, 255, 255)), ((0, 0, 0, 0), WHITE)]
+    ("ink", "color"), [((0, 255, 255, 0), RED), ((255, 0, 0, 0), (0, 255, 255)), ((0, 0, 0, 0), WHITE)]
 )
-def test_colours_of_a_cmyk_jpeg(ink: tuple[int, ...], colour: tuple[int, ...]) -> None:
+def test_colors_of_a_cmyk_jpeg(ink: tuple[int, ...], color: tuple[int, ...]) -> None:
     read = read_image(file_bytes(Image.new("CMYK", (16, 16), ink), "JPEG", quality=100))
-    assert read.getpixel((8, 8)) == pytest.approx(colour, abs=4)
+    assert read.getpixel((8, 8)) == pytest.approx(color, abs=4)
 
 
 @pytest.mark.parametrize(
@@ -182,22 +182,22 @@ def test_colours_of_a_cmyk_jpeg(ink: tuple[int, ...], colour: tuple[int, ...]) -
         (np.array([[-0.01, 0.2, 1.02]]), [0, 51, 255]),
     ],
 )
-def test_grey_arrays(array: np.ndarray, expected: list[int]) -> None:
-    assert grey(read_image(array)) == expected
-    assert grey(read_image(torch.from_numpy(array))) == expected
+def test_gray_arrays(array: np.ndarray, expected: list[int]) -> None:
+    assert gray(read_image(array)) == expected
+    assert gray(read_image(torch.from_numpy(array))) == expected
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
-def test_colour_arrays(dtype: type) -> None:
+def test_color_arrays(dtype: type) -> None:
     white = {np.uint8: 255, np.uint16: 65535, np.float32: 1}[dtype]
-    colours = np.array([[[1, 0, 0], [0, 1, 0]]], dtype=dtype) * dtype(white)
-    assert np.asarray(read_image(colours)).tolist() == [[[255, 0, 0], [0, 255, 0]]]
-    clear = np.concatenate([colours, np.array([[[white], [0]]], dtype=dtype)], axis=2)
+    colors = np.array([[[1, 0, 0], [0, 1, 0]]], dtype=dtype) * dtype(white)
+    assert np.asarray(read_image(colors)).tolist() == [[[255, 0, 0], [0, 255, 0]]]
+    clear = np.concatenate([colors, np.array([[[white], [0]]], dtype=dtype)], axis=2)
     assert np.asarray(read_image(clear)).tolist() == [[[255, 0, 0], [255, 255, 255]]]
 
 
 def test_bfloat16_tensor() -> None:
-    assert grey(read_image(torch.tensor([[0.0, 0.25, 1.0]], dtype=torch.bfloat16))) == [0, 64, 255]
+    assert gray(read_image(torch.tensor([[0.0, 0.25, 1.0]], dtype=torch.bfloat16))) == [0, 64, 255]
 
 
 def test_all_ways_to_give_an_image(tmp_path: Path) -> None:

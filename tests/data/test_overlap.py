@@ -133,7 +133,7 @@ def test_training_refuses_it(parts, tmp_path, capsys, key):
         changes["data"]["validation"] = parts.pictures
     else:
         changes["evaluation"] = {"task": "retrieval", "data": parts.pictures, "limit": 4, "candidates": 0}
-    recipe = parts.recipe(tmp_path / "run", training={"steps": 1}, **changes)
+    recipe = parts.recipe(tmp_path / "run", training={"max_steps": 1}, **changes)
     path = tmp_path / "recipe.yaml"
     path.write_text(dump_recipe(recipe))
     assert main(["train", str(path)]) == 2

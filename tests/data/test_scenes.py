@@ -36,7 +36,7 @@ def draw_cutouts(folder: Path, kinds: int = 24) -> Path:
             points = [(4, 4), (image.width - 5, 20), (30, image.height - 5)]
             shape(box if i % 2 else points, fill=(i, 10 * number, 0, 255))
             image.save(folder / kind / f"{number:02}-{kind}.png")
-    (folder / "LICENCE").write_text("the licence")
+    (folder / "LICENCE").write_text("the license")
     return folder
 
 
@@ -82,7 +82,7 @@ def test_files(scenes: Path) -> None:
         assert (scenes / f"{split}_questions.jsonl").is_file() == (split != "twins")
     card = (scenes / "README.md").read_text(encoding="utf-8")
     assert "They are drawn. Seed 0." in card and "24 kinds" in card and "| `train.jsonl` | 96 |" in card
-    assert (scenes / "LICENCE").read_text() == "the licence"
+    assert (scenes / "LICENCE").read_text() == "the license"
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -332,7 +332,7 @@ def test_no_size_where_there_are_several(scenes: Path) -> None:
     [
         ("a cat to the left of a dog on a blue background", ("cat", "dog"), "cat left dog", "blue"),
         ("A DOG is on the right of a cat,  on a light blue background", ("dog", "cat"), "cat left dog", "blue"),
-        ("a dog on the right and a cat on the left on grey", ("dog", "cat"), "cat left dog", "gray"),
+        ("a dog on the right and a cat on the left on gray", ("dog", "cat"), "cat left dog", "gray"),
         ("the kitten sits under the puppy. The backdrop is light green", ("cat", "dog"), "dog above cat", "green"),
         ("a red apple above a green hat on a yellow background", ("apple", "hat"), "apple above hat", "yellow"),
         ("On the left side of the image is a horse and on the right a cow", ("horse", "cow"), "horse left cow", None),

@@ -145,10 +145,10 @@ def test_continuations_carry_loss_on_caption_and_end(tokenizer: PreTrainedTokeni
     assert cut == 0
     assert ids.shape[1] == mask.sum(dim=1).max()
     assert torch.equal(mask, mask.cummin(dim=1).values)  # padded on the right
-    labelled = labels != IGNORED
-    assert not (labelled & ~mask).any()
-    assert torch.equal(labels[labelled], ids[labelled])
-    for row, real, wanted, caption in zip(ids, mask, labelled, captions, strict=True):
+    labeled = labels != IGNORED
+    assert not (labeled & ~mask).any()
+    assert torch.equal(labels[labeled], ids[labeled])
+    for row, real, wanted, caption in zip(ids, mask, labeled, captions, strict=True):
         written = row[wanted].tolist()
         assert written[-1] == end
         assert tokenizer.decode(written[:-1]).strip() == caption

@@ -105,10 +105,10 @@ def test_official_scores_are_those_of_pycocoevalcap(scores: CaptionScores) -> No
     from pycocoevalcap.rouge.rouge import Rouge
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    tokenise = PTBTokenizer().tokenize
+    tokenize = PTBTokenizer().tokenize
     # Its tokenizer loses count at a carriage return, so that is taken away first.
-    theirs = tokenise({i: [{"caption": t.replace("\r", "")} for t in texts] for i, texts in enumerate(TRUTH.values())})
-    ours = tokenise({i: [{"caption": WRITTEN[key]}] for i, key in enumerate(TRUTH)})
+    theirs = tokenize({i: [{"caption": t.replace("\r", "")} for t in texts] for i, texts in enumerate(TRUTH.values())})
+    ours = tokenize({i: [{"caption": WRITTEN[key]}] for i, key in enumerate(TRUTH)})
     assert ours[5] == ["a bus at a stop"] and theirs[3][0] == "un café déjà vu the sign says stop"
     expected = dict(zip(METRICS, Bleu(4).compute_score(theirs, ours, verbose=0)[0], strict=False))
     scorer = Meteor()

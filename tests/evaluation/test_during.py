@@ -43,23 +43,23 @@ def questions(tmp_path_factory):
     rows = []
     for shade in range(11, 17):
         for shape in SHAPES:
-            for colour in COLOURS:
-                draw(shape, colour, shade).save(folder / f"{len(rows)}.png")
-                answers = [colour] * 10
-                rows.append({"image": f"{len(rows)}.png", "question": "what colour?", "answers": answers})
+            for color in COLOURS:
+                draw(shape, color, shade).save(folder / f"{len(rows)}.png")
+                answers = [color] * 10
+                rows.append({"image": f"{len(rows)}.png", "question": "what color?", "answers": answers})
     file = folder / "questions.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(file)
 
 
 def asking(parts, output, questions, training=None, **evaluation):
-    evaluation = {"task": "vqa", "data": questions, "every": 2, "beams": 1, "max_new_tokens": 4, **evaluation}
+    evaluation = {"task": "vqa", "data": questions, "eval_steps": 2, "num_beams": 1, "max_new_tokens": 4, **evaluation}
     return parts.recipe(
         output,
         stage="generation",
         language={"name": parts.llama},
         evaluation=evaluation,
-        training={"steps": 5, "save_every": 100, "best": BEST, **(training or {})},
+        training={"max_steps": 5, "save_steps": 100, "metric_for_best_model": BEST, **(training or {})},
     )
 
 
@@ -77,7 +77,7 @@ def test_the_same_numbers_as_the_command(calm, tmp_path):
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     assert [BEST in row for row in rows] == [False, True, False, True, True]
     settings = settings_of(calm.evaluation)
-    for step in (4, 5):  # training.keep
+    for step in (4, 5):  # training.save_total_limit
         folder = run / "checkpoints" / f"step-{step:08d}"
         found = evaluate(folder, "vqa", calm.evaluation.data, tmp_path / str(step), settings, device="cpu")
         assert rows[step - 1][BEST] == found["accuracy"]
@@ -91,7 +91,10 @@ def test_the_same_numbers_as_the_command(calm, tmp_path):
 
 def test_evaluation_changes_nothing_in_training(calm, tmp_path):
     plain = replace(
-        calm, output=str(tmp_path), evaluation=None, training=replace(calm.training, best=None, save_every=5)
+        calm,
+        output=str(tmp_path),
+        evaluation=None,
+        training=replace(calm.training, metric_for_best_model=None, save_steps=5),
     )
     loop.train(plain)
     evaluated = [
@@ -103,7 +106,7 @@ def test_evaluation_changes_nothing_in_training(calm, tmp_path):
 
 @pytest.mark.parametrize("values", [[0.25, 0.75, 0.5], [0.75, 0.75, 0.5], [float("nan"), 0.1, 0.1]])
 def test_the_best_is_kept(parts, questions, tmp_path, monkeypatch, values):
-    """Beyond training.keep; of equal ones the first; what is no number is never the best."""
+    """Beyond training.save_total_limit; of equal ones the first; what is no number is never the best."""
     seen = {}
 
     class Evaluation:
@@ -114,11 +117,11 @@ def test_the_best_is_kept(parts, questions, tmp_path, monkeypatch, values):
             seen[step] = built.model.qformer.queries.detach().clone()
             return {BEST: values[len(seen) - 1]}
 
-    recipe = asking(parts, tmp_path / "run", questions, training={"keep": 1, "steps": 6})
+    recipe = asking(parts, tmp_path / "run", questions, training={"save_total_limit": 1, "max_steps": 6})
     loop.train(recipe, evaluation=Evaluation)
     wanted = {0.25: 4, 0.75: 2}.get(values[0], 4)
     best = tmp_path / "run" / "best"
-    kept = load_file(best / "model.safetensors")["qformer.queries"]
+    kept = load_file(best / "model.safetensors")["qformer.num_query_tokens"]
     assert torch.equal(kept, seen[wanted])
     assert json.loads((best / "best.json").read_text()) == {
         "step": wanted, "metric": BEST, "value": values[wanted // 2 - 1]
@@ -139,8 +142,14 @@ def test_a_validation_loss_decides(parts, tmp_path):
     recipe = parts.recipe(
         tmp_path / "run",
         data={"validation": parts.pictures},
-        optimizer={"rates": {"vision.*": "frozen", "*": 3e-2}, "warmup_steps": 0},
-        training={"steps": 8, "validate_every": 2, "save_every": 100, "keep": 1, "best": "validation_loss"},
+        optimizer={"learning_rate": {"vision.*": "frozen", "*": 3e-2}, "warmup_steps": 0},
+        training={
+            "max_steps": 8,
+            "eval_steps": 2,
+            "save_steps": 100,
+            "save_total_limit": 1,
+            "metric_for_best_model": "validation_loss",
+        },
     )
     loop.train(recipe)
     rows = [row for row in read_metrics(tmp_path / "run") if "validation_loss" in row]
@@ -156,14 +165,14 @@ def test_stage_one_is_evaluated_by_retrieval(parts, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     rows = []
-    for colour in COLOURS:
-        draw("disc", colour, 99).save(folder / f"{colour}.png")
-        rows.append({"image": f"{colour}.png", "caption": f"a {colour} disc"})
+    for color in COLOURS:
+        draw("disc", color, 99).save(folder / f"{color}.png")
+        rows.append({"image": f"{color}.png", "caption": f"a {color} disc"})
     (folder / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = parts.recipe(
         tmp_path / "run",
-        evaluation={"task": "retrieval", "data": str(folder / "some.jsonl"), "every": 2, "candidates": 2},
-        training={"steps": 2, "best": "evaluation_itm_IR@1"},
+        evaluation={"task": "retrieval", "data": str(folder / "some.jsonl"), "eval_steps": 2, "rerank_k": 2},
+        training={"max_steps": 2, "metric_for_best_model": "evaluation_itm_IR@1"},
     )
     train(recipe)
     row = read_metrics(tmp_path / "run")[-1]
@@ -251,10 +260,12 @@ def test_two_processes(parts, questions, calm, tmp_path):
 
 
 def test_a_metric_that_is_not_measured(parts, questions, tmp_path):
-    recipe = asking(parts, tmp_path / "run", questions, training={"best": "evaluation_CIDEr"})
-    with pytest.raises(InputError, match=r"training.best is evaluation_CIDEr, which is missing \(expected one of eval"):
+    recipe = asking(parts, tmp_path / "run", questions, training={"metric_for_best_model": "evaluation_CIDEr"})
+    with pytest.raises(
+        InputError, match=r"training.metric_for_best_model is evaluation_CIDEr, which is missing \(expected one of eval"
+    ):
         train(recipe)
-    train(replace(recipe, training=replace(recipe.training, best=BEST)), resume=True)
+    train(replace(recipe, training=replace(recipe.training, metric_for_best_model=BEST)), resume=True)
     assert BEST in read_metrics(tmp_path / "run")[1]
 
 
@@ -264,13 +275,15 @@ def test_without_java(parts, questions, tmp_path, monkeypatch, capsys):
         tmp_path / "run",
         stage="generation",
         language={"name": parts.llama},
-        evaluation={"task": "captioning", "data": parts.pictures, "every": 1, "limit": 2, "beams": 1},
-        training={"steps": 1},
+        evaluation={"task": "captioning", "data": parts.pictures, "eval_steps": 1, "limit": 2, "num_beams": 1},
+        training={"max_steps": 1},
     )
     train(recipe)
     assert "evaluation_CIDEr is missing: Java is not installed" in capsys.readouterr().err
     assert not [name for name in read_metrics(tmp_path / "run")[0] if name.startswith("evaluation_")]
-    best = replace(recipe, output=f"{recipe.output}-2", training=replace(recipe.training, best="evaluation_CIDEr"))
+    best = replace(
+        recipe, output=f"{recipe.output}-2", training=replace(recipe.training, metric_for_best_model="evaluation_CIDEr")
+    )
     with pytest.raises(InputError, match=r"evaluation_CIDEr, which is missing .Java is not installed.* --resume"):
         train(best)
 

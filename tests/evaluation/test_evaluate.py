@@ -21,8 +21,8 @@ from blip2.model.decoding import Decoding
 from conftest import COLOURS, SHAPES, draw
 from fixtures.processes import start_two
 
-GREEDY = Settings(Decoding(beams=1, max_new_tokens=4))
-QUESTIONS = ("what colour?", "what shape?", "is it round?")
+GREEDY = Settings(Decoding(num_beams=1, max_new_tokens=4))
+QUESTIONS = ("what color?", "what shape?", "is it round?")
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +32,10 @@ def table(tmp_path_factory):
     rows = []
     for shade in range(4):
         for shape in SHAPES:
-            for colour in COLOURS:
-                name = f"{colour}-{shape}-{shade}.png"
-                draw(shape, colour, 10 * shade).save(folder / name)
-                for question, answer in zip(
-                    QUESTIONS, (colour, shape, "yes" if shape == "disc" else "no"), strict=True
-                ):
+            for color in COLOURS:
+                name = f"{color}-{shape}-{shade}.png"
+                draw(shape, color, 10 * shade).save(folder / name)
+                for question, answer in zip(QUESTIONS, (color, shape, "yes" if shape == "disc" else "no"), strict=True):
                     kind = "yes/no" if question == "is it round?" else "other"
                     rows.append({
                         "image": name, "question": question, "answers": [answer] * 7 + ["who knows"] * 3,
@@ -68,7 +66,7 @@ def test_answers(runs, table, tmp_path):
         picture = Path(table).parent / row["image"]
         assert pipeline.answer(picture, row["question"], GREEDY.decoding) == [said["answer"]]
     page = (tmp_path / "report.html").read_text()
-    assert page.count('class="card"') == 3 * SHOWN and "what colour?" in page
+    assert page.count('class="card"') == 3 * SHOWN and "what color?" in page
     assert not (tmp_path / "parts").exists()
 
 
@@ -80,7 +78,7 @@ def test_right_answers_score(runs, table, tmp_path, monkeypatch):
     truth = iter(value for (image, _), value in rows.items() if image != "green-square-0.png")
 
     def know(self, images, prompts, *others, **named):
-        return [next(truth) if "colour" in prompt else (next(truth), "nonsense")[1] for prompt in prompts]
+        return [next(truth) if "color" in prompt else (next(truth), "nonsense")[1] for prompt in prompts]
 
     monkeypatch.setattr(GenerationPipeline, "generate", know)
     metrics = evaluate(runs["llama"], "vqa", table, tmp_path, GREEDY, device="cpu")
@@ -113,7 +111,7 @@ def test_a_killed_evaluation_goes_on_and_two_processes_give_the_same(runs, table
         "vqa",
         "--data",
         table,
-        "--beams",
+        "--num-beams",
         "1",
         "--max-new-tokens",
         "4",
@@ -142,7 +140,18 @@ def read_late():
 
 
 def test_what_was_done_stays_until_all_have_read_it(runs, table, tmp_path):
-    arguments = ["evaluate", str(runs["llama"]), "--task", "vqa", "--data", table, "--beams", "1", "--device", "cpu"]
+    arguments = [
+        "evaluate",
+        str(runs["llama"]),
+        "--task",
+        "vqa",
+        "--data",
+        table,
+        "--num-beams",
+        "1",
+        "--device",
+        "cpu",
+    ]
     start_two([*arguments, "--output", str(tmp_path / "late")], tmp_path, read_late)
     assert read(tmp_path / "late")[0]["answered"] > 0 and not (tmp_path / "late" / "parts").exists()
 
@@ -172,7 +181,7 @@ def test_captions_of_one_image_in_several_rows_are_the_truth_of_one(runs, parts,
 
 @pytest.mark.parametrize("fusion", ["itm", "itm+itc"])
 def test_retrieval(runs, parts, tmp_path, fusion):
-    settings = Settings(candidates=5, fusion=fusion)
+    settings = Settings(rerank_k=5, fusion=fusion)
     metrics = evaluate(runs["stage1"], "retrieval", parts.pictures, tmp_path, settings, device="cpu")
     rows = [json.loads(line) for line in Path(parts.pictures).read_text().splitlines()]
     texts = [text for row in rows for text in row["captions"]]
@@ -202,17 +211,17 @@ def test_two_processes_retrieve_as_one(runs, parts, tmp_path):
     (tmp_path / "data").mkdir()
     rows = []
     for i in range(70):
-        colour, shape = list(COLOURS)[i % 4], SHAPES[i % 3]
-        draw(shape, colour, i).save(tmp_path / "data" / f"{i}.png")
-        rows += [{"image": f"{i}.png", "caption": text} for text in (f"a {colour} {shape}", f"number {i}")]
+        color, shape = list(COLOURS)[i % 4], SHAPES[i % 3]
+        draw(shape, color, i).save(tmp_path / "data" / f"{i}.png")
+        rows += [{"image": f"{i}.png", "caption": text} for text in (f"a {color} {shape}", f"number {i}")]
     data = tmp_path / "data" / "some.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arguments = ["evaluate", str(runs["stage1"]), "--task", "retrieval", "--data", str(data), "--candidates", "3"]
+    arguments = ["evaluate", str(runs["stage1"]), "--task", "retrieval", "--data", str(data), "--rerank-k", "3"]
     start_two([*arguments, "--device", "cpu", "--output", str(tmp_path / "two")], tmp_path)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as each of the two has
     try:
-        evaluate(runs["stage1"], "retrieval", str(data), tmp_path / "one", Settings(candidates=3), device="cpu")
+        evaluate(runs["stage1"], "retrieval", str(data), tmp_path / "one", Settings(rerank_k=3), device="cpu")
     finally:
         torch.set_num_threads(threads)
     assert (tmp_path / "one/metrics.json").read_bytes() == (tmp_path / "two/metrics.json").read_bytes()
@@ -340,7 +349,7 @@ def test_two_questions_of_one_id(runs, tmp_path):
 
 def test_the_command(runs, table, tmp_path, capsys):
     command = ["evaluate", str(runs["llama"]), "--task", "vqa", "--data", table, "--output", str(tmp_path / "out")]
-    assert main([*command, "--limit", "2", "--beams", "1", "--device", "cpu"]) == 0
+    assert main([*command, "--limit", "2", "--num-beams", "1", "--device", "cpu"]) == 0
     assert json.loads(capsys.readouterr().out)["answered"] == 2
-    assert main([*command, "--limit", "3", "--beams", "1", "--device", "cpu"]) == 2
+    assert main([*command, "--limit", "3", "--num-beams", "1", "--device", "cpu"]) == 2
     assert "holds another evaluation" in capsys.readouterr().err

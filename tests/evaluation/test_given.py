@@ -13,7 +13,7 @@ from blip2.evaluation.tasks import Settings
 from blip2.model.decoding import Decoding
 from conftest import draw
 
-GREEDY = Settings(Decoding(beams=1, max_new_tokens=4))
+GREEDY = Settings(Decoding(num_beams=1, max_new_tokens=4))
 ROWS = [
     {"image": image, "question": question, "answers": answers, "question_id": number, "answer_type": kind}
     for image, question, answers, number, kind in (
@@ -125,9 +125,9 @@ def test_captions_without_java(score, tmp_path, monkeypatch):
 def test_base_forms_are_missing_without_spacy(score):
     if importlib.util.find_spec("spacy") is not None:
         pytest.skip("spaCy is installed here")
-    metrics = score(ANSWERS, "--lemmatise")
-    assert metrics["accuracy_lemmatised"] is None
-    assert metrics["missing"]["accuracy_lemmatised"].startswith("lemmatised OK-VQA answers need spaCy and its model")
+    metrics = score(ANSWERS, "--lemmatize")
+    assert metrics["accuracy_lemmatized"] is None
+    assert metrics["missing"]["accuracy_lemmatized"].startswith("lemmatized OK-VQA answers need spaCy and its model")
     assert metrics["accuracy"] == pytest.approx(2.3 / 3)
 
 
@@ -135,9 +135,9 @@ def test_base_forms_are_missing_without_spacy(score):
 def test_base_forms_stand_beside_the_answers(score, table, tmp_path, monkeypatch, data_set):
     """Always for OK-VQA, otherwise where they are asked for."""
     seen = []
-    monkeypatch.setattr(tasks, "lemmatise", lambda answers: seen.extend(answers) or [a.rstrip("s") for a in answers])
+    monkeypatch.setattr(tasks, "lemmatize", lambda answers: seen.extend(answers) or [a.rstrip("s") for a in answers])
     rows = [ANSWERS[0], {**ANSWERS[1], "answer": "2s"}, {**ANSWERS[2], "answer": "dogs"}]
-    data, options = table, ["--lemmatise"]
+    data, options = table, ["--lemmatize"]
     if data_set == "ok-vqa":
         folder = tmp_path / "coco"
         (folder / "val2014").mkdir(parents=True)
@@ -161,9 +161,9 @@ def test_base_forms_stand_beside_the_answers(score, table, tmp_path, monkeypatch
     assert seen == ["dogs", "2s", "yes"]
     # "dogs", "2s" and "yes" were said by 4, 0 and 10 of ten; "dog", "2" and "ye" by 6, 9 and none.
     assert metrics["accuracy"] == pytest.approx((1 + 0 + 1) / 3)
-    assert metrics["accuracy_lemmatised"] == pytest.approx((1 + 1 + 0) / 3)
+    assert metrics["accuracy_lemmatized"] == pytest.approx((1 + 1 + 0) / 3)
     assert metrics["by_question_type"] == ({"x": metrics["accuracy"]} if data_set == "ok-vqa" else {})
-    assert "accuracy_lemmatised" not in score(rows, "--output", str(tmp_path / "other"), data=table)
+    assert "accuracy_lemmatized" not in score(rows, "--output", str(tmp_path / "other"), data=table)
 
 
 # -- data that do not fit, from the command line ---------------------------------------------------------------------

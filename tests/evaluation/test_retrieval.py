@@ -10,7 +10,7 @@ from blip2.evaluation.retrieval import CUTOFFS, Recall, Retrieval, evaluate_retr
 from blip2.inference import RepresentationPipeline
 from blip2.model.representation import RepresentationModel
 from conftest import Parts
-from fixtures.tiny import randomise
+from fixtures.tiny import randomize
 
 TEXTS = ["a red disc", "the disc is red here", "a blue square", "two", "stripe", "a green stripe on white", "x y z"]
 
@@ -114,7 +114,7 @@ def pipeline(parts: Parts) -> RepresentationPipeline:
     recipe = parts.recipe(Path("nowhere"))
     built = build(recipe, torch.device("cpu"))
     assert isinstance(built.model, RepresentationModel)
-    pipeline = RepresentationPipeline(randomise(built.model).eval(), built.tokenizer, recipe, Path("nowhere"))
+    pipeline = RepresentationPipeline(randomize(built.model).eval(), built.tokenizer, recipe, Path("nowhere"))
     pipeline.batch_size = 2
     return pipeline
 

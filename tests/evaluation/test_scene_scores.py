@@ -14,7 +14,7 @@ from blip2.evaluation.scenes import (
 )
 from blip2.inference import load
 from conftest import draw
-from fixtures.tiny import randomise
+from fixtures.tiny import randomize
 
 PAIR = Truth("pair", "blue", "plain", ("cat", "dog"), "left", 0, "")
 THREE = Truth("count", "red", "plain", ("apple",), "", 3, "")
@@ -63,7 +63,7 @@ def test_twins_are_told_apart_by_both_texts_and_both_images():
 @pytest.fixture(scope="module")
 def pipeline(runs):
     loaded = load(runs["stage1"], device="cpu")
-    randomise(loaded.model.qformer)
+    randomize(loaded.model.qformer)
     return loaded
 
 

@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 
 from blip2.errors import InputError
-from blip2.evaluation.vqa import Question, Rules, accuracy, lemmatise, normalise, score_answers, score_exact
+from blip2.evaluation.vqa import Question, Rules, accuracy, lemmatize, normalize, score_answers, score_exact
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 TABLE: list[dict[str, str]] = [
     json.loads(line) for line in (FIXTURES / "vqa_answers.jsonl").read_text(encoding="utf-8").splitlines()
 ]
-"""Answers, their normalised form and the rule that each shows, written down from the rules."""
+"""Answers, their normalized form and the rule that each shows, written down from the rules."""
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row['rule']}: {row['answer']!r}")
-def test_normalise(row: dict[str, str]) -> None:
-    assert normalise(row["answer"]) == row["normalised"]
+def test_normalize(row: dict[str, str]) -> None:
+    assert normalize(row["answer"]) == row["normalized"]
 
 
 LISTS = {
@@ -49,11 +49,11 @@ def test_the_table_covers_every_rule() -> None:
 
 @pytest.mark.parametrize("rules", ["official", "lavis"])
 def test_accuracy_of_the_table(rules: Rules) -> None:
-    """Where people disagree, an answer is right if its normalised form is what people said."""
+    """Where people disagree, an answer is right if its normalized form is what people said."""
     for row in TABLE:
         if row["rule"] == "no more than 32 full stops are removed":
             continue  # more are removed of what remains
-        assert accuracy(row["answer"], [row["normalised"]] * 4 + ["zebra"] * 6, rules) == 1.0, row
+        assert accuracy(row["answer"], [row["normalized"]] * 4 + ["zebra"] * 6, rules) == 1.0, row
         assert accuracy(row["answer"], ["giraffe"] * 4 + ["zebra"] * 6, rules) == 0.0, row
 
 
@@ -77,7 +77,7 @@ def test_accuracy_is_the_mean_over_all_sets_of_nine() -> None:
 @pytest.mark.parametrize(
     ("prediction", "answers", "official", "lavis"),
     [
-        # Where all agree, the official script normalises nothing; the earlier one the prediction alone.
+        # Where all agree, the official script normalizes nothing; the earlier one the prediction alone.
         ("Yes", ["yes"] * 10, 0.0, 1.0),
         ("yes.", ["yes"] * 10, 0.0, 1.0),
         ("a dog", ["dog"] * 10, 0.0, 1.0),
@@ -87,7 +87,7 @@ def test_accuracy_is_the_mean_over_all_sets_of_nine() -> None:
         ("\tyes\n", ["yes"] * 10, 1.0, 1.0),
         ("hot\ndog", ["hot dog"] * 10, 1.0, 1.0),
         ("yes", [" yes\n"] * 10, 1.0, 0.0),
-        # Where one differs, everything is normalised; by the earlier one the truth only of punctuation.
+        # Where one differs, everything is normalized; by the earlier one the truth only of punctuation.
         ("Yes.", ["yes"] * 9 + ["no"], 1.0, 1.0),
         ("a dog", ["a dog"] * 9 + ["cat"], 1.0, 0.0),
         ("Two!", ["two"] * 8 + ["2"] * 2, 1.0, 0.6),
@@ -96,7 +96,7 @@ def test_accuracy_is_the_mean_over_all_sets_of_nine() -> None:
         ("Dog", ["Dog"] * 5 + ["cat"] * 5, 1.0, 0.0),
         # White space around an answer is no difference; to the earlier one it is.
         ("Yes", ["yes", "yes "] * 5, 0.0, 1.0),
-        # What is the same only once it is normalised counts together, but it was a difference.
+        # What is the same only once it is normalized counts together, but it was a difference.
         ("yes", ["Yes.", "yes"] * 5, 1.0, 1.0),
         ("", ["", "a"] * 5, 1.0, 1.0),
     ],
@@ -146,7 +146,7 @@ def test_exact_match() -> None:
     assert lavis.each == {"07": 1.0, "08": 1.0, "09": 0.0}
     assert lavis.accuracy == pytest.approx(2 / 3)
     assert lavis.by_question_type == {"query": 1.0, "verify": 0.5}
-    # The truth stays as it is: what normalising would change can then never be said.
+    # The truth stays as it is: what normalizing would change can then never be said.
     assert score_exact({1: "the two"}, {1: Question(("two",))}, "lavis").accuracy == 0.0
 
 
@@ -183,7 +183,7 @@ def test_lemmas_are_refused_without_spacy(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(
         InputError, match="need spaCy and its model en_core_web_sm, which are not installed: pip install"
     ):
-        lemmatise(["dogs"])
+        lemmatize(["dogs"])
 
 
 def test_lemmas() -> None:
@@ -191,6 +191,6 @@ def test_lemmas() -> None:
     spacy = pytest.importorskip("spacy")
     if not spacy.util.is_package("en_core_web_sm"):
         with pytest.raises(InputError, match="en_core_web_sm"):
-            lemmatise(["dogs"])
+            lemmatize(["dogs"])
         return
-    assert lemmatise(["dogs", "two dogs running", "The red buses", ""]) == ["dog", "two dog run", "The red bus", ""]
+    assert lemmatize(["dogs", "two dogs running", "The red buses", ""]) == ["dog", "two dog run", "The red bus", ""]

@@ -79,7 +79,7 @@ def ours(published, monkeypatch):
         if isinstance(published, Blip2ForImageTextRetrieval):
             return RepresentationModel(vision, QFormerConfig(), ObjectivesConfig())
         monkeypatch.setattr(LanguageModel, "embedding_scale", lambda self: 1.0)
-        monkeypatch.setattr(GenerationModel, "initialise_projection", lambda self: None)
+        monkeypatch.setattr(GenerationModel, "initialize_projection", lambda self: None)
         return GenerationModel(vision, QFormerConfig(), LanguageModel(published.language_model))
 
 

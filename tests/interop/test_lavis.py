@@ -22,7 +22,7 @@ from blip2.model.representation import Negatives, RepresentationBatch, Represent
 from blip2.model.vision import load_image_encoder
 from conftest import draw
 from fixtures.checkpoints import lavis_state, save_transformers
-from fixtures.tiny import no_encoder, randomise
+from fixtures.tiny import no_encoder, randomize
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 PICTURES = [draw("disc", "red", 0), draw("square", "blue", 7), draw("stripe", "green", 3)]
@@ -59,8 +59,8 @@ def test_the_fixture_of_stage_1_gives_its_losses(parts, save, tmp_path):
     state = {k.removeprefix("param/"): torch.from_numpy(arrays[k]) for k in arrays.files if k.startswith("param/")}
     clip = CLIPVisionConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=14, patch_size=2)
     CLIPVisionModel(clip).save_pretrained(tmp_path / "clip")
-    changes = {"vision.name": str(tmp_path / "clip"), "qformer.heads": 4, "qformer.tokenizer": parts.bert}
-    with pytest.raises(InputError, match=r"has 58 tokens with \[DEC\], the recipe's qformer.vocabulary is 201"):
+    changes = {"vision.name": str(tmp_path / "clip"), "qformer.num_attention_heads": 4, "qformer.tokenizer": parts.bert}
+    with pytest.raises(InputError, match=r"has 58 tokens with \[DEC\], the recipe's qformer.vocab_size is 201"):
         blip2.load(save(state), device="cpu", changes=changes)
     # The fixture's vocabulary has no words, only 201 ids.
     tokenizer = _tokenizer_of(201, tmp_path / "words")
@@ -90,7 +90,11 @@ def test_the_fixture_of_stage_2_gives_its_loss(parts, save, tmp_path):
     _opt_of(260, tmp_path / "opt")
     clip = CLIPVisionConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=14, patch_size=2)
     CLIPVisionModel(clip).save_pretrained(tmp_path / "clip")
-    changes = {"vision.name": str(tmp_path / "clip"), "language.name": str(tmp_path / "opt"), "qformer.heads": 4}
+    changes = {
+        "vision.name": str(tmp_path / "clip"),
+        "language.name": str(tmp_path / "opt"),
+        "qformer.num_attention_heads": 4,
+    }
     model = blip2.load(save(state), device="cpu", changes=changes).model
     image, ids, mask = (torch.from_numpy(arrays[f"input/{k}"]) for k in ("image", "ids", "mask"))
     labels = ids.masked_fill(mask == 0, -100)
@@ -168,7 +172,7 @@ def test_with_the_llm_inside(parts, save, tmp_path):
 
 
 def test_what_else_lies_in_the_file_is_no_matter(parts, save):
-    """Optimiser and settings of a training run of LAVIS; a state dict by itself."""
+    """Optimizer and settings of a training run of LAVIS; a state dict by itself."""
     state = lavis_state("1")
     changes = {"qformer.tokenizer": parts.bert}
     full = blip2.load(
@@ -197,15 +201,15 @@ def test_questions_are_normalized_as_lavis_normalizes_them(parts, save, monkeypa
     seen = []
     generate = ours.generate
     monkeypatch.setattr(ours, "generate", lambda *given, **named: seen.append(given[1]) or generate(*given, **named))
-    ours.answer(PICTURES[0], ["What (Colour) is it?", "A Disc."])
-    assert seen == [["Question: what colour is it? Answer:", "Question: a disc Answer:"]]
+    ours.answer(PICTURES[0], ["What (Color) is it?", "A Disc."])
+    assert seen == [["Question: what color is it? Answer:", "Question: a disc Answer:"]]
     ours.caption(PICTURES[0], "A Photo. Of")
     assert seen[1:] == [["A Photo. Of"]]
 
 
 def test_captions_stop_where_lavis_stops(parts, save):
     ours = blip2.load(save(lavis_state("opt")), device="cpu", changes={"language.name": parts.opt})
-    assert ours.recipe.language.stop == "\n" and ours.tokenizer.decode([ours.end]) == "\n"
+    assert ours.recipe.language.stop_string == "\n" and ours.tokenizer.decode([ours.end]) == "\n"
     ours = blip2.load(save(lavis_state("t5")), device="cpu", changes={"language.name": parts.t5})
     assert ours.end == ours.tokenizer.eos_token_id
     assert ours.model.language.network.config.dense_act_fn == "gelu"
@@ -219,11 +223,11 @@ def test_train_on_from_it(parts, save, tmp_path):
     sizes = {"layers": 3, "bert": None, "hidden_size": 64, "heads": 1}
     recipe = parts.recipe(
         tmp_path / "run", stage="generation", vision={"name": path}, qformer=sizes, language={"name": parts.opt},
-        start_from=path, training={"steps": 1, "device": "cpu"},
+        start_from=path, training={"max_steps": 1, "device": "cpu"},
     )  # fmt: skip
     after = blip2.load(train(recipe), device="cpu").model.state_dict()
     before = lavis_state("1")
-    torch.testing.assert_close(after["qformer.queries"], before["query_tokens"], atol=0.01, rtol=0)
+    torch.testing.assert_close(after["qformer.num_query_tokens"], before["query_tokens"], atol=0.01, rtol=0)
     torch.testing.assert_close(after["image_norm.weight"], before["ln_vision.weight"], atol=0.01, rtol=0)
 
 
@@ -307,17 +311,19 @@ def test_the_heads_of_an_eva_of_another_width_are_asked_for(parts, save, tmp_pat
     named = {"name": str(tmp_path / "eva.pth")}
     features = []
     for heads in (None, 4, 6, 7):
-        recipe = parts.recipe(tmp_path / "run", vision={**named, "heads": heads})
+        recipe = parts.recipe(tmp_path / "run", vision={**named, "num_attention_heads": heads})
         if heads in (None, 7):
-            with pytest.raises(InputError, match=r"is 96 wide and of .* heads, .*: set vision.heads to the number"):
+            with pytest.raises(
+                InputError, match=r"is 96 wide and of .* heads, .*: set vision.num_attention_heads to the number"
+            ):
                 build(recipe, torch.device("cpu"))
             continue
         vision = build(recipe, torch.device("cpu")).model.vision
         assert vision.network.config.num_attention_heads == heads
         features.append(vision.features(torch.ones(1, 3, 28, 28)))
     assert not torch.allclose(*features)  # so that a guess would be wrong in silence
-    with pytest.raises(InputError, match=r"vision.heads is 3, which .* says itself: leave it out"):
-        build(parts.recipe(tmp_path / "run", vision={"heads": 3}), torch.device("cpu"))
+    with pytest.raises(InputError, match=r"vision.num_attention_heads is 3, which .* says itself: leave it out"):
+        build(parts.recipe(tmp_path / "run", vision={"num_attention_heads": 3}), torch.device("cpu"))
 
 
 def test_two_names_of_one_matrix_with_other_values_are_refused(parts, save):
@@ -339,7 +345,7 @@ def test_clip_inside(parts, save, tmp_path):
     config = CLIPVisionConfig(
         hidden_size=64, num_hidden_layers=3, num_attention_heads=1, intermediate_size=40, image_size=28, patch_size=7
     )
-    clip = randomise(CLIPVisionModel(config)).eval()
+    clip = randomize(CLIPVisionModel(config)).eval()
     clip.save_pretrained(tmp_path / "clip")
     there = {k: t for k, t in lavis_state("1").items() if "visual_encoder" not in k}
     for name in [name for name in there if "crossattention.self.key" in name or "crossattention.self.value" in name]:
@@ -409,7 +415,9 @@ def test_parts_that_are_not_there(parts, save, stage, left_out):
 def test_odd_shapes_and_names(parts, save):
     refuses(save({**lavis_state("1"), "query_tokens": torch.zeros(4, 64)}), "is no whole BLIP-2")
     refuses(save({1: torch.zeros(2)}), "holds no state dict")
-    refuses(save(lavis_state("1")), "qformer.heads 'abc'", qformer__heads="abc", qformer__tokenizer=parts.bert)
+    refuses(
+        save(lavis_state("1")), "qformer.num_attention_heads 'abc'", qformer__heads="abc", qformer__tokenizer=parts.bert
+    )
 
 
 def test_another_encoder_is_not_taken_for_eva(parts, tmp_path):
@@ -441,7 +449,10 @@ def test_what_has_to_be_named(parts, save):
     refuses(save(lavis_state("t5")), "set language.name, for example to google/flan-t5-xl")
     state = lavis_state("1")
     state["query_tokens"] = torch.zeros(1, 4, 48)
-    refuses(save(state), "its Q-Former is 48 wide, no multiple of 64, a head's width in BERT: set qformer.heads")
+    refuses(
+        save(state),
+        "its Q-Former is 48 wide, no multiple of 64, a head's width in BERT: set qformer.num_attention_heads",
+    )
 
 
 def test_an_output_matrix_that_is_not_tied(save):

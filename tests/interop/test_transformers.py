@@ -27,10 +27,10 @@ PROMPTS = {"none": ["", "", ""], "one": ["a photo of"] * 3, "several": ["a", "a 
 
 @pytest.fixture(scope="module")
 def saved(parts, tmp_path_factory):
-    """Folders and models of transformers, by flavour; ``retrieval`` for that of stage 1."""
+    """Folders and models of transformers, by flavor; ``retrieval`` for that of stage 1."""
     root = tmp_path_factory.mktemp("transformers")
-    flavours = {**{name: name for name in FLAVOURS}, "retrieval": None}
-    return {name: (root / name, save_transformers(root / name, kind, parts.bert)) for name, kind in flavours.items()}
+    flavors = {**{name: name for name in FLAVOURS}, "retrieval": None}
+    return {name: (root / name, save_transformers(root / name, kind, parts.bert)) for name, kind in flavors.items()}
 
 
 @pytest.fixture
@@ -61,8 +61,8 @@ def same(first, second):
     return all(here[n].dtype == there[n].dtype and torch.equal(here[n], there[n]) for n in here)
 
 
-def pixels(flavour, bert):
-    return processor(flavour, bert)(images=PICTURES, return_tensors="pt")["pixel_values"]
+def pixels(flavor, bert):
+    return processor(flavor, bert)(images=PICTURES, return_tensors="pt")["pixel_values"]
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def test_generated_tokens(saved, parts, name, prompts, beams):
     start = inputs["input_ids"].shape[1] if prompts != "none" else QUERIES + 1
     new = out[:, 1:] if name == "t5" else out[:, start:]
     expected = [text.strip() for text in ours.tokenizer.batch_decode(new, skip_special_tokens=True)]
-    decoding = Decoding(beams=beams, max_new_tokens=8)
+    decoding = Decoding(num_beams=beams, max_new_tokens=8)
     assert ours.generate(PICTURES, PROMPTS[prompts], decoding) == expected
     alone = [ours.generate(one, [text], decoding)[0] for one, text in zip(PICTURES, PROMPTS[prompts], strict=True)]
     assert alone == expected
@@ -173,7 +173,7 @@ def test_several_ends(parts, tmp_path):
     """As chat models have them: the first of them that is written ends the text."""
     save_transformers(tmp_path / "llama", "llama", parts.bert)
     ours = blip2.load(tmp_path / "llama", device="cpu")
-    decoding = Decoding(beams=1, max_new_tokens=8)
+    decoding = Decoding(num_beams=1, max_new_tokens=8)
     whole = ours.generate(PICTURES, [""] * 3, decoding)
     ids, mask = encode_prompts(ours.tokenizer, [""] * 3, "left")
     also = int(ours.model.generate(ours.features(PICTURES), ids, mask, decoding, ours.end)[0, 2])
@@ -206,8 +206,8 @@ def test_there_and_back(saved, tmp_path, name):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["opt", "t5", "retrieval"])
 def test_shards_and_half_precision(parts, tmp_path, name, dtype):
-    flavour = None if name == "retrieval" else name
-    save_transformers(tmp_path / "there", flavour, parts.bert, dtype, shard="40KB")
+    flavor = None if name == "retrieval" else name
+    save_transformers(tmp_path / "there", flavor, parts.bert, dtype, shard="40KB")
     assert len(list((tmp_path / "there").glob("model-*.safetensors"))) > 2
     convert(tmp_path / "there", tmp_path / "back", "transformers")
     assert same(tmp_path / "there", tmp_path / "back")
@@ -251,9 +251,9 @@ def test_a_run_of_ours_for_transformers(runs, parts, tmp_path):
     out = model.eval().generate(**inputs, num_beams=3, max_new_tokens=8, min_new_tokens=1)
     new = out[:, inputs["input_ids"].shape[1] :]
     expected = [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
-    assert ours.generate(PICTURES, PROMPTS["several"], Decoding(beams=3, max_new_tokens=8)) == expected
+    assert ours.generate(PICTURES, PROMPTS["several"], Decoding(num_beams=3, max_new_tokens=8)) == expected
     again = blip2.load(tmp_path / "out", device="cpu")
-    assert again.generate(PICTURES, PROMPTS["several"], Decoding(beams=3, max_new_tokens=8)) == expected
+    assert again.generate(PICTURES, PROMPTS["several"], Decoding(num_beams=3, max_new_tokens=8)) == expected
 
 
 @torch.no_grad()
@@ -306,16 +306,21 @@ def test_train_on_from_it(saved, parts, tmp_path):
         vision={"name": folder},
         qformer=sizes,
         start_from=folder,
-        training={"steps": 1, "device": "cpu"},
+        training={"max_steps": 1, "device": "cpu"},
     )
     last = train(recipe)
     after = blip2.load(last, device="cpu").model.state_dict()
     before = blip2.load(folder, device="cpu").model.state_dict()
     moved = [k for k in before if not torch.allclose(before[k], after[k], atol=0.01)]
     assert not [k for k in moved if not k.startswith(("language_head", "temperature"))]
-    with pytest.raises(InputError, match=r"has qformer.heads 4, the recipe 8: set it to 4"):
+    with pytest.raises(InputError, match=r"has qformer.num_attention_heads 4, the recipe 8: set it to 4"):
         train(
-            parts.recipe(tmp_path / "other", vision={"name": folder}, qformer={**sizes, "heads": 8}, start_from=folder)
+            parts.recipe(
+                tmp_path / "other",
+                vision={"name": folder},
+                qformer={**sizes, "num_attention_heads": 8},
+                start_from=folder,
+            )
         )
 
 
@@ -407,7 +412,7 @@ def test_another_number_of_queries(copy):
 def test_another_number_of_heads(copy):
     folder = copy("retrieval")
     edit(folder / "config.json", qformer_config__num_attention_heads=5)
-    refuses(folder, "qformer.hidden_size 32 is not a multiple of qformer.heads 5")
+    refuses(folder, "qformer.hidden_size 32 is not a multiple of qformer.num_attention_heads 5")
 
 
 def test_another_depth_of_the_q_former(copy):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from blip2.errors import InputError
 from blip2.interop.vision import to_blip2
 from blip2.model.vision import ImageEncoder, Layer, Preprocessing, load_image_encoder, wrap_transformers
-from fixtures.tiny import randomise
+from fixtures.tiny import randomize
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -86,7 +86,7 @@ def check(encoder: ImageEncoder, layer: Layer | None = None) -> tuple[Any, dict[
 @pytest.mark.parametrize("size", [28, 42])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_features_stay(name, size):
-    encoder = wrap_transformers(randomise(FAMILIES[name]()), Preprocessing(size))
+    encoder = wrap_transformers(randomize(FAMILIES[name]()), Preprocessing(size))
     config, weights = check(encoder)
     assert config.num_hidden_layers == (3 if name.startswith("BLIP-2") else 2)
     assert (config.image_size, config.patch_size, config.num_attention_heads) == (size, 7, 4)
@@ -96,7 +96,7 @@ def test_the_features_stay(name, size):
 
 
 def test_blip2_stays_as_it_is():
-    network = randomise(FAMILIES["BLIP-2"]())
+    network = randomize(FAMILIES["BLIP-2"]())
     before = {k: v.clone() for k, v in network.state_dict().items() if not k.startswith("post_layernorm")}
     config, weights = to_blip2(wrap_transformers(network, Preprocessing(28)), "second-last")
     torch.testing.assert_close(weights, before, atol=0, rtol=0)
@@ -104,7 +104,7 @@ def test_blip2_stays_as_it_is():
 
 
 def test_an_encoder_is_not_changed():
-    encoder = wrap_transformers(randomise(FAMILIES["DINOv2"]()), Preprocessing(42))
+    encoder = wrap_transformers(randomize(FAMILIES["DINOv2"]()), Preprocessing(42))
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     to_blip2(encoder, None)
     torch.testing.assert_close(dict(encoder.state_dict()), before, atol=0, rtol=0)
@@ -112,7 +112,7 @@ def test_an_encoder_is_not_changed():
 
 @pytest.mark.parametrize("name", ["ViT", "DINOv2"])
 def test_dtypes_stay(name):
-    encoder = wrap_transformers(randomise(FAMILIES[name]()).bfloat16(), Preprocessing(42))
+    encoder = wrap_transformers(randomize(FAMILIES[name]()).bfloat16(), Preprocessing(42))
     config, weights = to_blip2(encoder, None)
     assert {t.dtype for t in weights.values()} == {torch.bfloat16}
     expected = encoder.features(pixels(42))
@@ -184,7 +184,7 @@ def load(timm: Any, monkeypatch: Any, kind: str, size: int, layer: Layer | None 
     """A tiny random model of timm, loaded as one of its own would be."""
 
     def create_model(name: str, img_size: int, **_: Any) -> nn.Module:
-        return randomise(getattr(timm.models, kind)(**{**TIMM, "img_size": img_size, **options})).eval()
+        return randomize(getattr(timm.models, kind)(**{**TIMM, "img_size": img_size, **options})).eval()
 
     monkeypatch.setattr(timm, "create_model", create_model)
     return load_image_encoder("timm:tiny", layer, size)

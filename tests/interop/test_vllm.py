@@ -30,9 +30,9 @@ MODULES = (
 )
 
 
-@pytest.mark.parametrize("flavour", ["opt", "llama"])
-def test_exactly_its_weights(parts, tmp_path, flavour):
-    model = save_transformers(tmp_path / "there", flavour, parts.bert)
+@pytest.mark.parametrize("flavor", ["opt", "llama"])
+def test_exactly_its_weights(parts, tmp_path, flavor):
+    model = save_transformers(tmp_path / "there", flavor, parts.bert)
     convert(tmp_path / "there", tmp_path / "served", "vllm")
     check(tmp_path / "served", set(open_folder(tmp_path / "there")), model.config.qformer_config.num_hidden_layers)
 

@@ -8,12 +8,12 @@ import yaml
 from transformers import BertConfig, BertForMaskedLM
 
 from blip2.errors import InputError
-from blip2.model.bert import check_fits, initialise_from_bert
+from blip2.model.bert import check_fits, initialize_from_bert
 from blip2.model.qformer import QFormer, attention_mask
 from blip2.model.representation import LanguageHead
-from fixtures.tiny import QFORMER, randomise, texts
+from fixtures.tiny import QFORMER, randomize, texts
 
-CONFIG = replace(QFORMER, queries=32)
+CONFIG = replace(QFORMER, num_query_tokens=32)
 WIDTH = 24
 
 
@@ -27,7 +27,7 @@ def bert() -> BertForMaskedLM:
         "vocab_size": 29,
         "max_position_embeddings": 16,
     }
-    return randomise(BertForMaskedLM(BertConfig(**sizes))).eval()
+    return randomize(BertForMaskedLM(BertConfig(**sizes))).eval()
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def folder(bert, tmp_path_factory) -> str:
 def test_the_text_transformer_is_bert(bert, folder):
     """BERT's token-type vector, which the Q-Former does not have, is in the positions."""
     qformer, head = QFormer(CONFIG, WIDTH).eval(), LanguageHead(CONFIG)
-    assert initialise_from_bert(folder, qformer, head) == []
+    assert initialize_from_bert(folder, qformer, head) == []
     ids, mask = texts(9, 5, 2)
     ours = qformer(None, ids, attention_mask("unimodal", 0, mask)).text
     theirs = bert.bert(ids, attention_mask=mask.long()).last_hidden_state
@@ -53,7 +53,7 @@ def test_the_text_transformer_is_bert(bert, folder):
 
 def test_query_feed_forwards_are_copies_of_berts(bert, folder):
     qformer = QFormer(CONFIG, WIDTH)
-    initialise_from_bert(folder, qformer)
+    initialize_from_bert(folder, qformer)
     for block, layer in zip(qformer.blocks, bert.bert.encoder.layer, strict=True):
         for ours in (block.query_feed_forward, block.text_feed_forward):
             torch.testing.assert_close(ours.expand.state_dict(), layer.intermediate.dense.state_dict())
@@ -66,7 +66,7 @@ def test_queries_cross_attention_and_the_new_token_stay_as_drawn(folder):
     torch.manual_seed(0)
     qformer, head = QFormer(CONFIG, WIDTH), LanguageHead(CONFIG)
     before = {key: tensor.clone() for key, tensor in qformer.state_dict().items()}
-    initialise_from_bert(folder, qformer, head)
+    initialize_from_bert(folder, qformer, head)
     changed = {key for key, tensor in qformer.state_dict().items() if not torch.equal(tensor, before[key])}
     assert changed == {key for key in before if key != "queries" and "cross_attention" not in key}
     torch.testing.assert_close(qformer.word_embedding.weight[-1], before["word_embedding.weight"][-1])
@@ -81,7 +81,7 @@ def test_queries_cross_attention_and_the_new_token_stay_as_drawn(folder):
 
 def test_a_qformer_without_text_takes_its_part(bert, folder):
     qformer = QFormer(CONFIG, WIDTH, has_text=False)
-    assert initialise_from_bert(folder, qformer) == []
+    assert initialize_from_bert(folder, qformer) == []
     layer = bert.bert.encoder.layer[1]
     torch.testing.assert_close(qformer.blocks[1].query_feed_forward.expand.weight, layer.intermediate.dense.weight)
     torch.testing.assert_close(qformer.embedding_norm.weight, bert.bert.embeddings.LayerNorm.weight)
@@ -91,7 +91,7 @@ def test_what_a_sentence_encoder_lacks_is_listed_and_stays_as_drawn(bert, tmp_pa
     bert.bert.save_pretrained(tmp_path)
     qformer, head = QFormer(CONFIG, WIDTH), LanguageHead(CONFIG)
     before = {key: tensor.clone() for key, tensor in head.state_dict().items()}
-    assert initialise_from_bert(str(tmp_path), qformer, head) == [
+    assert initialize_from_bert(str(tmp_path), qformer, head) == [
         "cls.predictions.bias",
         "cls.predictions.transform.LayerNorm.bias",
         "cls.predictions.transform.LayerNorm.weight",
@@ -108,7 +108,7 @@ def test_what_a_sentence_encoder_lacks_is_listed_and_stays_as_drawn(bert, tmp_pa
 def test_a_bert_of_other_sizes_says_what_to_put_into_the_recipe(folder):
     wrong = replace(CONFIG, layers=2, vocabulary=30523)
     with pytest.raises(InputError, match=r"layers 2, vocabulary 30523") as caught:
-        initialise_from_bert(folder, QFormer(wrong, WIDTH))
+        initialize_from_bert(folder, QFormer(wrong, WIDTH))
     assert "\n" not in str(caught.value)
     told = re.search(r"set qformer (\{.*\})", str(caught.value))
     assert yaml.safe_load(told[1]) == {"layers": 3, "vocabulary": 30}
@@ -122,7 +122,7 @@ def test_a_bert_of_other_sizes_says_what_to_put_into_the_recipe(folder):
         ("heads", 8),
         ("intermediate_size", 96),
         ("vocabulary", 29),
-        ("max_positions", 17),
+        ("max_position_embeddings", 17),
     ],
 )
 def test_every_size_is_checked(folder, field, value):
@@ -141,5 +141,5 @@ def test_a_folder_without_a_bert(folder, tmp_path, left):
     if left:
         (tmp_path / left).write_text(Path(folder, left).read_text())
     with pytest.raises(InputError, match="no BERT could be read from") as caught:
-        initialise_from_bert(str(tmp_path), QFormer(CONFIG, WIDTH))
+        initialize_from_bert(str(tmp_path), QFormer(CONFIG, WIDTH))
     assert "\n" not in str(caught.value)

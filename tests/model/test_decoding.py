@@ -97,15 +97,15 @@ def ours(name: str, *asked: Any, decoding: Decoding, ends: list[int], copies: in
         return write(llm(name).network, llm(name).prompts(*asked), decoding, ends, copies)
 
 
-GREEDY = Decoding(beams=1, max_new_tokens=7)
-BEAMS = Decoding(beams=5, max_new_tokens=7)
+GREEDY = Decoding(num_beams=1, max_new_tokens=7)
+BEAMS = Decoding(num_beams=5, max_new_tokens=7)
 DECODINGS = {
     "greedy": GREEDY,
     "greedy from the start": replace(GREEDY, min_new_tokens=0),
     "greedy without repetitions": replace(GREEDY, min_new_tokens=3, repetition_penalty=1.8),
     "one token": replace(BEAMS, max_new_tokens=1),
-    "3 beams, short": Decoding(beams=3, max_new_tokens=7, length_penalty=-1.0, min_new_tokens=0),
-    "3 beams, long": Decoding(beams=3, max_new_tokens=7, length_penalty=2.0),
+    "3 beams, short": Decoding(num_beams=3, max_new_tokens=7, length_penalty=-1.0, min_new_tokens=0),
+    "3 beams, long": Decoding(num_beams=3, max_new_tokens=7, length_penalty=2.0),
     "5 beams": BEAMS,
     "5 beams, short": replace(BEAMS, length_penalty=-1.0),
     "5 beams, no penalty": replace(BEAMS, length_penalty=0.0, min_new_tokens=3),
@@ -141,7 +141,7 @@ def test_prompts_about_the_same_picture(name, decoding):
 @pytest.mark.parametrize("beams", [1, 3, 5])
 @pytest.mark.parametrize("name", NAMES)
 def test_copies(name, beams):
-    given: dict[str, Any] = {"decoding": replace(BEAMS, beams=beams), "ends": [END], "copies": 3}
+    given: dict[str, Any] = {"decoding": replace(BEAMS, num_beams=beams), "ends": [END], "copies": 3}
     new = ours(name, *prompts(4), **given)
     assert torch.equal(new, plain(name, *prompts(4), **given))
     assert len(set(map(tuple, new[:3].tolist()))) == 3
@@ -151,7 +151,7 @@ def test_copies(name, beams):
 def test_many_prompts(name):
     """Some of which are settled long before others."""
     for seed in range(20):
-        decoding = Decoding(beams=2 + seed % 4, max_new_tokens=12, length_penalty=(-1.0, 0.0, 1.0, 2.0)[seed // 5])
+        decoding = Decoding(num_beams=2 + seed % 4, max_new_tokens=12, length_penalty=(-1.0, 0.0, 1.0, 2.0)[seed // 5])
         asked = prompts(seed, tuple(range(10)), pictures=10)
         given: dict[str, Any] = {"decoding": decoding, "ends": [END, 7], "copies": 1 + seed % 2}
         assert torch.equal(ours(name, *asked, **given), plain(name, *asked, **given))

@@ -16,7 +16,7 @@ from blip2.config import ObjectivesConfig
 from blip2.model.distributed import fetch, gather, gather_padded, process_count, process_index, shared_chances
 from blip2.model.representation import Negatives, RepresentationBatch, RepresentationModel
 from blip2.model.vision import ImageEncoder, Preprocessing
-from fixtures.tiny import QFORMER, randomise, texts
+from fixtures.tiny import QFORMER, randomize, texts
 
 LENGTHS = (5, 7, 4, 9, 5, 10)  # the first process pads to 7, the second to 10
 NEGATIVES = Negatives(torch.tensor([3, 0, 5, 1, 2, 4]), torch.tensor([5, 3, 1, 0, 2, 4]))
@@ -39,7 +39,7 @@ def build(objectives: set[str], trains_encoder: bool) -> RepresentationModel:
         return linear(F.unfold(pixels, 4, stride=4).mT)  # [B, 4, 24]
 
     enabled = ObjectivesConfig(**{name: float(name in objectives) for name in ("itc", "itm", "itg")})
-    model = randomise(RepresentationModel(ImageEncoder(linear, encode, Preprocessing(8)), QFORMER, enabled))
+    model = randomize(RepresentationModel(ImageEncoder(linear, encode, Preprocessing(8)), QFORMER, enabled))
     model.temperature.data.fill_(0.3)
     model.vision.requires_grad_(trains_encoder)
     return model.train()

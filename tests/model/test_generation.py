@@ -11,11 +11,11 @@ from blip2.model.decoding import Decoding
 from blip2.model.generation import GenerationBatch, GenerationModel
 from blip2.model.language import load_language_model
 from blip2.model.vision import load_image_encoder
-from fixtures.tiny import QFORMER, randomise
+from fixtures.tiny import QFORMER, randomize
 
 END = 256
 LLMS = ("llama", "opt", "t5")
-PROMPTS = ("a photo of", "the", "Question: what colour is it? Answer:")
+PROMPTS = ("a photo of", "the", "Question: what color is it? Answer:")
 
 
 @pytest.fixture
@@ -24,8 +24,8 @@ def build(parts) -> Callable[..., GenerationModel]:
         torch.manual_seed(0)
         language = load_language_model(getattr(parts, name), dtype)
         model = GenerationModel(load_image_encoder(parts.vision), QFORMER, language)
-        randomise(model.qformer)
-        model.initialise_projection()
+        randomize(model.qformer)
+        model.initialize_projection()
         return model
 
     return build
@@ -55,10 +55,10 @@ def test_the_visual_prompt_begins_at_the_scale_of_token_embeddings(build, parts,
     norm = other.qformer.blocks[-1].query_feed_forward.norm
     norm.weight.data.mul_(3.0)
     norm.bias.data.fill_(2.0)
-    other.initialise_projection()
+    other.initialize_projection()
     for model in (new, other):
         prompt = model.visual_prompt(pixels(8))
-        assert prompt.shape == (8, QFORMER.queries, 32)
+        assert prompt.shape == (8, QFORMER.num_query_tokens, 32)
         scale = prompt.square().mean().sqrt().item()
         assert scale == pytest.approx(model.language.embedding_scale(), rel=0.25)
 
@@ -154,7 +154,7 @@ def encode(tokenizer, texts: tuple[str, ...], side: str) -> tuple[Tensor, Tensor
 def test_a_list_of_different_prompts(build, parts, name, beams):
     model, tokenizer = build(name).eval(), AutoTokenizer.from_pretrained(getattr(parts, name))
     side = "right" if model.language.is_encoder_decoder else "left"
-    images, decoding = pixels(1).expand(3, -1, -1, -1), Decoding(beams=beams, max_new_tokens=6)
+    images, decoding = pixels(1).expand(3, -1, -1, -1), Decoding(num_beams=beams, max_new_tokens=6)
     together = model.generate(images, *encode(tokenizer, PROMPTS, side), decoding, END)
     alone = [model.generate(images[:1], *encode(tokenizer, (p,), side), decoding, END) for p in PROMPTS]
     texts = tokenizer.batch_decode(together, skip_special_tokens=True)

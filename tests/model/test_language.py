@@ -23,17 +23,17 @@ from blip2.errors import InputError
 from blip2.model.decoding import Decoding
 from blip2.model.language import LanguageModel, load_language_model
 from blip2.model.objectives import language_modeling
-from fixtures.tiny import randomise
+from fixtures.tiny import randomize
 
 END = 256
-GREEDY = Decoding(beams=1, max_new_tokens=8)
-BEAMS = Decoding(beams=5, max_new_tokens=8)
+GREEDY = Decoding(num_beams=1, max_new_tokens=8)
+BEAMS = Decoding(num_beams=5, max_new_tokens=8)
 LENGTHS = (3, 5, 1)
 
 
 def gpt2() -> GPT2LMHeadModel:
     sizes = {"vocab_size": 258, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-    return randomise(GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=END, eos_token_id=END)))
+    return randomize(GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=END, eos_token_id=END)))
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_logits_that_are_changed_after_the_output_matrix():
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     sizes |= {"vocab_size": 258, "intermediate_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": END}
     for config in (Gemma2Config(**sizes, head_dim=8, final_logit_softcapping=0.5), CohereConfig(**sizes)):
-        llm = LanguageModel(randomise(AutoModelForCausalLM.from_config(config)))
+        llm = LanguageModel(randomize(AutoModelForCausalLM.from_config(config)))
         visual, (ids, mask, labels) = draw((3, 4, 32)), training_texts(llm)
         inputs = torch.cat([visual, llm.network.get_input_embeddings()(ids)], dim=1)
         seen = torch.cat([torch.ones(3, 4), mask], dim=1).long()
@@ -121,7 +121,7 @@ def test_an_encoder_decoder_that_adds_to_its_logits():
     sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
     sizes |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "vocab_size": 258, "pad_token_id": 0}
     config = BartConfig(**sizes, max_position_embeddings=64, decoder_start_token_id=1, eos_token_id=END)
-    llm = LanguageModel(randomise(AutoModelForSeq2SeqLM.from_config(config)))
+    llm = LanguageModel(randomize(AutoModelForSeq2SeqLM.from_config(config)))
     llm.network.final_logits_bias.normal_(generator=torch.Generator().manual_seed(1))
     visual, (ids, mask, labels) = draw((3, 4, 32)), training_texts(llm)
     inputs = torch.cat([visual, llm.network.get_input_embeddings()(ids)], dim=1)
@@ -252,7 +252,7 @@ def test_texts_end_and_are_padded_with_the_end(llm):
     assert end not in longer
 
 
-def test_a_negative_length_penalty_favours_short_texts(llm):
+def test_a_negative_length_penalty_favors_short_texts(llm):
     end = int(llm.generate(*prompts(llm), BEAMS, END)[0, 2])  # a token that is likely
     lengths = []
     for penalty in (-5.0, 5.0):
@@ -343,7 +343,7 @@ def test_what_is_no_language_model(parts, part):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("beams", 0),
+        ("num_beams", 0),
         ("max_new_tokens", 0),
         ("min_new_tokens", -1),
         ("top_p", 0.0),

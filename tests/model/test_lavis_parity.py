@@ -24,13 +24,13 @@ NAMES = QFORMER + OPT
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 CONFIG = QFormerConfig(
     hidden_size=48,
-    layers=4,
-    heads=4,
+    num_hidden_layers=4,
+    num_attention_heads=4,
     intermediate_size=96,
-    queries=8,
-    contrastive_width=32,
-    vocabulary=201,
-    max_positions=64,
+    num_query_tokens=8,
+    image_text_hidden_size=32,
+    vocab_size=201,
+    max_position_embeddings=64,
     dropout=0.0,
 )
 # The random model's cosines are nearly all equal, so the gradient of ITC with respect to these is the small rest of

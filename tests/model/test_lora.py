@@ -22,8 +22,8 @@ RATES = {"language.*lora_*": 1e-2, "vision.*": "frozen", "language.*": "frozen",
 
 
 def tune(parts, run, name="llama", rates=RATES, dtype=None, **changes):
-    language = {"name": getattr(parts, name), "lora": LoraConfig(rank=2, alpha=4, dropout=0.1), "dtype": dtype}
-    optimizer = {"rates": rates, "warmup_steps": 0}
+    language = {"name": getattr(parts, name), "lora": LoraConfig(r=2, lora_alpha=4, lora_dropout=0.1), "dtype": dtype}
+    optimizer = {"learning_rate": rates, "warmup_steps": 0}
     return parts.recipe(run, stage="generation", language=language, optimizer=optimizer, **changes)
 
 
@@ -85,7 +85,7 @@ def test_adapters_begin_as_nothing_and_the_llm_stays_in_eval(parts, name):
     ids, mask = torch.randint(0, 250, (2, 5)), torch.ones(2, 5, dtype=torch.bool)
     llm = load_language_model(getattr(parts, name), torch.bfloat16)
     before = llm.states(visual, ids, mask, ids)[0]
-    add_adapters(llm, LoraConfig(dropout=0.5))
+    add_adapters(llm, LoraConfig(lora_dropout=0.5))
     torch.testing.assert_close(llm.states(visual, ids, mask, ids)[0], before, atol=0, rtol=0)
     torch.nn.Sequential(llm).train()
     assert llm.is_frozen and not any(module.training for module in llm.modules())
@@ -100,7 +100,7 @@ def test_adapters_begin_as_nothing_and_the_llm_stays_in_eval(parts, name):
 
 @pytest.mark.parametrize(("name", "dtype"), [("llama", None), ("t5", "bf16")])
 def test_going_on_equals_never_stopping(parts, tmp_path, name, dtype):
-    recipe = tune(parts, tmp_path / "run", name, dtype=dtype, training={"steps": 4, "save_every": 2})
+    recipe = tune(parts, tmp_path / "run", name, dtype=dtype, training={"max_steps": 4, "save_steps": 2})
     train(recipe)
     copy = cut_short(tmp_path / "run", 2)
     train(replace(recipe, output=str(copy)), resume=True)
@@ -110,7 +110,10 @@ def test_going_on_equals_never_stopping(parts, tmp_path, name, dtype):
 @pytest.mark.parametrize(
     ("rates", "message"),
     [
-        ({"language.*": "frozen", "*": 1e-3}, r"language has adapters, and optimizer\.rates freezes them: begin"),
+        (
+            {"language.*": "frozen", "*": 1e-3},
+            r"language has adapters, and optimizer\.learning_rate freezes them",
+        ),
         (
             {"language.*": 1e-4, "*": 1e-3},
             r"gives language\.network\..* a rate beside them: begin",
@@ -125,12 +128,12 @@ def test_rates_that_do_not_fit_adapters(parts, tmp_path, rates, message):
 def test_matrices_that_are_not_there(parts):
     llm = load_language_model(parts.llama)
     with pytest.raises(InputError, match=r"no adapters fit the LLM, a LlamaForCausalLM .*: set language\.lora"):
-        add_adapters(llm, LoraConfig(targets=["query"]))
+        add_adapters(llm, LoraConfig(target_modules=["query"]))
 
 
 def test_targets_are_those_asked_for(parts):
     llm = load_language_model(parts.llama)
-    add_adapters(llm, LoraConfig(targets=["gate_proj"]))
+    add_adapters(llm, LoraConfig(target_modules=["gate_proj"]))
     assert {key.split(".")[-4] for key, _ in llm.named_parameters() if ".lora_" in key} == {"gate_proj"}
 
 
@@ -151,7 +154,7 @@ def test_adapters_are_never_lost(parts, tuned, tmp_path):
     path = checkpoint.latest(tmp_path / "plain") / "recipe.yaml"
     text = path.read_text()
     assert "  lora: null" in text
-    path.write_text(text.replace("  lora: null", "  lora: {rank: 2}"))
+    path.write_text(text.replace("  lora: null", "  lora: {r: 2}"))
     with pytest.raises(InputError, match=r"does not fit the recipe \(without: language\..*lora_"):
         blip2.load(tmp_path / "plain", device="cpu")
 

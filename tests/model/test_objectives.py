@@ -131,7 +131,7 @@ def test_matching_loss_ignores_rows_that_do_not_count():
     assert (logits.grad != 0).all(dim=1).tolist() == counted.tolist()
 
 
-# -- language modelling --------------------------------------------------------------------------------------------
+# -- language modeling --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -13,16 +13,16 @@ from blip2.config import ObjectivesConfig, QFormerConfig
 from blip2.model.attention import CrossAttention, ImageMemory, Layout, SelfAttention
 from blip2.model.qformer import QFormer, attention_mask, contrast_and_generate_mask
 from blip2.model.representation import RepresentationModel
-from fixtures.tiny import QFORMER, no_encoder, randomise, texts
+from fixtures.tiny import QFORMER, no_encoder, randomize, texts
 
 WIDTH = 24
-NORM = randomise(nn.LayerNorm(WIDTH))
+NORM = randomize(nn.LayerNorm(WIDTH))
 KINDS = ("unimodal", "causal", "bidirectional")
 
 
 @pytest.fixture(scope="module")
 def qformer() -> QFormer:
-    return randomise(QFormer(QFORMER, WIDTH)).eval()
+    return randomize(QFormer(QFORMER, WIDTH)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -152,8 +152,8 @@ def peer(qformer: QFormer, has_text: bool) -> Blip2QFormerModel:
     model = Blip2QFormerModel._from_config(
         Blip2QFormerConfig(
             hidden_size=config.hidden_size,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
             intermediate_size=config.intermediate_size,
             encoder_hidden_size=WIDTH,
             use_qformer_text_input=has_text,
@@ -163,7 +163,7 @@ def peer(qformer: QFormer, has_text: bool) -> Blip2QFormerModel:
     theirs = {
         f"{there.format(layer)}.{kind}": ours[f"{here.format(layer)}.{kind}"]
         for here, there in TRANSFORMERS.items()
-        for layer in range(config.layers)
+        for layer in range(config.num_hidden_layers)
         for kind in ("weight", "bias")
         if f"{here.format(layer)}.{kind}" in ours and (has_text or "text_feed_forward" not in here)
     }
@@ -226,7 +226,7 @@ def test_attention_maps_leave_nothing_behind(qformer, features):
 
 
 def run(qformer, features, ids, mask, kind):
-    return qformer(qformer.memory(features, NORM), ids, attention_mask(kind, QFORMER.queries, mask))
+    return qformer(qformer.memory(features, NORM), ids, attention_mask(kind, QFORMER.num_query_tokens, mask))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -358,9 +358,9 @@ def test_rows_that_share_an_image_see_what_they_would_see_alone(qformer, feature
 
 
 def test_the_norm_of_the_features_is_folded_exactly(features):
-    """Its gradient and those of the projections are those of normalising first and projecting then."""
+    """Its gradient and those of the projections are those of normalizing first and projecting then."""
     torch.set_grad_enabled(True)
-    attention, norm = randomise(CrossAttention(QFORMER, WIDTH)), randomise(nn.LayerNorm(WIDTH))
+    attention, norm = randomize(CrossAttention(QFORMER, WIDTH)), randomize(nn.LayerNorm(WIDTH))
     plain = nn.functional.layer_norm(features, (WIDTH,))
     results = []
     for keys, values in (
@@ -389,7 +389,7 @@ def test_no_gradient_is_computed_for_frozen_features(features):
 
 def test_checkpointing_changes_nothing_but_memory(features):
     torch.set_grad_enabled(True)
-    qformer = randomise(QFormer(dataclasses.replace(QFORMER, dropout=0.3), WIDTH)).train()
+    qformer = randomize(QFormer(dataclasses.replace(QFORMER, dropout=0.3), WIDTH)).train()
     ids, mask = texts(6, 4, 2)
     results = []
     for qformer.checkpointing in (False, True):
@@ -411,12 +411,12 @@ COMPILED = """
 import torch
 from torch import nn
 from blip2.model.qformer import QFormer, attention_mask
-from fixtures.tiny import QFORMER, randomise, texts
+from fixtures.tiny import QFORMER, randomize, texts
 
 torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)  # gradients of 50 differ by more than 1e-4 in fp32 now and then
 features, norm = torch.randn(3, 5, 24), nn.LayerNorm(24)
-plain, compiled = randomise(QFormer(QFORMER, 24)).train(), QFormer(QFORMER, 24).train()
+plain, compiled = randomize(QFormer(QFORMER, 24)).train(), QFormer(QFORMER, 24).train()
 compiled.load_state_dict(plain.state_dict())
 compiled.compile_blocks()
 graphs = []
@@ -482,7 +482,7 @@ def test_text_for_a_qformer_without_text(features):
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_attention_in_bfloat16_agrees_with_float32(masked):
-    half = randomise(SelfAttention(QFORMER, 32)).bfloat16()
+    half = randomize(SelfAttention(QFORMER, 32)).bfloat16()
     full = SelfAttention(QFORMER, 32)
     full.load_state_dict(half.state_dict())
     real = texts(5, 3, 2)[1] if masked else torch.ones(3, 5, dtype=torch.bool)
@@ -510,7 +510,7 @@ def test_autocast_agrees_with_float32(qformer, features):
 
 
 def test_the_first_block_projects_queries_once_for_all_rows_unless_dropout_makes_them_others(features):
-    qformer = randomise(QFormer(dataclasses.replace(QFORMER, dropout=0.5), WIDTH))
+    qformer = randomize(QFormer(dataclasses.replace(QFORMER, dropout=0.5), WIDTH))
     ids, mask = texts(6, 4, 2)
     seen = []
     qformer.blocks[0].self_attention.key.register_forward_hook(lambda module, inputs, _: seen.append(len(inputs[0])))
@@ -520,14 +520,14 @@ def test_the_first_block_projects_queries_once_for_all_rows_unless_dropout_makes
 
 
 def test_a_single_block_that_leaves_the_text_out(features):
-    qformer = randomise(QFormer(dataclasses.replace(QFORMER, layers=1), WIDTH))
+    qformer = randomize(QFormer(dataclasses.replace(QFORMER, num_hidden_layers=1), WIDTH))
     ids, mask = texts(6, 4, 2)
     arguments = (qformer.memory(features, NORM), ids, attention_mask("bidirectional", 4, mask))
     torch.testing.assert_close(qformer(*arguments, text_output=False).queries, qformer(*arguments).queries)
 
 
 def test_dropout_acts_in_training_only(features):
-    qformer = randomise(QFormer(dataclasses.replace(QFORMER, dropout=0.5), WIDTH))
+    qformer = randomize(QFormer(dataclasses.replace(QFORMER, dropout=0.5), WIDTH))
     memory = qformer.memory(features, NORM)
     assert not torch.equal(qformer(memory).queries, qformer(memory).queries)
     qformer.eval()

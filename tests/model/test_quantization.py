@@ -32,7 +32,7 @@ def test_without_bitsandbytes(parts, monkeypatch, bits):
 def test_an_llm_inside_a_checkpoint(parts, tmp_path):
     save_transformers(tmp_path / "blip2", "llama", parts.bert)
     language = {"name": str(tmp_path / "blip2"), "quantization": "4bit"}
-    with pytest.raises(InputError, match=r"cannot be quantised: set language\.name to the LLM's own files"):
+    with pytest.raises(InputError, match=r"cannot be quantized: set language\.name to the LLM's own files"):
         build(parts.recipe(tmp_path / "run", stage="generation", language=language, qformer={"bert": None}), CPU)
 
 
@@ -61,7 +61,7 @@ def llms(tmp_path_factory):
 
 @pytest.mark.parametrize("name", LLMS)
 @pytest.mark.parametrize("bits", BITS)
-def test_a_quantised_llm_computes_with_its_rounded_matrices(bitsandbytes, llms, name, bits):
+def test_a_quantized_llm_computes_with_its_rounded_matrices(bitsandbytes, llms, name, bits):
     """And passes on their gradient, on a CPU too."""
     whole = load_language_model(str(llms / name))
     small = load_language_model(str(llms / name), quantization=bits, device=CPU)
@@ -98,8 +98,8 @@ def test_a_quantised_llm_computes_with_its_rounded_matrices(bitsandbytes, llms, 
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
-def test_a_run_with_a_quantised_llm(bitsandbytes, parts, llms, tmp_path, bits, lora):
+@pytest.mark.parametrize("lora", [None, LoraConfig(r=2)])
+def test_a_run_with_a_quantized_llm(bitsandbytes, parts, llms, tmp_path, bits, lora):
     rates = {"vision.*": "frozen", "language.*": "frozen", "*": 1e-2}
     if lora is not None:
         pytest.importorskip("peft")
@@ -108,7 +108,7 @@ def test_a_run_with_a_quantised_llm(bitsandbytes, parts, llms, tmp_path, bits, l
         tmp_path / "run",
         stage="generation",
         language={"name": str(llms / "llama"), "quantization": bits, "lora": lora},
-        optimizer={"rates": rates, "warmup_steps": 0},
+        optimizer={"learning_rate": rates, "warmup_steps": 0},
     )
     train(recipe)
     names = load_file(checkpoint.latest(tmp_path / "run") / "model.safetensors").keys()

@@ -11,7 +11,7 @@ from blip2.model import objectives
 from blip2.model.qformer import attention_mask
 from blip2.model.representation import Negatives, RepresentationBatch, RepresentationModel
 from blip2.model.vision import load_image_encoder
-from fixtures.tiny import QFORMER, no_encoder, randomise, texts
+from fixtures.tiny import QFORMER, no_encoder, randomize, texts
 
 WIDTH = 24
 LENGTHS = (6, 4, 3, 5)
@@ -19,7 +19,7 @@ LENGTHS = (6, 4, 3, 5)
 
 def build(**enabled: float) -> RepresentationModel:
     model = RepresentationModel(no_encoder(5, WIDTH), QFORMER, ObjectivesConfig(**enabled))
-    randomise(model)
+    randomize(model)
     # The random weights spread cosines less than trained ones do.
     model.temperature.data.fill_(0.3)
     return model
@@ -62,8 +62,8 @@ def test_losses_gradients_and_metrics_equal_separate_passes():
     torch.testing.assert_close(metrics["itm_accuracy"], (logits.argmax(dim=1) == labels).float().mean())
 
     begun = batch.ids.clone()
-    begun[:, 0] = QFORMER.vocabulary - 1  # [DEC]
-    hidden = model.qformer(memory, begun, attention_mask("causal", QFORMER.queries, batch.mask)).text
+    begun[:, 0] = QFORMER.vocab_size - 1  # [DEC]
+    hidden = model.qformer(memory, begun, attention_mask("causal", QFORMER.num_query_tokens, batch.mask)).text
     logits = model.language_head(hidden[:, :-1].flatten(0, 1), model.qformer.word_embedding.weight)
     labels = batch.ids.where(batch.mask, -100)[:, 1:].flatten()
     separate["itg"] = F.cross_entropy(logits, labels, label_smoothing=0.1)
@@ -208,7 +208,7 @@ def test_matching_and_embedding_do_not_see_padding():
 def test_pixels_and_ready_features_give_the_same(parts):
     torch.manual_seed(0)
     model = RepresentationModel(load_image_encoder(parts.vision), QFORMER, ObjectivesConfig())
-    randomise(model.qformer)
+    randomize(model.qformer)
     pixels = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     negatives = Negatives(torch.tensor([1, 0, 0, 2]), torch.tensor([3, 2, 1, 0]))
     batch = replace(pairs(), images=pixels)

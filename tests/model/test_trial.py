@@ -118,7 +118,7 @@ def test_the_fastest_way_that_is_right_is_taken(name):
 
 @pytest.mark.parametrize("name", MAKES)
 def test_a_batch_writes_what_each_writes_alone(name):
-    decoding = Decoding(beams=3, max_new_tokens=5)
+    decoding = Decoding(num_beams=3, max_new_tokens=5)
     visual, ids, mask = prompts()
     together = llm(name).generate(visual, ids, mask, decoding, END)
     for i, length in enumerate(mask.sum(dim=1).tolist()):
@@ -131,7 +131,7 @@ def test_a_batch_writes_what_each_writes_alone(name):
 def test_what_is_written_is_the_likeliest_in_training(name):
     """Greedy texts, scored as in training: no token is likelier than the one that was written."""
     visual, ids, mask = prompts()
-    written = llm(name).generate(visual, ids, mask, Decoding(beams=1, max_new_tokens=5, min_new_tokens=5), END)
+    written = llm(name).generate(visual, ids, mask, Decoding(num_beams=1, max_new_tokens=5, min_new_tokens=5), END)
     if llm(name).is_encoder_decoder:
         labels = written
     else:

@@ -19,7 +19,7 @@ from transformers.models.blip_2.modeling_blip_2 import Blip2VisionEmbeddings
 from blip2.data.images import to_pixels
 from blip2.errors import InputError
 from blip2.model.vision import CLIP_MEAN, CLIP_STD, load_image_encoder, read_preprocessing, resize_positions
-from fixtures.tiny import randomise
+from fixtures.tiny import randomize
 
 NO_SIZE: dict[str, Any] = {
     "hidden_size": 32,
@@ -58,7 +58,7 @@ def saved(tmp_path_factory) -> Callable[[str], tuple[Any, str]]:
 
     def save(name: str) -> tuple[nn.Module, str]:
         if name not in made:
-            model: Any = randomise({**VITS, **CNNS, **OWN}[name]()).eval()
+            model: Any = randomize({**VITS, **CNNS, **OWN}[name]()).eval()
             folder = str(tmp_path_factory.mktemp("encoder"))
             model.save_pretrained(folder)
             made[name] = getattr(model, "vision_model", model), folder
@@ -145,10 +145,10 @@ def bicubic(had: int, wanted: int) -> Tensor:
     """[wanted, had]: what each new place takes of each old one on a line, by Keys' kernel with a = -0.75."""
     weights = torch.zeros(wanted, had, dtype=torch.double)
     for new in range(wanted):
-        centre = (new + 0.5) * had / wanted - 0.5
-        first = math.floor(centre) - 1
+        center = (new + 0.5) * had / wanted - 0.5
+        first = math.floor(center) - 1
         for old in range(first, first + 4):
-            x = abs(centre - old)
+            x = abs(center - old)
             near, far = 1.25 * x**3 - 2.25 * x**2 + 1, -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
             weights[new, min(max(old, 0), had - 1)] += near if x <= 1 else far
     return weights
@@ -165,7 +165,7 @@ def test_positions_at_the_sizes_of_fine_tuning(tmp_path, name, size):
         "DINOv2": (hf.Dinov2Model, hf.Dinov2Config),
         "SigLIP": (hf.SiglipVisionModel, hf.SiglipVisionConfig),
     }[name]
-    small = randomise(kind(config(**NO_SIZE, image_size=224))).eval()
+    small = randomize(kind(config(**NO_SIZE, image_size=224))).eval()
     small.save_pretrained(tmp_path)
     weights = small.state_dict()
     (key,) = (key for key in weights if "position_embedding" in key)
@@ -307,7 +307,7 @@ def test_drop_path_by_hand(saved, name):
 
 
 def test_drop_path_rises_evenly(tmp_path):
-    randomise(hf.CLIPVisionModel(hf.CLIPVisionConfig(**{**SIZES, "num_hidden_layers": 6}))).save_pretrained(tmp_path)
+    randomize(hf.CLIPVisionModel(hf.CLIPVisionConfig(**{**SIZES, "num_hidden_layers": 6}))).save_pretrained(tmp_path)
     encoder = load_image_encoder(str(tmp_path)).requires_grad_(True).train()
     encoder.drop_path(0.4)
     left_out: list[float] = []
@@ -422,7 +422,7 @@ def pixtral() -> nn.Module:
 @torch.no_grad()
 @pytest.mark.parametrize("layer", ["second-last", "last"])
 def test_a_grid_whose_width_comes_last(tmp_path, layer):
-    network: Any = randomise(sam()).eval()
+    network: Any = randomize(sam()).eval()
     network.save_pretrained(tmp_path)
     encoder, images = load_image_encoder(str(tmp_path), layer), pixels(64)
     out = network(images, output_hidden_states=True)
@@ -433,7 +433,7 @@ def test_a_grid_whose_width_comes_last(tmp_path, layer):
 
 
 def test_a_grid_of_which_nothing_tells_the_width(tmp_path):
-    randomise(sam(hidden_size=8, num_attention_heads=2, window_size=0)).save_pretrained(tmp_path)
+    randomize(sam(hidden_size=8, num_attention_heads=2, window_size=0)).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"\[2, 8, 8, 8\] of which it is not clear .* set vision.image_size to"):
         load_image_encoder(str(tmp_path))
 
@@ -441,7 +441,7 @@ def test_a_grid_of_which_nothing_tells_the_width(tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("make", [intern, pixtral])
 def test_sizes_that_are_lists_and_tokens_in_a_row(tmp_path, make):
-    network: Any = randomise(make()).eval()
+    network: Any = randomize(make()).eval()
     network.save_pretrained(tmp_path)
     encoder, images = load_image_encoder(str(tmp_path)), pixels()
     alone = torch.cat([network(each[None], output_hidden_states=True).hidden_states[-2] for each in images])

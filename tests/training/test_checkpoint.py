@@ -58,7 +58,7 @@ def test_round_trip_is_bit_identical(save, built, recipe):
     before = {name: tensor.clone() for name, tensor in checkpoint.trained_state(built.model).items()}
     folder = save(7)
     shift(built.model)
-    assert not torch.equal(built.model.qformer.queries, before["qformer.queries"])
+    assert not torch.equal(built.model.qformer.queries, before["qformer.num_query_tokens"])
     checkpoint.load_weights(checkpoint.open_own(folder), built.model)
     after = checkpoint.trained_state(built.model)
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -96,7 +96,7 @@ def test_a_step_can_be_saved_again(save, built):
     save(2)
     shift(built.model)
     folder = save(2)
-    assert torch.equal(load_file(folder / "model.safetensors")["qformer.queries"], built.model.qformer.queries)
+    assert torch.equal(load_file(folder / "model.safetensors")["qformer.num_query_tokens"], built.model.qformer.queries)
 
 
 class Killed(BaseException):
@@ -191,8 +191,8 @@ def rewrite(folder, change):
     ("change", "message"),
     [
         (
-            lambda weights: weights.update({"qformer.queries": torch.zeros(1, 5, 32)}),
-            "of other shapes: qformer.queries is (1, 5, 32), expected (1, 4, 32)",
+            lambda weights: weights.update({"qformer.num_query_tokens": torch.zeros(1, 5, 32)}),
+            "of other shapes: qformer.num_query_tokens is (1, 5, 32), expected (1, 4, 32)",
         ),
         (lambda weights: weights.pop("matching_head.bias"), "without: matching_head.bias"),
         (lambda weights: weights.update({"qformer.extra": torch.zeros(2)}), "with unknown: qformer.extra"),
@@ -277,7 +277,7 @@ def test_find(save, tmp_path):
 
 def test_a_trained_encoder_is_kept(parts, recipe, tmp_path):
     """Also for a model in which it is frozen, as it is when a checkpoint is loaded to be used."""
-    recipe = replace(recipe, optimizer=replace(recipe.optimizer, rates={"*": 1e-3}))
+    recipe = replace(recipe, optimizer=replace(recipe.optimizer, learning_rate={"*": 1e-3}))
     built = build(recipe, CPU)
     set_rates(built.model, recipe.optimizer)
     shift(built.model)
@@ -292,7 +292,7 @@ def test_tied_weights_of_a_trained_llm(parts, tmp_path):
     """OPT's and T5's output matrix is their embedding, which can be in a safetensors file once only."""
     rates = {"vision.*": "frozen", "*": 1e-3}
     recipe = parts.recipe(
-        tmp_path / "run", stage="generation", language={"name": parts.opt}, optimizer={"rates": rates}
+        tmp_path / "run", stage="generation", language={"name": parts.opt}, optimizer={"learning_rate": rates}
     )
     built = build(recipe, CPU)
     set_rates(built.model, recipe.optimizer)
@@ -340,7 +340,7 @@ def test_previous_stage_without_qformer(save, second_stage):
 
 def test_previous_stage_whose_encoder_would_be_lost(recipe, second_stage, tmp_path):
     """The second stage's checkpoints would name the encoder as it was before the first stage trained it."""
-    trained = replace(recipe, optimizer=replace(recipe.optimizer, rates={"*": 1e-3}))
+    trained = replace(recipe, optimizer=replace(recipe.optimizer, learning_rate={"*": 1e-3}))
     built = build(trained, CPU)
     set_rates(built.model, trained.optimizer)
     folder = checkpoint.save(tmp_path / "run", 1, built.model, trained, built.tokenizer, {}, {}, 1)

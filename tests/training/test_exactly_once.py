@@ -95,8 +95,8 @@ def assert_exactly_once(folder: Path) -> None:
 def recipe_of(parts, folder: Path, shards: str) -> Path:
     recipe = parts.recipe(
         folder / "run",
-        data={"train": shards, "batch_size": BATCH, "workers": 2},
-        training={"steps": STEPS, "save_every": 9},
+        data={"train": shards, "batch_size": BATCH, "num_workers": 2},
+        training={"max_steps": STEPS, "save_steps": 9},
     )
     path = folder / "recipe.yaml"
     path.write_text(dump_recipe(recipe))
@@ -196,7 +196,7 @@ def test_killed_workers_are_replaced(tmp_path: Path, soon: None) -> None:
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_workers_that_are_always_killed(soon: None) -> None:
     made = load(iter(range(40)), Killed({5}, None), 2)
-    with pytest.raises(InputError, match=f"were killed {DEATHS} times in a row .* lower data.workers") as error:
+    with pytest.raises(InputError, match=f"were killed {DEATHS} times in a row .* lower data.num_workers") as error:
         for expected, (item, _) in enumerate(made):
             assert item == expected < 5
     assert "\n" not in str(error.value)
@@ -252,8 +252,8 @@ def test_what_was_planted_is_counted(parts, bad, tmp_path, capsys):
     assert items == len(list(open_records(source, DataConfig(train=source)).read())) == 5 * 43
     recipe = parts.recipe(
         tmp_path / "run",
-        data={"train": source, "batch_size": 5, "max_bad": 0.5},
-        training={"steps": 43, "save_every": 20, "keep": 9},
+        data={"train": source, "batch_size": 5, "max_bad_fraction": 0.5},
+        training={"max_steps": 43, "save_steps": 20, "save_total_limit": 9},
     )
     train(recipe)
     last = read_metrics(tmp_path / "run")[-1]
@@ -285,10 +285,10 @@ def test_a_run_stops_when_too_much_is_bad(parts, bad, tmp_path, monkeypatch, eno
         monkeypatch.setattr(tally, name, number)
     recipe = parts.recipe(
         tmp_path / "run",
-        data={"train": bad[0], "batch_size": 5, "max_bad": limit},
-        training={"steps": 90, "save_every": 90},
+        data={"train": bad[0], "batch_size": 5, "max_bad_fraction": limit},
+        training={"max_steps": 90, "save_steps": 90},
     )
-    message = rf"^{what} are bad, more than data.max_bad {limit} \(.*skipped\.jsonl\): mend the data"
+    message = rf"^{what} are bad, more than data.max_bad_fraction {limit} \(.*skipped\.jsonl\): mend the data"
     with pytest.raises(InputError, match=message) as error:
         train(recipe)
     assert "\n" not in str(error.value)
@@ -309,7 +309,9 @@ def test_a_run_on_a_mixture(parts, shards, tmp_path, changes):
     )
     data = {"train": {str(table): 2.0, other: 1.0}, "batch_size": 4, **changes}
     recipe = parts.recipe(
-        tmp_path / "run", data=data, training={"steps": 8, "save_every": 5, "keep": 9, "accumulate": 2}
+        tmp_path / "run",
+        data=data,
+        training={"max_steps": 8, "save_steps": 5, "save_total_limit": 9, "gradient_accumulation_steps": 2},
     )
     train(recipe)
     rows = lines(tmp_path / "run")
@@ -331,8 +333,8 @@ def test_losses_are_of_the_source(parts, tmp_path):
         language={"name": parts.llama},
         qformer={"bert": None, "dropout": 0.0},
         data={"train": {parts.pictures: 1.0, str(write_long(tmp_path)): 1.0}, "batch_size": 4},
-        optimizer={"rates": {"vision.*": "frozen", "language.*": "frozen", "*": 0.0}},
-        training={"steps": 12, "save_every": 12},
+        optimizer={"learning_rate": {"vision.*": "frozen", "language.*": "frozen", "*": 0.0}},
+        training={"max_steps": 12, "save_steps": 12},
     )
     train(recipe)
     of = {}

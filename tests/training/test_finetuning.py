@@ -23,7 +23,7 @@ from blip2.training.features import make_features
 from blip2.training.loop import train
 from blip2.training.optimizer import set_rates
 from fixtures.runs import assert_same_run, cut_short, lines
-from fixtures.tiny import QFORMER, randomise
+from fixtures.tiny import QFORMER, randomize
 
 CPU = torch.device("cpu")
 RATES = {"vision.*": 1e-3, "*": 1e-3}
@@ -36,7 +36,7 @@ def tune(parts, run, stage="representation", **changes):
     if stage != "representation":
         changes |= {"stage": "generation", "language": {"name": getattr(parts, stage)}}
         changes["optimizer"] = {"rates": {"language.*": "frozen", **RATES}, **changes.get("optimizer", {})}
-    changes["optimizer"] = {"rates": RATES, "warmup_steps": 0, "final_rate": 1.0, **changes.get("optimizer", {})}
+    changes["optimizer"] = {"rates": RATES, "warmup_steps": 0, "min_lr_rate": 1.0, **changes.get("optimizer", {})}
     return parts.recipe(run, **changes)
 
 
@@ -62,7 +62,7 @@ def test_gradients_of_the_image_encoder_are_the_slope_of_the_loss(parts, tmp_pat
     model = built.model
     set_rates(model, recipe.optimizer)
     for part in (model.vision, model.image_norm, model.qformer):
-        randomise(part)
+        randomize(part)
     records = open_records(parts.pictures, recipe.data)
     (plan, *_) = plan_evaluation(records, 4)
     preparation = Preparation(records, prepare_texts(recipe, built), model.vision.preprocessing, False, 1.0, False)
@@ -93,8 +93,8 @@ def test_gradients_of_the_image_encoder_are_the_slope_of_the_loss(parts, tmp_pat
 @pytest.mark.parametrize("stage", STAGES)
 def test_only_what_has_a_rate_changes(parts, tmp_path, stage):
     rates = {"vision.network.layers.1.*": 1e-3, "vision.*": "frozen", "language.*": "frozen", "*": 1e-3}
-    recipe = tune(parts, tmp_path / "run", stage, training={"steps": 1, "save_every": 1})
-    recipe = replace(recipe, optimizer=replace(recipe.optimizer, rates=rates))
+    recipe = tune(parts, tmp_path / "run", stage, training={"max_steps": 1, "save_steps": 1})
+    recipe = replace(recipe, optimizer=replace(recipe.optimizer, learning_rate=rates))
     train(recipe)
     pretrained = load_image_encoder(parts.vision).state_dict()
     trained = {k.removeprefix("vision."): v for k, v in weights(tmp_path / "run").items() if k.startswith("vision.")}
@@ -110,8 +110,8 @@ def test_only_what_has_a_rate_changes(parts, tmp_path, stage):
 def test_activation_checkpointing_changes_nothing(parts, tmp_path, stage):
     """Of the Q-Former with its dropout, of the image encoder with its drop path, and of the frozen LLM."""
     for name, checkpointing in (("plain", False), ("lean", True)):
-        training = {"steps": 2, "save_every": 2, "activation_checkpointing": checkpointing}
-        train(tune(parts, tmp_path / name, stage, training=training, vision={"drop_path": 0.3}))
+        training = {"max_steps": 2, "save_steps": 2, "gradient_checkpointing": checkpointing}
+        train(tune(parts, tmp_path / name, stage, training=training, vision={"drop_path_rate": 0.3}))
     assert_same_run(tmp_path / "plain", tmp_path / "lean")
     plain, lean = (torch.load(checkpoint.latest(tmp_path / name) / "optimizer.pt") for name in ("plain", "lean"))
     moments = [each["optimizer"] for each in (plain, lean)]
@@ -158,7 +158,7 @@ def test_activation_checkpointing_keeps_a_block_s_inputs_alone(parts, tmp_path, 
     """An image encoder that trains and a frozen LLM, each deep enough to see it: the case of VQA's fine-tuning."""
     vision = load_image_encoder(str(save(hf.ViTModel(LARGE["vit"], add_pooling_layer=False), tmp_path / "vit")))
     llm = hf.OPTForCausalLM if language == "opt" else hf.T5ForConditionalGeneration
-    model = GenerationModel(vision, QFORMER, LanguageModel(randomise(llm(LARGE[language]))))
+    model = GenerationModel(vision, QFORMER, LanguageModel(randomize(llm(LARGE[language]))))
     vision.requires_grad_(True)
     model.train()
     ids = torch.randint(5, 250, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -184,7 +184,7 @@ def test_activation_checkpointing_keeps_a_block_s_inputs_alone(parts, tmp_path, 
 
 
 def test_a_cnn_that_keeps_all_is_named(parts, tmp_path, cnn, capsys):
-    recipe = tune(parts, tmp_path / "run", training={"steps": 1, "activation_checkpointing": True})
+    recipe = tune(parts, tmp_path / "run", training={"max_steps": 1, "gradient_checkpointing": True})
     train(replace(recipe, vision=replace(recipe.vision, name=cnn, image_size=32)))
     said = " ".join(capsys.readouterr().err.split())
     assert "activation_checkpointing: the image encoder is no stack of equal blocks and keeps all" in said
@@ -201,7 +201,7 @@ def save(network, folder):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_trained_encoder_is_kept_and_loaded(parts, tmp_path, precision):
     """In float32, though it computes in half precision; what cannot be seen in bfloat16 is learned all the same."""
-    recipe = tune(parts, tmp_path / "run", optimizer={"rates": {"*": 1e-5}}, training={"precision": precision})
+    recipe = tune(parts, tmp_path / "run", optimizer={"learning_rate": {"*": 1e-5}}, training={"precision": precision})
     train(recipe)
     kept = {name: t for name, t in weights(tmp_path / "run").items() if name.startswith("vision.")}
     pretrained = load_image_encoder(parts.vision)
@@ -221,15 +221,15 @@ def test_the_trained_encoder_is_kept_and_loaded(parts, tmp_path, precision):
 
 
 CHANGES = {
-    "fp32": {"optimizer": {"layer_decay": 0.7}, "vision": {"drop_path": 0.4}},
-    "bf16": {"optimizer": {"layer_decay": 0.7}, "vision": {"drop_path": 0.4}, "training": {"precision": "bf16"}},
+    "fp32": {"optimizer": {"layer_decay": 0.7}, "vision": {"drop_path_rate": 0.4}},
+    "bf16": {"optimizer": {"layer_decay": 0.7}, "vision": {"drop_path_rate": 0.4}, "training": {"precision": "bf16"}},
 }
 
 
 @pytest.mark.parametrize(("variant", "stage"), [("fp32", "representation"), ("bf16", "representation"), ("fp32", "t5")])
 def test_going_on_equals_never_stopping(parts, tmp_path, variant, stage):
     changes = {key: dict(value) for key, value in CHANGES[variant].items()}
-    changes["training"] = {"steps": 6, "save_every": 2, "keep": 3, **changes.get("training", {})}
+    changes["training"] = {"steps": 6, "save_steps": 2, "keep": 3, **changes.get("training", {})}
     recipe = tune(parts, tmp_path / "run", stage, **changes)
     train(recipe)
     copy = cut_short(tmp_path / "run", 2)
@@ -253,7 +253,7 @@ def test_half_precision_has_full_weights(parts, tmp_path):
 
 def test_a_run_moves_layers_as_layer_decay_says(parts, tmp_path):
     """The first step of AdamW, from the same gradients."""
-    one = {"steps": 1, "save_every": 1}
+    one = {"steps": 1, "save_steps": 1}
     start = {f"vision.{name}": t for name, t in load_image_encoder(parts.vision).state_dict().items()}
     moved = []
     for decay in (1.0, 0.5):
@@ -269,18 +269,18 @@ def test_a_run_moves_layers_as_layer_decay_says(parts, tmp_path):
 
 def test_drop_path_is_applied_in_a_run(parts, tmp_path):
     """To training and not to validation."""
-    vit = randomise(hf.AutoModel.from_pretrained(parts.vision))
+    vit = randomize(hf.AutoModel.from_pretrained(parts.vision))
     vit.save_pretrained(tmp_path / "vit")
     for name, rate in (("without", 0.0), ("with", 0.9)):
         train(
             tune(
                 parts,
                 tmp_path / name,
-                vision={"name": str(tmp_path / "vit"), "drop_path": rate},
+                vision={"name": str(tmp_path / "vit"), "drop_path_rate": rate},
                 data={"validation": parts.pictures},
                 qformer={"dropout": 0.0},
-                optimizer={"rates": {"*": 1e-12}, "weight_decay": 0.0},
-                training={"steps": 2, "save_every": 2, "validate_every": 2},
+                optimizer={"learning_rate": {"*": 1e-12}, "weight_decay": 0.0},
+                training={"max_steps": 2, "save_steps": 2, "eval_steps": 2},
             )
         )
     without, dropped = lines(tmp_path / "without"), lines(tmp_path / "with")
@@ -292,7 +292,7 @@ def test_drop_path_is_applied_in_a_run(parts, tmp_path):
 @pytest.fixture
 def cnn(tmp_path):
     config = hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 24], depths=[1, 1], num_stages=2)
-    randomise(hf.ResNetModel(config)).save_pretrained(tmp_path / "cnn")
+    randomize(hf.ResNetModel(config)).save_pretrained(tmp_path / "cnn")
     return str(tmp_path / "cnn")
 
 
@@ -300,11 +300,17 @@ def cnn(tmp_path):
     ("changes", "message"),
     [
         (
-            {"vision": {"drop_path": 0.1}, "optimizer": {"rates": FROZEN}},
-            "vision.drop_path is 0.1, but optimizer",
+            {"vision": {"drop_path_rate": 0.1}, "optimizer": {"learning_rate": FROZEN}},
+            "vision.drop_path_rate is 0.1, but optimizer",
         ),
-        ({"optimizer": {"rates": FROZEN, "layer_decay": 0.9}}, "optimizer.layer_decay is 0.9, but optimizer.rates fre"),
-        ({"data": {"cached_views": 2}}, "data.cached_views needs a frozen image encoder, but optimizer.rates trains"),
+        (
+            {"optimizer": {"learning_rate": FROZEN, "layer_decay": 0.9}},
+            "optimizer.layer_decay is 0.9, but optimizer.learning_rate fre",
+        ),
+        (
+            {"data": {"cached_views": 2}},
+            "data.cached_views needs a frozen image encoder, but optimizer.learning_rate trains",
+        ),
     ],
 )
 def test_what_needs_an_encoder_that_trains_or_is_frozen(parts, tmp_path, changes, message):
@@ -318,7 +324,7 @@ def test_features_of_an_encoder_that_trains_are_not_made(parts, tmp_path):
         make_features(tune(parts, tmp_path / "run", data={"cached_views": 2}))
 
 
-@pytest.mark.parametrize("changes", [{"vision": {"drop_path": 0.1}}, {"optimizer": {"layer_decay": 0.9}}])
+@pytest.mark.parametrize("changes", [{"vision": {"drop_path_rate": 0.1}}, {"optimizer": {"layer_decay": 0.9}}])
 def test_a_cnn_trains_at_one_rate(parts, tmp_path, cnn, changes):
     recipe = tune(parts, tmp_path / "run", **changes)
     recipe = replace(recipe, vision=replace(recipe.vision, name=cnn, image_size=32))

@@ -52,10 +52,10 @@ def write_table(folder, rows):
 def test_stage_one_learns(parts, tmp_path):
     recipe = parts.recipe(
         tmp_path / "run",
-        data={"batch_size": 8, "flip": False},
+        data={"batch_size": 8, "horizontal_flip": False},
         qformer={"dropout": 0.0},
-        optimizer={"rates": {"vision.*": "frozen", "*": 1e-2}, "warmup_steps": 5},
-        training={"steps": 90, "save_every": 90},
+        optimizer={"learning_rate": {"vision.*": "frozen", "*": 1e-2}, "warmup_steps": 5},
+        training={"max_steps": 90, "save_steps": 90},
     )
     train(recipe)
     rows = read_metrics(tmp_path / "run")
@@ -72,7 +72,7 @@ def test_activation_checkpointing_changes_nothing(parts, tmp_path):
             parts.recipe(
                 tmp_path / name,
                 qformer={"dropout": 0.2},
-                training={"steps": 3, "save_every": 3, "activation_checkpointing": checkpointing},
+                training={"max_steps": 3, "save_steps": 3, "gradient_checkpointing": checkpointing},
             )
         )
     assert_same_run(tmp_path / "plain", tmp_path / "lean")
@@ -88,7 +88,9 @@ def test_deterministic_operations_are_asked_for_while_a_run_is_under_way(parts, 
 
     monkeypatch.setattr(loop._Training, "_step", note)
     for wanted in (True, False):
-        train(parts.recipe(tmp_path / str(wanted), training={"steps": 2, "save_every": 2, "deterministic": wanted}))
+        train(
+            parts.recipe(tmp_path / str(wanted), training={"max_steps": 2, "save_steps": 2, "full_determinism": wanted})
+        )
         assert not torch.are_deterministic_algorithms_enabled()
     assert seen == [True, True, False, False]
     assert_same_run(tmp_path / "True", tmp_path / "False")  # on a CPU it changes nothing
@@ -101,8 +103,8 @@ def test_stage_two_learns(parts, tmp_path, name, fall):
         stage="generation",
         language={"name": getattr(parts, name)},
         qformer={"dropout": 0.0},
-        optimizer={"rates": {"vision.*": "frozen", "language.*": "frozen", "*": 1e-2}},
-        training={"steps": 40, "save_every": 40},
+        optimizer={"learning_rate": {"vision.*": "frozen", "language.*": "frozen", "*": 1e-2}},
+        training={"max_steps": 40, "save_steps": 40},
     )
     train(recipe)
     rows = read_metrics(tmp_path / "run")
@@ -115,8 +117,8 @@ def test_stage_two_starts_from_stage_one(parts, runs, tmp_path, capsys):
         stage="generation",
         language={"name": parts.llama},
         start_from=str(runs["stage1"]),
-        optimizer={"rates": {"projection.*": 1e-3, "*": "frozen"}},
-        training={"steps": 1},
+        optimizer={"learning_rate": {"projection.*": 1e-3, "*": "frozen"}},
+        training={"max_steps": 1},
     )
     new = load_file(train(recipe) / "model.safetensors")
     old = load_file(checkpoint.latest(runs["stage1"]) / "model.safetensors")
@@ -135,7 +137,7 @@ def gradients(recipe):
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_accumulated_batches_are_one_batch(parts, tmp_path, name):
     captions = ["a", "a red square", "the disc is blue here and there", "a stripe on a white ground"]
-    rows = [(draw("disc", colour, i), [caption]) for i, (colour, caption) in
+    rows = [(draw("disc", color, i), [caption]) for i, (color, caption) in
             enumerate(zip(("red", "blue", "green", "yellow"), captions, strict=True))]  # fmt: skip
     table = write_table(tmp_path / "data", rows)
 
@@ -144,10 +146,10 @@ def test_accumulated_batches_are_one_batch(parts, tmp_path, name):
             tmp_path / folder,
             stage="generation",
             language={"name": getattr(parts, name), "prompt": "a photo of"},
-            data={"train": table, "batch_size": batch_size, "max_tokens": 64},
+            data={"train": table, "batch_size": batch_size, "max_length": 64},
             qformer={"dropout": 0.0},
-            optimizer={"clip_norm": None},
-            training={"steps": 1, "accumulate": accumulate},
+            optimizer={"max_grad_norm": None},
+            training={"max_steps": 1, "gradient_accumulation_steps": accumulate},
         )
 
     whole, halves = gradients(recipe("whole", 4, 1)), gradients(recipe("halves", 2, 2))
@@ -166,12 +168,12 @@ def test_accumulated_batches_are_one_batch(parts, tmp_path, name):
 def shards(folder):
     """WebDataset shards of twelve pictures each."""
     folder.mkdir()
-    shapes, colours = ("square", "disc", "stripe"), ("red", "green", "blue", "yellow")
+    shapes, colors = ("square", "disc", "stripe"), ("red", "green", "blue", "yellow")
     for shard in range(2):
         with tarfile.open(folder / f"{shard:03d}.tar", "w") as tar:
-            for number, (shape, colour) in enumerate((s, c) for s in shapes for c in colours):
-                draw(shape, colour, 5 * shard).save(folder / "picture.png")
-                (folder / "text.txt").write_text(f"a {colour} {shape}")
+            for number, (shape, color) in enumerate((s, c) for s in shapes for c in colors):
+                draw(shape, color, 5 * shard).save(folder / "picture.png")
+                (folder / "text.txt").write_text(f"a {color} {shape}")
                 tar.add(folder / "picture.png", f"{number}.png")
                 tar.add(folder / "text.txt", f"{number}.txt")
     return str(folder / "{000..001}.tar")
@@ -179,13 +181,13 @@ def shards(folder):
 
 VARIANTS = {
     "plain": {},
-    "workers": {"data": {"workers": 2}},
-    "stream": {"data": {"workers": 1}, "streaming": True},
+    "workers": {"data": {"num_workers": 2}},
+    "stream": {"data": {"num_workers": 1}, "streaming": True},
     "cached": {"data": {"cached_views": 3}},
-    "cached int8": {"data": {"cached_views": 1, "cached_dtype": "int8", "workers": 2}},
-    "accumulate": {"training": {"accumulate": 2}},
+    "cached int8": {"data": {"cached_views": 1, "cached_dtype": "int8", "num_workers": 2}},
+    "accumulate": {"training": {"gradient_accumulation_steps": 2}},
     "bf16": {"training": {"precision": "bf16"}},
-    "trained encoder": {"optimizer": {"rates": {"*": 1e-3}}},
+    "trained encoder": {"optimizer": {"learning_rate": {"*": 1e-3}}},
     "stage 2": {"stage": "generation", "qformer": {"bert": None}},
 }
 
@@ -193,7 +195,7 @@ VARIANTS = {
 @pytest.mark.parametrize(("variant", "step"), [("plain", 8), *((name, 4) for name in VARIANTS)])
 def test_going_on_equals_never_stopping(parts, tmp_path, variant, step):
     changes = {key: dict(value) if isinstance(value, dict) else value for key, value in VARIANTS[variant].items()}
-    changes["training"] = {"steps": 10, "save_every": 4, "keep": 3, **changes.get("training", {})}
+    changes["training"] = {"steps": 10, "save_steps": 4, "keep": 3, **changes.get("training", {})}
     if changes.pop("streaming", False):
         changes["data"]["train"] = shards(tmp_path / "shards")
     if variant == "stage 2":
@@ -208,7 +210,7 @@ def test_going_on_equals_never_stopping(parts, tmp_path, variant, step):
 
 
 def test_a_run_is_not_overwritten(parts, tmp_path):
-    recipe = parts.recipe(tmp_path / "run", training={"steps": 1})
+    recipe = parts.recipe(tmp_path / "run", training={"max_steps": 1})
     train(recipe)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     with pytest.raises(InputError, match=r"already holds a run .* go on with --resume, or give another output"):
@@ -217,7 +219,7 @@ def test_a_run_is_not_overwritten(parts, tmp_path):
 
 
 def test_going_on_after_the_end_does_nothing(parts, tmp_path):
-    recipe = parts.recipe(tmp_path / "run", training={"steps": 2})
+    recipe = parts.recipe(tmp_path / "run", training={"max_steps": 2})
     first = train(recipe)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     assert train(recipe, resume=True) == first
@@ -225,7 +227,7 @@ def test_going_on_after_the_end_does_nothing(parts, tmp_path):
 
 
 def test_resume_without_a_run_begins_one(parts, tmp_path):
-    train(parts.recipe(tmp_path / "run", training={"steps": 1}), resume=True)
+    train(parts.recipe(tmp_path / "run", training={"max_steps": 1}), resume=True)
     assert [row["step"] for row in lines(tmp_path / "run")] == [1]
 
 
@@ -233,18 +235,18 @@ def test_resume_without_a_run_begins_one(parts, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(parts, tmp_path):
-    optimizer = {"rates": {"vision.*": "frozen", "*": 1e30}, "warmup_steps": 0}
-    recipe = parts.recipe(tmp_path / "run", training={"steps": 1, "save_every": 1}, optimizer=optimizer)
+    optimizer = {"learning_rate": {"vision.*": "frozen", "*": 1e30}, "warmup_steps": 0}
+    recipe = parts.recipe(tmp_path / "run", training={"max_steps": 1, "save_steps": 1}, optimizer=optimizer)
     train(recipe)
     good = checkpoint.latest(tmp_path / "run")
     with pytest.raises(InputError) as raised:
-        train(replace(recipe, training=replace(recipe.training, steps=5)), resume=True)
+        train(replace(recipe, training=replace(recipe.training, max_steps=5)), resume=True)
     message = str(raised.value)
     assert "\n" not in message
     assert f"the last good checkpoint is {good}" in message
     assert message.startswith("the loss is nan at step 2, in the batch of")
     assert message.count("pictures.jsonl row ") == 4
-    assert "lower optimizer.rates" in message
+    assert "lower optimizer.learning_rate" in message
     assert checkpoint.latest(tmp_path / "run") == good
     assert [row["step"] for row in lines(tmp_path / "run")] == [1]
 
@@ -260,8 +262,8 @@ def command(recipe, folder, *options):
 def uninterrupted(parts, tmp_path_factory):
     """A recipe and its run. A step takes more batches than lie ready when a signal comes."""
     run = tmp_path_factory.mktemp("uninterrupted") / "run"
-    training = {"steps": 16, "save_every": 1000, "accumulate": 12}
-    recipe = parts.recipe(run, data={"workers": 2, "batch_size": 2}, training=training)
+    training = {"max_steps": 16, "save_steps": 1000, "gradient_accumulation_steps": 12}
+    recipe = parts.recipe(run, data={"num_workers": 2, "batch_size": 2}, training=training)
     log = run.with_suffix(".log")
     status, printed = finish(start(command(recipe, run), log), log)
     assert status == 0, printed
@@ -303,7 +305,7 @@ def test_a_signal_saves_a_checkpoint(uninterrupted, tmp_path, number, everyone):
 
 def test_a_signal_within_this_process(parts, tmp_path, monkeypatch):
     """The signal comes in the middle of a step: that step is finished, and handlers are put back."""
-    recipe = parts.recipe(tmp_path / "run", training={"steps": 5, "save_every": 100})
+    recipe = parts.recipe(tmp_path / "run", training={"max_steps": 5, "save_steps": 100})
     before = signal.getsignal(signal.SIGTERM)
     step = torch.optim.AdamW.step
 
@@ -323,7 +325,7 @@ def test_a_signal_within_this_process(parts, tmp_path, monkeypatch):
 
 
 def test_metrics_have_every_step_once(parts, tmp_path):
-    recipe = parts.recipe(tmp_path / "run", training={"steps": 5})
+    recipe = parts.recipe(tmp_path / "run", training={"max_steps": 5})
     train(recipe)
     rows = read_metrics(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
@@ -343,7 +345,7 @@ def test_metrics_have_every_step_once(parts, tmp_path):
 
 
 def test_weights_of_the_objectives(parts, tmp_path):
-    recipe = parts.recipe(tmp_path / "run", training={"steps": 1})
+    recipe = parts.recipe(tmp_path / "run", training={"max_steps": 1})
     train(replace(recipe, objectives=replace(recipe.objectives, itc=0.0, itm=2.0, itg=0.5)))
     (row,) = read_metrics(tmp_path / "run")
     assert "itc" not in row
@@ -355,8 +357,8 @@ def test_validation_is_the_same_whenever_it_is_measured(parts, tmp_path):
     recipe = parts.recipe(
         tmp_path / "run",
         data={"validation": parts.pictures},
-        optimizer={"rates": {"vision.*": "frozen", "*": 0.0}},
-        training={"steps": 5, "validate_every": 2},
+        optimizer={"learning_rate": {"vision.*": "frozen", "*": 0.0}},
+        training={"max_steps": 5, "eval_steps": 2},
     )
     train(recipe)
     rows = read_metrics(tmp_path / "run")
@@ -371,7 +373,7 @@ def test_validation_changes_nothing_in_training(parts, tmp_path):
     recipe = parts.recipe(tmp_path / "without")
     train(recipe)
     data = replace(recipe.data, validation=parts.pictures)
-    training = replace(recipe.training, validate_every=1)
+    training = replace(recipe.training, eval_steps=1)
     train(replace(recipe, output=str(tmp_path / "with"), data=data, training=training))
     with_validation = [
         {key: value for key, value in row.items() if not key.startswith("validation_")}
@@ -392,8 +394,8 @@ def test_validation_weighs_every_record_equally(parts, tmp_path):
             language={"name": parts.llama},
             qformer={"bert": None},
             data={"train": table, "validation": table, "batch_size": size},
-            optimizer={"rates": {"vision.*": "frozen", "language.*": "frozen", "*": 0.0}},
-            training={"steps": 1},
+            optimizer={"learning_rate": {"vision.*": "frozen", "language.*": "frozen", "*": 0.0}},
+            training={"max_steps": 1},
         )
         train(recipe)
         found.append(lines(tmp_path / f"run-{size}")[0])
@@ -410,7 +412,7 @@ def test_skipped_and_cut_records_are_named_and_counted(parts, tmp_path, capsys):
     recipe = parts.recipe(
         tmp_path / "run",
         data={"train": table, "validation": table},
-        training={"steps": 2, "validate_every": 2},
+        training={"max_steps": 2, "eval_steps": 2},
     )
     train(recipe)
     errors = capsys.readouterr().err
@@ -418,7 +420,7 @@ def test_skipped_and_cut_records_are_named_and_counted(parts, tmp_path, capsys):
         (line, again) = (line for line in errors.splitlines() if line.startswith(f"skipped {table} row {number} "))
         assert line == again  # once an epoch
         assert f"{number}.png" in line and why in line
-    assert errors.count("a caption is longer than data.max_tokens (32) and was cut") == 1
+    assert errors.count("a caption is longer than data.max_length (32) and was cut") == 1
     assert f"skipped 2 records of data.validation; the first is {table} row 2" in errors
     assert errors.splitlines()[-1] == "4 records skipped, 4 captions cut"
     # Two of four can be used; each is taken twice, so that the batch keeps its size.
@@ -426,7 +428,7 @@ def test_skipped_and_cut_records_are_named_and_counted(parts, tmp_path, capsys):
 
 
 def test_the_run_begins_with_what_is_frozen(parts, tmp_path, capsys):
-    train(parts.recipe(tmp_path / "run", training={"steps": 1}))
+    train(parts.recipe(tmp_path / "run", training={"max_steps": 1}))
     errors = capsys.readouterr().err
     (vision,) = (line for line in errors.splitlines() if "vision" in line)
     assert "frozen" in vision and "13,888" in vision
@@ -453,7 +455,7 @@ def test_bf16_is_near_fp32(parts, tmp_path):
     [
         ({"training": {"precision": "fp16"}}, "training.precision fp16 needs a GPU: use bf16 or fp32"),
         (
-            {"data": {"cached_views": 2}, "optimizer": {"rates": {"*": 1e-3}}},
+            {"data": {"cached_views": 2}, "optimizer": {"learning_rate": {"*": 1e-3}}},
             "data.cached_views needs a frozen image encoder",
         ),
     ],
@@ -490,15 +492,15 @@ def test_a_tracker_that_is_not_installed(parts, tmp_path):
     absent = [name for name in ("trackio", "wandb", "tensorboard") if importlib.util.find_spec(name) is None]
     if not absent:
         pytest.skip("all trackers are installed here")
-    with pytest.raises(InputError, match=f"training.trackers names {absent[0]}, which cannot be imported"):
-        train(parts.recipe(tmp_path / "run", training={"trackers": absent[:1]}))
+    with pytest.raises(InputError, match=f"training.report_to names {absent[0]}, which cannot be imported"):
+        train(parts.recipe(tmp_path / "run", training={"report_to": absent[:1]}))
 
 
 def test_tensorboard(parts, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(parts.recipe(tmp_path / "run", training={"trackers": ["tensorboard"]}))
+    train(parts.recipe(tmp_path / "run", training={"report_to": ["tensorboard"]}))
     (events,) = (path for path in (tmp_path / "run").rglob("events.out.tfevents*") if path.parent.name == "blip2")
     written = EventAccumulator(str(events)).Reload()
     assert [event.step for event in written.Scalars("itc")] == [1, 2, 3, 4]
@@ -509,7 +511,7 @@ def test_tensorboard(parts, tmp_path):
 
 def test_training_reads_what_the_encoder_says(parts, tmp_path):
     """One view, unaugmented, is what training on the same pictures, never cropped or mirrored, would see."""
-    still = {"smallest_crop": 1.0, "flip": False}
+    still = {"min_crop_scale": 1.0, "flip": False}
     recipe = parts.recipe(tmp_path / "plain", data={**still, "validation": parts.pictures})
     encoder = read_image_encoder(recipe.vision, torch.float32)
     cached = replace(recipe, output=str(tmp_path / "cached"), data=replace(recipe.data, cached_views=1))
@@ -551,7 +553,7 @@ def test_two_processes(parts, tmp_path):
     recipe = parts.recipe(
         tmp_path / "run",
         data={"validation": held_out, "batch_size": 3},
-        training={"steps": 4, "save_every": 2, "validate_every": 2, "accumulate": 2},
+        training={"max_steps": 4, "save_steps": 2, "eval_steps": 2, "gradient_accumulation_steps": 2},
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "blip2.cli"]
     done = subprocess.run(
@@ -580,7 +582,9 @@ def test_two_processes_share_the_encoding(parts, tmp_path):
     (tmp_path / "data" / "1.png").write_text("no picture")
     (tmp_path / "data" / "2.png").unlink()
     changes = {"validation": held_out, "cached_views": 2, "cached_dtype": "int8"}
-    recipe = parts.recipe(tmp_path / "run", data={**changes, "batch_size": 3}, training={"steps": 2, "save_every": 2})
+    recipe = parts.recipe(
+        tmp_path / "run", data={**changes, "batch_size": 3}, training={"max_steps": 2, "save_steps": 2}
+    )
     first, second = start_two(["features", *command(recipe, tmp_path / "run")[1:]], tmp_path)
     assert "24 images in 2 views, 24 encoded now and 0 found; 0 records" in first
     assert "1 image in 1 view, 1 encoded now and 0 found; 2 records" in first
@@ -609,7 +613,7 @@ PICTURE = draw("disc", "red", 0)
 def test_collapsed_queries_are_said_once(parts, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(loop, "COLLAPSE_STEPS", 2)
     monkeypatch.setattr(loop, "COLLAPSED", -1.0)
-    train(parts.recipe(tmp_path / "run", training={"steps": 4}))
+    train(parts.recipe(tmp_path / "run", training={"max_steps": 4}))
     said = " ".join(capsys.readouterr().err.split())
     assert said.count("the queries have collapsed: at step 2 the mean cosine between those of an image is") == 1
     assert "raise objectives.query_diversity, which is 0, and start again" in said
@@ -617,7 +621,7 @@ def test_collapsed_queries_are_said_once(parts, tmp_path, capsys, monkeypatch):
 
 def test_queries_that_differ_are_not_complained_of(parts, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(loop, "COLLAPSE_STEPS", 2)
-    train(parts.recipe(tmp_path / "run", training={"steps": 3}, objectives=ObjectivesConfig(query_diversity=1.0)))
+    train(parts.recipe(tmp_path / "run", training={"max_steps": 3}, objectives=ObjectivesConfig(query_diversity=1.0)))
     assert "collapsed" not in capsys.readouterr().err
     rows = read_metrics(tmp_path / "run")
     assert all(0 <= row["query_diversity"] <= 1 and -1 <= row["query_similarity"] <= 1 for row in rows)
@@ -641,7 +645,7 @@ def test_a_checkpoint_says_what_positions_it_was_trained_with(parts, tmp_path, w
 
 def test_a_run_that_is_resumed_keeps_the_positions_it_was_trained_with(parts, tmp_path):
     def recipe(wanted, steps):
-        made = parts.recipe(tmp_path / "run", training={"steps": steps, "device": "cpu", "precision": "fp32"})
+        made = parts.recipe(tmp_path / "run", training={"max_steps": steps, "device": "cpu", "precision": "fp32"})
         return replace(made, vision=replace(made.vision, position_encoding=wanted))
 
     train(recipe("sine2d", 1))

@@ -13,7 +13,7 @@ from blip2.model.objectives import IGNORED
 from blip2.model.vision import load_image_encoder
 from blip2.training.loop import train
 from blip2.training.projection import RIDGE, fit_projection
-from fixtures.tiny import QFORMER, randomise
+from fixtures.tiny import QFORMER, randomize
 
 
 @pytest.fixture(params=["llama", "t5"])
@@ -21,7 +21,7 @@ def model(parts, request):
     torch.manual_seed(0)
     language = load_language_model(getattr(parts, request.param))
     made = GenerationModel(load_image_encoder(parts.vision), QFORMER, language)
-    randomise(made.qformer)
+    randomize(made.qformer)
     return made
 
 
@@ -46,7 +46,7 @@ def test_it_is_the_ridge_regression_of_the_aligned_tokens(model):
     for batch in data:
         for row in batch.labels:
             said = row[row != IGNORED][:-1].tolist()
-            tokens.append([said[q * len(said) // QFORMER.queries] for q in range(QFORMER.queries)])
+            tokens.append([said[q * len(said) // QFORMER.num_query_tokens] for q in range(QFORMER.num_query_tokens)])
     targets = model.language.embed(torch.tensor(tokens)).double().flatten(0, 1)
     x = z.flatten(0, 1)
     x_mean, y_mean = x.mean(dim=0), targets.mean(dim=0)
@@ -73,20 +73,20 @@ def test_its_output_has_the_spread_of_the_token_embeddings(model):
 def test_a_run_starts_with_it_and_resumes_without_fitting_again(parts, tmp_path):
     def recipe(output, steps, **changes):
         language = {"name": parts.llama, "projection_init": "least_squares"}
-        training = {"steps": steps, "save_every": 1, "device": "cpu", "precision": "fp32"}
+        training = {"max_steps": steps, "save_steps": 1, "device": "cpu", "precision": "fp32"}
         return parts.recipe(output, stage="generation", language=language, training=training, **changes)
 
     rates = {"projection.*": "frozen", "vision.*": "frozen", "language.*": "frozen", "*": 1e-3}
-    train(recipe(tmp_path / "run", 1, optimizer={"rates": rates}))
+    train(recipe(tmp_path / "run", 1, optimizer={"learning_rate": rates}))
     first = load(tmp_path / "run", device="cpu").model.projection.weight
-    random = recipe(tmp_path / "random", 1, optimizer={"rates": rates})
+    random = recipe(tmp_path / "random", 1, optimizer={"learning_rate": rates})
     assert random.language is not None
     train(replace(random, language=replace(random.language, projection_init="random")))
     assert not torch.equal(first, load(tmp_path / "random", device="cpu").model.projection.weight)
-    train(recipe(tmp_path / "run", 2, optimizer={"rates": rates}), resume=True)
+    train(recipe(tmp_path / "run", 2, optimizer={"learning_rate": rates}), resume=True)
     assert torch.equal(first, load(tmp_path / "run", device="cpu").model.projection.weight)
     # A stage 2 that starts from a stage 2 keeps the projection that was learned.
-    train(recipe(tmp_path / "next", 1, optimizer={"rates": rates}, start_from=str(tmp_path / "run")))
+    train(recipe(tmp_path / "next", 1, optimizer={"learning_rate": rates}, start_from=str(tmp_path / "run")))
     assert torch.equal(first, load(tmp_path / "next", device="cpu").model.projection.weight)
 
 

@@ -53,12 +53,15 @@ def moments(run):
 )
 def test_other_groups_of_rates_keep_every_moment(parts, tmp_path, capsys, rates):
     """With gradients that do not count, the moments after a step are those before it, a little smaller."""
-    recipe = parts.recipe(tmp_path / "run", training={"steps": 2})
+    recipe = parts.recipe(tmp_path / "run", training={"max_steps": 2})
     train(recipe)
     before = moments(tmp_path / "run")
     weights = load_file(checkpoint.latest(tmp_path / "run") / "model.safetensors")
     capsys.readouterr()
-    train(changed(recipe, training={"steps": 3}, optimizer={"rates": rates, "betas": (0.999999, 0.98)}), resume=True)
+    train(
+        changed(recipe, training={"max_steps": 3}, optimizer={"learning_rate": rates, "betas": (0.999999, 0.98)}),
+        resume=True,
+    )
     after = moments(tmp_path / "run")
     assert before.keys() == after.keys()
     for name, moment in before.items():
@@ -67,14 +70,16 @@ def test_other_groups_of_rates_keep_every_moment(parts, tmp_path, capsys, rates)
     new = load_file(checkpoint.latest(tmp_path / "run") / "model.safetensors")
     assert all(torch.equal(new[name], weights[name]) for name in weights)
     said = " ".join(capsys.readouterr().err.split())
-    assert "the recipe has changed since the checkpoint, and its new values hold: optimizer.rates from {" in said
-    assert "training.steps from 2 to 3" in said and "optimizer's state" not in said
+    assert (
+        "the recipe has changed since the checkpoint, and its new values hold: optimizer.learning_rate from {" in said
+    )
+    assert "training.max_steps from 2 to 3" in said and "optimizer's state" not in said
 
 
 def test_an_encoder_that_trains_from_here_on(parts, tmp_path, capsys):
-    recipe = parts.recipe(tmp_path / "run", training={"steps": 1})
+    recipe = parts.recipe(tmp_path / "run", training={"max_steps": 1})
     train(recipe)
-    trains = changed(recipe, training={"steps": 2}, optimizer={"rates": {"*": 1e-3}})
+    trains = changed(recipe, training={"max_steps": 2}, optimizer={"learning_rate": {"*": 1e-3}})
     folder = train(trains, resume=True)
     said = capsys.readouterr().err
     assert "vision trains from here on, and begins as it was pretrained" in said
@@ -82,16 +87,19 @@ def test_an_encoder_that_trains_from_here_on(parts, tmp_path, capsys):
     assert any(name.startswith("vision.") for name in load_file(folder / "model.safetensors"))
     # To freeze it again would lose what was learned; a rate of 0 does not.
     with pytest.raises(InputError) as raised:
-        train(changed(recipe, training={"steps": 3}), resume=True)
-    assert "holds trained weights of vision, which optimizer.rates freezes" in message(raised)
+        train(changed(recipe, training={"max_steps": 3}), resume=True)
+    assert "holds trained weights of vision, which optimizer.learning_rate freezes" in message(raised)
     assert "(0 leaves them as they are)" in message(raised)
     before = load_file(folder / "model.safetensors")
     after = load_file(
-        train(changed(trains, training={"steps": 3}, optimizer={"rates": {"vision.*": 0.0, "*": 1e-3}}), resume=True)
+        train(
+            changed(trains, training={"max_steps": 3}, optimizer={"learning_rate": {"vision.*": 0.0, "*": 1e-3}}),
+            resume=True,
+        )
         / "model.safetensors"
     )
     assert all(torch.equal(after[name], before[name]) for name in before if name.startswith("vision."))
-    assert not torch.equal(after["qformer.queries"], before["qformer.queries"])
+    assert not torch.equal(after["qformer.num_query_tokens"], before["qformer.num_query_tokens"])
 
 
 def test_adapters_that_come_and_go(parts, tmp_path, capsys):
@@ -99,27 +107,35 @@ def test_adapters_that_come_and_go(parts, tmp_path, capsys):
     from blip2.config import LoraConfig
 
     plain = parts.recipe(
-        tmp_path / "run", stage="generation", language={"name": parts.llama}, training={"steps": 1, "keep": 5}
+        tmp_path / "run",
+        stage="generation",
+        language={"name": parts.llama},
+        training={"max_steps": 1, "save_total_limit": 5},
     )
     train(plain)
     rates = {"language.*lora_*": 1e-3, "language.*": "frozen", "vision.*": "frozen", "*": 1e-3}
-    adapted = changed(plain, language={"lora": LoraConfig(rank=2)}, optimizer={"rates": rates}, training={"steps": 2})
+    adapted = changed(
+        plain, language={"lora": LoraConfig(r=2)}, optimizer={"learning_rate": rates}, training={"max_steps": 2}
+    )
     train(adapted, resume=True)
     said = capsys.readouterr().err
     assert "language trains from here on" in said and "language.lora.rank from None to 2" in said
-    longer = changed(adapted, training={"steps": 3})
+    longer = changed(adapted, training={"max_steps": 3})
     with pytest.raises(InputError, match=r"for which there is no place: set language .* its lora"):
-        train(changed(plain, training={"steps": 3}), resume=True)
+        train(changed(plain, training={"max_steps": 3}), resume=True)
     with pytest.raises(InputError, match="of other shapes: language"):
-        train(changed(longer, language={"lora": LoraConfig(rank=3)}), resume=True)
+        train(changed(longer, language={"lora": LoraConfig(r=3)}), resume=True)
     train(longer, resume=True)
 
 
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"qformer": {"heads": 2}}, r"qformer\.heads of .* is 4, which its weights are for; it cannot be 2"),
-        ({"qformer": {"cross_attention_every": 1}}, r"qformer\.cross_attention_every of .* is 2"),
+        (
+            {"qformer": {"num_attention_heads": 2}},
+            r"qformer\.num_attention_heads of .* is 4, which its weights are for; it cannot be 2",
+        ),
+        ({"qformer": {"cross_attention_frequency": 1}}, r"qformer\.cross_attention_frequency of .* is 2"),
         (
             {"stage": "generation"},
             "is of stage representation, and the recipe of stage generation: give another output",
@@ -127,12 +143,12 @@ def test_adapters_that_come_and_go(parts, tmp_path, capsys):
     ],
 )
 def test_what_cannot_go_on(parts, tmp_path, changes, why):
-    recipe = parts.recipe(tmp_path / "run", training={"steps": 1})
+    recipe = parts.recipe(tmp_path / "run", training={"max_steps": 1})
     train(recipe)
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
     language = {"language": {"name": parts.llama}} if "stage" in changes else {}
     with pytest.raises(InputError, match=why) as raised:
-        train(parts.recipe(tmp_path / "run", training={"steps": 2}, **changes, **language), resume=True)
+        train(parts.recipe(tmp_path / "run", training={"max_steps": 2}, **changes, **language), resume=True)
     message(raised)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()} == files
 
@@ -156,27 +172,29 @@ def noting(monkeypatch):
 def test_every_record_once_an_epoch_with_another_batch_size(parts, tmp_path, capsys, monkeypatch):
     """As somebody does who ran out of memory. There are 24 pictures."""
     rows = noting(monkeypatch)
-    recipe = parts.recipe(tmp_path / "run", training={"steps": 3, "save_every": 3})
+    recipe = parts.recipe(tmp_path / "run", training={"max_steps": 3, "save_steps": 3})
     train(recipe)
-    recipe = changed(recipe, data={"batch_size": 2}, training={"steps": 6, "save_every": 6, "accumulate": 2})
+    recipe = changed(
+        recipe, data={"batch_size": 2}, training={"max_steps": 6, "save_steps": 6, "gradient_accumulation_steps": 2}
+    )
     train(recipe, resume=True)
     assert sorted(rows) == list(range(24))
     said = " ".join(capsys.readouterr().err.split())
     assert "goes on within its epoch; what is left of it is dealt out anew (batch_size from 4 to 2)" in said
-    train(changed(recipe, training={"steps": 8, "save_every": 8, "accumulate": 6}), resume=True)
+    train(changed(recipe, training={"max_steps": 8, "save_steps": 8, "gradient_accumulation_steps": 6}), resume=True)
     assert Counter(rows) == Counter(dict.fromkeys(range(24), 2))
 
 
 def test_fewer_processes_go_on_within_the_epoch(parts, tmp_path, monkeypatch):
     from blip2.recipe import dump_recipe
 
-    recipe = parts.recipe(tmp_path / "run", training={"steps": 2, "save_every": 2})
+    recipe = parts.recipe(tmp_path / "run", training={"max_steps": 2, "save_steps": 2})
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
     start_two(["train", str(tmp_path / "recipe.yaml")], tmp_path)
     state = json.loads((checkpoint.latest(tmp_path / "run") / "state.json").read_text())
     assert len(state["positions"]) == 2
     rows = noting(monkeypatch)
-    train(changed(recipe, training={"steps": 8, "save_every": 8}), resume=True)
+    train(changed(recipe, training={"max_steps": 8, "save_steps": 8}), resume=True)
     assert len(rows) == 24
     assert len(set(rows[:8])) == 8  # what was left of the epoch, then the next one
     assert len(set(rows[8:])) == 16
@@ -204,7 +222,7 @@ def hold(folder):
 
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_a_run_has_its_folder_alone(parts, tmp_path):
-    recipe = parts.recipe(tmp_path / "run", training={"steps": 1})
+    recipe = parts.recipe(tmp_path / "run", training={"max_steps": 1})
     child = hold(tmp_path / "run")
     try:
         before = sorted((tmp_path / "run").rglob("*"))
@@ -230,7 +248,7 @@ def test_a_run_has_its_folder_alone(parts, tmp_path):
 def test_a_frozen_file_that_is_written_into_stops_the_run(parts, tmp_path, monkeypatch):
     shutil.copytree(parts.vision, tmp_path / "vit")
     recipe = parts.recipe(
-        tmp_path / "run", vision={"name": str(tmp_path / "vit")}, training={"steps": 4, "save_every": 1}
+        tmp_path / "run", vision={"name": str(tmp_path / "vit")}, training={"max_steps": 4, "save_steps": 1}
     )
     step, file = loop._Training._step, tmp_path / "vit" / "model.safetensors"
 
@@ -262,15 +280,18 @@ def test_a_file_that_is_replaced_stays_mapped_as_it_was(tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers(parts, tmp_path, value):
-    recipe = parts.recipe(tmp_path / "run", training={"steps": 1})
+    recipe = parts.recipe(tmp_path / "run", training={"max_steps": 1})
     folder = train(recipe)
     weights = load_file(folder / "model.safetensors")
-    weights["qformer.queries"][0, 0, 0] = value
+    weights["qformer.num_query_tokens"][0, 0, 0] = value
     save_file(weights, folder / "model.safetensors")
     found = "NaN" if value != value else "infinite numbers"
-    for use in (lambda: load(folder, device="cpu"), lambda: train(changed(recipe, training={"steps": 2}), resume=True)):
+    for use in (
+        lambda: load(folder, device="cpu"),
+        lambda: train(changed(recipe, training={"max_steps": 2}), resume=True),
+    ):
         with pytest.raises(
-            InputError, match=rf"qformer\.queries in '.*step-00000001' holds {found}: use another"
+            InputError, match=rf"qformer\.num_query_tokens in '.*step-00000001' holds {found}: use another"
         ) as raised:
             use()
         message(raised)
@@ -284,7 +305,7 @@ def test_weights_that_are_no_numbers(parts, tmp_path, value):
 
 
 def test_a_folder_that_is_deleted_while_its_run_trains(parts, tmp_path, capsys, monkeypatch):
-    recipe = parts.recipe(tmp_path / "run", training={"steps": 4, "save_every": 2})
+    recipe = parts.recipe(tmp_path / "run", training={"max_steps": 4, "save_steps": 2})
     step = loop._Training._step
 
     def deleting(self):
@@ -298,7 +319,7 @@ def test_a_folder_that_is_deleted_while_its_run_trains(parts, tmp_path, capsys, 
     assert said.count("was deleted while the run trains, and is made again: metrics begin anew") == 1
     assert load(folder, device="cpu").recipe == with_absolute_paths(load(folder, device="cpu").recipe)
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [3, 4]
-    train(changed(recipe, training={"steps": 5}), resume=True)
+    train(changed(recipe, training={"max_steps": 5}), resume=True)
 
 
 ODD = [
@@ -317,7 +338,7 @@ ODD = [
 
 
 def test_a_state_of_odd_kinds(parts, tmp_path):
-    recipe = parts.recipe(tmp_path / "run", training={"steps": 1})
+    recipe = parts.recipe(tmp_path / "run", training={"max_steps": 1})
     folder = train(recipe)
     good = json.loads((folder / "state.json").read_text())
     for change in ODD:
@@ -348,7 +369,7 @@ def test_a_run_of_relative_names_is_loaded_from_anywhere(parts, tmp_path, monkey
         vision={"name": "vit"},
         qformer={"bert": "./bert"},
         data={"train": {"pictures/*.jsonl": None}, "validation": "pictures/pictures.jsonl"},
-        training={"steps": 1},
+        training={"max_steps": 1},
     )
     folder = train(recipe)
     assert not (here / "~").exists() and folder.is_relative_to(home / "run")
@@ -356,7 +377,7 @@ def test_a_run_of_relative_names_is_loaded_from_anywhere(parts, tmp_path, monkey
     found = load(home / "run", device="cpu").recipe
     assert (found.vision.name, found.qformer.bert) == (str(here / "vit"), str(here / "bert"))
     assert found.data.sources == {str(here / "pictures" / "*.jsonl"): None}
-    train(changed(found, training={"steps": 2}), resume=True)
+    train(changed(found, training={"max_steps": 2}), resume=True)
     (here / "vit").rename(here / "moved")
     with pytest.raises(InputError, match=f"there is no folder '{here}/vit' to read the image encoder from") as raised:
         load(home / "run", device="cpu")

@@ -44,10 +44,10 @@ def trained(run):
 # -- learning ------------------------------------------------------------------------------------------------------
 
 
-def randomised(recipe):
+def randomized(recipe):
     """A recipe that starts from weights under which every part matters: with the usual ones all pictures look alike at
     first, and what rounding does to the little that sets them apart grows from step to step."""
-    start = replace(recipe, output=f"{recipe.output}-start", training=replace(recipe.training, steps=1))
+    start = replace(recipe, output=f"{recipe.output}-start", training=replace(recipe.training, max_steps=1))
     weights = train(start) / "model.safetensors"
     generator = torch.Generator().manual_seed(0)
     drawn = load_file(weights)
@@ -62,12 +62,12 @@ def randomised(recipe):
 
 def test_two_processes_learn_as_one(parts, tmp_path):
     """Losses of 50 steps, with hard negatives drawn from the batch of both."""
-    recipe = randomised(
+    recipe = randomized(
         parts.recipe(
             tmp_path / "run",
             qformer={"dropout": 0.0},
             data={"batch_size": 6},
-            training={"steps": 50, "save_every": 50},
+            training={"max_steps": 50, "save_steps": 50},
         )
     )
     log = tmp_path / "log"
@@ -93,8 +93,8 @@ def test_what_travels_is_what_is_written_down(parts, tmp_path, stage):
     language = {"stage": stage, "language": {"name": parts.opt}} if stage == "generation" else {}
     recipe = parts.recipe(
         tmp_path / "run",
-        data={"batch_size": 3, "max_tokens": 6},  # which all captions are longer than
-        training={"steps": 3, "save_every": 3, "accumulate": 2},
+        data={"batch_size": 3, "max_length": 6},  # which all captions are longer than
+        training={"max_steps": 3, "save_steps": 3, "gradient_accumulation_steps": 2},
         **language,
     )
     printed = start_two(command(recipe, tmp_path / "run"), tmp_path, tell_traffic)[0]
@@ -121,9 +121,9 @@ def test_sharding_changes_nothing(parts, tmp_path, language, adapts):
     names = [str(pictures / "red-disc-0.png"), "missing.png", str(pictures / "blue-disc-0.png")]
     held_out.write_text("".join(json.dumps({"image": name, "captions": ["a disc"]}) + "\n" for name in names))
     rates = {"vision.*": "frozen", "language.*": "frozen", "*": 1e-3}
-    changes = {"optimizer": {"rates": rates, "warmup_steps": 2}}
+    changes = {"optimizer": {"learning_rate": rates, "warmup_steps": 2}}
     if language:
-        lora = LoraConfig(rank=2) if adapts else None
+        lora = LoraConfig(r=2) if adapts else None
         changes |= {"stage": "generation", "language": {"name": getattr(parts, language), "lora": lora}}
     if adapts:
         pytest.importorskip("peft")
@@ -131,12 +131,12 @@ def test_sharding_changes_nothing(parts, tmp_path, language, adapts):
     recipe = parts.recipe(
         tmp_path / "run",
         data={"validation": str(held_out), "batch_size": 1},
-        training={"steps": 3, "save_every": 3, "validate_every": 3, "accumulate": 2},
+        training={"max_steps": 3, "save_steps": 3, "eval_steps": 3, "gradient_accumulation_steps": 2},
         **changes,
     )
     start_two(command(recipe, tmp_path / "whole"), tmp_path)
     # Blocks that compute a second time have to be whole a second time.
-    lean = ["--training.activation_checkpointing", "true"] if language else []
+    lean = ["--training.gradient_checkpointing", "true"] if language else []
     printed = start_two(command(recipe, tmp_path / "dealt", "--training.shard_frozen", "true", *lean), tmp_path)
     assert "frozen weights are dealt out to the processes of each machine" in printed[0]
     whole, dealt = lines(tmp_path / "whole"), lines(tmp_path / "dealt")
@@ -150,9 +150,9 @@ def test_sharding_changes_nothing(parts, tmp_path, language, adapts):
 
 def test_what_cannot_be_dealt_out(parts, tmp_path):
     language = {"stage": "generation", "language": {"name": parts.opt, "quantization": "4bit"}}
-    with pytest.raises(InputError, match="a quantised LLM cannot be dealt out"):
+    with pytest.raises(InputError, match="a quantized LLM cannot be dealt out"):
         parts.recipe(tmp_path, training={"shard_frozen": True}, **language)
-    rates = {"optimizer": {"rates": {"*": 1e-3}}}
+    rates = {"optimizer": {"learning_rate": {"*": 1e-3}}}
     recipe = parts.recipe(tmp_path / "run", training={"shard_frozen": True}, **rates)
     (process, log), (other, _) = begin_two(command(recipe, tmp_path / "dealt"), tmp_path)
     status, printed = finish(process, log)
@@ -191,7 +191,7 @@ def wait_for_steps(run, steps, process):
 
 
 def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(parts, tmp_path):
-    recipe = parts.recipe(tmp_path / "run", training={"steps": 40, "save_every": 5})
+    recipe = parts.recipe(tmp_path / "run", training={"max_steps": 40, "save_steps": 5})
     assert recipe.qformer.dropout > 0
     start_two(command(recipe, tmp_path / "calm"), tmp_path)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
@@ -220,7 +220,7 @@ def test_restarts_that_would_hang_are_refused(parts, tmp_path, monkeypatch):
 
 
 def test_a_process_gives_up_waiting_for_one_that_hangs(parts, tmp_path):
-    recipe = parts.recipe(tmp_path / "run", training={"steps": 10_000, "save_every": 10_000, "timeout": 3})
+    recipe = parts.recipe(tmp_path / "run", training={"max_steps": 10_000, "save_steps": 10_000, "ddp_timeout": 3})
     (process, log), (hanging, _) = begin_two(command(recipe, tmp_path / "run"), tmp_path)
     wait_for_steps(tmp_path / "run", 2, process)
     os.kill(hanging.pid, signal.SIGSTOP)

@@ -59,9 +59,9 @@ class Settings:
         for name, smallest in (("captions", 0), ("batch_size", 1), ("shard_size", 1), ("seed", 0)):
             if getattr(self, name) < smallest:
                 raise InputError(f"{name} is {getattr(self, name)}, expected at least {smallest}")
-        if self.decoding.top_p is None and self.captions > 1 and self.decoding.beams < self.captions:
+        if self.decoding.top_p is None and self.captions > 1 and self.decoding.num_beams < self.captions:
             raise InputError(
-                f"{self.captions} captions of {self.decoding.beams} beams are not to be had: take as many beams, or"
+                f"{self.captions} captions of {self.decoding.num_beams} beams are not to be had: take as many beams, or"
                 " sample them"
             )
 

@@ -31,13 +31,13 @@ def add_capfilt(command: Callable[..., argparse.ArgumentParser]) -> None:
     parser.add_argument("--prompt", help="text that captions go on from (default: the captioner's own)")
     parser.add_argument("--top-p", type=float, default=0.9, help="of nucleus sampling (default: 0.9)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of sampling (default: 1)")
-    parser.add_argument("--beams", type=int, help="beam search of this width instead of sampling")
+    parser.add_argument("--num-beams", type=int, help="beam search of this width instead of sampling")
     parser.add_argument("--max-new-tokens", type=int, default=30, help="longest caption in tokens (default: 30)")
-    parser.add_argument("--fewest-words", type=int, default=1, help="shorter captions are dropped (default: 1)")
-    parser.add_argument("--most-words", type=int, help="longer captions are dropped (default: none)")
+    parser.add_argument("--min-words", type=int, default=1, help="shorter captions are dropped (default: 1)")
+    parser.add_argument("--max-words", type=int, help="longer captions are dropped (default: none)")
     parser.add_argument("--language", metavar="CODE", help="captions in another one are dropped: en (default: none)")
     parser.add_argument(
-        "--alike",
+        "--max-word-overlap",
         type=float,
         default=1.0,
         metavar="SHARE",
@@ -72,8 +72,10 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         choices=["local", "ray"],
         help="this process, or a Ray cluster: that of RAY_ADDRESS, or else one on this machine (default: local)",
     )
-    parser.add_argument("--workers", type=int, help="processes of Ray (default: one a GPU, or one for every two cores)")
-    parser.add_argument("--threads", type=int, help="CPU threads a worker (default: an even share)")
+    parser.add_argument(
+        "--num-workers", type=int, help="processes of Ray (default: one a GPU, or one for every two cores)"
+    )
+    parser.add_argument("--num-threads", type=int, help="CPU threads a worker (default: an even share)")
 
 
 def run_capfilt(options: argparse.Namespace) -> None:
@@ -81,10 +83,12 @@ def run_capfilt(options: argparse.Namespace) -> None:
     from blip2.corpus.selection import Rules
     from blip2.model.decoding import Decoding
 
-    sampled = options.beams is None
+    sampled = options.num_beams is None
     top_p = options.top_p if sampled else None
-    decoding = Decoding(1 if sampled else options.beams, options.max_new_tokens, top_p=top_p, temperature=options.temperature)
-    rules = Rules(options.keep, options.fewest_words, options.most_words, options.language, options.alike)
+    decoding = Decoding(
+        1 if sampled else options.num_beams, options.max_new_tokens, top_p=top_p, temperature=options.temperature
+    )
+    rules = Rules(options.keep, options.min_words, options.max_words, options.language, options.max_word_overlap)
     settings = Settings(
         options.captions, decoding, options.prompt, rules, options.seed, options.batch_size, options.shard_size
     )
@@ -116,7 +120,7 @@ def make_features_on(options: argparse.Namespace, recipe: Any) -> None:
     engine = _engine(options)
     if engine.kind == "local":
         if engine.threads is not None:
-            raise InputError("--threads is of --engine ray: set OMP_NUM_THREADS, or leave it out")
+            raise InputError("--num-threads is of --engine ray: set OMP_NUM_THREADS, or leave it out")
         return
     from blip2.corpus import features
 
@@ -126,4 +130,4 @@ def make_features_on(options: argparse.Namespace, recipe: Any) -> None:
 def _engine(options: argparse.Namespace) -> Any:
     from blip2.corpus.engine import Engine
 
-    return Engine(options.engine, options.workers, options.threads)
+    return Engine(options.engine, options.num_workers, options.num_threads)

@@ -55,7 +55,7 @@ class Engine:
 
     def __post_init__(self) -> None:
         if self.kind == "local" and self.workers is not None:
-            raise InputError("workers are of the engine ray: add --engine ray, or leave out --workers")
+            raise InputError("workers are of the engine ray: add --engine ray, or leave out --num-workers")
         for name in ("workers", "threads"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise InputError(f"{name} is {number}, expected at least 1")

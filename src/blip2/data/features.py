@@ -209,7 +209,7 @@ def _settings(encoder: ImageEncoder, augmentation: Augmentation, layout: Layout)
     if not encoder.preprocessing.bgr:
         settings.pop("bgr")  # as in features that were made before there was such a thing
     if augmentation.views > 1:
-        settings |= {"smallest_crop": augmentation.smallest_crop, "flip": augmentation.flip}
+        settings |= {"min_crop_scale": augmentation.smallest_crop, "flip": augmentation.flip}
     return settings
 
 

@@ -1,4 +1,4 @@
-"""Images from anywhere, decoded safely, augmented (paper §3.4) and normalised.
+"""Images from anywhere, decoded safely, augmented (paper §3.4) and normalized.
 
 Everything becomes 8-bit RGB: rotated as its EXIF says, transparency over white, 16-bit and float scaled, CMYK and
 palettes converted, the first frame of an animation.
@@ -300,9 +300,9 @@ def _white(array: np.ndarray) -> float:
 
 
 def to_pixels(image: Image.Image, preprocessing: Preprocessing) -> Float[Tensor, "3 H W"]:
-    """Resize (bicubic, to a square, nothing cut off) and normalise, for evaluation."""
+    """Resize (bicubic, to a square, nothing cut off) and normalize, for evaluation."""
     size = preprocessing.image_size
-    return _normalise(image.resize((size, size), Image.Resampling.BICUBIC), preprocessing)
+    return _normalize(image.resize((size, size), Image.Resampling.BICUBIC), preprocessing)
 
 
 def augment_to_pixels(
@@ -312,7 +312,7 @@ def augment_to_pixels(
     smallest_crop: float = 0.5,
     flip: bool = True,
 ) -> Float[Tensor, "3 H W"]:
-    """Random resized crop and horizontal flip (§3.4), then normalise, for training.
+    """Random resized crop and horizontal flip (§3.4), then normalize, for training.
 
     Args:
         random: where all randomness comes from.
@@ -324,7 +324,7 @@ def augment_to_pixels(
     image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
     if flip and random.random() < 0.5:
         image = ImageOps.mirror(image)
-    return _normalise(image, preprocessing)
+    return _normalize(image, preprocessing)
 
 
 def _random_box(
@@ -341,7 +341,7 @@ def _random_box(
     return 0.0, 0.0, float(width), float(height)
 
 
-def _normalise(image: Image.Image, preprocessing: Preprocessing) -> Float[Tensor, "3 H W"]:
+def _normalize(image: Image.Image, preprocessing: Preprocessing) -> Float[Tensor, "3 H W"]:
     pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 255
     if preprocessing.bgr:
         pixels = pixels.flip(0)

@@ -69,7 +69,7 @@ def _replacing(made: Iterator[Made], start_anew: Callable[[], Iterator[Made]], u
             if deaths == DEATHS:
                 raise InputError(
                     f"the processes that decode images were killed {DEATHS} times in a row ({error}): most often memory"
-                    " runs out; lower data.workers or data.batch_size, and go on with --resume"
+                    " runs out; lower data.num_workers or data.batch_size, and go on with --resume"
                 ) from error
         made = start_anew()
 

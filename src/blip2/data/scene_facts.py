@@ -36,7 +36,7 @@ RELATIONS = [
 ]
 """Words between two objects, and what they mean where they do not say it themselves."""
 PLACES = [
-    (r"\bin the (?:middle|center|centre)\b|\bbetween\b|\bin between\b", "middle"),
+    (r"\bin the (?:middle|center|center)\b|\bbetween\b|\bin between\b", "middle"),
     (
         r"\b(?:on|at|to|in) (?:the )?(?:far )?(left|right|top|bottom)(?:hand)?(?: side)?\b|\b(left|right|top|bottom)\b",
         None,
@@ -69,7 +69,7 @@ def parse_caption(text: str, kinds: Collection[str] = KINDS) -> Facts:
     Args:
         kinds: the nouns that are known.
     """
-    words = " ".join(re.findall(r"[a-z0-9]+", text.lower().replace("grey", "gray")))
+    words = " ".join(re.findall(r"[a-z0-9]+", text.lower().replace("gray", "gray")))
     nouns = {form: kind for kind in kinds for form in (kind, plural(kind))}
     nouns |= {form: kind for word, kind in SYNONYMS.items() if kind in kinds for form in (word, plural(word))}
     color, words = _take_color(words, nouns)

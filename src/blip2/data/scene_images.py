@@ -74,7 +74,7 @@ def trim(image: Image.Image) -> Image.Image:
 
 
 def save_cutouts(source: Path, kinds: Mapping[str, Sequence[str]], folder: Path, draw: Callable[[Path], bytes]) -> None:
-    """Collect the objects that scenes are made of, as ``cutouts/KIND/NUMBER-NAME.png``, with the folder's licence.
+    """Collect the objects that scenes are made of, as ``cutouts/KIND/NUMBER-NAME.png``, with the folder's license.
 
     Args:
         kinds: files of each kind below ``source``, without suffix; what is missing or cannot be used is left out.
@@ -94,9 +94,9 @@ def save_cutouts(source: Path, kinds: Mapping[str, Sequence[str]], folder: Path,
                 continue
             (folder / CUTOUTS / kind).mkdir(parents=True, exist_ok=True)
             image.save(folder / CUTOUTS / kind / f"{number:02}-{path.stem}.png")
-    for licence in folder.glob("LICEN[CS]E"):
+    for license in folder.glob("LICEN[CS]E"):
         if (folder / CUTOUTS).is_dir():
-            shutil.copyfile(licence, folder / CUTOUTS / "LICENCE")
+            shutil.copyfile(license, folder / CUTOUTS / "LICENCE")
 
 
 def read_cutouts(folder: Path, wanted: Collection[str] | None = None) -> dict[str, tuple[Cutout, ...]]:

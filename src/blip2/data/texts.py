@@ -152,7 +152,7 @@ class GenerationTexts:
 
 @dataclass(frozen=True)
 class PrefixTexts(GenerationTexts):
-    """Texts of stage 2 for an encoder-decoder LLM (prefix language modelling, §3.3).
+    """Texts of stage 2 for an encoder-decoder LLM (prefix language modeling, §3.3).
 
     With a prompt, the encoder reads the prompt and the decoder writes the caption. Without, each caption is split at
     random: of n words the first 1 to n // 2 (uniformly) go to the encoder and the rest is what the decoder writes; a
@@ -212,7 +212,7 @@ def encode_continuations(
 ) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"], Int[Tensor, "B T"], int]:
     """Prompt, caption and end token of each row for a decoder-only LLM, padded on the right.
 
-    The text is tokenised in one piece, as the LLM saw text when it was trained, behind whatever the tokenizer puts
+    The text is tokenized in one piece, as the LLM saw text when it was trained, behind whatever the tokenizer puts
     first by itself (BOS, for those that have one).
 
     Returns:

@@ -50,8 +50,8 @@ from blip2.training.progress import read_metrics
 
 log = logging.getLogger("blip2")
 
-GREEDY = Decoding(beams=1, max_new_tokens=24)
-SHORT = Decoding(beams=1, max_new_tokens=4)
+GREEDY = Decoding(num_beams=1, max_new_tokens=24)
+SHORT = Decoding(num_beams=1, max_new_tokens=4)
 CANDIDATES = 16
 """Images or texts that are ranked again by the matching head, in each direction."""
 MEASURED = {"compositions": (160, 300), "images": (80, 100), "cutouts": (80, 100)}
@@ -209,7 +209,7 @@ def demo_recipes(output: Path, material: Material, plan: Plan, quick: bool) -> d
         data = replace(recipe.data, train=source, validation=validation)
         if material.scenes is None:  # nothing is known of what crops and mirrors would spoil
             data = replace(data, cached_views=4)
-        steps = 6 if quick else max(1, round(plan.scale * recipe.training.steps))
+        steps = 6 if quick else max(1, round(plan.scale * recipe.training.max_steps))
         recipes[name] = replace(
             in_precision(recipe, plan.precision, steps),
             output=str(output / run.folder),
@@ -225,7 +225,7 @@ def in_precision(recipe: Recipe, precision: Precision, steps: int | None = None)
         recipe,
         vision=replace(recipe.vision, dtype=precision),
         language=recipe.language and replace(recipe.language, dtype=precision),
-        training=replace(recipe.training, precision=precision, steps=steps or recipe.training.steps),
+        training=replace(recipe.training, precision=precision, max_steps=steps or recipe.training.max_steps),
     )
 
 
@@ -355,7 +355,9 @@ class Tester:
     def _answer(self, features: Float[Tensor, "I P E"], asked: list[dict[str, Any]], owners: list[int]) -> list[str]:
         writer = self.writers[VQA]
         questions = [row["question"] for row in asked]
-        return writer.generate(features, writer.question_prompts(questions), SHORT, image_of=owners, questions=questions)
+        return writer.generate(
+            features, writer.question_prompts(questions), SHORT, image_of=owners, questions=questions
+        )
 
     def _sure(
         self,

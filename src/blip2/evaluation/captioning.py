@@ -107,7 +107,7 @@ def official_scores(
     if blank:
         raise InputError(f"{len(blank)} pictures have no true caption, the first is {blank[0]!r}: leave them out")
     try:
-        tokens = _tokenise([text for key in truth for text in (written[key], *truth[key])], seconds)
+        tokens = _tokenize([text for key in truth for text in (written[key], *truth[key])], seconds)
     except _RunError as failure:
         return CaptionScores(dict.fromkeys(METRICS, Missing(str(failure))), {})
     from pycocoevalcap.bleu.bleu import Bleu
@@ -159,7 +159,7 @@ class _RunError(Exception):
     """A program could not be run; says why in a line."""
 
 
-def _tokenise(texts: Sequence[str], seconds: float) -> list[str]:
+def _tokenize(texts: Sequence[str], seconds: float) -> list[str]:
     """Words as the official metrics count them: of the Penn Treebank, in small letters, without punctuation."""
     try:
         from pycocoevalcap.tokenizer import ptbtokenizer

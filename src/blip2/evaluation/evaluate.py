@@ -122,7 +122,7 @@ def evaluate_predictions(
         raise InputError(f"{file} cannot be read ({error.strerror}): check the path of the predictions") from error
     about = {
         "task": task, "predictions": str(file), "digest": hashlib.blake2b(content, digest_size=8).hexdigest(),
-        "data": table.source, "records": len(table), "rules": settings.rules, "lemmatise": settings.lemmatise,
+        "data": table.source, "records": len(table), "rules": settings.rules, "lemmatize": settings.lemmatize,
     }  # fmt: skip
     found = _once(output_path(output), about, False, lambda parts: JUDGE[task](table, file, settings, parts))
     return {**about, **found}
@@ -139,16 +139,16 @@ def settings_of(config: EvaluationConfig, seed: int = 0) -> Settings:
     decoding = ANSWER if config.task == "vqa" else CAPTION
     decoding = replace(decoding, **{name: value for name, value in given.items() if value is not None})
     return Settings(
-        None if config.task == "retrieval" else decoding, config.prompt, config.candidates, config.fusion,
-        config.rules, config.lemmatise, seed,
+        None if config.task == "retrieval" else decoding, config.prompt, config.rerank_k, config.fusion,
+        config.rules, config.lemmatize, seed,
     )  # fmt: skip
 
 
-DECODING = ("beams", "top_p", "temperature", "length_penalty", "max_new_tokens")
+DECODING = ("num_beams", "top_p", "temperature", "length_penalty", "max_new_tokens")
 
 
 def _for_data(settings: Settings, table: Table) -> Settings:
-    return replace(settings, lemmatise=settings.lemmatise or table.source.startswith(OK_VQA))
+    return replace(settings, lemmatize=settings.lemmatize or table.source.startswith(OK_VQA))
 
 
 def _plain(settings: Settings) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """METEOR and SPICE of pycocoevalcap, each in a process of its own.
 
 Its classes wait for Java without limit, and for ever once something went wrong. :mod:`blip2.evaluation.captioning` runs
-this file, and ends it and Java when time is up. It reads [truth, written] as JSON, lists of tokenised captions for each
+this file, and ends it and Java when time is up. It reads [truth, written] as JSON, lists of tokenized captions for each
 picture, and writes the score.
 """
 

@@ -166,11 +166,11 @@ def plot_curves(curves: dict[str, list[dict[str, Any]]], names: Sequence[tuple[s
     figure = new_figure(3.6 * len(names), 3.0)
     for number, (key, title) in enumerate(names, 1):
         axes = figure.add_subplot(1, len(names), number)
-        for colour, (run, rows) in enumerate(curves.items()):
+        for color, (run, rows) in enumerate(curves.items()):
             for name, style, label in ((key, "-", run), (f"validation_{key}", "--", f"{run}, held out")):
                 points = [(row["step"], row[name]) for row in rows if name in row]
                 if points:
-                    axes.plot(*zip(*points, strict=True), style, color=f"C{colour}", label=label, linewidth=1.5)
+                    axes.plot(*zip(*points, strict=True), style, color=f"C{color}", label=label, linewidth=1.5)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("step", fontsize=9)
         axes.set_ylim(bottom=0)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from blip2.data.scene_facts import score_caption
 from blip2.data.scene_texts import Truth
-from blip2.evaluation.vqa import normalise
+from blip2.evaluation.vqa import normalize
 from blip2.files import parse_json
 from blip2.inference import RepresentationPipeline
 from blip2.model.representation import RepresentationBatch
@@ -54,7 +54,7 @@ def score_answers(answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> 
     """Return the share of right answers for each ``question_type``, and of all as ``all``, in [0, 1]."""
     shares: defaultdict[str, list[bool]] = defaultdict(list)
     for answer, row in zip(answers, rows, strict=True):
-        right = normalise(answer) in {normalise(each) for each in row["answers"]}
+        right = normalize(answer) in {normalize(each) for each in row["answers"]}
         for name in (row["question_type"], "all"):
             shares[name].append(right)
     return {name: sum(rights) / len(rights) for name, rights in shares.items()}
@@ -147,4 +147,4 @@ def matching_accuracy(
 
 def _tail(pipeline: RepresentationPipeline) -> tuple[int, int]:
     config = pipeline.recipe.qformer
-    return config.queries, config.contrastive_width
+    return config.num_query_tokens, config.image_text_hidden_size

@@ -23,13 +23,13 @@ from blip2.evaluation.predictions import Kind, read_predictions
 from blip2.evaluation.report import Case
 from blip2.evaluation.retrieval import Fusion, Retrieval, choose, match, ranks, rerank
 from blip2.evaluation.table import Table
-from blip2.evaluation.vqa import Question, Rules, lemmatise, score_answers, score_exact
+from blip2.evaluation.vqa import Question, Rules, lemmatize, score_answers, score_exact
 from blip2.inference import ANSWER, GenerationPipeline, Pipeline, RepresentationPipeline
 from blip2.model.decoding import Decoding
 from blip2.model.objectives import image_text_similarity
 
 Key = TypeVar("Key")
-LEMMATISED = "accuracy_lemmatised"
+LEMMATIZED = "accuracy_lemmatized"
 NAMED = 20
 """So many images that cannot be used are named; the others are counted."""
 PART = 64
@@ -57,13 +57,13 @@ class Settings:
     """How texts are written; None: :data:`blip2.inference.CAPTION` or :data:`~blip2.inference.ANSWER`."""
     prompt: str | None = None
     """Of captions, or of questions with {} where the question goes; None: the model's own."""
-    candidates: int = 128
+    rerank_k: int = 128
     """Of retrieval: how many the similarity (ITC) gives to the matching score (ITM); 0 leaves it to the similarity."""
     fusion: Fusion = "itm"
     """Of retrieval: what ranks the candidates."""
     rules: Rules = "official"
     """Of answers: see :mod:`blip2.evaluation.vqa`."""
-    lemmatise: bool = False
+    lemmatize: bool = False
     """Of answers: score them in base forms, too."""
     seed: int = 0
     """Of sampling; each part of the work begins with its own, so that it may be done by any process at any time."""
@@ -159,12 +159,12 @@ def _judge_answers(
             "by_answer_type": found.by_answer_type,
         }  # fmt: skip
         scores = found.each
-        if settings.lemmatise:
+        if settings.lemmatize:
             try:
-                lemmas = lemmatise([answers[i] for i in truth])
-                metrics[LEMMATISED] = score(dict(zip(truth, lemmas, strict=True))).accuracy
+                lemmas = lemmatize([answers[i] for i in truth])
+                metrics[LEMMATIZED] = score(dict(zip(truth, lemmas, strict=True))).accuracy
             except InputError as error:
-                metrics |= {LEMMATISED: None, "missing": {LEMMATISED: str(error)}}
+                metrics |= {LEMMATIZED: None, "missing": {LEMMATIZED: str(error)}}
     cases = [
         Case(
             scores.get(i),
@@ -275,8 +275,8 @@ def retrieve(pipeline: RepresentationPipeline, table: Table, settings: Settings,
         "itc": _recalls(found),
     }
 
-    if settings.candidates:
-        chosen = choose(similarity, settings.candidates)
+    if settings.rerank_k:
+        chosen = choose(similarity, settings.rerank_k)
         ids, mask = pipeline.encode_texts(texts)
 
         def rank(part: int) -> list[Tensor]:

@@ -2,10 +2,10 @@
 
 Two sets of rules exist, and published numbers are of either:
 
-- ``official``: the scripts of the benchmarks as they are today. VQA's normalises nothing where all ten people
+- ``official``: the scripts of the benchmarks as they are today. VQA's normalizes nothing where all ten people
   gave the same answer: there "Yes" and "a dog" are wrong beside "yes" and "dog". GQA's compares as is.
-- ``lavis``: those of the reference implementation. It has an earlier script of VQA, which always normalises the
-  prediction, and never the numbers, articles and contractions of the truth. It normalises GQA's predictions too.
+- ``lavis``: those of the reference implementation. It has an earlier script of VQA, which always normalizes the
+  prediction, and never the numbers, articles and contractions of the truth. It normalizes GQA's predictions too.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def score_answers(
 ) -> AnswerScores:
     """VQA accuracy, of VQAv2 and OK-VQA: see :func:`accuracy`.
 
-    For OK-VQA, whose answers are base forms, the reference implementation puts predictions through :func:`lemmatise`
+    For OK-VQA, whose answers are base forms, the reference implementation puts predictions through :func:`lemmatize`
     first.
 
     Raises:
@@ -124,7 +124,7 @@ def accuracy(prediction: str, answers: Sequence[str], rules: Rules = "official")
     return (same * min(1.0, (same - 1) / 3) + (len(answers) - same) * min(1.0, same / 3)) / len(answers)
 
 
-def normalise(answer: str) -> str:
+def normalize(answer: str) -> str:
     """An answer as VQA's scripts compare it.
 
     In this order: line breaks and tabs are spaces; punctuation is removed, all of it, where it stands beside a space
@@ -135,7 +135,7 @@ def normalise(answer: str) -> str:
     return _words(_strip_punctuation(_one_line(answer)))
 
 
-def lemmatise(answers: Iterable[str]) -> list[str]:
+def lemmatize(answers: Iterable[str]) -> list[str]:
     """Nouns and verbs in their base form, as the reference implementation does for OK-VQA.
 
     Raises:
@@ -148,7 +148,7 @@ def lemmatise(answers: Iterable[str]) -> list[str]:
         model = spacy.load("en_core_web_sm")
     except (ImportError, OSError) as error:
         raise InputError(
-            "lemmatised OK-VQA answers need spaCy and its model en_core_web_sm, which are not installed: pip install"
+            "lemmatized OK-VQA answers need spaCy and its model en_core_web_sm, which are not installed: pip install"
             " spacy && python -m spacy download en_core_web_sm"
         ) from error
     return [

@@ -90,7 +90,9 @@ class Checkpoint:
 
     def is_stage_1_alone(self, name: str) -> bool:
         """Whether a weight is of the heads, or of a text transformer that stage 2 has not."""
-        return name.startswith(STAGE_1_ALONE) or (is_text_weight(name) and not self.recipe.qformer.reads_questions)
+        return name.startswith(STAGE_1_ALONE) or (
+            is_text_weight(name) and not self.recipe.qformer.use_qformer_text_input
+        )
 
     def only_stage(self) -> Weights:
         """The weights that its stage has, frozen parts included, where those of both are there."""
@@ -146,10 +148,13 @@ class Checkpoint:
         if known is None or width % known:
             raise InputError(
                 f"the image encoder of {self.name} is {width} wide and of {known or 'an unknown number of'} heads,"
-                " expected a divisor of the width: set vision.heads to the number that it was trained with"
+                " expected a divisor of the width: set vision.num_attention_heads to the number that it was trained"
+                " with"
             )
         if heads not in (None, known):
-            raise InputError(f"vision.heads is {heads}, the image encoder of {self.name} has {known}: leave it out")
+            raise InputError(
+                f"vision.num_attention_heads is {heads}, the image encoder of {self.name} has {known}: leave it out"
+            )
         config.num_attention_heads = known
         return replace(self, vision_config=config)
 

@@ -20,7 +20,7 @@ from blip2.recipe import override
 
 LAYER = f"{VISION}encoder.layers.{{}}"
 QFORMER: Table = (
-    ("query_tokens", "qformer.queries"),
+    ("query_tokens", "qformer.num_query_tokens"),
     ("temp", "temperature"),
     ("ln_vision", "image_norm"),
     ("Qformer.bert.embeddings.word_embeddings", "qformer.word_embedding"),
@@ -78,8 +78,9 @@ def read(path: Path, changes: Mapping[str, object] | None) -> Checkpoint:
 
     Args:
         changes: keys of the recipe that say what the file does not: ``vision.name`` and ``language.name`` (for stage 2)
-            of frozen parts that are not in it, ``qformer.heads`` where a head is not 64 wide. An image encoder inside
-            gives way to one that is named. None: only the parts inside are asked for, and nothing need be named.
+            of frozen parts that are not in it, ``qformer.num_attention_heads`` where a head is not 64 wide. An image
+            encoder inside gives way to one that is named. None: only the parts inside are asked for, and nothing need
+            be named.
 
     Raises:
         InputError: the file is damaged or carries code, holds another model, or something it needs is not named.
@@ -114,7 +115,7 @@ def _read(path: Path, state: dict[str, Tensor], changes: Mapping[str, object] | 
     recipe = _recipe(path, weights, stage, is_t5, vision is not None, changes)
     inside = [what for what, prefix in (("image encoder", VISION), ("LLM", LANGUAGE)) if weights.part(prefix)]
     about = f"LAVIS's stage {'1' if stage == 'representation' else '2 with T5' if is_t5 else '2 with OPT'}"
-    about += f", {recipe.qformer.queries} queries, {' and '.join(inside) or 'nothing frozen'} inside"
+    about += f", {recipe.qformer.num_query_tokens} queries, {' and '.join(inside) or 'nothing frozen'} inside"
     if replaced:
         about += f"; its own image encoder is left out for {recipe.vision.name}"
     return Checkpoint(
@@ -140,18 +141,18 @@ def _recipe(
     has_vision: bool,
     given: Mapping[str, object] | None,
 ) -> Recipe:
-    changes = {"qformer.heads": 1} if given is None else given
+    changes = {"qformer.num_attention_heads": 1} if given is None else given
     if stage == "representation":
         changes = {key: value for key, value in changes.items() if key != "language.name"}
-    queries = weights["qformer.queries"].shape
+    queries = weights["qformer.num_query_tokens"].shape
     layers = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("qformer.blocks."))
     crossed = [i for i in range(layers) if f"qformer.blocks.{i}.cross_attention.key.weight" in weights]
     words = weights.get("qformer.word_embedding.weight")
     positions = weights.get("qformer.position_embedding.weight")
     width = queries[2]
-    if width % 64 and "qformer.heads" not in changes:
+    if width % 64 and "qformer.num_attention_heads" not in changes:
         raise InputError(f"{path}: its Q-Former is {width} wide, no multiple of 64, a head's width in BERT: set"
-                         " qformer.heads")  # fmt: skip
+                         " qformer.num_attention_heads")  # fmt: skip
     if given is not None and not has_vision and "vision.name" not in changes:
         raise InputError(
             f"{path} holds no image encoder, which is frozen: set vision.name to it, for example to LAVIS's"
@@ -170,20 +171,20 @@ def _recipe(
             bert=None,
             tokenizer=BERT,
             hidden_size=width,
-            layers=layers,
-            heads=1 if "qformer.heads" in changes else width // 64,
+            num_hidden_layers=layers,
+            num_attention_heads=1 if "qformer.num_attention_heads" in changes else width // 64,
             intermediate_size=len(weights["qformer.blocks.0.query_feed_forward.expand.weight"]),
-            queries=queries[1],
-            cross_attention_every=crossed[1] if len(crossed) > 1 else layers,
-            contrastive_width=256 if projection is None else len(projection),
-            vocabulary=30523 if words is None else len(words),
-            max_positions=512 if positions is None else len(positions),
+            num_query_tokens=queries[1],
+            cross_attention_frequency=crossed[1] if len(crossed) > 1 else layers,
+            image_text_hidden_size=256 if projection is None else len(projection),
+            vocab_size=30523 if words is None else len(words),
+            max_position_embeddings=512 if positions is None else len(positions),
             image_norm_eps=NORM_EPS,
         ),
         language=None
         if stage == "representation"
         # LAVIS's OPT stops at a newline, and its T5 has the exact GELU that FlanT5 was not trained with.
-        else LanguageConfig(name="", stop=None if is_t5 else "\n", activation="gelu" if is_t5 else None),
+        else LanguageConfig(name="", stop_string=None if is_t5 else "\n", activation="gelu" if is_t5 else None),
     )
     return override(recipe, changes)
 
@@ -330,7 +331,7 @@ def state_of(checkpoint: Checkpoint, is_t5: bool) -> dict[str, Tensor]:
                 )
     state = dict(checkpoint.weights.renamed(_table(is_t5, is_clip), checkpoint.name, back=True))
     join_attention(state) if is_clip else split_biases(state)
-    tie(state, checkpoint.recipe.qformer.max_positions)
+    tie(state, checkpoint.recipe.qformer.max_position_embeddings)
     return state
 
 
@@ -338,11 +339,11 @@ def differences(checkpoint: Checkpoint) -> list[str]:
     """Sizes of a checkpoint that LAVIS itself does not build, and what its file does not say."""
     qformer, vision, language = checkpoint.recipe.qformer, checkpoint.vision_config, checkpoint.recipe.language
     notes = []
-    if (qformer.hidden_size, qformer.layers, qformer.heads) != (768, 12, 12):
+    if (qformer.hidden_size, qformer.num_hidden_layers, qformer.num_attention_heads) != (768, 12, 12):
         notes.append("LAVIS builds a Q-Former of BERT-base's sizes alone: this file is for a changed LAVIS")
     if (vision.hidden_size, vision.num_hidden_layers) not in SHORTENED:
         notes.append("LAVIS builds EVA-CLIP ViT-g and CLIP ViT-L alone: this file is for a changed LAVIS")
-    if (qformer.layer_norm_eps, qformer.cross_attention_every) != (1e-12, 2):
+    if (qformer.layer_norm_eps, qformer.cross_attention_frequency) != (1e-12, 2):
         notes.append("LAVIS's Q-Former has norms of epsilon 1e-12 and looks at the image in every second block")
     if checkpoint.absent and language is None:
         notes.append("it has no temperature or no head that writes text, which LAVIS will draw anew")
@@ -350,7 +351,7 @@ def differences(checkpoint: Checkpoint) -> list[str]:
         llm = checkpoint.language_config
         if llm is not None and llm.model_type == "t5" and llm.dense_act_fn != "gelu":
             notes.append(f"its T5 has the activation {llm.dense_act_fn}; LAVIS's has gelu: results differ")
-        if llm is not None and llm.model_type == "opt" and language.stop != "\n":
+        if llm is not None and llm.model_type == "opt" and language.stop_string != "\n":
             notes.append("its texts end with the LLM's own token; LAVIS's end with a newline")
     if checkpoint.recipe.data.text_normalization != "lavis":
         notes.append("LAVIS puts captions and questions in lower case and takes signs out; this was not trained so")

@@ -44,7 +44,7 @@ NORMALIZATION = "text_normalization"
 PUBLISHED: TextNormalization = "lavis"
 """What the published checkpoints were trained with."""
 NAMES: Table = (
-    ("query_tokens", "qformer.queries"),
+    ("query_tokens", "qformer.num_query_tokens"),
     ("vision_model.post_layernorm", "image_norm"),
     ("vision_model.{...}", "vision.network.{...}"),
     ("embeddings.word_embeddings", "qformer.word_embedding"),
@@ -124,8 +124,8 @@ def _recipe(name: str, config: Any, weights: Weights, tokenizer: PreTrainedToken
         raise InputError(f"{name}: its Q-Former has the activation {theirs.hidden_act}, expected gelu")
     positions = weights.get("qformer.position_embedding.weight")
     shapes = {
-        "num_query_tokens": (config.num_query_tokens, weights["qformer.queries"].shape[1]),
-        "qformer_config.hidden_size": (theirs.hidden_size, weights["qformer.queries"].shape[2]),
+        "num_query_tokens": (config.num_query_tokens, weights["qformer.num_query_tokens"].shape[1]),
+        "qformer_config.hidden_size": (theirs.hidden_size, weights["qformer.num_query_tokens"].shape[2]),
     }
     for key, (said, found) in shapes.items():
         if said != found:
@@ -137,14 +137,14 @@ def _recipe(name: str, config: Any, weights: Weights, tokenizer: PreTrainedToken
             bert=None,
             tokenizer=None,
             hidden_size=theirs.hidden_size,
-            layers=theirs.num_hidden_layers,
-            heads=theirs.num_attention_heads,
+            num_hidden_layers=theirs.num_hidden_layers,
+            num_attention_heads=theirs.num_attention_heads,
             intermediate_size=theirs.intermediate_size,
-            queries=config.num_query_tokens,
-            cross_attention_every=theirs.cross_attention_frequency,
-            contrastive_width=config.image_text_hidden_size,
-            vocabulary=theirs.vocab_size,
-            max_positions=theirs.max_position_embeddings if positions is None else len(positions),
+            num_query_tokens=config.num_query_tokens,
+            cross_attention_frequency=theirs.cross_attention_frequency,
+            image_text_hidden_size=config.image_text_hidden_size,
+            vocab_size=theirs.vocab_size,
+            max_position_embeddings=theirs.max_position_embeddings if positions is None else len(positions),
             dropout=theirs.hidden_dropout_prob,
             layer_norm_eps=theirs.layer_norm_eps,
             image_norm_eps=config.vision_config.layer_norm_eps,
@@ -153,7 +153,9 @@ def _recipe(name: str, config: Any, weights: Weights, tokenizer: PreTrainedToken
         if generates:
             prompt, stop = _prompt(config.text_config, tokenizer), _stop(name, config.text_config, tokenizer)
             # Kept, for the LLM's own files may say another: those of FlanT5 have gelu_new, LAVIS trained with gelu.
-            language = LanguageConfig(name=name, prompt=prompt, stop=stop, activation=activation_of(config.text_config))
+            language = LanguageConfig(
+                name=name, prompt=prompt, stop_string=stop, activation=activation_of(config.text_config)
+            )
         return Recipe(
             stage="generation" if generates else "representation",
             output="",
@@ -266,7 +268,7 @@ def write_settings(folder: Path, checkpoint: Checkpoint, tokenizer: PreTrainedTo
     assert preprocessing is not None
     size = {"height": preprocessing.image_size, "width": preprocessing.image_size}
     images = BlipImageProcessorPil(size=size, image_mean=list(preprocessing.mean), image_std=list(preprocessing.std))
-    processor = Blip2Processor(images, tokenizer, num_query_tokens=recipe.qformer.queries)  # adds <image>
+    processor = Blip2Processor(images, tokenizer, num_query_tokens=recipe.qformer.num_query_tokens)  # adds <image>
     processor.save_pretrained(folder)
     # Some versions of transformers look for the one file, some for the other; none for a class made for PIL alone.
     settings = read_json(folder / "processor_config.json")
@@ -276,16 +278,16 @@ def write_settings(folder: Path, checkpoint: Checkpoint, tokenizer: PreTrainedTo
         folder / "preprocessor_config.json", {**settings["image_processor"], "processor_class": "Blip2Processor"}
     )
     qformer = Blip2QFormerConfig(
-        vocab_size=recipe.qformer.vocabulary,
+        vocab_size=recipe.qformer.vocab_size,
         hidden_size=recipe.qformer.hidden_size,
-        num_hidden_layers=recipe.qformer.layers,
-        num_attention_heads=recipe.qformer.heads,
+        num_hidden_layers=recipe.qformer.num_hidden_layers,
+        num_attention_heads=recipe.qformer.num_attention_heads,
         intermediate_size=recipe.qformer.intermediate_size,
         hidden_dropout_prob=recipe.qformer.dropout,
         attention_probs_dropout_prob=recipe.qformer.dropout,
-        max_position_embeddings=recipe.qformer.max_positions,
+        max_position_embeddings=recipe.qformer.max_position_embeddings,
         layer_norm_eps=recipe.qformer.layer_norm_eps,
-        cross_attention_frequency=recipe.qformer.cross_attention_every,
+        cross_attention_frequency=recipe.qformer.cross_attention_frequency,
         encoder_hidden_size=vision.hidden_size,
         use_qformer_text_input=any(".text_feed_forward." in name for name in checkpoint.weights),
     )
@@ -293,8 +295,8 @@ def write_settings(folder: Path, checkpoint: Checkpoint, tokenizer: PreTrainedTo
         vision_config=vision,
         qformer_config=qformer,
         text_config=llm,
-        num_query_tokens=recipe.qformer.queries,
-        image_text_hidden_size=recipe.qformer.contrastive_width,
+        num_query_tokens=recipe.qformer.num_query_tokens,
+        image_text_hidden_size=recipe.qformer.image_text_hidden_size,
         image_token_index=tokenizer.get_vocab()[IMAGE_TOKEN],
     )
     if recipe.data.text_normalization != PUBLISHED:

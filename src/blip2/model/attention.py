@@ -195,7 +195,7 @@ class Attention(nn.Module):
     def __init__(self, config: QFormerConfig, source_width: int) -> None:
         super().__init__()
         width = config.hidden_size
-        self.heads = config.heads
+        self.heads = config.num_attention_heads
         self.query = Linear(width, width)
         self.key = Linear(source_width, width)
         self.value = Linear(source_width, width)
@@ -212,7 +212,7 @@ class Attention(nn.Module):
         """Of image features.
 
         Args:
-            norm: what the features were normalised, but not yet scaled and shifted by. Its weight and bias go into the
+            norm: what the features were normalized, but not yet scaled and shifted by. Its weight and bias go into the
                 projections instead: W (g * x + b) = (W * g) x + W b. The gradient of the norm then comes from that of
                 the projections' weights, and none has to be computed for the features.
         """

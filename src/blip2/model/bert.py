@@ -50,7 +50,7 @@ def check_fits(name: str, config: QFormerConfig) -> None:
         "heads": bert.num_attention_heads,
         "intermediate_size": bert.intermediate_size,
         "vocabulary": bert.vocab_size + 1,  # [DEC] is added
-        "max_positions": bert.max_position_embeddings,
+        "max_position_embeddings": bert.max_position_embeddings,
     }
     wrong = {key: value for key, value in there.items() if getattr(config, key) != value}
     if wrong:
@@ -60,7 +60,7 @@ def check_fits(name: str, config: QFormerConfig) -> None:
 
 
 @torch.no_grad()
-def initialise_from_bert(name: str, qformer: QFormer, head: LanguageHead | None = None) -> list[str]:
+def initialize_from_bert(name: str, qformer: QFormer, head: LanguageHead | None = None) -> list[str]:
     """Copy the weights of a BERT checkpoint into a Q-Former and, where there is one, the head that writes text.
 
     Args:
@@ -77,7 +77,7 @@ def initialise_from_bert(name: str, qformer: QFormer, head: LanguageHead | None 
     bert, missing = read_model(BertForMaskedLM, name, "BERT", optional=r"^cls\.")
     missing = {key for key in missing if "decoder" not in key}  # which is tied to the word embedding
     source = {key: tensor for key, tensor in bert.state_dict().items() if key not in missing}
-    _copy(source, qformer, NAMES, qformer.config.layers)
+    _copy(source, qformer, NAMES, qformer.config.num_hidden_layers)
     if qformer.position_embedding is not None:
         # BERT adds the same token-type vector to every token of a single text; the Q-Former has none of its own.
         qformer.position_embedding.weight += source["bert.embeddings.token_type_embeddings.weight"][0]

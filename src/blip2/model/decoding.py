@@ -44,14 +44,14 @@ UNWRITTEN = -1
 class Decoding:
     """How text is generated."""
 
-    beams: int = 5
+    num_beams: int = 5
     """Beam width; 1 is greedy. Not used when sampling."""
     max_new_tokens: int = 30
     """Longest text, in tokens of the LLM."""
     min_new_tokens: int = 1
     """Shortest text, in tokens of the LLM."""
     length_penalty: float = 1.0
-    """Beam scores are divided by length to this power: below 0 favours short texts (-1 for answers, §4.1)."""
+    """Beam scores are divided by length to this power: below 0 favors short texts (-1 for answers, §4.1)."""
     top_p: float | None = None
     """Nucleus sampling from the smallest set of tokens with this probability, instead of beam search."""
     temperature: float = 1.0
@@ -60,7 +60,7 @@ class Decoding:
     """Above 1 discourages tokens that were written already (those of the prompt do not count)."""
 
     def __post_init__(self) -> None:
-        for name, smallest in (("beams", 1), ("max_new_tokens", 1), ("min_new_tokens", 0)):
+        for name, smallest in (("num_beams", 1), ("max_new_tokens", 1), ("min_new_tokens", 0)):
             if getattr(self, name) < smallest:
                 raise InputError(f"{name} is {getattr(self, name)}, expected at least {smallest}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -71,7 +71,7 @@ class Decoding:
 
     def width(self, copies: int) -> int:
         """Beams that are needed for so many texts a prompt; 1 when sampling."""
-        return 1 if self.top_p is not None else max(self.beams, copies)
+        return 1 if self.top_p is not None else max(self.num_beams, copies)
 
 
 Way = Callable[..., Tensor]

@@ -74,13 +74,13 @@ class GenerationModel(nn.Module):
         self.enabled = enabled
         self.vision = vision
         self.image_norm = nn.LayerNorm(vision.width, eps=config.image_norm_eps)
-        self.qformer = QFormer(config, vision.width, has_text=config.reads_questions)
+        self.qformer = QFormer(config, vision.width, has_text=config.use_qformer_text_input)
         self.projection = nn.Linear(config.hidden_size, language.width)
         self.language = language
-        self.initialise_projection()
+        self.initialize_projection()
 
     @torch.no_grad()
-    def initialise_projection(self) -> None:
+    def initialize_projection(self) -> None:
         """Draw the projection anew so that its output has the scale of the LLM's own token embeddings.
 
         Z leaves a LayerNorm, so its scale is known from that norm's weights: call this again after loading a
@@ -118,14 +118,14 @@ class GenerationModel(nn.Module):
             return self.qformer(memory).queries
         if image_of is not None:
             memory = memory.select(image_of)
-        mask = attention_mask("bidirectional", self.qformer.config.queries, questions.mask)
+        mask = attention_mask("bidirectional", self.qformer.config.num_query_tokens, questions.mask)
         return self.qformer(memory, questions.ids, mask, text_output=False).queries
 
     def forward(self, batch: GenerationBatch, label_count: float | None = None, seed: int | None = None) -> Outcome:
-        """The language-modelling loss ``lm`` of the captions, given images and prompts.
+        """The language-modeling loss ``lm`` of the captions, given images and prompts.
 
-        For a decoder-only LLM this is the language-modelling loss of §3.3, for an encoder-decoder the prefix
-        language-modelling loss: whoever makes the batch has split the text, its prefix being in `ids` and its suffix
+        For a decoder-only LLM this is the language-modeling loss of §3.3, for an encoder-decoder the prefix
+        language-modeling loss: whoever makes the batch has split the text, its prefix being in `ids` and its suffix
         in `labels`.
 
         Args:

@@ -299,7 +299,7 @@ def load_language_model(
         dtype: of the weights and of the computation. The paper used float16 for OPT, bfloat16 for FlanT5.
         activation: of its feed-forwards, in place of its own.
         quantization: bits a number of its matrices, but for embeddings and the output matrix.
-        device: where it is to run, if it is quantised; it cannot be moved afterwards.
+        device: where it is to run, if it is quantized; it cannot be moved afterwards.
         trust_remote_code: whether Python code that lies beside its weights may run.
 
     Raises:

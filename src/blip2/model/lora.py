@@ -27,7 +27,7 @@ def add_adapters(language: LanguageModel, config: LoraConfig) -> None:
     except ImportError as error:
         raise InputError("language.lora needs PEFT: pip install 'blip2[lora]'") from error
     settings: Any = peft.LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=config.targets
+        r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=config.target_modules
     )
     try:
         peft.inject_adapter_in_model(settings, language.network)

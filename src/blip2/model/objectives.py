@@ -147,16 +147,16 @@ def language_modeling(
     label_count: float | None = None,
     label_smoothing: float = 0.0,
 ) -> Written:
-    """Next-token cross-entropy in nats, summed over M labelled positions and divided by `label_count` (§3.2, §3.3).
+    """Next-token cross-entropy in nats, summed over M labeled positions and divided by `label_count` (§3.2, §3.3).
 
     Logits are made a chunk of positions at a time, and again in the backward pass where there are several chunks: no
     more than :data:`LOGITS_AT_ONCE` are in memory, however many positions and words there are.
 
     Args:
-        states: hidden states at the labelled positions.
+        states: hidden states at the labeled positions.
         head: what makes logits of them.
         label_count: what to divide by; M when None. The training loop gives the average M over the micro-batches
-            and processes of one optimiser step, which makes their sum one mean over all labels of the step.
+            and processes of one optimizer step, which makes their sum one mean over all labels of the step.
     """
     rows = max(LOGITS_AT_ONCE // head(states[:0]).shape[-1], 1)
     chunks = list(zip(states.split(rows), labels.split(rows), strict=True))

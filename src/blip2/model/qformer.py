@@ -158,20 +158,21 @@ class QFormer(nn.Module):
         self.image_width = image_width
         self.checkpointing = False
         """Keep only the inputs of each block for the backward pass, and compute the rest of it a second time."""
-        self.queries = nn.Parameter(torch.empty(1, config.queries, width))
-        self.word_embedding = nn.Embedding(config.vocabulary, width) if has_text else None
-        self.position_embedding = nn.Embedding(config.max_positions, width) if has_text else None
-        # BERT's LayerNorm of embeddings also normalises the learned queries, in both stages.
+        self.queries = nn.Parameter(torch.empty(1, config.num_query_tokens, width))
+        self.word_embedding = nn.Embedding(config.vocab_size, width) if has_text else None
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, width) if has_text else None
+        # BERT's LayerNorm of embeddings also normalizes the learned queries, in both stages.
         self.embedding_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.dropout)
         self.blocks: Sequence[Block] = nn.ModuleList(  # pyright: ignore[reportAttributeAccessIssue]
-            Block(config, image_width, i % config.cross_attention_every == 0, has_text) for i in range(config.layers)
+            Block(config, image_width, i % config.cross_attention_frequency == 0, has_text)
+            for i in range(config.num_hidden_layers)
         )
-        self.apply(self._initialise)
+        self.apply(self._initialize)
         nn.init.normal_(self.queries, std=0.02)
 
     @staticmethod
-    def _initialise(module: nn.Module) -> None:
+    def _initialize(module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear):
@@ -189,7 +190,7 @@ class QFormer(nn.Module):
     @property
     def decoder_start(self) -> int:
         """The id of [DEC], which replaces [CLS] to signal the decoding task (§3.2)."""
-        return self.config.vocabulary - 1
+        return self.config.vocab_size - 1
 
     def memory(self, features: Float[Tensor, "B P E"], norm: nn.LayerNorm) -> ImageMemory:
         """Keys and values of every cross-attention for these image features.
@@ -250,7 +251,7 @@ class QFormer(nn.Module):
         """
         if memory is None and ids is None:
             raise ValueError("give the Q-Former an image memory, text ids, or both")
-        queries = 0 if memory is None else self.config.queries
+        queries = 0 if memory is None else self.config.num_query_tokens
         rows, parts, real = 0, [], None
         if memory is not None:
             rows = len(memory)

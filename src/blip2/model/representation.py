@@ -59,7 +59,7 @@ class LanguageHead(nn.Module):
         super().__init__()
         self.transform = Linear(config.hidden_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.bias = nn.Parameter(torch.zeros(config.vocabulary))
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         nn.init.normal_(self.transform.weight, std=0.02)
         nn.init.zeros_(self.transform.bias)
 
@@ -86,8 +86,8 @@ class RepresentationModel(nn.Module):
         self.vision = vision
         self.image_norm = nn.LayerNorm(vision.width, eps=config.image_norm_eps)
         self.qformer = QFormer(config, vision.width)
-        self.image_projection = nn.Linear(config.hidden_size, config.contrastive_width)
-        self.text_projection = nn.Linear(config.hidden_size, config.contrastive_width)
+        self.image_projection = nn.Linear(config.hidden_size, config.image_text_hidden_size)
+        self.text_projection = nn.Linear(config.hidden_size, config.image_text_hidden_size)
         self.matching_head = nn.Linear(config.hidden_size, 2)
         self.language_head = LanguageHead(config)
         # A plain divisor of the cosines, learned.
@@ -110,7 +110,7 @@ class RepresentationModel(nn.Module):
 
     def match(self, memory: ImageMemory, ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B 2"]:
         """Logits of (not matched, matched) of pairs, averaged over the queries (§3.2, ITM)."""
-        bidirectional = attention_mask("bidirectional", self.qformer.config.queries, mask)
+        bidirectional = attention_mask("bidirectional", self.qformer.config.num_query_tokens, mask)
         queries = self.qformer(memory, ids, bidirectional, text_output=False).queries
         return self.matching_head(queries).float().mean(dim=1)
 
@@ -177,7 +177,7 @@ class RepresentationModel(nn.Module):
         """
         features = encode_images(self.vision, batch.images)  # [B, P, E]
         memory = self.qformer.memory(features, self.image_norm)
-        queries, length = self.qformer.config.queries, batch.ids.shape[1]
+        queries, length = self.qformer.config.num_query_tokens, batch.ids.shape[1]
         losses: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
 
@@ -214,11 +214,11 @@ class RepresentationModel(nn.Module):
                 losses["itm"], metrics["itm_accuracy"] = loss, accuracy
 
         if self.enabled.itg:
-            labelled = batch.mask[:, 1:]
-            states = out.text[:, length:-1][labelled]  # [M, D]: the vocabulary is projected to nowhere else
+            labeled = batch.mask[:, 1:]
+            states = out.text[:, length:-1][labeled]  # [M, D]: the vocabulary is projected to nowhere else
             assert self.qformer.word_embedding is not None
             head = partial(self.language_head, word_embedding=self.qformer.word_embedding.weight)
-            labels = batch.ids[:, 1:][labelled]
+            labels = batch.ids[:, 1:][labeled]
             written = objectives.language_modeling(states, head, labels, label_count, self.enabled.label_smoothing)
             losses["itg"], metrics["itg_perplexity"] = written.loss, written.perplexity
         return Outcome(losses, metrics)

@@ -75,7 +75,7 @@ class Trial:
     def is_expected(self, logits: Float[Tensor, "n V"], rows: Sequence[int], place: int) -> bool:
         """Whether logits are those that training gives at a place of a continuation."""
         expected = self.expected[list(rows), place]
-        varies, size = _rms(self.expected - self.expected.mean(dim=(0, 1))), _rms(_centred(self.expected))
+        varies, size = _rms(self.expected - self.expected.mean(dim=(0, 1))), _rms(_centered(self.expected))
         share, floor = TOLERANCE.get(self.network.dtype, TOLERANCE[torch.bfloat16])
         if getattr(self.network, "is_quantized", False):
             share, floor = TOLERANCE[torch.bfloat16]
@@ -241,7 +241,7 @@ def _generates(trial: Trial, which: Sequence[int]) -> bool:
         dictation = Dictation(trial.continuations, beams)
         write_plainly(
             trial.network, trial.prompts.rows(torch.tensor(which, device=trial.continuations.device)),
-            Decoding(beams=beams, max_new_tokens=WRITTEN, min_new_tokens=0), [end], also=[dictation],
+            Decoding(num_beams=beams, max_new_tokens=WRITTEN, min_new_tokens=0), [end], also=[dictation],
         )  # fmt: skip
         for place, (continuations, logits) in enumerate(dictation.read):
             if place and sorted(set(continuations.tolist())) != list(range(beams)):
@@ -291,7 +291,7 @@ def _log_softmax(logits: Tensor) -> Tensor:
     return logits.float().log_softmax(dim=-1).clamp(min=-100.0)
 
 
-def _centred(logits: Tensor) -> Tensor:
+def _centered(logits: Tensor) -> Tensor:
     return logits - logits.mean(dim=-1, keepdim=True)
 
 

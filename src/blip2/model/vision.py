@@ -199,7 +199,7 @@ class ImageEncoder(Freezable):
         if not self.blocks:
             raise InputError(
                 f"the image encoder, a {type(self.network).__name__}, is no stack of equal blocks: set"
-                " optimizer.layer_decay to 1 and vision.drop_path to 0"
+                " optimizer.layer_decay to 1 and vision.drop_path_rate to 0"
             )
         return self.blocks
 
@@ -207,7 +207,7 @@ class ImageEncoder(Freezable):
         """Features in float32.
 
         Args:
-            images: pixels [B, 3, H, W], normalised as :attr:`preprocessing` says; features [B, P, E] made
+            images: pixels [B, 3, H, W], normalized as :attr:`preprocessing` says; features [B, P, E] made
                 beforehand pass through.
         """
         if images.ndim == 3:

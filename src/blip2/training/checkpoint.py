@@ -89,7 +89,7 @@ def save(
     """Write the checkpoint of a step and delete all but the last `keep`.
 
     Args:
-        optimizer: tensors and numbers that resuming needs (optimiser, gradient scaler).
+        optimizer: tensors and numbers that resuming needs (optimizer, gradient scaler).
         state: numbers and texts that resuming needs, as JSON.
 
     Raises:
@@ -244,7 +244,7 @@ def open_checkpoint(name: str, changes: Mapping[str, object] | None = None) -> C
                              " transformers (config.json); give each a folder of its own")  # fmt: skip
     else:
         foreign = open_foreign(name, changes or {})
-        if foreign is not None and "qformer.queries" not in foreign.weights:
+        if foreign is not None and "qformer.num_query_tokens" not in foreign.weights:
             raise InputError(f"{name} holds {foreign.about}: name it as vision.name")
         if foreign is not None:
             return foreign.with_recipe(_change(foreign, changes))
@@ -278,9 +278,12 @@ def open_own(folder: Path, changes: Mapping[str, object] | None = None) -> Check
 def _check_sizes(recipe: Recipe, weights: Path) -> None:
     """Refuse a recipe whose Q-Former its weights cannot hold, before anything of that size is made."""
     qformer, width = recipe.qformer, recipe.qformer.hidden_size
-    least = qformer.layers * (4 * width**2 + 2 * width * qformer.intermediate_size) + qformer.queries * width
-    if recipe.stage == "representation" or qformer.reads_questions:
-        least += (qformer.vocabulary + qformer.max_positions) * width
+    least = (
+        qformer.num_hidden_layers * (4 * width**2 + 2 * width * qformer.intermediate_size)
+        + qformer.num_query_tokens * width
+    )
+    if recipe.stage == "representation" or qformer.use_qformer_text_input:
+        least += (qformer.vocab_size + qformer.max_position_embeddings) * width
     size = weights.stat().st_size
     if least > size + ROOM:  # even with a byte each
         raise InputError(
@@ -368,7 +371,7 @@ def load_previous_stage(checkpoint: Checkpoint, model: nn.Module, wanted: Collec
             f"checkpoint {checkpoint.name} holds no Q-Former that fits: its first names are {sorted(weights)[:3]}"
         )
     config: QFormerConfig = model.qformer.config  # pyright: ignore
-    for key in ("heads", "cross_attention_every"):  # which no shape tells
+    for key in ("heads", "cross_attention_frequency"):  # which no shape tells
         theirs, ours = getattr(checkpoint.recipe.qformer, key), getattr(config, key)
         if theirs != ours:
             raise InputError(
@@ -393,7 +396,8 @@ def _check_kept(checkpoint: Checkpoint, weights: Mapping[str, Tensor], model: nn
     lost = sorted({name.split(".")[0] for name in set(weights) & set(model.state_dict()) - set(trained_state(model))})
     if lost:
         raise InputError(
-            f"checkpoint {checkpoint.name} holds trained weights of {', '.join(lost)}, which optimizer.rates freezes:"
+            f"checkpoint {checkpoint.name} holds trained weights of {', '.join(lost)}, which optimizer.learning_rate"
+            " freezes:"
             f' give "{lost[0]}.*" a rate (0 leaves them as they are), or they would be lost'
         )
     parts = tuple(f"{part}." for part in _freezable(model))
@@ -420,7 +424,10 @@ def start_from(recipe: Recipe, built: Built, say: Callable[[str], None]) -> bool
         InputError: one of them cannot be read, does not fit or adds nothing, or none holds a part of the Q-Former that
             BERT does not give either.
     """
-    known: dict[str, object] = {"vision.name": recipe.vision.name, "qformer.heads": recipe.qformer.heads}
+    known: dict[str, object] = {
+        "vision.name": recipe.vision.name,
+        "qformer.num_attention_heads": recipe.qformer.num_attention_heads,
+    }
     if recipe.language is not None:
         known["language.name"] = recipe.language.name
     new = sorted(trained_state(built.model))
@@ -442,7 +449,7 @@ def start_from(recipe: Recipe, built: Built, say: Callable[[str], None]) -> bool
     if len(new) > len(homeless):
         say(f"new: {_parts(set(new) - set(homeless))}")
     if isinstance(built.model, GenerationModel) and "projection.weight" in new:
-        built.model.initialise_projection()
+        built.model.initialize_projection()
     return "projection.weight" in new
 
 

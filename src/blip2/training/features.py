@@ -39,7 +39,9 @@ def cached_features(
     if not isinstance(records, Records):
         raise InputError("data.cached_views needs a table or a folder, not a stream: set it to 0")
     if not encoder.is_frozen:
-        raise InputError("data.cached_views needs a frozen image encoder, but optimizer.rates trains it: set it to 0")
+        raise InputError(
+            "data.cached_views needs a frozen image encoder, but optimizer.learning_rate trains it: set it to 0"
+        )
     data = recipe.data
     root = output_path(recipe.output).parent / "features" if data.features is None else output_path(data.features)
     display = Display(f"features in {count(views, 'view')}", enabled=process_index() == 0)
@@ -52,8 +54,9 @@ def cached_features(
 
     try:
         return cache_features(
-            root, records, encoder, Augmentation(views, data.smallest_crop, data.flip), data.cached_dtype, device,
-            data.workers, report,
+            root, records, encoder, Augmentation(views, data.min_crop_scale, data.horizontal_flip), data.cached_dtype,
+            device,
+            data.num_workers, report,
         )  # fmt: skip
     except OSError as error:
         if not is_full(error):
@@ -105,7 +108,7 @@ def open_encoder(recipe: Recipe, device: torch.device) -> ImageEncoder:
     """The image encoder of a recipe, with what trains of it marked."""
     encoder = read_image_encoder(recipe.vision, choose_dtype(recipe.vision.dtype, device)).to(device)
     for name, parameter in encoder.named_parameters():
-        rate = recipe.optimizer.rates[pattern_of(f"vision.{name}", recipe.optimizer)]
+        rate = recipe.optimizer.learning_rate[pattern_of(f"vision.{name}", recipe.optimizer)]
         parameter.requires_grad_(rate != "frozen")
     return encoder
 

@@ -105,7 +105,7 @@ def train(recipe: Recipe, resume: bool = False, evaluation: Callable[[Recipe], E
                     f"{run} already holds a run (its last checkpoint is {last.name}): go on with --resume, or give"
                     " another output"
                 )
-            with naming_failures(run), deterministic(recipe.training.deterministic):
+            with naming_failures(run), deterministic(recipe.training.full_determinism):
                 return _Training(recipe, accelerator, display, last, evaluation).run()
     except OSError as error:
         if checkpoint.is_full(error):
@@ -168,17 +168,18 @@ class _Training:
             display.table(
                 f"stage: {recipe.stage}", ["part", "parameters", "state", "dtype"], describe(built.model, rates)
             )
-        if recipe.vision.drop_path:
+        if recipe.vision.drop_path_rate:
             if built.model.vision.is_frozen:
                 raise InputError(
-                    f"vision.drop_path is {recipe.vision.drop_path}, but optimizer.rates freezes the image encoder: set"
+                    f"vision.drop_path_rate is {recipe.vision.drop_path_rate}, but optimizer.learning_rate freezes"
+                    " the image encoder: set"
                     ' it to 0, or give "vision.*" a rate'
                 )
-            built.model.vision.drop_path(recipe.vision.drop_path)
-        if recipe.training.activation_checkpointing:
+            built.model.vision.drop_path(recipe.vision.drop_path_rate)
+        if recipe.training.gradient_checkpointing:
             for line in checkpoint_activations(built.model):
                 display.say(line)
-        if recipe.training.compile:
+        if recipe.training.torch_compile:
             built.model.qformer.compile_blocks()
             if built.model.vision.is_frozen and not shards:
                 built.model.vision.compile_network()
@@ -220,7 +221,7 @@ class _Training:
         if accelerator.num_processes > 1:
             trained = sum(parameter.numel() for parameter in built.model.parameters() if parameter.requires_grad)
             travels = step_traffic(
-                recipe, trained, built.model.vision.tokens, built.model.vision.width, recipe.data.max_tokens,
+                recipe, trained, built.model.vision.tokens, built.model.vision.width, recipe.data.max_length,
                 accelerator.num_processes,
             )  # fmt: skip
             sent = sum(travel.sent(accelerator.num_processes) for travel in travels)
@@ -250,7 +251,7 @@ class _Training:
                 features = cached_features(recipe, records, encoder, views, self.accelerator.device)
                 self.display.say(f"features of {source}: {summary(features)}")
             preparation = Preparation(
-                records, texts, encoder.preprocessing, train, data.smallest_crop, data.flip, features
+                records, texts, encoder.preprocessing, train, data.min_crop_scale, data.horizontal_flip, features
             )
             return records, preparation
 
@@ -266,7 +267,8 @@ class _Training:
             rows = [(source.name, f"{100 * source.share:.3g} %") for source in sources]
             self.display.table("data.train", ["source", "share of the steps"], rows)
         dealing = (
-            data.batch_size, recipe.training.seed, data.group_by_length, process, processes, recipe.training.accumulate
+            data.batch_size, recipe.training.seed, data.group_by_length, process, processes,
+            recipe.training.gradient_accumulation_steps
         )  # fmt: skip
         position = None
         if positions:
@@ -279,7 +281,7 @@ class _Training:
             held_out, validation = prepare(data.validation, train=False)
             if not isinstance(held_out, Records):
                 raise InputError("data.validation is a stream, expected a table or folder: set data.streaming to false")
-        return load(plans, Preparations(preparations), data.workers), validation
+        return load(plans, Preparations(preparations), data.num_workers), validation
 
     def _fit_projection(self) -> None:
         """Start the projection of stage 2 from the data, as ``language.projection_init`` says."""
@@ -319,14 +321,14 @@ class _Training:
 
     def run(self) -> Path:
         recipe, accelerator = self.recipe, self.accelerator
-        total = recipe.training.steps
+        total = recipe.training.max_steps
         if accelerator.is_main_process:
             self._write_recipe()
             # The line of a step whose evaluation is not done is yet to be written.
             StepFile.truncate(self.folder / METRICS, self.step - (self.unfinished is not None))
             StepFile.truncate(self.folder / SKIPPED, self.step)
-            self.best = best_so_far(self.folder, recipe.training.best)
-        if recipe.training.trackers:
+            self.best = best_so_far(self.folder, recipe.training.metric_for_best_model)
+        if recipe.training.report_to:
             accelerator.init_trackers("blip2", config={"recipe": dump_recipe(recipe)})
         saved = checkpoint.latest(self.folder)
         self.display.start(total, self.step)
@@ -340,10 +342,8 @@ class _Training:
                 self.step += 1
                 seconds = time.monotonic() - started
                 values |= {"images_per_second": pairs / seconds, "seconds": seconds}
-                self.tally.report(self.step, skipped, self.display, recipe.data.max_tokens)
-                if self.validation is not None and (
-                    self.step % recipe.training.validate_every == 0 or self.step == total
-                ):
+                self.tally.report(self.step, skipped, self.display, recipe.data.max_length)
+                if self.validation is not None and (self.step % recipe.training.eval_steps == 0 or self.step == total):
                     values |= validate(
                         self.built.model, self.validation, recipe, accelerator, self.display.say,
                         self.last_batch if self.shards else None,
@@ -352,13 +352,13 @@ class _Training:
                 seen, stop = self.watch.look(bool(asked), seconds)
                 values |= seen
                 # What takes long, or what the best is chosen by, is of a checkpoint: a kill costs nothing of it.
-                measured = self._evaluates or recipe.training.best in values
+                measured = self._evaluates or recipe.training.metric_for_best_model in values
                 if measured:
                     saved = self._save(values)
                 self._finish(values, metrics)
-                self.tally.check(recipe.data.max_bad, skipped.path)
+                self.tally.check(recipe.data.max_bad_fraction, skipped.path)
                 self.display.advance(self.step, note(values))
-                if not measured and (self.step % recipe.training.save_every == 0 or self.step == total or stop):
+                if not measured and (self.step % recipe.training.save_steps == 0 or self.step == total or stop):
                     saved = self._save()
                 if stop and self.step < total:
                     raise Interruption(
@@ -381,7 +381,7 @@ class _Training:
         self.collapse_said = True
         self.display.say(
             f"the queries have collapsed: at step {self.step} the mean cosine between those of an image is"
-            f" {similarity:.3f}, so that {self.recipe.qformer.queries} queries say no more than one; raise"
+            f" {similarity:.3f}, so that {self.recipe.qformer.num_query_tokens} queries say no more than one; raise"
             f" objectives.query_diversity, which is {self.recipe.objectives.query_diversity:g}, and start again"
             " (docs/troubleshooting.md)"
         )
@@ -390,13 +390,15 @@ class _Training:
     def _evaluates(self) -> bool:
         """Whether an evaluation follows this step."""
         config = self.recipe.evaluation
-        return config is not None and (self.step % config.every == 0 or self.step == self.recipe.training.steps)
+        return config is not None and (
+            self.step % config.eval_steps == 0 or self.step == self.recipe.training.max_steps
+        )
 
     def _finish(self, values: dict[str, float], metrics: StepFile) -> None:
         """Evaluate where that is due, keep the best checkpoint, and write down what was measured of a step."""
         if self._evaluates and self.evaluation is not None:
             values |= evaluate(self.evaluation, self.built, self.step, self.recipe, self.display)
-        name = self.recipe.training.best
+        name = self.recipe.training.metric_for_best_model
         if name in values:
             if self.accelerator.is_main_process and is_better(values[name], self.best, name):
                 checkpoint.keep_best(self.folder, self.step, {"metric": name, "value": values[name]})
@@ -404,16 +406,16 @@ class _Training:
                 self.display.say(f"step {self.step} is the best so far: {name} {values[name]:.4f}")
             self.accelerator.wait_for_everyone()
         metrics.write({"step": self.step, **values, **self.tally.metrics()})
-        if self.recipe.training.trackers:
+        if self.recipe.training.report_to:
             of = self.tally.step_source  # a curve for each source
             self.accelerator.log({**values, **({f"loss/{of}": values["loss"]} if of else {})}, step=self.step)
 
     def _step(self) -> tuple[dict[str, float], int]:
-        """One optimiser step; its metrics, and how many pairs all processes saw."""
+        """One optimizer step; its metrics, and how many pairs all processes saw."""
         recipe, accelerator = self.recipe, self.accelerator
         set_seed(_mix(recipe.training.seed, self.step, accelerator.process_index))
-        share = set_schedule(self.optimizer, self.step, recipe.training.steps, recipe.optimizer)
-        taken = [self._next() for _ in range(recipe.training.accumulate)]
+        share = set_schedule(self.optimizer, self.step, recipe.training.max_steps, recipe.optimizer)
+        taken = [self._next() for _ in range(recipe.training.gradient_accumulation_steps)]
         self.positions = taken[-1][0].position
         batches = [batch for _, batch in taken]
         self.last_batch = batches[-1]
@@ -440,8 +442,8 @@ class _Training:
         values: dict[str, float] = dict(zip(names, means, strict=False))
         self.tally.close([round(mean * accelerator.num_processes) for mean in means[len(names) :]])
         self._check_finite(values["loss"], sums["loss"], taken)
-        if recipe.optimizer.clip_norm is not None:
-            total = accelerator.clip_grad_norm_(self.model.parameters(), recipe.optimizer.clip_norm)
+        if recipe.optimizer.max_grad_norm is not None:
+            total = accelerator.clip_grad_norm_(self.model.parameters(), recipe.optimizer.max_grad_norm)
             norm = float(cast(torch.Tensor, total))
             if accelerator.scaler is None:  # with one, an overflow only skips the step
                 self._check_finite(norm, sums["loss"], taken, "gradient")
@@ -469,7 +471,7 @@ class _Training:
         raise InputError(
             f"the {what} is {value} at step {self.step + 1}, in the batch of {', '.join(found[:8])}"
             f"{f' and {len(found) - 8} more' if len(found) > 8 else ''}; nothing was changed, the last good checkpoint"
-            f" is {last or 'none'}: lower optimizer.rates, or train in fp32"
+            f" is {last or 'none'}: lower optimizer.learning_rate, or train in fp32"
         )
 
     def _save(self, unfinished: dict[str, float] | None = None) -> Path:
@@ -500,7 +502,7 @@ class _Training:
                 self.built.qformer_tokenizer,
                 {"optimizer": named_state(self.optimizer, self.built.model), "scaler": scaler},
                 {"positions": positions, "counts": self.tally.metrics(), "unfinished": unfinished},
-                self.recipe.training.keep,
+                self.recipe.training.save_total_limit,
             )
         accelerator.wait_for_everyone()
         return path

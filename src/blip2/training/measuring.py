@@ -113,10 +113,12 @@ def evaluate(evaluation: Evaluation, built: Built, step: int, recipe: Recipe, di
     for name, why in missing.items():
         display.say(f"{name} is missing: {why}")
     values: dict[str, float] = {name: value for name, value in found.items() if not isinstance(value, str)}
-    best = recipe.training.best or ""
+    best = recipe.training.metric_for_best_model or ""
     if best.startswith("evaluation_") and best not in values:
         why = missing.get(best) or f"expected one of {', '.join(values)}"
-        raise InputError(f"training.best is {best}, which is missing ({why}): mend that and go on with --resume")
+        raise InputError(
+            f"training.metric_for_best_model is {best}, which is missing ({why}): mend that and go on with --resume"
+        )
     return values
 
 

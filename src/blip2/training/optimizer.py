@@ -14,7 +14,7 @@ from blip2.errors import InputError
 from blip2.model.frozen import Freezable
 from blip2.model.vision import ImageEncoder
 
-UNDECAYED = ("temperature", "qformer.queries")
+UNDECAYED = ("temperature", "qformer.num_query_tokens")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Names that AdamW has for the moments of a parameter."""
 
@@ -25,9 +25,9 @@ def pattern_of(name: str, config: OptimizerConfig) -> str:
     Raises:
         InputError: there is none.
     """
-    pattern = next((p for p in config.rates if fnmatchcase(name, p)), None)
+    pattern = next((p for p in config.learning_rate if fnmatchcase(name, p)), None)
     if pattern is None:
-        raise InputError(f'no pattern of optimizer.rates matches {name}: end the list with "*"')
+        raise InputError(f'no pattern of optimizer.learning_rate matches {name}: end the list with "*"')
     return pattern
 
 
@@ -48,7 +48,7 @@ def set_rates(model: nn.Module, config: OptimizerConfig) -> dict[str, float]:
     for name, parameter in model.named_parameters():
         pattern = pattern_of(name, config)
         used.add(pattern)
-        rate = config.rates[pattern]
+        rate = config.learning_rate[pattern]
         parameter.requires_grad_(rate != "frozen")
         if rate == "frozen":
             continue
@@ -59,14 +59,14 @@ def set_rates(model: nn.Module, config: OptimizerConfig) -> dict[str, float]:
                 f" {name.split('.')[0]} to fp32, or freeze it"
             )
     # The usual two are in every recipe, whether the stage has an LLM or not.
-    unused = [p for p in config.rates if p not in used and p not in ("language.*", "vision.*", "*")]
+    unused = [p for p in config.learning_rate if p not in used and p not in ("language.*", "vision.*", "*")]
     if unused:
         parts = ", ".join(sorted({name.split(".")[0] for name, _ in model.named_parameters()}))
         raise InputError(
-            f"optimizer.rates has {', '.join(unused)}, which match no parameter: their names begin {parts}"
+            f"optimizer.learning_rate has {', '.join(unused)}, which match no parameter: their names begin {parts}"
         )
     if not rates:
-        raise InputError("every parameter is frozen by optimizer.rates: give some of them a rate")
+        raise InputError("every parameter is frozen by optimizer.learning_rate: give some of them a rate")
     _check_adapters(model, rates)
     model.train()  # a part that was unfrozen may now leave eval()
     return _decayed_by_layer(model, rates, config.layer_decay)
@@ -82,7 +82,7 @@ def _check_adapters(model: nn.Module, rates: dict[str, float]) -> None:
         if beside or not trained:
             found = f"gives {beside[0]} a rate beside them" if beside else "freezes them"
             raise InputError(
-                f"{part} has adapters, and optimizer.rates {found}: begin optimizer.rates with"
+                f"{part} has adapters, and optimizer.learning_rate {found}: begin optimizer.learning_rate with"
                 f' "{part}.*lora_*": 1e-4 and "{part}.*": frozen'
             )
 
@@ -95,7 +95,8 @@ def _decayed_by_layer(model: nn.Module, rates: dict[str, float], decay: float) -
     assert isinstance(vision, ImageEncoder)
     if vision.is_frozen:
         raise InputError(
-            f'optimizer.layer_decay is {decay}, but optimizer.rates freezes the image encoder: give "vision.*" a rate,'
+            f"optimizer.layer_decay is {decay}, but optimizer.learning_rate freezes the image encoder: give"
+            ' "vision.*" a rate,'
             " or set it to 1"
         )
     depths, last = vision.depths(), len(vision.blocks)
@@ -130,7 +131,7 @@ def set_schedule(optimizer: Any, step: int, steps: int, config: OptimizerConfig)
         share = (step + 1) / warmup
     else:
         progress = (step - warmup) / max(steps - 1 - warmup, 1)
-        share = config.final_rate + (1 - config.final_rate) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        share = config.min_lr_rate + (1 - config.min_lr_rate) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * share
     return share

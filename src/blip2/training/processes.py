@@ -43,25 +43,25 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     # Without one of the losses its head has no gradient; nor has what an image encoder does after our layer, or what
     # the last block makes of a question.
     losses = recipe.objectives
-    all_used = not (recipe.optimizer.trains("vision") or recipe.qformer.reads_questions) and (
+    all_used = not (recipe.optimizer.trains("vision") or recipe.qformer.use_qformer_text_input) and (
         recipe.stage == "generation" or (losses.itc > 0 and losses.itm > 0 and losses.itg > 0)
     )
     if precision == "fp16" and device.type == "cpu":
         raise InputError("training.precision fp16 needs a GPU: use bf16 or fp32 on a CPU")
     installed = {tracker.value for tracker in get_available_trackers()}
-    missing = [name for name in recipe.training.trackers if name not in installed]
+    missing = [name for name in recipe.training.report_to if name not in installed]
     if missing:
         raise InputError(
-            f"training.trackers names {', '.join(missing)}, which cannot be imported: pip install {' '.join(missing)}"
+            f"training.report_to names {', '.join(missing)}, which cannot be imported: pip install {' '.join(missing)}"
         )
     return Accelerator(
         cpu=device.type == "cpu",
         mixed_precision={"fp32": "no"}.get(precision, precision),
-        log_with=list(recipe.training.trackers) or None,
+        log_with=list(recipe.training.report_to) or None,
         project_dir=recipe.output,
         kwargs_handlers=[
             DistributedDataParallelKwargs(find_unused_parameters=not all_used),
-            InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.training.timeout)),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.training.ddp_timeout)),
         ],
     )
 
@@ -89,7 +89,7 @@ def holding(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """Use only operations that give the same bits each time, while `wanted`; see ``training.deterministic``.
+    """Use only operations that give the same bits each time, while `wanted`; see ``training.full_determinism``.
 
     cuBLAS reads its setting when it is first used, so this comes before anything runs on a GPU.
     """

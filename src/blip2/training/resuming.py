@@ -46,7 +46,7 @@ def compare_recipes(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Each key of a recipe with the keys above it."""
     for key, value in values.items():
-        if isinstance(value, Mapping) and f"{prefix}{key}" not in ("optimizer.rates", "data.train"):
+        if isinstance(value, Mapping) and f"{prefix}{key}" not in ("optimizer.learning_rate", "data.train"):
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value

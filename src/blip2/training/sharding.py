@@ -31,7 +31,7 @@ def checkpoint_activations(model: RepresentationModel | GenerationModel) -> list
     if isinstance(model, GenerationModel):
         parts["LLM"] = model.language
     bare = [name for name, part in parts.items() if not part.recompute_blocks()]
-    return [f"training.activation_checkpointing: the {name} is no stack of equal blocks and keeps all" for name in bare]
+    return [f"training.gradient_checkpointing: the {name} is no stack of equal blocks and keeps all" for name in bare]
 
 
 def leave_frozen(model: nn.Module) -> None:

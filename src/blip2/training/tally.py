@@ -92,7 +92,7 @@ class Tally:
                     display.say(f"more is skipped, and named in {file.path} alone")
         if self.cut and self.cut == self._step["cut"]:
             display.say(
-                f"a caption is longer than data.max_tokens ({max_tokens}) and was cut; the rest are only counted"
+                f"a caption is longer than data.max_length ({max_tokens}) and was cut; the rest are only counted"
             )
 
     def check(self, limit: float, file: Path) -> None:
@@ -113,8 +113,9 @@ class Tally:
             if of >= enough and bad > limit * of:
                 causes = ", ".join(f"{cause} {n}" for cause in CAUSES if (n := self._counts[f"skipped_{cause}"]))
                 raise InputError(
-                    f"{bad} of {of} {what} are bad, more than data.max_bad {limit:g} ({causes}; each is named in"
-                    f" {file}): mend the data, or raise data.max_bad and go on with --resume"
+                    f"{bad} of {of} {what} are bad, more than data.max_bad_fraction {limit:g} ({causes}; each is"
+                    " named in"
+                    f" {file}): mend the data, or raise data.max_bad_fraction and go on with --resume"
                 )
 
 

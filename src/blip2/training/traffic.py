@@ -25,7 +25,7 @@ class Travel(NamedTuple):
 
 
 def step_traffic(recipe: Recipe, trained: int, tokens: int, width: int, length: int, processes: int) -> list[Travel]:
-    """Everything that travels between processes in one optimiser step while the frozen parts are whole in each.
+    """Everything that travels between processes in one optimizer step while the frozen parts are whole in each.
 
     Args:
         trained: number of weights that train, whose gradients are in float32.
@@ -37,7 +37,9 @@ def step_traffic(recipe: Recipe, trained: int, tokens: int, width: int, length: 
     numbers = 3  # of stage 2: its loss, perplexity and accuracy
     if recipe.stage == "representation":
         numbers = 3 * bool(objectives.itc) + 2 * bool(objectives.itm) + 2 * bool(objectives.itg)
-    numbers += bool(objectives.query_diversity) + 2 * (recipe.qformer.queries > 1)  # and how much queries differ
+    numbers += bool(objectives.query_diversity) + 2 * (
+        recipe.qformer.num_query_tokens > 1
+    )  # and how much queries differ
     travels = [
         Travel("gradients", "all-reduce", 4 * trained),
         # Beside them their sum, the number of labels, what was skipped and cut, shards, and samples of each source.
@@ -46,7 +48,9 @@ def step_traffic(recipe: Recipe, trained: int, tokens: int, width: int, length: 
     ]
     if recipe.stage == "generation" or not (objectives.itc or objectives.itm):
         return travels
-    images, texts = (4 * batch * recipe.qformer.contrastive_width * n for n in (recipe.qformer.queries, 1))
+    images, texts = (
+        4 * batch * recipe.qformer.image_text_hidden_size * n for n in (recipe.qformer.num_query_tokens, 1)
+    )
     contrastive = [
         Travel("embeddings of images", "all-gather", images),
         Travel("embeddings of texts", "all-gather", texts),
@@ -66,4 +70,6 @@ def step_traffic(recipe: Recipe, trained: int, tokens: int, width: int, length: 
             Travel("which tokens are real", "all-gather", batch * length),
             Travel("longest text, again", "all-reduce", 8),
         ]
-    return travels + [each._replace(bytes=each.bytes * recipe.training.accumulate) for each in contrastive]
+    return travels + [
+        each._replace(bytes=each.bytes * recipe.training.gradient_accumulation_steps) for each in contrastive
+    ]

@@ -16,7 +16,7 @@ class Watch:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._tells_utilisation = device.type == "cuda"
+        self._tells_utilization = device.type == "cuda"
         self.waited = 0.0
         """Seconds that this process has waited for data since the last :meth:`look`."""
 
@@ -29,7 +29,7 @@ class Watch:
 
         Returns:
             ``data_seconds`` and ``data_share`` (of the step) of the process that waited longest for data; on GPUs also
-            ``gpu_memory_gib``, the most that was ever allocated on one, and ``gpu_utilisation``, the mean in per cent,
+            ``gpu_memory_gib``, the most that was ever allocated on one, and ``gpu_utilization``, the mean in per cent,
             where pynvml is installed.
         """
         own = [float(asked), self.waited, *self._gpu()]
@@ -40,7 +40,7 @@ class Watch:
         if self._device.type == "cuda":
             seen["gpu_memory_gib"] = most[2]
             if float(every[:, 3].min()) >= 0:
-                seen["gpu_utilisation"] = float(every[:, 3].mean())
+                seen["gpu_utilization"] = float(every[:, 3].mean())
         return seen, bool(most[0])
 
     def _gpu(self) -> tuple[float, float]:
@@ -48,11 +48,11 @@ class Watch:
         if self._device.type != "cuda":
             return 0.0, -1.0
         memory = torch.cuda.max_memory_allocated(self._device) / 2**30
-        if self._tells_utilisation:
+        if self._tells_utilization:
             try:
                 return memory, float(torch.cuda.utilization(self._device))
             except Exception:  # no pynvml, or one that does not go with the driver: nothing to stop training for
-                self._tells_utilisation = False
+                self._tells_utilization = False
         return memory, -1.0
 
 
