@@ -23,15 +23,15 @@ from pathlib import Path
 
 from blip2.config import Precision
 from blip2.corpus.capfilt import Settings, capfilt
-from blip2.corpus.engine import Engine
+from blip2.corpus.job import Engine
 from blip2.corpus.report import Summary
+from blip2.decoding.search import Decoding
 from blip2.demo.run import faster_precision, in_precision
-from blip2.evaluation.evaluate import evaluate
+from blip2.evaluation.run import evaluate
 from blip2.evaluation.tasks import Settings as Measuring
-from blip2.files import write_json
-from blip2.model.decoding import Decoding
+from blip2.io import write_json
 from blip2.recipe import find_recipe, load_recipe
-from blip2.training.loop import train
+from blip2.training.trainer import train
 
 ITC_ALONE = 0
 """Candidates: in so few steps the matching head does not learn enough to rank anew."""

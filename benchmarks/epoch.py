@@ -17,8 +17,8 @@ from blip2.data.assets import fetch
 from blip2.demo.run import faster_precision
 from blip2.memory import keep_memory
 from blip2.recipe import find_recipe, load_recipe
-from blip2.training.loop import train
-from blip2.training.progress import read_metrics
+from blip2.training.metrics import read_metrics
+from blip2.training.trainer import train
 
 
 def main() -> None:

@@ -42,10 +42,10 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from blip2.backbones.language import load_language_model
+from blip2.backbones.vision import load_image_encoder
+from blip2.decoding.search import Decoding
 from blip2.errors import InputError
-from blip2.model.decoding import Decoding
-from blip2.model.language import load_language_model
-from blip2.model.vision import load_image_encoder
 
 SECONDS, LONGEST, GIGABYTES = 60, 600, 6
 """What one family may take: of computing, in all, of memory."""

@@ -35,7 +35,7 @@ from blip2.config import (
     TrainingConfig,
     VisionConfig,
 )
-from blip2.model.decoding import Decoding
+from blip2.decoding.search import Decoding
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SCALE = 1024.0
@@ -82,7 +82,7 @@ def one_step(model: nn.Module, batch: Any, device: torch.device, half: str | Non
     Args:
         half: bf16 or fp16 for autocast, None for fp32.
     """
-    from blip2.data.batches import to_device
+    from blip2.data.dataset import to_device
 
     model.zero_grad()
     with torch.autocast(device.type, HALF[half]) if half else nullcontext():
@@ -125,7 +125,7 @@ def stage1_case(place: Place, dropout: float = 0.0) -> stage1.Case:
 
 def stage1_parts(place: Place, dropout: float = 0.0) -> tuple[Any, Any]:
     """BERT-base's Q-Former beside 257 features of width 1408, and a batch; the hardest negatives are always taken."""
-    from blip2.model import objectives
+    from blip2.model import losses as objectives
     from blip2.model.representation import RepresentationBatch
 
     objectives.draw_hard_negatives = stage1.hardest
@@ -283,7 +283,7 @@ def resume(place: Place) -> Iterator[Row]:
     from safetensors.torch import load_file
 
     from blip2.training.interruption import Interruption
-    from blip2.training.loop import train
+    from blip2.training.trainer import train
 
     for stage in ("representation", "generation"):
         for precision in ("fp32", "bf16", "fp16") if place.is_gpu else ("fp32",):
@@ -345,10 +345,10 @@ def tokens(place: Place) -> Iterator[Row]:
 
 def features(place: Place) -> Iterator[Row]:
     """Features cached on the GPU: those of the encoder there, within the rounding of their store, and the CPU's."""
-    from blip2.build import read_image_encoder
-    from blip2.data.features import Augmentation, cache_features
+    from blip2.builder import read_image_encoder
     from blip2.data.images import read_image, to_pixels
     from blip2.data.records import open_records
+    from blip2.feature_cache.cache import Augmentation, cache_features
 
     plan = recipe(place, "representation", "features")
     encoder = read_image_encoder(plan.vision, torch.float32)
@@ -371,7 +371,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 def quantization(place: Place) -> Iterator[Row]:
     """An LLM of 4 and 8 bits: it trains the Q-Former through it, and writes."""
     import blip2
-    from blip2.training.loop import train
+    from blip2.training.trainer import train
 
     plan = recipe(place, "generation", "whole", precision="fp32", steps=6)
     language = place.folder / "llm"
@@ -437,7 +437,7 @@ def processes(place: Place) -> Iterator[Row]:
 
 def memory(place: Place) -> Iterator[Row]:
     """The memory of a run is flat from step 50 to step 300, whatever the lengths of its texts."""
-    from blip2.training.loop import train
+    from blip2.training.trainer import train
 
     steps = 60 if place.tiny else 300
     for stage in ("representation", "generation"):

@@ -161,12 +161,12 @@ def both(place: Place, language: str) -> tuple[Any, Any]:
     """(transformers' model, ours) with the same weights; what is frozen is in bf16 and lies in memory once."""
     from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2QFormerConfig
 
+    from blip2.backbones.language import LanguageModel
+    from blip2.backbones.vision import Preprocessing, wrap_transformers
     from blip2.config import QFormerConfig
     from blip2.interop.transformers import NAMES
     from blip2.interop.weights import Weights
     from blip2.model.generation import GenerationModel
-    from blip2.model.language import LanguageModel
-    from blip2.model.vision import Preprocessing, wrap_transformers
 
     vision, llm, width = sizes(place, language)
     heads, layers, queries = (2, 2, 8) if place.tiny else (12, 12, 32)
@@ -216,7 +216,7 @@ def wrap_on(place: Place, make: Callable[[], Any]) -> Any:
 def generation(place: Place, language: str) -> Iterator[Result]:
     """A step of stage 2 from pixels, and captions by 5 beams, beside transformers."""
     from blip2.config import OptimizerConfig
-    from blip2.model.decoding import Decoding
+    from blip2.decoding.search import Decoding
     from blip2.model.generation import GenerationBatch
     from blip2.training.optimizer import build_optimizer, set_rates
 
@@ -316,7 +316,7 @@ def encoding(place: Place) -> Iterator[Result]:
     """Pictures that ViT-g encodes in a second: transformers' network as it is, and with `training.torch_compile`."""
     from transformers import Blip2VisionModel
 
-    from blip2.model.vision import Preprocessing, wrap_transformers
+    from blip2.backbones.vision import Preprocessing, wrap_transformers
 
     config, _, _ = sizes(place, "OPT-2.7B")
     with bf16_on(place):

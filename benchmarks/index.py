@@ -34,8 +34,8 @@ def measure(source: str, entries: int) -> None:
     """Print seconds to the first plan, and MB before and on the way."""
     from blip2.config import DataConfig
     from blip2.data.mixtures import mix, plan_mixture
-    from blip2.data.order import START
     from blip2.data.records import open_records
+    from blip2.data.sampler import START
 
     before, started = memory(), time.perf_counter()
     records = open_records(source, DataConfig(train=source))

@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from blip2.backbones.vision import Preprocessing, wrap_transformers
 from blip2.data.images import augment_to_pixels, read_image
-from blip2.model.vision import Preprocessing, wrap_transformers
 
 COUNT = 32
 SIZE = (640, 480)

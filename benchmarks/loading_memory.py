@@ -65,7 +65,6 @@ def memory() -> tuple[int, int]:
 def measure(folder: str, dtype: str) -> None:
     """Print the bytes of the loaded model and the peaks while it was loaded and read."""
     import blip2
-    from blip2.model import language  # noqa: F401  what is imported is not what is measured
 
     before, peak, done = memory(), [0, 0], threading.Event()
 

@@ -97,7 +97,7 @@ def main() -> None:
         optimizer=OptimizerConfig(warmup_steps=10),
         training=TrainingConfig(max_steps=STEPS, save_steps=1000, device="cpu", precision="fp32"),
     )  # fmt: skip
-    from blip2.training.loop import train
+    from blip2.training.trainer import train
 
     with by_step(Path(recipe.output), resident, 0.2) as seen:
         train(recipe)

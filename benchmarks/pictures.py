@@ -28,11 +28,11 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from blip2.corpus.shards import Sample, ShardWriter
+from blip2.corpus.tar_shards import Sample, ShardWriter
 from blip2.data.assets import ASSETS, CATEGORY_COLUMN, Asset, draw_svg, fetch, fetch_asset, on_white_square
 from blip2.data.images import ImageError, read_image
 from blip2.errors import InputError
-from blip2.files import write_json, written
+from blip2.io import write_json, written
 
 HELD_OUT = 20
 """Groups of 256 that are held out."""

@@ -25,10 +25,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from blip2.backbones.vision import ImageEncoder, Preprocessing, wrap_transformers
 from blip2.config import DataConfig, LanguageConfig, ObjectivesConfig, QFormerConfig, Recipe, VisionConfig
 from blip2.model.qformer import QFormer
 from blip2.model.representation import RepresentationBatch, RepresentationModel
-from blip2.model.vision import ImageEncoder, Preprocessing, wrap_transformers
 from blip2.training.traffic import step_traffic
 
 PEAK = {"A100": 312e12, "H100": 989e12}

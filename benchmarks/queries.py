@@ -29,13 +29,13 @@ from blip2.data.images import read_image
 from blip2.demo.run import GREEDY, faster_precision, in_precision
 from blip2.evaluation.report import new_figure
 from blip2.evaluation.scenes import compare_twins, matching_accuracy, read_rows, read_truths, score_facts
-from blip2.inference import GenerationPipeline, RepresentationPipeline, load
 from blip2.memory import keep_memory
-from blip2.model.objectives import query_statistics
+from blip2.model.losses import query_statistics
 from blip2.model.qformer import Block, QFormer
+from blip2.pipelines import GenerationPipeline, RepresentationPipeline, load
 from blip2.recipe import find_recipe, load_recipe
-from blip2.training.loop import train
-from blip2.training.progress import read_metrics
+from blip2.training.metrics import read_metrics
+from blip2.training.trainer import train
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from loader import pictures
 
+from blip2.backbones.vision import Preprocessing
 from blip2.data.images import augment_to_pixels, read_image
-from blip2.model.vision import Preprocessing
 
 HERE = Path(__file__).resolve().parent
 HOME = HERE.parent / ".venv-webdataset"
@@ -56,9 +56,9 @@ def decode(sample: dict[str, Any]) -> torch.Tensor:
 
 def ours(files: list[str]) -> Iterator[Any]:
     from blip2.config import DataConfig
-    from blip2.data.batches import Preparation, plan_batches
-    from blip2.data.loading import load
+    from blip2.data.dataset import Preparation, plan_batches
     from blip2.data.records import open_records
+    from blip2.data.workers import load
     from blip2.model.representation import RepresentationBatch
 
     class NoTexts:

@@ -85,9 +85,9 @@ def prepare(case: Case, folder: Path, texts: int | None = None) -> None:
 
 
 def build(case: Case) -> Any:
+    from blip2.backbones.vision import ImageEncoder, Preprocessing
     from blip2.config import ObjectivesConfig
     from blip2.model.representation import RepresentationModel
-    from blip2.model.vision import ImageEncoder, Preprocessing
 
     encoder = ImageEncoder(
         nn.Conv2d(3, case.width, 1), lambda pixels: pixels.new_zeros(len(pixels), case.tokens, case.width),
@@ -115,7 +115,7 @@ def work(kind: str, folder: Path) -> None:
 
 def step(case: Case, model: Any, data: dict[str, Tensor]) -> Any:
     from blip2.config import OptimizerConfig
-    from blip2.model import objectives
+    from blip2.model import losses as objectives
     from blip2.model.representation import RepresentationBatch
     from blip2.training.optimizer import build_optimizer, set_rates
 

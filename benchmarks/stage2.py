@@ -119,7 +119,7 @@ def prepare(
 
 def ours(work: str, folder: Path, data: dict[str, Tensor]) -> Callable[[], Sequence[float]]:
     import blip2
-    from blip2.model.decoding import Decoding
+    from blip2.decoding.search import Decoding
     from blip2.model.generation import GenerationBatch
     from blip2.training.optimizer import build_optimizer, set_rates
 

@@ -48,12 +48,12 @@ def features() -> list[tuple[int, float, float]]:
     """(pictures, seconds to encode them, seconds to find their features again)."""
     import torch
 
+    from blip2.backbones.vision import load_image_encoder
     from blip2.config import DataConfig
     from blip2.data.assets import fetch, resolve
-    from blip2.data.features import Augmentation, cache_features
     from blip2.data.records import open_records
+    from blip2.feature_cache.cache import Augmentation, cache_features
     from blip2.memory import keep_memory
-    from blip2.model.vision import load_image_encoder
 
     keep_memory()  # as the commands of blip2 do
     pictures = fetch("tuxpaint-stamps")

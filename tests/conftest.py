@@ -282,7 +282,7 @@ def bert(parts: Parts) -> PreTrainedTokenizerBase:
 @pytest.fixture(scope="session")
 def runs(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Runs of three steps: ``stage1``, and stage 2 with ``llama`` and ``t5``. Not to be changed."""
-    from blip2.training.loop import train  # not above: shapes are checked in what is imported after this file
+    from blip2.training.trainer import train  # not above: shapes are checked in what is imported after this file
 
     root = tmp_path_factory.mktemp("runs")
     short = {"steps": 3, "save_steps": 2, "device": "cpu", "precision": "fp32"}

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from blip2 import checkpoint
 from blip2.cli import main
 from blip2.recipe import dump_recipe
-from blip2.training import checkpoint
-from blip2.training.loop import train
-from blip2.training.progress import read_metrics
+from blip2.training.metrics import read_metrics
+from blip2.training.trainer import train
 from conftest import byte_tokenizer, draw, save_bert
 
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import blip2
-from blip2.build import build
+from blip2 import checkpoint
+from blip2.builder import build
 from blip2.cli import main
 from blip2.recipe import dump_recipe
-from blip2.training import checkpoint
 from conftest import draw
 from fixtures.checkpoints import lavis_state, save_transformers
 

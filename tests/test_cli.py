@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 
 from blip2 import config
 from blip2.cli import main
+from blip2.decoding.search import Decoding
 from blip2.errors import visible
-from blip2.inference import load
-from blip2.model.decoding import Decoding
+from blip2.pipelines import load
 from blip2.recipe import dump_recipe, load_recipe
-from blip2.training.progress import read_metrics
+from blip2.training.metrics import read_metrics
 from conftest import draw
 
 COMMANDS = ("demo", "scenes", "train", "features", "caption", "ask", "match", "embed")

@@ -23,7 +23,7 @@ import blip2
 from blip2.convert import convert
 from blip2.errors import InputError
 from blip2.interop.weights import open_folder
-from blip2.training.loop import train
+from blip2.training.trainer import train
 from conftest import byte_tokenizer, draw
 from fixtures.checkpoints import lavis_state, save_transformers, share_qformer
 from fixtures.tiny import randomize

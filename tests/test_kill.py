@@ -8,9 +8,9 @@ import time
 import torch
 from safetensors.torch import load_file
 
+from blip2 import checkpoint
 from blip2.recipe import dump_recipe
-from blip2.training import checkpoint
-from blip2.training.progress import read_metrics
+from blip2.training.metrics import read_metrics
 from fixtures.processes import finish, start
 from fixtures.runs import TIMES
 

@@ -14,11 +14,11 @@ import torch
 
 from blip2.config import ObjectivesConfig
 from blip2.corpus.capfilt import Settings
-from blip2.data.texts import MOST_WORDS, SIGNS, split_caption
+from blip2.data.collate import MOST_WORDS, SIGNS, split_caption
 from blip2.evaluation.tasks import Settings as EvaluationSettings
-from blip2.inference import ANSWER, CAPTION, QUESTION, SHORT_QUESTION
-from blip2.model.objectives import draw_hard_negatives
+from blip2.model.losses import draw_hard_negatives
 from blip2.model.representation import RepresentationModel
+from blip2.pipelines import ANSWER, CAPTION, QUESTION, SHORT_QUESTION
 from blip2.recipe import find_recipe, load_recipe, override
 from fixtures.tiny import QFORMER, no_encoder
 

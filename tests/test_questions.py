@@ -11,20 +11,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration, BertForMaskedLM
 
+from blip2 import checkpoint
+from blip2.backbones.language import load_language_model
+from blip2.backbones.vision import load_image_encoder
+from blip2.checkpoint import open_checkpoint
 from blip2.convert import convert
+from blip2.data.collate import GenerationTexts, encode_questions
 from blip2.data.records import open_records
-from blip2.data.texts import GenerationTexts, encode_questions
+from blip2.decoding.search import Decoding
 from blip2.errors import InputError
-from blip2.inference import load
-from blip2.model.decoding import Decoding
 from blip2.model.generation import GenerationBatch, GenerationModel, Questions
-from blip2.model.language import load_language_model
 from blip2.model.qformer import attention_mask
-from blip2.model.vision import load_image_encoder
-from blip2.training import checkpoint
-from blip2.training.checkpoint import open_checkpoint
-from blip2.training.loop import train
-from blip2.training.progress import read_metrics
+from blip2.pipelines import load
+from blip2.training.metrics import read_metrics
+from blip2.training.trainer import train
 from conftest import COLOURS, SHAPES, draw
 from fixtures.checkpoints import lavis_state, save_transformers
 from fixtures.tiny import QFORMER, randomize, texts

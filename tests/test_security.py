@@ -27,21 +27,21 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from blip2.build import read_image_encoder, read_language_model
+from blip2.backbones.pretrained import read_pickle
+from blip2.builder import read_image_encoder, read_language_model
+from blip2.checkpoint import open_checkpoint
 from blip2.cli import main
 from blip2.config import DataConfig, LanguageConfig, VisionConfig
-from blip2.corpus.shards import Sample, Skipped, Unit, read_unit
+from blip2.console import Display
+from blip2.corpus.tar_shards import Sample, Skipped, Unit, read_unit
 from blip2.data.images import ImageError, read_image
 from blip2.data.records import open_records
 from blip2.data.shards import BROKEN, read_shard
 from blip2.errors import InputError, visible
-from blip2.files import MAX_DEPTH, parse_json, read_json, write_tensors
-from blip2.interop.foreign import read_tokenizer
+from blip2.interop.checkpoint import read_tokenizer
 from blip2.interop.weights import open_file, open_folder
-from blip2.model.pretrained import read_pickle
+from blip2.io import MAX_DEPTH, parse_json, read_json, write_tensors
 from blip2.recipe import load_recipe, override
-from blip2.training.checkpoint import open_checkpoint
-from blip2.training.progress import Display
 from fixtures.corpus import write_tar
 
 SOURCE = Path(__file__).parents[1] / "src" / "blip2"
@@ -773,15 +773,15 @@ def test_the_mode_of_weights(tmp_path, mask):
 
 DOORS = {
     "json.load": {"evaluation/java_metrics.py"},  # what its own parent writes
-    "json.loads": {"files.py", "data/tables.py"},  # the latter what it has written itself
+    "json.loads": {"io.py", "data/tables.py"},  # the latter what it has written itself
     "yaml.load": set(), "yaml.safe_load": set(), "yaml.unsafe_load": set(), "yaml.full_load": set(),
-    "torch.load": {"model/pretrained.py"},
-    "load_file": {"model/pretrained.py"},
+    "torch.load": {"backbones/pretrained.py"},
+    "load_file": {"backbones/pretrained.py"},
     "safe_open": {"interop/weights.py"},
     "Image.open": {"data/images.py"},
-    ".read_bytes": {"data/assets.py", "data/scenes.py", "evaluation/evaluate.py"},  # of our own making, or the user's
-    ".from_pretrained": {"model/pretrained.py", "model/vision.py"},  # nn.Embedding's
-    ".from_config": {"model/pretrained.py", "model/language.py"},  # the latter of a class that transformers has itself
+    ".read_bytes": {"data/assets.py", "data/scenes.py", "evaluation/run.py"},  # of our own making, or the user's
+    ".from_pretrained": {"backbones/pretrained.py", "backbones/vision.py"},  # nn.Embedding's
+    ".from_config": {"backbones/pretrained.py", "backbones/language.py"},  # of a class of transformers
     "import_module": {"__init__.py"}, "eval": set(), "exec": set(), "__import__": set(),
 }  # fmt: skip
 

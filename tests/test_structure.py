@@ -9,41 +9,24 @@ SOURCE = Path(__file__).parents[1] / "src" / "blip2"
 FILES = {path.relative_to(SOURCE).as_posix(): path for path in sorted(SOURCE.rglob("*.py"))}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 
-MAY_IMPORT = {
-    "model": {"model", "config", "errors", "files"},
-    "data": {"data", "model", "config", "errors", "files"},
-    "interop": {"interop", "data", "model", "recipe", "config", "errors", "files"},
-}
-ABOVE = {
-    "cli",
-    "demo",
-    "corpus",
-    "evaluation",
-    "convert",
-    "publish",
-    "inference",
-    "training",
-    "build",
-    "interop",
-    "data",
-    "model",
-}
-MAY_NOT_IMPORT = {
-    "config": ABOVE | {"recipe"},
-    "recipe": ABOVE,
-    "errors": ABOVE | {"config"},
-    "files": ABOVE | {"config", "recipe"},
-    "memory": ABOVE | {"config", "recipe", "errors"},
-    "ranges": ABOVE | {"config", "recipe", "errors"},
-    "build": ABOVE - {"interop", "data", "model"},
-    "training": ABOVE - {"training", "build", "interop", "data", "model"},
-    "inference": {"cli", "demo", "corpus", "evaluation", "convert", "publish"},
-    "publish": {"cli", "demo", "corpus", "evaluation", "convert", "inference"},
-    "convert": {"cli", "demo", "corpus", "evaluation", "inference"},
-    "evaluation": {"cli", "demo", "corpus", "convert", "publish"},
-    "corpus": {"cli", "demo", "convert", "publish"},
-    "demo": {"cli", "corpus"},
-}
+LAYERS = (
+    {"errors", "memory", "ranges"},
+    {"config", "io", "distributed", "console"},
+    {"recipe", "decoding"},
+    {"backbones", "model"},  # but for each other they are one layer: the models are made of the encoder and the LLM
+    {"data"},
+    {"feature_cache", "interop"},
+    {"builder"},
+    {"checkpoint"},
+    {"training", "pipelines", "resumable", "hub", "convert"},
+    {"evaluation"},
+    {"corpus"},
+    {"demo"},
+    {"cli"},
+    {"__main__"},
+)
+"""A module imports from its own layer and from those before it."""
+LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 
 
 def imports(name):
@@ -67,11 +50,13 @@ def rooms(name):
 @pytest.mark.parametrize("name", FILES)
 def test_imports_point_one_way(name):
     room = name.split("/")[0].removesuffix(".py")
-    found = rooms(name) if name != "__init__.py" else set()
-    allowed = MAY_IMPORT.get(room)
-    assert allowed is None or found <= allowed
-    assert not found & MAY_NOT_IMPORT.get(room, set())
-    assert "cli" not in found or name == "__main__.py"
+    if room != "__init__":
+        assert {other for other in rooms(name) if LAYER[other] > LAYER[room]} == set()
+
+
+def test_what_uses_a_model_does_not_import_training():
+    users = {"pipelines.py", "checkpoint.py", "builder.py", "convert.py", "resumable.py"}
+    assert users <= set(FILES) and [name for name in users if "training" in rooms(name)] == []
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -92,11 +77,6 @@ def test_nobody_reaches_into_another_s_underscore_names(name):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_no_file_is_too_long(name):
-    assert len(FILES[name].read_text(encoding="utf-8").splitlines()) <= 600
-
-
-@pytest.mark.parametrize("name", FILES)
 def test_nothing_is_unpickled(name):
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -109,6 +89,6 @@ def test_nothing_is_unpickled(name):
 
 
 def test_there_is_something_to_check():
-    assert {"model/qformer.py", "training/loop.py", "cli.py"} <= set(FILES)
-    assert "model" in rooms("build.py") and "training" in rooms("inference.py")
+    assert {"model/qformer.py", "training/trainer.py", "cli.py"} <= set(FILES)
+    assert "model" in rooms("builder.py") and "checkpoint" in rooms("pipelines.py")
     assert "config" in rooms("model/qformer.py")

@@ -5,21 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from blip2.decoding.search import Decoding
     from blip2.errors import InputError
-    from blip2.inference import GenerationPipeline, RepresentationPipeline, load
-    from blip2.model.decoding import Decoding
-    from blip2.training.loop import train
+    from blip2.pipelines import GenerationPipeline, RepresentationPipeline, load
+    from blip2.training.trainer import train
 
 __all__ = ["Decoding", "GenerationPipeline", "InputError", "RepresentationPipeline", "load", "train"]
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Decoding": "blip2.model.decoding",
-    "GenerationPipeline": "blip2.inference",
+    "Decoding": "blip2.decoding.search",
+    "GenerationPipeline": "blip2.pipelines",
     "InputError": "blip2.errors",
-    "RepresentationPipeline": "blip2.inference",
-    "load": "blip2.inference",
-    "train": "blip2.training.loop",
+    "RepresentationPipeline": "blip2.pipelines",
+    "load": "blip2.pipelines",
+    "train": "blip2.training.trainer",
 }
 
 

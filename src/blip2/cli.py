@@ -18,7 +18,7 @@ from pathlib import Path
 
 from blip2.corpus.command import add_capfilt, add_corpus, add_engine, embed_corpus, make_features_on
 from blip2.errors import InputError, process_name, visible
-from blip2.files import output_path
+from blip2.io import output_path
 from blip2.memory import keep_memory
 from blip2.training.interruption import Interruption
 
@@ -392,7 +392,7 @@ def run_train(options: argparse.Namespace) -> None:
     if options.recipe is None:
         raise InputError("no recipe was given: blip2 train RECIPE; blip2 train --help lists what a recipe holds")
     recipe = load_recipe(find_recipe(options.recipe), options.rest)
-    from blip2.evaluation.during import train
+    from blip2.evaluation.in_training import train
 
     say(train(recipe, resume=options.resume))
 
@@ -439,7 +439,7 @@ def run_embed(options: argparse.Namespace) -> None:
         raise InputError("nothing to embed: give image files, --text, or both; or a whole corpus with --data")
     from safetensors import SafetensorError
 
-    from blip2.files import write_tensors
+    from blip2.io import write_tensors
 
     if not Path(options.output).absolute().parent.is_dir():  # better said before the work than after
         raise InputError(f"there is no folder for {options.output}: make it, or give another --output")
@@ -461,7 +461,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
     if (options.model is None) == (options.predictions is None):
         raise InputError("expected a MODEL or --predictions, one of them: what is to be scored?")
     from blip2.config import EvaluationConfig
-    from blip2.evaluation.evaluate import DECODING, evaluate, evaluate_predictions, settings_of
+    from blip2.evaluation.run import DECODING, evaluate, evaluate_predictions, settings_of
 
     decoding = {name: getattr(options, name) for name in DECODING}
     config = EvaluationConfig(
@@ -488,13 +488,13 @@ def run_convert(options: argparse.Namespace) -> None:
 
 
 def run_push(options: argparse.Namespace) -> None:
-    from blip2.publish import push
+    from blip2.hub import push
 
     say(push(options.folder, options.repository, options.private))
 
 
 def _load(options: argparse.Namespace):
-    from blip2.inference import load
+    from blip2.pipelines import load
 
     # A checkpoint that holds both stages can be used as either; one that holds the other alone says so itself.
     return load(options.model, options.device, options.dtype, changes=options.changes, stage=options.stage)
@@ -503,7 +503,7 @@ def _load(options: argparse.Namespace):
 def _decoding(options: argparse.Namespace, questions: bool):
     from transformers import set_seed
 
-    from blip2.inference import ANSWER, CAPTION
+    from blip2.pipelines import ANSWER, CAPTION
 
     set_seed(_seed(options))
     given = {

@@ -22,22 +22,22 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2VisionConfig, PreTrainedTokenizerBase
 
-from blip2.build import choose_dtype, end_of_text, read_image_encoder, text_tokenizer
+from blip2.backbones.language import read_network, set_activation
+from blip2.backbones.pretrained import empty_model, first_line
+from blip2.builder import choose_dtype, end_of_text, read_image_encoder, text_tokenizer
+from blip2.checkpoint import open_checkpoint
 from blip2.config import IMAGE_TOKEN, LanguageConfig, Recipe
 from blip2.data.assets import resolve
 from blip2.errors import InputError
-from blip2.files import share
+from blip2.hub import model_card
 from blip2.interop import lavis, transformers
-from blip2.interop.foreign import LANGUAGE, QFORMER_TOKENIZER, VISION, Checkpoint, read_tokenizer
-from blip2.interop.formats import open_foreign
-from blip2.interop.vision import to_blip2
+from blip2.interop.checkpoint import LANGUAGE, QFORMER_TOKENIZER, VISION, Checkpoint, read_tokenizer
+from blip2.interop.detect import open_foreign
+from blip2.interop.vit import to_blip2
 from blip2.interop.weights import Weights
-from blip2.model.language import read_network, set_activation
-from blip2.model.pretrained import empty_model, first_line
+from blip2.io import share
 from blip2.model.qformer import QFormer
-from blip2.publish import model_card
 from blip2.recipe import dump_recipe
-from blip2.training.checkpoint import open_checkpoint
 
 log = logging.getLogger("blip2")
 

@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from blip2.config import EvaluationConfig, LanguageConfig, LoraConfig, Recipe
 from blip2.errors import InputError
-from blip2.files import parse_yaml, plain, read_yaml
+from blip2.io import parse_yaml, plain, read_yaml
 
 USAGE = "blip2 train RECIPE [--resume] [--KEY VALUE ...]"
 SEE = "blip2 train --help lists all keys"

@@ -10,18 +10,18 @@ import yaml
 from blip2.cli import build_parser
 from blip2.config import DataConfig
 from blip2.corpus import capfilt as module
-from blip2.corpus import shards as shards_module
+from blip2.corpus import tar_shards as shards_module
 from blip2.corpus.capfilt import Settings, capfilt
-from blip2.corpus.engine import Engine
+from blip2.corpus.job import Engine
 from blip2.corpus.selection import Rules
-from blip2.corpus.shards import Sample, list_units, read_unit
+from blip2.corpus.tar_shards import Sample, list_units, read_unit
 from blip2.data.benchmarks import is_benchmark, read_benchmark
 from blip2.data.records import open_records
+from blip2.decoding.search import Decoding
 from blip2.errors import InputError
-from blip2.model.decoding import Decoding
 from blip2.recipe import load_recipe
-from blip2.training.loop import train
-from blip2.training.progress import read_metrics
+from blip2.training.metrics import read_metrics
+from blip2.training.trainer import train
 from fixtures.corpus import picture, read_tar, write_tar
 
 SETTINGS = Settings(captions=3, decoding=Decoding(top_p=0.9, max_new_tokens=6), batch_size=4, shard_size=10)
@@ -133,7 +133,7 @@ def test_a_recipe_trains_on_what_was_written(done, parts, tmp_path):
 
 
 def test_scores_are_those_of_the_ranker(done, runs):
-    from blip2.inference import load
+    from blip2.pipelines import load
 
     output, _ = done
     judge = load(runs["stage1"], "cpu")

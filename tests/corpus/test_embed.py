@@ -6,8 +6,8 @@ from safetensors import safe_open
 
 from blip2.cli import main
 from blip2.corpus.embed import embed_corpus
-from blip2.corpus.engine import Engine
-from blip2.inference import load
+from blip2.corpus.job import Engine
+from blip2.pipelines import load
 from fixtures.corpus import picture, read_tar, write_tar
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from blip2.corpus import features
-from blip2.corpus.engine import Engine
 from blip2.corpus.features import make_features_on
+from blip2.corpus.job import Engine
 from blip2.errors import InputError
 from blip2.training.features import make_features
 

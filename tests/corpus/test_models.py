@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from blip2.corpus.models import open_captioner, open_ranker, pin
+from blip2.decoding.search import Decoding
 from blip2.errors import InputError
-from blip2.model.decoding import Decoding
 from conftest import draw
 
 SAMPLING = Decoding(top_p=0.9, max_new_tokens=6)

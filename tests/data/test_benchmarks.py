@@ -20,8 +20,8 @@ from blip2.data.benchmarks import (
     is_benchmark,
     read_benchmark,
 )
-from blip2.data.entries import stream_json
 from blip2.data.images import read_image
+from blip2.data.json_stream import stream_json
 from blip2.data.records import Records, RecordStream, open_records
 from blip2.errors import InputError
 

@@ -7,7 +7,7 @@ from itertools import islice
 import pytest
 
 from blip2.config import DataConfig
-from blip2.data.batches import plan_batches
+from blip2.data.dataset import plan_batches
 from blip2.data.records import Records, open_records
 from blip2.errors import InputError
 

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from blip2.backbones.vision import Preprocessing
 from blip2.data.images import MAX_PIXELS, ImageError, augment_to_pixels, read_image, to_pixels
-from blip2.model.vision import Preprocessing
 
 PLAIN = Preprocessing(32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 CLIP = Preprocessing(24)

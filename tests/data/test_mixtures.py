@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from blip2.config import DataConfig
-from blip2.data import batches
-from blip2.data.batches import Plan
+from blip2.data import dataset as batches
+from blip2.data.dataset import Plan
 from blip2.data.mixtures import Source, go_on, mix, plan_mixture
 from blip2.data.records import Records, RecordStream, open_records
 from blip2.errors import InputError

@@ -6,11 +6,11 @@ import json
 import pytest
 
 from blip2.cli import main
+from blip2.decoding.search import Decoding
 from blip2.errors import InputError
 from blip2.evaluation import tasks
-from blip2.evaluation.evaluate import evaluate
+from blip2.evaluation.run import evaluate
 from blip2.evaluation.tasks import Settings
-from blip2.model.decoding import Decoding
 from conftest import draw
 
 GREEDY = Settings(Decoding(num_beams=1, max_new_tokens=4))

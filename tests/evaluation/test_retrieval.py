@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from blip2.build import build
+from blip2.builder import build
 from blip2.evaluation.retrieval import CUTOFFS, Recall, Retrieval, evaluate_retrieval, ranks, recall
-from blip2.inference import RepresentationPipeline
 from blip2.model.representation import RepresentationModel
+from blip2.pipelines import RepresentationPipeline
 from conftest import Parts
 from fixtures.tiny import randomize
 

@@ -12,7 +12,7 @@ from blip2.evaluation.scenes import (
     score_answers,
     score_facts,
 )
-from blip2.inference import load
+from blip2.pipelines import load
 from conftest import draw
 from fixtures.tiny import randomize
 

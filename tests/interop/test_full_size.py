@@ -16,15 +16,15 @@ from transformers import (
     T5Config,
 )
 
+from blip2.backbones.language import LanguageModel
+from blip2.backbones.vision import ImageEncoder, Preprocessing, wrap_transformers
 from blip2.config import ObjectivesConfig, QFormerConfig
 from blip2.interop import lavis, transformers
-from blip2.interop.foreign import Checkpoint
-from blip2.interop.names import rename
+from blip2.interop.checkpoint import Checkpoint
+from blip2.interop.key_map import rename
 from blip2.interop.weights import Weights
 from blip2.model.generation import GenerationModel
-from blip2.model.language import LanguageModel
 from blip2.model.representation import RepresentationModel
-from blip2.model.vision import ImageEncoder, Preprocessing, wrap_transformers
 
 OPT = OPTConfig(
     vocab_size=50304,

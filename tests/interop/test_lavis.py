@@ -10,16 +10,16 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, T5ForConditionalGeneration
 
 import blip2
-from blip2.build import build
+from blip2.backbones.vision import load_image_encoder
+from blip2.builder import build
 from blip2.config import ObjectivesConfig, QFormerConfig
 from blip2.convert import convert
 from blip2.errors import InputError
 from blip2.interop import lavis
-from blip2.interop.foreign import Checkpoint
+from blip2.interop.checkpoint import Checkpoint
 from blip2.interop.weights import Weights
 from blip2.model.generation import GenerationBatch
 from blip2.model.representation import Negatives, RepresentationBatch, RepresentationModel
-from blip2.model.vision import load_image_encoder
 from conftest import draw
 from fixtures.checkpoints import lavis_state, save_transformers
 from fixtures.tiny import no_encoder, randomize
@@ -217,7 +217,7 @@ def test_captions_stop_where_lavis_stops(parts, save):
 
 def test_train_on_from_it(parts, save, tmp_path):
     """Stage 2 begins with LAVIS's stage 1."""
-    from blip2.training.loop import train
+    from blip2.training.trainer import train
 
     path = str(save(lavis_state("1")))
     sizes = {"layers": 3, "bert": None, "hidden_size": 64, "heads": 1}

@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval, Blip2Processor
 
 import blip2
+from blip2.checkpoint import open_checkpoint
 from blip2.convert import convert
-from blip2.data.texts import encode_prompts, encode_texts
+from blip2.data.collate import encode_prompts, encode_texts
+from blip2.decoding.search import Decoding
 from blip2.errors import InputError
 from blip2.interop.weights import open_folder
-from blip2.model.decoding import Decoding
-from blip2.training.checkpoint import open_checkpoint
 from conftest import byte_tokenizer, draw
 from fixtures.checkpoints import FLAVOURS, QUERIES, processor, save_transformers, share_qformer
 
@@ -297,7 +297,7 @@ def test_two_q_formers_do_not_go_into_one_folder(saved, tmp_path):
 
 def test_train_on_from_it(saved, parts, tmp_path):
     """Stage 1 goes on from transformers' file, which transformers itself cannot train."""
-    from blip2.training.loop import train
+    from blip2.training.trainer import train
 
     folder = str(saved["retrieval"][0])
     sizes = {"layers": 3, "bert": None, "tokenizer": parts.bert}

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from blip2.model.decoding import Decoding
+from blip2.backbones.language import load_language_model
+from blip2.backbones.vision import load_image_encoder
+from blip2.decoding.search import Decoding
 from blip2.model.generation import GenerationBatch, GenerationModel
-from blip2.model.language import load_language_model
-from blip2.model.vision import load_image_encoder
 from fixtures.tiny import QFORMER, randomize
 
 END = 256

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
 
+from blip2.backbones.language import LanguageModel
+from blip2.backbones.vision import ImageEncoder
 from blip2.config import ObjectivesConfig, QFormerConfig
 from blip2.interop.lavis import OPT, QFORMER, untie
 from blip2.interop.weights import Weights
 from blip2.model import representation
 from blip2.model.generation import GenerationBatch, GenerationModel
-from blip2.model.language import LanguageModel
 from blip2.model.qformer import attention_mask
 from blip2.model.representation import Negatives, RepresentationBatch, RepresentationModel
-from blip2.model.vision import ImageEncoder
 from fixtures.tiny import no_encoder
 
 NAMES = QFORMER + OPT

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from blip2.backbones.vision import load_image_encoder
 from blip2.config import ObjectivesConfig
-from blip2.model import objectives
+from blip2.model import losses as objectives
 from blip2.model.qformer import attention_mask
 from blip2.model.representation import Negatives, RepresentationBatch, RepresentationModel
-from blip2.model.vision import load_image_encoder
 from fixtures.tiny import QFORMER, no_encoder, randomize, texts
 
 WIDTH = 24

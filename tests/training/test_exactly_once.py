@@ -21,13 +21,13 @@ from torch.utils.data import Dataset
 from torch.utils.data import _utils as torch_workers
 
 from blip2.config import DataConfig
-from blip2.data.loading import DEATHS, load
 from blip2.data.records import open_records
+from blip2.data.workers import DEATHS, load
 from blip2.errors import InputError
 from blip2.recipe import dump_recipe
-from blip2.training import tally
-from blip2.training.loop import train
-from blip2.training.progress import read_metrics
+from blip2.training import data_stats as tally
+from blip2.training.metrics import read_metrics
+from blip2.training.trainer import train
 from fixtures.processes import begin_two, finish, note_batches
 from fixtures.runs import assert_same_run, cut_short, lines
 

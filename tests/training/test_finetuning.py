@@ -9,19 +9,19 @@ import transformers as hf
 from safetensors.torch import load_file
 
 import blip2
-from blip2.build import build, choose_dtype, prepare_texts
+from blip2 import checkpoint
+from blip2.backbones.language import LanguageModel
+from blip2.backbones.vision import load_image_encoder
+from blip2.builder import build, choose_dtype, prepare_texts
 from blip2.config import ObjectivesConfig
-from blip2.data.batches import Preparation, plan_evaluation
+from blip2.data.dataset import Preparation, plan_evaluation
 from blip2.data.images import read_image
 from blip2.data.records import open_records
 from blip2.errors import InputError
 from blip2.model.generation import GenerationBatch, GenerationModel
-from blip2.model.language import LanguageModel
-from blip2.model.vision import load_image_encoder
-from blip2.training import checkpoint
 from blip2.training.features import make_features
-from blip2.training.loop import train
 from blip2.training.optimizer import set_rates
+from blip2.training.trainer import train
 from fixtures.runs import assert_same_run, cut_short, lines
 from fixtures.tiny import QFORMER, randomize
 

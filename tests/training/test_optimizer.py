@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, ResNetConfig, ResNetModel
 
-from blip2.build import build
+from blip2.backbones.vision import Preprocessing, wrap_transformers
+from blip2.builder import build
 from blip2.config import OptimizerConfig
 from blip2.errors import InputError
-from blip2.model.vision import Preprocessing, wrap_transformers
 from blip2.training.optimizer import (
     build_optimizer,
     describe,

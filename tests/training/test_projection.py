@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from blip2.backbones.language import load_language_model
+from blip2.backbones.vision import load_image_encoder
 from blip2.errors import InputError
-from blip2.inference import load
 from blip2.model.generation import GenerationBatch, GenerationModel
-from blip2.model.language import load_language_model
-from blip2.model.objectives import IGNORED
-from blip2.model.vision import load_image_encoder
-from blip2.training.loop import train
+from blip2.model.losses import IGNORED
+from blip2.pipelines import load
 from blip2.training.projection import RIDGE, fit_projection
+from blip2.training.trainer import train
 from fixtures.tiny import QFORMER, randomize
 
 

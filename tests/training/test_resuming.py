@@ -14,14 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from blip2.build import build, with_absolute_paths
+from blip2 import checkpoint
+from blip2.builder import build, with_absolute_paths
 from blip2.errors import InputError
-from blip2.files import LOCK, locked
-from blip2.inference import load
-from blip2.training import checkpoint, loop
-from blip2.training.loop import train
-from blip2.training.progress import read_metrics
-from blip2.training.watching import FrozenFiles
+from blip2.io import LOCK, locked
+from blip2.pipelines import load
+from blip2.training import trainer as loop
+from blip2.training.metrics import read_metrics
+from blip2.training.monitor import FrozenFiles
+from blip2.training.trainer import train
 from fixtures.processes import start_two
 
 

@@ -16,14 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from blip2 import checkpoint
 from blip2.config import LoraConfig
 from blip2.errors import InputError
 from blip2.recipe import dump_recipe
-from blip2.training import checkpoint
-from blip2.training.loop import train
-from blip2.training.processes import make_accelerator
-from blip2.training.progress import read_metrics
+from blip2.training.launch import make_accelerator
+from blip2.training.metrics import read_metrics
 from blip2.training.traffic import step_traffic
+from blip2.training.trainer import train
 from fixtures.processes import begin_two, finish, share_global_batches, start, start_two, tell_traffic
 from fixtures.runs import assert_same_run, lines
 

@@ -21,16 +21,16 @@ import torch
 from PIL.Image import Image
 
 from blip2.config import Precision
-from blip2.corpus.engine import HERE, Engine, Worker, do_units
+from blip2.corpus.job import HERE, Engine, Worker, do_units
 from blip2.corpus.models import Captioner, Ranker, open_captioner, open_ranker, pin
 from blip2.corpus.report import Summary, write_report
 from blip2.corpus.selection import Caption, Chosen, Rules, choose, read_language
-from blip2.corpus.shards import Sample, ShardWriter, Skipped, Unit, batches, list_units
+from blip2.corpus.tar_shards import Sample, ShardWriter, Skipped, Unit, batches, list_units
 from blip2.data.cells import CellError, read_text
-from blip2.data.store import digest
+from blip2.decoding.search import Decoding
 from blip2.errors import InputError
-from blip2.files import explained, output_path, write_json, written
-from blip2.model.decoding import Decoding
+from blip2.feature_cache.store import digest
+from blip2.io import explained, output_path, write_json, written
 
 SAMPLING = Decoding(top_p=0.9)
 """How captions are written unless said otherwise: BLIP's nucleus sampling."""

@@ -81,7 +81,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
 def run_capfilt(options: argparse.Namespace) -> None:
     from blip2.corpus.capfilt import Settings, capfilt
     from blip2.corpus.selection import Rules
-    from blip2.model.decoding import Decoding
+    from blip2.decoding.search import Decoding
 
     sampled = options.num_beams is None
     top_p = options.top_p if sampled else None
@@ -128,6 +128,6 @@ def make_features_on(options: argparse.Namespace, recipe: Any) -> None:
 
 
 def _engine(options: argparse.Namespace) -> Any:
-    from blip2.corpus.engine import Engine
+    from blip2.corpus.job import Engine
 
     return Engine(options.engine, options.num_workers, options.num_threads)

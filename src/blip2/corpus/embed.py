@@ -15,11 +15,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from blip2.config import Precision
-from blip2.corpus.engine import HERE, Engine, Worker, do_units
+from blip2.corpus.job import HERE, Engine, Worker, do_units
 from blip2.corpus.models import pin
-from blip2.corpus.shards import Skipped, Unit, batches, list_units
-from blip2.files import explained, output_path, write_json, written
-from blip2.inference import RepresentationPipeline, load
+from blip2.corpus.tar_shards import Skipped, Unit, batches, list_units
+from blip2.io import explained, output_path, write_json, written
+from blip2.pipelines import RepresentationPipeline, load
 
 
 def embed_corpus(

@@ -10,15 +10,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from blip2.build import choose_device
+from blip2.builder import choose_device
 from blip2.config import Recipe
-from blip2.corpus.engine import Engine, Worker, run_units
-from blip2.corpus.shards import Unit
+from blip2.console import Display
+from blip2.corpus.job import Engine, Worker, run_units
+from blip2.corpus.tar_shards import Unit
 from blip2.data.assets import resolve
 from blip2.data.records import Records, open_records
 from blip2.errors import InputError
 from blip2.training.features import cached_features, feature_sources, open_encoder
-from blip2.training.progress import Display
 
 SIZE = 1024
 """Records a unit."""

@@ -15,14 +15,14 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-from blip2.build import choose_device, choose_dtype
+from blip2.backbones.pretrained import load_pretrained, read_config, read_model, reading
+from blip2.builder import choose_device, choose_dtype
+from blip2.checkpoint import FOLDER, find
 from blip2.config import Precision
+from blip2.decoding.search import Decoding, DrawnTokens
 from blip2.errors import InputError
-from blip2.inference import GenerationPipeline, RepresentationPipeline, load
-from blip2.interop.formats import is_pickle
-from blip2.model.decoding import Decoding, DrawnTokens
-from blip2.model.pretrained import load_pretrained, read_config, read_model, reading
-from blip2.training.checkpoint import FOLDER, find
+from blip2.interop.detect import is_pickle
+from blip2.pipelines import GenerationPipeline, RepresentationPipeline, load
 
 
 @runtime_checkable
@@ -33,7 +33,7 @@ class Captioner(Protocol):
         """`copies` captions of each picture.
 
         Args:
-            dice: numbers in [0, 1) that decide what is sampled: see :func:`blip2.model.decoding.draw`.
+            dice: numbers in [0, 1) that decide what is sampled: see :func:`blip2.decoding.search.draw`.
         """
         ...
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from blip2.corpus.selection import Chosen
-from blip2.corpus.shards import Sample, Skipped, Unit, read_unit
+from blip2.corpus.tar_shards import Sample, Skipped, Unit, read_unit
 from blip2.data.images import read_image
-from blip2.data.store import digest
 from blip2.errors import InputError
 from blip2.evaluation.report import Report, new_figure
+from blip2.feature_cache.store import digest
 
 BINS = np.linspace(-1, 1, 201)
 """Of the histograms of scores."""

@@ -26,13 +26,13 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
+from blip2.backbones.pretrained import load_pretrained, read_pickle
 from blip2.data.images import ImageError, read_image
 from blip2.data.scene_images import CUTOUTS, save_cutouts
 from blip2.data.scene_kinds import EMOJI, FEW_KINDS, STAMPS
 from blip2.data.scenes import write_scenes
 from blip2.errors import InputError
-from blip2.files import share, write_tensors
-from blip2.model.pretrained import load_pretrained, read_pickle
+from blip2.io import share, write_tensors
 
 log = logging.getLogger("blip2")
 

@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from blip2.data import official
+from blip2.data import benchmark_readers as official
 from blip2.data.assets import resolve
-from blip2.data.official import Pictures, Row
+from blip2.data.benchmark_readers import Pictures, Row
 from blip2.errors import InputError
 
 SOURCE = re.compile(r"(?!hub:|package:)([A-Za-z][\w-]+):([\w+-]+):(.+)", re.DOTALL)
@@ -31,7 +31,7 @@ class Benchmark:
     splits: dict[str, tuple[str, ...]]
     """Of each split the files below its folder; those that end with a slash are folders of pictures."""
     read: Callable[..., Iterator[Row]]
-    """Takes a split and its files: paths, and :class:`~blip2.data.official.Pictures`."""
+    """Takes a split and its files: paths, and :class:`~blip2.data.benchmark_readers.Pictures`."""
     without_answers: tuple[str, ...] = ()
     """Splits whose answers are not published."""
 

@@ -12,7 +12,7 @@ from blip2.data.cells import decode_text
 from blip2.data.images import IMAGE_SUFFIXES, USUAL_SUFFIXES
 from blip2.data.shards import MAX_TEXT
 from blip2.errors import InputError
-from blip2.files import read_regular
+from blip2.io import read_regular
 
 log = logging.getLogger("blip2")
 

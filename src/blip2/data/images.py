@@ -21,9 +21,9 @@ from jaxtyping import Float
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from blip2.backbones.vision import Preprocessing
 from blip2.errors import InputError
-from blip2.files import read_regular
-from blip2.model.vision import Preprocessing
+from blip2.io import read_regular
 
 ImageLike = str | os.PathLike[str] | bytes | bytearray | io.BufferedIOBase | Image.Image | np.ndarray | Tensor
 """A path, the bytes of a file, a binary file, a PIL image, or an array [H, W], [H, W, 3 or 4].

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from blip2.data.batches import Loaded, Plan, deal_of, order_of, plan_batches
-from blip2.data.order import START, deal_anew, next_epoch
+from blip2.data.dataset import Loaded, Plan, deal_of, order_of, plan_batches
 from blip2.data.records import Records, RecordStream
+from blip2.data.sampler import START, deal_anew, next_epoch
 from blip2.errors import InputError
 
 
@@ -75,7 +75,7 @@ def plan_mixture(
     """Batches without end, each from one source, which is drawn by (seed, step): the same in every process.
 
     Args:
-        batch_size, seed, group_by_length, process, processes: as :func:`~blip2.data.batches.plan_batches` takes them.
+        batch_size, seed, group_by_length, process, processes: as :func:`~blip2.data.dataset.plan_batches` takes them.
         accumulate: so many batches make a step, and are of one source.
         position: of a :class:`Plan`; batches go on behind it. A source that it does not know begins at its start.
     """

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from blip2.data.benchmarks import check_disjoint
 from blip2.data.records import Records, RecordStream
+from blip2.distributed import gather_objects, process_index
 from blip2.errors import InputError
-from blip2.model.distributed import gather_objects, process_index
 
 DIGESTED = 10_000
 """So many images that lie within a table are read to compare them; of more it would take too long."""

@@ -31,7 +31,7 @@ class Record:
     blank: int = 0
     """So many further answers or captions were given and are blank."""
     unusable: tuple[str, str] | None = None
-    """The cause, one of :data:`blip2.data.batches.CAUSES`, and the reason why its row cannot be used."""
+    """The cause, one of :data:`blip2.data.dataset.CAUSES`, and the reason why its row cannot be used."""
     broken: str | None = None
     """Why the rest of a shard could not be read, which this record stands for."""
     begins: bool = False

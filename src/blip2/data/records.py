@@ -41,7 +41,7 @@ from blip2.data.record import Columns, Record
 from blip2.data.shards import BEGINS, BROKEN, KEY, expand_files, is_url, read_shard, stream_shards, unreadable
 from blip2.data.tables import Table, build_table, make_table, read_text_table
 from blip2.errors import InputError
-from blip2.files import read_json
+from blip2.io import read_json
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".tar")
 

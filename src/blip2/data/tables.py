@@ -24,9 +24,9 @@ from datasets.config import HF_DATASETS_CACHE
 from filelock import FileLock
 
 from blip2.data.cells import ABOUT_COLUMNS, find_encoding
-from blip2.data.entries import read_members
+from blip2.data.json_stream import read_members
 from blip2.errors import InputError
-from blip2.files import written
+from blip2.io import written
 
 Row = dict[str, Any]
 TEXT_TABLES = (".csv", ".tsv", ".json", ".jsonl")

@@ -16,7 +16,7 @@ from blip2.data.records import Records, open_records
 from blip2.data.scene_kinds import STAMPS
 from blip2.errors import InputError
 from blip2.evaluation.scenes import read_rows
-from blip2.files import written
+from blip2.io import written
 
 log = logging.getLogger("blip2")
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from blip2.config import Recipe
+from blip2.console import plain_table, plain_text
 from blip2.data.images import read_image
 from blip2.data.records import Record
 from blip2.data.scene_facts import score_caption
@@ -21,8 +22,8 @@ from blip2.demo.material import Material
 from blip2.evaluation.captioning import score_captions
 from blip2.evaluation.report import Report, plot_attention, plot_curves
 from blip2.evaluation.retrieval import Retrieval
-from blip2.inference import RepresentationPipeline
-from blip2.training.progress import plain_table, plain_text, read_metrics
+from blip2.pipelines import RepresentationPipeline
+from blip2.training.metrics import read_metrics
 
 ALONE = "stage 2 without stage 1"
 VQA = "trained on questions"

@@ -25,6 +25,7 @@ from blip2.config import DataConfig, Precision, Recipe
 from blip2.data.assets import fetch
 from blip2.data.images import read_image, to_pixels
 from blip2.data.records import Records, open_records
+from blip2.decoding.search import Decoding
 from blip2.demo.material import Material, own_material, scenes_material
 from blip2.demo.report import ALONE, BLANK, MAJORITY, VQA, Findings, show, write_report
 from blip2.errors import InputError
@@ -40,13 +41,12 @@ from blip2.evaluation.scenes import (
     score_answers,
     score_facts,
 )
-from blip2.files import read_json, write_json
-from blip2.inference import GenerationPipeline, RepresentationPipeline, load
-from blip2.model.decoding import Decoding
-from blip2.model.objectives import query_statistics
+from blip2.io import read_json, write_json
+from blip2.model.losses import query_statistics
+from blip2.pipelines import GenerationPipeline, RepresentationPipeline, load
 from blip2.recipe import find_recipe, load_recipe
-from blip2.training.loop import train
-from blip2.training.progress import read_metrics
+from blip2.training.metrics import read_metrics
+from blip2.training.trainer import train
 
 log = logging.getLogger("blip2")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from blip2.errors import InputError
-from blip2.files import read_json, write_json
+from blip2.io import read_json, write_json
 
 Id = int | str
 Kind = Literal["answer", "caption", "gqa", "named"]

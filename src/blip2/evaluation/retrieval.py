@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from blip2.inference import RepresentationPipeline
+from blip2.pipelines import RepresentationPipeline
 
 CUTOFFS = (1, 5, 10)
 Recall = dict[str, float]

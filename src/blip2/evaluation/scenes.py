@@ -18,9 +18,9 @@ from torch import Tensor
 from blip2.data.scene_facts import score_caption
 from blip2.data.scene_texts import Truth
 from blip2.evaluation.vqa import normalize
-from blip2.files import parse_json
-from blip2.inference import RepresentationPipeline
+from blip2.io import parse_json
 from blip2.model.representation import RepresentationBatch
+from blip2.pipelines import RepresentationPipeline
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

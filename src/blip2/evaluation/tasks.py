@@ -16,17 +16,17 @@ from torch import Tensor
 
 from blip2.config import QUESTION_PLACE
 from blip2.data.images import ImageError, read_image, to_pixels
+from blip2.decoding.search import Decoding
 from blip2.errors import InputError
 from blip2.evaluation.captioning import CaptionScores, Missing, official_scores, scores_by_domain
-from blip2.evaluation.parts import Parts
+from blip2.evaluation.data import Table
 from blip2.evaluation.predictions import Kind, read_predictions
 from blip2.evaluation.report import Case
 from blip2.evaluation.retrieval import Fusion, Retrieval, choose, match, ranks, rerank
-from blip2.evaluation.table import Table
 from blip2.evaluation.vqa import Question, Rules, lemmatize, score_answers, score_exact
-from blip2.inference import ANSWER, GenerationPipeline, Pipeline, RepresentationPipeline
-from blip2.model.decoding import Decoding
-from blip2.model.objectives import image_text_similarity
+from blip2.model.losses import image_text_similarity
+from blip2.pipelines import ANSWER, GenerationPipeline, Pipeline, RepresentationPipeline
+from blip2.resumable import Parts
 
 Key = TypeVar("Key")
 LEMMATIZED = "accuracy_lemmatized"
@@ -54,7 +54,7 @@ class Settings:
     """What results depend on beside model and records."""
 
     decoding: Decoding | None = None
-    """How texts are written; None: :data:`blip2.inference.CAPTION` or :data:`~blip2.inference.ANSWER`."""
+    """How texts are written; None: :data:`blip2.pipelines.CAPTION` or :data:`~blip2.pipelines.ANSWER`."""
     prompt: str | None = None
     """Of captions, or of questions with {} where the question goes; None: the model's own."""
     rerank_k: int = 128

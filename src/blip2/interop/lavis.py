@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import Blip2VisionConfig, CLIPVisionConfig
 
+from blip2.backbones.vision import CLIP_MEAN, CLIP_STD, Preprocessing
 from blip2.config import DataConfig, LanguageConfig, QFormerConfig, Recipe, VisionConfig
 from blip2.errors import InputError
-from blip2.interop.foreign import LANGUAGE, VISION, Checkpoint
-from blip2.interop.names import Table, block_names, listing
+from blip2.interop.checkpoint import LANGUAGE, VISION, Checkpoint
+from blip2.interop.key_map import Table, block_names, listing
 from blip2.interop.weights import Weights, open_file, understood
-from blip2.model.vision import CLIP_MEAN, CLIP_STD, Preprocessing
 from blip2.recipe import override
 
 LAYER = f"{VISION}encoder.layers.{{}}"

@@ -18,6 +18,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from blip2.backbones.language import activation_of
+from blip2.backbones.pretrained import reading
+from blip2.backbones.vision import read_preprocessing
 from blip2.config import (
     IMAGE_TOKEN,
     DataConfig,
@@ -28,14 +31,11 @@ from blip2.config import (
     VisionConfig,
 )
 from blip2.errors import InputError
-from blip2.files import read_json as read_plain
-from blip2.files import write_json
-from blip2.interop.foreign import Checkpoint, read_tokenizer
-from blip2.interop.names import Table, block_names
+from blip2.interop.checkpoint import Checkpoint, read_tokenizer
+from blip2.interop.key_map import Table, block_names
 from blip2.interop.weights import Weights, open_folder, understood
-from blip2.model.language import activation_of
-from blip2.model.pretrained import reading
-from blip2.model.vision import read_preprocessing
+from blip2.io import read_json as read_plain
+from blip2.io import write_json
 
 RETRIEVAL, GENERATION = "Blip2ForImageTextRetrieval", "Blip2ForConditionalGeneration"
 NORMALIZATION = "text_normalization"

@@ -15,9 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from blip2.backbones.pretrained import check_shards, read_pickle
 from blip2.errors import InputError
-from blip2.interop.names import Table, listing, rename
-from blip2.model.pretrained import check_shards, read_pickle
+from blip2.interop.key_map import Table, listing, rename
 
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 

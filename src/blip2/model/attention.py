@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blip2.config import QFormerConfig
-from blip2.model.linear import Linear, linear
+from blip2.model.kernels.linear import Linear, linear
 
 
 class Looked(NamedTuple):

@@ -14,14 +14,14 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
+from blip2.backbones.language import LanguageModel
+from blip2.backbones.vision import ImageEncoder
 from blip2.config import ObjectivesConfig, QFormerConfig
-from blip2.model import objectives
-from blip2.model.decoding import Decoding
-from blip2.model.language import LanguageModel
-from blip2.model.objectives import Outcome
-from blip2.model.position import encode_images
+from blip2.decoding.search import Decoding
+from blip2.model import losses as objectives
+from blip2.model.image_memory import encode_images
+from blip2.model.losses import Outcome
 from blip2.model.qformer import QFormer, attention_mask
-from blip2.model.vision import ImageEncoder
 
 
 class Questions(NamedTuple):

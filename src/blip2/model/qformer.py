@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from blip2.config import QFormerConfig
 from blip2.model.attention import CrossAttention, Dropout, GeluLinear, ImageMemory, Layout, Looked, SelfAttention, cast
-from blip2.model.linear import Linear, linear_gelu
+from blip2.model.kernels.linear import Linear, linear_gelu
 
 MaskKind = Literal["unimodal", "causal", "bidirectional"]
 

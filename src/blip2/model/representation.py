@@ -15,15 +15,15 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from blip2.backbones.vision import ImageEncoder
 from blip2.config import ObjectivesConfig, QFormerConfig
-from blip2.model import objectives
+from blip2.distributed import fetch, gather, gather_padded, process_count, process_index, shared_chances
+from blip2.model import losses as objectives
 from blip2.model.attention import ImageMemory
-from blip2.model.distributed import fetch, gather, gather_padded, process_count, process_index, shared_chances
-from blip2.model.linear import Linear, linear
-from blip2.model.objectives import Outcome
-from blip2.model.position import encode_images
+from blip2.model.image_memory import encode_images
+from blip2.model.kernels.linear import Linear, linear
+from blip2.model.losses import Outcome
 from blip2.model.qformer import QFormer, attention_mask, contrast_and_generate_mask
-from blip2.model.vision import ImageEncoder
 
 
 class Negatives(NamedTuple):

@@ -6,18 +6,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from blip2.build import choose_device, choose_dtype, read_image_encoder
+from blip2.backbones.vision import ImageEncoder
+from blip2.builder import choose_device, choose_dtype, read_image_encoder
+from blip2.checkpoint import is_full
 from blip2.config import Recipe
+from blip2.console import Display
 from blip2.data.assets import resolve
-from blip2.data.features import Augmentation, CachedFeatures, cache_features
 from blip2.data.records import Records, RecordStream, open_records
+from blip2.distributed import process_index
 from blip2.errors import InputError
-from blip2.files import output_path
-from blip2.model.distributed import process_index
-from blip2.model.vision import ImageEncoder
-from blip2.training.checkpoint import is_full
+from blip2.feature_cache.cache import Augmentation, CachedFeatures, cache_features
+from blip2.io import output_path
 from blip2.training.optimizer import pattern_of
-from blip2.training.progress import Display
 
 NAMED = 20
 """So many images that cannot be used are named; the others are counted."""
@@ -73,7 +73,7 @@ def cached_features(
 
 
 def make_features(recipe: Recipe) -> list[str]:
-    """Make the features that :func:`blip2.training.loop.train` reads with a recipe, without training.
+    """Make the features that :func:`blip2.training.trainer.train` reads with a recipe, without training.
 
     Under ``torchrun`` or ``accelerate launch`` each process encodes its share.
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from blip2.backbones.frozen import Freezable
+from blip2.backbones.vision import ImageEncoder
 from blip2.config import OptimizerConfig
 from blip2.errors import InputError
-from blip2.model.frozen import Freezable
-from blip2.model.vision import ImageEncoder
 
 UNDECAYED = ("temperature", "qformer.num_query_tokens")
 MOMENTS = ("exp_avg", "exp_avg_sq")

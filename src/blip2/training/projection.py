@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from blip2.model.generation import GenerationBatch, GenerationModel
-from blip2.model.objectives import IGNORED
+from blip2.model.losses import IGNORED
 
 RIDGE = 1e-2
 """Penalty on the weights, as a share of the mean variance of Z."""

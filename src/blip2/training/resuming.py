@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from blip2.checkpoint import check_qformer
 from blip2.config import Recipe
 from blip2.errors import InputError
-from blip2.interop.foreign import Checkpoint
-from blip2.training.checkpoint import check_qformer
+from blip2.interop.checkpoint import Checkpoint
 
 WITHOUT_EFFECT = ("start_from", "qformer.bert", "language.projection_init")
 """They say how a run begins, and this one has begun."""

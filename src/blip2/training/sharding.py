@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
+from blip2.backbones.frozen import Freezable
 from blip2.errors import InputError
-from blip2.model.frozen import Freezable
 from blip2.model.generation import GenerationModel
 from blip2.model.representation import RepresentationModel
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from blip2.config import Recipe
-from blip2.data.batches import CAUSES
+from blip2.data.dataset import CAUSES
 
 
 class Travel(NamedTuple):

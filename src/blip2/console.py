@@ -1,0 +1,114 @@
+"""Progress bars, lines and tables on the terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from blip2.errors import visible
+
+
+def plain_text(text: str) -> Text:
+    """A text for rich that is shown as it stands: names may look like its markup, or hold control characters."""
+    return Text(visible(text))
+
+
+def plain_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None, right: bool = False
+) -> Table:
+    """A table for rich whose cells are shown as they stand.
+
+    Args:
+        right: justify all but the first column to the right.
+    """
+    table = Table(title=None if title is None else plain_text(title), title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(plain_text(column), justify="right" if right and number else "left")
+    for row in rows:
+        table.add_row(*map(plain_text, row))
+    return table
+
+
+class Display:
+    """A progress bar on a terminal; a line now and then elsewhere. A disabled one shows nothing.
+
+    Args:
+        label: what stands before the bar.
+    """
+
+    def __init__(self, label: str, enabled: bool = True) -> None:
+        self.console = Console(stderr=True, quiet=not enabled, soft_wrap=True)
+        self._label = visible(label)
+        self._bar: Progress | None = None
+        self._total = self._first = 0
+        self._started = self._shown = time.monotonic()
+
+    def start(self, total: int, done: int = 0) -> None:
+        """Begin to show `done` of `total`."""
+        self._total, self._first = total, done
+        self._started = self._shown = time.monotonic()
+        if self.console.is_terminal and not self.console.quiet:
+            self._bar = Progress(
+                TextColumn("{task.description}", style="bold", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}", markup=False),
+                console=self.console,
+            )
+            self._bar.add_task(self._label, total=total, completed=done, note="")
+            self._bar.start()
+
+    def advance(self, done: int, note: str = "") -> None:
+        """Say that `done` of the total are done; `note` stands beside it."""
+        if self._bar is not None:
+            with self._terminal():
+                self._bar.update(self._bar.task_ids[0], completed=done, note=note)
+            return
+        now = time.monotonic()
+        if done in (self._first + 1, self._total) or now - self._shown >= 10:
+            self._shown = now
+            left = (now - self._started) / max(done - self._first, 1) * (self._total - done)
+            self.say(f"{self._label} {done}/{self._total}  {note}  {left:.0f} s left")
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Without its bar, while something else shows one."""
+        if self._bar is not None:
+            with self._terminal():
+                self._bar.stop()
+        yield
+        if self._bar is not None:
+            with self._terminal():
+                self._bar.start()
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        with self._terminal():
+            self.console.print(plain_text(text))
+
+    def table(self, title: str, columns: list[str], rows: list[tuple[str, ...]]) -> None:
+        with self._terminal():
+            self.console.print(plain_table(columns, rows, title))
+
+    def close(self) -> None:
+        if self._bar is not None:
+            with self._terminal():
+                self._bar.stop()
+            self._bar = None
+
+    @contextmanager
+    def _terminal(self) -> Iterator[None]:
+        """Where nobody can be shown anything any more, because a terminal was closed, work goes on all the same."""
+        try:
+            yield
+        except OSError:
+            self.console.quiet = True

@@ -1,0 +1,180 @@
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import blip2
+from blip2 import checkpoint
+from blip2.backbones.language import load_language_model
+from blip2.backbones.lora import add_adapters
+from blip2.config import LanguageConfig, LoraConfig
+from blip2.convert import convert
+from blip2.errors import InputError
+from blip2.training.trainer import train
+from fixtures.runs import assert_same_run, cut_short
+
+pytest.importorskip("peft")
+LLMS = ("llama", "opt", "t5")
+RATES = {"language.*lora_*": 1e-2, "vision.*": "frozen", "language.*": "frozen", "*": 1e-3}
+
+
+def tune(parts, run, name="llama", rates=RATES, dtype=None, **changes):
+    language = {"name": getattr(parts, name), "lora": LoraConfig(r=2, lora_alpha=4, lora_dropout=0.1), "dtype": dtype}
+    optimizer = {"learning_rate": rates, "warmup_steps": 0}
+    return parts.recipe(run, stage="generation", language=language, optimizer=optimizer, **changes)
+
+
+@pytest.fixture(scope="module")
+def tuned(parts, tmp_path_factory):
+    """Runs of four steps with each LLM."""
+    root = tmp_path_factory.mktemp("lora")
+    for name in LLMS:
+        train(tune(parts, root / name, name))
+    return root
+
+
+@pytest.mark.parametrize("name", LLMS)
+def test_only_adapters_are_kept(tuned, name):
+    kept = load_file(checkpoint.latest(tuned / name) / "model.safetensors")
+    adapters = {key for key in kept if key.startswith("language.")}
+    ends = {"q.", "v."} if name == "t5" else {"q_proj.", "v_proj."}
+    assert {key.split(".lora_")[0].split(".")[-1] + "." for key in adapters} == ends
+    assert all(".lora_" in key and kept[key].dtype == torch.float32 for key in adapters)
+    assert len(adapters) == 2 * 2 * (6 if name == "t5" else 2)  # A and B of two matrices an attention
+    assert all(kept[key].abs().max() > 0 for key in adapters if ".lora_B." in key)  # which begins as zeros
+
+
+@pytest.mark.parametrize("name", LLMS)
+def test_the_llm_itself_stays(parts, tuned, name):
+    before = load_language_model(getattr(parts, name)).state_dict()
+    after = blip2.load(tuned / name, device="cpu").model.language.state_dict()
+    own = {key.replace(".base_layer", ""): tensor for key, tensor in after.items() if ".lora_" not in key}
+    assert own.keys() == before.keys()
+    assert all(torch.equal(own[key], before[key]) for key in before)
+
+
+@pytest.mark.parametrize("name", LLMS)
+def test_loaded_it_computes_what_was_trained(parts, tuned, name):
+    """By hand: W + alpha / rank * B A in the place of each W."""
+    found = blip2.load(tuned / name, device="cpu").model.language
+    plain = load_language_model(getattr(parts, name))
+    kept = load_file(checkpoint.latest(tuned / name) / "model.safetensors")
+    with torch.no_grad():
+        for key in [key for key in kept if ".lora_A." in key]:
+            added = 4 / 2 * kept[key.replace("lora_A", "lora_B")] @ kept[key]
+            plain.get_parameter(key.removeprefix("language.").split(".lora_")[0] + ".weight").add_(added)
+    visual = torch.randn(2, 3, 32)
+    ids, mask = torch.randint(0, 250, (2, 5)), torch.ones(2, 5, dtype=torch.bool)
+    logits = [llm.head(llm.states(visual, ids, mask, ids)[0]) for llm in (found, plain)]
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+    without = load_language_model(getattr(parts, name))
+    assert (without.head(without.states(visual, ids, mask, ids)[0]) - logits[0]).abs().max() > 1e-2
+
+
+def test_it_writes(parts, tuned):
+    picture = next(Path(parts.pictures).parent.glob("*.png"))
+    assert isinstance(blip2.load(tuned / "llama", device="cpu").caption(picture)[0], str)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_adapters_begin_as_nothing_and_the_llm_stays_in_eval(parts, name):
+    visual = torch.randn(2, 3, 32)
+    ids, mask = torch.randint(0, 250, (2, 5)), torch.ones(2, 5, dtype=torch.bool)
+    llm = load_language_model(getattr(parts, name), torch.bfloat16)
+    before = llm.states(visual, ids, mask, ids)[0]
+    add_adapters(llm, LoraConfig(lora_dropout=0.5))
+    torch.testing.assert_close(llm.states(visual, ids, mask, ids)[0], before, atol=0, rtol=0)
+    torch.nn.Sequential(llm).train()
+    assert llm.is_frozen and not any(module.training for module in llm.modules())
+    for key, parameter in llm.named_parameters():
+        parameter.requires_grad_(".lora_" in key)
+        assert parameter.dtype == (torch.float32 if ".lora_" in key else torch.bfloat16)
+    llm.train()
+    trains = {key for key, module in llm.named_modules() if module.training and not list(module.children())}
+    assert trains and all(".lora_" in key for key in trains)
+    assert any(isinstance(llm.get_submodule(key), torch.nn.Dropout) for key in trains)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("llama", None), ("t5", "bf16")])
+def test_going_on_equals_never_stopping(parts, tmp_path, name, dtype):
+    recipe = tune(parts, tmp_path / "run", name, dtype=dtype, training={"max_steps": 4, "save_steps": 2})
+    train(recipe)
+    copy = cut_short(tmp_path / "run", 2)
+    train(replace(recipe, output=str(copy)), resume=True)
+    assert_same_run(tmp_path / "run", copy)
+
+
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [
+        (
+            {"language.*": "frozen", "*": 1e-3},
+            r"language has adapters, and optimizer\.learning_rate freezes them",
+        ),
+        (
+            {"language.*": 1e-4, "*": 1e-3},
+            r"gives language\.network\..* a rate beside them: begin",
+        ),
+    ],
+)
+def test_rates_that_do_not_fit_adapters(parts, tmp_path, rates, message):
+    with pytest.raises(InputError, match=message):
+        train(tune(parts, tmp_path / "run", rates={"vision.*": "frozen", **rates}))
+
+
+def test_matrices_that_are_not_there(parts):
+    llm = load_language_model(parts.llama)
+    with pytest.raises(InputError, match=r"no adapters fit the LLM, a LlamaForCausalLM .*: set language\.lora"):
+        add_adapters(llm, LoraConfig(target_modules=["query"]))
+
+
+def test_targets_are_those_asked_for(parts):
+    llm = load_language_model(parts.llama)
+    add_adapters(llm, LoraConfig(target_modules=["gate_proj"]))
+    assert {key.split(".")[-4] for key, _ in llm.named_parameters() if ".lora_" in key} == {"gate_proj"}
+
+
+def test_without_peft(parts, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(InputError, match=r"language\.lora needs PEFT: pip install 'blip2\[lora\]'"):
+        add_adapters(load_language_model(parts.llama), LoraConfig())
+
+
+def test_adapters_are_never_lost(parts, tuned, tmp_path):
+    """Neither where a run starts from them without having any, nor where a checkpoint lacks them."""
+    plain = parts.recipe(tmp_path / "plain", stage="generation", language={"name": parts.llama})
+    with pytest.raises(InputError, match=r"holds language\..*lora_.*, for which there is no place: set language"):
+        train(replace(plain, start_from=str(tuned / "llama")))
+    with pytest.raises(InputError, match=r"has adapters in its LLM, for which transformers has no place"):
+        convert(tuned / "llama", tmp_path / "converted", "transformers")
+    train(plain)
+    path = checkpoint.latest(tmp_path / "plain") / "recipe.yaml"
+    text = path.read_text()
+    assert "  lora: null" in text
+    path.write_text(text.replace("  lora: null", "  lora: {r: 2}"))
+    with pytest.raises(InputError, match=r"does not fit the recipe \(without: language\..*lora_"):
+        blip2.load(tmp_path / "plain", device="cpu")
+
+
+def test_a_run_starts_from_one_without_adapters_or_with_the_same(parts, runs, tuned, tmp_path, capsys):
+    train(replace(tune(parts, tmp_path / "new"), start_from=str(runs["llama"])))
+    assert "new: language" in capsys.readouterr().err
+    train(replace(tune(parts, tmp_path / "same"), start_from=str(tuned / "llama")))
+    assert "new:" not in capsys.readouterr().err
+
+
+def test_converted_to_its_own_format_it_is_the_same(tuned, tmp_path):
+    convert(tuned / "llama", tmp_path / "copy", "blip2")
+    one, other = (blip2.load(path, device="cpu").model.state_dict() for path in (tuned / "llama", tmp_path / "copy"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one if ".pooler." not in key)  # which no file has
+
+
+@pytest.mark.parametrize(("key", "value"), [("rank", 0), ("alpha", -1), ("dropout", 1.5)])
+def test_ranges(parts, tmp_path, key, value):
+    recipe = tune(parts, tmp_path)
+    with pytest.raises(InputError, match=f"^language.lora.{key} is {value}, expected"):
+        replace(recipe, language=LanguageConfig("opt", lora=replace(LoraConfig(), **{key: value})))

@@ -1,0 +1,121 @@
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+import blip2
+from blip2 import checkpoint
+from blip2.backbones.language import load_language_model
+from blip2.builder import build
+from blip2.config import LoraConfig
+from blip2.errors import InputError
+from blip2.training.trainer import train
+from conftest import byte_tokenizer
+from fixtures.checkpoints import save_transformers
+from fixtures.runs import assert_same_run, cut_short
+
+CPU = torch.device("cpu")
+BITS = ("4bit", "8bit")
+LLMS = ("llama", "t5")
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_without_bitsandbytes(parts, monkeypatch, bits):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(InputError, match=rf"language\.quantization {bits} needs bitsandbytes: pip install 'blip2\["):
+        load_language_model(parts.llama, quantization=bits)
+
+
+def test_an_llm_inside_a_checkpoint(parts, tmp_path):
+    save_transformers(tmp_path / "blip2", "llama", parts.bert)
+    language = {"name": str(tmp_path / "blip2"), "quantization": "4bit"}
+    with pytest.raises(InputError, match=r"cannot be quantized: set language\.name to the LLM's own files"):
+        build(parts.recipe(tmp_path / "run", stage="generation", language=language, qformer={"bert": None}), CPU)
+
+
+@pytest.fixture
+def bitsandbytes():
+    pytest.importorskip("bitsandbytes")
+
+
+@pytest.fixture(scope="module")
+def llms(tmp_path_factory):
+    """Of widths that blocks of 64 numbers divide."""
+    root = tmp_path_factory.mktemp("llms")
+    torch.manual_seed(0)
+    llama = LlamaConfig(vocab_size=258, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                        num_attention_heads=4, bos_token_id=None, eos_token_id=256)  # fmt: skip
+    t5 = T5Config(vocab_size=258, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
+                  decoder_start_token_id=257, eos_token_id=256, pad_token_id=257)  # fmt: skip
+    for name, network in (("llama", LlamaForCausalLM(llama)), ("t5", T5ForConditionalGeneration(t5))):
+        for parameter in network.parameters():
+            if parameter.ndim > 1:
+                parameter.data.normal_(std=0.15)
+        network.save_pretrained(root / name)
+        byte_tokenizer(ends=name == "t5").save_pretrained(root / name)
+    return root
+
+
+@pytest.mark.parametrize("name", LLMS)
+@pytest.mark.parametrize("bits", BITS)
+def test_a_quantized_llm_computes_with_its_rounded_matrices(bitsandbytes, llms, name, bits):
+    """And passes on their gradient, on a CPU too."""
+    whole = load_language_model(str(llms / name))
+    small = load_language_model(str(llms / name), quantization=bits, device=CPU)
+    assert small.is_frozen and small.width == 64 == whole.width
+    kept = [sum(p.numel() * p.element_size() for p in llm.network.parameters()) for llm in (whole, small)]
+    assert kept[1] < 0.7 * kept[0]
+    rounded = 0
+    for key, module in small.network.named_modules():
+        weight = getattr(module, "weight", None)
+        if type(module).__name__ == "Linear4bit":
+            matrix = sys.modules["bitsandbytes"].functional.dequantize_4bit(weight.data, weight.quant_state)
+        elif type(module).__name__ == "Linear8bitLt":
+            scales = weight.SCB if weight.SCB is not None else module.state.SCB
+            matrix = weight.data.float() * scales[:, None] / 127
+        else:
+            continue
+        own = whole.network.get_parameter(f"{key}.weight")
+        assert 1e-4 < (matrix - own).norm() / own.norm() < (0.15 if bits == "4bit" else 0.02)
+        own.data.copy_(matrix)
+        rounded += 1
+    assert rounded >= 14
+    torch.manual_seed(0)
+    ids, mask = torch.randint(0, 250, (2, 5)), torch.ones(2, 5, dtype=torch.bool)
+    found = []
+    given = torch.randn(2, 3, 64)
+    for llm in (whole, small):
+        visual = given.clone().requires_grad_(True)
+        logits = llm.head(llm.states(visual, ids, mask, ids)[0])
+        logits.square().mean().backward()
+        found.append((logits.detach(), visual.grad))
+    # In 8 bits what goes into a matrix is rounded too, and T5's attention, which is not scaled, makes more of it.
+    for one, other, allowed in zip(*found, (1e-3, 1e-3) if bits == "4bit" else (0.1, 0.3), strict=True):
+        assert (one - other).norm() < allowed * one.norm()
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("lora", [None, LoraConfig(r=2)])
+def test_a_run_with_a_quantized_llm(bitsandbytes, parts, llms, tmp_path, bits, lora):
+    rates = {"vision.*": "frozen", "language.*": "frozen", "*": 1e-2}
+    if lora is not None:
+        pytest.importorskip("peft")
+        rates = {"language.*lora_*": 1e-2, **rates}
+    recipe = parts.recipe(
+        tmp_path / "run",
+        stage="generation",
+        language={"name": str(llms / "llama"), "quantization": bits, "lora": lora},
+        optimizer={"learning_rate": rates, "warmup_steps": 0},
+    )
+    train(recipe)
+    names = load_file(checkpoint.latest(tmp_path / "run") / "model.safetensors").keys()
+    kept = {name for name in names if name.startswith("language.")}
+    assert all(".lora_" in name for name in kept) and bool(kept) is (lora is not None)
+    found = blip2.load(tmp_path / "run", device="cpu").model
+    assert found.language.is_frozen
+    copy = cut_short(tmp_path / "run", 2)
+    train(replace(recipe, output=str(copy)), resume=True)
+    assert_same_run(tmp_path / "run", copy)
