@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ CAUSES = ("image", "caption", "question", "shard")
 one is asked, or it stands for the rest of a shard that breaks off."""
 
 
+@runtime_checkable
 class FeatureSource(Protocol):
     """Image features that were computed beforehand, by the index of the record."""
 
