@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench gpu gpu-rehearsal clean
+.PHONY: demo test check docs bench gpu gpu-rehearsal clean
 
 demo: .venv/ready  ## train both stages on composed scenes in fifteen to twenty minutes and write runs/demo/report.html
 	$(BIN)/blip2 demo
@@ -10,16 +10,19 @@ demo: .venv/ready  ## train both stages on composed scenes in fifteen to twenty 
 test: .venv/ready  ## the whole test suite
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
-check: .venv/ready  ## style, types and shapes of what will be committed
+check: .venv/ready docs  ## style, types and shapes of what will be committed, and the documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: .venv/ready  ## this project beside its peers: the numbers and the plot of docs/performance.md, in about two hours
+docs: .venv/docs  ## the documentation as a web site, in site/
+	$(BIN)/mkdocs build --quiet --strict
+
+bench: .venv/ready  ## this project compared with its peers: the numbers and the plot of docs/performance.md, in about two hours
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/sweep.py
 
-gpu:  ## on a machine with an NVIDIA GPU: that results are right there, and how fast they come; without a network, in minutes
+gpu:  ## on a machine with an NVIDIA GPU: check results and measure speed, without a network, in minutes
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py
 
 gpu-rehearsal: .venv/ready  ## the same at tiny sizes on the CPU
@@ -34,4 +37,8 @@ clean:
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+	touch $@
+
+.venv/docs: .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	touch $@

@@ -6,16 +6,16 @@
 ``prepare`` writes
 
 - ``statements.jsonl`` and ``statements-val.jsonl`` for stage 1: what questions and answers of the training split say
-  about each of its pictures, one picture a row. Half of the captions that can be drawn for it say what it shows
+  about each of its images, one image a row. Half of the captions that can be drawn for it say what it shows
   ("a red circle."), half are questions with their answers ("is there a red shape? yes").
-- ``described.jsonl`` for a stage 2 before the questions: one question, what a picture shows, with "a red circle".
+- ``described.jsonl`` for a stage 2 before the questions: one question, what an image shows, with "a red circle".
 - ``questions.jsonl`` for the questions: those of the training split, and what is in ``described.jsonl`` four times.
-- ``blind-train.jsonl``: the questions and answers of the training split, with one blank picture for all of them. A
-  model that learns from these sees no picture.
-- ``blind-test.jsonl``: the questions of the test split with the same picture, each wording once, since the answer of
+- ``blind-train.jsonl``: the questions and answers of the training split, with one blank image for all of them. A
+  model that learns from these sees no image.
+- ``blind-test.jsonl``: the questions of the test split with the same image, each wording once, since the answer of
   such a model depends on the words alone. They have no answers: ``table`` counts each as often as it is asked.
 
-``table`` prints the accuracy of evaluations by type of question, beside the most frequent answers of training and val.
+``table`` prints the accuracy of evaluations by type of question, and of the most frequent answers of training and val.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def prepare(folder: Path) -> None:
 
 
 def say(told: list[tuple[str, str]]) -> list[str]:
-    """Captions of a picture from its questions and answers; those that say what it shows as often as all others."""
+    """Captions of an image from its questions and answers; those that say what it shows as often as all others."""
     statements = [f"{question} {answer}" for question, answer in told]
     shown = {word for question, answer in told for word in facts(question, answer)}
     shape, color = shown & SHAPES, shown & COLOURS
@@ -98,7 +98,7 @@ def write(path: Path, lines: Iterable[dict[str, Any]]) -> None:
 
 
 def table(evaluations: list[Path], picture: Path | None) -> None:
-    """Print the table, and draw it to `picture`."""
+    """Print the table, and draw it to `image`."""
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     for row in [*rows("train"), *rows("val")]:
         answers[row["question"]][row["answers"][0]] += 1

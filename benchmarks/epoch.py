@@ -1,8 +1,8 @@
 """python benchmarks/epoch.py FOLDER ROUNDS
 
-The second epoch of `recipes/tuxpaint-stage1.yaml` with cached features of the frozen encoder, beside the same without,
-where every picture is decoded, augmented and encoded anew, with and without other processes to decode: the faster of
-both counts.
+The second epoch of `recipes/tuxpaint-stage1.yaml` with cached features of the frozen encoder, compared with the same
+without, where every image is decoded, augmented and encoded again, with and without other processes to decode: the
+faster of both counts.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from pathlib import Path
 
 from blip2.data.assets import fetch
 from blip2.demo.run import faster_precision
-from blip2.memory import keep_memory
+from blip2.memory import tune_malloc
 from blip2.recipe import find_recipe, load_recipe
 from blip2.training.metrics import read_metrics
 from blip2.training.trainer import train
 
 
 def main() -> None:
-    keep_memory()  # as the command does
+    tune_malloc()  # as the command does
     folder, rounds = Path(sys.argv[1]), int(sys.argv[2])
     pictures = fetch("tuxpaint-stamps")
     recipe, precision = load_recipe(find_recipe("tuxpaint-stage1")), faster_precision()

@@ -39,11 +39,12 @@ from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     MODEL_MAPPING,
+    Blip2VisionModel,
     PreTrainedConfig,
 )
 
 from blip2.backbones.language import load_language_model
-from blip2.backbones.vision import load_image_encoder
+from blip2.backbones.vision_loaders import load_image_encoder
 from blip2.decoding.search import Decoding
 from blip2.errors import InputError
 
@@ -102,6 +103,13 @@ OWN: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 8},
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2,
                          "layer_types": ["mamba", "attention"] * 2},
+    "reformer": {"is_decoder": True},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
+    "blt": {"encoder_hash_byte_group_vocab": 64},
+    "dots3_note": {"adapter_in_dim": 32},
+    "qwen4_exp_text": {"token_budget": 16, "compress_ratio": 4},
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "mlp", "mamba"]},
 }  # fmt: skip
 """What the sizes above do not do for a family."""
@@ -221,8 +229,8 @@ def language_family(kind: type[PreTrainedConfig], model: type, folder: Path) -> 
     network = tiny(kind, model)
     network.save_pretrained(folder)
     language = load_language_model(str(folder))
-    language.check(trains=True)
-    found = {"status": "works", "way": language.way.__name__}
+    language.check(backward=True)
+    found = {"status": "works", "way": language.generate_fn.__name__}
     own = language.network
     if type(own) is not type(network):
         found["part"] = type(own).__name__
@@ -240,8 +248,8 @@ def language_family(kind: type[PreTrainedConfig], model: type, folder: Path) -> 
         visual_ids = torch.zeros_like(visual_ids)
     visual = language.embed(visual_ids[None]).expand(2, -1, -1)
     with torch.no_grad():
-        states, counted = language.states(visual, ids, mask, pad(targets, -100))
-        ours = F.cross_entropy(language.head(states).float(), counted, reduction="none")
+        states, counted = language.hidden_states(visual, ids, mask, pad(targets, -100))
+        ours = F.cross_entropy(language.lm_head(states).float(), counted, reduction="none")
         theirs = []
         for row, target in zip(rows, labels, strict=True):
             whole = torch.cat([visual_ids, row])[None]
@@ -284,7 +292,7 @@ def vision_family(kind: type[PreTrainedConfig], model: type, folder: Path) -> di
     encoder = load_image_encoder(str(folder))
     size = encoder.preprocessing.image_size
     images = torch.randn(2, 3, size, size)
-    found = {"status": "works", "tokens": encoder.tokens, "width": encoder.width, "layer": encoder.layer}
+    found = {"status": "works", "tokens": encoder.num_tokens, "width": encoder.hidden_size, "layer": encoder.layer}
     own = getattr(network, "vision_model", None) or getattr(network, "vision_tower", None) or network
     try:
         with torch.no_grad():
@@ -292,12 +300,12 @@ def vision_family(kind: type[PreTrainedConfig], model: type, folder: Path) -> di
         wanted = out.hidden_states[-2] if encoder.layer == "second-last" else out.last_hidden_state
         if isinstance(own, Blip2VisionModel):  # the paper's, whose last layer was removed before it was published
             wanted = out.hidden_states[-1]
-        if wanted.ndim == 4 and wanted.shape[-1] != encoder.width:
+        if wanted.ndim == 4 and wanted.shape[-1] != encoder.hidden_size:
             wanted = wanted.permute(0, 2, 3, 1)
         wanted = wanted.reshape(2, -1, wanted.shape[-1])
     except Exception as error:
         return found | {"note": f"nothing to compare with: {type(error).__name__}"}
-    features = encoder.features(images)
+    features = encoder.encode(images)
     if features.shape != wanted.shape:
         return found | {"status": "differs", "reason": f"{list(features.shape)}, transformers {list(wanted.shape)}"}
     apart = ((features - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)).item()
@@ -386,9 +394,9 @@ def table(output: Path) -> str:
         "vision": "Image encoders",
     }
     ways = {
-        "write": "keeps keys and values", "write_plainly": "transformers' `generate`",
-        "write_by_length": "transformers' `generate`, prompts of one length at once",
-        "write_again": "reads again for each token",
+        "generate": "keeps keys and values", "generate_with_transformers": "transformers' `generate`",
+        "generate_by_length": "transformers' `generate`, prompts of one length at once",
+        "generate_without_cache": "computes the sequence again for each token",
     }  # fmt: skip
     for kind, title in titles.items():
         rows = [(p.stem.split(".", 1)[1], json.loads(p.read_text())) for p in sorted(output.glob(f"{kind}.*.json"))]

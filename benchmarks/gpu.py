@@ -1,8 +1,9 @@
 """python benchmarks/gpu.py [PART ...]
 
 What this project does on an NVIDIA GPU, in one command and without a network: that its results are right there, and how
-fast they come beside LAVIS and transformers. Parts that are done are not done again; --again does them all. Results are
-printed as they come; each part writes a file into the folder of --output, and gpu.json there holds all of them.
+fast they come, compared with LAVIS and transformers. Parts that are done are not done again; --again does them all.
+Results are printed as they come; each part writes a file into the folder of --output, and gpu.json there holds all of
+them.
 
     python benchmarks/gpu.py                    all parts, in a few minutes
     python benchmarks/gpu.py losses stage1      these

@@ -124,11 +124,11 @@ def stage1_case(place: Place, dropout: float = 0.0) -> stage1.Case:
 
 
 def stage1_parts(place: Place, dropout: float = 0.0) -> tuple[Any, Any]:
-    """BERT-base's Q-Former beside 257 features of width 1408, and a batch; the hardest negatives are always taken."""
-    from blip2.model import losses as objectives
+    """Return a Q-Former of BERT-base's size for 257 features of width 1408, with the hardest negatives, and a batch."""
+    from blip2.model import representation
     from blip2.model.representation import RepresentationBatch
 
-    objectives.draw_hard_negatives = stage1.hardest
+    representation.sample_hard_negatives = stage1.hardest
     case = stage1_case(place, dropout)
     torch.manual_seed(0)
     model = stage1.build(case).train()
@@ -163,7 +163,7 @@ WORDS = ("red", "green", "blue", "small", "large", "round")
 
 
 def pictures(folder: Path, count: int = 24, language: bool = False) -> str:
-    """A table of pictures and captions."""
+    """A table of images and captions."""
     random = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
@@ -224,7 +224,7 @@ ROUNDING = {"bf16": (0.02, 0.05), "fp16": (0.003, 0.01)}
 
 
 def losses(place: Place) -> Iterator[Row]:
-    """Losses and gradients of both stages, in fp32 beside the CPU's, and in bf16 and fp16 beside those."""
+    """Losses and gradients of both stages, in fp32 compared with the CPU's, and in bf16 and fp16 compared with fp32."""
     cpu = torch.device("cpu")
     for name, make in {
         "stage 1": lambda: stage1_parts(place),
@@ -235,22 +235,22 @@ def losses(place: Place) -> Iterator[Row]:
         expected = one_step(model, batch, cpu)
         model.to(place.device)
         yield from compared(
-            f"{name}, fp32 beside the CPU", one_step(model, batch, place.device), expected, EXACT, EXACT
+            f"{name}, fp32 against the CPU", one_step(model, batch, place.device), expected, EXACT, EXACT
         )
         for half, limits in ROUNDING.items():
             found = one_step(model, batch, place.device, half)
-            yield from compared(f"{name}, {half} beside fp32", found, expected, *limits)
+            yield from compared(f"{name}, {half} against fp32", found, expected, *limits)
 
 
 def settings(place: Place) -> Iterator[Row]:
-    """torch.compile and activation checkpointing, on beside off."""
+    """torch.compile and activation checkpointing, on compared with off."""
     model, batch = stage1_parts(place)
     model.to(place.device)
     plain = {half: one_step(model, batch, place.device, half) for half in (None, "bf16")}
-    model.qformer.checkpointing = True
+    model.qformer.gradient_checkpointing = True
     found = one_step(model, batch, place.device)
     yield from compared("stage 1, activation checkpointing, fp32", found, plain[None], 1e-6, 1e-5)
-    model.qformer.checkpointing = False
+    model.qformer.gradient_checkpointing = False
     model.qformer.compile_blocks()
     started = time.monotonic()
     found = one_step(model, batch, place.device)
@@ -264,7 +264,7 @@ def settings(place: Place) -> Iterator[Row]:
     model.to(place.device)
     outcomes = []
     for checkpointing in (False, True):
-        model.qformer.checkpointing = checkpointing
+        model.qformer.gradient_checkpointing = checkpointing
         torch.manual_seed(1)
         outcomes.append(one_step(model, batch, place.device, "bf16"))
     yield from compared("stage 1, activation checkpointing, dropout, bf16", outcomes[1], outcomes[0], 1e-6, 1e-2)
@@ -282,7 +282,7 @@ def resume(place: Place) -> Iterator[Row]:
     """A run that is stopped and goes on ends with the same weights as one that is not, bit for bit."""
     from safetensors.torch import load_file
 
-    from blip2.training.interruption import Interruption
+    from blip2.training.interruption import TrainingInterrupted
     from blip2.training.trainer import train
 
     for stage in ("representation", "generation"):
@@ -294,7 +294,7 @@ def resume(place: Place) -> Iterator[Row]:
                 if is_stopped:
                     stopper = threading.Thread(target=stop_at, args=(Path(plan.output) / "metrics.jsonl", 3))
                     stopper.start()
-                    with suppress(Interruption):
+                    with suppress(TrainingInterrupted):
                         train(plan)
                     stopper.join()
                 ends.append(load_file(train(plan, resume=is_stopped) / "model.safetensors"))
@@ -303,7 +303,7 @@ def resume(place: Place) -> Iterator[Row]:
 
 
 def stop_at(file: Path, step: int) -> None:
-    """Send SIGTERM to this process when a run has written down so many steps."""
+    """Send SIGTERM to this process when a run has recorded this number of steps."""
     for _ in range(30_000):
         if file.exists() and file.read_text().count("\n") >= step:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -334,7 +334,7 @@ def tokens(place: Place) -> Iterator[Row]:
             with torch.no_grad():
                 visual = model.visual_prompt(pixels)
             thrown = dice.to(device) if how.top_p else None
-            return model.language.generate(visual, ids, mask, how, stage2.END, dice=thrown).cpu()
+            return model.language.generate(visual, ids, mask, how, stage2.END, uniforms=thrown).cpu()
 
         for name, how in ways.items():
             expected, found = (write(device, how) for device in (torch.device("cpu"), place.device))
@@ -345,23 +345,23 @@ def tokens(place: Place) -> Iterator[Row]:
 
 def features(place: Place) -> Iterator[Row]:
     """Features cached on the GPU: those of the encoder there, within the rounding of their store, and the CPU's."""
-    from blip2.builder import read_image_encoder
-    from blip2.data.images import read_image, to_pixels
-    from blip2.data.records import open_records
+    from blip2.builder import build_image_encoder
+    from blip2.data.images import preprocess, read_image
+    from blip2.data.sources import open_records
     from blip2.feature_cache.cache import Augmentation, cache_features
 
     plan = recipe(place, "representation", "features")
-    encoder = read_image_encoder(plan.vision, torch.float32)
+    encoder = build_image_encoder(plan.vision, torch.float32)
     records: Any = open_records(plan.data.train, plan.data)
-    pixels = torch.stack([to_pixels(read_image(records[i].image), encoder.preprocessing) for i in range(len(records))])
-    expected = encoder.features(pixels)
+    pixels = torch.stack([preprocess(read_image(records[i].image), encoder.preprocessing) for i in range(len(records))])
+    expected = encoder.encode(pixels)
     encoder.to(place.device)
-    direct = encoder.features(pixels.to(place.device)).cpu()
-    yield Row("the encoder on the GPU beside the CPU, fp32", relative(direct, expected), EXACT)
+    direct = encoder.encode(pixels.to(place.device)).cpu()
+    yield Row("the encoder on the GPU against the CPU, fp32", relative(direct, expected), EXACT)
     for dtype, limit in {"bf16": 2**-8, "int8": 0.01}.items():
         folder = place.folder / f"stored-{dtype}"
         stored = cache_features(folder, records, encoder, Augmentation(1, 1.0, False), dtype, place.device).read_all()
-        yield Row(f"stored in {dtype} beside the encoder", relative(stored, direct), limit)
+        yield Row(f"stored in {dtype} against the encoder", relative(stored, direct), limit)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -385,9 +385,9 @@ def quantization(place: Place) -> Iterator[Row]:
         found = replace(plain, output=str(place.folder / bits), language=changed)
         train(found)
         losses = [row["loss"] for row in metrics(found)]
-        yield Row(f"{bits}: first loss beside fp32", abs(losses[0] / expected[0]["loss"] - 1), limit)
+        yield Row(f"{bits}: first loss against fp32", abs(losses[0] / expected[0]["loss"] - 1), limit)
         norm = metrics(found)[0].get("gradient_norm", 0.0)
-        yield Row(f"{bits}: gradient's length beside fp32", abs(norm / expected[0]["gradient_norm"] - 1), 2 * limit)
+        yield Row(f"{bits}: gradient norm against fp32", abs(norm / expected[0]["gradient_norm"] - 1), 2 * limit)
         pipeline: Any = blip2.load(found.output, device=place.device.type)
         [written] = pipeline.caption(Path(str(plan.data.train)).parent / "0.png", decoding=Decoding(max_new_tokens=6))
         yield Row(f"{bits}: it writes", float(not isinstance(written, str)), 0)
@@ -407,7 +407,7 @@ def processes(place: Place) -> Iterator[Row]:
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
-    from blip2.training.sharding import leave_frozen, place_trained, shard_frozen
+    from blip2.training.sharding import ignore_frozen_in_ddp, move_trainable, shard_frozen
 
     with tempfile.NamedTemporaryFile() as store:
         backend = "nccl" if place.is_gpu else "gloo"
@@ -419,7 +419,7 @@ def processes(place: Place) -> Iterator[Row]:
                 model, batch = make()
                 model.to(place.device)
                 plain = one_step(model, batch, place.device)
-                leave_frozen(model)
+                ignore_frozen_in_ddp(model)
                 wrapped = DistributedDataParallel(model, device_ids=[place.device.index or 0] if place.is_gpu else None)
                 found = one_step(wrapped, batch, place.device)
                 unwrapped = {key.removeprefix("module."): value for key, value in found.gradients.items()}
@@ -427,9 +427,9 @@ def processes(place: Place) -> Iterator[Row]:
                 del wrapped
             model, batch = stage2_parts(place, "opt")  # pyright: ignore[reportPossiblyUnboundVariable]
             model.cpu()
-            place_trained(model, place.device)
-            count = shard_frozen(model, {"vision": "features", "language": "states"}, place.device)
-            yield Row("weights dealt out by FSDP2", float(count))
+            move_trainable(model, place.device)
+            count = shard_frozen(model, {"vision": "encode", "language": "hidden_states"}, place.device)
+            yield Row("weights sharded by FSDP2", float(count))
             yield from compared("FSDP2, stage 2", one_step(model, batch, place.device), plain, 1e-6, 1e-5)  # pyright: ignore
         finally:
             dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""How fast a GPU does the paper's work, beside LAVIS and transformers on the same card, and beside its matrix products.
+"""Measure the speed of a GPU on the paper's work, compared with LAVIS, transformers and its matrix products.
 
 The parts of `gpu.py` that measure time. Each yields results as it has them, as dicts that `gpu.py` makes tables of.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 import stage1
 import torch
-from contest import Contender, measure, profile_of
+from compare import Runner, measure, profile_work
 from gpu_checks import Place, stage1_case
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -44,46 +44,46 @@ def operations(work: Callable[[], Any]) -> float:
     return float(counter.get_total_flops())
 
 
-# -- stage 1, beside LAVIS -------------------------------------------------------------------------------------------
+# -- stage 1, compared with LAVIS --------------------------------------------------------------------------------------
 
 
 def representation(place: Place) -> Iterator[Result]:
-    """A step of stage 1 from features of ViT-g's shape, and re-ranking, beside LAVIS."""
+    """A step of stage 1 from features of ViT-g's shape, and re-ranking, compared with LAVIS."""
     case = replace(stage1_case(place), device=place.device.type)
     folder = place.folder / "stage1"
     folder.mkdir()
     stage1.prepare(case, folder)
     script = [sys.executable, Path(__file__).with_name("gpu_stage1.py")]
-    sides = {name: Contender(name, [*script, name, folder]) for name in ("blip2", "LAVIS")}
+    sides = {name: Runner(name, [*script, name, folder]) for name in ("blip2", "LAVIS")}
     batch, small, repeats = (4, 4, 1) if place.tiny else (128, 16, 5)
 
-    def beside(name: str, turns: int = 3, **order: Any) -> Result:
+    def versus_lavis(name: str, turns: int = 3, **order: Any) -> Result:
         """Both sides at the same order, in turns."""
         order = {"repeats": repeats, **order}
         found: dict[str, list[Result]] = {side: [] for side in sides}
         for _ in range(1 if place.tiny else turns):
-            for side, contender in sides.items():
-                found[side].append(contender.ask(**order))
+            for side, runner in sides.items():
+                found[side].append(runner.ask(**order))
         return {"name": name, "peer": "LAVIS", **order, **summary(found["blip2"], found["LAVIS"])}
 
-    yield beside("stage-1 step, fp32", turns=1, work="step", batch=small, bf16=False)
+    yield versus_lavis("stage-1 step, fp32", turns=1, work="step", batch=small, bf16=False)
     same = {"work": "step", "batch": batch, "bf16": True}
-    plain = beside("stage-1 step, bf16", **same)
+    plain = versus_lavis("stage-1 step, bf16", **same)
     yield {**plain, "batch": batch}
     own = [sides["blip2"].ask(**same, repeats=repeats, checkpointing=True)]
     yield {**plain, "name": "stage-1 step, bf16, activation checkpointing", **only(own, plain)}
     pictures = 2 if place.tiny else 16
-    yield beside("re-ranking, bf16", turns=2, work="rerank", pictures=pictures, bf16=True)
-    for name, contender in sides.items():
-        yield {"name": f"stage-1 step, bf16, largest batch, {name}", **contender.ask("largest", repeats=repeats)}
-    for side, contender in sides.items():
-        yield {"name": f"profile of a stage-1 step, {side}", **contender.ask("profile", what="step", count=batch)}
+    yield versus_lavis("re-ranking, bf16", turns=2, work="rerank", pictures=pictures, bf16=True)
+    for name, runner in sides.items():
+        yield {"name": f"stage-1 step, bf16, largest batch, {name}", **runner.ask("largest", repeats=repeats)}
+    for side, runner in sides.items():
+        yield {"name": f"profile of a stage-1 step, {side}", **runner.ask("profile", what="step", count=batch)}
     yield {"name": "profile of re-ranking", **sides["blip2"].ask("profile", what="rerank", count=pictures)}
     if place.is_gpu:  # last: compiling takes a while
         own = [sides["blip2"].ask(**same, repeats=repeats, compile=True)]
         yield {**plain, "name": "stage-1 step, bf16, compiled", **only(own, plain)}
-    for contender in sides.values():
-        contender.close()
+    for runner in sides.values():
+        runner.close()
     model = stage1.build(case).to(place.device)
     import gpu_stage1
 
@@ -104,7 +104,7 @@ def summary(ours: Sequence[Result], theirs: Sequence[Result]) -> Result:
 
 
 def only(ours: Sequence[Result], plain: Result) -> Result:
-    """Another setting of ours beside the same measurement of the peer."""
+    """Compare another setting of ours with the same measurement of the peer."""
     seconds = middle(ours)
     ratio = plain["theirs"] / seconds
     return {"ours": seconds, "ratio": ratio, "lowest": ratio, "highest": ratio, "our_peak": ours[-1]["peak"],
@@ -115,7 +115,7 @@ def middle(results: Sequence[Result]) -> float:
     return sorted(result["seconds"] for result in results)[len(results) // 2]
 
 
-# -- stage 2, beside transformers ------------------------------------------------------------------------------------
+# -- stage 2, compared with transformers -------------------------------------------------------------------------------
 
 
 def sizes(place: Place, language: str) -> tuple[Any, Any, int]:
@@ -162,9 +162,10 @@ def both(place: Place, language: str) -> tuple[Any, Any]:
     from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2QFormerConfig
 
     from blip2.backbones.language import LanguageModel
-    from blip2.backbones.vision import Preprocessing, wrap_transformers
+    from blip2.backbones.vision import Preprocessing
+    from blip2.backbones.vision_loaders import wrap_transformers
     from blip2.config import QFormerConfig
-    from blip2.interop.transformers import NAMES
+    from blip2.interop.transformers import KEY_MAP
     from blip2.interop.weights import Weights
     from blip2.model.generation import GenerationModel
 
@@ -198,7 +199,7 @@ def both(place: Place, language: str) -> tuple[Any, Any]:
         dropout=0.0, image_norm_eps=vision.layer_norm_eps,
     )  # fmt: skip
     ours = GenerationModel(encoder, qformer, LanguageModel(shared(theirs.language_model))).to(place.device)
-    weights = Weights(theirs.state_dict()).renamed(NAMES, "the model")
+    weights = Weights(theirs.state_dict()).rename_keys(KEY_MAP, "the model")
     own = {name: weights[name] for name in ours.state_dict() if not name.startswith(("vision.", "language."))}
     ours.load_state_dict(own, strict=False)
     theirs.vision_model.requires_grad_(False)
@@ -208,17 +209,17 @@ def both(place: Place, language: str) -> tuple[Any, Any]:
 
 
 def wrap_on(place: Place, make: Callable[[], Any]) -> Any:
-    """An image encoder is tried with a blank picture when it is made, which has to lie where its weights are."""
+    """An image encoder is tried with a blank image when it is made, which has to lie where its weights are."""
     with place.device:
         return make()
 
 
 def generation(place: Place, language: str) -> Iterator[Result]:
-    """A step of stage 2 from pixels, and captions by 5 beams, beside transformers."""
+    """A step of stage 2 from pixels, and captions by 5 beams, compared with transformers."""
     from blip2.config import OptimizerConfig
     from blip2.decoding.search import Decoding
     from blip2.model.generation import GenerationBatch
-    from blip2.training.optimizer import build_optimizer, set_rates
+    from blip2.training.optimizer import build_optimizer, configure_trainable
 
     theirs, ours = both(place, language)
     device = place.device
@@ -240,7 +241,7 @@ def generation(place: Place, language: str) -> Iterator[Result]:
     }
     config = OptimizerConfig()
     optimizers = {
-        "blip2": build_optimizer(ours, set_rates(ours, config), config),
+        "blip2": build_optimizer(ours, configure_trainable(ours, config), config),
         "transformers": torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=0.0, fused=True),
     }
     our_batch = GenerationBatch(pixels, read, torch.ones_like(read, dtype=torch.bool), written)
@@ -276,12 +277,12 @@ def generation(place: Place, language: str) -> Iterator[Result]:
 
     yield {**in_turns(f"stage-2 step, {language}, from pixels", steps), "operations": operations(steps["blip2"])}
     with torch.no_grad():
-        features = ours.vision.features(pixels)
+        features = ours.vision.encode(pixels)
     cached = GenerationBatch(features, read, our_batch.mask, written)
     own = training("blip2", lambda: ours(cached).losses["lm"])
     yield {"name": f"stage-2 step, {language}, cached features", "batch": batch, "operations": operations(own),
            **measure(own, device.type, repeats)}  # fmt: skip
-    yield {"name": f"profile of a stage-2 step, {language}", **profile_of(steps["blip2"], device.type)}
+    yield {"name": f"profile of a stage-2 step, {language}", **profile_work(steps["blip2"], device.type)}
 
     longest = 4 if place.tiny else 30
     some = pixels[: max(batch // 4, 1)]
@@ -309,14 +310,15 @@ def generation(place: Place, language: str) -> Iterator[Result]:
     found = in_turns(f"captions of {longest} tokens, 5 beams, {language}", captions, 2, 1)
     same = sum(a == b for a, b in zip(our_captions(), their_captions(), strict=True)) / (len(some) * longest)
     yield {**found, "batch": len(some), "difference": None, "same_tokens": same}
-    yield {"name": f"profile of captions, {language}", **profile_of(our_captions, device.type)}
+    yield {"name": f"profile of captions, {language}", **profile_work(our_captions, device.type)}
 
 
 def encoding(place: Place) -> Iterator[Result]:
-    """Pictures that ViT-g encodes in a second: transformers' network as it is, and with `training.torch_compile`."""
+    """Images that ViT-g encodes in a second: transformers' network as it is, and with `training.torch_compile`."""
     from transformers import Blip2VisionModel
 
-    from blip2.backbones.vision import Preprocessing, wrap_transformers
+    from blip2.backbones.vision import Preprocessing
+    from blip2.backbones.vision_loaders import wrap_transformers
 
     config, _, _ = sizes(place, "OPT-2.7B")
     with bf16_on(place):
@@ -333,14 +335,14 @@ def encoding(place: Place) -> Iterator[Result]:
     encoder = wrap_on(place, lambda: wrap_transformers(network, Preprocessing(config.image_size)))
 
     def ours() -> Sequence[float]:
-        return encoder.features(pixels)[0, 0, :2].tolist()
+        return encoder.encode(pixels)[0, 0, :2].tolist()
 
     yield {
         "name": "pictures encoded, blip2",
         "batch": batch,
         **measure(ours, place.device.type, 1 if place.tiny else 5),
     }
-    yield {"name": "profile of encoding", **profile_of(ours, place.device.type)}
+    yield {"name": "profile of encoding", **profile_work(ours, place.device.type)}
     if place.is_gpu:
         encoder.compile_network()
         yield {"name": "pictures encoded, blip2, compiled", "batch": batch, **measure(ours, place.device.type, 5)}

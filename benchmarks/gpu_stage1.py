@@ -1,4 +1,4 @@
-"""Stage 1 and re-ranking on a GPU, as a contender that is told line by line what to do:
+"""Stage 1 and re-ranking on a GPU, as a runner that is told line by line what to do:
 
     python gpu_stage1.py {blip2,LAVIS} FOLDER
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contest import measure, obey, profile_of
+from compare import measure, profile_work, serve_jobs
 from torch import Tensor
 
 TEXTS = 128
@@ -24,7 +24,7 @@ TEXTS = 128
 
 
 def inputs(about: dict[str, Any], count: int, texts: int) -> dict[str, Tensor]:
-    """Features of pictures, texts, and for each picture the order in which it meets the texts."""
+    """Features of images, texts, and for each image the order in which it meets the texts."""
     device = about["device"]
     random = torch.Generator(device).manual_seed(count)
     lengths = torch.randint(about["shortest"], about["longest"] + 1, (texts,), generator=random, device=device)
@@ -54,7 +54,7 @@ class Blip2:
         import stage1
 
         self.model.train()
-        self.model.qformer.checkpointing = settings.get("checkpointing", False)
+        self.model.qformer.gradient_checkpointing = settings.get("checkpointing", False)
         if settings.get("compile"):
             self.model.qformer.compile_blocks()
         return stage1.step(replace(self.case, bf16=bf16, batch=len(data["features"])), self.model, data)
@@ -126,9 +126,9 @@ def main() -> None:
         made = side.step(inputs(about, count, count), True) if what == "step" else side.rerank(
             inputs(about, count, TEXTS), True
         )  # fmt: skip
-        return profile_of(made, about["device"])
+        return profile_work(made, about["device"])
 
-    obey(
+    serve_jobs(
         {
             "step": lambda **order: step(side, about, **order),
             "largest": lambda **order: largest(side, about, **order),

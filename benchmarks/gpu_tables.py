@@ -42,7 +42,7 @@ def checked(parts: dict[str, Any]) -> str:
 def speed(parts: dict[str, Any], rate: float | None) -> str:
     """One row a measurement: the ratio to the peer where there is one, and our share of the card's rate."""
     lines = [
-        "| work | batch | beside | blip2 / peer, ms | ratio (lowest to highest) | share of the rate | peak, GiB |",
+        "| work | batch | peer | blip2 / peer, ms | ratio (lowest to highest) | share of the rate | peak, GiB |",
         "|---|---:|---|---:|---:|---:|---:|",
     ]
     counted = [row for row in rows_of(parts) if row["name"] == "operations of a stage-1 step"]

@@ -33,18 +33,18 @@ def memory() -> float:
 def measure(source: str, entries: int) -> None:
     """Print seconds to the first plan, and MB before and on the way."""
     from blip2.config import DataConfig
-    from blip2.data.mixtures import mix, plan_mixture
-    from blip2.data.records import open_records
+    from blip2.data.mixtures import build_mixture, sample_mixture
     from blip2.data.sampler import START
+    from blip2.data.sources import open_records
 
     before, started = memory(), time.perf_counter()
     records = open_records(source, DataConfig(train=source))
-    sources = mix({source: None}, [records])
-    plans = plan_mixture(sources, BATCH, 0)
+    sources = build_mixture({source: None}, [records])
+    plans = sample_mixture(sources, BATCH, 0)
     next(plans)
     seconds, megabytes = time.perf_counter() - started, [memory()]
     late = {**START, "taken": (entries // BATCH - STEPS // 2) * BATCH}  # the next epoch begins halfway
-    for some in (plans, plan_mixture(sources, BATCH, 0, position={"number": 0, "sources": {source: late}})):
+    for some in (plans, sample_mixture(sources, BATCH, 0, position={"number": 0, "sources": {source: late}})):
         for number in range(1, STEPS + 1):
             next(some)
             if number % (STEPS // LOOKS) == 0:

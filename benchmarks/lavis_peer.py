@@ -17,7 +17,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
-from contest import serve
+from compare import serve
 from torch import nn
 
 
@@ -122,7 +122,7 @@ def stepper(model: Any, about: dict[str, Any], features: torch.Tensor, texts: Te
 
 
 def reranker(model: Any, features: torch.Tensor, texts: Texts, candidates: torch.Tensor, bf16: bool = False) -> Any:
-    """The ITM scores of each picture with its candidates."""
+    """The ITM scores of each image with its candidates."""
     model.eval()
 
     @torch.no_grad()

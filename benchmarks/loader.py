@@ -1,7 +1,7 @@
 """python benchmarks/loader.py FOLDER ROUNDS
 
-How many pictures a second one core decodes and augments, beside how many the image encoder takes on this machine: what
-decodes more than the encoder takes is never waited for.
+How many images a second one core decodes and augments, compared with how many the image encoder takes on this machine:
+what decodes more than the encoder takes is never waited for.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ import torch
 from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from blip2.backbones.vision import Preprocessing, wrap_transformers
-from blip2.data.images import augment_to_pixels, read_image
+from blip2.backbones.vision import Preprocessing
+from blip2.backbones.vision_loaders import wrap_transformers
+from blip2.data.images import read_image, train_transform
 
 COUNT = 32
 SIZE = (640, 480)
-"""Of a picture, as COCO's are."""
+"""Of an image, as COCO's are."""
 
 
 def pictures() -> list[bytes]:
@@ -38,7 +39,7 @@ def pictures() -> list[bytes]:
 
 
 def rate(work: Callable[[], None]) -> float:
-    """Pictures a second."""
+    """Images a second."""
     started = time.perf_counter()
     work()
     return COUNT / (time.perf_counter() - started)
@@ -56,11 +57,11 @@ def main() -> None:
 
     def decode() -> None:
         for number, file in enumerate(files):
-            augment_to_pixels(read_image(file), preprocessing, np.random.default_rng(number), 0.5, True)
+            train_transform(read_image(file), preprocessing, np.random.default_rng(number), 0.5, True)
 
     def encode() -> None:
         for part in pixels.split(8):
-            encoder.features(part)
+            encoder.encode(part)
 
     decode(), encode()
     rates = [(rate(decode), rate(encode)) for _ in range(rounds)]

@@ -1,8 +1,8 @@
 """python benchmarks/loading_memory.py
 
-How much memory loading a checkpoint takes, beside the size of the model that is loaded: a random BLIP-2 of 1 GB in
-transformers' layout, loaded in the dtype of its file and in others, each in a process of its own. Every weight is read
-once after loading, so that what is mapped from the file counts too.
+How much memory loading a checkpoint takes, compared with the size of the model that is loaded: a random BLIP-2 of 1 GB
+in transformers' layout, loaded in the dtype of its file and in others, each in a process of its own. Every weight is
+read once after loading, so that what is mapped from the file counts too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def save(folder: Path, gigabytes: float) -> None:
-    """A Llama of about so many gigabytes in bfloat16 behind a tiny image encoder and Q-Former."""
+    """A Llama of about this number of gigabytes in bfloat16 after a tiny image encoder and Q-Former."""
     from tokenizers import Tokenizer, models
     from transformers import (
         Blip2Config,
@@ -65,6 +65,7 @@ def memory() -> tuple[int, int]:
 def measure(folder: str, dtype: str) -> None:
     """Print the bytes of the loaded model and the peaks while it was loaded and read."""
     import blip2
+    from blip2.backbones import language  # noqa: F401  (imports are not what is measured)
 
     before, peak, done = memory(), [0, 0], threading.Event()
 

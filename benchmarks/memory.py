@@ -1,7 +1,7 @@
 """python benchmarks/memory.py FOLDER ROUNDS
 
-Memory of a training process over 10,000 steps on streamed shards, beside itself at step 100. The networks are tiny, so
-that a leak of a few bytes a step would show.
+Memory of a training process over 10,000 steps on streamed shards, compared with itself at step 100. The networks are
+tiny, so that a leak of a few bytes a step would show.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from blip2.config import DataConfig, OptimizerConfig, QFormerConfig, Recipe, TrainingConfig, VisionConfig
-from blip2.memory import keep_memory
+from blip2.memory import tune_malloc
 
 STEPS = 10_000
 EARLY = 100
@@ -60,7 +60,7 @@ def resident() -> int:
 
 @contextmanager
 def by_step(run: Path, look: Callable[[], int], every: float) -> Iterator[dict[int, int]]:
-    """Note what `look` sees while a run goes on, every so many seconds: by the number of steps that are done."""
+    """Note what `look` sees while a run runs, at regular intervals: by the number of steps that are done."""
     seen: dict[int, int] = {}
     done = threading.Event()
 
@@ -80,7 +80,7 @@ def by_step(run: Path, look: Callable[[], int], every: float) -> Iterator[dict[i
 
 
 def main() -> None:
-    keep_memory()  # as the command does
+    tune_malloc()  # as the command does
     folder = Path(sys.argv[1])
     vit, bert = parts(folder)
     recipe = Recipe(

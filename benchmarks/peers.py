@@ -1,7 +1,7 @@
-"""LAVIS as a contender: what its stage 1 needs, unpacked once into the ignored folder .lavis.
+"""LAVIS as a runner: what its stage 1 needs, unpacked once into the ignored folder .lavis.
 
 Of the package `salesforce-lavis` three files are used, and they need transformers 4.33.2, which goes into a folder that
-only the contender's process looks into. Nothing of it is installed.
+only the runner's process looks into. Nothing of it is installed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FILES = (
 
 
 def lavis() -> Path:
-    """The folder that holds the packages, to be put before all others on the path of the contender."""
+    """The folder that holds the packages, to be put before all others on the path of the runner."""
     packed = ROOT / ".gpu" / "lavis"  # what gpu_pack.py took along
     wheels = packed if packed.is_dir() else HOME / "wheels"
     site = HOME / "site"
@@ -53,7 +53,7 @@ def download(wheels: Path) -> None:
 
 
 def stage1_sides(work: str, folder: Path) -> list[tuple[str, list[str | Path]]]:
-    """The contenders of stage 1, both with the inputs of `folder`: blip2 and LAVIS."""
+    """The runners of stage 1, both with the inputs of `folder`: blip2 and LAVIS."""
     return [
         ("blip2", [sys.executable, HERE / "stage1.py", work, folder]),
         ("LAVIS", [sys.executable, HERE / "lavis_peer.py", work, folder]),

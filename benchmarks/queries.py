@@ -28,8 +28,8 @@ from blip2.data.assets import fetch
 from blip2.data.images import read_image
 from blip2.demo.run import GREEDY, faster_precision, in_precision
 from blip2.evaluation.report import new_figure
-from blip2.evaluation.scenes import compare_twins, matching_accuracy, read_rows, read_truths, score_facts
-from blip2.memory import keep_memory
+from blip2.evaluation.scenes import matching_accuracy, read_rows, read_truths, score_facts, score_twins
+from blip2.memory import tune_malloc
 from blip2.model.losses import query_statistics
 from blip2.model.qformer import Block, QFormer
 from blip2.pipelines import GenerationPipeline, RepresentationPipeline, load
@@ -117,7 +117,7 @@ def measure(folder: Path, limit: int) -> dict[str, Any]:
     rows = read_rows(scenes / "test_compositions.jsonl")[:limit]
     compare, writer = load(folder / "stage1"), load(folder / "stage2")
     assert isinstance(compare, RepresentationPipeline) and isinstance(writer, GenerationPipeline)
-    features = compare.features([read_image(scenes / row["image"]) for row in rows])
+    features = compare.encode_images([read_image(scenes / row["image"]) for row in rows])
     out: dict[str, Any] = {}
     for name, run in (("stage1", compare), ("stage2", writer)):
         metrics = read_metrics(folder / name)
@@ -131,13 +131,13 @@ def measure(folder: Path, limit: int) -> dict[str, Any]:
     texts = [row["captions"][0] for row in rows]
     out["itm_accuracy"] = matching_accuracy(compare, features, texts)
     twin_rows = read_rows(scenes / "twins.jsonl")[:limit]
-    seen = compare.features([read_image(scenes / row["image"]) for row in twin_rows])
-    twins = compare_twins(compare, seen, [row["captions"][0] for row in twin_rows])
+    seen = compare.encode_images([read_image(scenes / row["image"]) for row in twin_rows])
+    twins = score_twins(compare, seen, [row["captions"][0] for row in twin_rows])
     types = [row["twin_type"] for row in twin_rows[::2]]
-    out["twins"] = {name: each.told_apart["pairwise"] for name, each in twins.items()}
+    out["twins"] = {name: each.accuracy["pairwise"] for name, each in twins.items()}
     for name, each in twins.items():
         for kind, some in each.by_type(types).items():
-            out["twins"][f"{name} {kind}"] = some.told_apart["pairwise"]
+            out["twins"][f"{name} {kind}"] = some.accuracy["pairwise"]
     out["facts"] = score_facts(writer.caption(features, decoding=GREEDY), read_truths(rows))
     return out
 
@@ -146,15 +146,14 @@ def by_block(model: Any, features: Tensor) -> list[float]:
     """Return the mean cosine between an image's queries after each block."""
     found: list[float] = []
 
-    def note(block: nn.Module, inputs: Any, output: Tensor) -> None:
-        queries = output.unflatten(0, (len(features), -1))
-        found.append(float(query_statistics(queries)["query_similarity"]))
+    def note(block: nn.Module, inputs: Any, output: tuple[Tensor, None]) -> None:
+        found.append(float(query_statistics(output[0])["query_similarity"]))
 
     hooks = [block.register_forward_hook(note) for block in model.qformer.blocks]
     if isinstance(getattr(model, "language", None), nn.Module):
         model.query_outputs(features)
     else:
-        model.qformer(model.memory(features))
+        model.qformer(model.build_image_memory(features))
     for hook in hooks:
         hook.remove()
     return found
@@ -223,7 +222,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=240, help="held-out images that are measured")
     parser.add_argument("--table", action="store_true", help="train nothing")
     options = parser.parse_args()
-    keep_memory()
+    tune_malloc()
     for seed in options.seeds:
         for name in options.variants:
             done = options.output / name / str(seed) / "result.json"

@@ -19,12 +19,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import contest
+import compare
 import peers
 import stage1
 import stage2
 import torch
-from contest import GIB, Result
+from compare import GIB, Result
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.json"
@@ -40,17 +40,17 @@ def measured(ours: Result, peer: Result, tolerance: float | None) -> dict[str, A
     Args:
         tolerance: largest difference between the values of both; None: they are not the same by intent.
     """
-    difference = contest.largest_difference(ours, peer)
+    difference = compare.largest_difference(ours, peer)
     if tolerance is not None and not difference <= tolerance:  # NaN neither
         raise SystemExit(f"the results differ by {difference}, which is more than {tolerance}: this is no comparison")
-    median, low, high = contest.ratios(ours, peer)
+    median, low, high = compare.ratios(ours, peer)
     return {
         "ours": ours.median, "peer": peer.median, "ratio": median, "lowest": low, "highest": high,
         "ours_gib": ours.peak / GIB, "peer_gib": peer.peak / GIB, "difference": difference,
     }  # fmt: skip
 
 
-# -- stage 1, beside LAVIS -------------------------------------------------------------------------------------------
+# -- stage 1, compared with LAVIS --------------------------------------------------------------------------------------
 
 
 def stage1_step(peer: stage1.Case, tolerance: float | None = None, **ours: stage1.Case) -> Row:
@@ -63,7 +63,7 @@ def stage1_step(peer: stage1.Case, tolerance: float | None = None, **ours: stage
             stage1.prepare(case, folder / name)
             command = dict(peers.stage1_sides("step", folder / name))["LAVIS" if name == "LAVIS" else "blip2"]
             sides.append((name, command))
-        found = contest.compete(sides, rounds)
+        found = compare.run_in_turns(sides, rounds)
         return {
             name: measured(found[name], found["LAVIS"], None if case.bf16 else tolerance) for name, case in ours.items()
         }
@@ -73,14 +73,14 @@ def stage1_step(peer: stage1.Case, tolerance: float | None = None, **ours: stage
 
 def reranking(rounds: int, folder: Path) -> dict[str, dict[str, Any]]:
     stage1.prepare(stage1.Case(), folder, texts=128)
-    both = contest.compete(peers.stage1_sides("rerank", folder), rounds)
+    both = compare.run_in_turns(peers.stage1_sides("rerank", folder), rounds)
     return {"": measured(both["blip2"], both["LAVIS"], LOOSE)}
 
 
-# -- beside transformers ---------------------------------------------------------------------------------------------
+# -- compared with transformers ----------------------------------------------------------------------------------------
 
 
-def beside_transformers(work: str, language: str, texts: tuple[int, int] = (9, 14)) -> Row:
+def versus_transformers(work: str, language: str, texts: tuple[int, int] = (9, 14)) -> Row:
     def run(rounds: int, folder: Path) -> dict[str, dict[str, Any]]:
         stage2.prepare(work, language, folder, texts=texts)
         theirs = "step" if work == "cached" else work
@@ -89,13 +89,13 @@ def beside_transformers(work: str, language: str, texts: tuple[int, int] = (9, 1
             ("blip2", [PYTHON, script, work, "blip2", folder]),
             ("transformers", [PYTHON, script, theirs, "transformers", folder]),
         ]
-        both = contest.compete(sides, rounds)
+        both = compare.run_in_turns(sides, rounds)
         return {"": measured(both["blip2"], both["transformers"], LOOSE)}
 
     return run
 
 
-# -- this project beside itself --------------------------------------------------------------------------------------
+# -- compared with itself ----------------------------------------------------------------------------------------------
 
 
 def script(name: str) -> Row:
@@ -133,21 +133,21 @@ ROWS: dict[str, tuple[str, str, Row]] = {
         "stage-1 step, captions of 5 to 32 tokens, dropout off", "LAVIS", stage1_step(WEB, LOOSE, fp32=WEB)
     ),
     "rerank": ("re-ranking, 16 pictures x 128 captions", "LAVIS", reranking),
-    "matching": ("ITM scores of 8 pictures x 8 texts", "transformers", beside_transformers("matching", "opt")),
+    "matching": ("ITM scores of 8 pictures x 8 texts", "transformers", versus_transformers("matching", "opt")),
     "answers-smollm2": (
         "8 answers, SmolLM2-135M's shape: 32 + 12 tokens read, 5 beams, 5 written", "transformers",
-        beside_transformers("answers", "llama", (12, 12)),
+        versus_transformers("answers", "llama", (12, 12)),
     ),
     "answers-opt": (
-        "8 answers, OPT-125M's shape", "transformers", beside_transformers("answers", "opt", (12, 12))
+        "8 answers, OPT-125M's shape", "transformers", versus_transformers("answers", "opt", (12, 12))
     ),
     "answers-opt-pixels": (
         "8 answers, OPT-125M's shape, ViT-S and Q-Former included", "transformers",
-        beside_transformers("answers-from-pixels", "opt", (12, 12)),
+        versus_transformers("answers-from-pixels", "opt", (12, 12)),
     ),
-    "stage2": ("stage-2 step, ViT-S, OPT-125M's shape", "transformers", beside_transformers("step", "opt")),
+    "stage2": ("stage-2 step, ViT-S, OPT-125M's shape", "transformers", versus_transformers("step", "opt")),
     "stage2-cached": (
-        "the same with cached features", "transformers without", beside_transformers("cached", "opt")
+        "the same with cached features", "transformers without", versus_transformers("cached", "opt")
     ),
     "epoch": ("second epoch of tuxpaint-stage1, cached features", "blip2 without", script("epoch")),
     "loader": ("pictures a core decodes and augments", "those ViT-L encodes on all cores", script("loader")),
@@ -184,7 +184,7 @@ def main() -> None:
     if unknown:
         parser.error(f"there is no row {', '.join(sorted(unknown))}: choose from {', '.join(ROWS)}")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    print("| work | beside | blip2 / peer | ratio (lowest to highest) | peak memory |\n|---|---|---:|---:|---:|")
+    print("| work | compared with | blip2 / peer | ratio (lowest to highest) | peak memory |\n|---|---|---:|---:|---:|")
     for name in options.rows or ROWS:
         title, peer, run = ROWS[name]
         with tempfile.TemporaryDirectory() as folder:

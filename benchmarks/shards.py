@@ -1,6 +1,6 @@
 """python benchmarks/shards.py FOLDER ROUNDS
 
-How many pictures a second are read from WebDataset shards, decoded and augmented by two loader workers, beside
+How many images a second are read from WebDataset shards, decoded and augmented by two loader workers, compared with
 `datasets` alone and `webdataset` alone on the same shards with the same decoding. Shards are made in FOLDER; each side
 runs in a process of its own, in turn.
 """
@@ -24,7 +24,7 @@ import torch
 from loader import pictures
 
 from blip2.backbones.vision import Preprocessing
-from blip2.data.images import augment_to_pixels, read_image
+from blip2.data.images import read_image, train_transform
 
 HERE = Path(__file__).resolve().parent
 HOME = HERE.parent / ".venv-webdataset"
@@ -51,30 +51,31 @@ def write(folder: Path) -> None:
 def decode(sample: dict[str, Any]) -> torch.Tensor:
     image = sample["jpg"]
     data = image["bytes"] if isinstance(image, dict) else image
-    return augment_to_pixels(read_image(data), PREPROCESSING, np.random.default_rng(len(data)), 0.5, True)
+    return train_transform(read_image(data), PREPROCESSING, np.random.default_rng(len(data)), 0.5, True)
 
 
 def ours(files: list[str]) -> Iterator[Any]:
     from blip2.config import DataConfig
-    from blip2.data.dataset import Preparation, plan_batches
-    from blip2.data.records import open_records
-    from blip2.data.workers import load
+    from blip2.data.dataset import BatchDataset
+    from blip2.data.sampler import sample_batches
+    from blip2.data.sources import open_records
+    from blip2.data.workers import prefetch
     from blip2.model.representation import RepresentationBatch
 
     class NoTexts:
         """Captions are not tokenized: the others do not either."""
 
-        asks = False
+        requires_question = False
 
-        def __call__(self, images: Any, captions: Any, questions: Any, ids: Any, random: Any) -> tuple[Any, int]:
+        def __call__(self, images: Any, captions: Any, questions: Any, ids: Any, rng: Any) -> tuple[Any, int]:
             return RepresentationBatch(
                 images, torch.zeros(len(images), 1).long(), torch.ones(len(images), 1).bool(), ids
             ), 0
 
     source = str(Path(files[0]).parent / "*.tar")
     records = open_records(source, DataConfig(train=source))
-    preparation = Preparation(records, NoTexts(), PREPROCESSING, train=True)
-    return load(plan_batches(records, BATCH, 0), preparation, WORKERS)
+    preparation = BatchDataset(records, NoTexts(), PREPROCESSING, train=True)
+    return prefetch(sample_batches(records, BATCH, 0), preparation, WORKERS)
 
 
 def their_datasets(files: list[str]) -> Iterator[Any]:
@@ -98,7 +99,7 @@ def their_webdataset(files: list[str]) -> Iterator[Any]:
 
 
 def measure(side: str, folder: str) -> None:
-    """Print pictures a second over what is left of an epoch."""
+    """Print images a second over what is left of an epoch."""
     torch.set_num_threads(1)
     files = [str(path) for path in sorted(Path(folder).glob("*.tar"))]
     batches = dict(zip(SIDES, (ours, their_datasets, their_webdataset), strict=True))[side](files)

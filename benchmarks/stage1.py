@@ -1,4 +1,4 @@
-"""Stage 1 beside LAVIS: a training step, its memory, and re-ranking. Run as a contender:
+"""Benchmark stage 1 against LAVIS: a training step, its memory, and re-ranking. Run as a runner:
 
 python stage1.py {step,rerank} FOLDER
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import peers
 import torch
-from contest import serve
+from compare import serve
 from torch import Tensor, nn
 
 
@@ -56,16 +56,16 @@ def config_of(case: Case) -> Any:
 
 
 def prepare(case: Case, folder: Path, texts: int | None = None) -> None:
-    """Write the weights, once for each side, and the inputs of both: `texts` captions, or one for each picture."""
-    from blip2.interop.lavis import QFORMER, tie
+    """Write the weights, once for each side, and the inputs of both: `texts` captions, or one for each image."""
+    from blip2.interop.lavis import QFORMER_KEYS, add_tied
     from blip2.interop.weights import Weights
 
     torch.manual_seed(0)
     model = build(case)
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("vision.")}
     torch.save(state, folder / "weights.pt")
-    theirs = dict(Weights(state).renamed(QFORMER, "the model", back=True))
-    tie(theirs, config_of(case).max_positions)
+    theirs = dict(Weights(state).rename_keys(QFORMER_KEYS, "the model", inverse=True))
+    add_tied(theirs, config_of(case).max_position_embeddings)
     torch.save({"model": theirs}, folder / "lavis.pth")
     count = texts or case.batch
     lengths = torch.randint(case.shortest, case.longest + 1, (count,))
@@ -97,15 +97,15 @@ def build(case: Case) -> Any:
 
 
 def work(kind: str, folder: Path) -> None:
-    from blip2.memory import keep_memory
+    from blip2.memory import tune_malloc
 
-    keep_memory()  # as the commands of blip2 do
+    tune_malloc()  # as the commands of blip2 do
     about = json.loads((folder / "about.json").read_text())
     case = Case(**{key: value for key, value in about.items() if key in Case.__dataclass_fields__})
     model = build(case)
     model.load_state_dict(torch.load(folder / "weights.pt", weights_only=True), strict=False)
     model.to(case.device)
-    model.qformer.checkpointing = case.checkpointing
+    model.qformer.gradient_checkpointing = case.checkpointing
     data = {name: t.to(case.device) for name, t in torch.load(folder / "inputs.pt", weights_only=True).items()}
     if kind == "step":
         serve(step(case, model, data), case.device, warm_up=2)
@@ -115,14 +115,14 @@ def work(kind: str, folder: Path) -> None:
 
 def step(case: Case, model: Any, data: dict[str, Tensor]) -> Any:
     from blip2.config import OptimizerConfig
-    from blip2.model import losses as objectives
+    from blip2.model import representation
     from blip2.model.representation import RepresentationBatch
-    from blip2.training.optimizer import build_optimizer, set_rates
+    from blip2.training.optimizer import build_optimizer, configure_trainable
 
     # Both sides take the hardest negatives, so that they compare the same pairs.
-    objectives.draw_hard_negatives = hardest
+    representation.sample_hard_negatives = hardest
     config = OptimizerConfig()
-    optimizer = build_optimizer(model, set_rates(model, config), config)
+    optimizer = build_optimizer(model, configure_trainable(model, config), config)
     for group in optimizer.param_groups:
         group["lr"] = 0.0  # every step gives the same losses, which can be compared
     batch = RepresentationBatch(

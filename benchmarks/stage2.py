@@ -1,8 +1,8 @@
-"""What transformers can do too, beside transformers: a step of stage 2, answers, matching. Run as a contender:
+"""Benchmark against transformers: a step of stage 2, answers, matching. Run as a runner:
 
     python stage2.py {step,cached,answers,answers-from-pixels,matching} {blip2,transformers} FOLDER
 
-Both sides read one folder in transformers' layout, with random weights. Pictures go in as pixels; the frozen encoder is
+Both sides read one folder in transformers' layout, with random weights. Images go in as pixels; the frozen encoder is
 a ViT-S/16, the Q-Former 6 blocks of 384, the LLM has the shapes of OPT-125M or SmolLM2-135M.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contest import serve
+from compare import serve
 from torch import Tensor
 
 QUERIES = 32
@@ -49,7 +49,7 @@ def prepare(
     """Save the model and the inputs of both sides.
 
     Args:
-        tiny: networks of two narrow blocks and pictures of 32 pixels, to try the programs and not to time them.
+        tiny: networks of two narrow blocks and images of 32 pixels, to try the programs and not to time them.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
@@ -121,7 +121,7 @@ def ours(work: str, folder: Path, data: dict[str, Tensor]) -> Callable[[], Seque
     import blip2
     from blip2.decoding.search import Decoding
     from blip2.model.generation import GenerationBatch
-    from blip2.training.optimizer import build_optimizer, set_rates
+    from blip2.training.optimizer import build_optimizer, configure_trainable
 
     pipeline = blip2.load(folder, device="cpu", dtype="fp32")
     model: Any = pipeline.model
@@ -147,9 +147,9 @@ def ours(work: str, folder: Path, data: dict[str, Tensor]) -> Callable[[], Seque
     from blip2.config import OptimizerConfig
 
     config = OptimizerConfig()
-    optimizer = build_optimizer(model, set_rates(model, config), config)
+    optimizer = build_optimizer(model, configure_trainable(model, config), config)
     with torch.no_grad():
-        images = model.vision.features(pixels) if work == "cached" else pixels
+        images = model.vision.encode(pixels) if work == "cached" else pixels
     batch = GenerationBatch(images, ids, mask, ids.masked_fill(~mask, -100))
 
     def step() -> Sequence[float]:
@@ -171,7 +171,7 @@ def theirs(work: str, folder: Path, data: dict[str, Tensor]) -> Callable[[], Seq
 
         @torch.no_grad()
         def match() -> Sequence[float]:
-            # It takes as many pictures as texts: every picture once for every text.
+            # It takes as many images as texts: every image once for every text.
             out = judge(
                 pixel_values=pixels.repeat_interleave(count, 0), input_ids=ids.repeat(len(pixels), 1),
                 attention_mask=mask.repeat(len(pixels), 1), use_image_text_matching_head=True,
@@ -236,8 +236,8 @@ def pad(new: Tensor, length: int) -> list[float]:
 if __name__ == "__main__":
     what, side, where = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     if side == "blip2":
-        from blip2.memory import keep_memory
+        from blip2.memory import tune_malloc
 
-        keep_memory()  # as the commands of blip2 do
+        tune_malloc()  # as the commands of blip2 do
     given = torch.load(where / "inputs.pt", weights_only=True)
     serve({"blip2": ours, "transformers": theirs}[side](what, where, given), warm_up=2, settle=True)

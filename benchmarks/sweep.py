@@ -1,7 +1,7 @@
 """python benchmarks/sweep.py [--rounds 3]
 
-What a step of stage 1 costs against batch, caption length, image tokens and queries, beside LAVIS, and what cached
-features cost against the size of a data set. Writes docs/performance.png. The Q-Former has 6 blocks of 384.
+What a step of stage 1 costs against batch, caption length, image tokens and queries, compared with LAVIS, and what
+cached features cost against the size of a data set. Writes docs/performance.png. The Q-Former has 6 blocks of 384.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import contest
+import compare
 import peers
 import run
 import stage1
@@ -37,7 +37,7 @@ def steps(rounds: int) -> dict[str, list[tuple[int, float, float]]]:
         for size, case in cases:
             with tempfile.TemporaryDirectory() as folder:
                 stage1.prepare(case, Path(folder))
-                both = contest.compete(peers.stage1_sides("step", Path(folder)), rounds)
+                both = compare.run_in_turns(peers.stage1_sides("step", Path(folder)), rounds)
             run.measured(both["blip2"], both["LAVIS"], run.LOOSE)
             points.setdefault(title, []).append((size, both["blip2"].median, both["LAVIS"].median))
             print(title, *points[title][-1], file=sys.stderr, flush=True)
@@ -45,17 +45,17 @@ def steps(rounds: int) -> dict[str, list[tuple[int, float, float]]]:
 
 
 def features() -> list[tuple[int, float, float]]:
-    """(pictures, seconds to encode them, seconds to find their features again)."""
+    """(images, seconds to encode them, seconds to find their features again)."""
     import torch
 
-    from blip2.backbones.vision import load_image_encoder
+    from blip2.backbones.vision_loaders import load_image_encoder
     from blip2.config import DataConfig
     from blip2.data.assets import fetch, resolve
-    from blip2.data.records import open_records
+    from blip2.data.sources import open_records
     from blip2.feature_cache.cache import Augmentation, cache_features
-    from blip2.memory import keep_memory
+    from blip2.memory import tune_malloc
 
-    keep_memory()  # as the commands of blip2 do
+    tune_malloc()  # as the commands of blip2 do
     pictures = fetch("tuxpaint-stamps")
     table = (pictures / "train.jsonl").read_text(encoding="utf-8").splitlines()
     encoder, points = load_image_encoder(resolve("package:efficientnet-lite0")), []

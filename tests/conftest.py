@@ -285,7 +285,7 @@ def runs(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     from blip2.training.trainer import train  # not above: shapes are checked in what is imported after this file
 
     root = tmp_path_factory.mktemp("runs")
-    short = {"steps": 3, "save_steps": 2, "device": "cpu", "precision": "fp32"}
+    short = {"max_steps": 3, "save_steps": 2, "device": "cpu", "precision": "fp32"}
     train(parts.recipe(root / "stage1", training=short))
     for name in ("llama", "t5"):
         language = {"name": getattr(parts, name)}

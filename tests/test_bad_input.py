@@ -112,7 +112,7 @@ def test_unknown_keys(capsys, tmp_path):
 def test_a_gpu_where_there_is_none(run):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    assert last_error(run("--training.device", "cuda")).endswith("finds none here: use cpu")
+    assert last_error(run("--training.device", "cuda")).endswith("finds none: use cpu")
 
 
 def test_an_output_that_cannot_be(run, tmp_path):
@@ -151,15 +151,15 @@ def test_a_data_source_of_no_known_kind(run, tmp_path):
     assert "is neither a folder nor a file ending in" in line and "hub:NAME" in line
 
 
-@pytest.mark.parametrize("changes", [{}, {"cached_views": 2}, {"workers": 2}])
+@pytest.mark.parametrize("changes", [{}, {"cached_views": 2}, {"num_workers": 2}])
 def test_every_image_is_broken(run, table, broken, tmp_path, changes):
     lines = run(data={"train": table(*((broken / name, "a disc") for name in BROKEN)), "batch_size": 2, **changes})
-    assert "the last 10 batches held no image that can be used" in last_error(lines)
-    assert checkpoint.latest(tmp_path / "run") is None
+    assert "the last 10 batches had no usable image" in last_error(lines)
+    assert checkpoint.latest_checkpoint(tmp_path / "run") is None
     assert len(lines) < 40
 
 
-@pytest.mark.parametrize("changes", [{}, {"cached_views": 2}, {"workers": 2}])
+@pytest.mark.parametrize("changes", [{}, {"cached_views": 2}, {"num_workers": 2}])
 def test_some_images_are_broken(run, table, broken, tmp_path, changes):
     good = [(None, f"a disc {letter}") for letter in "abcde"]
     source = table(*good, *((broken / name, "a disc") for name in BROKEN))
@@ -169,7 +169,7 @@ def test_some_images_are_broken(run, table, broken, tmp_path, changes):
         assert len(said) == 2  # once an epoch
         assert all(name in line and why in line for line in said)
     assert [row["skipped"] for row in read_metrics(tmp_path / "run")] == [3, 6]
-    assert lines[-1] == "6 records skipped, 0 captions cut"
+    assert lines[-1] == "6 records skipped, 0 captions truncated"
 
 
 @pytest.mark.parametrize("caption", ["", "  \n ", None])
@@ -190,9 +190,15 @@ def test_a_caption_of_ten_thousand_words(run, parts, table, tmp_path, stage):
     if stage != "representation":
         changes = {"stage": "generation", "language": {"name": getattr(parts, stage), "prompt": "a photo of"}}
     lines = run(status=0, data={"train": source}, training={"max_steps": 3}, **changes)
-    assert sum("longer than data.max_length (32) and was cut; the rest are only counted" in line for line in lines) == 1
+    assert (
+        sum(
+            "longer than data.max_length (32) and was truncated; further ones are only counted" in line
+            for line in lines
+        )
+        == 1
+    )
     assert [row["cut"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3]
-    assert lines[-1] == "0 records skipped, 3 captions cut"
+    assert lines[-1] == "0 records skipped, 3 captions truncated"
 
 
 # -- models --------------------------------------------------------------------------------------------------------
@@ -226,7 +232,7 @@ def test_a_hub_name_without_a_network(run, parts, part):
 
 def test_a_checkpoint_of_other_shapes(run, runs, tmp_path):
     lines = run(start_from=str(runs["stage1"]), qformer={"num_query_tokens": 5})
-    assert "of other shapes: qformer.num_query_tokens is (1, 4, 32), expected (1, 5, 32)" in last_error(lines)
+    assert "other shapes: qformer.queries is (1, 4, 32), expected (1, 5, 32)" in last_error(lines)
 
 
 def test_going_on_with_another_recipe(run):
@@ -238,7 +244,7 @@ def test_going_on_with_another_recipe(run):
 
 def test_a_checkpoint_cut_short(run, tmp_path):
     run(status=0, training={"max_steps": 1})
-    weights = checkpoint.latest(tmp_path / "run") / "model.safetensors"
+    weights = checkpoint.latest_checkpoint(tmp_path / "run") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:2000])
     assert "cannot be read" in last_error(run("--resume", training={"max_steps": 2}))
 
@@ -256,9 +262,9 @@ def test_no_space_left_while_saving(parts, small_disk, tmp_path, capsys):
     printed = capsys.readouterr().err
     assert "Traceback" not in printed
     line = last_error(printed.splitlines())
-    last = checkpoint.latest(run)
+    last = checkpoint.latest_checkpoint(run)
     assert "no space left on the disk while saving the checkpoint" in line
-    assert line.endswith(f"make room, then go on with --resume from {last.name}")
+    assert line.endswith(f"make room, then rerun with --resume from {last.name}")
     # Room is made, and it goes on.
     for folder in sorted((run / "checkpoints").iterdir())[:-1]:
         for path in sorted(folder.rglob("*"), reverse=True):
@@ -300,7 +306,7 @@ def test_a_question_longer_than_the_llm_can_read(capsys, runs, tmp_path):
     draw("disc", "red", 0).save(tmp_path / "picture.png")
     line = only_error(capsys, "ask", str(runs["llama"]), str(tmp_path / "picture.png"), "word " * 10_000)
     assert line.startswith("error: a prompt has 500")
-    assert line.endswith("is more than the 2048 positions of the LLM: make it shorter")
+    assert line.endswith("exceed the 2048 positions of the LLM: shorten it")
 
 
 @pytest.mark.parametrize("text", ["", "   "])

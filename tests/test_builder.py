@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import BertModel
 
-from blip2.builder import build, choose_device, choose_dtype, end_of_text
-from blip2.checkpoint import open_own
-from blip2.data.collate import GenerationTexts
+from blip2.builder import build, choose_device, choose_dtype, find_eos_token_id
+from blip2.checkpoint import open_native
+from blip2.data.collate import CausalLMCollator
 from blip2.errors import InputError
-from blip2.interop.checkpoint import read_tokenizer
+from blip2.interop.checkpoint import load_tokenizer
 from blip2.model.generation import GenerationModel
 from blip2.model.representation import RepresentationModel
 from conftest import byte_tokenizer, save_bert
@@ -35,7 +35,7 @@ def test_a_device_that_is_not_there(wanted):
         pytest.skip(f"there is a {kind} device here")
     with pytest.raises(InputError) as raised:
         choose_device(wanted)
-    assert message(raised).startswith(f"device '{wanted}' was asked for, but PyTorch")
+    assert message(raised).startswith(f"device '{wanted}' was requested, but PyTorch")
     assert message(raised).endswith("use cpu")
 
 
@@ -87,11 +87,11 @@ def test_frozen_parts_have_the_dtype_of_the_recipe_and_the_rest_has_fp32(parts, 
 def test_stage_one(parts, tmp_path):
     built = build(parts.recipe(tmp_path), CPU)
     assert isinstance(built.model, RepresentationModel)
-    assert built.end is None
+    assert built.eos_token_id is None
     tokenizer, size = built.tokenizer, built.model.qformer.config.vocab_size
     assert len(tokenizer) == size
     assert tokenizer.convert_tokens_to_ids("[DEC]") == tokenizer.bos_token_id == size - 1
-    assert built.model.qformer.decoder_start == size - 1
+    assert built.model.qformer.decoder_start_token_id == size - 1
 
 
 @pytest.mark.parametrize("stage", ["representation", "generation"])
@@ -104,7 +104,7 @@ def test_it_starts_from_bert(parts, tmp_path, stage):
 
 
 def test_it_is_random_without_bert(parts, tmp_path):
-    changes = {"bert": None, "tokenizer": parts.bert, "hidden_size": 40, "heads": 5}
+    changes = {"bert": None, "tokenizer": parts.bert, "hidden_size": 40, "num_attention_heads": 5}
     models = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
@@ -118,14 +118,14 @@ def test_it_is_random_without_bert(parts, tmp_path):
     ("changes", "expected"),
     [
         ({"bert": None}, "has no text tokenizer: set qformer.tokenizer, or qformer.bert"),
-        ({"bert": None, "tokenizer": "BERT", "vocabulary": 50}, "set qformer.vocab_size to 58"),
-        ({"vocabulary": 50}, "(vocabulary 50): set qformer {vocabulary: 58}"),
+        ({"bert": None, "tokenizer": "BERT", "vocab_size": 50}, "set qformer.vocab_size to 58"),
+        ({"vocab_size": 50}, "(vocab_size 50): set qformer {vocab_size: 58}"),
         (
-            {"hidden_size": 64, "layers": 3},
-            "(hidden_size 64, layers 3): set qformer {hidden_size: 32, layers: 2}",
+            {"hidden_size": 64, "num_hidden_layers": 3},
+            "(hidden_size 64, num_hidden_layers 3): set qformer {hidden_size: 32, num_hidden_layers: 2}",
         ),
         ({"bert": "LLAMA"}, "is a llama model; the Q-Former starts from a model of type bert"),
-        ({"bert": "NOWHERE"}, "to read the BERT from: check the path, or copy it there"),
+        ({"bert": "NOWHERE"}, "to load the BERT from: check the path, or copy it there"),
     ],
 )
 def test_a_bert_that_does_not_fit(parts, tmp_path, changes, expected):
@@ -147,9 +147,9 @@ def test_the_checkpoint_s_tokenizer_is_used(parts, runs, tmp_path):
     """Nothing of BERT is read once there is a checkpoint."""
     folder = next((runs["stage1"] / "checkpoints").iterdir())
     recipe = parts.recipe(tmp_path, qformer={"bert": str(tmp_path / "gone")})
-    tokenizer = build(recipe, CPU, open_own(folder)).tokenizer
+    tokenizer = build(recipe, CPU, open_native(folder)).tokenizer
     assert tokenizer.convert_tokens_to_ids("[DEC]") == 57
-    assert tokenizer("a red disc")["input_ids"] == read_tokenizer(parts.bert)("a red disc")["input_ids"]
+    assert tokenizer("a red disc")["input_ids"] == load_tokenizer(parts.bert)("a red disc")["input_ids"]
 
 
 # -- LLMs and their tokenizers -------------------------------------------------------------------------------------
@@ -160,18 +160,18 @@ def test_stage_two(parts, tmp_path, name):
     recipe = parts.recipe(tmp_path, stage="generation", language={"name": getattr(parts, name)})
     built = build(recipe, CPU)
     assert isinstance(built.model, GenerationModel)
-    assert built.end == 256
+    assert built.eos_token_id == 256
     assert built.model.language.is_encoder_decoder == (name == "t5")
 
 
 def test_stop(parts):
-    tokenizer = read_tokenizer(parts.opt)
-    assert end_of_text(tokenizer, None, parts.opt) == tokenizer.eos_token_id == 256
-    newline = end_of_text(tokenizer, "\n", parts.opt)
+    tokenizer = load_tokenizer(parts.opt)
+    assert find_eos_token_id(tokenizer, None, parts.opt) == tokenizer.eos_token_id == 256
+    newline = find_eos_token_id(tokenizer, "\n", parts.opt)
     assert tokenizer.decode([newline]) == "\n"
     for stop, count in (("ab", 2), ("", 0)):
         with pytest.raises(InputError) as raised:
-            end_of_text(tokenizer, stop, parts.opt)
+            find_eos_token_id(tokenizer, stop, parts.opt)
         assert f"language.stop_string {stop!r} is {count} tokens" in message(raised)
         assert "expected exactly one" in message(raised)
 
@@ -189,7 +189,7 @@ def save_llm(source, folder, **tokens):
 
 
 def prepare(built, images, texts, prompt=""):
-    return GenerationTexts(built.tokenizer, 32, prompt, built.end)(
+    return CausalLMCollator(built.tokenizer, 32, prompt, built.eos_token_id)(
         images, texts, [""] * len(texts), torch.arange(len(texts)), NO_DRAWS
     )[0]
 
@@ -206,7 +206,7 @@ def test_without_a_padding_token(parts, tmp_path):
         built = build(recipe, CPU)
         together.append(float(built.model(prepare(built, images, texts)).losses["lm"]))
         alone = [prepare(built, images[i : i + 1], [text]) for i, text in enumerate(texts)]
-        labels = float(sum(batch.label_count for batch in alone))
+        labels = float(sum(batch.num_labels for batch in alone))
         weighted.append(sum(float(built.model(batch, labels).losses["lm"]) for batch in alone))
     assert built.tokenizer.pad_token_id is None
     assert together[0] == together[1]
@@ -229,7 +229,7 @@ def test_without_an_end(parts, tmp_path):
         build(recipe, CPU)
     assert "has no end-of-text token, so texts would never end: set language.stop_string" in message(raised)
     recipe = parts.recipe(tmp_path, stage="generation", language={"name": name, "stop_string": "\n"})
-    assert build(recipe, CPU).end == read_tokenizer(name)("\n")["input_ids"][0]
+    assert build(recipe, CPU).eos_token_id == load_tokenizer(name)("\n")["input_ids"][0]
 
 
 @pytest.mark.parametrize(("part", "name"), [("vision", "llama"), ("language", "vision"), ("language", "nowhere")])
@@ -248,7 +248,7 @@ def test_a_folder_without_tokenizer(parts, tmp_path):
         path.unlink()
     with pytest.raises(InputError) as raised:
         build(parts.recipe(tmp_path, stage="generation", language={"name": str(folder)}), CPU)
-    assert "no tokenizer could be read" in message(raised)
+    assert "no tokenizer could be loaded" in message(raised)
     assert "name a folder that has a tokenizer.json" in message(raised)
 
 

@@ -12,7 +12,7 @@ from blip2 import checkpoint
 from blip2.builder import build
 from blip2.errors import InputError
 from blip2.recipe import load_recipe
-from blip2.training.optimizer import set_rates
+from blip2.training.optimizer import configure_trainable
 
 CPU = torch.device("cpu")
 STATE = {"positions": [], "counts": {}, "unfinished": None}
@@ -36,7 +36,8 @@ def save(recipe, built, tmp_path):
 
     def save(step, keep=2, **state):
         optimizer = {"optimizer": {"temperature": {"momentum": torch.full((3,), float(step))}}, "scaler": None}
-        return checkpoint.save(run, step, built.model, recipe, built.tokenizer, optimizer, {**STATE, **state}, keep)
+        state = {**STATE, **state}
+        return checkpoint.save_checkpoint(run, step, built.model, recipe, built.tokenizer, optimizer, state, keep)
 
     save.run = run
     return save
@@ -55,12 +56,12 @@ def one_line(error):
 
 
 def test_round_trip_is_bit_identical(save, built, recipe):
-    before = {name: tensor.clone() for name, tensor in checkpoint.trained_state(built.model).items()}
+    before = {name: tensor.clone() for name, tensor in checkpoint.trained_state_dict(built.model).items()}
     folder = save(7)
     shift(built.model)
-    assert not torch.equal(built.model.qformer.queries, before["qformer.num_query_tokens"])
-    checkpoint.load_weights(checkpoint.open_own(folder), built.model)
-    after = checkpoint.trained_state(built.model)
+    assert not torch.equal(built.model.qformer.queries, before["qformer.queries"])
+    checkpoint.load_weights(checkpoint.open_native(folder), built.model)
+    after = checkpoint.trained_state_dict(built.model)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert set(before) == set(after)
 
@@ -75,7 +76,7 @@ def test_holds_recipe_versions_and_step(save, recipe):
     folder = save(7, positions=positions)
     assert folder.name == "step-00000007"
     assert load_recipe(folder / "recipe.yaml") == recipe
-    state, optimizer = checkpoint.read_state(folder)
+    state, optimizer = checkpoint.read_training_state(folder)
     assert state["step"] == 7
     assert state["positions"] == positions
     assert state["versions"]["torch"] == version("torch")
@@ -89,14 +90,14 @@ def test_older_ones_are_pruned(save):
         save(step, keep=3)
     left = sorted(path.name for path in (save.run / "checkpoints").iterdir())
     assert left == ["step-00000004", "step-00000006", "step-00100000"]
-    assert checkpoint.latest(save.run).name == "step-00100000"
+    assert checkpoint.latest_checkpoint(save.run).name == "step-00100000"
 
 
 def test_a_step_can_be_saved_again(save, built):
     save(2)
     shift(built.model)
     folder = save(2)
-    assert torch.equal(load_file(folder / "model.safetensors")["qformer.num_query_tokens"], built.model.qformer.queries)
+    assert torch.equal(load_file(folder / "model.safetensors")["qformer.queries"], built.model.qformer.queries)
 
 
 class Killed(BaseException):
@@ -122,12 +123,12 @@ def test_is_complete_or_absent(save, built, monkeypatch, moment):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(*target, killed)
         save(4)
-    last = checkpoint.latest(save.run)
+    last = checkpoint.latest_checkpoint(save.run)
     assert last.name == "step-00000002"
     assert list((save.run / "checkpoints").glob("*.tmp"))  # a half-written one lies there, and does no harm
-    checkpoint.load_weights(checkpoint.open_own(last), built.model)
+    checkpoint.load_weights(checkpoint.open_native(last), built.model)
     assert torch.equal(built.model.qformer.queries, kept)
-    checkpoint.read_state(last)
+    checkpoint.read_training_state(last)
 
     save(4)
     left = sorted(path.name for path in (save.run / "checkpoints").iterdir())
@@ -155,9 +156,9 @@ def test_disk_full_names_the_last_good_checkpoint(save, built, monkeypatch, targ
         save(4)
     message = one_line(raised)
     assert "no space left on the disk while saving the checkpoint of step 4" in message
-    assert "go on with --resume from step-00000002" in message
+    assert "rerun with --resume from step-00000002" in message
     assert [path.name for path in (save.run / "checkpoints").iterdir()] == ["step-00000002"]
-    checkpoint.load_weights(checkpoint.open_own(checkpoint.latest(save.run)), built.model)
+    checkpoint.load_weights(checkpoint.open_native(checkpoint.latest_checkpoint(save.run)), built.model)
     assert torch.equal(built.model.qformer.queries, kept)
 
 
@@ -167,7 +168,7 @@ def test_really_full_disk(built, recipe, tmp_path, small_disk, share):
     optimizer = {"optimizer": {"temperature": {"momentum": [torch.zeros(500_000), torch.zeros(500_000)]}}}
 
     def save(run, step):
-        return checkpoint.save(run, step, built.model, recipe, built.tokenizer, optimizer, STATE, keep=2)
+        return checkpoint.save_checkpoint(run, step, built.model, recipe, built.tokenizer, optimizer, STATE, 2)
 
     files = [path for path in save(tmp_path / "roomy", 2).rglob("*") if path.is_file()]
     pages = sum(-(-path.stat().st_size // 4096) + 1 for path in files)
@@ -175,10 +176,10 @@ def test_really_full_disk(built, recipe, tmp_path, small_disk, share):
     good = save(run, 2)
     with pytest.raises(InputError, match=r"no space left .* step 4 .* from step-00000002"):
         save(run, 4)
-    assert checkpoint.latest(run) == good
+    assert checkpoint.latest_checkpoint(run) == good
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]
-    checkpoint.load_weights(checkpoint.open_own(good), built.model)
-    checkpoint.read_state(good)
+    checkpoint.load_weights(checkpoint.open_native(good), built.model)
+    checkpoint.read_training_state(good)
 
 
 def rewrite(folder, change):
@@ -191,11 +192,11 @@ def rewrite(folder, change):
     ("change", "message"),
     [
         (
-            lambda weights: weights.update({"qformer.num_query_tokens": torch.zeros(1, 5, 32)}),
-            "of other shapes: qformer.num_query_tokens is (1, 5, 32), expected (1, 4, 32)",
+            lambda weights: weights.update({"qformer.queries": torch.zeros(1, 5, 32)}),
+            "other shapes: qformer.queries is (1, 5, 32), expected (1, 4, 32)",
         ),
-        (lambda weights: weights.pop("matching_head.bias"), "without: matching_head.bias"),
-        (lambda weights: weights.update({"qformer.extra": torch.zeros(2)}), "with unknown: qformer.extra"),
+        (lambda weights: weights.pop("matching_head.bias"), "missing: matching_head.bias"),
+        (lambda weights: weights.update({"qformer.extra": torch.zeros(2)}), "unknown: qformer.extra"),
     ],
 )
 def test_what_does_not_fit_is_listed(save, built, change, message):
@@ -204,7 +205,7 @@ def test_what_does_not_fit_is_listed(save, built, change, message):
     before = built.model.qformer.embedding_norm.weight.clone()
     shift(built.model)
     with pytest.raises(InputError) as raised:
-        checkpoint.load_weights(checkpoint.open_own(folder), built.model)
+        checkpoint.load_weights(checkpoint.open_native(folder), built.model)
     assert message in one_line(raised)
     assert str(folder) in str(raised.value)
     # Nothing was loaded by halves.
@@ -215,7 +216,7 @@ def test_long_lists_are_cut(save, built):
     folder = save(2)
     rewrite(folder, lambda weights: [weights.pop(name) for name in list(weights)[:10]])
     with pytest.raises(InputError, match="and 1 more"):
-        checkpoint.load_weights(checkpoint.open_own(folder), built.model)
+        checkpoint.load_weights(checkpoint.open_native(folder), built.model)
 
 
 @pytest.mark.parametrize("size", [0, 4, 1000, 50_000])
@@ -224,7 +225,7 @@ def test_truncated_weights(save, built, size):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(InputError, match=r"cannot be read .* use another, or train again") as raised:
-        checkpoint.load_weights(checkpoint.open_own(folder), built.model)
+        checkpoint.load_weights(checkpoint.open_native(folder), built.model)
     assert str(folder) in one_line(raised)
 
 
@@ -238,7 +239,7 @@ def test_code_in_a_checkpoint_is_refused(save, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"optimizer": Payload()}, folder / "optimizer.pt")
     with pytest.raises(InputError, match=r"optimizer\.pt cannot be read") as raised:
-        checkpoint.read_state(folder)
+        checkpoint.read_training_state(folder)
     one_line(raised)
     assert not (tmp_path / "ran").exists()
 
@@ -249,7 +250,7 @@ def test_damaged_state(save, name, size):
     path = save(2) / name
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(InputError, match=f"{name} cannot be read .* delete"):
-        checkpoint.read_state(path.parent)
+        checkpoint.read_training_state(path.parent)
 
 
 @pytest.mark.parametrize("found", [None, 0, 1])
@@ -260,30 +261,30 @@ def test_the_state_of_another_version(save, found):
     with pytest.raises(
         InputError, match=f"state of format {found}; this is blip2 .* and format 2: .*start_from"
     ) as raised:
-        checkpoint.read_state(folder)
+        checkpoint.read_training_state(folder)
     one_line(raised)
 
 
 def test_find(save, tmp_path):
     first, last = save(2), save(4)
-    assert checkpoint.find(save.run) == last
-    assert checkpoint.find(first) == first
+    assert checkpoint.find_checkpoint(save.run) == last
+    assert checkpoint.find_checkpoint(first) == first
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds no checkpoint: give the folder of a run"):
-        checkpoint.find(tmp_path / "empty")
+        checkpoint.find_checkpoint(tmp_path / "empty")
     with pytest.raises(InputError, match="nothing is not a folder: give the folder of a run"):
-        checkpoint.find(tmp_path / "nothing")
+        checkpoint.find_checkpoint(tmp_path / "nothing")
 
 
 def test_a_trained_encoder_is_kept(parts, recipe, tmp_path):
     """Also for a model in which it is frozen, as it is when a checkpoint is loaded to be used."""
     recipe = replace(recipe, optimizer=replace(recipe.optimizer, learning_rate={"*": 1e-3}))
     built = build(recipe, CPU)
-    set_rates(built.model, recipe.optimizer)
+    configure_trainable(built.model, recipe.optimizer)
     shift(built.model)
-    folder = checkpoint.save(tmp_path / "run", 1, built.model, recipe, built.tokenizer, {}, {}, 1)
-    other = build(recipe, CPU, checkpoint.open_own(folder))
-    checkpoint.load_weights(checkpoint.open_own(folder), other.model)
+    folder = checkpoint.save_checkpoint(tmp_path / "run", 1, built.model, recipe, built.tokenizer, {}, {}, 1)
+    other = build(recipe, CPU, checkpoint.open_native(folder))
+    checkpoint.load_weights(checkpoint.open_native(folder), other.model)
     own, new = built.model.state_dict(), other.model.state_dict()
     assert all(torch.equal(own[name], new[name]) for name in own)
 
@@ -295,11 +296,11 @@ def test_tied_weights_of_a_trained_llm(parts, tmp_path):
         tmp_path / "run", stage="generation", language={"name": parts.opt}, optimizer={"learning_rate": rates}
     )
     built = build(recipe, CPU)
-    set_rates(built.model, recipe.optimizer)
+    configure_trainable(built.model, recipe.optimizer)
     shift(built.model)
-    folder = checkpoint.save(tmp_path / "run", 1, built.model, recipe, None, {}, {}, 1)
-    other = build(recipe, CPU, checkpoint.open_own(folder))
-    checkpoint.load_weights(checkpoint.open_own(folder), other.model)
+    folder = checkpoint.save_checkpoint(tmp_path / "run", 1, built.model, recipe, None, {}, {}, 1)
+    other = build(recipe, CPU, checkpoint.open_native(folder))
+    checkpoint.load_weights(checkpoint.open_native(folder), other.model)
     own, new = built.model.state_dict(), other.model.state_dict()
     assert all(torch.equal(own[name], new[name]) for name in own if not name.startswith("vision."))
 
@@ -315,7 +316,7 @@ def second_stage(parts, tmp_path):
 def test_second_stage_takes_the_qformer_of_the_first(save, built, second_stage):
     shift(built.model)
     language = second_stage.language.network.lm_head.weight.clone()
-    new = checkpoint.load_previous_stage(checkpoint.open_own(save(2)), second_stage)
+    new = checkpoint.load_previous_stage(checkpoint.open_native(save(2)), second_stage)
     assert new == ["projection.bias", "projection.weight"]
     assert torch.equal(second_stage.qformer.queries, built.model.qformer.queries)
     assert torch.equal(second_stage.image_norm.weight, built.model.image_norm.weight)
@@ -328,21 +329,21 @@ def test_previous_stage_of_other_shapes(save, second_stage):
     folder = save(2)
     rewrite(folder, lambda weights: weights.update({"image_norm.weight": torch.zeros(7)}))
     with pytest.raises(InputError, match=r"image_norm\.weight is \(7,\), expected \(24,\)"):
-        checkpoint.load_previous_stage(checkpoint.open_own(folder), second_stage)
+        checkpoint.load_previous_stage(checkpoint.open_native(folder), second_stage)
 
 
 def test_previous_stage_without_qformer(save, second_stage):
     folder = save(2)
     save_file({"something": torch.zeros(1)}, folder / "model.safetensors")
     with pytest.raises(InputError, match=r"holds no Q-Former that fits: its first names are \['something'\]"):
-        checkpoint.load_previous_stage(checkpoint.open_own(folder), second_stage)
+        checkpoint.load_previous_stage(checkpoint.open_native(folder), second_stage)
 
 
 def test_previous_stage_whose_encoder_would_be_lost(recipe, second_stage, tmp_path):
     """The second stage's checkpoints would name the encoder as it was before the first stage trained it."""
     trained = replace(recipe, optimizer=replace(recipe.optimizer, learning_rate={"*": 1e-3}))
     built = build(trained, CPU)
-    set_rates(built.model, trained.optimizer)
-    folder = checkpoint.save(tmp_path / "run", 1, built.model, trained, built.tokenizer, {}, {}, 1)
+    configure_trainable(built.model, trained.optimizer)
+    folder = checkpoint.save_checkpoint(tmp_path / "run", 1, built.model, trained, built.tokenizer, {}, {}, 1)
     with pytest.raises(InputError, match=r'trained weights of vision, .* give "vision\.\*" a rate'):
-        checkpoint.load_previous_stage(checkpoint.open_own(folder), second_stage)
+        checkpoint.load_previous_stage(checkpoint.open_native(folder), second_stage)

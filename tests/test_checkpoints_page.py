@@ -1,4 +1,4 @@
-"""Every command and every line of Python of docs/checkpoints.md, with tiny models where it names published ones."""
+"""Run every command and all Python of docs/checkpoints.md, with tiny models under the names of published ones."""
 
 import json
 import re
@@ -24,16 +24,16 @@ ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^    (blip2 .*)$", PAGE, flags=re.MULTILINE)
 PYTHON = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE)
-SIZES = {"layers": 3, "bert": None, "hidden_size": 64, "heads": 1}
+SIZES = {"num_hidden_layers": 3, "bert": None, "hidden_size": 64, "num_attention_heads": 1}
 
 
 @pytest.fixture(scope="module")
 def place(parts, runs, tmp_path_factory):
-    """A folder in which all names of the page mean something."""
+    """Return a folder in which all names of the page exist."""
     root = tmp_path_factory.mktemp("page")
     draw("disc", "red", 0).save(root / "cat.jpg")
     for name, flavor in (("opt-2.7b", "opt"), ("flan-t5-xl", "t5"), ("itm-vit-g", None)):
-        # Of the sizes that LAVIS's names say: heads of 64 in the Q-Former and of 88 in the image encoder.
+        # LAVIS's files imply these sizes: heads of 64 in the Q-Former and of 88 in the image encoder.
         sizes = {"width": 64, "heads": 1, "vision": 176}
         save_transformers(root / "Salesforce" / f"blip2-{name}", flavor, parts.bert, **sizes)
     for name, folder in (("facebook/opt-2.7b", parts.opt), ("google/flan-t5-xl", parts.t5)):
@@ -74,15 +74,15 @@ def place(parts, runs, tmp_path_factory):
 
 
 def frozen_stage_2(parts, runs, folder):
-    """A stage 2 that left the Q-Former of stage 1 as it was."""
+    """Save a stage 2 that kept the Q-Former of stage 1 frozen."""
     recipe = parts.recipe(folder, stage="generation", language={"name": parts.opt}, start_from=str(runs["stage1"]))
     built = build(recipe, torch.device("cpu"))
     checkpoint.load_previous_stage(checkpoint.open_checkpoint(str(runs["stage1"])), built.model)
-    checkpoint.save(folder, 1, built.model, recipe, None, {}, {}, 1)
+    checkpoint.save_checkpoint(folder, 1, built.model, recipe, None, {}, {}, 1)
 
 
 def test_the_commands(place, monkeypatch, capsys, hub):
-    """One after the other, as a reader would."""
+    """The commands run in the order of the page."""
     monkeypatch.chdir(place)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert len(COMMANDS) >= 15
@@ -96,16 +96,16 @@ def test_the_commands(place, monkeypatch, capsys, hub):
     assert set(hub.commits[0]) >= {"config.json", "README.md", "model.safetensors", "processor_config.json"}
     for written in ("mine", "mine-retrieval", "served", "from-lavis", "ours", "both"):
         assert (place / written / "README.md").is_file() and (place / written / "model.safetensors").is_file()
-    pictures, texts = ["cat.jpg"], ["a disc", "red"]
+    images, texts = ["cat.jpg"], ["a disc", "red"]
     for source, target in (("runs/mine/stage2", "mine"), ("runs/mine/stage2", "served")):
-        assert blip2.load(target, "cpu").caption(pictures) == blip2.load(source, "cpu").caption(pictures)
-    published = blip2.load("Salesforce/blip2-itm-vit-g", "cpu").match(pictures, texts)
+        assert blip2.load(target, "cpu").caption(images) == blip2.load(source, "cpu").caption(images)
+    published = blip2.load("Salesforce/blip2-itm-vit-g", "cpu").match(images, texts)
     tokenizer = {"qformer.tokenizer": "google-bert/bert-base-uncased"}
-    for target, options in (("itm.pth", {"changes": tokenizer}), ("ours", {})):
+    for target, options in (("itm.pth", {"overrides": tokenizer}), ("ours", {})):
         torch.testing.assert_close(
-            blip2.load(target, "cpu", **options).match(pictures, texts), published, atol=1e-4, rtol=0
+            blip2.load(target, "cpu", **options).match(images, texts), published, atol=1e-4, rtol=0
         )
-    assert blip2.load("from-lavis", "cpu").match(pictures, texts).shape == (1, 2)
+    assert blip2.load("from-lavis", "cpu").match(images, texts).shape == (1, 2)
     assert blip2.load("both", device="cpu", stage="representation").match("cat.jpg", "a disc").shape == (1, 1)
 
 
@@ -120,11 +120,11 @@ def test_what_each_command_found_is_said(place, monkeypatch, caplog):
     monkeypatch.chdir(place)
     with caplog.at_level("INFO", logger="blip2"):
         assert main(["caption", "caption_coco_flant5xl.pth", "cat.jpg", "--language.name", "google/flan-t5-xl"]) == 0
-    assert "LAVIS's stage 2 with T5, 4 queries, image encoder inside" in caplog.text
+    assert "LAVIS's stage 2 with T5, 4 queries, image encoder included" in caplog.text
 
 
 def test_memory_is_not_taken_twice():
-    """The model is read in another dtype than its file's, which is where two copies would be."""
+    """The model is loaded in another dtype than its file's, where two copies could be in memory."""
     script = str(ROOT / "benchmarks" / "loading_memory.py")
     done = subprocess.run([sys.executable, script, "--gigabytes", "0.6"], check=True, capture_output=True, text=True)
     rows = [line.split("|") for line in done.stdout.splitlines() if line.startswith("| bf16")]
@@ -136,8 +136,8 @@ def test_a_conversion_is_not_written_over(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     shutil.copytree("Salesforce/blip2-opt-2.7b", "there")
     for target, to, match in (
-        ("there", "vllm", "there is there already: give the name of a new folder"),
-        ("new", "lavis", "new is not the name of a .pth file, which LAVIS reads: give one"),
+        ("there", "vllm", "there already exists: give the name of a new folder"),
+        ("new", "lavis", "new is not the name of a .pth file, as LAVIS expects: give one"),
     ):
         assert main(["convert", "Salesforce/blip2-opt-2.7b", target, "--to", to]) == 2
         assert match in capsys.readouterr().err

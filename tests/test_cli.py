@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from blip2 import config
 from blip2.cli import main
 from blip2.decoding.search import Decoding
-from blip2.errors import visible
+from blip2.errors import escape_control_characters
 from blip2.pipelines import load
 from blip2.recipe import dump_recipe, load_recipe
 from blip2.training.metrics import read_metrics
@@ -148,7 +148,7 @@ def test_train_again_and_on(capsys, recipe_file, tmp_path):
 
 def test_train_without_a_recipe(capsys):
     assert main(["train"]) == 2
-    assert capsys.readouterr().err.startswith("error: no recipe was given: blip2 train RECIPE")
+    assert capsys.readouterr().err.startswith("error: no recipe was given: run blip2 train RECIPE")
 
 
 def test_train_with_an_unknown_key(capsys, recipe_file):
@@ -229,7 +229,7 @@ def test_no_room_for_features(capsys, recipe_file, small_disk, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**9))
     line = error(capsys, "features", recipe_file, "--data.cached_views", "8", "--data.features", str(disk))
     assert "no space left on the disk while writing features to" in line
-    assert line.endswith("make room and start again; what was made stays")
+    assert line.endswith("free space and rerun; finished features are kept")
 
 
 # -- using what was trained ----------------------------------------------------------------------------------------
@@ -247,9 +247,11 @@ def test_caption(capsys, runs, pictures):
     options = ("--num-beams", "1", "--max-new-tokens", "4", "--prompt", "a photo of")
     expected = model.caption(pictures, "a photo of", Decoding(num_beams=1, max_new_tokens=4))
     one = output(capsys, "caption", str(runs["llama"]), pictures[0], *options)
-    assert one == f"{visible(expected[0])}\n"
+    assert one == f"{escape_control_characters(expected[0])}\n"
     several = output(capsys, "caption", str(runs["llama"]), *pictures, *options)
-    assert several == "".join(f"{name}\t{visible(text)}\n" for name, text in zip(pictures, expected, strict=True))
+    assert several == "".join(
+        f"{name}\t{escape_control_characters(text)}\n" for name, text in zip(pictures, expected, strict=True)
+    )
 
 
 def test_caption_of_a_sample_follows_the_seed(capsys, runs, pictures):
@@ -262,9 +264,14 @@ def test_caption_of_a_sample_follows_the_seed(capsys, runs, pictures):
 def test_ask(capsys, runs, pictures):
     questions = ["what is it?", "which color does it have?"]
     expected = load(runs["t5"], device="cpu").answer(pictures[0], questions)
-    assert output(capsys, "ask", str(runs["t5"]), pictures[0], questions[0]) == f"{visible(expected[0])}\n"
+    assert (
+        output(capsys, "ask", str(runs["t5"]), pictures[0], questions[0])
+        == f"{escape_control_characters(expected[0])}\n"
+    )
     both = output(capsys, "ask", str(runs["t5"]), pictures[0], *questions)
-    assert both == "".join(f"{question}\t{visible(text)}\n" for question, text in zip(questions, expected, strict=True))
+    assert both == "".join(
+        f"{question}\t{escape_control_characters(text)}\n" for question, text in zip(questions, expected, strict=True)
+    )
 
 
 def test_match(capsys, runs, pictures):
@@ -307,13 +314,13 @@ def test_dtype(capsys, runs, pictures):
     ("arguments", "expected"),
     [
         (["embed", "STAGE1", "--output", "x.safetensors"], "nothing to embed: give image files, --text, or both"),
-        (["caption", "STAGE1", "PICTURE"], "is of stage representation alone: load a model of stage generation"),
-        (["ask", "STAGE1", "PICTURE", "what?"], "is of stage representation alone: load a model of stage generation"),
+        (["caption", "STAGE1", "PICTURE"], "contains only stage representation: load a model of stage generation"),
+        (["ask", "STAGE1", "PICTURE", "what?"], "contains only stage representation: load a model of stage generation"),
         (
             ["match", "LLAMA", "PICTURE", "a disc"],
-            "is of stage generation alone: load a model of stage representation",
+            "contains only stage generation: load a model of stage representation",
         ),
-        (["embed", "LLAMA", "PICTURE", "--output", "x"], "is of stage generation alone: load a model of stage repr"),
+        (["embed", "LLAMA", "PICTURE", "--output", "x"], "contains only stage generation: load a model of stage repr"),
         (["embed", "STAGE1", "PICTURE", "--output", "NOWHERE/x"], "there is no folder for"),
         (["embed", "STAGE1", "PICTURE", "--output", "FOLDER"], "cannot be written"),
         (["caption", "NOWHERE", "PICTURE"], "give the folder of a run"),
@@ -366,7 +373,7 @@ def test_a_fault_of_ours_is_one_line_with_its_traceback_in_a_file(monkeypatch, c
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (OSError(28, "No space left on device", "x"), "error: [Errno 28] No space left on device: 'x': see that"),
+        (OSError(28, "No space left on device", "x"), "error: [Errno 28] No space left on device: 'x': check that"),
         (MemoryError(), "error: there is not enough memory"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), "error: there is not enough memory (CUDA out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "error: there is not enough memory"),

@@ -1,4 +1,4 @@
-"""The demo's own parts; that it runs as a whole is seen by `blip2 demo --quick`."""
+"""Parts of the demo; `blip2 demo --quick` runs it as a whole."""
 
 import json
 from dataclasses import replace
@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 
 from blip2.config import DataConfig
-from blip2.data.records import open_records
-from blip2.demo.material import FEWEST_IMAGES, own_material
-from blip2.demo.report import ALONE, tables
-from blip2.demo.run import LONGEST, RUNS, Plan, demo_recipes, fitting_scale, make_plan
+from blip2.data.sources import open_records
+from blip2.demo.data import MIN_IMAGES, user_data
+from blip2.demo.report import WITHOUT_STAGE1, tables
+from blip2.demo.run import MAX_SCALE, RUNS, DemoPlan, demo_recipes, fitting_scale, make_plan
 from blip2.errors import InputError
 from conftest import draw
 
@@ -24,38 +24,39 @@ def folder(tmp_path):
 
 
 def test_a_tenth_of_a_user_s_images_is_held_out(folder, tmp_path):
-    material = own_material(str(folder), tmp_path / "demo")
-    sides = [open_records(path, DataConfig(train=path)) for path in (material.train, material.validation)]
+    data = user_data(str(folder), tmp_path / "demo")
+    sides = [open_records(path, DataConfig(train=path)) for path in (data.train, data.validation)]
     names = [{record.image for record in side} for side in sides]
     assert [len(side) for side in names] == [27, 3] and not names[0] & names[1]
     assert all(record.captions[0].startswith("disc number") for side in sides for record in side)
-    assert material.held_out is not None
-    again = own_material(str(folder), tmp_path / "again").held_out
-    assert again is not None and material.held_out.read_text() == again.read_text()
-    assert material.scenes is None and material.questions is None
+    assert data.held_out is not None
+    again = user_data(str(folder), tmp_path / "again").held_out
+    assert again is not None and data.held_out.read_text() == again.read_text()
+    assert data.scenes is None and data.questions is None
 
 
 def test_images_that_cannot_be_used_are_refused(folder, tmp_path):
-    for path in sorted(folder.glob("*.txt"))[FEWEST_IMAGES - 1 :]:
+    for path in sorted(folder.glob("*.txt"))[MIN_IMAGES - 1 :]:
         path.unlink()
-    with pytest.raises(InputError, match=rf"has {FEWEST_IMAGES - 1} images with a caption, expected at least"):
-        own_material(str(folder), tmp_path / "demo")
+    with pytest.raises(InputError, match=rf"has {MIN_IMAGES - 1} images with a caption, expected at least"):
+        user_data(str(folder), tmp_path / "demo")
     with pytest.raises(InputError, match=r"is neither a folder nor a file"):
-        own_material(str(tmp_path / "nothing"), tmp_path / "demo")
+        user_data(str(tmp_path / "nothing"), tmp_path / "demo")
 
 
-def test_each_run_has_its_material_and_starts_from_the_run_before(folder, tmp_path):
-    own = own_material(str(folder), tmp_path / "demo")
-    plan = Plan("fp32", 1.0)
+def test_each_run_has_its_data_and_starts_from_the_run_before(folder, tmp_path):
+    own = user_data(str(folder), tmp_path / "demo")
+    plan = DemoPlan("fp32", 1.0)
     recipes = demo_recipes(tmp_path / "demo", own, plan, quick=True)
-    assert list(recipes) == ["stage 1", "stage 2", ALONE]  # there are no questions
-    with_questions = replace(own, questions={own.train: 1.0, own.generation: 0.5})
+    assert list(recipes) == ["stage 1", "stage 2", WITHOUT_STAGE1]  # there are no questions
+    with_questions = replace(own, questions="questions.jsonl", questions_validation="held_out_questions.jsonl")
     recipes = demo_recipes(tmp_path / "demo", with_questions, plan, quick=True)
     assert list(recipes) == list(RUNS)
     first, second, alone, vqa = recipes.values()
-    assert (second.start_from, alone.start_from, vqa.start_from) == (first.output, None, second.output)
+    assert (second.start_from, alone.start_from) == ([first.output], None)
+    assert vqa.start_from == [second.output, first.output]
     assert [recipe.data.train for recipe in recipes.values()] == [own.train, *[own.generation] * 2, vqa.data.train]
-    assert vqa.data.train == with_questions.questions
+    assert (vqa.data.train, vqa.data.validation) == (with_questions.questions, with_questions.questions_validation)
     assert replace(second, output=alone.output, start_from=None) == alone  # they differ in where they start alone
     assert len({recipe.output for recipe in recipes.values()}) == len(RUNS)
     longer = demo_recipes(tmp_path / "demo", own, replace(plan, scale=2.0), quick=False)
@@ -65,10 +66,10 @@ def test_each_run_has_its_material_and_starts_from_the_run_before(folder, tmp_pa
 
 def test_a_faster_machine_trains_more_in_the_same_time_and_a_killed_demo_keeps_its_plan(tmp_path):
     scales = [fitting_scale(rate) for rate in (1e9, 2e11, 8e11, 1e15)]
-    assert scales == sorted(scales) and scales[0] == 1.0 < scales[-1] <= LONGEST
+    assert scales == sorted(scales) and scales[0] == 1.0 < scales[-1] <= MAX_SCALE
     first = make_plan(tmp_path / "demo")
-    assert first.precision in ("bf16", "fp32") and 1.0 <= first.scale <= LONGEST
-    other = Plan("bf16" if first.precision == "fp32" else "fp32", 3.5)
+    assert first.precision in ("bf16", "fp32") and 1.0 <= first.scale <= MAX_SCALE
+    other = DemoPlan("bf16" if first.precision == "fp32" else "fp32", 3.5)
     (tmp_path / "demo" / "plan.json").write_text(json.dumps({"precision": other.precision, "scale": other.scale}))
     assert make_plan(tmp_path / "demo") == other  # it was not measured again
     assert make_plan(tmp_path / "demo", 2.0) == replace(other, scale=2.0) == make_plan(tmp_path / "demo")

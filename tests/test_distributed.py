@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from blip2 import distributed
 from blip2.backbones.vision import ImageEncoder, Preprocessing
 from blip2.config import ObjectivesConfig
-from blip2.distributed import fetch, gather, gather_padded, process_count, process_index, shared_chances
+from blip2.distributed import all_gather, all_gather_padded, gather_rows, rank_consistent_uniforms
 from blip2.model.representation import Negatives, RepresentationBatch, RepresentationModel
 from fixtures.tiny import QFORMER, randomize, texts
 
@@ -87,18 +88,18 @@ def work(rank: int, folder: Path) -> None:
         "gloo", f"file://{folder / 'meet'}", rank=rank, world_size=2, timeout=timedelta(seconds=120)
     )
     batch, negatives = half(rank)
-    label_count = whole_batch().label_count / 2
+    num_labels = whole_batch().num_labels / 2
     results = {}
     for name, case in CASES.items():
         model = build(*case)
-        losses = model(batch, label_count, negatives).losses
+        losses = model(batch, num_labels, negatives).losses
         sum(losses.values()).backward()
         results[name] = averages(losses), averages(gradients(model))
 
     # DDP averages by itself.
     for name in ("all", "all with the image encoder"):
         model = DistributedDataParallel(build(*CASES[name]))
-        losses = model(batch, label_count, negatives).losses
+        losses = model(batch, num_labels, negatives).losses
         sum(losses.values()).backward()
         results[f"{name}, DDP"] = averages(losses), gradients(model)
 
@@ -106,9 +107,9 @@ def work(rank: int, folder: Path) -> None:
     model = build({"itm"}, False)
     results["drawn"] = averages(model(half(rank, ODD_ONE_OUT)[0]).losses)
 
-    results["gathered"] = gather(torch.full((2, 1), rank)), gather_padded(torch.full((1, 2 + rank), rank), 9)
-    results["process"] = process_index(), process_count()
-    results["chances"] = gather(shared_chances(7, 2, 3).T).T
+    results["gathered"] = all_gather(torch.full((2, 1), rank)), all_gather_padded(torch.full((1, 2 + rank), rank), 9)
+    results["process"] = distributed.rank(), distributed.world_size()
+    results["chances"] = all_gather(rank_consistent_uniforms(7, 2, 3).T).T
     both: list = [None, None]
     dist.all_gather_object(both, fetch_and_learn(rank))
     results["fetched"] = both
@@ -132,7 +133,7 @@ def fetch_and_learn(rank: int) -> tuple[Tensor, Tensor, list[int]]:
 
     dist.all_to_all_single = note
     try:
-        rows = fetch(own, torch.tensor([[4, 0, 4, 2], [0, 5, 1, 0]][rank]))
+        rows = gather_rows(own, torch.tensor([[4, 0, 4, 2], [0, 5, 1, 0]][rank]))
         (rows * torch.tensor([1.0, 10, 100, 1000])[:, None]).sum().backward()
     finally:
         dist.all_to_all_single = exchange
@@ -152,7 +153,7 @@ def results(tmp_path_factory) -> dict:
 @pytest.mark.parametrize("name", [*CASES, "all, DDP", "all with the image encoder, DDP"])
 def test_two_processes_learn_what_one_learns(results, name):
     model, batch = build(*CASES[name.removesuffix(", DDP")]), whole_batch()
-    losses = model(batch, float(batch.label_count), NEGATIVES).losses
+    losses = model(batch, float(batch.num_labels), NEGATIVES).losses
     sum(losses.values()).backward()
     their_losses, their_gradients = results[name]
     torch.testing.assert_close(their_losses, {k: v.detach() for k, v in losses.items()})
@@ -184,7 +185,7 @@ def test_gathering_keeps_the_order_of_processes(results):
 
 
 def test_chances_of_two_processes_are_those_of_one(results):
-    assert torch.equal(results["chances"], shared_chances(7, 2, 6))
+    assert torch.equal(results["chances"], rank_consistent_uniforms(7, 2, 6))
     assert len(results["chances"].unique()) == 12
 
 
@@ -200,7 +201,7 @@ def test_only_what_was_drawn_travels_and_its_gradient_comes_home(results):
 
 def test_one_process_gathers_nothing():
     tensor = torch.ones(2, 3)
-    assert gather(tensor) is tensor
-    assert gather_padded(tensor, 0) is tensor
-    assert fetch(torch.arange(4), torch.tensor([2, 0, 2])).tolist() == [2, 0, 2]
-    assert (process_index(), process_count()) == (0, 1)
+    assert all_gather(tensor) is tensor
+    assert all_gather_padded(tensor, 0) is tensor
+    assert gather_rows(torch.arange(4), torch.tensor([2, 0, 2])).tolist() == [2, 0, 2]
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)

@@ -9,12 +9,12 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from blip2.checkpoint import FOLDER, open_checkpoint
+from blip2.checkpoint import CHECKPOINTS_FOLDER, open_checkpoint
 from blip2.config import DataConfig, LanguageConfig, VisionConfig
 from blip2.convert import convert
 from blip2.data.assets import ASSETS
 from blip2.errors import InputError
-from blip2.hub import UNKNOWN, license_of, model_card, push
+from blip2.hub import UNKNOWN_LICENSE, find_license, model_card, push_to_hub
 from blip2.pipelines import load
 from blip2.recipe import load_recipe
 from blip2.training.metrics import read_metrics
@@ -27,7 +27,14 @@ FORMATS = ("transformers", "vllm", "lavis", "blip2")
 def measured(parts, tmp_path_factory):
     """A run of stage 1 whose losses on held-out pairs were measured after steps 2 and 3."""
     run = tmp_path_factory.mktemp("measured") / "stage1"
-    short = {"steps": 3, "save_steps": 1, "keep": 3, "eval_steps": 2, "device": "cpu", "precision": "fp32"}
+    short = {
+        "max_steps": 3,
+        "save_steps": 1,
+        "save_total_limit": 3,
+        "eval_steps": 2,
+        "device": "cpu",
+        "precision": "fp32",
+    }
     train(parts.recipe(run, training=short, data={"validation": parts.pictures}))
     return run
 
@@ -45,7 +52,7 @@ def foreign(runs):
         language=LanguageConfig(name=name),
         qformer=replace(found.recipe.qformer, bert=None),
     )
-    return replace(found, name=name, format="transformers", about="transformers' Blip2 with OPT", recipe=recipe)
+    return replace(found, name=name, format="transformers", description="transformers' Blip2 with OPT", recipe=recipe)
 
 
 def blocks(card, language):
@@ -82,7 +89,7 @@ def test_card_says_what_was_trained_on_what_with_which_recipe(runs, parts, tmp_p
     assert f"Trained on `{parts.pictures}`; no pairs were held out." in card
     assert f"started from the BERT `{parts.bert}`" in card
     losses = "ITC + ITM + ITG" if name == "stage1" else "the language modeling loss of the captions"
-    assert f"This is step 3 of 3, each of 4 pairs, with AdamW on {losses}." in card
+    assert f"Training ran for 3 of 3 steps, each with 4 pairs, with AdamW on {losses}." in card
     (recipe,) = blocks(card, "yaml")
     assert yaml.safe_load(recipe)["data"]["train"] == parts.pictures
     (tmp_path / "recipe.yaml").write_text(recipe)
@@ -93,7 +100,7 @@ def test_card_says_what_was_trained_on_what_with_which_recipe(runs, parts, tmp_p
 
 def test_card_says_where_training_started_and_how_large_a_step_was(runs, tmp_path):
     folder = tmp_path / "step-00000003"
-    shutil.copytree(runs["llama"] / FOLDER / folder.name, folder)
+    shutil.copytree(runs["llama"] / CHECKPOINTS_FOLDER / folder.name, folder)
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps({**state, "positions": state["positions"] * 8}))
     found = open_checkpoint(
@@ -101,17 +108,17 @@ def test_card_says_where_training_started_and_how_large_a_step_was(runs, tmp_pat
     )
     card = model_card(found, "blip2")
     assert "started from the weights of `Salesforce/blip2-itm-vit-g`" in card
-    assert "each of 64 pairs, with" in card
+    assert "each with 64 pairs, with" in card
     assert blocks(card, "sh") == ["torchrun --nproc_per_node 8 --no-python blip2 train recipe.yaml\n"]
     assert ["checkpoint that training started from", "`Salesforce/blip2-itm-vit-g`", "mit"] in table(card, "part")
     assert "No results were measured." in card  # it does not lie in its run
     (folder / "state.json").unlink()
-    assert "each of 8 pairs a process, with" in model_card(found, "blip2")
+    assert "each with 8 pairs per process, with" in model_card(found, "blip2")
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_results_are_those_of_the_step(measured, step):
-    card = model_card(open_checkpoint(str(measured / FOLDER / f"step-{step:08d}")), "transformers")
+    card = model_card(open_checkpoint(str(measured / CHECKPOINTS_FOLDER / f"step-{step:08d}")), "transformers")
     line = read_metrics(measured)[step - 1]
     assert line["step"] == step
     heads, *rows = table(card, " |")
@@ -158,7 +165,7 @@ def test_card_of_both_stages(runs):
 def test_card_of_another_format_does_not_know_the_data(foreign):
     card = model_card(foreign, "vllm")
     assert "`Salesforce/blip2-opt-2.7b` (transformers' Blip2 with OPT)" in card
-    assert "is not recorded in that format" in card
+    assert "does not record the training data or the recipe" in card
     assert "No results were measured." in card
     assert not blocks(card, "yaml") and "blip2 train" not in card
     data = ModelCard(card).data
@@ -185,7 +192,7 @@ def test_a_license_is_stated_only_if_all_parts_have_it(foreign):
     mixed = ModelCard(model_card(parts("openai/clip-vit-large-patch14", "google/flan-t5-xl", "nobody/bert"), "blip2"))
     assert (mixed.data.license, mixed.data.license_name) == ("other", "see-frozen-parts")
     assert mixed.data.base_model == ["openai/clip-vit-large-patch14", "google/flan-t5-xl", "nobody/bert"]
-    assert UNKNOWN in mixed.text
+    assert UNKNOWN_LICENSE in mixed.text
     limited = parts("facebook/opt-125m", "facebook/opt-125m", None)
     assert ModelCard(model_card(limited, "blip2")).data.license == "other"
 
@@ -212,7 +219,7 @@ def test_programs_of_the_card_compile(runs, name, to):
 def run_programs(folder, parts, monkeypatch, capsys):
     """What the programs of a folder's card print, run in the folder as they stand."""
     monkeypatch.chdir(folder)
-    shutil.copy(Path(parts.pictures).parent / "red-disc-0.png", "picture.png")
+    shutil.copy(Path(parts.pictures).parent / "red-disc-0.png", "image.png")
     capsys.readouterr()
     for program in blocks(Path("README.md").read_text(encoding="utf-8"), "python"):
         exec(program, {})
@@ -235,11 +242,11 @@ def test_programs_of_the_card_say_what_blip2_says(parts, runs, tmp_path, monkeyp
     written, cosine, probability = re.fullmatch(
         r'a "picture" of(.*)\ncosine: (.*)\nprobability that they match: (.*)\n', printed, re.DOTALL
     ).groups()
-    (caption,) = load(tmp_path / "run").caption("picture.png")
+    (caption,) = load(tmp_path / "run").caption("image.png")
     assert written == caption
     judge = load(runs["stage1"])
-    assert float(cosine) == pytest.approx(judge.similarity("picture.png", "a text").item(), abs=1e-5)
-    assert float(probability) == pytest.approx(judge.match("picture.png", "a text").item(), abs=1e-5)
+    assert float(cosine) == pytest.approx(judge.similarity("image.png", "a text").item(), abs=1e-5)
+    assert float(probability) == pytest.approx(judge.match("image.png", "a text").item(), abs=1e-5)
 
 
 @pytest.mark.parametrize(("name", "to"), [("stage1", "transformers"), ("stage1", "blip2"), ("llama", "blip2")])
@@ -269,11 +276,11 @@ def test_programs_of_the_card_run(parts, runs, tmp_path, monkeypatch, capsys, na
     ],
 )
 def test_licenses_that_are_known(name, license):
-    assert license_of(name) == license
+    assert find_license(name) == license
 
 
 def test_every_asset_has_a_license():
-    assert all(license_of(f"package:{name}") == asset.license for name, asset in ASSETS.items())
+    assert all(find_license(f"package:{name}") == asset.license for name, asset in ASSETS.items())
 
 
 @pytest.mark.parametrize(
@@ -291,7 +298,7 @@ def test_every_asset_has_a_license():
 )
 def test_license_by_a_folder_s_own_readme(tmp_path, readme, license):
     (tmp_path / "README.md").write_bytes(readme if isinstance(readme, bytes) else readme.encode())
-    assert license_of(str(tmp_path)) == license
+    assert find_license(str(tmp_path)) == license
 
 
 # -- the hub -----------------------------------------------------------------------------------------------------------
@@ -300,7 +307,7 @@ def test_license_by_a_folder_s_own_readme(tmp_path, readme, license):
 @pytest.fixture
 def folder(runs, tmp_path):
     """A folder as it is published."""
-    source = next((runs["stage1"] / FOLDER).glob("step-*3"))
+    source = next((runs["stage1"] / CHECKPOINTS_FOLDER).glob("step-*3"))
     shutil.copytree(source, tmp_path / "mine", ignore=shutil.ignore_patterns("optimizer.pt"))
     (tmp_path / "mine" / "README.md").write_text(model_card(open_checkpoint(str(source)), "blip2"), encoding="utf-8")
     return tmp_path / "mine"
@@ -312,13 +319,13 @@ def files(folder):
 
 def refusal(folder, repository="me/model", **options):
     with pytest.raises(InputError) as error:
-        push(folder, repository, **options)
+        push_to_hub(folder, repository, **options)
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
 def test_files_arrive_byte_for_byte_in_one_commit(hub, folder):
-    assert push(folder, "me/model") == f"{hub.url}/me/model"
+    assert push_to_hub(folder, "me/model") == f"{hub.url}/me/model"
     assert hub.commits == [files(folder)]
     assert {"README.md", "recipe.yaml", "model.safetensors", "tokenizer/tokenizer.json"} <= set(hub.commits[0])
     assert [(made["name"], made["organization"], made.get("visibility")) for made in hub.created] == [
@@ -328,20 +335,20 @@ def test_files_arrive_byte_for_byte_in_one_commit(hub, folder):
 
 
 def test_a_name_without_an_owner_is_one_s_own(hub, folder):
-    assert push(str(folder), "model", private=True) == f"{hub.url}/me/model"
+    assert push_to_hub(str(folder), "model", private=True) == f"{hub.url}/me/model"
     assert hub.created[0]["visibility"] == "private"
     assert len(hub.commits) == 1
 
 
 def test_a_repository_that_is_there_is_pushed_to(hub, folder):
     hub.refuses["/api/repos/create"] = 409
-    push(folder, "me/model")
+    push_to_hub(folder, "me/model")
     assert hub.commits == [files(folder)]
 
 
 def test_nothing_is_shown_to_others_that_was_to_be_private(hub, folder):
     hub.private = False
-    assert "me/model is there already and public" in refusal(folder, private=True)
+    assert "me/model already exists and is public" in refusal(folder, private=True)
     assert hub.commits == []
 
 
@@ -378,7 +385,7 @@ def test_offline(hub, folder, monkeypatch):
 
 @pytest.mark.parametrize("name", ["a/b/c", "me/my model", "me--model", ".model", ""])
 def test_names_that_no_repository_has(hub, folder, name):
-    assert "is not the name of a repository" in refusal(folder, name)
+    assert "is not a repository name" in refusal(folder, name)
     assert hub.tokens == set()
 
 
@@ -388,26 +395,26 @@ def test_folders_that_are_not_to_be_pushed(hub, folder, tmp_path):
     (folder / "README.md").unlink()
     assert "has no README.md" in refusal(folder)
     (folder / "recipe.yaml").unlink()
-    assert "holds no model" in refusal(folder)
+    assert "contains no model" in refusal(folder)
     (folder / "mine.pth").write_bytes(b"")
     assert "has no README.md" in refusal(folder)
     assert hub.tokens == set()
 
 
 def test_license_by_the_hub_s_card(hub):
-    assert license_of("somebody/model") == license_of("timm:model") == "mpl-2.0"
+    assert find_license("somebody/model") == find_license("timm:model") == "mpl-2.0"
     hub.card = None
-    assert license_of("somebody/model") is None
+    assert find_license("somebody/model") is None
     hub.refuses["/"] = 404
-    assert license_of("somebody/model") is None
+    assert find_license("somebody/model") is None
 
 
 def test_license_without_a_network(monkeypatch, hub):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    assert license_of("somebody/model") is None
+    assert find_license("somebody/model") is None
 
 
 def test_paths_of_this_file_are_not_hub_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("models/vit").mkdir(parents=True)
-    assert license_of("models/vit") is None
+    assert find_license("models/vit") is None

@@ -7,10 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from blip2.corpus.job import HERE, Worker, claim, do_units
+from blip2.corpus.job import LOCAL, Worker, claim_folder, run_job
 from blip2.errors import InputError
-from blip2.io import LOCK, explained, locked, output_path, write_json, written
+from blip2.io import LOCK, atomic_write, convert_os_errors, expand_home, lock_folder, write_json, write_tensors
 
 
 def test_any_text_comes_back(tmp_path: Path) -> None:
@@ -23,7 +24,7 @@ def test_any_text_comes_back(tmp_path: Path) -> None:
 def test_what_was_there_stays_when_writing_fails(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_json(path, [1])
-    with pytest.raises(KeyError), written(path) as file:
+    with pytest.raises(KeyError), atomic_write(path) as file:
         file.write(b"half of")
         raise KeyError
     assert json.loads(path.read_bytes()) == [1] and list(tmp_path.iterdir()) == [path]
@@ -35,7 +36,7 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
         write_json(path, [])
     with (
         pytest.raises(InputError, match=r"a\.json cannot be written \(No such file.+\): make room, or give"),
-        explained(path),
+        convert_os_errors(path),
     ):
         write_json(path, [])
 
@@ -45,10 +46,10 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_a_home_folder_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert output_path("~/a") == tmp_path / "a"
-    assert output_path("a~/~") == Path("a~/~")
-    with pytest.raises(InputError, match="output ~nobody-here/a begins with a home folder that is not known"):
-        output_path("~nobody-here/a")
+    assert expand_home("~/a") == tmp_path / "a"
+    assert expand_home("a~/~") == Path("a~/~")
+    with pytest.raises(InputError, match="~nobody-here/a begins with a home folder that is unknown"):
+        expand_home("~nobody-here/a")
 
 
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
@@ -57,7 +58,7 @@ def test_a_lock_is_not_held_by_what_is_forked(tmp_path: Path) -> None:
     reading, writing = os.pipe()
     holder = os.fork()
     if holder == 0:
-        with locked(tmp_path):
+        with lock_folder(tmp_path):
             worker = os.fork()
             if worker:
                 os.write(writing, str(worker).encode())
@@ -65,11 +66,11 @@ def test_a_lock_is_not_held_by_what_is_forked(tmp_path: Path) -> None:
             os._exit(1)
     worker = int(os.read(reading, 20))
     try:
-        with pytest.raises(InputError, match=f"in use by process {holder} on "), locked(tmp_path):
+        with pytest.raises(InputError, match=f"in use by process {holder} on "), lock_folder(tmp_path):
             pass
         os.kill(holder, signal.SIGKILL)
         os.waitpid(holder, 0)
-        with locked(tmp_path):
+        with lock_folder(tmp_path):
             assert str(os.getpid()) in (tmp_path / LOCK).read_text()
     finally:
         os.kill(worker, signal.SIGKILL)
@@ -84,9 +85,24 @@ class Nothing:
 
 
 def test_a_pass_has_its_output_alone(tmp_path: Path) -> None:
-    with locked(tmp_path), pytest.raises(InputError, match="in use by this process"):
-        do_units(Nothing(), [], tmp_path, {"pass": "x"}, HERE, "x")
-    assert list(do_units(Nothing(), [], tmp_path, {"pass": "x"}, HERE, "x")) == []
+    with lock_folder(tmp_path), pytest.raises(InputError, match="in use by this process"):
+        run_job(Nothing(), [], tmp_path, {"pass": "x"}, LOCAL, "x")
+    assert list(run_job(Nothing(), [], tmp_path, {"pass": "x"}, LOCAL, "x")) == []
     (tmp_path / "about.json").write_text('{"pass": ')
-    with pytest.raises(InputError, match=r"about\.json is damaged .*: delete it to go on with what lies beside it"):
-        claim(tmp_path, {"pass": "x"})
+    with pytest.raises(InputError, match=r"about\.json is damaged .*: delete it to resume with the other files"):
+        claim_folder(tmp_path, {"pass": "x"})
+
+
+def test_only_regular_files_are_replaced(tmp_path):
+    """A rename would put a file in the place of a device or a link."""
+    (tmp_path / "link.json").symlink_to(tmp_path / "file.json")
+    write_json(tmp_path / "link.json", {"a": 1})
+    write_tensors(tmp_path / "link.json", {"a": torch.zeros(1)})
+    assert (tmp_path / "link.json").is_symlink() and (tmp_path / "file.json").is_file()
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(InputError, match="is a folder, a device or a pipe, expected a file: give another output"):
+            write_json(path, {})
+        with pytest.raises(InputError, match="is a folder, a device or a pipe, expected a file: give another output"):
+            write_tensors(path, {"a": torch.zeros(1)})
+    assert (tmp_path / "pipe").is_fifo()

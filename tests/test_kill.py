@@ -57,7 +57,7 @@ def test_killed_at_random_moments(parts, tmp_path):
     arguments = ["train", str(path), "--output", str(run), "--resume"]
     resumed_from, halves = [], 0
     for number in range(KILLS):
-        last = checkpoint.latest(run)
+        last = checkpoint.latest_checkpoint(run)
         resumed_from.append(int(last.name.removeprefix("step-")) if last else 0)
         before, left_behind = inode(metrics), half_written(run)
         process = start(arguments, log)
@@ -86,8 +86,8 @@ def test_killed_at_random_moments(parts, tmp_path):
     calm, killed = exact(tmp_path / "calm"), exact(run)
     assert [row["step"] for row in killed] == [str(step) for step in range(1, STEPS + 1)]
     assert killed == calm
-    one = load_file(checkpoint.latest(tmp_path / "calm") / "model.safetensors")
-    other = load_file(checkpoint.latest(run) / "model.safetensors")
+    one = load_file(checkpoint.latest_checkpoint(tmp_path / "calm") / "model.safetensors")
+    other = load_file(checkpoint.latest_checkpoint(run) / "model.safetensors")
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
     assert not half_written(run)

@@ -10,7 +10,7 @@ import pytest
 FREED = """
 import numpy as np
 from pathlib import Path
-from blip2.memory import keep_memory
+from blip2.memory import tune_malloc
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1])
@@ -35,17 +35,17 @@ def left(call: str, **variables: str) -> float:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the GNU C library alone")
 def test_what_is_freed_is_kept() -> None:
     assert left("") < 0.1
-    assert left("keep_memory()") > 0.9
-    assert left("keep_memory()", MALLOC_ARENA_MAX="2") > 0.9
-    assert left("keep_memory()", MALLOC_MMAP_THRESHOLD_="1048576") < 0.1
+    assert left("tune_malloc()") > 0.9
+    assert left("tune_malloc()", MALLOC_ARENA_MAX="2") > 0.9
+    assert left("tune_malloc()", MALLOC_MMAP_THRESHOLD_="1048576") < 0.1
 
 
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     import ctypes
 
-    from blip2.memory import keep_memory
+    from blip2.memory import tune_malloc
 
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
-    keep_memory()
+    tune_malloc()
     assert os.environ["THP_MEM_ALLOC_ENABLE"] == "0"

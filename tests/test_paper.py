@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from blip2.config import ObjectivesConfig
-from blip2.corpus.capfilt import Settings
-from blip2.data.collate import MOST_WORDS, SIGNS, split_caption
-from blip2.evaluation.tasks import Settings as EvaluationSettings
-from blip2.model.losses import draw_hard_negatives
+from blip2.config import EvaluationConfig, ObjectivesConfig
+from blip2.corpus.capfilt import CapFiltConfig
+from blip2.data.collate import LAVIS_PUNCTUATION, MAX_WORDS, split_caption
+from blip2.model.losses import sample_hard_negatives
 from blip2.model.representation import RepresentationModel
-from blip2.pipelines import ANSWER, CAPTION, QUESTION, SHORT_QUESTION
+from blip2.pipelines import ANSWER_DECODING, CAPTION_DECODING, QUESTION_TEMPLATE, SHORT_QUESTION_TEMPLATE
 from blip2.recipe import find_recipe, load_recipe, override
 from fixtures.tiny import QFORMER, no_encoder
 
@@ -344,8 +343,10 @@ def test_every_value_of_a_recipe_is_in_the_table(name):
     recipe = read(name)
     assert differs(recipe, name) == {}
     assert recipe.output.split("/")[-1] == name.removeprefix("pretrain-").removeprefix("finetune-")
-    befores = [read(f"pretrain-{start.split('/')[-1]}") for start in recipe.starts]
-    for before, start in zip(befores, recipe.starts, strict=True):  # what other recipes make, with one image encoder
+    befores = [read(f"pretrain-{start.split('/')[-1]}") for start in recipe.start_checkpoints]
+    for before, start in zip(
+        befores, recipe.start_checkpoints, strict=True
+    ):  # what other recipes make, with one image encoder
         assert before.output == start and before.vision.name == recipe.vision.name
         assert before.language is None or before.language.name == recipe.language.name
     if recipe.qformer.use_qformer_text_input:  # what stage 2 has no place for
@@ -389,20 +390,30 @@ def test_a_change_is_seen(name, change):
 
 def test_capfilt():
     """§3.4: ten captions by nucleus sampling (BLIP's), of which two stay with the original among them."""
-    settings = Settings()
-    assert (settings.captions, settings.rules.keep, settings.decoding.top_p) == (10, 2, 0.9)
-    assert (settings.rules.fewest_words, settings.rules.most_words, settings.rules.alike) == (1, None, 1.0)
-    assert settings.decoding.temperature == 1.0
+    config = CapFiltConfig()
+    assert (config.num_captions, config.rules.keep, config.decoding.top_p) == (10, 2, 0.9)
+    assert (config.rules.min_words, config.rules.max_words, config.rules.max_word_overlap) == (1, None, 1.0)
+    assert config.decoding.temperature == 1.0
 
 
 def test_generation():
     """§4.1, Tables 7 and 8; lengths are the reference implementation's."""
-    assert (CAPTION.num_beams, CAPTION.length_penalty, CAPTION.max_new_tokens, CAPTION.top_p) == (5, 1.0, 30, None)
-    assert (ANSWER.num_beams, ANSWER.length_penalty, ANSWER.max_new_tokens, ANSWER.top_p) == (5, -1.0, 10, None)
-    assert CAPTION.repetition_penalty == ANSWER.repetition_penalty == 1.0
-    assert (QUESTION, SHORT_QUESTION) == ("Question: {} Answer:", "Question: {} Short answer:")
-    assert EvaluationSettings().rerank_k == 128  # §4.4
-    assert (MOST_WORDS, set(SIGNS)) == (50, set('.!"()*#:;~'))
+    assert (
+        CAPTION_DECODING.num_beams,
+        CAPTION_DECODING.length_penalty,
+        CAPTION_DECODING.max_new_tokens,
+        CAPTION_DECODING.top_p,
+    ) == (5, 1.0, 30, None)
+    assert (
+        ANSWER_DECODING.num_beams,
+        ANSWER_DECODING.length_penalty,
+        ANSWER_DECODING.max_new_tokens,
+        ANSWER_DECODING.top_p,
+    ) == (5, -1.0, 10, None)
+    assert CAPTION_DECODING.repetition_penalty == ANSWER_DECODING.repetition_penalty == 1.0
+    assert (QUESTION_TEMPLATE, SHORT_QUESTION_TEMPLATE) == ("Question: {} Answer:", "Question: {} Short answer:")
+    assert EvaluationConfig("retrieval", "").rerank_k == 128  # §4.4
+    assert (MAX_WORDS, set(LAVIS_PUNCTUATION)) == (50, set('.!"()*#:;~'))
 
 
 def test_the_temperature_starts_at_its_number():
@@ -418,7 +429,7 @@ def test_a_hard_negative_is_drawn_with_its_probability():
     # Of the two that are left one has half the mass, and the other 1e-4 of all there is.
     below = 0.5001 / 0.5002
     assert [
-        int(draw_hard_negatives(similarity, positive, torch.tensor([chance]))[0])
+        int(sample_hard_negatives(similarity, positive, torch.tensor([chance]))[0])
         for chance in (0.0, below - 1e-5, below + 1e-5, 0.99999)
     ] == [1, 1, 2, 2]
 

@@ -11,7 +11,7 @@ from blip2 import pipelines as inference
 from blip2.data.collate import encode_texts
 from blip2.decoding.search import Decoding
 from blip2.errors import InputError
-from blip2.pipelines import ANSWER, CAPTION, QUESTION, SHORT_QUESTION, load
+from blip2.pipelines import ANSWER_DECODING, CAPTION_DECODING, QUESTION_TEMPLATE, SHORT_QUESTION_TEMPLATE, load
 from conftest import draw
 from fixtures.tiny import randomize
 
@@ -81,7 +81,7 @@ def test_a_frozen_part_that_is_gone(runs, tmp_path, compare):
     shutil.copytree(compare.path, tmp_path / "copy")
     recipe = tmp_path / "copy" / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace(compare.recipe.vision.name, "/nowhere/at/all"))
-    with pytest.raises(InputError, match="there is no folder '/nowhere/at/all' to read the image encoder from"):
+    with pytest.raises(InputError, match="there is no folder '/nowhere/at/all' to load the image encoder from"):
         load(tmp_path / "copy", device="cpu")
 
 
@@ -121,7 +121,7 @@ def test_match_is_the_model_s_own_pairwise_pass(compare):
     for i, picture in enumerate(PICTURES):
         for t, text in enumerate(TEXTS):
             ids, mask, _ = encode_texts(compare.tokenizer, [text], 32)
-            logits = model.match(model.memory(compare.features(picture)), ids, mask)
+            logits = model.match(model.build_image_memory(compare.encode_images(picture)), ids, mask)
             assert float(match[i, t]) == pytest.approx(float(logits.softmax(dim=1)[0, 1]), abs=1e-6)
     assert ((match >= 0) & (match <= 1)).all()
     assert match.std() > 0
@@ -183,8 +183,8 @@ def test_images_of_every_kind(compare, tmp_path):
 
 
 def test_features_stand_for_images(compare):
-    features = compare.features(PICTURES)
-    assert features.shape == (3, compare.model.vision.tokens, compare.model.vision.width)
+    features = compare.encode_images(PICTURES)
+    assert features.shape == (3, compare.model.vision.num_tokens, compare.model.vision.hidden_size)
     assert torch.equal(compare.embed_images(features), compare.embed_images(PICTURES))
     assert torch.equal(compare.match(features, TEXTS), compare.match(PICTURES, TEXTS))
 
@@ -260,11 +260,15 @@ def test_a_question_an_image(writer):
 
 
 def test_how_questions_are_put(writer):
-    template = SHORT_QUESTION if writer.model.language.is_encoder_decoder else QUESTION
+    template = SHORT_QUESTION_TEMPLATE if writer.model.language.is_encoder_decoder else QUESTION_TEMPLATE
     prompt = template.format("what is it?")
-    assert writer.answer(PICTURES[0], "what is it?") == writer.generate(PICTURES[0], [prompt], ANSWER)
-    assert (QUESTION, SHORT_QUESTION) == ("Question: {} Answer:", "Question: {} Short answer:")
-    assert (CAPTION.num_beams, ANSWER.num_beams, ANSWER.length_penalty) == (5, 5, -1.0)  # of the paper
+    assert writer.answer(PICTURES[0], "what is it?") == writer.generate(PICTURES[0], [prompt], ANSWER_DECODING)
+    assert (QUESTION_TEMPLATE, SHORT_QUESTION_TEMPLATE) == ("Question: {} Answer:", "Question: {} Short answer:")
+    assert (CAPTION_DECODING.num_beams, ANSWER_DECODING.num_beams, ANSWER_DECODING.length_penalty) == (
+        5,
+        5,
+        -1.0,
+    )  # of the paper
 
 
 def test_a_question_with_braces(writer):
@@ -283,13 +287,15 @@ def test_batches_of_prompts(writer, monkeypatch):
 def test_prompts_say_which_image_they_are_about(writer, monkeypatch):
     asked = [(1, QUESTIONS[1]), (0, QUESTIONS[0]), (1, QUESTIONS[2]), (2, ""), (1, QUESTIONS[0])]
     expected = [writer.generate(PICTURES[i], [prompt], GREEDY)[0] for i, prompt in asked]
-    image_of, prompts = zip(*asked, strict=True)
-    assert writer.generate(PICTURES, prompts, GREEDY, image_of=image_of) == expected
+    image_index, prompts = zip(*asked, strict=True)
+    assert writer.generate(PICTURES, prompts, GREEDY, image_index=image_index) == expected
     assert len(set(expected)) > 2
-    beams = [writer.generate(PICTURES[i], [prompt], ANSWER, 2) for i, prompt in asked]
+    beams = [writer.generate(PICTURES[i], [prompt], ANSWER_DECODING, 2) for i, prompt in asked]
     monkeypatch.setattr(writer, "batch_size", 2)
-    assert writer.generate(PICTURES, prompts, GREEDY, image_of=image_of) == expected
-    assert writer.generate(PICTURES, prompts, ANSWER, 2, image_of) == [text for pair in beams for text in pair]
+    assert writer.generate(PICTURES, prompts, GREEDY, image_index=image_index) == expected
+    assert writer.generate(PICTURES, prompts, ANSWER_DECODING, 2, image_index) == [
+        text for pair in beams for text in pair
+    ]
 
 
 def test_an_image_of_several_questions_is_encoded_once(writer):
@@ -319,10 +325,10 @@ def test_prompts_of_like_length_are_written_together(writer, monkeypatch):
 
 
 def test_images_that_prompts_cannot_be_about(writer):
-    with pytest.raises(InputError, match="image_of has 1 numbers for 2 prompts: give one a prompt"):
-        writer.generate(PICTURES, ["", ""], GREEDY, image_of=[0])
-    with pytest.raises(InputError, match="image_of holds 3, expected numbers from 0 to 2"):
-        writer.generate(PICTURES, ["", ""], GREEDY, image_of=[0, 3])
+    with pytest.raises(InputError, match="image_index has 1 entries for 2 prompts: give one per prompt"):
+        writer.generate(PICTURES, ["", ""], GREEDY, image_index=[0])
+    with pytest.raises(InputError, match="image_index contains 3, expected 0 to 2"):
+        writer.generate(PICTURES, ["", ""], GREEDY, image_index=[0, 3])
 
 
 def test_sampling_follows_the_seed(writer):
@@ -330,7 +336,7 @@ def test_sampling_follows_the_seed(writer):
 
     def sample(seed):
         set_seed(seed)
-        return writer.generate(PICTURES[:2], ["", ""], sampled, copies=3)
+        return writer.generate(PICTURES[:2], ["", ""], sampled, num_return_sequences=3)
 
     first = sample(1)
     assert len(first) == 6
@@ -411,9 +417,9 @@ def test_nothing_at_all(compare, writer):
 
 
 def test_counts_that_do_not_fit(writer):
-    with pytest.raises(InputError, match="there are 3 images and 2 questions: give one question an image"):
+    with pytest.raises(InputError, match="there are 3 images and 2 questions: give one question per image"):
         writer.answer(PICTURES, QUESTIONS[:2])
-    with pytest.raises(InputError, match="there are 3 images and 2 prompts: give one prompt an image"):
+    with pytest.raises(InputError, match="there are 3 images and 2 prompts: give one prompt per image"):
         writer.generate(PICTURES, ["", ""], GREEDY)
 
 

@@ -13,11 +13,11 @@ from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration
 
 from blip2 import checkpoint
 from blip2.backbones.language import load_language_model
-from blip2.backbones.vision import load_image_encoder
+from blip2.backbones.vision_loaders import load_image_encoder
 from blip2.checkpoint import open_checkpoint
 from blip2.convert import convert
-from blip2.data.collate import GenerationTexts, encode_questions
-from blip2.data.records import open_records
+from blip2.data.collate import CausalLMCollator, encode_questions
+from blip2.data.sources import open_records
 from blip2.decoding.search import Decoding
 from blip2.errors import InputError
 from blip2.model.generation import GenerationBatch, GenerationModel, Questions
@@ -96,7 +96,7 @@ def pixels(count):
 def test_queries_look_for_what_is_asked(model):
     images, (ids, mask) = pixels(2), texts(6, 4)
     prompt = model.visual_prompt(images, Questions(ids, mask))
-    memory = model.qformer.memory(model.vision.features(images), model.image_norm)
+    memory = model.qformer.project_image(model.vision.encode(images), model.image_norm)
     seen = model.qformer(memory, ids, attention_mask("bidirectional", QFORMER.num_query_tokens, mask)).queries
     torch.testing.assert_close(prompt, model.projection(seen))
     other = model.visual_prompt(images, Questions(ids.flip(0), mask.flip(0)))
@@ -109,8 +109,8 @@ def test_several_questions_about_one_image_encode_it_once(model, monkeypatch):
     images, (ids, mask) = pixels(2), texts(6, 4, 5)
     alone = [model.visual_prompt(images[[i]], Questions(ids[[n]], mask[[n]])) for n, i in enumerate([1, 0, 1])]
     encoded = []
-    features = model.vision.features
-    monkeypatch.setattr(model.vision, "features", lambda given: encoded.append(len(given)) or features(given))
+    features = model.vision.encode
+    monkeypatch.setattr(model.vision, "encode", lambda given: encoded.append(len(given)) or features(given))
     together = model.visual_prompt(images, Questions(ids, mask), torch.tensor([1, 0, 1]))
     torch.testing.assert_close(together, torch.cat(alone))
     assert encoded == [2]
@@ -141,9 +141,9 @@ def test_answers_are_drawn_as_often_as_they_were_given(recipe, tmp_path):
 
 def test_training_resumes_and_the_model_answers(recipe, run, tmp_path):
     again = shutil.copytree(run, tmp_path / "again")
-    shutil.rmtree(checkpoint.latest(again))
+    shutil.rmtree(checkpoint.latest_checkpoint(again))
     train(recipe(again), resume=True)
-    mine, theirs = (load_file(checkpoint.latest(folder) / "model.safetensors") for folder in (run, again))
+    mine, theirs = (load_file(checkpoint.latest_checkpoint(folder) / "model.safetensors") for folder in (run, again))
     assert mine.keys() == theirs.keys() and "qformer.word_embedding.weight" in mine
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
@@ -154,13 +154,13 @@ def test_training_resumes_and_the_model_answers(recipe, run, tmp_path):
             parameter.data *= 2
     pictures, questions = [draw("disc", "red", 0), draw("square", "blue", 7)], ["what color?", "is it a disc or not?"]
     answers = pipeline.answer(pictures, questions, GREEDY)
-    assert pipeline.question_prompt == PROMPT
-    features = pipeline.features(pictures)
+    assert pipeline.question_template == PROMPT
+    features = pipeline.encode_images(pictures)
     for picture in range(2):
-        seen = encode_questions(pipeline.reader, questions[picture : picture + 1])
+        seen = encode_questions(pipeline.qformer_tokenizer, questions[picture : picture + 1])
         prompt = pipeline.model.visual_prompt(features[[picture]], seen)
         ids = pipeline.tokenizer(PROMPT.format(questions[picture]), return_tensors="pt")["input_ids"]
-        new = pipeline.model.language.generate(prompt, ids, torch.ones_like(ids).bool(), GREEDY, pipeline.end)
+        new = pipeline.model.language.generate(prompt, ids, torch.ones_like(ids).bool(), GREEDY, pipeline.eos_token_id)
         assert pipeline.tokenizer.decode(new[0], skip_special_tokens=True).strip() == answers[picture]
     both = pipeline.answer(pictures[0], questions, GREEDY)
     assert both[0] == answers[0] and pipeline.answer(pictures[0], questions[1], GREEDY) == both[1:]
@@ -168,8 +168,8 @@ def test_training_resumes_and_the_model_answers(recipe, run, tmp_path):
 
 def test_the_text_transformer_comes_from_stage_one(parts, recipe, runs, tmp_path):
     train(recipe(tmp_path / "run", start_from=str(runs["stage1"]), optimizer={"learning_rate": {"*": 0.0}}))
-    before = load_file(checkpoint.latest(runs["stage1"]) / "model.safetensors")
-    after = load_file(checkpoint.latest(tmp_path / "run") / "model.safetensors")
+    before = load_file(checkpoint.latest_checkpoint(runs["stage1"]) / "model.safetensors")
+    after = load_file(checkpoint.latest_checkpoint(tmp_path / "run") / "model.safetensors")
     text = [name for name in after if "word_embedding" in name or "text_feed_forward" in name]
     assert len(text) > 8
     assert all(torch.equal(before[name], after[name]) for name in text)
@@ -177,8 +177,8 @@ def test_the_text_transformer_comes_from_stage_one(parts, recipe, runs, tmp_path
 
 def test_after_a_stage_two_that_read_no_questions_it_comes_from_bert(parts, recipe, runs, tmp_path):
     train(recipe(tmp_path / "run", start_from=str(runs["llama"]), optimizer={"learning_rate": {"*": 0.0}}))
-    after = load_file(checkpoint.latest(tmp_path / "run") / "model.safetensors")
-    before = load_file(checkpoint.latest(runs["llama"]) / "model.safetensors")
+    after = load_file(checkpoint.latest_checkpoint(tmp_path / "run") / "model.safetensors")
+    before = load_file(checkpoint.latest_checkpoint(runs["llama"]) / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
     words = BertForMaskedLM.from_pretrained(parts.bert).bert.embeddings.word_embeddings.weight
     assert torch.equal(after["qformer.word_embedding.weight"][:-1], words)
@@ -186,17 +186,17 @@ def test_after_a_stage_two_that_read_no_questions_it_comes_from_bert(parts, reci
 
 def started(folder):
     """The weights of a run that learned nothing."""
-    return load_file(checkpoint.latest(folder) / "model.safetensors")
+    return load_file(checkpoint.latest_checkpoint(folder) / "model.safetensors")
 
 
-STILL = {"rates": {"vision.*": "frozen", "language.*": "frozen", "*": 0.0}}
+STILL = {"learning_rate": {"vision.*": "frozen", "language.*": "frozen", "*": 0.0}}
 
 
 def test_two_starts(parts, recipe, runs, tmp_path, capsys):
     """The former wins where both have a weight, and no BERT is read."""
     first, second = started(runs["stage1"]), started(runs["llama"])
     both = {name for name in first if name in second and not torch.equal(first[name], second[name])}
-    assert any(".self_attention." in name for name in both) and "qformer.num_query_tokens" in both
+    assert any(".self_attention." in name for name in both) and "qformer.queries" in both
     for starts, winner in ((["llama", "stage1"], second), (["stage1", "llama"], first)):
         names = [str(runs[name]) for name in starts]
         train(
@@ -222,9 +222,9 @@ def test_two_starts(parts, recipe, runs, tmp_path, capsys):
 def test_what_no_start_has(parts, recipe, runs, tmp_path):
     rest = save_rest(runs["llama"], tmp_path / "rest", lambda name: not name.startswith("projection."))
     for starts, bert, expected in (
-        ([runs["llama"], runs["llama"]], parts.bert, "holds nothing that those before it in start_from lack: leave it"),
-        ([rest, runs["llama"]], parts.bert, r"hold no qformer \(text transformer\) \(such as qformer.* stage 1, or"),
-        ([runs["llama"]], None, r"holds no qformer \(text transformer\) \(such as qformer\.blocks\.0\.text_feed"),
+        ([runs["llama"], runs["llama"]], parts.bert, "has nothing that those before it in start_from lack: leave it"),
+        ([rest, runs["llama"]], parts.bert, r"has no qformer \(text transformer\) \(such as qformer.* stage 1, or"),
+        ([runs["llama"]], None, r"has no qformer \(text transformer\) \(such as qformer\.blocks\.0\.text_feed"),
     ):
         qformer = {"use_qformer_text_input": True, "bert": bert, "tokenizer": parts.bert}
         with pytest.raises(InputError, match=expected) as raised:
@@ -234,7 +234,7 @@ def test_what_no_start_has(parts, recipe, runs, tmp_path):
 
 def save_rest(run, folder, keep):
     """A checkpoint without some of its weights."""
-    shutil.copytree(checkpoint.latest(run), folder)
+    shutil.copytree(checkpoint.latest_checkpoint(run), folder)
     save_file({k: t for k, t in started(run).items() if keep(k)}, folder / "model.safetensors")
     return folder
 
@@ -259,7 +259,7 @@ def test_two_starts_of_other_formats(parts, recipe, tmp_path, form):
             torch.save({"model": lavis_state(stage, seed=len(stage))}, name)
         first = open_checkpoint(names[0], {"vision.name": names[1], "language.name": parts.opt}).weights
         second = open_checkpoint(names[1]).weights
-        sizes = {"hidden_size": 64, "heads": 1}
+        sizes = {"hidden_size": 64, "num_attention_heads": 1}
     train(
         recipe(
             tmp_path / "run", start_from=names, optimizer=STILL, training={"max_steps": 1}, vision={"name": names[1]},
@@ -270,15 +270,11 @@ def test_two_starts_of_other_formats(parts, recipe, tmp_path, form):
     )  # fmt: skip
     after = started(tmp_path / "run")
     of = {name: "first" if name in first else "second" for name in after}
-    assert {"first", "second"} == set(of.values()) and of["projection.weight"] == of[
-        "qformer.num_query_tokens"
-    ] == "first"
+    assert {"first", "second"} == set(of.values()) and of["projection.weight"] == of["qformer.queries"] == "first"
     assert {"qformer.word_embedding.weight", "qformer.blocks.0.text_feed_forward.expand.weight"} <= {
         name for name in of if of[name] == "second"
     }
-    assert (
-        not torch.equal(first["qformer.num_query_tokens"], second["qformer.num_query_tokens"]) or form == "transformers"
-    )
+    assert not torch.equal(first["qformer.queries"], second["qformer.queries"]) or form == "transformers"
     held = {"first": first, "second": second}
     assert [name for name, tensor in after.items() if not torch.equal(tensor, held[of[name]][name].float())] == []
 
@@ -300,9 +296,7 @@ def test_a_question_needs_a_place(parts, tmp_path):
 
 
 def test_records_without_questions_are_named(parts, recipe, tmp_path):
-    with pytest.raises(
-        InputError, match=r"no image that can be used.*it has no question, and language.prompt has \{\}"
-    ):
+    with pytest.raises(InputError, match=r"no usable image.*it has no question, and language.prompt has \{\}"):
         train(recipe(tmp_path / "run", data={"train": parts.pictures, "batch_size": 4, "num_workers": 0}))
 
 
@@ -328,7 +322,7 @@ def test_a_model_that_answers_needs_a_prompt_for_captions(run):
 
 @pytest.mark.parametrize("to", ["transformers", "vllm", "lavis"])
 def test_other_formats_have_no_place_for_it(run, tmp_path, to):
-    with pytest.raises(InputError, match=f"reads questions, for which the BLIP-2 of {to} has no place"):
+    with pytest.raises(InputError, match=f"reads questions, which the BLIP-2 of {to} does not support"):
         convert(run, tmp_path / "out.pth", to)
     convert(run, tmp_path / "own", "blip2")
     picture = draw("disc", "red", 0)
@@ -337,7 +331,7 @@ def test_other_formats_have_no_place_for_it(run, tmp_path, to):
 
 
 def test_the_tokenizer_of_questions_is_saved(parts, run):
-    saved = AutoTokenizer.from_pretrained(checkpoint.latest(run) / "tokenizer")
+    saved = AutoTokenizer.from_pretrained(checkpoint.latest_checkpoint(run) / "tokenizer")
     assert saved.convert_ids_to_tokens([57]) == ["[DEC]"]
 
 
@@ -360,7 +354,7 @@ def both(recipe, parts, table, tmp_path_factory):
 
 def test_captions_and_questions_have_prompts_of_their_own(both):
     pipeline = load(both, device="cpu")
-    assert pipeline.question_prompt == PROMPT
+    assert pipeline.question_template == PROMPT
     randomize(pipeline.model.qformer)
     image = draw("disc", "red", 0)
     assert pipeline.caption(image, decoding=GREEDY) == pipeline.caption(image, "Caption:", decoding=GREEDY)
@@ -370,7 +364,7 @@ def test_captions_and_questions_have_prompts_of_their_own(both):
 
 def test_each_record_is_learned_behind_its_own_prompt(parts):
     tokenizer = AutoTokenizer.from_pretrained(parts.llama)
-    texts_of = GenerationTexts(tokenizer, 99, "Caption:", tokenizer.eos_token_id, None, PROMPT)
+    texts_of = CausalLMCollator(tokenizer, 99, "Caption:", tokenizer.eos_token_id, None, PROMPT)
     images = torch.zeros(2, 3, 4)
     batch, _ = texts_of(images, ["a disc", "disc"], ["", "what shape?"], torch.arange(2), np.random.default_rng(0))
     rows = zip(batch.ids, batch.mask, strict=True)
@@ -411,7 +405,7 @@ def test_the_log_likelihood_of_an_answer_depends_on_what_the_qformer_reads(run):
     randomize(pipeline.model.qformer)
     images, texts = [draw("disc", "red", 0), draw("square", "blue", 7)], ["red", "blue", "red"]
     questions, image_of = ["what color is it?", "which shape?", "is it large?"], [0, 1, 0]
-    prompts = pipeline.question_prompts(questions)
+    prompts = pipeline.format_questions(questions)
     together = pipeline.log_likelihood(images, prompts, texts, image_of, questions)
     for i, image in enumerate(image_of):
         alone = pipeline.log_likelihood([images[image]], [prompts[i]], [texts[i]], questions=[questions[i]])
@@ -457,6 +451,6 @@ def test_limits_that_the_llm_has_no_positions_for(parts, recipe, tmp_path, name)
     data = {"max_length": 100, "train": parts.pictures, "num_workers": 0}
     made = recipe(tmp_path / "run", language={"name": folder, "prompt": "a "}, data=data,
                   qformer={"use_qformer_text_input": False})  # fmt: skip
-    with pytest.raises(InputError, match="the LLM has 96 positions, which do not hold 4 queries, a prompt of") as error:
+    with pytest.raises(InputError, match="the LLM has 96 positions, too few for 4 queries, a prompt of") as error:
         train(made)
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""BLIP-2: give a frozen language model eyes."""
+"""BLIP-2: connect a frozen image encoder to a frozen LLM by training only the Q-Former between them."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from blip2.decoding.search import Decoding
     from blip2.errors import InputError
+    from blip2.evaluation.in_training import train
     from blip2.pipelines import GenerationPipeline, RepresentationPipeline, load
-    from blip2.training.trainer import train
 
 __all__ = ["Decoding", "GenerationPipeline", "InputError", "RepresentationPipeline", "load", "train"]
 __version__ = "0.1.0"
 
-_HOMES = {
+_MODULES = {
     "Decoding": "blip2.decoding.search",
     "GenerationPipeline": "blip2.pipelines",
     "InputError": "blip2.errors",
     "RepresentationPipeline": "blip2.pipelines",
     "load": "blip2.pipelines",
-    "train": "blip2.training.trainer",
+    "train": "blip2.evaluation.in_training",
 }
 
 
 def __getattr__(name: str) -> Any:
-    # Imported at first use: `blip2 --help` need not wait for PyTorch.
-    if name not in _HOMES:
+    # Imported lazily, so that `blip2 --help` does not wait for PyTorch.
+    if name not in _MODULES:
         raise AttributeError(f"module 'blip2' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)

@@ -1,4 +1,4 @@
-"""The command ``blip2``, and ``python -m blip2``."""
+"""The entry point of ``blip2`` and ``python -m blip2``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NoReturn
 
 
 def main() -> int:
-    """Run :func:`blip2.cli.main`; Ctrl-C ends it in one line while its modules are still being imported, too."""
+    """Run :func:`blip2.cli.main`. Ctrl-C prints one line even while the modules are still being imported."""
     before = signal.signal(signal.SIGINT, _leave)
     from blip2.cli import main as run
 

@@ -1,4 +1,4 @@
-"""From a recipe to a model: the one place that knows names, folders and packages as well as networks."""
+"""Builds models from recipes: loads the pretrained parts by name, checks that they fit, and initializes the rest."""
 
 from __future__ import annotations
 
@@ -14,88 +14,90 @@ from transformers import PreTrainedTokenizerBase
 from blip2.backbones.language import LanguageModel, load_language_model
 from blip2.backbones.lora import add_adapters
 from blip2.backbones.pretrained import check_finite
-from blip2.backbones.vision import ImageEncoder, load_image_encoder
+from blip2.backbones.vision import ImageEncoder
+from blip2.backbones.vision_loaders import load_image_encoder
 from blip2.config import IMAGE_TOKEN, LanguageConfig, Precision, QFormerConfig, Recipe, VisionConfig
 from blip2.data.assets import resolve
-from blip2.data.benchmarks import SOURCE as BENCHMARK
-from blip2.data.collate import GenerationTexts, PrefixTexts, RepresentationTexts, TextPreparation, check_prompt
+from blip2.data.benchmarks import SOURCE_PATTERN as BENCHMARK
+from blip2.data.collate import CausalLMCollator, Collator, PrefixLMCollator, Stage1Collator, check_prompt
 from blip2.data.shards import is_url
 from blip2.errors import InputError
-from blip2.interop.checkpoint import Checkpoint, read_tokenizer
+from blip2.interop.checkpoint import Checkpoint, load_tokenizer
 from blip2.interop.detect import open_foreign
-from blip2.io import output_path
-from blip2.model.bert_init import check_fits, initialize_from_bert
+from blip2.io import expand_home
+from blip2.model.bert_init import check_compatible, initialize_from_bert
 from blip2.model.generation import GenerationModel
-from blip2.model.image_memory import tells_positions
+from blip2.model.image_memory import encodes_positions
 from blip2.model.representation import RepresentationModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DECODER_START = "[DEC]"
+DECODER_START_TOKEN = "[DEC]"
 
 
 @dataclass(frozen=True)
 class Built:
-    """A model with the tokenizer of its text: the Q-Former's in stage 1, the LLM's in stage 2."""
+    """A model with its tokenizers."""
 
     model: RepresentationModel | GenerationModel
     tokenizer: PreTrainedTokenizerBase
-    end: int | None = None
-    """Stage 2: id of the token that ends a text."""
-    reader: PreTrainedTokenizerBase | None = None
+    """The tokenizer of the captions: the Q-Former's in stage 1, the LLM's in stage 2."""
+    eos_token_id: int | None = None
+    """Stage 2: id of the token that ends a text of the LLM."""
+    question_tokenizer: PreTrainedTokenizerBase | None = None
     """Stage 2: tokenizer of a Q-Former that reads questions."""
 
     @property
     def qformer_tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """Of the Q-Former's text, if it reads any."""
-        return self.tokenizer if isinstance(self.model, RepresentationModel) else self.reader
+        """The tokenizer of the Q-Former's text; None if it reads no text."""
+        return self.tokenizer if isinstance(self.model, RepresentationModel) else self.question_tokenizer
 
 
-def choose_device(wanted: str | None) -> torch.device:
-    """The device asked for, or the best there is.
+def choose_device(requested: str | None) -> torch.device:
+    """Return the requested device, or the best one that is available.
 
     Raises:
-        InputError: it is not there.
+        InputError: it is not available.
     """
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if wanted is None:
-        wanted = next(name for name in ("cuda", "mps", "cpu") if there[name])
-    kind = wanted.split(":")[0]
-    if kind not in there:
-        raise InputError(f"there is no kind of device {wanted!r}: choose cpu, cuda or mps")
-    if not there[kind]:
-        raise InputError(f"device {wanted!r} was asked for, but PyTorch {torch.__version__} finds none here: use cpu")
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if requested is None:
+        requested = next(name for name in ("cuda", "mps", "cpu") if available[name])
+    kind = requested.split(":")[0]
+    if kind not in available:
+        raise InputError(f"there is no kind of device {requested!r}: choose cpu, cuda or mps")
+    if not available[kind]:
+        raise InputError(f"device {requested!r} was requested, but PyTorch {torch.__version__} finds none: use cpu")
     try:
-        device = torch.device(wanted)
+        device = torch.device(requested)
     except RuntimeError as error:
         raise InputError(
-            f"there is no device {wanted!r}: choose cpu, cuda or mps, or one of several as cuda:1"
+            f"there is no device {requested!r}: choose cpu, cuda or mps, or one of several as cuda:1"
         ) from error
     if kind == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(
-            f"device {wanted!r} was asked for, but there are {torch.cuda.device_count()}: the first is cuda:0"
+            f"device {requested!r} was requested, but there are {torch.cuda.device_count()}: the first is cuda:0"
         )
     return device
 
 
-def choose_dtype(wanted: Precision | None, device: torch.device, trains: bool = False) -> torch.dtype:
-    """The dtype asked for; when none was, bfloat16 for what is frozen on a GPU and float32 elsewhere."""
-    return DTYPES[wanted or ("bf16" if device.type == "cuda" and not trains else "fp32")]
+def choose_dtype(requested: Precision | None, device: torch.device, trains: bool = False) -> torch.dtype:
+    """Return the requested dtype; by default bfloat16 for a frozen part on a GPU, else float32."""
+    return DTYPES[requested or ("bf16" if device.type == "cuda" and not trains else "fp32")]
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
-    """A recipe that means the same from every working directory.
+    """Return a recipe that does not depend on the working directory.
 
-    Names of models and data that are there as files or folders become absolute paths, and so do outputs; names on a
-    hub, packages and URLs stay as they are.
+    Outputs, and names of models and data that exist as files or folders, become absolute paths. Names on a hub,
+    packages and URLs are not changed.
     """
     data, language, evaluation, starts = recipe.data, recipe.language, recipe.evaluation, recipe.start_from
     sources = data.train
     sources = _absolute(sources) if isinstance(sources, str) else {_absolute(key): n for key, n in sources.items()}
-    features = None if data.features is None else str(output_path(data.features).absolute())
+    features = None if data.features is None else str(expand_home(data.features).absolute())
     bert, tokenizer = _absolute_or_none(recipe.qformer.bert), _absolute_or_none(recipe.qformer.tokenizer)
     return replace(
         recipe,
-        output=str(output_path(recipe.output).absolute()),
+        output=str(expand_home(recipe.output).absolute()),
         vision=_absolute_model(recipe.vision),
         data=replace(data, train=sources, validation=_absolute_or_none(data.validation), features=features),
         qformer=replace(recipe.qformer, bert=bert, tokenizer=tokenizer),
@@ -123,129 +125,145 @@ def _absolute(name: str) -> str:
     benchmark = BENCHMARK.fullmatch(name)
     if benchmark is not None:
         return f"{benchmark[1]}:{benchmark[2]}:{_absolute(benchmark[3])}"
-    # os.path, as a name may be no path at all, or one that is too long
+    # os.path accepts names that are not paths, or are too long.
     path = os.path.expanduser(name)  # noqa: PTH111
-    plain = re.split(r"[*?\[{]", path)[0]  # of a pattern the folders that it names
+    plain = re.split(r"[*?\[{]", path)[0]  # of a pattern, the folders before the first wildcard
     folder = os.path.dirname(plain) or "."  # noqa: PTH120
-    there = os.path.exists(path) or (plain != path and os.path.isdir(folder))  # noqa: PTH110, PTH112
-    return str(Path(path).absolute()) if there else name
+    exists = os.path.exists(path) or (plain != path and os.path.isdir(folder))  # noqa: PTH110, PTH112
+    return str(Path(path).absolute()) if exists else name
 
 
 def build(
-    recipe: Recipe, device: torch.device, checkpoint: Checkpoint | None = None, place: torch.device | None = None
+    recipe: Recipe,
+    device: torch.device,
+    checkpoint: Checkpoint | None = None,
+    weights_device: torch.device | None = None,
 ) -> Built:
-    """Load the pretrained parts and make the rest as `recipe` says; what trains is in float32.
+    """Build the model of a recipe: load the pretrained parts and initialize the rest. Trained parts are in float32.
 
     Args:
-        device: where it is to run, which decides about dtypes that the recipe leaves open.
-        checkpoint: its tokenizer is used and BERT is not read, since all weights will come from there.
-        place: where its weights go; None: to `device`.
+        device: device on which the model will run; it determines the dtypes that the recipe leaves open.
+        checkpoint: checkpoint whose weights will be loaded; its tokenizer is used, and BERT is not loaded.
+        weights_device: device of the weights. None: `device`.
 
     Raises:
         InputError: a part cannot be loaded, or the parts do not fit each other.
     """
-    place = device if place is None else place
+    weights_device = device if weights_device is None else weights_device
     trains = recipe.optimizer.trains
-    vision = read_image_encoder(recipe.vision, choose_dtype(recipe.vision.dtype, device, trains("vision")), checkpoint)
-    from_bert = recipe.begins_with_bert and checkpoint is None
+    vision = build_image_encoder(recipe.vision, choose_dtype(recipe.vision.dtype, device, trains("vision")), checkpoint)
+    from_bert = recipe.starts_from_bert and checkpoint is None
     if recipe.language is None:
         if from_bert:
-            check_fits(resolve(recipe.qformer.bert or ""), recipe.qformer)
-        tokenizer = text_tokenizer(recipe.qformer, checkpoint)
+            check_compatible(resolve(recipe.qformer.bert or ""), recipe.qformer)
+        tokenizer = load_text_tokenizer(recipe.qformer, checkpoint)
         model = RepresentationModel(vision, recipe.qformer, recipe.objectives)
         if from_bert:
             initialize_from_bert(resolve(recipe.qformer.bert or ""), model.qformer, model.language_head)
-        return Built(_placed(model, recipe, place), tokenizer)
+        return Built(_to_device(model, recipe, weights_device), tokenizer)
     adapts = recipe.language.lora is not None
     dtype = choose_dtype(recipe.language.dtype, device, trains("language") and not adapts)
-    language = read_language_model(recipe.language, dtype, checkpoint, device)
+    language = build_language_model(recipe.language, dtype, checkpoint, device)
     if recipe.language.lora is not None:
         add_adapters(language, recipe.language.lora)
-    tokenizer = read_tokenizer(resolve(recipe.language.name), recipe.language.trust_remote_code is not None)
-    reader = text_tokenizer(recipe.qformer, checkpoint) if recipe.qformer.use_qformer_text_input else None
+    tokenizer = load_tokenizer(resolve(recipe.language.name), recipe.language.trust_remote_code is not None)
+    question_tokenizer = (
+        load_text_tokenizer(recipe.qformer, checkpoint) if recipe.qformer.use_qformer_text_input else None
+    )
     model = GenerationModel(vision, recipe.qformer, language, recipe.objectives)
     if from_bert:
         initialize_from_bert(resolve(recipe.qformer.bert or ""), model.qformer)
         model.initialize_projection()
-    end = end_of_text(tokenizer, recipe.language.stop_string, recipe.language.name)
-    model = _placed(model, recipe, place)
+    eos_token_id = find_eos_token_id(tokenizer, recipe.language.stop_string, recipe.language.name)
+    model = _to_device(model, recipe, weights_device)
     model.language.check()
-    return Built(model, tokenizer, end, reader)
+    return Built(model, tokenizer, eos_token_id, question_tokenizer)
 
 
 Model = TypeVar("Model", RepresentationModel, GenerationModel)
 
 
-def _placed(model: Model, recipe: Recipe, place: torch.device) -> Model:
-    """A model whose weights are where they are to go, and were found to be numbers there."""
-    model = model.to(place)
+def _to_device(model: Model, recipe: Recipe, device: torch.device) -> Model:
+    """Move a model to the device, and check there that its weights are finite."""
+    model = model.to(device)
     sources = {"vision": recipe.vision.name, "language": recipe.language.name if recipe.language else ""}
     for name, parameter in model.named_parameters():
         check_finite(name, parameter, sources.get(name.split(".")[0]) or recipe.qformer.bert or "")
     return model
 
 
-def read_image_encoder(config: VisionConfig, dtype: torch.dtype, opened: Checkpoint | None = None) -> ImageEncoder:
-    """The image encoder that a recipe names, which may lie within a checkpoint of BLIP-2: `opened`, or another."""
-    within = opened if opened is not None and opened.holds_vision else open_foreign(config.name)
-    if within is None:
+def build_image_encoder(config: VisionConfig, dtype: torch.dtype, opened: Checkpoint | None = None) -> ImageEncoder:
+    """Load the image encoder of a recipe, which can be part of a BLIP-2 checkpoint.
+
+    Args:
+        opened: a checkpoint that is already open; it is used if it contains an image encoder.
+    """
+    container = opened if opened is not None and opened.has_vision else open_foreign(config.name)
+    if container is None:
         if config.num_attention_heads is not None:
             raise InputError(
-                f"vision.num_attention_heads is {config.num_attention_heads}, which {config.name!r} says itself:"
+                f"vision.num_attention_heads is {config.num_attention_heads}, which is stored in {config.name!r}:"
                 " leave it out"
             )
-        trusts = config.trust_remote_code is not None  # which is its name then: a recipe sees to that
+        trusts = config.trust_remote_code is not None  # a recipe checks that it is then the name
         encoder = load_image_encoder(resolve(config.name), config.layer, config.image_size, dtype, trusts)
-    elif within.holds_vision:
-        encoder = within.with_heads(config.num_attention_heads).image_encoder(config.layer, config.image_size, dtype)
+    elif container.has_vision:
+        encoder = container.with_num_attention_heads(config.num_attention_heads).load_image_encoder(
+            config.layer, config.image_size, dtype
+        )
     else:
-        raise InputError(f"{config.name!r} ({within.about}) holds no image encoder: set vision.name to one that does")
+        raise InputError(
+            f"{config.name!r} ({container.description}) holds no image encoder: set vision.name to one that does"
+        )
     encoding = config.position_encoding
-    encoder.position_encoding = ("none" if tells_positions(encoder) else "sine2d") if encoding == "auto" else encoding
+    encoder.position_encoding = ("none" if encodes_positions(encoder) else "sine2d") if encoding == "auto" else encoding
     return encoder
 
 
-def read_language_model(
+def build_language_model(
     config: LanguageConfig, dtype: torch.dtype, opened: Checkpoint | None = None, device: torch.device | None = None
 ) -> LanguageModel:
-    """The LLM that a recipe names, which may lie within a BLIP-2 of transformers: `opened`, or another.
+    """Load the LLM of a recipe, which can be part of a BLIP-2 of transformers.
 
     Args:
-        device: where it is quantized, if it is to be.
+        opened: a checkpoint that is already open; it is used if it contains an LLM.
+        device: device on which a quantized LLM is loaded.
     """
-    within = opened if opened is not None and opened.holds_language else open_foreign(config.name)
-    if within is None:
+    container = opened if opened is not None and opened.has_language else open_foreign(config.name)
+    if container is None:
         trusts = config.trust_remote_code is not None
         return load_language_model(resolve(config.name), dtype, config.activation, config.quantization, device, trusts)
-    if not within.holds_language:
-        raise InputError(f"{config.name!r} ({within.about}) holds no LLM: set language.name to one that does")
+    if not container.has_language:
+        raise InputError(f"{config.name!r} ({container.description}) holds no LLM: set language.name to one that does")
     if config.quantization is not None:
-        raise InputError(f"the LLM inside {within.name} cannot be quantized: set language.name to the LLM's own files")
-    return within.language_model(dtype, config.activation)
+        raise InputError(
+            f"the LLM inside {container.name} cannot be quantized: set language.name to the LLM's own files"
+        )
+    return container.load_language_model(dtype, config.activation)
 
 
-def text_tokenizer(config: QFormerConfig, checkpoint: Checkpoint | None) -> PreTrainedTokenizerBase:
-    """BERT's tokenizer with [DEC] as its last token."""
+def load_text_tokenizer(config: QFormerConfig, checkpoint: Checkpoint | None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of the Q-Former's text: the checkpoint's, or BERT's with [DEC] as its last token."""
     if checkpoint is not None and checkpoint.tokenizer is not None:
-        return _check_vocabulary(read_tokenizer(checkpoint.tokenizer), config, checkpoint.name)
+        return _check_vocabulary(load_tokenizer(checkpoint.tokenizer), config, checkpoint.name)
     name = config.tokenizer or config.bert
     if name is None:
         raise InputError("the Q-Former has no text tokenizer: set qformer.tokenizer, or qformer.bert")
-    tokenizer = read_tokenizer(resolve(name))
-    tokenizer.add_special_tokens({"bos_token": DECODER_START})
+    tokenizer = load_tokenizer(resolve(name))
+    tokenizer.add_special_tokens({"bos_token": DECODER_START_TOKEN})
     tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
     if len(tokenizer) != config.vocab_size:
         raise InputError(
-            f"the tokenizer of {name!r} has {len(tokenizer)} tokens with {DECODER_START}, the recipe's"
+            f"the tokenizer of {name!r} has {len(tokenizer)} tokens with {DECODER_START_TOKEN}, the recipe's"
             f" qformer.vocab_size is {config.vocab_size}: set qformer.vocab_size to {len(tokenizer)}"
         )
     return tokenizer
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: QFormerConfig, name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint, if the Q-Former has an embedding for each of its words."""
+    """Return the tokenizer of a checkpoint if the Q-Former has an embedding for each of its tokens."""
     beyond = [token for token, index in tokenizer.get_vocab().items() if index >= config.vocab_size]
-    if set(beyond) - {IMAGE_TOKEN}:  # which stands for the picture and is never embedded
+    if set(beyond) - {IMAGE_TOKEN}:  # the image placeholder is never embedded
         raise InputError(
             f"the tokenizer of {name!r} has tokens beyond the Q-Former's vocabulary of {config.vocab_size}, such as"
             f" {min(beyond)!r}: copy the tokenizer that belongs to the checkpoint"
@@ -253,66 +271,70 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: QFormerConfig,
     return tokenizer
 
 
-def end_of_text(tokenizer: PreTrainedTokenizerBase, stop: str | None, name: str) -> int:
-    """Id of the token that ends a text: of `stop` where it is given, else the tokenizer's own.
+def find_eos_token_id(tokenizer: PreTrainedTokenizerBase, stop_string: str | None, name: str) -> int:
+    """Return the id of the token that ends a text: that of `stop_string` if given, else the tokenizer's own.
 
-    An LLM needs no padding token (padding is masked) and no BOS (the visual prompt comes first), but without an end it
-    would never stop.
+    An LLM needs no padding token (padding is masked) and no BOS token (the soft visual prompt comes first), but
+    without an end token it would never stop.
     """
-    if stop is not None:
-        ids = tokenizer(stop, add_special_tokens=False)["input_ids"]
+    if stop_string is not None:
+        ids = tokenizer(stop_string, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
-            raise InputError(f"language.stop_string {stop!r} is {len(ids)} tokens for {name!r}, expected exactly one")
+            raise InputError(
+                f"language.stop_string {stop_string!r} is {len(ids)} tokens for {name!r}, expected exactly one"
+            )
         return ids[0]
     if tokenizer.eos_token_id is None:
         raise InputError(
-            f"the tokenizer of {name!r} has no end-of-text token, so texts would never end: set language.stop_string"
-            " to the"
-            r' text that ends a caption, for example "\n"'
+            f"the tokenizer of {name!r} has no end-of-text token, so texts would never end: set language.stop_string to"
+            r' the text that ends a caption, for example "\n"'
         )
     assert isinstance(tokenizer.eos_token_id, int)
     return tokenizer.eos_token_id
 
 
-def prepare_texts(recipe: Recipe, built: Built) -> TextPreparation:
-    """How captions become what the stage trains on."""
-    limit = recipe.data.max_length
+def build_collator(recipe: Recipe, built: Built) -> Collator:
+    """Make the collator that turns captions into the batches of the recipe's stage.
+
+    Raises:
+        InputError: the prompt is too long for the LLM.
+    """
+    max_length = recipe.data.max_length
     if recipe.language is None or not isinstance(built.model, GenerationModel):
-        limit = min(limit, recipe.qformer.max_position_embeddings)
-        return RepresentationTexts(built.tokenizer, limit, recipe.data.text_normalization)
-    assert built.end is not None
+        max_length = min(max_length, recipe.qformer.max_position_embeddings)
+        return Stage1Collator(built.tokenizer, max_length, recipe.data.text_normalization)
+    assert built.eos_token_id is not None
     language = built.model.language
-    language.check(trains=True)
-    kind = PrefixTexts if language.is_encoder_decoder else GenerationTexts
+    language.check(backward=True)
+    kind = PrefixLMCollator if language.is_encoder_decoder else CausalLMCollator
     for prompt in (recipe.language.prompt, recipe.language.question_prompt or ""):
-        if prompt.strip() and kind is GenerationTexts:
+        if prompt.strip() and kind is CausalLMCollator:
             check_prompt(built.tokenizer, prompt)
-    texts = kind(
-        built.tokenizer, limit, recipe.language.prompt, built.end, built.reader, recipe.language.question_prompt,
-        _room(recipe, language), recipe.data.text_normalization,
+    collator = kind(
+        built.tokenizer, max_length, recipe.language.prompt, built.eos_token_id, built.question_tokenizer,
+        recipe.language.question_prompt, _max_prompt_tokens(recipe, language), recipe.data.text_normalization,
     )  # fmt: skip
-    longest = max(texts.prompt_length(prompt) for prompt in (recipe.language.prompt, texts.question_prompt or ""))
-    if texts.room is not None and longest > texts.room:
+    longest = max(collator.num_prompt_tokens(each) for each in (recipe.language.prompt, collator.question_prompt or ""))
+    if collator.max_prompt_tokens is not None and longest > collator.max_prompt_tokens:
         raise InputError(
-            f"the LLM has {language.positions} positions, which do not hold {recipe.qformer.num_query_tokens}"
-            " queries, a prompt"
-            f" of {longest} tokens and data.max_length {limit}: make data.max_length or language.prompt shorter, or set"
-            " language.name to another"
+            f"the LLM has {language.max_position_embeddings} positions, too few for {recipe.qformer.num_query_tokens}"
+            f" queries, a prompt of {longest} tokens and data.max_length {max_length}: make data.max_length or"
+            " language.prompt shorter, or set language.name to another LLM"
         )
-    return texts
+    return collator
 
 
-def _room(recipe: Recipe, language: LanguageModel) -> int | None:
-    """Tokens that a prompt may have beside queries and caption; None: any number. Below 0 nothing fits at all."""
-    if language.positions is None:
+def _max_prompt_tokens(recipe: Recipe, language: LanguageModel) -> int | None:
+    """Return the maximum length of a prompt; None if it is unlimited, below 0 if even an empty one does not fit."""
+    if language.max_position_embeddings is None:
         return None
-    captions = recipe.data.max_length
+    max_length = recipe.data.max_length
     if not language.is_encoder_decoder:
-        return language.positions - recipe.qformer.num_query_tokens - captions
-    # The decoder writes the caption; without a prompt, the encoder reads the beginning of it.
-    room = language.positions - recipe.qformer.num_query_tokens
-    if captions > language.positions or (
-        recipe.language is not None and not recipe.language.prompt and captions > room
+        return language.max_position_embeddings - recipe.qformer.num_query_tokens - max_length
+    # The decoder generates the caption; without a prompt, the encoder reads a prefix of it.
+    max_prompt_tokens = language.max_position_embeddings - recipe.qformer.num_query_tokens
+    if max_length > language.max_position_embeddings or (
+        recipe.language is not None and not recipe.language.prompt and max_length > max_prompt_tokens
     ):
         return -1
-    return room
+    return max_prompt_tokens

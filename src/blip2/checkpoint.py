@@ -1,12 +1,12 @@
-"""Checkpoints: written beside and renamed, so there is never half a one.
+"""Checkpoints: written to a temporary directory, then atomically renamed.
 
 A checkpoint is a folder ``step-00001000``::
 
-    model.safetensors   what was trained: everything but the frozen image encoder and LLM
-    tokenizer/          of the Q-Former's text (stage 1, and stage 2 where it reads questions)
+    model.safetensors   the trained weights: everything but the frozen image encoder and LLM
+    tokenizer/          tokenizer of the Q-Former's text (stage 1, and stage 2 if the Q-Former reads questions)
     recipe.yaml         the recipe, which names the frozen parts
-    state.json          step, position in the data, versions; the metrics of the step until its evaluation is done
-    optimizer.pt        what resuming needs besides, read with weights_only=True
+    state.json          step, position in the data, versions, metrics of a step whose evaluation is pending
+    optimizer.pt        optimizer and gradient scaler, to be read with weights_only=True
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from blip2.backbones.frozen import Freezable
-from blip2.backbones.pretrained import check_finite, check_twins, read_pickle
+from blip2.backbones.pretrained import check_finite, check_tied_weights, load_pickle
 from blip2.builder import Built
 from blip2.config import QFormerConfig, Recipe
 from blip2.data.assets import resolve
@@ -41,24 +41,27 @@ from blip2.io import read_json, write_tensors
 from blip2.model.generation import GenerationModel
 from blip2.recipe import dump_recipe, load_recipe, override
 
-FOLDER = "checkpoints"
-BEST = "best"
-ROOM = 1 << 26
-"""So many numbers may a Q-Former have that its weights do not: what is not theirs is said better later on."""
+CHECKPOINTS_FOLDER = "checkpoints"
+BEST_FOLDER = "best"
+MAX_EXCESS_PARAMETERS = 1 << 26
+"""A recipe whose Q-Former has this many parameters more than its weights file is refused without being built. For
+fewer, the check of names and shapes gives a better message."""
 STATE_FORMAT = 2
-"""Of state.json and optimizer.pt; another number when they hold something else."""
+"""Version of the format of state.json and optimizer.pt."""
 
 
-def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Everything that does not belong to a frozen part, and only the adapters of one that has some; a tensor with two
-    names (tied weights) under its first."""
+def trained_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return the trained weights: those of no frozen part, and of a part with adapters only the adapters.
+
+    A tensor with two names (tied weights) is stored under the first.
+    """
     frozen = tuple(f"{name}." for name, part in _freezable(model).items() if part.is_frozen)
-    return {name: t for name, t in _own_state(model).items() if not name.startswith(frozen)}
+    return {name: t for name, t in _state_without_adapted(model).items() if not name.startswith(frozen)}
 
 
-def _own_state(model: nn.Module) -> dict[str, Tensor]:
-    """Everything but what has adapters."""
-    adapted = {f"{name}.": part.adapters for name, part in _freezable(model).items() if part.adapters}
+def _state_without_adapted(model: nn.Module) -> dict[str, Tensor]:
+    """Return all weights, but of a part with adapters only the adapters."""
+    adapted = {f"{name}.": part.adapter_key for name, part in _freezable(model).items() if part.adapter_key}
     return {
         name: tensor
         for name, tensor in _untied_state(model).items()
@@ -76,7 +79,7 @@ def _untied_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: t.detach() for name, t in state.items() if not (id(t) in seen or seen.add(id(t)))}
 
 
-def save(
+def save_checkpoint(
     run: Path,
     step: int,
     model: nn.Module,
@@ -84,108 +87,107 @@ def save(
     tokenizer: PreTrainedTokenizerBase | None,
     optimizer: dict[str, Any],
     state: dict[str, Any],
-    keep: int,
+    save_total_limit: int,
 ) -> Path:
-    """Write the checkpoint of a step and delete all but the last `keep`.
+    """Write the checkpoint of a step, and delete all but the last `save_total_limit` checkpoints.
 
     Args:
-        optimizer: tensors and numbers that resuming needs (optimizer, gradient scaler).
-        state: numbers and texts that resuming needs, as JSON.
+        optimizer: state of the optimizer and the gradient scaler.
+        state: other state that resuming needs, as JSON values.
 
     Raises:
-        InputError: the disk is full. Nothing is lost: what was there before is still there.
+        InputError: the disk is full. Earlier checkpoints are kept.
     """
-    root = run / FOLDER
+    root = run / CHECKPOINTS_FOLDER
     folder = root / f"step-{step:08d}"
-    building = root / f"{folder.name}.tmp"
+    tmp_dir = root / f"{folder.name}.tmp"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        for stale in root.glob("*.tmp"):  # of a process that was killed while it wrote
+        for stale in root.glob("*.tmp"):  # left by a process that was killed
             shutil.rmtree(stale, ignore_errors=True)
-        building.mkdir()
-        write_tensors(building / "model.safetensors", {k: v.contiguous() for k, v in trained_state(model).items()})
-        torch.save(optimizer, building / "optimizer.pt")
+        tmp_dir.mkdir()
+        write_tensors(tmp_dir / "model.safetensors", {k: v.contiguous() for k, v in trained_state_dict(model).items()})
+        torch.save(optimizer, tmp_dir / "optimizer.pt")
         if tokenizer is not None:
-            tokenizer.save_pretrained(str(building / "tokenizer"))
-        (building / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+            tokenizer.save_pretrained(str(tmp_dir / "tokenizer"))
+        (tmp_dir / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
         versions = {name: version(name) for name in ("blip2", "torch", "transformers")}
-        about = {
+        content = {
             "format": STATE_FORMAT,
             "step": step,
             **state,
             "versions": {"python": platform.python_version(), **versions},
         }
-        (building / "state.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
-        for path in building.rglob("*"):
+        (tmp_dir / "state.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+        for path in tmp_dir.rglob("*"):
             if path.is_file():
-                _flush(path)
+                _fsync(path)
         if folder.exists():
             folder.rename(root / f"{folder.name}.old.tmp")
-        building.rename(folder)
-        _flush(root)
+        tmp_dir.rename(folder)
+        _fsync(root)
     except (OSError, RuntimeError, SafetensorError) as error:
-        # torch reports a full disk as a short write; what was written must not be deleted before we look.
-        gone = not building.is_dir()
-        full = is_full(error) or (not gone and shutil.disk_usage(run).free < 2**20)
-        shutil.rmtree(building, ignore_errors=True)
-        if full:
-            raise no_room(run, f"saving the checkpoint of step {step} to {root}") from error
-        if gone:
+        # torch reports a full disk as a short write, so check the disk before deleting what was written.
+        was_deleted = not tmp_dir.is_dir()
+        disk_full = is_disk_full(error) or (not was_deleted and shutil.disk_usage(run).free < 2**20)
+        shutil.rmtree(tmp_dir, ignore_errors=True)
+        if disk_full:
+            raise disk_full_error(run, f"saving the checkpoint of step {step} to {root}") from error
+        if was_deleted:
             raise InputError(
-                f"{building} was deleted while the checkpoint of step {step} was written: leave the run's folder alone,"
-                f" and go on with --resume from {last.name if (last := latest(run)) else 'the start'}"
+                f"{tmp_dir} was deleted while the checkpoint of step {step} was written: leave the run's folder alone,"
+                f" and rerun with --resume from {last.name if (last := latest_checkpoint(run)) else 'the start'}"
             ) from error
         raise
-    for old in sorted(root.glob("step-????????"))[:-keep]:
+    for old in sorted(root.glob("step-????????"))[:-save_total_limit]:
         shutil.rmtree(old)
     return folder
 
 
-def keep_best(run: Path, step: int, about: dict[str, Any]) -> None:
-    """Keep the checkpoint of a step as the run's best, without what only resuming needs, beyond all others.
+def save_best(run: Path, step: int, metadata: dict[str, Any]) -> None:
+    """Keep the checkpoint of a step as the best of the run, without the optimizer state.
 
     Args:
-        about: what it is the best of, for ``best.json`` in it.
+        metadata: metric and value, which are stored in ``best.json``.
     """
-    best = run / BEST
-    building, old = best.with_suffix(".tmp"), best.with_suffix(".old.tmp")
-    for stale in (building, old):  # of a process that was killed here
+    best = run / BEST_FOLDER
+    tmp_dir, old = best.with_suffix(".tmp"), best.with_suffix(".old.tmp")
+    for stale in (tmp_dir, old):  # left by a process that was killed
         shutil.rmtree(stale, ignore_errors=True)
-    shutil.copytree(
-        run / FOLDER / f"step-{step:08d}", building, copy_function=_link, ignore=shutil.ignore_patterns("optimizer.pt")
-    )
-    (building / "best.json").write_text(json.dumps({"step": step, **about}), encoding="utf-8")
+    checkpoint = run / CHECKPOINTS_FOLDER / f"step-{step:08d}"
+    shutil.copytree(checkpoint, tmp_dir, copy_function=_link, ignore=shutil.ignore_patterns("optimizer.pt"))
+    (tmp_dir / "best.json").write_text(json.dumps({"step": step, **metadata}), encoding="utf-8")
     if best.exists():
         best.rename(old)
-    building.rename(best)
+    tmp_dir.rename(best)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def _link(source: str, target: str) -> None:
-    """The same bytes under another name, or a copy where the file system cannot do that."""
+    """Make a hard link, or a copy if the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
 
 
-def is_full(error: Exception) -> bool:
-    """Whether an error says that a disk is full, or a quota used up."""
+def is_disk_full(error: Exception) -> bool:
+    """Return whether an error means that the disk is full or a quota is exceeded."""
     codes = (errno.ENOSPC, errno.EDQUOT)
     return getattr(error, "errno", None) in codes or any(f"os error {code}" in str(error) for code in codes)
 
 
-def no_room(run: Path, doing: str) -> InputError:
-    """What to say when the disk is full."""
-    last = latest(run)
+def disk_full_error(run: Path, doing: str) -> InputError:
+    """Return the error to raise when the disk is full."""
+    last = latest_checkpoint(run)
     return InputError(
-        f"no space left on the disk while {doing}: make room, then go on with --resume from"
+        f"no space left on the disk while {doing}: make room, then rerun with --resume from"
         f" {last.name if last else 'the start'}"
     )
 
 
-def _flush(path: Path) -> None:
-    """Have the disk hold what was written before anything is renamed."""
+def _fsync(path: Path) -> None:
+    """Write a file or folder to the disk, which must be done before it is renamed."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -193,236 +195,241 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def latest(run: Path) -> Path | None:
-    """The last checkpoint of a run, if it has any."""
-    return max((run / FOLDER).glob("step-????????"), default=None)
+def latest_checkpoint(run: Path) -> Path | None:
+    """Return the last checkpoint of a run; None if there is none."""
+    return max((run / CHECKPOINTS_FOLDER).glob("step-????????"), default=None)
 
 
-def find(path: Path) -> Path:
-    """A checkpoint folder: the path itself, or the last checkpoint of the run at that path.
+def find_checkpoint(path: Path) -> Path:
+    """Return a checkpoint folder: the path itself, or the last checkpoint of the run at that path.
 
     Raises:
         InputError: there is none.
     """
     if is_checkpoint(path):
         return path
-    last = latest(path)
+    last = latest_checkpoint(path)
     if last is None:
         if not path.is_dir():
             what = "is not a folder"
         elif (path / "config.json").is_file():
             settings = read_json(path / "config.json")
-            kind = settings.get("model_type") if isinstance(settings, dict) else None
-            what = f"is a model of type {kind} of transformers, not a BLIP-2"
+            model_type = settings.get("model_type") if isinstance(settings, dict) else None
+            what = f"is a model of type {model_type} of transformers, not a BLIP-2"
         else:
             what = "holds no checkpoint"
         raise InputError(
-            f"{path} {what}: give the folder of a run, or a folder {FOLDER}/step-... inside one; or a BLIP-2 of"
-            " transformers, or a .pth file of LAVIS"
+            f"{path} {what}: give the folder of a run, or a folder {CHECKPOINTS_FOLDER}/step-... inside one; or a"
+            " BLIP-2 of transformers, or a .pth file of LAVIS"
         )
     return last
 
 
 def is_checkpoint(path: Path) -> bool:
+    """Return whether a folder is a checkpoint of this project."""
     return (path / "model.safetensors").is_file() and (path / "recipe.yaml").is_file()
 
 
 def open_checkpoint(name: str, changes: Mapping[str, object] | None = None) -> Checkpoint:
-    """A checkpoint of any format: a run or checkpoint of this project, transformers' layout, a file of LAVIS.
+    """Open a checkpoint of any format: a run or checkpoint of this project, a BLIP-2 of transformers, or a LAVIS file.
 
     Args:
-        changes: keys of its recipe that are to have another value (``{"vision.image_size": 364}``), and those that
-            its format does not say (``{"language.name": "facebook/opt-2.7b"}``).
+        changes: values of keys of its recipe to override (``{"vision.image_size": 364}``), or to provide if its format
+            does not contain them (``{"language.name": "facebook/opt-2.7b"}``).
 
     Raises:
-        InputError: there is none, it is damaged, or two formats lie in one folder.
+        InputError: there is none, it is damaged, or a folder contains two formats.
     """
     path = Path(resolve(name))
-    if is_checkpoint(path) or latest(path) is not None:
+    if is_checkpoint(path) or latest_checkpoint(path) is not None:
         if is_blip2(path):
             raise InputError(f"{path} holds two formats: a checkpoint of this project (recipe.yaml) and one of"
                              " transformers (config.json); give each a folder of its own")  # fmt: skip
     else:
         foreign = open_foreign(name, changes or {})
-        if foreign is not None and "qformer.num_query_tokens" not in foreign.weights:
-            raise InputError(f"{name} holds {foreign.about}: name it as vision.name")
+        if foreign is not None and "qformer.queries" not in foreign.weights:
+            raise InputError(f"{name} holds {foreign.description}: name it as vision.name")
         if foreign is not None:
             return foreign.with_recipe(_change(foreign, changes))
-    return open_own(find(path), changes)
+    return open_native(find_checkpoint(path), changes)
 
 
-def open_own(folder: Path, changes: Mapping[str, object] | None = None) -> Checkpoint:
-    """A checkpoint folder of this project.
+def open_native(folder: Path, changes: Mapping[str, object] | None = None) -> Checkpoint:
+    """Open a checkpoint folder of this project.
 
     Raises:
         InputError: it is damaged.
     """
-    recipe = load_recipe(folder / "recipe.yaml", is_own=False)
+    recipe = load_recipe(folder / "recipe.yaml", is_trusted=False)
     try:
         weights = open_file(folder / "model.safetensors")
     except InputError as error:
         raise InputError(f"checkpoint {folder} cannot be read ({error}): use another, or train again") from error
     _check_sizes(recipe, folder / "model.safetensors")
     tokenizer = folder / "tokenizer"
-    found = Checkpoint(
+    checkpoint = Checkpoint(
         name=str(folder),
         format="blip2",
-        about=f"this project's stage {1 if recipe.stage == 'representation' else 2}, {folder.name}",
+        description=f"this project's stage {1 if recipe.stage == 'representation' else 2}, {folder.name}",
         recipe=recipe,
         weights=weights,
         tokenizer=tokenizer if tokenizer.is_dir() else None,
     )
-    return replace(found, recipe=_change(found, changes))
+    return replace(checkpoint, recipe=_change(checkpoint, changes))
 
 
 def _check_sizes(recipe: Recipe, weights: Path) -> None:
-    """Refuse a recipe whose Q-Former its weights cannot hold, before anything of that size is made."""
+    """Refuse a recipe whose Q-Former is too large for its weights file, before it is built."""
     qformer, width = recipe.qformer, recipe.qformer.hidden_size
-    least = (
+    min_parameters = (
         qformer.num_hidden_layers * (4 * width**2 + 2 * width * qformer.intermediate_size)
         + qformer.num_query_tokens * width
     )
     if recipe.stage == "representation" or qformer.use_qformer_text_input:
-        least += (qformer.vocab_size + qformer.max_position_embeddings) * width
+        min_parameters += (qformer.vocab_size + qformer.max_position_embeddings) * width
     size = weights.stat().st_size
-    if least > size + ROOM:  # even with a byte each
+    if min_parameters > size + MAX_EXCESS_PARAMETERS:  # a parameter has at least one byte
         raise InputError(
-            f"the recipe in {weights.parent} has a Q-Former of more than {least:,} numbers, its {weights.name} is of"
-            f" {size:,} bytes: use the recipe that it was made with"
+            f"the recipe in {weights.parent} has a Q-Former of more than {min_parameters:,} parameters, its"
+            f" {weights.name} is of {size:,} bytes: use the recipe that it was made with"
         )
 
 
 def _change(checkpoint: Checkpoint, changes: Mapping[str, object] | None) -> Recipe:
-    """The recipe of a checkpoint with `changes`, which may not change what its weights are."""
+    """Return the recipe of a checkpoint with `changes`, which must not change the architecture of its Q-Former."""
     recipe = override(checkpoint.recipe, changes or {})
-    check_qformer(checkpoint, recipe)
+    check_qformer_config(checkpoint, recipe)
     return recipe
 
 
-def check_qformer(checkpoint: Checkpoint, recipe: Recipe) -> None:
-    """Refuse a recipe whose Q-Former is another than the one that the weights of a checkpoint are for.
+def check_qformer_config(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Refuse a recipe whose Q-Former differs from that of a checkpoint.
 
     Raises:
-        InputError: a field of ``qformer`` differs which decides what the weights compute.
+        InputError: a field of ``qformer`` differs on which the result of the weights depends.
     """
     for field in fields(QFormerConfig):
-        had, given = getattr(checkpoint.recipe.qformer, field.name), getattr(recipe.qformer, field.name)
-        if had != given and field.name not in ("bert", "tokenizer", "dropout"):
+        old, new = getattr(checkpoint.recipe.qformer, field.name), getattr(recipe.qformer, field.name)
+        if old != new and field.name not in ("bert", "tokenizer", "dropout"):
             raise InputError(
-                f"qformer.{field.name} of {checkpoint.name} is {had}, which its weights are for; it cannot be {given}:"
+                f"qformer.{field.name} of {checkpoint.name} is {old}, which its weights are for; it cannot be {new}:"
                 " leave it out"
             )
 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Load what was trained into a model of the same recipe.
+    """Load the trained weights into a model of the same recipe.
 
     Raises:
         InputError: the file is damaged, or names or shapes differ; the message lists them.
     """
-    weights = checkpoint.trained()
-    # A part that was trained is in the checkpoint, though it may be frozen here.
+    weights = checkpoint.trained_weights()
+    # A part that was trained is in the checkpoint, even if it is frozen in this model.
     trained = tuple(
         f"{name}."
         for name, part in _freezable(model).items()
-        if part.adapters or any(key.startswith(f"{name}.") for key in weights)
+        if part.adapter_key or any(key.startswith(f"{name}.") for key in weights)
     )
-    expected = {name for name in _own_state(model) if name.startswith(trained)} | set(trained_state(model))
-    expected |= set(weights) & {name for name in model.state_dict() if name.startswith(trained)}  # both of two tied
-    _load(weights, model, checkpoint, {name for name in expected if not name.startswith(checkpoint.absent)})
+    expected = {name for name in _state_without_adapted(model) if name.startswith(trained)} | set(
+        trained_state_dict(model)
+    )
+    expected |= set(weights) & {
+        name for name in model.state_dict() if name.startswith(trained)
+    }  # both names of tied weights
+    _load(weights, model, checkpoint, {name for name in expected if not name.startswith(checkpoint.missing_prefixes)})
 
 
 def resume_weights(checkpoint: Checkpoint, model: nn.Module) -> list[str]:
-    """Load what was trained into a model that goes on training; other parts of it may train than before.
+    """Load the trained weights into a model that resumes training, in which more parts can train than before.
 
     Returns:
-        A line for each frozen part that trains, or has adapters, for the first time and begins as it was pretrained.
+        A message for each part that trains, or has adapters, for the first time and starts from its pretrained weights.
 
     Raises:
-        InputError: what was trained is frozen now, the file is damaged, or names or shapes differ.
+        InputError: a part that was trained is frozen now, the file is damaged, or names or shapes differ.
     """
-    weights, here = checkpoint.trained(), trained_state(model)
+    weights, trained = checkpoint.trained_weights(), trained_state_dict(model)
     _check_kept(checkpoint, weights, model)
-    begins = tuple(f"{part}." for part in _freezable(model) if not weights.part(f"{part}."))
-    _load(weights, model, checkpoint, {name for name in here if not name.startswith(begins)})
-    new = sorted({name.split(".")[0] for name in here if name.startswith(begins)})
-    return [f"{part} trains from here on, and begins as it was pretrained" for part in new]
+    new_parts = tuple(f"{part}." for part in _freezable(model) if not weights.select(f"{part}."))
+    _load(weights, model, checkpoint, {name for name in trained if not name.startswith(new_parts)})
+    new = sorted({name.split(".")[0] for name in trained if name.startswith(new_parts)})
+    return [f"{part} trains from this step on, and starts from its pretrained weights" for part in new]
 
 
-def load_previous_stage(checkpoint: Checkpoint, model: nn.Module, wanted: Collection[str] | None = None) -> list[str]:
-    """Start a model from a checkpoint of another stage: what both have is loaded.
+def load_previous_stage(checkpoint: Checkpoint, model: nn.Module, names: Collection[str] | None = None) -> list[str]:
+    """Initialize a model from a checkpoint of another stage: load the weights that both have.
 
     Args:
-        wanted: names of the parameters of `model` to load; None: all that it trains.
+        names: names of the parameters of `model` to load; None: all that train.
 
     Returns:
-        Those of the wanted names that the checkpoint does not have.
+        The names that the checkpoint does not have.
 
     Raises:
-        InputError: a shape differs, the checkpoint lacks the Q-Former or has another number of heads, or it holds a
-            trained image encoder or LLM that is frozen or another here.
+        InputError: a shape differs, the checkpoint lacks the Q-Former or has another number of heads, or it has a
+            trained image encoder or LLM that is frozen or different in `model`.
     """
-    weights = checkpoint.not_frozen()
-    here = set(trained_state(model))
+    weights = checkpoint.all_trained_weights()
+    trained = set(trained_state_dict(model))
     _check_kept(checkpoint, weights, model)
-    shared = here & set(weights)
+    shared = trained & set(weights)
     if not any(name.startswith("qformer.") for name in shared):
         raise InputError(
             f"checkpoint {checkpoint.name} holds no Q-Former that fits: its first names are {sorted(weights)[:3]}"
         )
     config: QFormerConfig = model.qformer.config  # pyright: ignore
-    for key in ("heads", "cross_attention_frequency"):  # which no shape tells
-        theirs, ours = getattr(checkpoint.recipe.qformer, key), getattr(config, key)
-        if theirs != ours:
+    for key in ("num_attention_heads", "cross_attention_frequency"):  # which are not visible in any shape
+        saved, given = getattr(checkpoint.recipe.qformer, key), getattr(config, key)
+        if saved != given:
             raise InputError(
-                f"checkpoint {checkpoint.name} has qformer.{key} {theirs}, the recipe {ours}: set it to {theirs}"
+                f"checkpoint {checkpoint.name} has qformer.{key} {saved}, the recipe {given}: set it to {saved}"
             )
-    wanted = here if wanted is None else set(wanted)
-    if not shared & wanted:
+    names = trained if names is None else set(names)
+    if not shared & names:
         raise InputError(
-            f"checkpoint {checkpoint.name} holds nothing that those before it in start_from lack: leave it out, or put"
+            f"checkpoint {checkpoint.name} has nothing that those before it in start_from lack: leave it out, or put"
             " it first"
         )
-    _load(weights.where((shared & wanted).__contains__), model, checkpoint, expected=shared & wanted)
-    return sorted(wanted - shared)
+    _load(weights.filter((shared & names).__contains__), model, checkpoint, expected=shared & names)
+    return sorted(names - shared)
 
 
 def _check_kept(checkpoint: Checkpoint, weights: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Refuse to train a model whose checkpoints would lack what was trained before.
+    """Refuse to train a model whose checkpoints would lose weights that were trained before.
 
     Raises:
-        InputError: a part that was trained is frozen, or has no adapters, or others.
+        InputError: a part that was trained is frozen, or has no adapters or different ones.
     """
-    lost = sorted({name.split(".")[0] for name in set(weights) & set(model.state_dict()) - set(trained_state(model))})
+    not_saved = set(model.state_dict()) - set(trained_state_dict(model))
+    lost = sorted({name.split(".")[0] for name in set(weights) & not_saved})
     if lost:
         raise InputError(
             f"checkpoint {checkpoint.name} holds trained weights of {', '.join(lost)}, which optimizer.learning_rate"
-            " freezes:"
-            f' give "{lost[0]}.*" a rate (0 leaves them as they are), or they would be lost'
+            f' freezes: give "{lost[0]}.*" a rate (0 leaves them as they are), or they would be lost'
         )
     parts = tuple(f"{part}." for part in _freezable(model))
-    homeless = sorted(name for name in set(weights) - set(model.state_dict()) if name.startswith(parts))
-    if homeless:
+    unplaced = sorted(name for name in set(weights) - set(model.state_dict()) if name.startswith(parts))
+    if unplaced:
         raise InputError(
-            f"checkpoint {checkpoint.name} holds {homeless[0]}, for which there is no place: set"
-            f" {homeless[0].split('.')[0]} (its name and its lora) to what the checkpoint's recipe.yaml says"
+            f"checkpoint {checkpoint.name} holds {unplaced[0]}, which the model does not have: set"
+            f" {unplaced[0].split('.')[0]} (its name and its lora) to what the checkpoint's recipe.yaml says"
         )
 
 
-def start_from(recipe: Recipe, built: Built, say: Callable[[str], None]) -> bool:
-    """Load the trained weights of checkpoints of any format, of this stage or of the one before.
+def load_start_from(recipe: Recipe, built: Built, log: Callable[[str], None]) -> bool:
+    """Load the trained weights of the checkpoints in ``recipe.start_from``, of this stage or the previous one.
 
-    Where two have a weight, the one that ``recipe.start_from`` names first wins.
+    If two checkpoints have a weight, the first in ``recipe.start_from`` provides it.
 
     Args:
-        say: is told what comes from which.
+        log: is called with messages about what comes from which checkpoint.
 
     Returns:
         Whether the projection to the LLM is still random, because no checkpoint has one.
 
     Raises:
-        InputError: one of them cannot be read, does not fit or adds nothing, or none holds a part of the Q-Former that
-            BERT does not give either.
+        InputError: a checkpoint cannot be read, does not fit or adds nothing, or a part of the Q-Former is neither in
+            a checkpoint nor in BERT.
     """
     known: dict[str, object] = {
         "vision.name": recipe.vision.name,
@@ -430,81 +437,81 @@ def start_from(recipe: Recipe, built: Built, say: Callable[[str], None]) -> bool
     }
     if recipe.language is not None:
         known["language.name"] = recipe.language.name
-    new = sorted(trained_state(built.model))
-    for name in recipe.starts:
-        # A pickle says nothing of its frozen parts.
-        found = (open_foreign(name, known) if is_pickle(name) else None) or open_checkpoint(name)
-        wanted, new = new, load_previous_stage(found, built.model, new)
-        say(f"starting from {found.name} ({found.about}): {_parts(set(wanted) - set(new))}")
-        _say_what_differs(found, recipe, built, say)
-    homeless = [name for name in new if name.startswith("qformer.")]
-    if homeless and not recipe.begins_with_bert:
+    new = sorted(trained_state_dict(built.model))
+    for name in recipe.start_checkpoints:
+        # A LAVIS file does not name its frozen parts.
+        checkpoint = (open_foreign(name, known) if is_pickle(name) else None) or open_checkpoint(name)
+        names, new = new, load_previous_stage(checkpoint, built.model, new)
+        log(f"starting from {checkpoint.name} ({checkpoint.description}): {_parts(set(names) - set(new))}")
+        _log_differences(checkpoint, recipe, built, log)
+    missing = [name for name in new if name.startswith("qformer.")]
+    if missing and not recipe.starts_from_bert:
         raise InputError(
-            f"{' and '.join(recipe.starts)} {'hold' if len(recipe.starts) > 1 else 'holds'} no {_parts(homeless)}"
-            f" (such as {homeless[0]}): add a checkpoint that does to start_from, for example a stage 1, or start from"
-            " one and set qformer.bert"
+            f"start_from {' and '.join(recipe.start_checkpoints)} has no {_parts(missing)} (such as {missing[0]}): add"
+            " a checkpoint that does, for example a stage 1, or start from one checkpoint and set qformer.bert"
         )
-    if homeless:
-        say(f"from {recipe.qformer.bert}, as the checkpoint has none: {_parts(homeless)}")
-    if len(new) > len(homeless):
-        say(f"new: {_parts(set(new) - set(homeless))}")
+    if missing:
+        log(f"from {recipe.qformer.bert}, as the checkpoint has none: {_parts(missing)}")
+    if len(new) > len(missing):
+        log(f"new: {_parts(set(new) - set(missing))}")
     if isinstance(built.model, GenerationModel) and "projection.weight" in new:
         built.model.initialize_projection()
     return "projection.weight" in new
 
 
 def _parts(names: Collection[str]) -> str:
-    """The parts of a model that weights are of, the Q-Former's text transformer apart from what it shares."""
-    found = {f"{name.split('.')[0]}{' (text transformer)' if is_text_weight(name) else ''}" for name in names}
-    return ", ".join(sorted(found))
+    """Return the parts that have some weights; the Q-Former's text transformer counts as a part of its own."""
+    parts = {f"{name.split('.')[0]}{' (text transformer)' if is_text_weight(name) else ''}" for name in names}
+    return ", ".join(sorted(parts))
 
 
-def _say_what_differs(found: Checkpoint, recipe: Recipe, built: Built, say: Callable[[str], None]) -> None:
-    if found.holds_vision and found.name not in (recipe.vision.name, str(Path(recipe.vision.name).absolute())):
-        say(f"its own image encoder is left out for vision.name {recipe.vision.name}")
-    for key, of in (("image_norm_eps", "qformer"), ("activation", "language"), ("text_normalization", "data")):
-        theirs, ours = (getattr(getattr(each, of), key, None) for each in (found.recipe, recipe))
-        if theirs != ours and getattr(found.recipe, of) is not None:
-            say(f"its {of}.{key} is {theirs}, the recipe's {ours}: results begin a little apart")
-    theirs, ours = found.recipe.vision.position_encoding, built.model.vision.position_encoding
-    if theirs not in ("auto", ours):
-        say(f"its vision.position_encoding is {theirs}, here it is {ours}: results begin apart")
+def _log_differences(checkpoint: Checkpoint, recipe: Recipe, built: Built, log: Callable[[str], None]) -> None:
+    """Log settings that differ from the checkpoint's, so that the model's first outputs differ from it too."""
+    if checkpoint.has_vision and checkpoint.name not in (recipe.vision.name, str(Path(recipe.vision.name).absolute())):
+        log(f"its image encoder is not used, but vision.name {recipe.vision.name}")
+    for section, key in (("qformer", "image_norm_eps"), ("language", "activation"), ("data", "text_normalization")):
+        saved, given = (getattr(getattr(each, section), key, None) for each in (checkpoint.recipe, recipe))
+        if saved != given and getattr(checkpoint.recipe, section) is not None:
+            log(f"its {section}.{key} is {saved}, the recipe's is {given}: results differ slightly at first")
+    saved, given = checkpoint.recipe.vision.position_encoding, built.model.vision.position_encoding
+    if saved not in ("auto", given):
+        log(f"its vision.position_encoding is {saved}, the recipe's is {given}: results differ at first")
 
 
 def _load(weights: Mapping[str, Tensor], model: nn.Module, checkpoint: Checkpoint, expected: set[str]) -> None:
-    here = {name: tensor for name, tensor in model.state_dict().items() if name in expected}
-    missing, left = sorted(set(here) - set(weights)), sorted(set(weights) - set(here))
+    parameters = {name: tensor for name, tensor in model.state_dict().items() if name in expected}
+    missing, unknown = sorted(set(parameters) - set(weights)), sorted(set(weights) - set(parameters))
     shapes = [
         f"{name} is {tuple(weights[name].shape)}, expected {tuple(tensor.shape)}"
-        for name, tensor in here.items()
+        for name, tensor in parameters.items()
         if name in weights and weights[name].shape != tensor.shape
     ]
-    says = "recipe" if checkpoint.format == "blip2" else "configuration"
-    for what, names in (("of other shapes", shapes), ("without", missing), ("with unknown", left)):
+    config = "recipe" if checkpoint.format == "blip2" else "configuration"
+    for what, names in (("other shapes", shapes), ("missing", missing), ("unknown", unknown)):
         if names:
             listed = "; ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-            raise InputError(f"checkpoint {checkpoint.name} does not fit the {says} ({what}: {listed}): use the {says}"
-                             " it was made with, which lies beside it")  # fmt: skip
-    check_twins(weights, here, f"checkpoint {checkpoint.name}")
+            raise InputError(f"checkpoint {checkpoint.name} does not fit the {config} ({what}: {listed}): use the"
+                             f" {config} of the checkpoint, which is in the same folder")  # fmt: skip
+    check_tied_weights(weights, parameters, f"checkpoint {checkpoint.name}")
     with torch.no_grad():
         for name, tensor in weights.items():
             check_finite(name, tensor, checkpoint.name)
-            here[name].copy_(tensor)
+            parameters[name].copy_(tensor)
 
 
-def read_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(state.json, optimizer.pt) of a checkpoint; the latter on the CPU.
+def read_training_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read state.json and optimizer.pt of a checkpoint; tensors are on the CPU.
 
     Raises:
-        InputError: one of them is damaged, carries code, or is of a version that wrote something else.
+        InputError: one of them is damaged, contains code, or has another format.
     """
     name = "state.json"
     try:
         state = read_json(folder / name)
-        found, by = state.get("format"), state["versions"]["blip2"]
+        state_format, writer = state.get("format"), state["versions"]["blip2"]
         name = "optimizer.pt"
-        optimizer = read_pickle(folder / name, mmap=False)
-        if found == STATE_FORMAT:
+        optimizer = load_pickle(folder / name, mmap=False)
+        if state_format == STATE_FORMAT:
             _check(isinstance(optimizer, dict) and isinstance(optimizer["optimizer"], dict))
             _check(all(isinstance(each, dict) for each in optimizer["optimizer"].values()))
             name = "state.json"
@@ -513,18 +520,19 @@ def read_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             _check(isinstance(state["counts"], dict) and isinstance(state["unfinished"], dict | None))
     except Exception as error:  # unpickling damaged bytes raises nearly anything
         raise InputError(
-            f"{folder / name} cannot be read ({type(error).__name__}): delete {folder} to go on from the checkpoint"
-            " before it, or from the start"
+            f"{folder / name} cannot be read ({type(error).__name__}): delete {folder} to resume from the"
+            " checkpoint before it, or from the start"
         ) from error
-    if found != STATE_FORMAT:
+    if state_format != STATE_FORMAT:
         raise InputError(
-            f"{folder} was written by blip2 {by}, with a state of format {found}; this is blip2 {version('blip2')}"
-            f" and format {STATE_FORMAT}: go on with that version, or begin anew with `start_from: {folder}`"
+            f"{folder} was written by blip2 {writer}, with a state of format {state_format}; this is blip2"
+            f" {version('blip2')} and format {STATE_FORMAT}: resume with that version, or start a new run with"
+            f" `start_from: {folder}`"
         )
     return state, optimizer
 
 
-def _check(holds: bool) -> None:
-    """Refuse a value of another kind than is written here."""
-    if not holds:
+def _check(condition: bool) -> None:
+    """Raise TypeError for a value that :func:`save_checkpoint` does not write."""
+    if not condition:
         raise TypeError

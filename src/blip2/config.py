@@ -1,4 +1,4 @@
-"""Recipes: one tree of frozen dataclasses describes a training run.
+"""Recipes: a tree of frozen dataclasses that describes one training run.
 
 Every field has a docstring, which is its ``--help``. A recipe is a YAML file with these fields; any of them can be
 overridden on the command line (``--data.batch_size 32``). A key that is not a field is an error.
@@ -7,102 +7,110 @@ overridden on the command line (``--data.batch_size 32``). A key that is not a f
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from types import NoneType
 from typing import Any, Literal, get_args, get_type_hints
 
 from blip2.errors import InputError
-from blip2.ranges import RANGES, outside
 
 Precision = Literal["fp32", "bf16", "fp16"]
 TextNormalization = Literal["none", "lavis"]
 Stage = Literal["representation", "generation"]
-QUESTION_PLACE = "{}"
-"""Where a prompt takes its question."""
+QUESTION_PLACEHOLDER = "{}"
+"""The part of a prompt that is replaced by the question."""
 IMAGE_TOKEN = "<image>"
-"""The token that stands for an image in prompts of other programs and in transformers' BLIP-2."""
+"""The image placeholder in prompts of transformers' BLIP-2 and of other programs."""
+MAX_COUNT, MAX_STEPS = 10**6, 10**9
+"""Upper bounds of numbers that have no natural one: beyond any practical use, and small enough not to overflow."""
+
+
+def bounded(default: Any, minimum: int | float, maximum: int | float) -> Any:
+    """Return a dataclass field with a default whose number, or each of whose numbers, is in [minimum, maximum]."""
+    return field(default=default, metadata={"range": (minimum, maximum)})
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The image encoder (§3.4), frozen unless optimizer.learning_rate trains it (§4.2-4.4)."""
+    """The image encoder (§3.4). It is frozen unless optimizer.learning_rate trains it (§4.2-4.4)."""
 
     name: str
     """Folder or hub name in transformers' format (CLIP, SigLIP, DINO, ViT, EVA-g, CNNs ...), timm:NAME with the extra
     blip2[timm], or package:efficientnet-lite0."""
     layer: Literal["second-last", "last"] | None = None
-    """Whose features to use; null: second-last for transformers, as the paper does, last for CNNs."""
-    image_size: int | None = None
-    """Height and width of images in pixels; null: the encoder's own. Position embeddings are interpolated."""
-    num_attention_heads: int | None = None
-    """Attention heads of an image encoder whose file does not say it: an EVA-CLIP in LAVIS's format of another width
-    than ViT-g's. null: as its file says."""
+    """The layer whose output is the image features. null: second-last for transformers, as in the paper; last for
+    CNNs."""
+    image_size: int | None = bounded(None, 1, 8192)
+    """Height and width of the input images in pixels. Position embeddings are interpolated. null: the encoder's own."""
+    num_attention_heads: int | None = bounded(None, 1, MAX_COUNT)
+    """Number of attention heads, for an image encoder whose file does not store it: an EVA-CLIP in LAVIS's format whose
+    width is not ViT-g's. null: read from the file."""
     position_encoding: Literal["auto", "sine2d", "none"] = "auto"
-    """Fixed 2-D sine encoding added to the normalized features before the Q-Former's keys and values, as DETR adds one
-    to the features of a CNN. auto: sine2d where the encoder's tokens do not tell their places (CNNs, Swin), which is
-    tested by moving an image; none for ViTs with position embeddings. Published BLIP-2 checkpoints have none."""
+    """Fixed 2-D sine encoding that is added to the normalized image features before the Q-Former's key and value
+    projections, as DETR does for a CNN. auto: sine2d if the encoder's tokens carry no position (CNNs, Swin), which is
+    tested by shifting an image; none for ViTs with position embeddings. Published BLIP-2 checkpoints use none."""
     dtype: Precision | None = None
-    """Of its weights and computation; null: fp32 where it trains or runs on a CPU, otherwise bf16."""
-    drop_path_rate: float = 0.0
-    """Stochastic depth while it trains: how often its last block is left out for an image; falls evenly to 0 at its
-    first. The paper fine-tunes with 0."""
+    """Data type of the weights and the computation. null: fp32 if the encoder trains or runs on a CPU, else bf16."""
+    drop_path_rate: float = bounded(0.0, 0, 0.99)
+    """Stochastic depth during training: probability of skipping the last block for an image. It decreases linearly to 0
+    at the first block. The paper fine-tunes with 0."""
     trust_remote_code: str | None = None
-    """The encoder's name again, to run Python code that lies beside its weights (docs/security.md); null: no code runs,
-    and an encoder that needs it is refused. A checkpoint cannot set it, only a recipe of one's own or an option."""
+    """Repeat the encoder's name here to run the Python code that is stored with its weights (docs/security.md). null:
+    no code is run, and an encoder that needs it is refused. Only a recipe of your own or a command-line option can set
+    it; in a checkpoint's recipe it is ignored."""
 
 
 @dataclass(frozen=True)
 class QFormerConfig:
-    """The Querying Transformer (§3.1). The sizes are BERT-base's, as in the paper."""
+    """The Querying Transformer (§3.1). The default sizes are BERT-base's, as in the paper."""
 
     bert: str | None = "google-bert/bert-base-uncased"
-    """BERT whose weights and tokenizer it starts from: folder, hub name or package:minilm. null: random weights, when
-    its weights come from a checkpoint; then tokenizer must be given."""
+    """BERT that initializes the weights and provides the tokenizer: folder, hub name or package:minilm. null: random
+    weights, to be loaded from a checkpoint; tokenizer must then be set."""
     tokenizer: str | None = None
-    """Folder or hub name of the tokenizer of its text; null: BERT's."""
-    hidden_size: int = 768
-    """D, its width."""
-    num_hidden_layers: int = 12
+    """Folder or hub name of the tokenizer of the Q-Former's text. null: BERT's."""
+    hidden_size: int = bounded(768, 1, MAX_COUNT)
+    """D, the width of the hidden states."""
+    num_hidden_layers: int = bounded(12, 1, 1000)
     """Number of blocks."""
-    num_attention_heads: int = 12
+    num_attention_heads: int = bounded(12, 1, MAX_COUNT)
     """Number of attention heads."""
-    intermediate_size: int = 3072
-    """Width inside a feed-forward."""
-    num_query_tokens: int = 32
+    intermediate_size: int = bounded(3072, 1, MAX_COUNT)
+    """Inner width of the feed-forward networks."""
+    num_query_tokens: int = bounded(32, 1, MAX_COUNT)
     """Q, the number of learned queries."""
-    cross_attention_frequency: int = 2
-    """Every how many blocks the queries look at the image, beginning with the first."""
-    image_text_hidden_size: int = 256
-    """C, the width in which images and texts are compared."""
-    vocab_size: int = 30523
-    """Number of its tokens, [DEC] included, which is the last."""
-    max_position_embeddings: int = 512
-    """Longest text in tokens that it has positions for."""
+    cross_attention_frequency: int = bounded(2, 1, MAX_COUNT)
+    """Every n-th block has cross-attention to the image features, starting with the first block."""
+    image_text_hidden_size: int = bounded(256, 1, MAX_COUNT)
+    """C, the width of the embeddings in which images and texts are compared (ITC)."""
+    vocab_size: int = bounded(30523, 1, 2**31 - 1)
+    """Number of tokens in the vocabulary, including [DEC], which is the last."""
+    max_position_embeddings: int = bounded(512, 2, 2**31 - 1)
+    """Maximum length of a text in tokens."""
     use_qformer_text_input: bool = False
-    """The question's tokens go into the Q-Former beside the queries, so that it looks for what is asked (Figure 7).
-    Only for stage generation."""
-    dropout: float = 0.1
-    """Share of hidden units and attention weights dropped in training."""
-    layer_norm_eps: float = 1e-12
-    """Epsilon of its LayerNorms, BERT's."""
-    image_norm_eps: float = 1e-5
-    """Epsilon of the LayerNorm on the image features, LAVIS's; transformers' checkpoints have 1e-6."""
+    """Feed the question's tokens into the Q-Former together with the queries, so that it extracts features that are
+    relevant to the question (Figure 7). Only for stage generation."""
+    dropout: float = bounded(0.1, 0, 1)
+    """Dropout probability of hidden states and attention weights."""
+    layer_norm_eps: float = bounded(1e-12, 0, 1)
+    """Epsilon of the LayerNorms. The default is BERT's."""
+    image_norm_eps: float = bounded(1e-5, 0, 1)
+    """Epsilon of the LayerNorm of the image features. The default is LAVIS's; transformers' checkpoints have 1e-6."""
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters (LoRA) that train in an LLM whose own weights stay frozen. Needs the extra blip2[lora]; their
-    rate is that of "language.*lora_*" in optimizer.learning_rate, before "language.*"."""
+    """Low-rank adapters (LoRA) that train in an LLM whose own weights stay frozen. They need the extra blip2[lora], and
+    a pattern "language.*lora_*" in optimizer.learning_rate, before "language.*"."""
 
-    r: int = 16
-    """Rank of what is added to a matrix."""
-    lora_alpha: int = 32
-    """What is added is scaled by alpha / rank."""
-    lora_dropout: float = 0.0
-    """Share of an adapter's inputs dropped in training."""
+    r: int = bounded(16, 1, 8192)
+    """Rank of the update matrices."""
+    lora_alpha: int = bounded(32, 0, MAX_COUNT)
+    """Scaling: the update is multiplied by lora_alpha / r."""
+    lora_dropout: float = bounded(0.0, 0, 1)
+    """Dropout probability of the adapters' inputs."""
     target_modules: list[str] | None = None
-    """Ends of the names of the matrices that get one (q_proj); null: PEFT's choice for the LLM."""
+    """Suffixes of the names of the linear layers that get an adapter (q_proj). null: PEFT's default for the LLM."""
 
 
 @dataclass(frozen=True)
@@ -110,158 +118,168 @@ class LanguageConfig:
     """The frozen LLM (§3.3). Only for stage generation."""
 
     name: str
-    """Folder or hub name of any decoder-only or encoder-decoder LLM of transformers, or
+    """Folder or hub name of a decoder-only or encoder-decoder LLM in transformers' format, or
     package:smollm2-135m-instruct."""
     dtype: Precision | None = None
-    """Of its weights and computation; null: fp32 where it trains or runs on a CPU, otherwise bf16. The paper: fp16 for
-    OPT, bf16 for FlanT5."""
+    """Data type of the weights and the computation. null: fp32 if the LLM trains or runs on a CPU, else bf16. The paper
+    uses fp16 for OPT and bf16 for FlanT5."""
     prompt: str = ""
-    """Text after the visual prompt and before the caption ("a photo of", §4.2), which carries no loss. An
-    encoder-decoder reads it in its encoder; without one, captions are split at random into a prefix for the
-    encoder and the rest for the decoder (§3.3). {} in it stands for the question of a record, whose answer is then
-    what is written: "Question: {} Answer:" for OPT, "Question: {} Short answer:" for FlanT5 (§4.1)."""
+    """Text between the soft visual prompt and the caption ("a photo of", §4.2); it has no loss. The encoder of an
+    encoder-decoder LLM reads it; if it is empty, captions are split at random into a prefix for the encoder and the
+    rest for the decoder (§3.3). With {}, it is the prompt of questions: {} is replaced by a record's question, and the
+    answer is generated: "Question: {} Answer:" for OPT, "Question: {} Short answer:" for FlanT5 (§4.1)."""
     question_prompt: str | None = None
-    """Prompt with {} for records that have a question, where captions are learned in the same run: those have prompt.
-    null: all records are of one kind, and prompt is theirs."""
+    """Prompt with {} for records that have a question, to train captioning and question answering in the same run;
+    records without a question use prompt. null: prompt is used for all records."""
     projection_init: Literal["random", "least_squares"] = "random"
-    """How the projection to the LLM starts where no checkpoint has one. least_squares: the linear map from Z to the
-    LLM's token embeddings of the captions, solved for on some hundred images of the first table of data.train
+    """Initialization of the projection to the LLM if no checkpoint provides it. least_squares: the linear map from Z to
+    the LLM's token embeddings of the captions, fitted on several hundred images of the first table in data.train
     (docs/queries.md)."""
     stop_string: str | None = None
-    """Text that ends a caption; null: the tokenizer's end-of-text token. The paper's OPT models use a newline."""
+    """Text of the token that ends a caption. null: the tokenizer's end-of-text token. The paper's OPT models use a
+    newline."""
     activation: str | None = None
-    """Of its feed-forwards, where it has to be another than its own: the paper's FlanT5 models ran with gelu."""
+    """Activation function that replaces the LLM's own in its feed-forward networks. The paper's FlanT5 models ran with
+    gelu."""
     lora: LoraConfig | None = None
+    """Adapters that train in the LLM. null: none."""
     quantization: Literal["4bit", "8bit"] | None = None
-    """Bits a number of its matrices (4: NF4), by bitsandbytes, the extra blip2[quantization]; dtype is then that of the
-    computation. null: all in dtype."""
+    """Quantize the weight matrices with bitsandbytes (4bit is NF4); needs the extra blip2[quantization]. dtype is then
+    the type of the computation. null: no quantization."""
     trust_remote_code: str | None = None
-    """The LLM's name again, to run Python code that lies beside its weights (docs/security.md); null: no code runs, and
-    an LLM that needs it is refused. A checkpoint cannot set it, only a recipe of one's own or an option."""
+    """Repeat the LLM's name here to run the Python code that is stored with its weights (docs/security.md). null: no
+    code is run, and an LLM that needs it is refused. Only a recipe of your own or a command-line option can set it; in
+    a checkpoint's recipe it is ignored."""
 
     @property
-    def asks(self) -> bool:
-        """Whether every record needs a question: the prompt holds one."""
-        return QUESTION_PLACE in self.prompt
+    def prompt_has_question(self) -> bool:
+        """Whether the prompt contains a question, so that every record needs one."""
+        return QUESTION_PLACEHOLDER in self.prompt
 
     @property
     def question_template(self) -> str | None:
-        """The prompt of records with a question, if the model is trained on any."""
-        return self.prompt if self.asks else self.question_prompt
+        """The prompt of records with a question; None if the model is trained on captions alone."""
+        return self.prompt if self.prompt_has_question else self.question_prompt
 
 
 @dataclass(frozen=True)
 class ObjectivesConfig:
-    """Weights of the losses of stage representation (§3.2); 0 switches one off, as Table 6 does."""
+    """Weights of the losses of stage representation (§3.2). 0 switches a loss off, as in Table 6."""
 
-    itc: float = 1.0
-    """Image-text contrastive learning."""
-    itm: float = 1.0
-    """Image-text matching with hard negatives."""
-    itg: float = 1.0
-    """Image-grounded text generation."""
-    label_smoothing: float = 0.1
-    """Of ITC and ITG, between 0 and 1."""
-    query_diversity: float = 0.0
-    """Weight of the mean squared cosine between the output queries of an image, in both stages. The paper has no such
-    term; without it the queries of small runs collapse into one vector (docs/queries.md)."""
+    itc: float = bounded(1.0, 0, MAX_COUNT)
+    """Weight of image-text contrastive learning."""
+    itm: float = bounded(1.0, 0, MAX_COUNT)
+    """Weight of image-text matching with hard negatives."""
+    itg: float = bounded(1.0, 0, MAX_COUNT)
+    """Weight of image-grounded text generation."""
+    label_smoothing: float = bounded(0.1, 0, 1)
+    """Label smoothing of ITC and ITG, between 0 and 1."""
+    query_diversity: float = bounded(0.0, 0, MAX_COUNT)
+    """Weight of the mean squared cosine similarity between the output queries of an image, in both stages. It is not in
+    the paper; without it, the queries of small runs collapse into one vector (docs/queries.md)."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where image-text pairs come from and how they become batches."""
+    """The image-text pairs, and how they are batched."""
 
-    train: str | dict[str, float | None]
-    """JSONL, CSV, TSV or Parquet file(s), a folder of images with a .txt beside each or a metadata.jsonl, WebDataset
-    shards (.tar, globs and {000..127} allowed), a folder of datasets' save_to_disk, hub:NAME, or a data set of the
-    paper in its publisher's own files as NAME:SPLIT:FOLDER (docs/data.md). Files may lie where fsspec reads (s3://,
-    gs://, hf:// ...). Several of these, each with its weight, are a mixture: how often a step is drawn from it; null:
-    as its number of records, which a stream has to be told."""
-    temperature: float = 1.0
-    """Of a mixture: sources are drawn as weight ** (1 / temperature). More than 1 draws small ones more often."""
+    train: str | dict[str, float | None] = field(metadata={"range": (0, 1e15)})
+    """Training data: JSONL, CSV, TSV or Parquet file(s), a folder of images with a .txt file for each or with a
+    metadata.jsonl, WebDataset shards (.tar; globs and {000..127} are allowed), a folder of datasets' save_to_disk,
+    hub:NAME, or a data set of the paper in its publisher's files as NAME:SPLIT:FOLDER (docs/data.md). Files can be at
+    any address that fsspec opens (s3://, gs://, hf:// ...). A mapping of several of these to weights is a mixture: a
+    step's source is sampled in proportion to the weights. A weight of null: the source's number of records, which is
+    not known for a stream."""
+    temperature: float = bounded(1.0, 0.1, MAX_COUNT)
+    """Sources of a mixture are sampled in proportion to weight ** (1 / temperature). Values above 1 increase the share
+    of small sources."""
     validation: str | None = None
-    """Pairs of the same kind to measure the losses on, never trained on."""
+    """Held-out pairs of the same kind on which the losses are measured."""
     allow_overlap: bool = False
-    """Measure on images that are trained on, too. Otherwise data.validation and evaluation.data may share none with
-    data.train, as far as that can be seen (docs/data.md)."""
+    """Allow data.validation and evaluation.data to contain images of data.train. false: it is an error where it can be
+    detected (docs/data.md)."""
     split: str = "train"
-    """Which split of a hub:NAME to train on."""
+    """Split of a hub:NAME to train on."""
     image_column: str | None = None
-    """Column with the image (a path, a URL-free Hugging Face image, or bytes); null: found by its usual names."""
+    """Column with the image (a path, a Hugging Face image without a URL, or bytes). null: found by its usual names."""
     caption_column: str | None = None
-    """Column with a caption or a list of captions, of which one is drawn at each step, or with the answers to a
-    question, which are drawn as often as they were given; null: found by its usual names."""
+    """Column with a caption, with a list of captions, of which one is sampled at each step, or with the answers to a
+    question, which are sampled as often as they were given. null: found by its usual names."""
     question_column: str | None = None
-    """Column with the question that the answers are to; null: question, where there is one."""
+    """Column with the question. null: the column question, if there is one."""
     group_column: str | None = None
-    """Column of a table whose equal values go into the same batch: near twins then are each other's hard negatives
-    (§3.2, ITM). Batches are not grouped by length then. null: records are mixed."""
-    group_share: float = 1.0
-    """Share of the groups that stay together in an epoch, drawn anew in each; the records of the others are mixed."""
+    """Column of a table; records with equal values are put into the same batch, so that near duplicates become each
+    other's hard negatives (§3.2, ITM). It switches grouping by length off. null: records are shuffled."""
+    group_share: float = bounded(1.0, 0, 1)
+    """Fraction of the groups that are kept together in an epoch, resampled every epoch. The records of the other groups
+    are shuffled."""
     streaming: bool | None = None
-    """Read in order without counting or copying; null: for WebDataset shards, and what a URL names."""
-    batch_size: int = 64
-    """Pairs a process takes at once."""
-    max_length: int = 32
-    """Longer captions are cut, and counted."""
+    """Read the data in order, without counting or copying it. null: true for WebDataset shards and for URLs."""
+    batch_size: int = bounded(64, 1, MAX_COUNT)
+    """Number of pairs in a batch of one process."""
+    max_length: int = bounded(32, 2, MAX_COUNT)
+    """Maximum length of a caption in tokens. Longer captions are truncated, and counted."""
     text_normalization: TextNormalization = "none"
-    """Normalization of captions and questions before they are tokenized, in training and by everything that uses the
-    model. lavis: lower case, without .!"()*#:;~ and at most 50 words, as LAVIS and so the published checkpoints do it,
-    for which it is the default. Answers and prompts are left as they are."""
-    min_crop_scale: float = 0.5
-    """Random crops cover between this share and all of an image (§3.4)."""
+    """Normalization of captions and questions before tokenization, in training and in inference. lavis: lower case,
+    without .!"()*#:;~ and at most 50 words, as in LAVIS; it is the default of published checkpoints. Answers and
+    prompts are not changed."""
+    min_crop_scale: float = bounded(0.5, 0.01, 1)
+    """Minimum area of a random crop as a fraction of the image (§3.4)."""
     horizontal_flip: bool = True
-    """Mirror half of the images. Switch it off where left and right matter."""
+    """Mirror images with a probability of one half. Switch it off if left and right matter."""
     group_by_length: bool = True
-    """Make batches of captions of like length, so that little padding is computed. Answers to questions are always
-    mixed. Switch it off where captions are few and short: those of one length are too much alike."""
-    num_workers: int = 2
-    """Processes that decode images beside the training process; 0 decodes within it."""
-    max_bad_fraction: float = 0.05
-    """A run stops when more than this share of what it met is bad: samples whose image, caption or question is missing
-    or damaged, or shards that break off. Judged after 1000 samples or 50 shards."""
-    cached_views: int = 0
-    """Above 0: run the frozen image encoder once over so many augmented views of each image before training, keep
-    their features on disk, and train on those. blip2 features makes them without training."""
+    """Batch captions of similar length to save padding. Answers to questions are always shuffled. Switch it off for few
+    and short captions: those of equal length are too similar to each other."""
+    num_workers: int = bounded(2, 0, 4096)
+    """Number of subprocesses that decode images. 0: images are decoded in the training process."""
+    max_bad_fraction: float = bounded(0.05, 0, 1)
+    """Stop the run if more than this fraction of the data is bad: samples whose image, caption or question is missing
+    or damaged, or truncated shards. Checked after the first 1000 samples or 50 shards."""
+    cached_views: int = bounded(0, 0, MAX_COUNT)
+    """If above 0, run the frozen image encoder on this number of augmented views of each image before training, store
+    the features on disk and train on them. blip2 features makes them without training."""
     cached_dtype: Literal["bf16", "int8"] = "bf16"
-    """How cached features are kept. int8 takes half the room and loses more; how much is measured and shown."""
+    """Data type of the cached features. int8 needs half the space and is less precise; the error is measured and
+    shown."""
     features: str | None = None
-    """Folder of cached features, which runs, data sets and processes may share; null: features beside the run's
-    folder."""
+    """Folder of the cached features; runs, data sets and processes can share it. null: the folder features next to the
+    run's folder."""
 
     @property
     def sources(self) -> dict[str, float | None]:
-        """What there is to train on, with weights."""
+        """The sources of the training data with their weights."""
         return {self.train: None} if isinstance(self.train, str) else self.train
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its schedule (§3.4)."""
+    """AdamW and its learning-rate schedule (§3.4)."""
 
     learning_rate: dict[str, float | Literal["frozen"]] = field(
-        default_factory=lambda: {"vision.*": "frozen", "language.*": "frozen", "*": 1e-4}
+        default_factory=lambda: {"vision.*": "frozen", "language.*": "frozen", "*": 1e-4}, metadata={"range": (0, 1e38)}
     )
-    """Which parameters train at which peak rate: shell patterns of their names; the first that matches decides."""
-    layer_decay: float = 1.0
-    """Layer-wise decay of the rates of an image encoder that trains: of N blocks, the i-th learns at its rate times
-    layer_decay ** (N + 1 - i), and what comes before the first as if i were 0. The paper: 0.9 to 1 (Tables 7-9)."""
-    betas: tuple[float, float] = (0.9, 0.98)
-    """Of AdamW."""
-    weight_decay: float = 0.05
-    """On matrices; never on biases, norms, the temperature or the queries."""
-    warmup_steps: int = 2000
-    """Steps of linear warm-up."""
-    min_lr_rate: float = 0.1
-    """Where the cosine ends, as a share of the peak. The paper's stage 2 ends at half its peak."""
-    max_grad_norm: float | None = 1.0
-    """Gradients are scaled down to this norm; null: never."""
+    """Peak learning rate of each parameter, by shell patterns of parameter names; the first pattern that matches
+    decides. "frozen": the parameter does not train."""
+    layer_decay: float = bounded(1.0, 0.01, 1)
+    """Layer-wise decay of the learning rate of an image encoder that trains: the rate of block i of N is multiplied by
+    layer_decay ** (N + 1 - i); i is 0 for everything before the first block. The paper uses 0.9 to 1 (Tables 7-9)."""
+    betas: tuple[float, float] = bounded((0.9, 0.98), 0, 0.999999)
+    """AdamW's beta1 and beta2."""
+    weight_decay: float = bounded(0.05, 0, MAX_COUNT)
+    """Weight decay of matrices. Biases, norms, the temperature and the queries have none."""
+    warmup_steps: int = bounded(2000, 0, MAX_STEPS)
+    """Number of steps of linear warm-up."""
+    min_lr_rate: float = bounded(0.1, 0, 1)
+    """Final learning rate of the cosine schedule as a fraction of the peak. The paper's stage 2 ends at half its
+    peak."""
+    max_grad_norm: float | None = bounded(1.0, 1e-6, 1e38)
+    """Maximum norm of the gradients, to which they are clipped. null: no clipping."""
 
     def trains(self, part: str) -> bool:
-        """Whether anything of a part (``vision``) has a rate, as far as the patterns tell."""
+        """Return whether any parameter of a part (``vision``) trains, as far as the patterns alone can tell."""
         for pattern, rate in self.learning_rate.items():
-            begins = re.split(r"[*?[]", pattern)[0]
-            if rate != "frozen" and (begins.startswith(f"{part}.") or f"{part}.".startswith(begins)):
+            prefix = re.split(r"[*?[]", pattern)[0]
+            if rate != "frozen" and (prefix.startswith(f"{part}.") or f"{part}.".startswith(prefix)):
                 return True
             if pattern in (f"{part}.*", "*"):
                 return False
@@ -270,81 +288,82 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How long, with what precision, and what is kept."""
+    """Length, precision, checkpoints and logging of the run."""
 
-    max_steps: int = 250_000
-    """Optimizer steps in all."""
-    gradient_accumulation_steps: int = 1
-    """Batches a process takes for one optimizer step."""
+    max_steps: int = bounded(250_000, 1, MAX_STEPS)
+    """Total number of optimizer steps."""
+    gradient_accumulation_steps: int = bounded(1, 1, MAX_COUNT)
+    """Number of batches of each process in one optimizer step."""
     precision: Precision | None = None
-    """Of what trains: bf16 and fp16 keep fp32 weights and compute in half precision; null: bf16 on a GPU, fp32 on a
-    CPU."""
+    """Precision of the trained part. bf16 and fp16 keep fp32 weights and compute in half precision. null: bf16 on a
+    GPU, fp32 on a CPU."""
     gradient_checkpointing: bool = False
-    """Keep only what goes into each block of the Q-Former, of an image encoder that trains and of the LLM, and compute
-    the rest again in the backward pass: about a third more time, and much less memory. The results are the same."""
+    """Store only the inputs of each block of the Q-Former, of an image encoder that trains and of the LLM, and
+    recompute the rest in the backward pass. It takes about a third more time and much less memory; the results are the
+    same."""
     torch_compile: bool = False
-    """Let torch.compile fuse what lies between the matrix products of the Q-Former's blocks and of a frozen image
-    encoder. Pays on GPUs and in long runs: the first steps take minutes."""
+    """Compile the Q-Former's blocks and a frozen image encoder with torch.compile. It pays off on GPUs and in long
+    runs: the first steps take minutes."""
     full_determinism: bool = False
-    """Use only operations of PyTorch that give the same bits each time, so that a run on a GPU that was stopped and
-    resumed equals one that was not, bit for bit. Slower; on a CPU it is so anyway."""
+    """Use only deterministic operations of PyTorch, so that on a GPU a resumed run equals an uninterrupted one bit for
+    bit. It is slower. Runs on a CPU always are deterministic."""
     shard_frozen: bool = False
-    """Deal out the frozen LLM and image encoder to the processes of each machine, where one GPU cannot hold them: a
-    block is whole only while it computes (FSDP2). What trains stays whole in each process."""
-    ddp_timeout: int = 1800
-    """Seconds that a process waits for the others before it gives up, because one of them died or hangs. Longer than
-    the first process takes to index the data or to write a checkpoint."""
+    """Shard the frozen LLM and image encoder across the processes of each machine (FSDP2), if they do not fit into one
+    GPU's memory. The trained part is replicated."""
+    ddp_timeout: int = bounded(1800, 1, 365 * 24 * 3600)
+    """Seconds to wait for the other processes before the run fails. It must be longer than the first process takes to
+    index the data or to write a checkpoint."""
     device: Literal["cpu", "cuda", "mps"] | None = None
-    """null: a GPU if there is one."""
-    seed: int = 0
-    """All randomness follows from it."""
-    save_steps: int = 1000
-    """Steps between checkpoints."""
-    save_total_limit: int = 2
-    """Checkpoints kept; older ones are deleted."""
-    eval_steps: int = 1000
-    """Steps between measurements on data.validation."""
+    """Device to train on. null: a GPU if there is one, else the CPU."""
+    seed: int = bounded(0, 0, 2**32 - 1)
+    """Seed of all randomness."""
+    save_steps: int = bounded(1000, 1, MAX_STEPS)
+    """Number of steps between checkpoints."""
+    save_total_limit: int = bounded(2, 1, MAX_STEPS)
+    """Number of checkpoints to keep; older ones are deleted."""
+    eval_steps: int = bounded(1000, 1, MAX_STEPS)
+    """Number of steps between measurements on data.validation."""
     metric_for_best_model: str | None = None
-    """Metric whose best checkpoint is kept as best in the run's folder, whatever training.save_total_limit says:
-    validation_loss or another that is measured on data.validation (of losses and perplexities the smallest is best), or
-    one of evaluation, such as evaluation_CIDEr, evaluation_accuracy, evaluation_itm_IR@1. null: none."""
+    """Metric of the best checkpoint, which is kept as best in the run's folder, regardless of save_total_limit:
+    validation_loss or another metric of data.validation (for losses and perplexities, lower is better), or a metric of
+    evaluation, such as evaluation_CIDEr, evaluation_accuracy or evaluation_itm_IR@1. null: no best checkpoint."""
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
-    """Where metrics go beside metrics.jsonl."""
+    """Experiment trackers that get the metrics in addition to metrics.jsonl."""
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What blip2 evaluate would measure, every so many steps while it trains. Results go to metrics.jsonl and the
-    trackers as evaluation_..., and with predictions and a page of cases to evaluation/step-... in the run's folder."""
+    """Evaluation during training, as blip2 evaluate does it. Results go to metrics.jsonl and the trackers as
+    evaluation_..., and with predictions and an HTML report to evaluation/step-... in the run's folder."""
 
     task: Literal["captioning", "vqa", "retrieval"]
-    """What to score: retrieval for stage representation, captioning or vqa for stage generation."""
+    """Task to evaluate: retrieval for stage representation, captioning or vqa for stage generation."""
     data: str
-    """Held-out records: what data.train may say."""
-    eval_steps: int = 1000
-    """Steps between evaluations; there is one after the last step, too."""
-    limit: int | None = None
-    """Only so many records, the first ones; null: all."""
+    """Held-out records, in any format of data.train."""
+    eval_steps: int = bounded(1000, 1, MAX_STEPS)
+    """Number of steps between evaluations. The last step is always evaluated."""
+    limit: int | None = bounded(None, 1, 10**12)
+    """Maximum number of records; the first ones are used. null: all."""
     prompt: str | None = None
-    """Of captions, or of questions with {} in it; null: the model's own."""
-    num_beams: int | None = None
-    """Beam width; 1 is greedy; null: 5."""
-    top_p: float | None = None
-    """Nucleus sampling instead of beam search."""
-    temperature: float | None = None
-    """Of sampling; null: 1."""
-    length_penalty: float | None = None
-    """Below 0 favors short texts; null: 1, for answers -1."""
-    max_new_tokens: int | None = None
-    """Longest text in tokens; null: 30, for answers 10."""
-    rerank_k: int = 128
-    """Of retrieval: how many in each direction are re-ranked; 0: none."""
+    """Prompt of captions, or of questions if it contains {}. null: the model's own."""
+    num_beams: int | None = bounded(None, 1, MAX_COUNT)
+    """Beam width; 1 is greedy decoding. null: 5."""
+    top_p: float | None = bounded(None, 1e-6, 1)
+    """Use nucleus sampling with this probability mass instead of beam search. null: beam search."""
+    temperature: float | None = bounded(None, 1e-6, MAX_COUNT)
+    """Sampling temperature. null: 1."""
+    length_penalty: float | None = bounded(None, -1000, 1000)
+    """Length penalty of beam search; values below 0 favor short texts. null: 1, for answers -1."""
+    max_new_tokens: int | None = bounded(None, 1, MAX_COUNT)
+    """Maximum length of a generated text in tokens. null: 30, for answers 10."""
+    rerank_k: int = bounded(128, 0, 10**12)
+    """Retrieval: number of candidates in each direction that are re-ranked. 0: no re-ranking."""
     fusion: Literal["itm", "itm+itc"] = "itm"
-    """Of retrieval: what re-ranks them; itm+itc is LAVIS's."""
+    """Retrieval: score by which candidates are re-ranked. LAVIS uses itm+itc."""
     rules: Literal["official", "lavis"] = "official"
-    """Of comparing answers."""
+    """VQA: rules for comparing answers."""
     lemmatize: bool = False
-    """Score answers in base forms as well, as LAVIS does for OK-VQA, for which it is always done. Needs spaCy."""
+    """VQA: also score lemmatized answers, as LAVIS does for OK-VQA, for which it is always done. Needs spaCy."""
 
 
 @dataclass(frozen=True)
@@ -359,14 +378,17 @@ class Recipe:
     data: DataConfig
     qformer: QFormerConfig = QFormerConfig()
     language: LanguageConfig | None = None
+    """The frozen LLM. null: none, in stage representation."""
     objectives: ObjectivesConfig = ObjectivesConfig()
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig | None = None
+    """Evaluation during training. null: none."""
     start_from: str | list[str] | None = None
-    """Run or checkpoint whose trained weights this one starts from: a stage 2 starts from a stage 1. Several are a
-    list, of which the former wins where two have a weight: [STAGE_2, STAGE_1] starts a Q-Former that reads questions
-    (Figure 7), whose text transformer only the latter has. null: from BERT; of a stage 2, Figure 5's comparison."""
+    """Run or checkpoint whose trained weights initialize this run: a stage 2 starts from a stage 1. In a list of
+    several, the first that has a weight provides it: [STAGE_2, STAGE_1] initializes a Q-Former that reads questions
+    (Figure 7), whose text transformer is in the latter only. null: start from BERT; for a stage 2, this is the
+    comparison of Figure 5."""
 
     def __post_init__(self) -> None:
         if self.stage == "generation" and self.language is None:
@@ -375,41 +397,24 @@ class Recipe:
             raise InputError("stage representation has no LLM: leave out language, or set stage to generation")
         if self.stage == "representation" and not (self.objectives.itc or self.objectives.itm or self.objectives.itg):
             raise InputError("all objectives are switched off: give one of objectives.itc, .itm, .itg a weight")
-        self._check_numbers()
+        _check_ranges(self)
         for name, part in (("vision", self.vision), ("language", self.language)):
             if part is not None and part.trust_remote_code not in (None, part.name):
                 raise InputError(
                     f"{name}.trust_remote_code is {part.trust_remote_code}, expected {part.name}, which is {name}.name:"
                     " name the model whose code may run, or leave it out"
                 )
-        if self.start_from is not None and not all(self.starts or [""]):
+        if self.start_from is not None and not all(self.start_checkpoints or [""]):
             raise InputError(
                 f"start_from is {self.start_from!r}, expected runs or checkpoints: name them, or set it to null"
             )
         if not self.data.sources:
-            raise InputError("data.train names nothing to train on: name a source")
+            raise InputError("data.train has no source, expected at least one: name a source")
         self._check_evaluation()
-        for name in ("prompt", "question_prompt"):
-            if IMAGE_TOKEN in ((self.language and getattr(self.language, name)) or ""):
-                raise InputError(f"language.{name} holds {IMAGE_TOKEN}: leave it out, the image comes first by itself")
-        question_prompt = None if self.language is None else self.language.question_prompt
-        if self.language is not None and question_prompt is not None and (
-            QUESTION_PLACE not in question_prompt or self.language.asks
-        ):  # fmt: skip
-            raise InputError(
-                f"language.question_prompt is {question_prompt!r} and language.prompt {self.language.prompt!r},"
-                " expected {} in the first, where the question goes, and none in the second, which is for captions:"
-                " correct them, or leave question_prompt out"
-            )
+        self._check_prompts()
         if self.training.shard_frozen and self.language is not None and self.language.quantization is not None:
             raise InputError(
-                "a quantized LLM cannot be dealt out: leave out one of training.shard_frozen and language.quantization"
-            )
-        if self.qformer.use_qformer_text_input and (self.language is None or not self.language.asks):
-            raise InputError(
-                "qformer.use_qformer_text_input is for stage generation with questions: put {} into language.prompt"
-                " where the"
-                ' question goes, as in "Question: {} Answer:"'
+                "a quantized LLM cannot be sharded: leave out one of training.shard_frozen and language.quantization"
             )
         if self.qformer.hidden_size % self.qformer.num_attention_heads:
             raise InputError(
@@ -418,50 +423,53 @@ class Recipe:
             )
 
     @property
-    def starts(self) -> list[str]:
-        """The runs or checkpoints that the run starts from; the first that has a weight gives it."""
+    def start_checkpoints(self) -> list[str]:
+        """The runs or checkpoints of ``start_from``; the first that has a weight provides it."""
         return [self.start_from] if isinstance(self.start_from, str) else self.start_from or []
 
     @property
-    def begins_with_bert(self) -> bool:
-        """Whether BERT's weights are read before what the run starts from. A stage 2 that reads no questions has none
-        of them but those that a stage 1 has trained, and several checkpoints have to hold all of the Q-Former."""
-        wanted = not self.starts or self.language is None or self.qformer.use_qformer_text_input
-        return self.qformer.bert is not None and wanted and len(self.starts) < 2
+    def starts_from_bert(self) -> bool:
+        """Whether BERT's weights are loaded before those of ``start_from``.
 
-    def _check_numbers(self) -> None:
-        for name, (smallest, largest) in RANGES.items():
-            *sections, key = name.split(".")
-            section: Any = self
-            for each in sections:
-                section = None if section is None else getattr(section, each)  # a section may be left out
-            if section is None:
-                continue
-            value = getattr(section, key)
-            several = isinstance(value, dict | list | tuple)
-            for number in (value.values() if isinstance(value, dict) else value) if several else [value]:
-                if number is None and not several and not _may_be_null(type(section), key):
-                    raise InputError(f"{name} is null, expected a number: give one, or leave the key out")
-                if isinstance(number, bool):
-                    raise InputError(f"{name} is {str(number).lower()}, expected a number")
-                expected = outside(number, smallest, largest) if isinstance(number, float | int) else None
-                if expected is not None:
-                    raise InputError(f"{name} is {number}, expected {expected}")
+        The Q-Former of a stage 2 that reads no questions uses only weights that a stage 1 has trained, and several
+        checkpoints must provide the whole Q-Former.
+        """
+        needs_bert = not self.start_checkpoints or self.language is None or self.qformer.use_qformer_text_input
+        return self.qformer.bert is not None and needs_bert and len(self.start_checkpoints) < 2
+
+    def _check_prompts(self) -> None:
+        for name in ("prompt", "question_prompt"):
+            if IMAGE_TOKEN in ((self.language and getattr(self.language, name)) or ""):
+                raise InputError(f"language.{name} contains {IMAGE_TOKEN}: leave it out, the image always comes first")
+        question_prompt = None if self.language is None else self.language.question_prompt
+        if self.language is not None and question_prompt is not None and (
+            QUESTION_PLACEHOLDER not in question_prompt or self.language.prompt_has_question
+        ):  # fmt: skip
+            raise InputError(
+                f"language.question_prompt is {question_prompt!r} and language.prompt {self.language.prompt!r},"
+                " expected {} in the first, which is for questions, and none in the second, which is for captions:"
+                " correct them, or leave question_prompt out"
+            )
+        if self.qformer.use_qformer_text_input and not (self.language and self.language.prompt_has_question):
+            raise InputError(
+                "qformer.use_qformer_text_input is for stage generation with questions: put {} into language.prompt"
+                ' where the question goes, as in "Question: {} Answer:"'
+            )
 
     def _check_evaluation(self) -> None:
         task = None if self.evaluation is None else self.evaluation.task
         if task is not None and (task == "retrieval") != (self.stage == "representation"):
-            fitting = "retrieval" if self.stage == "representation" else "captioning or vqa"
-            raise InputError(f"evaluation.task {task} is not for stage {self.stage}: set it to {fitting}")
+            tasks = "retrieval" if self.stage == "representation" else "captioning or vqa"
+            raise InputError(f"evaluation.task {task} is not for stage {self.stage}: set it to {tasks}")
         if task is not None and self.training.shard_frozen:
             raise InputError(
-                "training.shard_frozen needs all processes at the same work, which an evaluation is not: leave one out,"
-                " and evaluate checkpoints with blip2 evaluate"
+                "training.shard_frozen needs the same work in all processes, which an evaluation does not give them:"
+                " leave one of them out, and evaluate checkpoints with blip2 evaluate"
             )
         best = self.training.metric_for_best_model or ""
         needs = {"validation_": ("data.validation", self.data.validation), "evaluation_": ("evaluation", task)}
-        for beginning, (key, value) in needs.items():
-            if best.startswith(beginning) and value is None:
+        for prefix, (key, value) in needs.items():
+            if best.startswith(prefix) and value is None:
                 raise InputError(
                     f"training.metric_for_best_model is {best}, which needs {key}: set it, or another"
                     " training.metric_for_best_model"
@@ -472,6 +480,33 @@ class Recipe:
             )
 
 
+def _check_ranges(section: Any, prefix: str = "") -> None:
+    """Refuse numbers of a section, and of the sections in it, that are outside their :func:`bounded` ranges."""
+    for each in fields(section):
+        name, value = f"{prefix}{each.name}", getattr(section, each.name)
+        if is_dataclass(value):
+            _check_ranges(value, f"{name}.")
+        elif "range" in each.metadata:
+            several = isinstance(value, dict | list | tuple)
+            for number in (value.values() if isinstance(value, dict) else value) if several else [value]:
+                if number is None and not several and not _is_optional(type(section), each.name):
+                    raise InputError(f"{name} is null, expected a number: give one, or leave the key out")
+                if isinstance(number, bool):
+                    raise InputError(f"{name} is {str(number).lower()}, expected a number")
+                expected = _out_of_range(number, *each.metadata["range"]) if isinstance(number, float | int) else None
+                if expected is not None:
+                    raise InputError(f"{name} is {number}, expected {expected}")
+
+
+def _out_of_range(number: int | float, minimum: int | float, maximum: int | float) -> str | None:
+    """Return what was expected of a number that is outside its range or NaN; None if it is inside."""
+    if minimum <= number <= maximum:
+        return None
+    if number < minimum and maximum >= 1000:
+        return f"at least {minimum}"
+    return f"at most {maximum}" if number > maximum >= 1000 else f"{minimum} to {maximum}"
+
+
 @cache
-def _may_be_null(section: type, key: str) -> bool:
+def _is_optional(section: type, key: str) -> bool:
     return NoneType in get_args(get_type_hints(section)[key])

@@ -11,21 +11,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from blip2.errors import visible
+from blip2.errors import escape_control_characters
 
 
 def plain_text(text: str) -> Text:
-    """A text for rich that is shown as it stands: names may look like its markup, or hold control characters."""
-    return Text(visible(text))
+    """Return a rich text without markup and control characters, which names of files can contain."""
+    return Text(escape_control_characters(text))
 
 
 def plain_table(
     columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None, right: bool = False
 ) -> Table:
-    """A table for rich whose cells are shown as they stand.
+    """Return a rich table whose cells are shown without markup; see :func:`plain_text`.
 
     Args:
-        right: justify all but the first column to the right.
+        right: whether all columns but the first are right-aligned.
     """
     table = Table(title=None if title is None else plain_text(title), title_justify="left")
     for number, column in enumerate(columns):
@@ -36,21 +36,22 @@ def plain_table(
 
 
 class Display:
-    """A progress bar on a terminal; a line now and then elsewhere. A disabled one shows nothing.
+    """A progress bar on a terminal; occasional lines of progress elsewhere.
 
     Args:
-        label: what stands before the bar.
+        label: text before the bar.
+        enabled: if False, nothing is shown.
     """
 
     def __init__(self, label: str, enabled: bool = True) -> None:
         self.console = Console(stderr=True, quiet=not enabled, soft_wrap=True)
-        self._label = visible(label)
+        self._label = escape_control_characters(label)
         self._bar: Progress | None = None
         self._total = self._first = 0
         self._started = self._shown = time.monotonic()
 
     def start(self, total: int, done: int = 0) -> None:
-        """Begin to show `done` of `total`."""
+        """Show the bar with `done` of `total` steps."""
         self._total, self._first = total, done
         self._started = self._shown = time.monotonic()
         if self.console.is_terminal and not self.console.quiet:
@@ -67,8 +68,8 @@ class Display:
             self._bar.add_task(self._label, total=total, completed=done, note="")
             self._bar.start()
 
-    def advance(self, done: int, note: str = "") -> None:
-        """Say that `done` of the total are done; `note` stands beside it."""
+    def update(self, done: int, note: str = "") -> None:
+        """Set the number of steps that are done, and the text after the bar."""
         if self._bar is not None:
             with self._terminal():
                 self._bar.update(self._bar.task_ids[0], completed=done, note=note)
@@ -77,11 +78,11 @@ class Display:
         if done in (self._first + 1, self._total) or now - self._shown >= 10:
             self._shown = now
             left = (now - self._started) / max(done - self._first, 1) * (self._total - done)
-            self.say(f"{self._label} {done}/{self._total}  {note}  {left:.0f} s left")
+            self.log(f"{self._label} {done}/{self._total}  {note}  {left:.0f} s left")
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Without its bar, while something else shows one."""
+        """Hide the bar, for example while another one is shown."""
         if self._bar is not None:
             with self._terminal():
                 self._bar.stop()
@@ -90,16 +91,18 @@ class Display:
             with self._terminal():
                 self._bar.start()
 
-    def say(self, text: str) -> None:
-        """A line above the bar."""
+    def log(self, text: str) -> None:
+        """Print a line above the bar."""
         with self._terminal():
             self.console.print(plain_text(text))
 
     def table(self, title: str, columns: list[str], rows: list[tuple[str, ...]]) -> None:
+        """Print a table above the bar."""
         with self._terminal():
             self.console.print(plain_table(columns, rows, title))
 
     def close(self) -> None:
+        """Remove the bar."""
         if self._bar is not None:
             with self._terminal():
                 self._bar.stop()
@@ -107,7 +110,7 @@ class Display:
 
     @contextmanager
     def _terminal(self) -> Iterator[None]:
-        """Where nobody can be shown anything any more, because a terminal was closed, work goes on all the same."""
+        """Continue silently after the terminal was closed."""
         try:
             yield
         except OSError:

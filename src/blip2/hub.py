@@ -1,4 +1,4 @@
-"""What others need to use a checkpoint: a card that says what it is, and a push to the Hugging Face hub."""
+"""Write model cards and upload models to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import httpx, validate_repo_id
 from yaml import YAMLError
 
-from blip2.backbones.pretrained import first_line
-from blip2.checkpoint import FOLDER
+from blip2.backbones.pretrained import short_message
+from blip2.checkpoint import CHECKPOINTS_FOLDER
 from blip2.data.assets import ASSETS, PREFIX
-from blip2.data.dataset import CAUSES
+from blip2.data.dataset import SKIP_REASONS
 from blip2.errors import InputError
 from blip2.interop.checkpoint import QFORMER_TOKENIZER, Checkpoint
 from blip2.interop.detect import is_blip2, is_pickle
-from blip2.io import parse_json, read_json
+from blip2.io import expand_home, parse_json, read_json
 from blip2.recipe import dump_recipe
-from blip2.training.metrics import METRICS
+from blip2.training.metrics import METRICS_FILE
 
-LICENCES = {
+LICENSES = {
     "facebook/opt-*": "other (OPT-175B license: research that is not commercial)",
     "google/flan-t5-*": "apache-2.0",
     "google-bert/*": "apache-2.0",
@@ -34,39 +34,43 @@ LICENCES = {
     "Salesforce/blip2-*": "mit",
     "*eva_vit_g.pth": "mit",
 }
-"""Of the parts that the paper is made of, by a pattern of their names."""
-UNKNOWN = "not stated by its files: check it before you publish"
-BOOKKEEPING = {
+"""Licenses of the paper's parts, by a pattern of their names."""
+UNKNOWN_LICENSE = "not stated in its files: check it before you publish"
+NOT_RESULTS = {
     "step", "seconds", "images_per_second", "data_seconds", "data_share", "gpu_memory_gib", "gpu_utilization",
     "gradient_norm", "rate", "rate_share", "itc_temperature", "source", "drawn", "shards", "cut", "skipped",
-    *(f"skipped_{cause}" for cause in CAUSES),
+    *(f"skipped_{cause}" for cause in SKIP_REASONS),
 }  # fmt: skip
-"""What in a line of metrics is no result."""
+"""Keys in a line of metrics that are not results."""
 VALIDATION = "validation_"
-"""Beginning of the names of metrics of held-out pairs."""
+"""Prefix of the names of metrics of held-out pairs."""
 
 # -- the card ----------------------------------------------------------------------------------------------------------
 
 
 def model_card(checkpoint: Checkpoint, to: str, *, stage1: Checkpoint | None = None) -> str:
-    """The README.md of a converted folder.
+    """Return the README.md of a converted folder.
 
     Args:
-        to: format that the folder is written in: ``transformers``, ``vllm``, ``lavis`` or ``blip2``.
-        stage1: checkpoint whose heads the folder holds beside those of stage 2.
+        checkpoint: the checkpoint.
+        to: format of the folder: ``transformers``, ``vllm``, ``lavis`` or ``blip2``.
+        stage1: the stage-1 checkpoint whose heads the folder also contains.
     """
     recipe = checkpoint.recipe
     stages = {f"### Stage {1 if c.recipe.language is None else 2}": c for c in (checkpoint, stage1) if c is not None}
     parts = list(dict.fromkeys(part for each in stages.values() for part in _parts(each)))
-    licenses = {name: license_of(name) for name in dict.fromkeys(name for _, name in parts)}
+    licenses = {name: find_license(name) for name in dict.fromkeys(name for _, name in parts)}
     short = dict.fromkeys(Path(part.name).name for part in (recipe.vision, recipe.language) if part is not None)
-    does = "compares images and texts: its {} queries read the features of a frozen image encoder"
+    task = "compares images and texts: its {} queries read the features of a frozen image encoder"
     if recipe.language is not None:
-        does = "writes about images: a frozen image encoder's features become {} soft visual prompts of a frozen LLM"
+        task = (
+            "writes about images: it turns the features of a frozen image encoder into {} soft prompts of a frozen LLM"
+        )
+    rows = [[role, f"`{name}`", licenses[name] or UNKNOWN_LICENSE] for role, name in parts]
     sections = [
         f"---\n{_front_matter(checkpoint, to, licenses)}\n---",
         f"# BLIP-2: {' and '.join(short)}",
-        f"A Querying Transformer that {does.format(recipe.qformer.num_query_tokens)}.",
+        f"A Querying Transformer that {task.format(recipe.qformer.num_query_tokens)}.",
         "## Use",
         *_use(checkpoint, to, both=stage1 is not None),
         "## Training",
@@ -74,9 +78,9 @@ def model_card(checkpoint: Checkpoint, to: str, *, stage1: Checkpoint | None = N
         "## Results",
         *(text for title, each in stages.items() for text in (title, _results(each))),
         "## Parts and licenses",
-        "What follows was made by others and keeps its license. Where one holds another, as a BLIP-2 does its LLM, the"
-        " license may not be that of both.",
-        _table(["part", "name", "license"], [[role, f"`{name}`", licenses[name] or UNKNOWN] for role, name in parts]),
+        "The following parts were made by others and keep their licenses. A part that contains another one, as a BLIP-2"
+        " contains its LLM, may have more than one license.",
+        _table(["part", "name", "license"], rows),
         "## Limits",
         LIMITS,
         "## Citation",
@@ -106,7 +110,7 @@ def _front_matter(checkpoint: Checkpoint, to: str, licenses: dict[str, str | Non
 
 
 def _parts(checkpoint: Checkpoint) -> Iterable[tuple[str, str]]:
-    """(role, name) of everything in a checkpoint that was not begun with it."""
+    """Yield (role, name) of everything in a checkpoint that was not trained from scratch."""
     recipe = checkpoint.recipe
     ours = checkpoint.format == "blip2"
     trained = {name.split(".")[0] for name in checkpoint.weights} if ours else set()
@@ -117,7 +121,7 @@ def _parts(checkpoint: Checkpoint) -> Iterable[tuple[str, str]]:
         yield "Q-Former", checkpoint.name
     if recipe.qformer.bert is not None:
         yield "BERT that the Q-Former started from", recipe.qformer.bert
-    for start in recipe.starts:
+    for start in recipe.start_checkpoints:
         if is_pickle(start) or is_blip2(Path(start)) or _hub_name(start):
             yield "checkpoint that training started from", start
 
@@ -125,12 +129,12 @@ def _parts(checkpoint: Checkpoint) -> Iterable[tuple[str, str]]:
 def _training(checkpoint: Checkpoint) -> list[str]:
     recipe, data, training = checkpoint.recipe, checkpoint.recipe.data, checkpoint.recipe.training
     if not data.train:
-        return [f"The weights are those of `{checkpoint.name}` ({checkpoint.about}). On which data they were trained,"
-                " and how, is not recorded in that format."]  # fmt: skip
+        return [f"The weights are those of `{checkpoint.name}` ({checkpoint.description}). That format does not"
+                " record the training data or the recipe."]  # fmt: skip
     bert = f"the BERT `{recipe.qformer.bert}`" if recipe.qformer.bert else "random weights"
-    start = " and ".join(f"the weights of `{name}`" for name in recipe.starts) or bert
+    start = " and ".join(f"the weights of `{name}`" for name in recipe.start_checkpoints) or bert
     sources = ", ".join(
-        f"`{name}`" + (f" ({license_of(name)})" if name.startswith(PREFIX) else "") for name in data.sources
+        f"`{name}`" + (f" ({find_license(name)})" if name.startswith(PREFIX) else "") for name in data.sources
     )
     held_out = f"`{data.validation}` was held out" if data.validation else "no pairs were held out"
     weights = {name.upper(): getattr(recipe.objectives, name) for name in ("itc", "itm", "itg")}
@@ -138,13 +142,13 @@ def _training(checkpoint: Checkpoint) -> list[str]:
     if recipe.language is not None:
         losses = "the language modeling loss of the captions"
     step, processes = _step(checkpoint), _processes(checkpoint)
-    at = f"the recipe's {training.max_steps} steps" if step is None else f"step {step} of {training.max_steps}"
+    at = f"the recipe's {training.max_steps} steps" if step is None else f"{step} of {training.max_steps} steps"
     count = data.batch_size * training.gradient_accumulation_steps * (processes or 1)
-    pairs = f"{count} pairs{'' if processes else ' a process'}"
+    pairs = f"{count} pairs{'' if processes else ' per process'}"
     return [
         f"Trained on {sources}; {held_out}. The Q-Former started from {start}.",
-        f"This is {at}, each of {pairs}, with AdamW on {losses}.",
-        "The whole recipe, which as `recipe.yaml` is run by",
+        f"Training ran for {at}, each with {pairs}, with AdamW on {losses}.",
+        "The complete recipe; save it as `recipe.yaml` and run",
         f"```sh\n{'' if (processes or 1) == 1 else f'torchrun --nproc_per_node {processes} --no-python '}"
         "blip2 train recipe.yaml\n```",
         f"```yaml\n{dump_recipe(recipe)}```",
@@ -157,7 +161,7 @@ def _step(checkpoint: Checkpoint) -> int | None:
 
 
 def _processes(checkpoint: Checkpoint) -> int | None:
-    """How many trained it, where it says so."""
+    """Return the number of training processes, if the checkpoint records it."""
     try:
         return len(read_json(Path(checkpoint.name) / "state.json")["positions"]) or None
     except (InputError, KeyError, TypeError):
@@ -165,15 +169,15 @@ def _processes(checkpoint: Checkpoint) -> int | None:
 
 
 def _results(checkpoint: Checkpoint) -> str:
-    """The last metrics at or before the step of a checkpoint that lies within its run."""
+    """Return a table of the last metrics at or before the step of a checkpoint inside its run folder."""
     folder, step = Path(checkpoint.name).absolute(), _step(checkpoint)
-    path = folder.parents[1] / METRICS if step is not None and folder.parent.name == FOLDER else None
+    path = folder.parents[1] / METRICS_FILE if step is not None and folder.parent.name == CHECKPOINTS_FOLDER else None
     train: dict[str, Any] = {}
     held_out: dict[str, Any] = {}
     for text in path.read_text(encoding="utf-8").splitlines() if path is not None and path.is_file() else ():
         try:
             line = parse_json(text)
-        except ValueError:  # torn by a kill
+        except ValueError:  # truncated when the process was killed
             continue
         if line["step"] <= step:
             train = {name: value for name, value in line.items() if not name.startswith(VALIDATION)}
@@ -184,8 +188,10 @@ def _results(checkpoint: Checkpoint) -> str:
     heads, columns = ["", f"training batch, step {train['step']}"], [train]
     if held_out:
         heads, columns = [*heads, f"held-out pairs, step {held_out['step']}"], [train, held_out]
-    names = [name for name in {**train, **held_out} if name not in BOOKKEEPING]
-    return _table(heads, [[name, *(f"{of[name]:.4g}" if name in of else "" for of in columns)] for name in names])
+    names = [name for name in {**train, **held_out} if name not in NOT_RESULTS]
+    return _table(
+        heads, [[name, *(f"{column[name]:.4g}" if name in column else "" for column in columns)] for name in names]
+    )
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -193,7 +199,7 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _use(checkpoint: Checkpoint, to: str, both: bool) -> list[str]:
-    """Programs that use a folder, and what is to be known beside them."""
+    """Return programs that use a folder, with notes."""
     language, queries = checkpoint.recipe.language, checkpoint.recipe.qformer.num_query_tokens
     if to == "vllm":
         return [SERVE]
@@ -222,18 +228,18 @@ from PIL import Image
 from transformers import Blip2ForConditionalGeneration, Blip2Processor
 
 name = "."  # this folder, or its name on the hub
-image = Image.open("picture.png").convert("RGB")
+image = Image.open("image.png").convert("RGB")
 processor = Blip2Processor.from_pretrained(name)
 model = Blip2ForConditionalGeneration.from_pretrained(name)
 inputs = processor(images=image, text={prompt}, return_tensors="pt")
-written = model.generate(**inputs, num_beams=5, max_new_tokens=30)
-print(processor.batch_decode(written, skip_special_tokens=True)[0].strip())"""
+tokens = model.generate(**inputs, num_beams=5, max_new_tokens=30)
+print(processor.batch_decode(tokens, skip_special_tokens=True)[0].strip())"""
 COMPARE = """\
 from PIL import Image
 from transformers import {also}Blip2ForImageTextRetrieval, Blip2Processor
 
 name = "."  # this folder, or its name on the hub
-image = Image.open("picture.png").convert("RGB")
+image = Image.open("image.png").convert("RGB")
 processor = Blip2Processor.from_pretrained(name){tokenizer}
 model = Blip2ForImageTextRetrieval.from_pretrained(name)
 pair = processor(images=image, text="a text", return_tensors="pt")
@@ -248,8 +254,8 @@ SERVE = """\
 vllm serve . --chat-template '{% for message in messages %}{{ message.content }}{% endfor %}'
 ```
 
-A prompt takes one image, which comes first by itself. The model was not trained to chat, so this chat template hands on
-the text of a request as it is. Send images to `/v1/chat/completions`: `/v1/completions` takes text alone."""
+A prompt takes one image, which is placed first automatically. The model was not trained to chat, so this chat template
+passes on the text of a request unchanged. Send images to `/v1/chat/completions`: `/v1/completions` takes only text."""
 LAVIS = """\
 import torch
 from lavis.models import load_model
@@ -264,20 +270,20 @@ import blip2
 model = blip2.load(".")  # this folder
 {calls}"""
 WRITES = """\
-print(model.caption("picture.png"))
-print(model.answer("picture.png", "what is it?"))"""
+print(model.caption("image.png"))
+print(model.answer("image.png", "what is it?"))"""
 COMPARES = """\
-print(model.match("picture.png", ["a text", "another"]))
-print(model.similarity("picture.png", ["a text", "another"]))"""
+print(model.match("image.png", ["a text", "another"]))
+print(model.similarity("image.png", ["a text", "another"]))"""
 NAMES = """\
-The folder holds what was trained. Frozen parts are fetched by the names below, of which any can be another:
-`blip2.load(".", changes={"vision.name": "..."})`."""
+The folder contains the trained weights. Frozen parts are loaded by the names below; any name can be replaced:
+`blip2.load(".", overrides={"vision.name": "..."})`."""
 LIMITS = """\
-- The frozen parts, an LLM above all, learned from texts and pictures of the web, and nothing here corrects that: their
-  prejudices, their errors and their language are this model's too.
-- It can state what a picture does not show, as surely as what it does. Let a person decide wherever something hangs on
-  it: in medicine, in law, in traffic, and about people, whom it must not identify or judge.
-- It knows what is like its training pairs. Measure it on pictures of your own before you rely on it."""
+- The frozen parts, above all the LLM, learned from texts and images of the web. This model inherits their biases and
+  errors.
+- The model can state with confidence what an image does not show. Have a person check its output wherever errors
+  matter, as in medicine, law and traffic. Do not use it to identify or judge people.
+- The model works best on images like its training pairs. Evaluate it on your own images before you rely on it."""
 CITATION = """\
 @inproceedings{li2023blip2,
   title     = {{BLIP-2}: Bootstrapping Language-Image Pre-training with Frozen Image Encoders and Large Language
@@ -291,33 +297,33 @@ CITATION = """\
 # -- licenses ----------------------------------------------------------------------------------------------------------
 
 
-def license_of(name: str) -> str | None:
-    """The license of a part: by a folder's own README.md, by what is known here, by its card on the hub.
+def find_license(name: str) -> str | None:
+    """Return the license of a part, from its README.md, from :data:`LICENSES` or from its card on the hub.
 
     Args:
         name: folder, file, hub name, ``timm:NAME`` or ``package:NAME``.
 
     Returns:
-        None where nothing states it, or the hub would and cannot be asked.
+        The license. None: no source states it, or the hub cannot be reached.
     """
     if name.startswith(PREFIX):
         asset = ASSETS.get(name.removeprefix(PREFIX).partition("/")[0])
         return None if asset is None else asset.license
-    known = next((license for pattern, license in LICENCES.items() if fnmatchcase(name, pattern)), None)
+    known = next((license for pattern, license in LICENSES.items() if fnmatchcase(name, pattern)), None)
     try:
-        stated = _stated(metadata_load(Path(name).expanduser() / "README.md"))
+        declared = _declared_license(metadata_load(expand_home(name) / "README.md"))
     except (OSError, ValueError, YAMLError):
-        stated = None
-    if (stated or known) is None and (hub := _hub_name(name)) is not None:
+        declared = None
+    if (declared or known) is None and (hub := _hub_name(name)) is not None:
         try:
             card = _api().model_info(hub, timeout=5).card_data
-        except Exception:  # no network, no such model, no access: none is a reason to stop
+        except Exception:  # no network, no such model or no access: the license stays unknown
             return None
-        return _stated(card.to_dict() if card is not None else None)
-    return stated or known
+        return _declared_license(card.to_dict() if card is not None else None)
+    return declared or known
 
 
-def _stated(front_matter: dict[str, Any] | None) -> str | None:
+def _declared_license(front_matter: dict[str, Any] | None) -> str | None:
     license, name = (front_matter or {}).get("license"), (front_matter or {}).get("license_name")
     if isinstance(license, list):
         license = ", ".join(map(str, license))
@@ -325,70 +331,71 @@ def _stated(front_matter: dict[str, Any] | None) -> str | None:
 
 
 def _api(token: str | None = None) -> HfApi:
-    # Read here, so that it can be set after huggingface_hub was imported.
+    # huggingface_hub reads HF_ENDPOINT only when it is imported.
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT", "").rstrip("/") or None, token=token)
 
 
 def _hub_name(name: str) -> str | None:
-    """What a part is called on the hub, if it can be there."""
+    """Return the hub name of a part, if it can be a model on the hub."""
     hub = name.replace("timm:", "timm/")
-    there = re.fullmatch(r"[\w.-]+/[\w.-]+", hub) and not is_pickle(hub) and not Path(name).expanduser().exists()
-    return hub if there else None
+    is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", hub) and not is_pickle(hub) and not expand_home(name).exists()
+    return hub if is_hub_name else None
 
 
 # -- the hub -----------------------------------------------------------------------------------------------------------
 
 
-def push(folder: str | Path, repository: str, private: bool = False) -> str:
+def push_to_hub(folder: str | Path, repo_id: str, private: bool = False) -> str:
     """Upload a converted folder to the Hugging Face hub, or to ``$HF_ENDPOINT``, in one commit.
 
     Args:
-        repository: name of the model repository, ``NAME`` or ``OWNER/NAME``; made if there is none.
-        private: nobody else is to see it.
+        folder: a folder written by :func:`blip2.convert.convert`.
+        repo_id: name of the model repository, ``NAME`` or ``OWNER/NAME``; created if it does not exist.
+        private: make the repository private.
 
     Returns:
-        Its URL.
+        The URL of the repository.
 
     Raises:
-        InputError: there is no such folder, or no model or card in it; the name cannot be one of a repository; nobody
-            is logged in, or may write there; a private one is asked for and it is public; the hub cannot be reached.
+        InputError: the folder, its model or its card is missing; the name is invalid; you are not logged in or may not
+            write there; an existing repository is public but `private` is set; or the hub cannot be reached.
     """
-    path = Path(folder).expanduser()
+    path = expand_home(folder)
     if not path.is_dir():
-        raise InputError(f"{path} is not a folder: give one that blip2 convert wrote")
+        raise InputError(f"{path} is not a folder: give one written by blip2 convert")
     if not any((path / name).is_file() for name in ("config.json", "recipe.yaml")) and not any(path.glob("*.pth")):
-        raise InputError(f"{path} holds no model (config.json, recipe.yaml or .pth): give what blip2 convert wrote")
-    if not (path / "README.md").is_file():
-        raise InputError(f"{path} has no README.md that says what it is: give a folder that blip2 convert wrote, which"
-                         " writes one")  # fmt: skip
-    try:
-        validate_repo_id(repository)
-    except HFValidationError as error:
         raise InputError(
-            f"{repository!r} is not the name of a repository ({first_line(error)}): give OWNER/NAME"
-        ) from error
+            f"{path} contains no model (config.json, recipe.yaml or .pth): give a folder written by blip2 convert"
+        )
+    if not (path / "README.md").is_file():
+        raise InputError(f"{path} has no README.md that describes the model: give a folder written by blip2 convert,"
+                         " which writes one")  # fmt: skip
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise InputError(f"{repo_id!r} is not a repository name ({short_message(error)}): give OWNER/NAME") from error
     if is_offline_mode():
-        raise InputError("HF_HUB_OFFLINE is set, so the hub is not asked for anything: unset it to push")
+        raise InputError("HF_HUB_OFFLINE is set, which forbids access to the hub: unset it to push")
     token = get_token()
     if token is None:
-        raise InputError("nobody is logged in to the hub: run hf auth login, or set HF_TOKEN")
+        raise InputError("you are not logged in to the hub: run hf auth login, or set HF_TOKEN")
     api = _api(token)
     try:
-        made = api.create_repo(repository, private=private or None, exist_ok=True)
-        exposed = private and not api.model_info(made.repo_id).private
+        url = api.create_repo(repo_id, private=private or None, exist_ok=True)
+        exposed = private and not api.model_info(url.repo_id).private
         if not exposed:
-            api.upload_folder(repo_id=made.repo_id, folder_path=path, commit_message="Upload a BLIP-2")
+            api.upload_folder(repo_id=url.repo_id, folder_path=path, commit_message="Upload a BLIP-2")
     except (httpx.HTTPError, OSError, RuntimeError, ValueError) as error:
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
         if status in (401, 403):
             raise InputError(
-                f"the hub does not let you write to {repository} ({status}): log in with a token that may (hf auth"
-                " login), or give a repository of your own"
+                f"you may not write to {repo_id} ({status}): log in with a token that may (hf auth login), or give"
+                " a repository of your own"
             ) from error
         raise InputError(
-            f"{path} could not be pushed to {repository} ({type(error).__name__}: {' '.join(str(error).split())}): see"
-            " to that, or to the network, and push again"
+            f"{path} could not be pushed to {repo_id} ({type(error).__name__}: {' '.join(str(error).split())}): fix"
+            " this, or the network, and push again"
         ) from error
     if exposed:
-        raise InputError(f"{made.repo_id} is there already and public, expected a private one: give another name")
-    return str(made)
+        raise InputError(f"{url.repo_id} already exists and is public, expected a private one: give another name")
+    return str(url)

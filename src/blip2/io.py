@@ -1,7 +1,7 @@
-"""Files: read within limits as plain values, written whole or not at all, in folders of one writer.
+"""Safe reading of files, atomic writing, and locks on folders.
 
-Every recipe and every JSON file that this library reads itself is read here. What a file says is never executed: it
-gives texts, numbers, lists and dictionaries, and no more of them than the limits allow (docs/security.md).
+All recipes and JSON files are read here. Nothing in a file is executed: reading gives strings, numbers, lists and
+dictionaries, within limits of size and depth (docs/security.md).
 """
 
 from __future__ import annotations
@@ -25,59 +25,59 @@ import yaml
 from blip2.errors import InputError
 
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
-"""None on Windows, where a folder is not locked."""
+"""None on Windows, where folders are not locked."""
 
 LOCK = ".lock"
-"""File in a folder that a process is writing to; says which process."""
+"""Lock file in a folder, which names the process that is writing there."""
 MAX_JSON = 256 << 20
-"""Bytes of a JSON file."""
+"""Maximum size of a JSON file in bytes."""
 MAX_YAML = 1 << 18
-"""Bytes of a YAML text."""
+"""Maximum size of a YAML text in bytes."""
 MAX_NODES = 10_000
-"""Values in a YAML text, those that an alias stands for counted each time."""
+"""Maximum number of values in a YAML text after the expansion of aliases."""
 MAX_DEPTH = 32
-"""Lists and mappings of a YAML text within one another."""
-PLAIN = ("map", "seq", "str", "int", "float", "bool", "null", "merge", "value")
-"""Kinds of values in a YAML text."""
+"""Maximum depth of nested lists and mappings in a YAML text."""
+YAML_TAGS = ("map", "seq", "str", "int", "float", "bool", "null", "merge", "value")
+"""Tags that are allowed in a YAML text."""
 MAX_DIGITS = 100
-"""Characters of a number in a YAML text."""
+"""Maximum number of characters of a number in a YAML text."""
 
 
 # -- reading -------------------------------------------------------------------------------------------------------
 
 
-def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
-    """The bytes of a regular file: a pipe or a device, which may never end, is not read.
+def read_regular_file(path: str | os.PathLike[str], limit: int) -> bytes:
+    """Read a regular file. Pipes and devices, which may never end, are refused.
 
     Raises:
         OSError: it cannot be read.
         InputError: it is not a regular file, or has more than `limit` bytes.
     """
-    # Opening a pipe waits for its other end, unless it is told not to.
+    # Opening a pipe would wait for its other end.
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     try:
-        found = os.fstat(handle)
-        check_regular(path, found, limit)
+        status = os.fstat(handle)
+        check_regular_file(path, status, limit)
         with os.fdopen(handle, "rb", closefd=False) as file:
-            return file.read(found.st_size)
+            return file.read(status.st_size)
     finally:
         os.close(handle)
 
 
-def check_regular(path: str | os.PathLike[str], found: os.stat_result, limit: int | None = None) -> None:
-    """Raise :class:`InputError` for what is not a regular file, or has more than `limit` bytes."""
-    if not stat.S_ISREG(found.st_mode):
-        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, a socket or a device"
+def check_regular_file(path: str | os.PathLike[str], status: os.stat_result, limit: int | None = None) -> None:
+    """Raise :class:`InputError` if a file is not a regular file, or has more than `limit` bytes."""
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, a socket or a device"
         raise InputError(f"{os.fspath(path)} is {kind}, expected a regular file: check its path")
-    if limit is not None and found.st_size > limit:
+    if limit is not None and status.st_size > limit:
         raise InputError(
-            f"{os.fspath(path)} has {found.st_size:,} bytes, more than the {limit:,} allowed: give a smaller file"
+            f"{os.fspath(path)} has {status.st_size:,} bytes, more than the {limit:,} allowed: give a smaller file"
         )
 
 
 def _read_text(path: Path, limit: int) -> str:
     try:
-        return read_regular(path, limit).decode("utf-8-sig")
+        return read_regular_file(path, limit).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError("it is not UTF-8") from error
     except OSError as error:
@@ -85,13 +85,13 @@ def _read_text(path: Path, limit: int) -> str:
 
 
 def read_json(path: str | os.PathLike[str], limit: int = MAX_JSON, advice: str = "copy or download it again") -> Any:
-    """The value of a JSON file.
+    """Read a JSON file.
 
     Args:
-        advice: what to do about a damaged one, for the message.
+        advice: what to do about a damaged file, for the error message.
 
     Raises:
-        InputError: it is no regular file, has more than `limit` bytes, or is not JSON.
+        InputError: it is not a regular file, has more than `limit` bytes, or is not JSON.
     """
     path = Path(path)
     try:
@@ -99,16 +99,18 @@ def read_json(path: str | os.PathLike[str], limit: int = MAX_JSON, advice: str =
     except InputError as error:
         if str(error).startswith(str(path)):
             raise
-        raise InputError(f"{path} is damaged or no JSON ({error}): {advice}") from error
+        raise InputError(f"{path} is damaged or not JSON ({error}): {advice}") from error
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The object of a file of :func:`write_json`.
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file whose value is an object.
 
     Raises:
-        InputError: it is damaged, as by a disk that failed, or holds something else.
+        InputError: it is damaged, or its value is not an object.
     """
-    advice = "delete it to go on with what lies beside it, if that is of the same work, or give another output"
+    advice = (
+        "delete it to resume with the other files in the folder, if they are of the same work, or give another output"
+    )
     value = read_json(path, advice=advice)
     if not isinstance(value, dict):
         raise InputError(f"{path} is damaged (it holds a {type(value).__name__}): {advice}")
@@ -116,37 +118,37 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text.
+    """Parse a JSON text.
 
     Raises:
-        InputError: it is not JSON, or nested more deeply than Python reads.
+        InputError: it is not JSON, or nested more deeply than Python can parse.
     """
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{error.msg} at character {error.pos}") from error
-    except (ValueError, RecursionError) as error:  # not UTF-8, or a number of too many digits
+    except (ValueError, RecursionError) as error:  # not UTF-8, or a number with too many digits
         raise InputError(
             "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
         ) from error
 
 
-def plain(value: Any) -> Any:
-    """A value as it is after being written as JSON: tuples are lists, keys are texts."""
+def to_plain(value: Any) -> Any:
+    """Return a value as it is after a round trip through JSON: tuples become lists, keys become strings."""
     return json.loads(json.dumps(value))
 
 
 def read_yaml(path: str | os.PathLike[str]) -> Any:
-    """The value of a YAML file.
+    """Read a YAML file.
 
     Raises:
-        InputError: it is no regular file, is not YAML, or exceeds a limit; the message shows nothing of its content.
+        InputError: it is not a regular file, is not YAML, or exceeds a limit. The message contains none of its content.
     """
     return parse_yaml(_read_text(Path(path), MAX_YAML))
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text.
+    """Parse a YAML text.
 
     Raises:
         InputError: it is not YAML, or exceeds :data:`MAX_YAML`, :data:`MAX_NODES`, :data:`MAX_DEPTH` or
@@ -164,7 +166,7 @@ def parse_yaml(text: str) -> Any:
         return loader.construct_document(node)
     except InputError:
         raise
-    except (yaml.YAMLError, ValueError) as error:  # a character that YAML has not, a number that is none
+    except (yaml.YAMLError, ValueError) as error:  # a character that YAML does not allow, a malformed number
         mark = getattr(error, "problem_mark", None)
         where = f": there is a mistake in line {mark.line + 1}" if mark else ""
         raise InputError(f"it is not YAML{where}") from error
@@ -174,7 +176,7 @@ def parse_yaml(text: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values alone; 1e-4 is a number, which YAML 1.1 takes for a text, and a date is a text."""
+    """A loader of plain values. Unlike in YAML 1.1, 1e-4 is a number and a date is a string."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -205,25 +207,25 @@ _Loader.add_implicit_resolver(
 
 def _check_limits(nodes: int, depth: int) -> None:
     if nodes > MAX_NODES:
-        raise InputError(f"it stands for more than the {MAX_NODES:,} values allowed")
+        raise InputError(f"it expands to more than the {MAX_NODES:,} values allowed")
     if depth > MAX_DEPTH:
         raise InputError(f"it is nested more than {MAX_DEPTH} deep")
 
 
 def _check_size(root: yaml.Node) -> None:
-    """Walk what a text stands for before anything is made of it: a few aliases can stand for billions of values."""
-    left = [(root, 1)]
-    seen = 0
-    while left:
-        node, depth = left.pop()
-        seen += 1
-        _check_limits(seen, depth)
-        if node.tag.rpartition(":")[2] not in PLAIN or not node.tag.startswith("tag:yaml.org,2002:"):
-            raise InputError(f"it has a tag in line {node.start_mark.line + 1}, which would make an object")
+    """Check the limits before values are constructed: a few aliases can expand to billions of values."""
+    stack = [(root, 1)]
+    num_nodes = 0
+    while stack:
+        node, depth = stack.pop()
+        num_nodes += 1
+        _check_limits(num_nodes, depth)
+        if node.tag.rpartition(":")[2] not in YAML_TAGS or not node.tag.startswith("tag:yaml.org,2002:"):
+            raise InputError(f"it has a tag in line {node.start_mark.line + 1}, which would create an object")
         if isinstance(node, yaml.MappingNode):
-            left += [(child, depth + 1) for pair in node.value for child in pair]
+            stack += [(child, depth + 1) for pair in node.value for child in pair]
         elif isinstance(node, yaml.SequenceNode):
-            left += [(child, depth + 1) for child in node.value]
+            stack += [(child, depth + 1) for child in node.value]
         elif node.tag.endswith((":int", ":float")) and len(node.value) > MAX_DIGITS:
             raise InputError(f"it has a number of more than {MAX_DIGITS} digits")
 
@@ -231,33 +233,31 @@ def _check_size(root: yaml.Node) -> None:
 # -- writing -------------------------------------------------------------------------------------------------------
 
 
-def output_path(name: str | Path) -> Path:
-    """The path of an output, in which ``~`` is the home folder.
+def expand_home(name: str | Path) -> Path:
+    """Return a path with ``~`` expanded.
 
     Raises:
-        InputError: the home folder is not known.
+        InputError: the home folder is unknown.
     """
     try:
         return Path(name).expanduser()
     except RuntimeError as error:
-        raise InputError(
-            f"output {name} begins with a home folder that is not known ({error}): write it out"
-        ) from error
+        raise InputError(f"{name} begins with a home folder that is unknown ({error}): write out its path") from error
 
 
 @contextmanager
-def locked(folder: Path, enabled: bool = True) -> Iterator[None]:
-    """Hold a folder for this process alone.
+def lock_folder(folder: Path, enabled: bool = True) -> Iterator[None]:
+    """Lock a folder for this process.
 
-    The system ends the lock with the process, however it ends, so that one that was killed stands in nobody's way.
-    Processes that it forks do not hold it. Where the file system knows no locks, nothing is locked.
+    The operating system releases the lock when the process ends, even if it is killed. Forked processes do not inherit
+    it. On a file system without locks, nothing is locked.
 
     Args:
-        folder: made if need be.
-        enabled: False: do nothing, as another process of the same work holds it.
+        folder: it is created if necessary.
+        enabled: if False, do nothing, because another process of the same work holds the lock.
 
     Raises:
-        InputError: another process holds it, or it cannot be written.
+        InputError: another process holds the lock, or the folder cannot be written.
     """
     if not enabled or fcntl is None:
         yield
@@ -281,14 +281,14 @@ def locked(folder: Path, enabled: bool = True) -> Iterator[None]:
 
 
 _held: set[Path] = set()
-"""Locks of this process: the system would give it one again, and take it away with the first file that is closed."""
+"""Locks held by this process: POSIX would grant one a second time, and release it when the first file is closed."""
 
 
 def _hold(path: Path) -> IO[str]:
-    """The locked file, open."""
-    here = path.parent
+    """Lock a file, and return it open."""
+    folder = path.parent
     if path in _held:
-        raise InputError(f"{here} is in use by this process: wait until it ends, or give another output")
+        raise InputError(f"{folder} is in use by this process: wait until it ends, or give another output")
     while True:
         file = path.open("a+", encoding="utf-8")
         try:
@@ -298,78 +298,94 @@ def _hold(path: Path) -> IO[str]:
             holder = file.read().strip() or "another process"
             file.close()
             raise InputError(
-                f"{here} is in use by {holder}: wait until it ends, end it, or give another output"
+                f"{folder} is in use by {holder}: wait until it ends, end it, or give another output"
             ) from error
-        except OSError:  # no locks on this file system
+        except OSError:  # the file system has no locks
             return file
         with contextlib.suppress(FileNotFoundError):
             if os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:  # noqa: PTH116
                 break
-        file.close()  # who held it has deleted it in the meantime
+        file.close()  # its previous holder has deleted it in the meantime
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
     file.flush()
     return file
 
 
+def resolve_target(path: str | os.PathLike[str]) -> Path:
+    """Return the file to write for a path: links are followed, so that writing replaces the file and not the link.
+
+    Raises:
+        InputError: there is a device, a pipe or a folder, which a rename would replace or fail on.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise InputError(f"{path} is a folder, a device or a pipe, expected a file: give another output")
+    return target
+
+
 @contextmanager
-def written(path: Path) -> Iterator[IO[bytes]]:
-    """The file to write, which takes its place at the end.
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file for writing under a temporary name, and rename it when it is complete.
 
     Raises:
         OSError: it cannot be written.
+        InputError: there is something other than a regular file; see :func:`resolve_target`.
     """
-    beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    path = resolve_target(path)
+    tmp = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with beside.open("wb") as file:
+        with tmp.open("wb") as file:
             yield file
-        beside.replace(path)
+        tmp.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        tmp.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
-    """JSON, in UTF-8.
+    """Write a value as JSON in UTF-8.
 
     Raises:
         OSError: it cannot be written.
     """
-    with written(path) as file:
-        # Half of a surrogate pair, as names of files may hold it, has no UTF-8; its escape in JSON looks like Python's.
+    with atomic_write(path) as file:
+        # File names can contain surrogates, which have no UTF-8; their escapes in JSON are the same as Python's.
         file.write(json.dumps(value, ensure_ascii=False, indent=indent).encode(errors="backslashreplace"))
 
 
 def write_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Any], metadata: dict[str, str] | None = None
 ) -> None:
-    """A safetensors file with the mode that the umask gives every other file: the library's own is for its owner alone.
+    """Write a safetensors file with the permissions of the umask; the library's own are for the owner only.
 
     Raises:
         OSError, SafetensorError: it cannot be written.
+        InputError: there is something other than a regular file; see :func:`resolve_target`.
     """
     from safetensors.torch import save_file
 
-    save_file(dict(tensors), path, metadata=metadata)
-    share(Path(path))
+    target = resolve_target(path)
+    save_file(dict(tensors), target, metadata=metadata)
+    apply_umask(target)
 
 
-def share(path: Path) -> None:
-    """Give a file, or the files of a folder, the mode that the umask gives new ones."""
+def apply_umask(path: Path) -> None:
+    """Give a file, or the safetensors files in a folder, the permissions of the umask."""
     for file in [path] if path.is_file() else [each for each in path.rglob("*.safetensors") if each.is_file()]:
-        beside = file.with_name(f"{file.name}.{uuid.uuid4().hex}.tmp")
+        probe = file.with_name(f"{file.name}.{uuid.uuid4().hex}.tmp")
         try:
-            beside.touch()  # the umask can only be asked for by setting it, which other threads would see
-            file.chmod(stat.S_IMODE(beside.stat().st_mode))
+            probe.touch()  # reading the umask requires setting it, which other threads would see
+            file.chmod(stat.S_IMODE(probe.stat().st_mode))
         finally:
-            beside.unlink(missing_ok=True)
+            probe.unlink(missing_ok=True)
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Says of an output that cannot be written why, for those who have nothing better to say.
+def convert_os_errors(path: Path) -> Iterator[None]:
+    """Convert OSError to an InputError that names the output.
 
     Raises:
-        InputError: instead of an OSError.
+        InputError: the output cannot be written.
     """
     try:
         yield

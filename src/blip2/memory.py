@@ -1,4 +1,4 @@
-"""How a process gets its memory, where it is one of Linux with the GNU C library."""
+"""Tuning of glibc's malloc (Linux only)."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import ctypes
 import os
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Of malloc.h."""
+"""Parameters of ``mallopt``, from malloc.h."""
 
 
-def keep_memory() -> None:
-    """Large tensors in pages of 2 MB, and what is freed is kept for those that follow: it has its pages already.
+def tune_malloc() -> None:
+    """Use huge pages (2 MB) for large tensors, and keep freed memory in the process for later allocations.
 
-    A training step, whose every activation is new, otherwise spends a sixth of its time in bf16 on page faults. The
-    most that the process holds at once stays the same, but it holds it until it ends. ``MALLOC_MMAP_...`` and
-    ``MALLOC_TRIM_...`` of the environment, where they are set, are left to decide. Call it before the first tensor.
+    Every activation of a training step is a new allocation; without this, page faults take a sixth of a step in bf16.
+    The peak memory of the process is the same, but it is held until the process ends. ``MALLOC_MMAP_...`` and
+    ``MALLOC_TRIM_...`` environment variables take precedence. Call it before the first tensor is made.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if any(name.startswith(("MALLOC_MMAP_", "MALLOC_TRIM_")) for name in os.environ):

@@ -1,4 +1,4 @@
-"""Using what was trained: captions, answers, embeddings, similarities and matches of anybody's images."""
+"""Use trained models: caption images, answer questions, embed and compare images and texts."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ from blip2.data.collate import (
     encode_prompts,
     encode_questions,
     encode_texts,
-    fill_prompts,
+    format_prompts,
     normalize_captions,
     normalize_questions,
     pad,
 )
-from blip2.data.images import ImageLike, read_image, to_pixels
+from blip2.data.images import ImageLike, preprocess, read_image
 from blip2.decoding.search import Decoding
 from blip2.errors import InputError
-from blip2.model import losses as objectives
 from blip2.model.generation import GenerationModel, Questions
+from blip2.model.losses import IGNORE_INDEX, image_text_similarity
 from blip2.model.representation import RepresentationModel
 
 log = logging.getLogger("blip2")
 
 Model = TypeVar("Model", RepresentationModel, GenerationModel)
 Images = ImageLike | Iterable[ImageLike]
-CAPTION = Decoding()
-"""How captions are generated unless said otherwise: beam search of width 5."""
-ANSWER = Decoding(length_penalty=-1.0, max_new_tokens=10)
-"""How answers are generated unless said otherwise: short ones are favored (§4.1)."""
-QUESTION = "Question: {} Answer:"
-"""How a question is put to a decoder-only LLM (§4.1)."""
-WHOLE = 2**31
-"""A limit of tokens that cuts no text."""
-SHORT_QUESTION = "Question: {} Short answer:"
-"""How a question is put to an encoder-decoder LLM (§4.1)."""
+CAPTION_DECODING = Decoding()
+"""Default decoding of captions: beam search of width 5."""
+ANSWER_DECODING = Decoding(length_penalty=-1.0, max_new_tokens=10)
+"""Default decoding of answers: a negative length penalty favors short answers (§4.1)."""
+QUESTION_TEMPLATE = "Question: {} Answer:"
+"""Default prompt of questions for a decoder-only LLM (§4.1)."""
+NO_LIMIT = 2**31
+"""A limit on the number of tokens that truncates no text."""
+SHORT_QUESTION_TEMPLATE = "Question: {} Short answer:"
+"""Default prompt of questions for an encoder-decoder LLM (§4.1)."""
 
 
 def load(
@@ -55,30 +55,33 @@ def load(
     device: str | None = None,
     dtype: Precision | None = None,
     *,
-    changes: Mapping[str, object] | None = None,
+    overrides: Mapping[str, object] | None = None,
     stage: Stage | None = None,
 ) -> RepresentationPipeline | GenerationPipeline:
-    """Load a checkpoint of any format: what :command:`blip2 train` made, transformers' layout, a file of LAVIS.
+    """Load a checkpoint of ``blip2 train``, transformers or LAVIS.
 
     Args:
-        path: folder of a run, whose last checkpoint is taken, or of one checkpoint; folder or hub name of a
-            ``Blip2ForConditionalGeneration`` or ``Blip2ForImageTextRetrieval`` of transformers; ``.pth`` file of LAVIS.
-            What it was found to be is logged.
-        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``; None: a GPU if there is one.
-        dtype: of the frozen parts; None: as the recipe says, or else bf16 on a GPU and fp32 on a CPU.
-        changes: keys of the recipe that are to have another value (``{"vision.image_size": 364}``), and those that a
-            ``.pth`` does not say (``{"vision.name": "eva_vit_g.pth", "language.name": "facebook/opt-2.7b"}``).
-        stage: which one, where a checkpoint holds both stages; None: the one that it names itself.
+        path: folder of a run (its last checkpoint is loaded) or of a checkpoint; folder or hub name of transformers'
+            ``Blip2ForConditionalGeneration`` or ``Blip2ForImageTextRetrieval``; or a ``.pth`` file of LAVIS.
+        device: ``cpu``, ``cuda``, ``cuda:1`` or ``mps``. None: a GPU if there is one.
+        dtype: data type of the frozen parts. None: the recipe's, which defaults to bf16 on a GPU and fp32 on a CPU.
+        overrides: new values of recipe keys (``{"vision.image_size": 364}``), and values that a ``.pth`` file does not
+            contain (``{"vision.name": "eva_vit_g.pth", "language.name": "facebook/opt-2.7b"}``).
+        stage: the stage to load from a checkpoint that contains both. None: the one that the checkpoint names.
+
+    Returns:
+        A :class:`RepresentationPipeline` for stage 1, a :class:`GenerationPipeline` for stage 2.
 
     Raises:
-        InputError: there is no checkpoint, it is damaged or of another model, its frozen parts cannot be loaded, or
-            there is no such device.
+        InputError: the checkpoint is missing, damaged or of another model; its frozen parts cannot be loaded; or the
+            device does not exist.
     """
-    found = checkpoint.open_checkpoint(str(path), changes).of_stage(stage)
-    log.info("%s: %s", found.name, found.about)
+    found = checkpoint.open_checkpoint(str(path), overrides).as_stage(stage)
+    log.info("%s: %s", found.name, found.description)
     recipe = found.recipe
-    if found.absent and recipe.stage == "representation":
-        log.info("it has no %s, which begins anew", " and no ".join(part.rstrip(".") for part in found.absent))
+    if found.missing_prefixes and recipe.stage == "representation":
+        missing = " and no ".join(prefix.rstrip(".") for prefix in found.missing_prefixes)
+        log.info("the checkpoint has no %s: initialized randomly", missing)
     if dtype is not None:
         vision = replace(recipe.vision, dtype=dtype)
         language = None if recipe.language is None else replace(recipe.language, dtype=dtype)
@@ -86,26 +89,31 @@ def load(
     built = build(recipe, choose_device(device), found)
     checkpoint.load_weights(found, built.model)
     built.model.eval()
-    return connect(built, recipe, Path(found.name))
+    return make_pipeline(built, recipe, Path(found.name))
 
 
-def connect(built: Built, recipe: Recipe, path: Path) -> RepresentationPipeline | GenerationPipeline:
-    """A model in use, as it is.
+def make_pipeline(built: Built, recipe: Recipe, path: Path) -> RepresentationPipeline | GenerationPipeline:
+    """Return a pipeline for a model, which is left as it is.
 
     Args:
-        path: what it is called in messages.
+        built: the model and its tokenizers.
+        recipe: the recipe of the model.
+        path: name of the checkpoint in messages.
     """
     if isinstance(built.model, RepresentationModel):
         return RepresentationPipeline(built.model, built.tokenizer, recipe, path)
-    assert built.end is not None
-    return GenerationPipeline(built.model, built.tokenizer, recipe, path, built.end, built.reader)
+    assert built.eos_token_id is not None
+    return GenerationPipeline(built.model, built.tokenizer, recipe, path, built.eos_token_id, built.question_tokenizer)
 
 
 class Pipeline(Generic[Model]):
-    """What both stages share. Images are paths, bytes, PIL images or arrays; one or a list of them."""
+    """Base class of the pipelines of both stages.
+
+    Every method takes one image or a list of images. An image is a path, bytes, a PIL image or an array.
+    """
 
     batch_size = 16
-    """Images, or pairs of image and text, that go through the networks at once."""
+    """Number of images, or of image-text pairs, per forward pass."""
 
     def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, path: Path) -> None:
         self.model, self.tokenizer, self.recipe, self.path = model, tokenizer, recipe, path
@@ -114,43 +122,43 @@ class Pipeline(Generic[Model]):
     def device(self) -> torch.device:
         return self.model.image_norm.weight.device
 
-    def features(self, images: Images) -> Float[Tensor, "I P E"]:
-        """Features of the frozen encoder, which every method takes in place of images.
+    def encode_images(self, images: Images) -> Float[Tensor, "I P E"]:
+        """Return the features of the frozen image encoder, which every method accepts instead of images.
 
         Raises:
-            InputError: there are no images, or one cannot be decoded; the message names it.
+            InputError: there are no images, or an image cannot be decoded.
         """
         if isinstance(images, Tensor) and images.ndim == 3 and images.shape[1:] == self._feature_shape:
             return images
-        pixels = [to_pixels(read_image(image), self.model.vision.preprocessing) for image in as_list(images)]
+        pixels = [preprocess(read_image(image), self.model.vision.preprocessing) for image in as_list(images)]
         if not pixels:
             raise InputError("no image was given, expected at least one")
-        return self.encode(torch.stack(pixels))
+        return self.encode_pixels(torch.stack(pixels))
 
     @torch.no_grad()
-    def encode(self, pixels: Float[Tensor, "I 3 H W"]) -> Float[Tensor, "I P E"]:
-        """Features of images that are prepared already, as the frozen encoder wants them."""
-        return torch.cat([self.model.vision.features(part.to(self.device)) for part in pixels.split(self.batch_size)])
+    def encode_pixels(self, pixels: Float[Tensor, "I 3 H W"]) -> Float[Tensor, "I P E"]:
+        """Return the features of preprocessed images."""
+        return torch.cat([self.model.vision.encode(part.to(self.device)) for part in pixels.split(self.batch_size)])
 
     @property
     def _feature_shape(self) -> tuple[int, int]:
-        return self.model.vision.tokens, self.model.vision.width
+        return self.model.vision.num_tokens, self.model.vision.hidden_size
 
-    def _refuse(self, what: str, stage: str) -> NoReturn:
+    def _refuse(self, task: str, stage: str) -> NoReturn:
         raise InputError(
-            f"{self.path} is of stage {self.recipe.stage}, which cannot {what}: load a model of stage {stage}"
+            f"{self.path} is of stage {self.recipe.stage}, which cannot {task}: load a model of stage {stage}"
         )
 
-    # Each stage overrides what it can do.
+    # Each stage overrides the tasks it supports.
 
     def caption(
         self, images: Images, prompt: str | Sequence[str] | None = None, decoding: Decoding | None = None
     ) -> list[str]:
-        """A caption for each image; see :meth:`GenerationPipeline.caption`."""
+        """See :meth:`GenerationPipeline.caption`."""
         self._refuse("write captions", "generation")
 
     def answer(self, images: Images, questions: str | Sequence[str], decoding: Decoding | None = None) -> list[str]:
-        """An answer for each image and question; see :meth:`GenerationPipeline.answer`."""
+        """See :meth:`GenerationPipeline.answer`."""
         self._refuse("answer questions", "generation")
 
     def embed_images(self, images: Images) -> Float[Tensor, "I Q C"]:
@@ -171,18 +179,20 @@ class Pipeline(Generic[Model]):
 
 
 class RepresentationPipeline(Pipeline[RepresentationModel]):
-    """A model of stage 1: compares images and texts."""
+    """A stage-1 model, which compares images and texts."""
 
     @torch.no_grad()
     def embed_images(self, images: Images) -> Float[Tensor, "I Q C"]:
-        """Unit vectors, one a query (Q), of each image in the space that images and texts share (§3.2, ITC)."""
-        features = self.features(images)
-        parts = [self.model.embed_memory(self.model.memory(part)) for part in features.split(self.batch_size)]
+        """Return unit vectors of each image, one per query, in the space of images and texts (§3.2, ITC)."""
+        features = self.encode_images(images)
+        parts = [
+            self.model.embed_images(self.model.build_image_memory(part)) for part in features.split(self.batch_size)
+        ]
         return torch.cat(parts)
 
     @torch.no_grad()
     def embed_texts(self, texts: str | Sequence[str]) -> Float[Tensor, "T C"]:
-        """Unit vectors of texts in the space that images and texts share. Texts beyond the limit are cut.
+        """Return a unit vector of each text in the space of images and texts (§3.2, ITC). Long texts are truncated.
 
         Raises:
             InputError: a text is blank.
@@ -190,37 +200,37 @@ class RepresentationPipeline(Pipeline[RepresentationModel]):
         parts = []
         listed = check_texts(texts, "text")
         for start in range(0, len(listed), 4 * self.batch_size):
-            parts.append(self.model.embed_texts(*self.encode_texts(listed[start : start + 4 * self.batch_size])))
+            parts.append(self.model.embed_texts(*self.tokenize(listed[start : start + 4 * self.batch_size])))
         return torch.cat(parts)
 
     def similarity(self, images: Images, texts: str | Sequence[str]) -> Float[Tensor, "I T"]:
-        """Cosine of every image with every text, the best of its queries, in [-1, 1] (§3.2, ITC)."""
-        return objectives.image_text_similarity(self.embed_images(images), self.embed_texts(texts))
+        """Return the cosine similarity in [-1, 1] of every image and text, maximal over queries (§3.2, ITC)."""
+        return image_text_similarity(self.embed_images(images), self.embed_texts(texts))
 
     @torch.no_grad()
     def match(self, images: Images, texts: str | Sequence[str]) -> Float[Tensor, "I T"]:
-        """Probability, in [0, 1], that each image and each text belong together (§3.2, ITM).
+        """Return the probability in [0, 1] that an image and a text match, for every image and text (§3.2, ITM).
 
-        Slower and sharper than :meth:`similarity`: every pair goes through the Q-Former.
+        This is slower and more accurate than :meth:`similarity`: every pair goes through the Q-Former.
         """
-        features, listed = self.features(images), check_texts(texts, "text")
-        every = torch.arange(len(listed)).expand(len(features), -1)
-        return self.match_candidates(features, listed, every).softmax(dim=-1)[..., 1]
+        features, listed = self.encode_images(images), check_texts(texts, "text")
+        candidates = torch.arange(len(listed)).expand(len(features), -1)
+        return self.match_candidates(features, listed, candidates).softmax(dim=-1)[..., 1]
 
     @torch.no_grad()
     def match_candidates(
         self, images: Images, texts: Sequence[str], candidates: Int[Tensor, "I K"]
     ) -> Float[Tensor, "I K 2"]:
-        """Logits of (not matched, matched) of each image with K texts of its own, for re-ranking (§4.4)."""
-        features = self.features(images)
+        """Return logits of (not matched, matched) for each image and its own K texts, for re-ranking (§4.4)."""
+        features = self.encode_images(images)
         return self.model.match_candidates(
-            features, *self.encode_texts(texts), candidates.to(self.device), 4 * self.batch_size
+            features, *self.tokenize(texts), candidates.to(self.device), 4 * self.batch_size
         )
 
-    def encode_texts(self, texts: Sequence[str]) -> tuple[Int[Tensor, "T L"], Bool[Tensor, "T L"]]:
-        """Tokens of texts for the Q-Former, and where they are real.
+    def tokenize(self, texts: Sequence[str]) -> tuple[Int[Tensor, "T L"], Bool[Tensor, "T L"]]:
+        """Return token ids and attention mask of texts for the Q-Former.
 
-        Texts are normalized as ``data.text_normalization`` says; those beyond the limit are cut.
+        Texts are normalized with ``data.text_normalization``. Long texts are truncated.
         """
         texts = normalize_captions(texts, self.recipe.data.text_normalization)
         limit = min(self.recipe.qformer.max_position_embeddings, 2 * self.recipe.data.max_length)
@@ -229,7 +239,7 @@ class RepresentationPipeline(Pipeline[RepresentationModel]):
 
 
 class GenerationPipeline(Pipeline[GenerationModel]):
-    """A model of stage 2: writes about images."""
+    """A stage-2 model, which generates text about images."""
 
     def __init__(
         self,
@@ -237,76 +247,81 @@ class GenerationPipeline(Pipeline[GenerationModel]):
         tokenizer: PreTrainedTokenizerBase,
         recipe: Recipe,
         path: Path,
-        end: int,
-        reader: PreTrainedTokenizerBase | None = None,
+        eos_token_id: int,
+        qformer_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__(model, tokenizer, recipe, path)
-        self.end = end
-        self.reader = reader
+        self.eos_token_id = eos_token_id
+        self.qformer_tokenizer = qformer_tokenizer
 
     def caption(
         self, images: Images, prompt: str | Sequence[str] | None = None, decoding: Decoding | None = None
     ) -> list[str]:
-        """A caption for each image.
+        """Caption images.
 
         Args:
-            prompt: text that the caption continues, one for all images or one each; None: the prompt it was trained
-                with.
-            decoding: how; None: :data:`CAPTION`.
+            images: images.
+            prompt: text that the caption continues, one for all images or one per image. None: the prompt of training.
+            decoding: how to generate. None: :data:`CAPTION_DECODING`.
 
         Raises:
-            InputError: an image cannot be decoded, in which case the message names it, there is another number of
-                prompts than of images, or no prompt for a model that was trained to answer.
+            InputError: an image cannot be decoded, the numbers of prompts and images differ, or `prompt` is None for a
+                model that was trained to answer questions.
         """
         assert self.recipe.language is not None
-        features = self.features(images)
-        if prompt is None and self.recipe.language.asks:
-            raise InputError(
-                f"{self.path} was trained to answer questions: call answer, or give a prompt to go on from"
-            )
+        features = self.encode_images(images)
+        if prompt is None and self.recipe.language.prompt_has_question:
+            raise InputError(f"{self.path} was trained to answer questions: call answer, or give a prompt to continue")
         prompt = self.recipe.language.prompt if prompt is None else prompt
         prompts = [prompt] * len(features) if isinstance(prompt, str) else list(prompt)
-        return self.generate(features, prompts, decoding or CAPTION)
+        return self.generate(features, prompts, decoding or CAPTION_DECODING)
 
     def answer(self, images: Images, questions: str | Sequence[str], decoding: Decoding | None = None) -> list[str]:
-        """An answer for each pair of image and question; one of either goes with all of the other.
+        """Answer questions about images. A single image or question is paired with all of the other.
 
         Args:
-            decoding: how; None: :data:`ANSWER`.
+            images: images.
+            questions: questions.
+            decoding: how to generate. None: :data:`ANSWER_DECODING`.
 
         Raises:
-            InputError: there are several images and another number of questions, or a question is blank.
+            InputError: the numbers of images and questions differ and neither is 1, or a question is blank.
         """
-        features, listed = self.features(images), check_texts(questions, "question")
+        features, listed = self.encode_images(images), check_texts(questions, "question")
         if len(listed) == 1:
             listed = listed * len(features)
-        image_of = [0] * len(listed) if len(features) == 1 else range(len(features))
-        if len(image_of) != len(listed):
+        image_index = [0] * len(listed) if len(features) == 1 else range(len(features))
+        if len(image_index) != len(listed):
             raise InputError(
-                f"there are {len(features)} images and {len(listed)} questions: give one question an image, or one of"
-                " either for all of the other"
+                f"there are {len(features)} images and {len(listed)} questions: give one question per image, or one"
+                " image or one question for all"
             )
         return self.generate(
-            features, self.question_prompts(listed), decoding or ANSWER, image_of=image_of, questions=listed
+            features,
+            self.format_questions(listed),
+            decoding or ANSWER_DECODING,
+            image_index=image_index,
+            questions=listed,
         )
 
     @property
-    def question_prompt(self) -> str:
-        """How a question is put: as the model was trained to read it, or else as in the paper."""
+    def question_template(self) -> str:
+        """The prompt of questions: the one that the model was trained with, or else the paper's."""
         assert self.recipe.language is not None
         template = self.recipe.language.question_template
         if template is not None:
             return template
-        return SHORT_QUESTION if self.model.language.is_encoder_decoder else QUESTION
+        return SHORT_QUESTION_TEMPLATE if self.model.language.is_encoder_decoder else QUESTION_TEMPLATE
 
-    def question_prompts(self, questions: Sequence[str], prompt: str | None = None) -> list[str]:
-        """The prompts that put questions to the LLM, normalized as ``data.text_normalization`` says.
+    def format_questions(self, questions: Sequence[str], template: str | None = None) -> list[str]:
+        """Return the prompts of questions, normalized with ``data.text_normalization``.
 
         Args:
-            prompt: with {} where the question goes; None: :attr:`question_prompt`.
+            questions: questions.
+            template: prompt in which {} stands for the question. None: :attr:`question_template`.
         """
         questions = normalize_questions(questions, self.recipe.data.text_normalization)
-        return fill_prompts(self.question_prompt if prompt is None else prompt, questions)
+        return format_prompts(self.question_template if template is None else template, questions)
 
     @torch.no_grad()
     def generate(
@@ -314,67 +329,74 @@ class GenerationPipeline(Pipeline[GenerationModel]):
         images: Images,
         prompts: Sequence[str],
         decoding: Decoding,
-        copies: int = 1,
-        image_of: Sequence[int] | None = None,
+        num_return_sequences: int = 1,
+        image_index: Sequence[int] | None = None,
         questions: Sequence[str] | None = None,
-        dice: Float[Tensor, "N longest"] | None = None,
+        uniforms: Float[Tensor, "N max_new_tokens"] | None = None,
     ) -> list[str]:
-        """`copies` texts for each prompt, the copies of one prompt beside each other.
+        """Generate text for prompts about images.
 
         Args:
-            image_of: the image that each prompt is about, counted from 0; None: one each. The vision encoder and the
-                Q-Former see an image once, and the LLM once in each batch of its prompts.
-            questions: what each prompt asks, for a Q-Former that reads questions, which then looks once a question;
-                others leave them out.
-            dice: numbers in [0, 1) that decide what is sampled (``decoding.top_p``), one a token, for each text: so it
-                does not depend on what else is written. None: PyTorch's own random numbers.
+            images: images.
+            prompts: prompts, without the image.
+            decoding: how to generate.
+            num_return_sequences: number of texts per prompt.
+            image_index: index of each prompt's image. None: one image per prompt. The image encoder and the Q-Former
+                process an image once, the LLM once in each batch of its prompts.
+            questions: the question in each prompt, for a Q-Former that reads questions. It then processes an image once
+                per question. Other models ignore the questions.
+            uniforms: random numbers in [0, 1) for sampling, one per token of each text, so that a text does not depend
+                on the others. None: PyTorch's own random numbers.
+
+        Returns:
+            The texts, those of one prompt next to each other.
 
         Raises:
-            InputError: there is another number of prompts than of images (than of `image_of`, where it is given), no
-                image of such a number, or a prompt that is longer than the LLM can read.
+            InputError: the numbers of prompts and images (or of prompts and `image_index`) differ, an index is out of
+                range, or a prompt is too long for the LLM.
         """
-        features = self.features(images)
-        owners = list(range(len(features)) if image_of is None else image_of)
-        if image_of is None and len(owners) != len(prompts):
-            raise InputError(f"there are {len(features)} images and {len(prompts)} prompts: give one prompt an image")
-        if len(owners) != len(prompts):
-            raise InputError(f"image_of has {len(owners)} numbers for {len(prompts)} prompts: give one a prompt")
-        wrong = next((owner for owner in owners if not 0 <= owner < len(features)), None)
+        features = self.encode_images(images)
+        indices = list(range(len(features)) if image_index is None else image_index)
+        if image_index is None and len(indices) != len(prompts):
+            raise InputError(f"there are {len(features)} images and {len(prompts)} prompts: give one prompt per image")
+        if len(indices) != len(prompts):
+            raise InputError(f"image_index has {len(indices)} entries for {len(prompts)} prompts: give one per prompt")
+        wrong = next((index for index in indices if not 0 <= index < len(features)), None)
         if wrong is not None:
-            raise InputError(f"image_of holds {wrong}, expected numbers from 0 to {len(features) - 1}")
-        placeholders = next((prompt for prompt in prompts if IMAGE_TOKEN in prompt), None)
-        if placeholders is not None:
-            raise InputError(f"the prompt {placeholders!r} holds {IMAGE_TOKEN}: leave it out, the image comes first by"
-                             " itself")  # fmt: skip
+            raise InputError(f"image_index contains {wrong}, expected 0 to {len(features) - 1}")
+        with_token = next((prompt for prompt in prompts if IMAGE_TOKEN in prompt), None)
+        if with_token is not None:
+            raise InputError(f"the prompt {with_token!r} contains {IMAGE_TOKEN}: leave it out, the image is placed"
+                             " first automatically")  # fmt: skip
         side = "right" if self.model.language.is_encoder_decoder else "left"
         ids, mask = encode_prompts(self.tokenizer, prompts, side)
         self._check_length(ids.shape[1], decoding)
-        asked = self._encode_questions(questions)
-        visual = self._visual_prompts(features, asked, torch.tensor(owners))
-        if asked is not None:  # a visual prompt is of one question alone
-            owners = list(range(len(prompts)))
-        # Prompts about one image stand together, and otherwise those of like length.
-        lengths, shared = mask.sum(dim=1).tolist(), len(set(owners)) < len(owners)
-        order = sorted(range(len(prompts)), key=lambda i: (owners[i] if shared else 0, lengths[i]))
-        texts = [""] * len(prompts) * copies
+        encoded = self._encode_questions(questions)
+        visual = self._visual_prompts(features, encoded, torch.tensor(indices))
+        if encoded is not None:  # each question has its own visual prompt
+            indices = list(range(len(prompts)))
+        # Batch prompts about the same image together, or else prompts of similar length.
+        lengths, shared = mask.sum(dim=1).tolist(), len(set(indices)) < len(indices)
+        order = sorted(range(len(prompts)), key=lambda i: (indices[i] if shared else 0, lengths[i]))
+        texts = [""] * len(prompts) * num_return_sequences
         for start in range(0, len(order), self.batch_size):
             rows = torch.tensor(order[start : start + self.batch_size])
-            used, image = torch.tensor(owners)[rows].unique(return_inverse=True)
+            used, image = torch.tensor(indices)[rows].unique(return_inverse=True)
             columns = mask[rows].any(dim=0)
             new = self.model.language.generate(
                 visual[used.to(self.device)],
                 ids[rows][:, columns].to(self.device),
                 mask[rows][:, columns].to(self.device),
                 decoding,
-                self.end,
-                copies,
+                self.eos_token_id,
+                num_return_sequences,
                 image.to(self.device),
-                None if dice is None else dice.unflatten(0, (-1, copies))[rows].flatten(0, 1),
+                None if uniforms is None else uniforms.unflatten(0, (-1, num_return_sequences))[rows].flatten(0, 1),
             )
-            written = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+            decoded = self.tokenizer.batch_decode(new, skip_special_tokens=True)
             for i, row in enumerate(rows.tolist()):
-                texts[row * copies : (row + 1) * copies] = (
-                    text.strip() for text in written[i * copies : (i + 1) * copies]
+                texts[row * num_return_sequences : (row + 1) * num_return_sequences] = (
+                    text.strip() for text in decoded[i * num_return_sequences : (i + 1) * num_return_sequences]
                 )
         return texts
 
@@ -384,61 +406,64 @@ class GenerationPipeline(Pipeline[GenerationModel]):
         images: Images,
         prompts: Sequence[str],
         texts: Sequence[str],
-        image_of: Sequence[int] | None = None,
+        image_index: Sequence[int] | None = None,
         questions: Sequence[str] | None = None,
     ) -> Float[Tensor, "N"]:
-        """Return the log-probability (natural logarithm) of each text, its end included, behind its prompt.
+        """Return the log-probability (natural logarithm) of each text and its end, given its prompt.
 
         Args:
+            images: images.
             prompts: the prompt of each text.
-            texts: what is scored; not cut.
-            image_of: the image that each text is about, counted from 0; None: one each.
+            texts: texts to score; they are not truncated.
+            image_index: index of each text's image. None: one image per text.
             questions: as :meth:`generate` takes them.
         """
-        features = self.features(images)
-        owners = torch.arange(len(texts)) if image_of is None else torch.tensor(image_of)
-        asked = self._encode_questions(questions)
-        visual = self._visual_prompts(features, asked, owners)
-        if asked is not None:  # a visual prompt is of one question alone
-            owners = torch.arange(len(texts))
+        features = self.encode_images(images)
+        indices = torch.arange(len(texts)) if image_index is None else torch.tensor(image_index)
+        encoded = self._encode_questions(questions)
+        visual = self._visual_prompts(features, encoded, indices)
+        if encoded is not None:  # each question has its own visual prompt
+            indices = torch.arange(len(texts))
         out = []
         for start in range(0, len(texts), self.batch_size):
             part = slice(start, start + self.batch_size)
             batch = self._continuations(texts[part], prompts[part])
-            states, labels = self.model.language.states(visual[owners[part].to(self.device)], *batch)
-            log_probs = self.model.language.head(states).float().log_softmax(dim=-1)
+            states, labels = self.model.language.hidden_states(visual[indices[part].to(self.device)], *batch)
+            log_probs = self.model.language.lm_head(states).float().log_softmax(dim=-1)
             token = log_probs.gather(1, labels[:, None]).squeeze(1)
-            counts = (batch[2] != objectives.IGNORED).sum(dim=1).tolist()
+            counts = (batch[2] != IGNORE_INDEX).sum(dim=1).tolist()
             out += [each.sum() for each in token.split(counts)]
         return torch.stack(out)
 
     def _encode_questions(self, questions: Sequence[str] | None) -> Questions | None:
-        """What the Q-Former reads, normalized; None where it reads no questions."""
+        """Return the normalized questions as tokens for the Q-Former; None without questions."""
         if questions is None:
             return None
-        return encode_questions(self.reader, normalize_questions(questions, self.recipe.data.text_normalization))
+        return encode_questions(
+            self.qformer_tokenizer, normalize_questions(questions, self.recipe.data.text_normalization)
+        )
 
     def _continuations(
         self, texts: Sequence[str], prompts: Sequence[str]
     ) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"], Int[Tensor, "B U"]]:
-        """Ids, mask and labels of texts behind their prompts, as the LLM is trained on them."""
+        """Return token ids, attention mask and labels of prompts with texts, as in training."""
         if not self.model.language.is_encoder_decoder:
-            ids, mask, labels, _ = encode_continuations(self.tokenizer, prompts, texts, WHOLE, self.end)
+            ids, mask, labels, _ = encode_continuations(self.tokenizer, prompts, texts, NO_LIMIT, self.eos_token_id)
         else:
             ids, mask = encode_prompts(self.tokenizer, prompts, "right")
             rows = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-            labels = pad([[*row, self.end] for row in rows], objectives.IGNORED)
+            labels = pad([[*row, self.eos_token_id] for row in rows], IGNORE_INDEX)
         return ids.to(self.device), mask.to(self.device), labels.to(self.device)
 
     def _visual_prompts(
-        self, features: Float[Tensor, "I P E"], questions: Questions | None, image_of: Int[Tensor, "B"]
+        self, features: Float[Tensor, "I P E"], questions: Questions | None, image_index: Int[Tensor, "B"]
     ) -> Float[Tensor, "N Q L"]:
-        """One an image, or one a question where the Q-Former reads them."""
+        """Return the visual prompt of each image, or of each question if the Q-Former reads them."""
         if questions is None:
             return torch.cat([self.model.visual_prompt(part) for part in features.split(self.batch_size)])
         parts = []
-        for rows in torch.arange(len(image_of)).split(self.batch_size):
-            used, image = image_of[rows].unique(return_inverse=True)
+        for rows in torch.arange(len(image_index)).split(self.batch_size):
+            used, image = image_index[rows].unique(return_inverse=True)
             words = int(questions.mask[rows].sum(dim=1).max())
             part = Questions(*(each[rows, :words].to(self.device) for each in questions))
             parts.append(self.model.visual_prompt(features[used.to(self.device)], part, image.to(self.device)))
@@ -446,17 +471,17 @@ class GenerationPipeline(Pipeline[GenerationModel]):
 
     def _check_length(self, tokens: int, decoding: Decoding) -> None:
         language, queries = self.model.language, self.recipe.qformer.num_query_tokens
-        positions = language.positions
+        positions = language.max_position_embeddings
         new = 0 if language.is_encoder_decoder else decoding.max_new_tokens
         if positions is not None and queries + tokens + new > positions:
             raise InputError(
-                f"a prompt has {tokens} tokens, which with {queries} of the image and {new} to be written is more than"
-                f" the {positions} positions of the LLM: make it shorter"
+                f"a prompt has {tokens} tokens, which with {queries} of the image and {new} new ones exceed the"
+                f" {positions} positions of the LLM: shorten it"
             )
 
 
 def as_list(images: Images) -> list[ImageLike]:
-    """One image or several, as a list."""
+    """Return one image or several as a list."""
     if isinstance(images, Tensor) or hasattr(images, "ndim"):
         return list(images) if images.ndim == 4 else [images]  # pyright: ignore
     one = isinstance(images, str | bytes | bytearray | memoryview | IOBase | Mapping) or not isinstance(
@@ -466,10 +491,14 @@ def as_list(images: Images) -> list[ImageLike]:
 
 
 def check_texts(texts: str | Sequence[str], kind: str) -> list[str]:
-    """One text or several, as a list of texts that say something.
+    """Return one text or several as a list, after checking that none is blank.
+
+    Args:
+        texts: a text or texts.
+        kind: name of a text in messages.
 
     Raises:
-        InputError: one is blank, or there are none.
+        InputError: a text is blank, or there are no texts.
     """
     listed = [texts] if isinstance(texts, str) else list(texts)
     if not listed:

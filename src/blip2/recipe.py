@@ -1,4 +1,4 @@
-"""Recipes as files: read, overridden, explained and written."""
+"""Reading, overriding, documenting and writing recipe files."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from blip2.config import EvaluationConfig, LanguageConfig, LoraConfig, Recipe
 from blip2.errors import InputError
-from blip2.io import parse_yaml, plain, read_yaml
+from blip2.io import parse_yaml, read_yaml, to_plain
 
 USAGE = "blip2 train RECIPE [--resume] [--KEY VALUE ...]"
-SEE = "blip2 train --help lists all keys"
+KEYS_HINT = "blip2 train --help lists all keys"
 SUFFIXES = (".yaml", ".yml")
-"""Of the files that a base may be."""
+"""Suffixes of the files that can be a base."""
 
 
 def recipe_help() -> str:
-    """Every field of a recipe, with its docstring."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # slow, and of no use but here
+    """Return the help of all fields of a recipe."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # slow, so only here
     try:
         parser = ArgumentParser(prog="blip2 train", usage=USAGE)
         parser.add_argument(
             "--base",
             type=str | None,
-            help="In a recipe alone: another one beside it, all of whose keys hold that are not given here.",
+            help="Only in a recipe file: a recipe in the same folder, whose values are the defaults of this one.",
         )
         parser.add_class_arguments(Recipe, as_group=False)
         pages = [parser.format_help()]
-        # An optional section is not spelled out by itself.
+        # jsonargparse does not list the fields of optional sections.
         sections = ((LanguageConfig, "language"), (LoraConfig, "language.lora"), (EvaluationConfig, "evaluation"))
         for section, name in sections:
             parser = ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
@@ -49,10 +49,10 @@ def recipe_help() -> str:
 
 
 def find_recipe(name: str) -> Path:
-    """A recipe file: a path, or the name of one that comes with this project (``demo-stage1``)."""
-    here = Path(__file__).parent
-    shipped = [folder for folder in (here / "recipes", here.parents[1] / "recipes") if folder.is_dir()]
-    stem = Path(name).name.removesuffix(".yaml")  # which may have a dot
+    """Return the path of a recipe file, given a path or the name of a shipped recipe (``demo-stage1``)."""
+    package = Path(__file__).parent
+    shipped = [folder for folder in (package / "recipes", package.parents[1] / "recipes") if folder.is_dir()]
+    stem = Path(name).name.removesuffix(".yaml")  # the name can contain a dot
     for path in (Path(name), *(folder / f"{stem}.yaml" for folder in shipped)):
         if path.is_file():
             return path
@@ -60,28 +60,28 @@ def find_recipe(name: str) -> Path:
     raise InputError(f"no recipe {name!r}: give a YAML file, or one of those that come with blip2: {', '.join(names)}")
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = (), is_own: bool = True) -> Recipe:
+def load_recipe(path: Path, overrides: Sequence[str] = (), is_trusted: bool = True) -> Recipe:
     """Read a recipe file.
 
     Args:
         overrides: command-line arguments that override it (``["--data.batch_size", "32"]``).
-        is_own: whether the user wrote it. One that came with a checkpoint may have no base, which would be read too,
-            and its trust_remote_code is left out.
+        is_trusted: whether the user wrote it. The recipe of a checkpoint must have no base, which would be another
+            file to read, and its trust_remote_code is ignored.
 
     Raises:
-        InputError: not YAML, an unknown key, a value of the wrong type or out of range, or a base that is not there.
+        InputError: it is not YAML, has an unknown key, a value of the wrong type or out of range, or a missing base.
     """
     changes = _overrides(overrides)
     what = f"recipe {path}"
     values: dict[str, Any] = {}
-    for file in _with_bases(path) if is_own else [path]:
+    for file in _with_bases(path) if is_trusted else [path]:
         above = _read(file)
-        if "base" in above and not is_own:
+        if "base" in above and not is_trusted:
             raise InputError(
-                f"{what}: it has a base, {_show(above['base'])}, expected all keys in it: write them there"
+                f"{what}: it has a base, {_show(above['base'])}, expected a recipe without one: write all keys into it"
             )
         above.pop("base", None)
-        if not is_own:  # nor may it allow the code of a model that it names itself
+        if not is_trusted:  # it must not allow the code of a model that it names
             for section in above.values():
                 if isinstance(section, dict):
                     section.pop("trust_remote_code", None)
@@ -89,7 +89,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), is_own: bool = True) 
     for key, text in changes.items():
         hint = _hint(key)
         if hint is None:
-            raise InputError(f"{what}: there is no key --{key}; {SEE}")
+            raise InputError(f"{what}: there is no key --{key}; {KEYS_HINT}")
         _put(values, key, _parsed(hint, text))
     return _section(Recipe, values, "", what)
 
@@ -98,80 +98,81 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         values = read_yaml(path)
     except InputError as error:
-        raise InputError(f"recipe {path}: {error}; expected the keys of a recipe, {SEE}") from error
+        raise InputError(f"recipe {path}: {error}; expected the keys of a recipe, {KEYS_HINT}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         found = "is empty" if values is None else f"holds one {type(values).__name__}"
-        raise InputError(f"recipe {path}: it {found}, expected the keys of a recipe; {SEE}")
+        raise InputError(f"recipe {path}: it {found}, expected the keys of a recipe; {KEYS_HINT}")
     return values
 
 
 def _with_bases(path: Path) -> list[Path]:
-    """A recipe file behind the one that it is based on, which may be based on another."""
+    """Return a recipe file preceded by its base, which can have a base too."""
     files = [path]
-    seen = {os.path.realpath(path)}  # a file has many names
+    seen = {os.path.realpath(path)}  # a file can have several names
     while (base := _read(files[0]).get("base")) is not None:
-        if not isinstance(base, str) or not base.endswith(SUFFIXES):  # any other file would be read and shown
+        # Another file is not read: an error message could show its content.
+        if not isinstance(base, str) or not base.endswith(SUFFIXES):
             raise InputError(
-                f"recipe {files[0]}: its base is {_show(base)}, expected the name of a recipe beside it, which ends in"
-                f" {' or '.join(SUFFIXES)}"
+                f"recipe {files[0]}: its base is {_show(base)}, expected the name of a recipe in the same folder, which"
+                f" ends in {' or '.join(SUFFIXES)}"
             )
         file = files[0].parent / base
         if not file.is_file():
-            raise InputError(f"recipe {files[0]}: its base {file} is not there: a base lies beside what names it")
+            raise InputError(f"recipe {files[0]}: its base {file} is not there: put it into the same folder")
         if os.path.realpath(file) in seen:
-            raise InputError(f"recipe {files[0]}: its base {file} is based on it: leave out one of the two")
+            raise InputError(f"recipe {files[0]}: its base {file} is based on it: remove one of the two bases")
         seen.add(os.path.realpath(file))
         files.insert(0, file)
     return files
 
 
 def override(recipe: Recipe, changes: Mapping[str, object]) -> Recipe:
-    """A recipe with other values at some of its keys (``{"vision.name": "eva_vit_g.pth"}``).
+    """Return a recipe with other values for some keys (``{"vision.name": "eva_vit_g.pth"}``).
 
     Args:
-        changes: values by key; a text is read as on the command line, where it is none (``"364"``).
+        changes: values by key; a string is parsed as on the command line (``"364"``).
 
     Raises:
         InputError: an unknown key, or a value of the wrong type or out of range.
     """
     if not changes:
         return recipe
-    values = plain(asdict(recipe))
+    values = to_plain(asdict(recipe))
     given = ", ".join(f"{key} {_show(value)}" for key, value in changes.items())
     for key, value in changes.items():
         hint = _hint(key)
         if hint is None:
-            raise InputError(f"{given}: there is no key {key}; {SEE}")
+            raise InputError(f"{given}: there is no key {key}; {KEYS_HINT}")
         _put(values, key, _parsed(hint, value) if isinstance(value, str) else value)
     return _section(Recipe, values, "", given)
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML, every field spelled out."""
-    return yaml.safe_dump(plain(asdict(recipe)), sort_keys=False)
+    """Return a recipe as YAML with all fields."""
+    return yaml.safe_dump(to_plain(asdict(recipe)), sort_keys=False)
 
 
 # -- from plain values to a recipe ---------------------------------------------------------------------------------
 
 
 def _overrides(arguments: Sequence[str]) -> dict[str, str]:
-    """Keys and values of the command line: ``--KEY VALUE`` or ``--KEY=VALUE``."""
-    found: dict[str, str] = {}
-    left = iter(arguments)
-    for argument in left:
+    """Parse command-line arguments (``--KEY VALUE`` or ``--KEY=VALUE``) into keys and values."""
+    overrides: dict[str, str] = {}
+    remaining = iter(arguments)
+    for argument in remaining:
         key, equals, value = argument.partition("=")
         if not key.startswith("--") or key == "--":
-            raise InputError(f"unexpected argument {argument}: expected --KEY VALUE; {SEE}")
+            raise InputError(f"unexpected argument {argument}: expected --KEY VALUE; {KEYS_HINT}")
         if key == "--base":
-            raise InputError("--base stands in a recipe: give the recipe, and the keys that are to differ")
-        if not equals and (value := next(left, None)) is None:
-            raise InputError(f"{key} has no value: expected --KEY VALUE; {SEE}")
-        found[key[2:]] = value
-    return found
+            raise InputError("--base is for recipe files only: give the recipe, and the keys to change")
+        if not equals and (value := next(remaining, None)) is None:
+            raise InputError(f"{key} has no value: expected --KEY VALUE; {KEYS_HINT}")
+        overrides[key[2:]] = value
+    return overrides
 
 
 def _section_of(hint: Any) -> Any:
-    """The class of a section of a recipe that a type stands for, which may be left out; None for any other type."""
+    """Return the dataclass in a type, which can be a union with None; None if there is no dataclass in it."""
     return next((each for each in (hint, *_members(hint)) if is_dataclass(each)), None)
 
 
@@ -180,7 +181,7 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 
 def _hint(key: str) -> Any:
-    """The type of a key (``data.batch_size``); None where there is no such key."""
+    """Return the type of a key (``data.batch_size``); None if there is no such key."""
     hint: Any = Recipe
     for name in key.split("."):
         section = _section_of(hint)
@@ -199,7 +200,7 @@ def _put(values: dict[str, Any], key: str, value: object) -> None:
 
 
 def _merge(kind: Any, below: dict[str, Any], above: Mapping[str, Any]) -> None:
-    """Lay values over others, section by section; a value is replaced as a whole."""
+    """Merge values into others, section by section; other values are replaced as a whole."""
     hints = get_type_hints(kind)
     for name, value in above.items():
         section = _section_of(hints.get(name))
@@ -210,53 +211,55 @@ def _merge(kind: Any, below: dict[str, Any], above: Mapping[str, Any]) -> None:
 
 
 def _section(kind: Any, values: Any, key: str, what: str) -> Any:
-    """A section of a recipe, made of plain values of exactly the types that its fields have.
+    """Make a section of a recipe from plain values, which must have exactly the types of its fields.
 
-    Nothing in `values` can name a class or a function: whatever is not a field, or not of a field's type, is refused.
+    Nothing in `values` can name a class or a function: unknown fields and values of another type are refused.
     """
     hints = get_type_hints(kind)
     if not isinstance(values, Mapping):
-        raise InputError(f"{what}: {key} is {_show(values)}, expected its keys, such as {next(iter(hints))}; {SEE}")
+        raise InputError(
+            f"{what}: {key} is {_show(values)}, expected its keys, such as {next(iter(hints))}; {KEYS_HINT}"
+        )
     for name in values:
         if name not in hints:
-            raise InputError(f"{what}: there is no key {_show(f'{key}.{name}' if key else name)}; {SEE}")
-    made: dict[str, Any] = {}
+            raise InputError(f"{what}: there is no key {_show(f'{key}.{name}' if key else name)}; {KEYS_HINT}")
+    arguments: dict[str, Any] = {}
     for field in fields(kind):
-        place = f"{key}.{field.name}" if key else field.name
+        full_key = f"{key}.{field.name}" if key else field.name
         section = _section_of(hints[field.name])
         required = field.default is MISSING and field.default_factory is MISSING
         if field.name in values and not (section is not None and values[field.name] is None and required):
             value = values[field.name]
             if section is not None and not (value is None and NoneType in _members(hints[field.name])):
-                made[field.name] = _section(section, value, place, what)
+                arguments[field.name] = _section(section, value, full_key, what)
             else:
-                made[field.name] = _value(hints[field.name], value, place, what)
+                arguments[field.name] = _value(hints[field.name], value, full_key, what)
         elif required and section is not None:
-            made[field.name] = _section(section, {}, place, what)  # which says what is missing
+            arguments[field.name] = _section(section, {}, full_key, what)  # raises an error that names the missing key
         elif required:
-            raise InputError(f"{what}: {place} is missing; {SEE}")
-    return kind(**made)
+            raise InputError(f"{what}: {full_key} is missing; {KEYS_HINT}")
+    return kind(**arguments)
 
 
 def _value(hint: Any, value: Any, key: str, what: str) -> Any:
-    """A value of a type: the value itself, but whole numbers as floats and lists as tuples where those are due."""
+    """Return a value as a type: the value itself, or an int as a float, or a list as a tuple."""
     for member in _members(hint):
         try:
             return _member(member, value)
         except TypeError:
             continue
     expected = " or ".join(_name(member) for member in _members(hint))
-    raise InputError(f"{what}: {key} is {_show(value)}, expected {expected}; {SEE}")
+    raise InputError(f"{what}: {key} is {_show(value)}, expected {expected}; {KEYS_HINT}")
 
 
 def _member(hint: Any, value: Any) -> Any:
-    """As :func:`_value`, of a type that is no union; TypeError where the value has another."""
-    origin, of = get_origin(hint), get_args(hint)
+    """Return a value as a type that is not a union, as :func:`_value` does; raise TypeError if it has another type."""
+    origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
-        if any(type(value) is type(choice) and value == choice for choice in of):
+        if any(type(value) is type(choice) and value == choice for choice in args):
             return value
     elif origin in (Union, UnionType):
-        for member in of:
+        for member in args:
             try:
                 return _member(member, value)
             except TypeError:
@@ -269,16 +272,16 @@ def _member(hint: Any, value: Any) -> Any:
     elif hint in (int, str, bool) and type(value) is hint:
         return value
     elif origin is list and isinstance(value, list | tuple):
-        return [_member(of[0], each) for each in value]
-    elif origin is tuple and isinstance(value, list | tuple) and len(value) == len(of):
-        return tuple(_member(each, one) for each, one in zip(of, value, strict=True))
+        return [_member(args[0], each) for each in value]
+    elif origin is tuple and isinstance(value, list | tuple) and len(value) == len(args):
+        return tuple(_member(each, one) for each, one in zip(args, value, strict=True))
     elif origin is dict and isinstance(value, dict):
-        return {_member(of[0], name): _member(of[1], one) for name, one in value.items()}
+        return {_member(args[0], name): _member(args[1], one) for name, one in value.items()}
     raise TypeError
 
 
 def _parsed(hint: Any, text: str) -> Any:
-    """What a text of the command line says for a key of a type: the text itself where that is due."""
+    """Parse a command-line value for a key of a type; it stays a string if the type is str."""
     members = _members(hint)
     if members == (str,):
         return text
@@ -292,7 +295,7 @@ def _parsed(hint: Any, text: str) -> Any:
 
 
 def _is_one(members: tuple[Any, ...], value: Any) -> bool:
-    """Whether a value is of one of some types, text apart."""
+    """Return whether a value has one of some types, not counting str."""
     try:
         _member(Union[tuple(member for member in members if member is not str)], value)  # noqa: UP007
     except TypeError:
@@ -300,20 +303,21 @@ def _is_one(members: tuple[Any, ...], value: Any) -> bool:
     return True
 
 
-NAMES = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false", NoneType: "null"}
+TYPE_NAMES = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false", NoneType: "null"}
 
 
 def _name(hint: Any) -> str:
-    origin, of = get_origin(hint), get_args(hint)
+    """Describe a type in an error message."""
+    origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
-        return " or ".join(str(choice) for choice in of)
+        return " or ".join(str(choice) for choice in args)
     if origin in (Union, UnionType):
-        return " or ".join(_name(each) for each in of)
+        return " or ".join(_name(each) for each in args)
     if origin is dict:
-        return f"names, each with {_name(of[1])}"
+        return f"names, each with {_name(args[1])}"
     if origin in (list, tuple):
-        return f"a list of {_name(of[0])}" if origin is list else f"a list of {len(of)} values"
-    return NAMES[hint]
+        return f"a list of {_name(args[0])}" if origin is list else f"a list of {len(args)} values"
+    return TYPE_NAMES[hint]
 
 
 _shown = Repr()
@@ -321,5 +325,5 @@ _shown.maxstring = _shown.maxother = 80
 
 
 def _show(value: object) -> str:
-    """A value, cut where it is long."""
+    """Return the repr of a value, abbreviated if it is long."""
     return _shown.repr(value)

@@ -1,8 +1,8 @@
-"""Work in parts that stay done: an evaluation that is killed goes on where it was, on any number of processes.
+"""Resumable work: an evaluation that was killed resumes where it stopped, on any number of processes.
 
-What is to be done is cut into parts of one size whatever the number of processes. Each process takes its share of those
-that are not done, and what comes out of a part is a file of its own, written beside and renamed. So nothing is lost or
-counted twice, and what comes out is the same to the last digit however many processes there were.
+The work is divided into parts whose size does not depend on the number of processes. Each process takes its share of
+the parts that are not done, and the result of a part is a file that is written atomically. Nothing is lost or done
+twice, and the results are bit-identical for any number of processes.
 """
 
 from __future__ import annotations
@@ -15,79 +15,80 @@ from typing import Any, TypeVar
 
 import torch
 
-from blip2.backbones.pretrained import read_pickle
+from blip2.backbones.pretrained import load_pickle
 from blip2.console import Display
-from blip2.distributed import gather_objects, process_count, process_index
+from blip2.distributed import all_gather_objects, rank, world_size
 from blip2.errors import InputError
-from blip2.io import written
+from blip2.io import atomic_write
 
 Result = TypeVar("Result")
 
 
-class Parts:
-    """The parts of an evaluation, in a folder that all processes share.
+class ResumableMap:
+    """A function that is mapped over parts of work and whose results are stored in a folder.
 
     Args:
-        folder: made if need be.
+        folder: shared by all processes; it is created if necessary.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def do(self, name: str, count: int, work: Callable[[int], Result]) -> list[Result]:
-        """What `work` makes of each of `count` parts, in order, in all processes. All of them call this.
+    def run(self, name: str, num_parts: int, function: Callable[[int], Result]) -> list[Result]:
+        """Apply a function to each part that is not done. All processes must call it.
 
         Args:
-            name: of the work; what was done under the same name is not done again.
-            work: gives tensors, numbers, texts, and lists and dicts of them.
+            name: identifies the work; results that are stored under the same name are reused.
+            function: maps the index of a part to tensors, numbers, strings, and lists and dicts of them.
+
+        Returns:
+            The results of all parts, in order, in all processes.
 
         Raises:
             InputError: processes on several machines do not share the folder.
         """
         folder = self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
-        files = [folder / f"{number:06}.pt" for number in range(count)]
-        # All look before any goes on, so that all divide the same work.
-        left = gather_objects([number for number in range(count) if not files[number].exists()])[0]
-        display = Display(name, enabled=process_index() == 0)
-        mine = left[process_index() :: process_count()]
+        files = [folder / f"{number:06}.pt" for number in range(num_parts)]
+        # The list of rank 0 is used, and no process starts before it is made, so that all divide the same work.
+        remaining = all_gather_objects([number for number in range(num_parts) if not files[number].exists()])[0]
+        num_done = num_parts - len(remaining)
+        display = Display(name, enabled=rank() == 0)
         try:
-            if left:
-                display.start(count, count - len(left))
-            for done, number in enumerate(mine, 1):
-                _write(files[number], work(number))
-                display.advance(min(count, count - len(left) + done * process_count()))
+            if remaining:
+                display.start(num_parts, num_done)
+            for count, number in enumerate(remaining[rank() :: world_size()], 1):
+                _write(files[number], function(number))
+                display.update(min(num_parts, num_done + count * world_size()))
         finally:
             display.close()
-        gather_objects(None)  # what the others wrote is on the disk when they come here
+        all_gather_objects(None)  # wait until all have written their results
         missing = next((file for file in files if not file.exists()), None)
         if missing is not None:
             raise InputError(f"{missing} was made by another process but is not there: give an output that all share")
-        return [read_pickle(file, mmap=False) for file in files]
+        return [load_pickle(file, mmap=False) for file in files]
 
-    def forget(self) -> None:
-        """Delete all that was done."""
+    def clear(self) -> None:
+        """Delete all results."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _write(file: Path, value: Any) -> None:
-    content = io.BytesIO()  # or torch would have words of its own for a full disk
+    content = io.BytesIO()  # torch.save to a file would report a full disk as another error
     torch.save(value, content)
-    with written(file) as out:
+    with atomic_write(file) as out:
         out.write(content.getbuffer())
 
 
-def whose(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], what: str) -> str | None:
-    """Why a folder is not one's own: it says something else of itself; None where it is.
+def mismatch_message(folder: Path, found: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> str | None:
+    """Return why a folder belongs to other work; None if it does not.
 
     Args:
-        found, wanted: what it says and what it would have to say, as JSON has it.
-        what: the folder would hold, such as ``evaluation``.
+        found, expected: the metadata in the folder and that of the current work, as JSON values.
+        what: what the folder contains, such as ``evaluation``.
     """
-    other = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
-    if not other:
+    different = sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
+    if not different:
         return None
-    return (
-        f"{folder} holds another {what}: its {other[0]} is {found.get(other[0])}, not {wanted.get(other[0])}: give"
-        " another output"
-    )
+    key = different[0]
+    return f"{folder} holds another {what}: its {key} is {found.get(key)}, not {expected.get(key)}: give another output"

@@ -1,4 +1,4 @@
-"""What an LLM cannot do is found when it is loaded, by running it for a few tokens."""
+"""LLMs are run on a few tokens when they are loaded, and refused if they cannot be used."""
 
 import warnings
 from functools import cache
@@ -9,11 +9,17 @@ import torch
 import transformers as hf
 from torch import nn
 
-from blip2.backbones.language import LanguageModel, load_language_model, text_tower
-from blip2.decoding.kv_cache import DecoderOnlyReader
-from blip2.decoding.search import Decoding, write, write_again, write_by_length, write_plainly
+from blip2.backbones.language import LanguageModel, extract_text_model, load_language_model
+from blip2.decoding.kv_cache import CausalLMDecoder
+from blip2.decoding.search import (
+    Decoding,
+    generate,
+    generate_by_length,
+    generate_with_transformers,
+    generate_without_cache,
+)
 from blip2.errors import InputError
-from blip2.model.losses import IGNORED
+from blip2.model.losses import IGNORE_INDEX
 
 V, WIDTH, QUERIES, END = 64, 32, 4, 2
 TOKENS = {"vocab_size": V, "eos_token_id": END, "pad_token_id": 1, "bos_token_id": 0}
@@ -67,7 +73,7 @@ MAKES = {
     ),
     "gemma4": lambda: hf.Gemma4ForCausalLM(hf.Gemma4TextConfig(**ROPE, **LAYERS, **PER_LAYER)),
     "m2m100": lambda: hf.M2M100ForConditionalGeneration(hf.M2M100Config(**SEQ2SEQ)),
-    "gemma3": lambda: text_tower(gemma3()),
+    "gemma3": lambda: extract_text_model(gemma3()),
     "xlstm": lambda: hf.xLSTMForCausalLM(
         hf.xLSTMConfig(vocab_size=V, hidden_size=WIDTH, num_hidden_layers=1, num_heads=2, chunk_size=16)
     ),
@@ -75,21 +81,21 @@ MAKES = {
         hf.T5GemmaConfig(encoder={**ROPE, **LAYERS}, decoder={**ROPE, **LAYERS, "sliding_window": 4}, **TOKENS)
     ),
 }
-WAYS = {
-    "llama": write,
-    "rwkv": write_again,  # its state cannot be reordered, so it has no beams
-    "mamba": write_plainly,
-    "bart decoder": write_by_length,
-    "openai-gpt": write_again,
-    "gemma4": write,
-    "gemma3": write,
-    "m2m100": write,
-    "t5gemma": write,
+GENERATE_FNS = {
+    "llama": generate,
+    "rwkv": generate_without_cache,  # its state cannot be reordered, so it has no beams
+    "mamba": generate_with_transformers,
+    "bart decoder": generate_by_length,
+    "openai-gpt": generate_without_cache,
+    "gemma4": generate,
+    "gemma3": generate,
+    "m2m100": generate,
+    "t5gemma": generate,
 }
 
 
 def enlarged(network: nn.Module) -> Any:
-    """With weights so large that what was read matters."""
+    """Return the network with weights so large that the prompt matters."""
     generator = torch.Generator().manual_seed(3)
     for parameter in network.parameters():
         if parameter.ndim > 1:
@@ -111,13 +117,13 @@ def prompts() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return visual, torch.randint(6, V, (3, 6), generator=generator), torch.arange(6) < torch.tensor([3, 6, 0])[:, None]
 
 
-@pytest.mark.parametrize("name", WAYS)
-def test_the_fastest_way_that_is_right_is_taken(name):
-    assert llm(name).way is WAYS[name]
+@pytest.mark.parametrize("name", GENERATE_FNS)
+def test_the_fastest_correct_function_is_selected(name):
+    assert llm(name).generate_fn is GENERATE_FNS[name]
 
 
 @pytest.mark.parametrize("name", MAKES)
-def test_a_batch_writes_what_each_writes_alone(name):
+def test_a_batch_generates_the_same_as_single_prompts(name):
     decoding = Decoding(num_beams=3, max_new_tokens=5)
     visual, ids, mask = prompts()
     together = llm(name).generate(visual, ids, mask, decoding, END)
@@ -128,36 +134,36 @@ def test_a_batch_writes_what_each_writes_alone(name):
 
 
 @pytest.mark.parametrize("name", MAKES)
-def test_what_is_written_is_the_likeliest_in_training(name):
-    """Greedy texts, scored as in training: no token is likelier than the one that was written."""
+def test_greedy_tokens_are_the_most_likely_in_training(name):
+    """In the training forward pass no token is more likely than the generated one."""
     visual, ids, mask = prompts()
     written = llm(name).generate(visual, ids, mask, Decoding(num_beams=1, max_new_tokens=5, min_new_tokens=5), END)
     if llm(name).is_encoder_decoder:
         labels = written
     else:
         rows = [torch.cat([row[seen], new]) for row, seen, new in zip(ids, mask, written, strict=True)]
-        targets = [torch.cat([torch.full_like(row[seen], IGNORED), new]) for row, seen, new in
+        targets = [torch.cat([torch.full_like(row[seen], IGNORE_INDEX), new]) for row, seen, new in
                    zip(ids, mask, written, strict=True)]  # fmt: skip
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        labels = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORED)
+        labels = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX)
         mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
     with torch.no_grad():
-        logits = llm(name).head(llm(name).states(visual, ids, mask, labels)[0])
+        logits = llm(name).lm_head(llm(name).hidden_states(visual, ids, mask, labels)[0])
     logits[:, END] = -torch.inf
     assert logits.argmax(dim=-1).tolist() == written.flatten().tolist()
 
 
-def test_the_loss_of_embeddings_in_each_layer_is_that_of_tokens():
+def test_per_layer_embeddings_give_the_logits_of_tokens():
     language, text = llm("gemma4"), torch.tensor([[9, 14, 30, 7]])
     blank = torch.full((1, QUERIES), 1)
     with torch.no_grad():
         theirs = language.network(input_ids=torch.cat([blank, text], dim=1)).logits[0, QUERIES - 1 : -1]
-        states, _ = language.states(language.embed(blank), text, torch.ones_like(text).bool(), text)
-        ours = language.head(states)
+        states, _ = language.hidden_states(language.embed(blank), text, torch.ones_like(text).bool(), text)
+        ours = language.lm_head(states)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
-def test_the_text_part_of_an_llm_that_reads_images_is_taken(tmp_path):
+def test_the_llm_of_a_model_with_an_image_encoder_is_used(tmp_path):
     whole = enlarged(gemma3())
     whole.save_pretrained(tmp_path)
     language = load_language_model(str(tmp_path))
@@ -166,11 +172,11 @@ def test_the_text_part_of_an_llm_that_reads_images_is_taken(tmp_path):
     ids = torch.tensor([[9, 14, 30, 7]])
     with torch.no_grad():
         torch.testing.assert_close(language.network(input_ids=ids).logits, whole(input_ids=ids).logits)
-    assert language.ends(END) == [END, 1]
+    assert language.eos_token_ids(END) == [END, 1]
 
 
 class Bent(hf.LlamaForCausalLM):
-    """Computes something else than what it is asked for, in a way that says nothing."""
+    """An LLM that silently changes its input embeddings."""
 
     def forward(self, input_ids=None, inputs_embeds=None, **arguments):
         if inputs_embeds is not None:
@@ -181,7 +187,7 @@ class Bent(hf.LlamaForCausalLM):
 
 
 @pytest.mark.parametrize(
-    ("bend", "trains", "message"),
+    ("bend", "backward", "message"),
     [
         (lambda x: 3 * x, False, r"a Bent, cannot be used .* given as tokens, is not .* set language.name to another"),
         (lambda x: x.mean(dim=1, keepdim=True).expand_as(x), False, "given as tokens"),
@@ -191,49 +197,49 @@ class Bent(hf.LlamaForCausalLM):
         (lambda x: x + 0 * x.detach(), True, None),
     ],
 )
-def test_what_cannot_be_used_is_refused_in_one_line(bend, trains, message):
+def test_what_cannot_be_used_is_refused_in_one_line(bend, backward, message):
     network = enlarged(Bent(hf.LlamaConfig(**ROPE)))
     network.bend = bend
     language = LanguageModel(network)
     if message is None:
-        language.check(trains=trains)
+        language.check(backward=backward)
         return
     with pytest.raises(InputError, match=message) as caught:
-        language.check(trains=trains)
+        language.check(backward=backward)
     assert "\n" not in str(caught.value)
 
 
-def test_an_llm_that_sees_what_comes_next_is_refused():
+def test_an_llm_without_causal_mask_is_refused():
     sizes = {key: ROPE[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
     language = LanguageModel(enlarged(hf.BertLMHeadModel(hf.BertConfig(vocab_size=V, **sizes))))
-    with pytest.raises(InputError, match=r"a BertLMHeadModel, cannot .* depends on tokens that come later"):
+    with pytest.raises(InputError, match=r"a BertLMHeadModel, cannot .* depend on tokens that come later"):
         language.check()
 
 
-def test_a_reader_that_forgets_is_passed_over(monkeypatch):
-    """The trial compares numbers: a cache that loses what it was given is found, and a slower way is taken."""
-    monkeypatch.setattr(DecoderOnlyReader, "_exchange", lambda reader, rows: None)
+def test_a_broken_cache_is_not_used(monkeypatch):
+    """The checks compare logits, so they detect a cache with wrong content and select a slower function."""
+    monkeypatch.setattr(CausalLMDecoder, "_reorder_suffix", lambda decoder, rows: None)
     language = LanguageModel(enlarged(MAKES["llama"]()))
-    assert language.way is write_plainly
+    assert language.generate_fn is generate_with_transformers
 
 
-def test_half_precision_is_no_reason_to_write_more_slowly():
+def test_half_precision_uses_the_fastest_function():
     for dtype in (torch.float16, torch.bfloat16):
-        assert LanguageModel(enlarged(MAKES["llama"]()).to(dtype)).way is write
+        assert LanguageModel(enlarged(MAKES["llama"]()).to(dtype)).generate_fn is generate
 
 
-def test_the_trial_draws_no_random_numbers_and_leaves_dropout_as_it_was():
+def test_the_checks_restore_random_state_and_training_mode():
     network = enlarged(hf.OPTForCausalLM(hf.OPTConfig(vocab_size=V, hidden_size=WIDTH, ffn_dim=48, num_hidden_layers=1,
                                                       num_attention_heads=4, word_embed_proj_dim=WIDTH)))  # fmt: skip
     language = LanguageModel(network)
     network.train()
     before = torch.get_rng_state()
-    language.check(trains=True)
+    language.check(backward=True)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(module.training for module in network.modules())
 
 
-def test_the_start_of_a_decoder_s_text(tmp_path):
+def test_decoder_start_token_id(tmp_path):
     sizes = {"d_model": WIDTH, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
     config = hf.T5Config(vocab_size=V, **sizes, pad_token_id=1, eos_token_id=END)
     config.decoder_start_token_id = None
@@ -242,7 +248,7 @@ def test_the_start_of_a_decoder_s_text(tmp_path):
     network.save_pretrained(tmp_path)
     language = load_language_model(str(tmp_path))
     assert language.network.generation_config.decoder_start_token_id == 7
-    assert language.network.config.decoder_start_token_id == 7  # for what is converted
+    assert language.network.config.decoder_start_token_id == 7  # which conversion saves
     network.generation_config = hf.GenerationConfig()
     network.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="does not say which token its texts begin with: add decoder_start_token_id"):

@@ -29,7 +29,7 @@ def tune(parts, run, name="llama", rates=RATES, dtype=None, **changes):
 
 @pytest.fixture(scope="module")
 def tuned(parts, tmp_path_factory):
-    """Runs of four steps with each LLM."""
+    """A folder with a run of four steps for each LLM."""
     root = tmp_path_factory.mktemp("lora")
     for name in LLMS:
         train(tune(parts, root / name, name))
@@ -38,17 +38,17 @@ def tuned(parts, tmp_path_factory):
 
 @pytest.mark.parametrize("name", LLMS)
 def test_only_adapters_are_kept(tuned, name):
-    kept = load_file(checkpoint.latest(tuned / name) / "model.safetensors")
+    kept = load_file(checkpoint.latest_checkpoint(tuned / name) / "model.safetensors")
     adapters = {key for key in kept if key.startswith("language.")}
     ends = {"q.", "v."} if name == "t5" else {"q_proj.", "v_proj."}
     assert {key.split(".lora_")[0].split(".")[-1] + "." for key in adapters} == ends
     assert all(".lora_" in key and kept[key].dtype == torch.float32 for key in adapters)
-    assert len(adapters) == 2 * 2 * (6 if name == "t5" else 2)  # A and B of two matrices an attention
-    assert all(kept[key].abs().max() > 0 for key in adapters if ".lora_B." in key)  # which begins as zeros
+    assert len(adapters) == 2 * 2 * (6 if name == "t5" else 2)  # A and B of two matrices per attention
+    assert all(kept[key].abs().max() > 0 for key in adapters if ".lora_B." in key)  # initialized to zero
 
 
 @pytest.mark.parametrize("name", LLMS)
-def test_the_llm_itself_stays(parts, tuned, name):
+def test_the_weights_of_the_llm_do_not_change(parts, tuned, name):
     before = load_language_model(getattr(parts, name)).state_dict()
     after = blip2.load(tuned / name, device="cpu").model.language.state_dict()
     own = {key.replace(".base_layer", ""): tensor for key, tensor in after.items() if ".lora_" not in key}
@@ -57,36 +57,36 @@ def test_the_llm_itself_stays(parts, tuned, name):
 
 
 @pytest.mark.parametrize("name", LLMS)
-def test_loaded_it_computes_what_was_trained(parts, tuned, name):
-    """By hand: W + alpha / rank * B A in the place of each W."""
+def test_a_loaded_run_computes_with_its_adapters(parts, tuned, name):
+    """Each matrix W becomes W + alpha / r * B A."""
     found = blip2.load(tuned / name, device="cpu").model.language
     plain = load_language_model(getattr(parts, name))
-    kept = load_file(checkpoint.latest(tuned / name) / "model.safetensors")
+    kept = load_file(checkpoint.latest_checkpoint(tuned / name) / "model.safetensors")
     with torch.no_grad():
         for key in [key for key in kept if ".lora_A." in key]:
             added = 4 / 2 * kept[key.replace("lora_A", "lora_B")] @ kept[key]
             plain.get_parameter(key.removeprefix("language.").split(".lora_")[0] + ".weight").add_(added)
     visual = torch.randn(2, 3, 32)
     ids, mask = torch.randint(0, 250, (2, 5)), torch.ones(2, 5, dtype=torch.bool)
-    logits = [llm.head(llm.states(visual, ids, mask, ids)[0]) for llm in (found, plain)]
+    logits = [llm.lm_head(llm.hidden_states(visual, ids, mask, ids)[0]) for llm in (found, plain)]
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
     without = load_language_model(getattr(parts, name))
-    assert (without.head(without.states(visual, ids, mask, ids)[0]) - logits[0]).abs().max() > 1e-2
+    assert (without.lm_head(without.hidden_states(visual, ids, mask, ids)[0]) - logits[0]).abs().max() > 1e-2
 
 
-def test_it_writes(parts, tuned):
-    picture = next(Path(parts.pictures).parent.glob("*.png"))
-    assert isinstance(blip2.load(tuned / "llama", device="cpu").caption(picture)[0], str)
+def test_captioning(parts, tuned):
+    image = next(Path(parts.pictures).parent.glob("*.png"))
+    assert isinstance(blip2.load(tuned / "llama", device="cpu").caption(image)[0], str)
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
-def test_adapters_begin_as_nothing_and_the_llm_stays_in_eval(parts, name):
+def test_new_adapters_change_nothing_and_the_llm_stays_in_eval(parts, name):
     visual = torch.randn(2, 3, 32)
     ids, mask = torch.randint(0, 250, (2, 5)), torch.ones(2, 5, dtype=torch.bool)
     llm = load_language_model(getattr(parts, name), torch.bfloat16)
-    before = llm.states(visual, ids, mask, ids)[0]
+    before = llm.hidden_states(visual, ids, mask, ids)[0]
     add_adapters(llm, LoraConfig(lora_dropout=0.5))
-    torch.testing.assert_close(llm.states(visual, ids, mask, ids)[0], before, atol=0, rtol=0)
+    torch.testing.assert_close(llm.hidden_states(visual, ids, mask, ids)[0], before, atol=0, rtol=0)
     torch.nn.Sequential(llm).train()
     assert llm.is_frozen and not any(module.training for module in llm.modules())
     for key, parameter in llm.named_parameters():
@@ -99,7 +99,7 @@ def test_adapters_begin_as_nothing_and_the_llm_stays_in_eval(parts, name):
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("llama", None), ("t5", "bf16")])
-def test_going_on_equals_never_stopping(parts, tmp_path, name, dtype):
+def test_a_resumed_run_equals_an_uninterrupted_one(parts, tmp_path, name, dtype):
     recipe = tune(parts, tmp_path / "run", name, dtype=dtype, training={"max_steps": 4, "save_steps": 2})
     train(recipe)
     copy = cut_short(tmp_path / "run", 2)
@@ -116,7 +116,7 @@ def test_going_on_equals_never_stopping(parts, tmp_path, name, dtype):
         ),
         (
             {"language.*": 1e-4, "*": 1e-3},
-            r"gives language\.network\..* a rate beside them: begin",
+            r"gives language\.network\..* a rate in addition to them: begin",
         ),
     ],
 )
@@ -125,13 +125,13 @@ def test_rates_that_do_not_fit_adapters(parts, tmp_path, rates, message):
         train(tune(parts, tmp_path / "run", rates={"vision.*": "frozen", **rates}))
 
 
-def test_matrices_that_are_not_there(parts):
+def test_target_modules_that_do_not_exist(parts):
     llm = load_language_model(parts.llama)
     with pytest.raises(InputError, match=r"no adapters fit the LLM, a LlamaForCausalLM .*: set language\.lora"):
         add_adapters(llm, LoraConfig(target_modules=["query"]))
 
 
-def test_targets_are_those_asked_for(parts):
+def test_target_modules(parts):
     llm = load_language_model(parts.llama)
     add_adapters(llm, LoraConfig(target_modules=["gate_proj"]))
     assert {key.split(".")[-4] for key, _ in llm.named_parameters() if ".lora_" in key} == {"gate_proj"}
@@ -144,18 +144,18 @@ def test_without_peft(parts, monkeypatch):
 
 
 def test_adapters_are_never_lost(parts, tuned, tmp_path):
-    """Neither where a run starts from them without having any, nor where a checkpoint lacks them."""
+    """A run without adapters cannot start from one with them, and a checkpoint without them cannot be loaded."""
     plain = parts.recipe(tmp_path / "plain", stage="generation", language={"name": parts.llama})
-    with pytest.raises(InputError, match=r"holds language\..*lora_.*, for which there is no place: set language"):
+    with pytest.raises(InputError, match=r"holds language\..*lora_.*, which the model does not have: set language"):
         train(replace(plain, start_from=str(tuned / "llama")))
-    with pytest.raises(InputError, match=r"has adapters in its LLM, for which transformers has no place"):
+    with pytest.raises(InputError, match=r"has LoRA adapters in its LLM, which transformers does not support"):
         convert(tuned / "llama", tmp_path / "converted", "transformers")
     train(plain)
-    path = checkpoint.latest(tmp_path / "plain") / "recipe.yaml"
+    path = checkpoint.latest_checkpoint(tmp_path / "plain") / "recipe.yaml"
     text = path.read_text()
     assert "  lora: null" in text
     path.write_text(text.replace("  lora: null", "  lora: {r: 2}"))
-    with pytest.raises(InputError, match=r"does not fit the recipe \(without: language\..*lora_"):
+    with pytest.raises(InputError, match=r"does not fit the recipe \(missing: language\..*lora_"):
         blip2.load(tmp_path / "plain", device="cpu")
 
 
@@ -170,10 +170,10 @@ def test_converted_to_its_own_format_it_is_the_same(tuned, tmp_path):
     convert(tuned / "llama", tmp_path / "copy", "blip2")
     one, other = (blip2.load(path, device="cpu").model.state_dict() for path in (tuned / "llama", tmp_path / "copy"))
     assert one.keys() == other.keys()
-    assert all(torch.equal(one[key], other[key]) for key in one if ".pooler." not in key)  # which no file has
+    assert all(torch.equal(one[key], other[key]) for key in one if ".pooler." not in key)  # which is in no file
 
 
-@pytest.mark.parametrize(("key", "value"), [("rank", 0), ("alpha", -1), ("dropout", 1.5)])
+@pytest.mark.parametrize(("key", "value"), [("r", 0), ("lora_alpha", -1), ("lora_dropout", 1.5)])
 def test_ranges(parts, tmp_path, key, value):
     recipe = tune(parts, tmp_path)
     with pytest.raises(InputError, match=f"^language.lora.{key} is {value}, expected"):

@@ -43,7 +43,7 @@ def bitsandbytes():
 
 @pytest.fixture(scope="module")
 def llms(tmp_path_factory):
-    """Of widths that blocks of 64 numbers divide."""
+    """A folder of LLMs whose widths are multiples of 64, the block size of the quantization."""
     root = tmp_path_factory.mktemp("llms")
     torch.manual_seed(0)
     llama = LlamaConfig(vocab_size=258, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
@@ -62,10 +62,10 @@ def llms(tmp_path_factory):
 @pytest.mark.parametrize("name", LLMS)
 @pytest.mark.parametrize("bits", BITS)
 def test_a_quantized_llm_computes_with_its_rounded_matrices(bitsandbytes, llms, name, bits):
-    """And passes on their gradient, on a CPU too."""
+    """Logits and gradients are those of the dequantized matrices, on a CPU too."""
     whole = load_language_model(str(llms / name))
     small = load_language_model(str(llms / name), quantization=bits, device=CPU)
-    assert small.is_frozen and small.width == 64 == whole.width
+    assert small.is_frozen and small.hidden_size == 64 == whole.hidden_size
     kept = [sum(p.numel() * p.element_size() for p in llm.network.parameters()) for llm in (whole, small)]
     assert kept[1] < 0.7 * kept[0]
     rounded = 0
@@ -89,10 +89,10 @@ def test_a_quantized_llm_computes_with_its_rounded_matrices(bitsandbytes, llms, 
     given = torch.randn(2, 3, 64)
     for llm in (whole, small):
         visual = given.clone().requires_grad_(True)
-        logits = llm.head(llm.states(visual, ids, mask, ids)[0])
+        logits = llm.lm_head(llm.hidden_states(visual, ids, mask, ids)[0])
         logits.square().mean().backward()
         found.append((logits.detach(), visual.grad))
-    # In 8 bits what goes into a matrix is rounded too, and T5's attention, which is not scaled, makes more of it.
+    # In 8 bits the inputs of the layers are rounded too, and T5's attention, which is unscaled, amplifies the error.
     for one, other, allowed in zip(*found, (1e-3, 1e-3) if bits == "4bit" else (0.1, 0.3), strict=True):
         assert (one - other).norm() < allowed * one.norm()
 
@@ -111,7 +111,7 @@ def test_a_run_with_a_quantized_llm(bitsandbytes, parts, llms, tmp_path, bits, l
         optimizer={"learning_rate": rates, "warmup_steps": 0},
     )
     train(recipe)
-    names = load_file(checkpoint.latest(tmp_path / "run") / "model.safetensors").keys()
+    names = load_file(checkpoint.latest_checkpoint(tmp_path / "run") / "model.safetensors").keys()
     kept = {name for name in names if name.startswith("language.")}
     assert all(".lora_" in name for name in kept) and bool(kept) is (lora is not None)
     found = blip2.load(tmp_path / "run", device="cpu").model

@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.models.blip_2.modeling_blip_2 import Blip2VisionEmbeddings
 
-from blip2.backbones.vision import CLIP_MEAN, CLIP_STD, load_image_encoder, read_preprocessing, resize_positions
-from blip2.data.images import to_pixels
+from blip2.backbones.vision import CLIP_MEAN, CLIP_STD
+from blip2.backbones.vision_loaders import interpolate_pos_embed, load_image_encoder, load_preprocessing
+from blip2.data.images import preprocess
 from blip2.errors import InputError
 from fixtures.tiny import randomize
 
@@ -53,7 +54,7 @@ CNNS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Callable[[str], tuple[Any, str]]:
-    """A tiny random model by its name, and the folder that it is saved in."""
+    """A function that returns a tiny random model by its name, and the folder that it is saved in."""
     made: dict[str, tuple[nn.Module, str]] = {}
 
     def save(name: str) -> tuple[nn.Module, str]:
@@ -73,7 +74,7 @@ def pixels(size: int = 28) -> Tensor:
 
 @torch.no_grad()
 def outputs(model: Any, images: Tensor) -> Any:
-    """What transformers' own model puts out."""
+    """Return the outputs of transformers' own model."""
     given: dict[str, Any] = {"pixel_values": images, "output_hidden_states": True}
     if model.config.model_type == "siglip2_vision_model":
         side = images.shape[-1] // 14
@@ -92,19 +93,19 @@ def outputs(model: Any, images: Tensor) -> Any:
 @pytest.mark.parametrize("size", [28, 42])
 @pytest.mark.parametrize("name", VITS)
 def test_vits(saved, name, size):
-    """At another size than the model's own, position embeddings are interpolated."""
+    """Position embeddings are interpolated if the size is not the model's own."""
     model, folder = saved(name)
     expected = outputs(model, pixels(size))
     default = load_image_encoder(folder, image_size=size)
-    torch.testing.assert_close(default.features(pixels(size)), expected.hidden_states[-2])
-    assert (default.tokens, default.width) == expected.last_hidden_state.shape[1:]
+    torch.testing.assert_close(default.encode(pixels(size)), expected.hidden_states[-2])
+    assert (default.num_tokens, default.hidden_size) == expected.last_hidden_state.shape[1:]
     last = load_image_encoder(folder, layer="last", image_size=size)
-    torch.testing.assert_close(last.features(pixels(size)), expected.last_hidden_state)
+    torch.testing.assert_close(last.encode(pixels(size)), expected.last_hidden_state)
     assert default.preprocessing.image_size == size
 
 
 @pytest.mark.parametrize("name", VITS)
-def test_the_last_layer_is_gone(saved, name):
+def test_the_last_layer_is_removed(saved, name):
     model, folder = saved(name)
     networks = (model, load_image_encoder(folder).network)
     layers = [[len(m) for m in network.modules() if isinstance(m, nn.ModuleList)] for network in networks]
@@ -112,14 +113,14 @@ def test_the_last_layer_is_gone(saved, name):
 
 
 @pytest.mark.parametrize("size", [28, 42])
-def test_blip2_s_own_has_lost_its_last_layer_already(saved, size):
-    """Its final norm is the trained one of the features, which comes later."""
+def test_blip2_s_own_encoder_was_published_without_its_last_layer(saved, size):
+    """Its final norm is the trained norm of the features, which the models apply."""
     model, folder = saved("BLIP-2")
     encoder = load_image_encoder(folder, image_size=size)
     expected = outputs(model, pixels(size))
-    torch.testing.assert_close(model.post_layernorm(encoder.features(pixels(size))), expected.last_hidden_state)
-    assert (encoder.tokens, encoder.width) == expected.last_hidden_state.shape[1:]
-    with pytest.raises(InputError, match=r"the last layer of BLIP-2's own image encoder is gone: leave out"):
+    torch.testing.assert_close(model.post_layernorm(encoder.encode(pixels(size))), expected.last_hidden_state)
+    assert (encoder.num_tokens, encoder.hidden_size) == expected.last_hidden_state.shape[1:]
+    with pytest.raises(InputError, match=r"the last layer of BLIP-2's own image encoder has been removed: leave out"):
         load_image_encoder(folder, layer="last")
 
 
@@ -127,7 +128,7 @@ def test_a_vit_of_one_layer(tmp_path):
     hf.ViTModel(hf.ViTConfig(**{**SIZES, "num_hidden_layers": 1})).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"has one layer, and second-last leaves it out: set vision.layer to"):
         load_image_encoder(str(tmp_path))
-    assert load_image_encoder(str(tmp_path), layer="last").width == 32
+    assert load_image_encoder(str(tmp_path), layer="last").hidden_size == 32
 
 
 @pytest.mark.parametrize("size", [364, 490])
@@ -137,20 +138,20 @@ def test_positions_of_the_paper_s_encoders(size):
     places = Blip2VisionEmbeddings(hf.Blip2VisionConfig(hidden_size=1408, num_attention_heads=16))
     places.position_embedding.data.copy_(table)
     there = places.interpolate_pos_encoding(torch.empty(1, (size // 14) ** 2 + 1, 1408), size, size)
-    torch.testing.assert_close(resize_positions(table, size // 14), there, atol=0, rtol=0)
-    assert torch.equal(resize_positions(table, 16), table)
+    torch.testing.assert_close(interpolate_pos_embed(table, size // 14), there, atol=0, rtol=0)
+    assert torch.equal(interpolate_pos_embed(table, 16), table)
 
 
-def bicubic(had: int, wanted: int) -> Tensor:
-    """[wanted, had]: what each new place takes of each old one on a line, by Keys' kernel with a = -0.75."""
-    weights = torch.zeros(wanted, had, dtype=torch.double)
-    for new in range(wanted):
-        center = (new + 0.5) * had / wanted - 0.5
+def bicubic(size: int, new_size: int) -> Tensor:
+    """Return weights [new_size, size] of cubic interpolation on a line with Keys' kernel, a = -0.75."""
+    weights = torch.zeros(new_size, size, dtype=torch.double)
+    for new in range(new_size):
+        center = (new + 0.5) * size / new_size - 0.5
         first = math.floor(center) - 1
         for old in range(first, first + 4):
             x = abs(center - old)
             near, far = 1.25 * x**3 - 2.25 * x**2 + 1, -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
-            weights[new, min(max(old, 0), had - 1)] += near if x <= 1 else far
+            weights[new, min(max(old, 0), size - 1)] += near if x <= 1 else far
     return weights
 
 
@@ -177,7 +178,7 @@ def test_positions_at_the_sizes_of_fine_tuning(tmp_path, name, size):
     large: Any = kind(config(**NO_SIZE, image_size=size)).eval()
     large.load_state_dict(weights | {key: table.view_as(large.state_dict()[key])})
     last = -1 if name == "BLIP-2" else -2
-    features = load_image_encoder(str(tmp_path), image_size=size).features(pixels(size))
+    features = load_image_encoder(str(tmp_path), image_size=size).encode(pixels(size))
     with torch.no_grad():
         expected = large(pixel_values=pixels(size), output_hidden_states=True).hidden_states[last]
     assert features.shape[1] == (size // 14) ** 2 + classes
@@ -189,8 +190,8 @@ def test_cnns_give_their_grid_as_tokens(saved, name):
     model, folder = saved(name)
     grid = outputs(model, pixels(64)).last_hidden_state  # [B, E, h, w]
     encoder = load_image_encoder(folder, image_size=64)
-    features = encoder.features(pixels(64))
-    assert (encoder.tokens, encoder.width) == (grid.shape[2] * grid.shape[3], 16)
+    features = encoder.encode(pixels(64))
+    assert (encoder.num_tokens, encoder.hidden_size) == (grid.shape[2] * grid.shape[3], 16)
     torch.testing.assert_close(features[:, grid.shape[3] + 1], grid[:, :, 1, 1])  # row after row
     torch.testing.assert_close(features, grid.flatten(2).mT)
 
@@ -198,7 +199,7 @@ def test_cnns_give_their_grid_as_tokens(saved, name):
 def test_features_pass_through(saved):
     encoder = load_image_encoder(saved("ViT")[1])
     ready = torch.randn(2, 7, 32).bfloat16()
-    torch.testing.assert_close(encoder.features(ready), ready.float())
+    torch.testing.assert_close(encoder.encode(ready), ready.float())
 
 
 def test_efficientnet_lite0(tmp_path, monkeypatch):
@@ -208,10 +209,10 @@ def test_efficientnet_lite0(tmp_path, monkeypatch):
     settings = {"image_size": 64, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.3, 0.2, 0.1]}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "efficientnet-lite0", **settings}))
     encoder = load_image_encoder(str(tmp_path))
-    assert (encoder.tokens, encoder.width, encoder.preprocessing.mean) == (4, 1280, (0.5, 0.4, 0.3))
+    assert (encoder.num_tokens, encoder.hidden_size, encoder.preprocessing.mean) == (4, 1280, (0.5, 0.4, 0.3))
     with torch.no_grad():
         grid = network.extract_features(pixels(64))
-    torch.testing.assert_close(encoder.features(pixels(64)), grid.flatten(2).mT, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(encoder.encode(pixels(64)), grid.flatten(2).mT, atol=1e-5, rtol=1e-5)
     with pytest.raises(InputError, match=r"vision\.layer"):
         load_image_encoder(str(tmp_path), layer="second-last")
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
@@ -223,15 +224,15 @@ def test_efficientnet_lite0(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["ViT", "ResNet"])
-def test_frozen_encoders_stay_as_they_are(saved, name):
+def test_frozen_encoders_do_not_change(saved, name):
     encoder = load_image_encoder(saved(name)[1], image_size=28)
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
     model = nn.Sequential(encoder, nn.Linear(2, 2)).train()
     assert model.training
     assert not any(module.training for module in encoder.modules())
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
-    assert not encoder.features(pixels()).requires_grad
-    torch.testing.assert_close(encoder.state_dict(), before)  # the ResNet's moving statistics among them
+    assert not encoder.encode(pixels()).requires_grad
+    torch.testing.assert_close(encoder.state_dict(), before)  # including the ResNet's running statistics
 
 
 def test_a_frozen_encoder_computes_in_its_own_dtype(saved):
@@ -239,34 +240,34 @@ def test_a_frozen_encoder_computes_in_its_own_dtype(saved):
     half, full = load_image_encoder(folder, dtype=torch.bfloat16), load_image_encoder(folder)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     exact = outputs(model, pixels()).hidden_states[-2]
-    features = half.features(pixels())
+    features = half.encode(pixels())
     assert features.dtype == torch.float32
     assert torch.equal(features, features.bfloat16().float())
     assert (features - exact).norm() < 0.05 * exact.norm()
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(full.features(pixels()), exact)
+        torch.testing.assert_close(full.encode(pixels()), exact)
 
 
 def test_a_trained_encoder_learns_under_autocast(saved):
     encoder = load_image_encoder(saved("ViT")[1]).requires_grad_(True)
     assert all(module.training for module in nn.Sequential(encoder).train().modules())
     with torch.autocast("cpu", torch.bfloat16):
-        features = encoder.features(pixels())
-    assert not torch.equal(features, encoder.features(pixels()))
+        features = encoder.encode(pixels())
+    assert not torch.equal(features, encoder.encode(pixels()))
     features.square().mean().backward()
     without = {key.split(".")[1] for key, p in encoder.named_parameters() if p.grad is None or not p.grad.any()}
-    assert without == {"layernorm", "pooler"}  # what comes behind the last layer
+    assert without == {"layernorm", "pooler"}  # these come after the last layer
     with torch.no_grad():
-        assert not encoder.features(pixels()).requires_grad
+        assert not encoder.encode(pixels()).requires_grad
 
 
 # -- layers --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [*VITS, *OWN])
-def test_depths(saved, name):
+def test_layer_ids(saved, name):
     encoder = load_image_encoder(saved(name)[1])
-    depths = encoder.depths()
+    depths = encoder.layer_ids()
     assert set(depths) == {key for key, _ in encoder.named_parameters()}
     last = 3 if name in OWN else 2
     for key, depth in depths.items():
@@ -280,52 +281,52 @@ def test_depths(saved, name):
 
 
 @pytest.mark.parametrize("name", CNNS)
-def test_cnns_have_no_depths(saved, name):
+def test_cnns_have_no_layer_ids(saved, name):
     encoder = load_image_encoder(saved(name)[1], image_size=28)
-    for use in (encoder.depths, lambda: encoder.drop_path(0.1)):
-        with pytest.raises(InputError, match=r"is no stack of equal blocks: set optimizer\.layer_decay to 1 and"):
+    for use in (encoder.layer_ids, lambda: encoder.set_drop_path(0.1)):
+        with pytest.raises(InputError, match=r"is not a stack of equal blocks: set optimizer\.layer_decay to 1 and"):
             use()
 
 
 @pytest.mark.parametrize("name", VITS)
 def test_drop_path_by_hand(saved, name):
-    """Of two blocks the first always stays, and the last does or does not; its mean is that of evaluation."""
+    """Of two blocks only the last is skipped; the mean of its output is that in evaluation mode."""
     model, folder = saved(name)
     before, after = outputs(model, pixels()).hidden_states[1:3]
     encoder = load_image_encoder(folder).requires_grad_(True)
-    encoder.drop_path(0.25)
-    torch.testing.assert_close(encoder.eval().features(pixels()), after)
-    for block in encoder.blocks:  # alone: DINOv3 moves its positions about in training
+    encoder.set_drop_path(0.25)
+    torch.testing.assert_close(encoder.eval().encode(pixels()), after)
+    for block in encoder.blocks:  # only the blocks: DINOv3 shifts its positions in training
         block.train()
     torch.manual_seed(0)
-    many = encoder.features(pixels().repeat(200, 1, 1, 1)).detach().view(200, *before.shape)
+    many = encoder.encode(pixels().repeat(200, 1, 1, 1)).detach().view(200, *before.shape)
     kept = before + (after - before) / 0.75
     is_left_out = (many - before).abs().amax(dim=(2, 3)) < 1e-4
     assert is_left_out.float().mean() == pytest.approx(0.25, abs=0.06)
-    assert not torch.equal(is_left_out[:, 0], is_left_out[:, 1])  # each image for itself
+    assert not torch.equal(is_left_out[:, 0], is_left_out[:, 1])  # independently for each image
     torch.testing.assert_close(many, torch.where(is_left_out[:, :, None, None], before, kept), atol=1e-4, rtol=1e-4)
 
 
 def test_drop_path_rises_evenly(tmp_path):
     randomize(hf.CLIPVisionModel(hf.CLIPVisionConfig(**{**SIZES, "num_hidden_layers": 6}))).save_pretrained(tmp_path)
     encoder = load_image_encoder(str(tmp_path)).requires_grad_(True).train()
-    encoder.drop_path(0.4)
+    encoder.set_drop_path(0.4)
     left_out: list[float] = []
     for block in encoder.blocks:
         block.register_forward_hook(
             lambda _, given, put_out: left_out.append(float((given[0] == put_out).all(dim=(1, 2)).float().mean()))
         )
     torch.manual_seed(0)
-    encoder.features(torch.randn(3000, 3, 28, 28))
+    encoder.encode(torch.randn(3000, 3, 28, 28))
     assert left_out[0] == 0
     assert left_out == pytest.approx([0, 0.1, 0.2, 0.3, 0.4], abs=0.03)
 
 
 def test_nothing_is_dropped_while_frozen(saved):
     encoder = load_image_encoder(saved("ViT")[1])
-    encoder.drop_path(0.9)
+    encoder.set_drop_path(0.9)
     nn.Sequential(encoder).train()
-    torch.testing.assert_close(encoder.features(pixels()), outputs(saved("ViT")[0], pixels()).hidden_states[-2])
+    torch.testing.assert_close(encoder.encode(pixels()), outputs(saved("ViT")[0], pixels()).hidden_states[-2])
 
 
 # -- preprocessing -------------------------------------------------------------------------------------------------
@@ -351,7 +352,7 @@ def test_preprocessing_is_the_models_own(saved, tmp_path, file, settings, size):
         (tmp_path / file).write_text(json.dumps(settings))
     found = load_image_encoder(str(tmp_path)).preprocessing
     own = "image_mean" in settings.get("image_processor", settings)
-    # A file that does not say it leaves it to the processor of the model's family; without a file it is CLIP's.
+    # Without values in the file those of the model's processor class are used, without a file CLIP's.
     assert found.mean == ((0.1, 0.2, 0.3) if own else (0.5,) * 3 if file else CLIP_MEAN)
     assert found.std == ((0.4, 0.5, 0.6) if own else (0.5,) * 3 if file else CLIP_STD)
     assert found.image_size == size
@@ -374,14 +375,14 @@ def no_weights(folder: str, parts: Any) -> str:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (no_config, "no image encoder could be read from"),
-        (no_weights, r"no image encoder could be read from .*model\.safetensors"),
+        (no_config, "no image encoder could be loaded from"),
+        (no_weights, r"no image encoder could be loaded from .*model\.safetensors"),
         (lambda folder, parts: parts.bert, "is a BertModel, which has no vision part"),
         (lambda folder, parts: parts.llama, "is a LlamaModel, which has no vision part"),
-        (lambda folder, parts: f"{folder}/nowhere", "there is no folder .* to read the image encoder from"),
+        (lambda folder, parts: f"{folder}/nowhere", "there is no folder .* to load the image encoder from"),
     ],
 )
-def test_what_is_no_image_encoder(saved, parts, tmp_path, spoil, message):
+def test_models_that_are_no_image_encoder(saved, parts, tmp_path, spoil, message):
     shutil.copytree(saved("ViT")[1], tmp_path, dirs_exist_ok=True)
     with pytest.raises(InputError, match=message) as caught:
         load_image_encoder(spoil(str(tmp_path), parts))
@@ -401,7 +402,7 @@ def test_timm_that_is_not_installed(monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-# -- what is found by trying ---------------------------------------------------------------------------------------
+# -- checks of the constructor -------------------------------------------------------------------------------------
 
 
 def sam(**changes: Any) -> nn.Module:
@@ -426,13 +427,13 @@ def test_a_grid_whose_width_comes_last(tmp_path, layer):
     network.save_pretrained(tmp_path)
     encoder, images = load_image_encoder(str(tmp_path), layer), pixels(64)
     out = network(images, output_hidden_states=True)
-    # The hidden states are [B, h, w, E], the neck behind them puts out [B, E, h, w].
+    # The hidden states are [B, h, w, E], the neck after them returns [B, E, h, w].
     right = out.hidden_states[-2] if layer == "second-last" else out.last_hidden_state.permute(0, 2, 3, 1)
-    assert (encoder.tokens, encoder.width) == (64, right.shape[-1])
-    torch.testing.assert_close(encoder.features(images), right.flatten(1, 2), atol=1e-5, rtol=1e-5)
+    assert (encoder.num_tokens, encoder.hidden_size) == (64, right.shape[-1])
+    torch.testing.assert_close(encoder.encode(images), right.flatten(1, 2), atol=1e-5, rtol=1e-5)
 
 
-def test_a_grid_of_which_nothing_tells_the_width(tmp_path):
+def test_a_grid_whose_width_is_ambiguous(tmp_path):
     randomize(sam(hidden_size=8, num_attention_heads=2, window_size=0)).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"\[2, 8, 8, 8\] of which it is not clear .* set vision.image_size to"):
         load_image_encoder(str(tmp_path))
@@ -440,13 +441,13 @@ def test_a_grid_of_which_nothing_tells_the_width(tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("make", [intern, pixtral])
-def test_sizes_that_are_lists_and_tokens_in_a_row(tmp_path, make):
+def test_sizes_that_are_lists_and_images_in_one_sequence(tmp_path, make):
     network: Any = randomize(make()).eval()
     network.save_pretrained(tmp_path)
     encoder, images = load_image_encoder(str(tmp_path)), pixels()
     alone = torch.cat([network(each[None], output_hidden_states=True).hidden_states[-2] for each in images])
-    torch.testing.assert_close(encoder.features(images), alone, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(encoder.features(images[:1]), alone[:1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(encoder.encode(images), alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(encoder.encode(images[:1]), alone[:1], atol=1e-5, rtol=1e-5)
 
 
 def zeroed() -> nn.Module:
@@ -466,11 +467,11 @@ def not_finite() -> nn.Module:
     ("make", "size", "message"),
     [
         (sam, 32, r"cannot take images of 32 x 32 .* set vision.image_size to its own size"),
-        (zeroed, None, "gives the same features for unlike images: its weights are damaged"),
+        (zeroed, None, "gives the same features for different images: its weights are damaged"),
         (not_finite, None, "gives features that are not finite: its weights are damaged"),
     ],
 )
-def test_what_cannot_be_used_is_refused_when_it_is_loaded(tmp_path, make, size, message):
+def test_unusable_encoders_are_refused_when_they_are_loaded(tmp_path, make, size, message):
     make().save_pretrained(tmp_path)
     with pytest.raises(InputError, match=message) as caught:
         load_image_encoder(str(tmp_path), image_size=size)
@@ -478,12 +479,12 @@ def test_what_cannot_be_used_is_refused_when_it_is_loaded(tmp_path, make, size, 
 
 
 @pytest.mark.parametrize("name", ["MobileViT", "GLPN", "EfficientNet", "ViT", "CLIP", "Beit"])
-def test_pixels_are_what_the_model_s_own_processor_makes_of_them(tmp_path, name):
+def test_pixels_are_those_of_the_model_s_own_processor(tmp_path, name):
     processor: Any = getattr(hf, f"{name}ImageProcessorPil")()
     processor.save_pretrained(tmp_path)
-    image = Image.new("RGB", (300, 300), (200, 90, 20))  # of one color: size and crop do not matter
+    image = Image.new("RGB", (300, 300), (200, 90, 20))  # of one color, so that size and crop do not matter
     theirs = torch.as_tensor(processor(image, return_tensors="pt")["pixel_values"])[0]
-    ours = to_pixels(image, read_preprocessing(str(tmp_path), hf.ViTConfig(), None))
+    ours = preprocess(image, load_preprocessing(str(tmp_path), hf.ViTConfig(), None))
     middle = [each[:, each.shape[1] // 2, each.shape[2] // 2] for each in (ours, theirs)]
     torch.testing.assert_close(*middle, atol=1e-5, rtol=1e-5)
 
@@ -497,16 +498,19 @@ def test_pixels_are_what_the_model_s_own_processor_makes_of_them(tmp_path, name)
         ({"image_processor_type": "Unheard", "do_normalize": False}, None),
     ],
 )
-def test_a_processor_that_is_not_known_has_to_say_it_all(tmp_path, settings, message):
+def test_an_unknown_processor_has_to_state_mean_and_std(tmp_path, settings, message):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     if message is None:
-        found = read_preprocessing(str(tmp_path), hf.ViTConfig(), 28)
+        found = load_preprocessing(str(tmp_path), hf.ViTConfig(), 28)
         assert found.mean == ((0.1, 0.2, 0.3) if "image_mean" in settings else (0.0, 0.0, 0.0))
         return
     with pytest.raises(InputError, match=message):
-        read_preprocessing(str(tmp_path), hf.ViTConfig(), 28)
+        load_preprocessing(str(tmp_path), hf.ViTConfig(), 28)
 
 
-def test_clip_s_mean_is_not_taken_in_silence(saved, caplog):
+def test_the_use_of_clip_s_mean_is_logged(saved, caplog):
     load_image_encoder(saved("ViT")[1])
-    assert "has no preprocessor_config.json: its pixels are normalized with CLIP's mean and deviation" in caplog.text
+    assert (
+        "has no preprocessor_config.json: its pixels are normalized with CLIP's mean and standard deviation"
+        in caplog.text
+    )

@@ -11,27 +11,27 @@ from blip2.cli import build_parser
 from blip2.config import DataConfig
 from blip2.corpus import capfilt as module
 from blip2.corpus import tar_shards as shards_module
-from blip2.corpus.capfilt import Settings, capfilt
+from blip2.corpus.capfilt import CapFiltConfig, capfilt
 from blip2.corpus.job import Engine
-from blip2.corpus.selection import Rules
+from blip2.corpus.selection import SelectionRules
 from blip2.corpus.tar_shards import Sample, list_units, read_unit
 from blip2.data.benchmarks import is_benchmark, read_benchmark
-from blip2.data.records import open_records
+from blip2.data.sources import open_records
 from blip2.decoding.search import Decoding
 from blip2.errors import InputError
 from blip2.recipe import load_recipe
 from blip2.training.metrics import read_metrics
 from blip2.training.trainer import train
-from fixtures.corpus import picture, read_tar, write_tar
+from fixtures.corpus import encoded, read_tar, write_tar
 
-SETTINGS = Settings(captions=3, decoding=Decoding(top_p=0.9, max_new_tokens=6), batch_size=4, shard_size=10)
-ONE = Engine(threads=1)
+CONFIG = CapFiltConfig(num_captions=3, decoding=Decoding(top_p=0.9, max_new_tokens=6), batch_size=4, shard_size=10)
+ONE = Engine(num_threads=1)
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
-def run(runs, source, output, settings=SETTINGS, ranker=None, **options):
+def run(runs, source, output, config=CONFIG, ranker=None, **options):
     models = str(runs["llama"]), ranker or str(runs["stage1"])
-    return capfilt(*models, str(source), output, settings, engine=ONE, device="cpu", **options)
+    return capfilt(*models, str(source), output, config, engine=ONE, device="cpu", **options)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def tars(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.tar"))}
 
 
-def test_shards_hold_the_pictures_as_they_were_and_the_best_captions(done, shards):
+def test_shards_hold_the_images_as_they_were_and_the_best_captions(done, shards):
     output, metrics = done
     assert sorted(tars(output)) == [f"0000{n}.tar" for n in range(4)]
     for path in sorted(output.glob("*.tar")):
@@ -57,16 +57,16 @@ def test_shards_hold_the_pictures_as_they_were_and_the_best_captions(done, shard
             assert about["scores"] == sorted(about["scores"], reverse=True)
             assert len(about["captions"]) == len(about["scores"]) == len(about["original"])
     counts = metrics["counts"]
-    assert (counts["pictures"], counts["written"], counts["with an original"]) == (24, 24, 24)
+    assert (counts["images"], counts["written"], counts["with an original"]) == (24, 24, 24)
     generated = counts["captions, generated, kept"] + counts["captions, generated, dropped"]
     assert 60 < generated <= 72  # three each, but for those that were written twice
-    kept = [is_original for about in said(*output.glob("*.tar")) for is_original in about["original"]]
+    kept = [is_original for about in metadata_of(*output.glob("*.tar")) for is_original in about["original"]]
     assert sum(kept) == counts["captions, original, kept"]
     assert "ranked lower" in metrics["dropped"] and metrics["skipped"] == {}
 
 
-def said(*paths):
-    """What stands beside the pictures of shards."""
+def metadata_of(*paths):
+    """Metadata of the samples of shards."""
     return [json.loads(data) for path in paths for name, data in read_tar(path).items() if name.endswith("json")]
 
 
@@ -75,7 +75,7 @@ def test_training_reads_what_was_written(done):
     source, config = str(output / "*.tar"), DataConfig(train="")
     streamed = list(open_records(source, config).read())
     assert len(streamed) == 24
-    wanted = [tuple(about["captions"]) for about in said(*sorted(output.glob("*.tar")))]
+    wanted = [tuple(about["captions"]) for about in metadata_of(*sorted(output.glob("*.tar")))]
     assert [record.captions for record in streamed] == wanted
     benchmark = list(read_benchmark(f"cc3m:train:{output}"))
     assert [(row["image"], tuple(row["captions"])) for row in benchmark] == [(r.image, r.captions) for r in streamed]
@@ -136,11 +136,11 @@ def test_scores_are_those_of_the_ranker(done, runs):
     from blip2.pipelines import load
 
     output, _ = done
-    judge = load(runs["stage1"], "cpu")
+    model = load(runs["stage1"], "cpu")
     members = read_tar(output / "00001.tar")
     for name in ("0000", "0003"):
         about = json.loads(members[f"{name}.json"])
-        wanted = judge.similarity(members[f"{name}.png"], about["captions"])[0].tolist()
+        wanted = model.similarity(members[f"{name}.png"], about["captions"])[0].tolist()
         assert about["scores"] == pytest.approx(wanted, abs=1e-5)
 
 
@@ -170,12 +170,12 @@ def test_what_is_done_is_not_done_again(done, runs, shards, tmp_path, monkeypatc
     # Nor are models loaded where nothing is left.
     monkeypatch.setattr(module, "open_captioner", None)
     assert run(runs, shards / "*.tar", again) == metrics
-    with pytest.raises(InputError, match="holds another pass: its settings"):
-        run(runs, shards / "*.tar", again, Settings())
+    with pytest.raises(InputError, match="holds another pass: its config"):
+        run(runs, shards / "*.tar", again, CapFiltConfig())
 
 
-def test_samples_are_of_the_picture_not_of_its_neighbors(done, runs, shards, tmp_path):
-    """The same pictures in other shards, one of them broken, get the same captions."""
+def test_samples_are_of_the_image_not_of_its_neighbors(done, runs, shards, tmp_path):
+    """The same images in other shards, one of them broken, get the same captions."""
     output, _ = done
     members = [(name, data) for n in (2, 0) for name, data in read_tar(shards / f"0000{n}.tar").items()]
     moved = {f"{at // 2:03}.{name.split('.')[1]}": data for at, (name, data) in enumerate(members)}
@@ -184,19 +184,19 @@ def test_samples_are_of_the_picture_not_of_its_neighbors(done, runs, shards, tmp
     assert metrics["skipped"] == {"image not decoded": 1}
 
     def captions(*paths):
-        return [about["captions"] for about in said(*paths)]
+        return [about["captions"] for about in metadata_of(*paths)]
 
     assert captions(tmp_path / "output" / "all.tar") == captions(output / "00002.tar", output / "00000.tar")
 
 
-def test_pictures_that_cannot_be_used_are_counted_and_named(runs, tmp_path):
-    good = picture("disc", "red")
+def test_images_that_cannot_be_used_are_counted_and_named(runs, tmp_path):
+    good = encoded("disc", "red")
     write_tar(
         tmp_path / "a.tar",
         {
             "0.png": good, "0.txt": b"a red disc",
             "1.png": good[:100], "1.txt": b"cut short",
-            "2.txt": b"no picture",
+            "2.txt": b"no image",
             "3.png": good, "3.json": b"{no",
             "4.png": good,
             "5.png": good, "5.json": b'{"captions": ["half of a \\ud83d pair"]}',
@@ -210,8 +210,8 @@ def test_pictures_that_cannot_be_used_are_counted_and_named(runs, tmp_path):
     (tmp_path / "c.tar").write_bytes(b"")
     metrics = run(runs, tmp_path / "?.tar", tmp_path / "output")
     assert metrics["skipped"] == {"image not decoded": 1, "no image": 1, "caption not read": 3, "shard broken": 2}
-    # A .json that is none says nothing: its picture is one without a caption.
-    assert metrics["counts"]["pictures"] == 5 and metrics["counts"]["with an original"] == 3
+    # A .json that is none says nothing: its image is one without a caption.
+    assert metrics["counts"]["images"] == 5 and metrics["counts"]["with an original"] == 3
     assert sorted(tars(tmp_path / "output")) == ["a.tar", "b.tar"]  # an empty one would be taken for a broken one
     named = " ".join(f"{key} {why}" for key, why in metrics["skipped_first"])
     assert "1 in" in named and "is damaged" in named and "c.tar cannot be read to its end" in named
@@ -221,13 +221,13 @@ def test_pictures_that_cannot_be_used_are_counted_and_named(runs, tmp_path):
     assert "is damaged" in (tmp_path / "output" / "report.html").read_text()
 
 
-def test_a_picture_without_a_caption_within_the_limits_is_left_out(runs, tmp_path):
+def test_an_image_without_a_caption_within_the_limits_is_left_out(runs, tmp_path):
     write_tar(
         tmp_path / "a.tar",
-        {"0.png": picture("disc", "red"), "0.txt": b"x", "1.png": picture("disc", "blue"), "1.txt": b"y z"},
+        {"0.png": encoded("disc", "red"), "0.txt": b"x", "1.png": encoded("disc", "blue"), "1.txt": b"y z"},
     )
-    settings = Settings(captions=0, rules=Rules(fewest_words=2))
-    metrics = run(runs, tmp_path / "a.tar", tmp_path / "output", settings)
+    config = CapFiltConfig(num_captions=0, rules=SelectionRules(min_words=2))
+    metrics = run(runs, tmp_path / "a.tar", tmp_path / "output", config)
     assert metrics["skipped"] == {"no caption left": 1}
     assert metrics["dropped"] == {"too short": 1}
     assert sorted(read_tar(tmp_path / "output" / "a.tar")) == ["1.json", "1.png"]
@@ -245,14 +245,14 @@ def test_a_table_is_cut_into_shards(runs, parts, clip, tmp_path):
 def test_shards_of_several_folders_have_names_of_their_own(tmp_path):
     for number in range(2):
         (tmp_path / f"part{number}").mkdir()
-        write_tar(tmp_path / f"part{number}" / "0.tar", {"0.png": picture("disc", "red"), "0.txt": b"x"})
+        write_tar(tmp_path / f"part{number}" / "0.tar", {"0.png": encoded("disc", "red"), "0.txt": b"x"})
     units = list_units(str(tmp_path / "part{0..1}" / "0.tar"), 5)
     assert [unit.name for unit in units] == ["part0-0", "part1-0"]
-    assert list(read_unit(units[0])) == [Sample("0", picture("disc", "red"), ("x",), "png")]
+    assert list(read_unit(units[0])) == [Sample("0", encoded("disc", "red"), ("x",), "png")]
 
 
 def test_settings_that_cannot_be():
-    with pytest.raises(InputError, match="3 captions of 2 beams are not to be had"):
-        Settings(captions=3, decoding=Decoding(num_beams=2))
-    with pytest.raises(InputError, match="workers are of the engine ray"):
-        Engine(workers=2)
+    with pytest.raises(InputError, match="2 beams do not give 3 captions"):
+        CapFiltConfig(num_captions=3, decoding=Decoding(num_beams=2))
+    with pytest.raises(InputError, match="num_workers needs the engine ray"):
+        Engine(num_workers=2)

@@ -4,16 +4,16 @@ from pathlib import Path
 import pytest
 
 from blip2.corpus import features
-from blip2.corpus.features import make_features_on
+from blip2.corpus.features import make_features_with_engine
 from blip2.corpus.job import Engine
 from blip2.errors import InputError
 from blip2.training.features import make_features
 
 
 def test_what_units_leave_in_the_store_is_found(parts, tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "SIZE", 7)  # 24 records in four units
+    monkeypatch.setattr(features, "UNIT_SIZE", 7)  # 24 records in four units
     recipe = parts.recipe(tmp_path / "run", data={"train": parts.pictures, "cached_views": 2, "num_workers": 0})
-    make_features_on(Engine(threads=1), recipe)
+    make_features_with_engine(Engine(num_threads=1), recipe)
     (line,) = make_features(recipe)
     assert "24 records, 24 images in 2 views, 0 encoded now and 24 found" in line
     apart = replace(recipe, output=str(tmp_path / "other" / "run"))
@@ -30,4 +30,4 @@ def rows(folder: Path) -> bytes:
 def test_a_stream_has_no_cached_features(parts, tmp_path, shards):
     recipe = parts.recipe(tmp_path / "run", data={"train": str(shards / "*.tar"), "num_workers": 0})
     with pytest.raises(InputError, match="need a table or a folder, not a stream"):
-        make_features_on(Engine(), recipe)
+        make_features_with_engine(Engine(), recipe)

@@ -1,6 +1,6 @@
 import pytest
 
-from blip2.corpus.selection import Caption, Rules, choose, read_language, share_of_words
+from blip2.corpus.selection import Caption, SelectionRules, load_language_detector, select_captions, word_overlap
 from blip2.errors import InputError
 
 
@@ -8,8 +8,8 @@ def captions(*scored, originals=1):
     return [Caption(text, score, n < originals) for n, (text, score) in enumerate(scored)]
 
 
-def causes(chosen):
-    return {caption.text: cause for caption, cause in chosen.dropped}
+def reasons(selection):
+    return {caption.text: reason for caption, reason in selection.dropped}
 
 
 def unsure(text):
@@ -18,55 +18,58 @@ def unsure(text):
 
 def test_the_best_stay_best_first():
     given = captions(("web text", 0.2), ("a cat", 0.5), ("a dog", 0.1), ("a tiger", 0.4))
-    chosen = choose(given, Rules(keep=2), unsure)
-    assert [(c.text, c.score, c.is_original) for c in chosen.kept] == [("a cat", 0.5, False), ("a tiger", 0.4, False)]
-    assert causes(chosen) == {"web text": "ranked lower", "a dog": "ranked lower"}
+    selection = select_captions(given, SelectionRules(keep=2), unsure)
+    assert [(c.text, c.score, c.is_original) for c in selection.kept] == [
+        ("a cat", 0.5, False),
+        ("a tiger", 0.4, False),
+    ]
+    assert reasons(selection) == {"web text": "ranked lower", "a dog": "ranked lower"}
 
 
 def test_of_equals_the_original_comes_first():
-    chosen = choose(captions(("old", 0.3), ("new", 0.3)), Rules(keep=1), unsure)
-    assert [c.text for c in chosen.kept] == ["old"]
+    selection = select_captions(captions(("old", 0.3), ("new", 0.3)), SelectionRules(keep=1), unsure)
+    assert [c.text for c in selection.kept] == ["old"]
 
 
 def test_what_says_the_same_takes_no_place():
     given = captions(("A cat.", 0.5), ("a  CAT", 0.4), ("cat: a", 0.3), ("a cat sleeps", 0.2), ("a dog", 0.1))
-    chosen = choose(given, Rules(keep=3), unsure)
-    assert [c.text for c in chosen.kept] == ["A cat.", "a cat sleeps", "a dog"]
-    assert causes(chosen) == {"a  CAT": "said already", "cat: a": "said already"}
-    chosen = choose(given, Rules(keep=3, alike=0.6), unsure)  # two words of three
-    assert [c.text for c in chosen.kept] == ["A cat.", "a dog"]
+    selection = select_captions(given, SelectionRules(keep=3), unsure)
+    assert [c.text for c in selection.kept] == ["A cat.", "a cat sleeps", "a dog"]
+    assert reasons(selection) == {"a  CAT": "same words", "cat: a": "same words"}
+    selection = select_captions(given, SelectionRules(keep=3, max_word_overlap=0.6), unsure)  # two words of three
+    assert [c.text for c in selection.kept] == ["A cat.", "a dog"]
 
 
 def test_signs_alone_are_compared_as_they_are():
-    assert share_of_words("!!", "??") == 0
-    assert share_of_words("!!", "!!") == 1
+    assert word_overlap("!!", "??") == 0
+    assert word_overlap("!!", "!!") == 1
 
 
 def test_length():
     given = captions(("one two three four", 0.9), ("one", 0.8), ("one two", 0.1))
-    chosen = choose(given, Rules(fewest_words=2, most_words=3), unsure)
-    assert [c.text for c in chosen.kept] == ["one two"]
-    assert causes(chosen) == {"one two three four": "too long", "one": "too short"}
+    selection = select_captions(given, SelectionRules(min_words=2, max_words=3), unsure)
+    assert [c.text for c in selection.kept] == ["one two"]
+    assert reasons(selection) == {"one two three four": "too long", "one": "too short"}
 
 
 def test_language_where_it_can_be_told():
     pytest.importorskip("py3langid")
     given = captions(("un chat noir sur une table", 0.9), ("a photo of a cat on a table", 0.5), ("An owl.", 0.1))
-    chosen = choose(given, Rules(language="en"), read_language("en"))
-    assert [c.text for c in chosen.kept] == ["a photo of a cat on a table", "An owl."]
-    assert causes(chosen) == {"un chat noir sur une table": "another language"}
+    selection = select_captions(given, SelectionRules(language="en"), load_language_detector("en"))
+    assert [c.text for c in selection.kept] == ["a photo of a cat on a table", "An owl."]
+    assert reasons(selection) == {"un chat noir sur une table": "another language"}
     with pytest.raises(InputError, match="'english' is not known: give an ISO 639-1 code"):
-        read_language("english")
+        load_language_detector("english")
 
 
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
         ({"keep": 0}, "keep is 0, expected at least 1"),
-        ({"fewest_words": 3, "most_words": 2}, "most_words is 2"),
-        ({"alike": 0.0}, "alike is 0.0"),
+        ({"min_words": 3, "max_words": 2}, "max_words is 2"),
+        ({"max_word_overlap": 0.0}, "max_word_overlap is 0.0"),
     ],
 )
 def test_rules_that_cannot_be(wrong, says):
     with pytest.raises(InputError, match=says):
-        Rules(**wrong)
+        SelectionRules(**wrong)

@@ -1,7 +1,6 @@
-"""Texts are read exactly as they were written, whatever they look like and whatever file they are in.
+"""Texts are read exactly as they were written, in every format.
 
-Texts are drawn at random, so many for each format; BLIP2_CASES changes how many (10000 takes some minutes), BLIP2_SEED
-which.
+Texts are random. BLIP2_CASES sets their number for each format (10000 take some minutes), BLIP2_SEED the seed.
 """
 
 import csv
@@ -19,10 +18,11 @@ import pyarrow.parquet
 import pytest
 
 from blip2.config import DataConfig
-from blip2.data.records import Record, Records, open_records
+from blip2.data.records import Record, Records
+from blip2.data.sources import open_records
 
 CASES, SEED = int(os.environ.get("BLIP2_CASES", "150")), int(os.environ.get("BLIP2_SEED", "0"))
-AT_ONCE = max(50, CASES // 40)
+BATCH_SIZE = max(50, CASES // 40)
 PIECES = (
     *("007", "1.50", "2", "2.5", "-0", "1e5", "0x10", "1_000", "1,000", "99999999999999999999", "3.0", "inf", "NaN"),
     *("", "NA", "N/A", "n/a", "null", "NULL", "None", "nan", "true", "False", "yes", "-", "#N/A", "<NA>"),
@@ -39,7 +39,7 @@ def draw_text(rng: random.Random) -> str:
     def piece() -> str:
         if rng.random() < 0.7:
             return rng.choice(PIECES)
-        # Any character but NUL and halves of surrogate pairs, which are no text.
+        # Any character except NUL and lone surrogates, which are refused.
         spans = ((1, 128), (1, 0xD800), (0xE000, 0x110000))
         return "".join(chr(rng.randrange(*rng.choice(spans))) for _ in range(rng.randrange(1, 6)))
 
@@ -55,7 +55,7 @@ def expected(text: str) -> str:
 
 
 def encode(text: str, rng: random.Random) -> bytes:
-    marked = text.startswith(("\ufeff", "\ufffe"))  # would be taken for a byte order mark itself
+    marked = text.startswith(("\ufeff", "\ufffe"))  # would be read as a byte order mark
     kind = rng.choice(("utf-8-sig", "utf-16", "utf-16-be", "utf-8"))
     if kind == "utf-16-be":
         return b"\xfe\xff" + text.encode(kind)
@@ -63,7 +63,7 @@ def encode(text: str, rng: random.Random) -> bytes:
 
 
 Rows = list[tuple[str, str, str]]
-"""Image, question and answer of each."""
+"""Tuples of image, question and answer."""
 
 
 def write_delimited(suffix: str) -> Callable[[Path, Rows, random.Random], Path]:
@@ -113,8 +113,8 @@ def write_saved(folder: Path, rows: Rows, rng: random.Random) -> Path:
 def write_shard(folder: Path, rows: Rows, rng: random.Random) -> Path:
     with tarfile.open(folder / "0.tar", "w") as tar:
         for number, (image, question, answer) in enumerate(rows):
-            said = json.dumps({"question": question, "answer": answer}).encode()
-            for kind, data in (("png", image.encode()), ("json", said)):
+            content = json.dumps({"question": question, "answer": answer}).encode()
+            for kind, data in (("png", image.encode()), ("json", content)):
                 entry = tarfile.TarInfo(f"{number}.{kind}")
                 entry.size = len(data)
                 tar.addfile(entry, io.BytesIO(data))
@@ -139,10 +139,10 @@ def read(source: Path, streaming: bool | None = None) -> list[Record]:
 
 
 @pytest.mark.parametrize("kind", WRITE)
-def test_texts_of_tables(kind: str, tmp_path: Path) -> None:
+def test_texts_in_tables(kind: str, tmp_path: Path) -> None:
     rng = random.Random(f"{SEED} {kind}")
-    for batch in range(-(-CASES // AT_ONCE)):
-        rows = [(rng.choice(NAMES), draw_text(rng), draw_text(rng)) for _ in range(AT_ONCE)]
+    for batch in range(-(-CASES // BATCH_SIZE)):
+        rows = [(rng.choice(NAMES), draw_text(rng), draw_text(rng)) for _ in range(BATCH_SIZE)]
         if kind == "tsv":
             rows = [(image, on_one_line(question), on_one_line(answer)) for image, question, answer in rows]
         folder = tmp_path / f"[{batch}]"
@@ -157,7 +157,7 @@ def test_texts_of_tables(kind: str, tmp_path: Path) -> None:
         assert found == [(image, *each) for image, each in zip(images, texts, strict=True)]
 
 
-def test_texts_of_files_beside_images(tmp_path: Path) -> None:
+def test_texts_in_text_files_of_folders(tmp_path: Path) -> None:
     rng = random.Random(f"{SEED} txt")
     texts = [on_one_line(draw_text(rng)) for _ in range(CASES)]
     for number, text in enumerate(texts):
@@ -167,7 +167,7 @@ def test_texts_of_files_beside_images(tmp_path: Path) -> None:
     assert found == [tuple(filter(None, (expected(text), "the last line"))) for text in texts]
 
 
-def test_texts_of_files_in_shards(tmp_path: Path) -> None:
+def test_texts_in_shards(tmp_path: Path) -> None:
     rng = random.Random(f"{SEED} tar")
     texts = [draw_text(rng) for _ in range(CASES)]
     with tarfile.open(tmp_path / "0.tar", "w") as tar:

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from blip2.data.assets import (
     ASSETS,
     CATEGORY_COLUMN,
-    PICTURE_SIZE,
+    IMAGE_SIZE,
     Asset,
-    cache_folder,
+    cache_dir,
     fetch,
-    on_white_square,
+    pad_to_square,
     resolve,
 )
 from blip2.errors import InputError
@@ -40,7 +40,7 @@ class Toy:
     def download(self, asset: Asset, folder: Path) -> None:
         self.downloads += 1
         if self.content is not None:
-            (folder / asset.file).write_bytes(self.content)
+            (folder / asset.filename).write_bytes(self.content)
 
     def unpack(self, file: Path, folder: Path) -> None:
         (folder / "deep").mkdir()
@@ -138,11 +138,11 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv("BLIP2_CACHE", raising=False)
-    assert cache_folder() == tmp_path / ".cache" / "blip2"
+    assert cache_dir() == tmp_path / ".cache" / "blip2"
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert cache_folder() == Path("/xdg/blip2")
+    assert cache_dir() == Path("/xdg/blip2")
     monkeypatch.setenv("BLIP2_CACHE", "/own")
-    assert cache_folder() == Path("/own")
+    assert cache_dir() == Path("/own")
 
 
 # -- unpacking -------------------------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ class Trap:
 
 def test_weights_are_not_unpickled(tmp_path: Path) -> None:
     torch.save({"stem.weight": Trap(tmp_path / "sprung")}, tmp_path / "weights.pth")
-    with pytest.raises(InputError, match="wants to run"):
+    with pytest.raises(InputError, match="would run"):
         unpack("efficientnet-lite0", tmp_path, {WEIGHTS: (tmp_path / "weights.pth").read_bytes()})
     assert not (tmp_path / "sprung").exists()
 
@@ -222,7 +222,7 @@ def openmoji(tmp_path: Path, characters: range) -> dict[str, list[dict[str, str]
         parts[name] = [json.loads(line) for line in lines]
     for row in parts["all"]:
         with Image.open(folder / row["image"]) as picture:
-            assert (picture.mode, picture.size) == ("RGB", (PICTURE_SIZE, PICTURE_SIZE))
+            assert (picture.mode, picture.size) == ("RGB", (IMAGE_SIZE, IMAGE_SIZE))
             assert picture.getpixel((0, 0)) == (255, 255, 255)
             assert picture.getpixel((160, 160)) == (255, 0, 0)
     return parts
@@ -236,7 +236,7 @@ def test_drawings_become_pictures_with_sentences(tmp_path: Path, caplog: pytest.
     assert captions["1F400"] == "A rat."
     assert all(row[CATEGORY_COLUMN] == [row["caption"]] for row in parts["all"])
     assert captions["1F402"] == "An ox."
-    assert "skipped 1 pictures that cannot be drawn: 1F680" in caplog.text
+    assert "skipped 1 images that cannot be drawn: 1F680" in caplog.text
     keys = {name: [row["key"] for row in rows] for name, rows in parts.items()}
     assert sorted(keys["train"] + keys["held_out"]) == sorted(keys["all"])
     assert 2 <= len(keys["held_out"]) <= 16
@@ -295,7 +295,7 @@ def test_held_out_pictures_stay_held_out(tmp_path: Path) -> None:
 )
 def test_on_white_square(size: tuple[int, int], side: int, box: tuple[int, int, int, int]) -> None:
     image = Image.new("RGB", size, "red")
-    square = np.asarray(on_white_square(image, 64))
+    square = np.asarray(pad_to_square(image, 64))
     expected = np.full((side, side, 3), 255)
     expected[box[1] : box[3], box[0] : box[2]] = [255, 0, 0]
     assert np.array_equal(square, expected)

@@ -1,4 +1,4 @@
-"""Miniatures of the official files, made by hand, and one real data set where it is at hand."""
+"""Readers of benchmarks, tested on small files in the formats of the publishers."""
 
 import io
 import json
@@ -22,7 +22,8 @@ from blip2.data.benchmarks import (
 )
 from blip2.data.images import read_image
 from blip2.data.json_stream import stream_json
-from blip2.data.records import Records, RecordStream, open_records
+from blip2.data.records import Records, RecordStream
+from blip2.data.sources import open_records
 from blip2.errors import InputError
 
 Json = dict[str, Any]
@@ -53,13 +54,13 @@ def rows(source: str) -> list[dict[str, Any]]:
     return list(read_benchmark(source))
 
 
-# -- the miniatures --------------------------------------------------------------------------------------------------
+# -- small files --------------------------------------------------------------------------------------------------
 
 INFO = {"description": "COCO 2014 Dataset", "url": "http://cocodataset.org", "version": "1.0", "year": 2014}
 
 
 def coco_file(part: str, captions: dict[int, list[str]]) -> Json:
-    # In the real files the captions of an image do not stand together, nor in the order of the images.
+    # In the real files the captions of an image are neither consecutive nor in the order of the images.
     flat = [(number, text) for number, texts in reversed(captions.items()) for text in texts]
     return {
         "info": INFO | {"contributor": "COCO Consortium", "date_created": "2017/09/01"},
@@ -222,7 +223,7 @@ VQA_LICENSE = {
 
 
 def vqa_files(folder: Path, prefix: str, part: str, asked: list[tuple[int, int, str, str]], **entry: Any) -> None:
-    """Questions (question id, image id, question, answer) and, but for the test images, ten answers to each."""
+    """Write questions (question id, image id, question, answer) and, except for test images, ten answers each."""
     head = {
         "info": {"description": "This is v2.0 of the VQA dataset.", "version": "2.0", "year": 2017},
         "data_type": "mscoco",
@@ -232,8 +233,8 @@ def vqa_files(folder: Path, prefix: str, part: str, asked: list[tuple[int, int, 
     questions = [{"image_id": image, "question": text, "question_id": number} for number, image, text, _ in asked]
     path = folder / f"{prefix}OpenEnded_mscoco_{part}_questions.json"
     write_json(path, head | {"task_type": "Open-Ended", "questions": questions})
-    pictures = part.replace("-dev", "")
-    draw(folder / pictures, *(coco_name(pictures, image) for _, image, _, _ in asked))
+    folder_name = part.replace("-dev", "")
+    draw(folder / folder_name, *(coco_name(folder_name, image) for _, image, _, _ in asked))
     if "test" in part:
         return
     annotations = [
@@ -315,13 +316,13 @@ def make_easy_vqa(folder: Path) -> Path:
 
 
 def make_web(folder: Path) -> Path:
-    """What img2dataset leaves, in two shards; the first download of the second shard failed."""
+    """Write two shards as img2dataset does; the first download of the second shard failed."""
     folder.mkdir(parents=True, exist_ok=True)
     for shard, keys in ((0, (0, 1)), (1, (1,))):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as archive:
             for key in keys:
-                picture = io.BytesIO()
-                Image.new("RGB", (8, 6), (90, 60 * shard, 40 * key)).save(picture, "JPEG")
+                image = io.BytesIO()
+                Image.new("RGB", (8, 6), (90, 60 * shard, 40 * key)).save(image, "JPEG")
                 name = f"{shard:05d}{key:04d}"
                 about = {
                     "caption": f"photo {name}",
@@ -329,7 +330,7 @@ def make_web(folder: Path) -> Path:
                     "key": name,
                     "status": "success",
                 }
-                files = {"jpg": picture.getvalue(), "txt": f"photo {name}".encode(), "json": json.dumps(about).encode()}
+                files = {"jpg": image.getvalue(), "txt": f"photo {name}".encode(), "json": json.dumps(about).encode()}
                 for suffix, data in files.items():
                     entry = tarfile.TarInfo(f"{name}.{suffix}")
                     entry.size = len(data)
@@ -360,7 +361,7 @@ SPLITS = [(name, split) for name, benchmark in BENCHMARKS.items() for split in b
 
 
 @pytest.mark.parametrize(("name", "split"), SPLITS)
-def test_every_split_has_rows_with_pictures_that_open(name: str, split: str, tmp_path: Path) -> None:
+def test_every_split_has_rows_with_readable_images(name: str, split: str, tmp_path: Path) -> None:
     found = rows(f"{name}:{split}:{MAKE[name](tmp_path)}")
     assert found
     for row in found:
@@ -423,7 +424,7 @@ def test_visual_genome(tmp_path: Path) -> None:
     assert (two["image_id"], two["answers"]) == (1, ["Tall."])
 
 
-def test_older_files_of_visual_genome_call_an_image_s_number_image_id(tmp_path: Path) -> None:
+def test_older_files_of_visual_genome_use_the_key_image_id(tmp_path: Path) -> None:
     new = rows(f"vg-qa:all:{make_visual_genome(tmp_path)}")
     edit_json(tmp_path / "question_answers.json", lambda c: [e.update(image_id=e.pop("id")) for e in c])
     assert rows(f"vg-qa:all:{tmp_path}") == new
@@ -468,7 +469,7 @@ def test_gqa(tmp_path: Path) -> None:
     assert untyped | {"question_type": "verify"} == first and typed == second
 
 
-def test_easy_vqa_s_validation_images_are_no_training_images(tmp_path: Path) -> None:
+def test_easy_vqa_splits_share_no_images(tmp_path: Path) -> None:
     make_easy_vqa(tmp_path)
     train, val, test = (rows(f"easy-vqa:{split}:{tmp_path}") for split in ("train", "val", "test"))
     assert {row["image_id"] for row in val} == {9, 19}
@@ -476,11 +477,11 @@ def test_easy_vqa_s_validation_images_are_no_training_images(tmp_path: Path) -> 
     assert sorted(row["question_id"] for row in train + val) == list(range(40))
     assert [row["image_id"] for row in test] == [0, 0, 1, 1]
     for one, other in ((train, val), (train, test), (val, test)):
-        check_disjoint(one, other)  # though the numbers of test's images are numbers of train's too
+        check_disjoint(one, other)  # although test and train use the same image numbers
 
 
 @pytest.mark.parametrize("name", WEB)
-def test_web_shards_are_what_open_records_reads(name: str, tmp_path: Path) -> None:
+def test_web_shards_are_read_by_open_records(name: str, tmp_path: Path) -> None:
     source = f"{name}:train:{make_web(tmp_path / name)}"
     found = rows(source)
     assert [row["image_id"] for row in found] == ["000000000", "000000001", "000010001"]
@@ -501,23 +502,21 @@ def test_every_split_opens_as_records(name: str, split: str, tmp_path: Path) -> 
     for record, texts, row in zip(records, captions, found, strict=True):
         assert record.captions == texts == tuple(row.get("answers", row.get("captions", ())))
         assert (record.image, record.question) == (row["image"], row.get("question"))
-        assert record.about["image_id"] == row["image_id"]
+        assert record.metadata["image_id"] == row["image_id"]
         for key in ("question_id", "question_type", "answer_type", "domain"):
-            assert record.about.get(key) == row.get(key)
+            assert record.metadata.get(key) == row.get(key)
 
 
-def test_other_data_sets_have_no_shards(tmp_path: Path) -> None:
+def test_other_datasets_have_no_shards(tmp_path: Path) -> None:
     assert find_shards(f"coco:train:{make_coco(tmp_path)}") is None
 
 
 # -- sources -------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_a_benchmark() -> None:
+def test_is_benchmark() -> None:
     assert is_benchmark("coco-karpathy:train+restval:/data/coco") and is_benchmark("vqav2:test-dev:data:2/vqa")
-    assert is_benchmark("cocoo:test:/data"), (
-        "a name that is not known is refused by read_benchmark, not taken for a path"
-    )
+    assert is_benchmark("cocoo:test:/data"), "an unknown name is refused by read_benchmark and not treated as a path"
     for other in (
         "data/train.jsonl",
         "hub:owner/name",
@@ -539,16 +538,16 @@ def test_a_folder_may_be_relative_or_begin_with_a_tilde(tmp_path: Path, monkeypa
     assert Path(here[0]["image"]).is_file()
 
 
-def test_the_description_names_every_data_set_split_and_file() -> None:
+def test_the_description_lists_every_dataset_split_and_file() -> None:
     text = describe_benchmarks()
     for name, benchmark in BENCHMARKS.items():
         (paragraph,) = [part for part in text.split("\n\n") if part.startswith(f"{name}:")]
         for split, files in benchmark.splits.items():
             assert re.search(rf"^  {split} +{re.escape(', '.join(files))}$", paragraph, re.MULTILINE)
-        assert benchmark.page in paragraph
+        assert benchmark.homepage in paragraph
 
 
-def test_the_page_of_the_docs_names_every_data_set_and_file() -> None:
+def test_the_docs_list_every_dataset_and_file() -> None:
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
     for name, benchmark in BENCHMARKS.items():
         for split, files in benchmark.splits.items():
@@ -556,11 +555,11 @@ def test_the_page_of_the_docs_names_every_data_set_and_file() -> None:
             assert all(Path(file).name in page for file in files), files
 
 
-# -- mistakes ------------------------------------------------------------------------------------------------------
+# -- errors ------------------------------------------------------------------------------------------------------
 
 REFUSED = {
     "coco": ("'coco' is not written NAME:SPLIT:FOLDER", None),
-    "cocoo:test:{}": ("names no known data set: choose from coco, coco-karpathy, flickr30k", None),
+    "cocoo:test:{}": ("names no known dataset: choose from coco, coco-karpathy, flickr30k", None),
     "coco:test:{}": ("coco has no split 'test': choose from train, val", make_coco),
     "coco:train+train:{}": ("names a split twice", make_coco),
     "vqav2:train+test-dev:{}": ("vqav2's split test-dev has no published answers: read it alone", make_vqav2),
@@ -569,7 +568,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("source", REFUSED)
-def test_a_source_that_names_nothing_is_refused_at_once(source: str, tmp_path: Path) -> None:
+def test_invalid_sources_are_refused_immediately(source: str, tmp_path: Path) -> None:
     message, make = REFUSED[source]
     if make:
         make(tmp_path)
@@ -579,19 +578,19 @@ def test_a_source_that_names_nothing_is_refused_at_once(source: str, tmp_path: P
 
 
 @pytest.mark.parametrize(("name", "split"), [each for each in SPLITS if each[0] not in WEB])
-def test_every_missing_file_is_named_with_its_place_and_origin(name: str, split: str, tmp_path: Path) -> None:
+def test_missing_files_are_reported_with_path_and_homepage(name: str, split: str, tmp_path: Path) -> None:
     for file in BENCHMARKS[name].splits[split]:
         folder = MAKE[name](tmp_path / file.replace("/", "_"))
         (folder / file).rename(folder / "elsewhere")
-        kind = "folder of pictures" if file.endswith("/") else "file"
-        message = f"needs the {kind} {folder / file}, which is not there: get it from {BENCHMARKS[name].page}"
+        kind = "folder of images" if file.endswith("/") else "file"
+        message = f"needs the {kind} {folder / file}, which does not exist: get it from {BENCHMARKS[name].homepage}"
         with pytest.raises(InputError, match=re.escape(message)):
             read_benchmark(f"{name}:{split}:{folder}")
 
 
-def test_a_list_of_addresses_is_not_taken_for_pictures(tmp_path: Path) -> None:
+def test_a_list_of_urls_is_refused(tmp_path: Path) -> None:
     (tmp_path / "Train_GCC-training.tsv").write_text("a very typical bus station\thttp://example.org/a.jpg\n")
-    message = "found only Train_GCC-training.tsv, a list of addresses: download its pictures with img2dataset"
+    message = "found only Train_GCC-training.tsv, a list of URLs: download its images with img2dataset"
     for ask in (read_benchmark, find_shards):
         with pytest.raises(InputError, match=re.escape(message)):
             ask(f"cc3m:train:{tmp_path}")
@@ -606,7 +605,7 @@ def test_shards_without_captions_are_refused(tmp_path: Path) -> None:
         rows(f"laion:train:{tmp_path}")
 
 
-MISSING_PICTURES = {
+MISSING_IMAGES = {
     "coco:train": ("train2014/COCO_train2014_000000318219.jpg", 318219),
     "coco-karpathy:test": ("val2014/COCO_val2014_000000000009.jpg", 9),
     "flickr30k:test": ("flickr30k-images/1007129816.jpg", 1007129816),
@@ -620,9 +619,9 @@ MISSING_PICTURES = {
 }
 
 
-@pytest.mark.parametrize("source", MISSING_PICTURES)
-def test_an_image_without_a_file_is_named(source: str, tmp_path: Path) -> None:
-    file, number = MISSING_PICTURES[source]
+@pytest.mark.parametrize("source", MISSING_IMAGES)
+def test_missing_images_are_reported(source: str, tmp_path: Path) -> None:
+    file, number = MISSING_IMAGES[source]
     folder = MAKE[source.split(":")[0]](tmp_path)
     (folder / file).unlink()
     with pytest.raises(InputError, match=re.escape(f"image {number} has no file {folder / file} (")):
@@ -638,11 +637,11 @@ def edit(file: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:
 
 
 def version_1(folder: Path) -> None:
-    """VQAv1's files, under the names of VQAv2's."""
+    """Write files of VQAv1 under the names of VQAv2."""
     vqa_files(folder, "v2_", "train2014", [(4870250, 487025, "What shape is the bench seat?", "oval")])
 
 
-def ok_vqa_beside(folder: Path) -> None:
+def ok_vqa_annotations(folder: Path) -> None:
     make_ok_vqa(folder / "ok")
     copy("ok/mscoco_train2014_annotations.json", "v2_mscoco_train2014_annotations.json")(folder)
 
@@ -664,9 +663,9 @@ def vqav2_questions_for_ok_vqa(folder: Path) -> None:
 QUESTIONS = "v2_OpenEnded_mscoco_{}2014_questions.json"
 ANNOTATIONS = "v2_mscoco_{}2014_annotations.json"
 T = ANNOTATIONS.format("train")
-UNFIT: dict[str, tuple[str, Callable[[Path], None], str]] = {
+MISMATCHED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "version 1": ("vqav2:train", version_1, "image 487025 4870250, expected 487025000 to 487025999"),
-    "OK-VQA's answers": ("vqav2:train", ok_vqa_beside, "holds answers of OK-VQA, expected VQAv2"),
+    "OK-VQA's answers": ("vqav2:train", ok_vqa_annotations, "holds answers of OK-VQA, expected VQAv2"),
     "VQA's answers": ("ok-vqa:train", vqa_under_ok_vqa_s_names, "holds answers of VQA, expected OK-VQA"),
     "captions": ("vqav2:train", captions_for_questions, "has info, images, licenses, annotations, expected questions"),
     "VQAv2's questions": ("ok-vqa:train", vqav2_questions_for_ok_vqa, "question 458752000 of"),
@@ -741,7 +740,7 @@ UNFIT: dict[str, tuple[str, Callable[[Path], None], str]] = {
         lambda folder: copy("coco/dataset_coco.json", "dataset_flickr30k.json")(make_karpathy(folder / "coco").parent),
         "holds COCO's images, expected Flickr30K's",
     ),
-    "COCO's images split anew": (
+    "another split of COCO's images": (
         "coco-karpathy:test",
         edit("dataset_coco.json", lambda c: c["images"][0].update(filepath="val2017")),
         "has image 391895 of test in val2017, expected COCO's own split",
@@ -789,14 +788,14 @@ UNFIT: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "half a file": (
         "gqa:val",
         lambda folder: (folder / "val_balanced_questions.json").write_text('{"1": {"question": "Is') and None,
-        "val_balanced_questions.json is damaged or no JSON (",
+        "val_balanced_questions.json is damaged or not JSON (",
     ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", UNFIT)
-def test_files_that_do_not_fit_are_refused(name: str, tmp_path: Path) -> None:
-    source, spoil, message = UNFIT[name]
+@pytest.mark.parametrize("name", MISMATCHED)
+def test_files_that_do_not_match_are_refused(name: str, tmp_path: Path) -> None:
+    source, spoil, message = MISMATCHED[name]
     MAKE[source.split(":")[0]](tmp_path)
     rows(f"{source}:{tmp_path}")
     spoil(tmp_path)
@@ -811,14 +810,16 @@ def test_files_that_do_not_fit_are_refused(name: str, tmp_path: Path) -> None:
 def test_splits_that_share_images_are_refused(tmp_path: Path) -> None:
     coco, karpathy, vqa = make_coco(tmp_path / "a"), make_karpathy(tmp_path / "b"), make_vqav2(tmp_path / "c")
     check_disjoint(rows(f"coco:train:{coco}"), rows(f"coco:val:{coco}"))
-    with pytest.raises(InputError, match=re.escape("VQAv2 and COCO share 1 images (coco/57870), expected none: take")):
+    with pytest.raises(
+        InputError, match=re.escape("VQAv2 and COCO share 1 images (coco/57870), expected none: remove")
+    ):
         check_disjoint(rows(f"vqav2:train:{vqa}"), rows(f"coco:train:{coco}"), ("VQAv2", "COCO"))
     with pytest.raises(InputError, match=re.escape("share 6 images (coco/391895, coco/9, coco/57870, ...)")):
         both = rows(f"coco-karpathy:train+restval+val+test:{karpathy}")
         check_disjoint(both, rows(f"coco-karpathy:test+train+restval+val:{karpathy}"))
 
 
-def test_images_that_data_sets_share_are_known_by_either_number(tmp_path: Path) -> None:
+def test_images_are_compared_by_the_numbers_of_both_datasets(tmp_path: Path) -> None:
     coco, genome, gqa = make_coco(tmp_path / "a"), make_visual_genome(tmp_path / "b"), make_gqa(tmp_path / "c")
     regions = rows(f"vg-regions:all:{genome}")
     for one, other in ((regions, rows(f"coco:train:{coco}")), (rows(f"coco:train:{coco}"), regions)):
@@ -831,7 +832,7 @@ def test_images_that_data_sets_share_are_known_by_either_number(tmp_path: Path) 
     check_disjoint(regions, rows(f"gqa:testdev:{gqa}"))
 
 
-def test_one_s_own_rows_and_ids_are_compared_as_they_are() -> None:
+def test_other_rows_and_ids_are_compared_directly() -> None:
     own = [{"image": "a.jpg", "captions": ["a"]}, {"image": "b.jpg", "captions": ["b"]}]
     check_disjoint(own, ["c.jpg"])
     check_disjoint([1, 2], [3])
@@ -852,27 +853,27 @@ DOCUMENTS: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("characters", [1, 2, 3, 7, 64, 1 << 20])
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 7, 64, 1 << 20])
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_members_are_what_json_reads_wherever_the_text_is_cut(
-    document: Any, indent: int | None, characters: int, tmp_path: Path
+def test_members_are_independent_of_the_chunk_size(
+    document: Any, indent: int | None, chunk_size: int, tmp_path: Path
 ) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps(document, indent=indent, ensure_ascii=indent is None) + "\n", encoding="utf-8")
     expected = []
     for name, value in document.items() if isinstance(document, dict) else [("", document)]:
         expected += [(name, each) for each in value] if isinstance(value, list) else [(name, value)]
-    assert list(stream_json(path, characters)) == expected
+    assert list(stream_json(path, chunk_size)) == expected
 
 
 @pytest.mark.parametrize(
     "text",
     [b"", b" ", b"3", b"[1 2]", b"[1,", b"[1, 2", b"{1: 2}", b'{"a" 2}', b'{"a": 2', b"[1] 2", b'{"a": nul}', b"\xff["],
 )
-@pytest.mark.parametrize("characters", [1, 1 << 20])
-def test_what_is_no_json_is_refused(text: bytes, characters: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("chunk_size", [1, 1 << 20])
+def test_invalid_json_is_refused(text: bytes, chunk_size: int, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(text)
-    with pytest.raises(InputError, match=re.escape(f"{path} is damaged or no JSON (")):
-        list(stream_json(path, characters))
+    with pytest.raises(InputError, match=re.escape(f"{path} is damaged or not JSON (")):
+        list(stream_json(path, chunk_size))

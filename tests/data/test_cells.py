@@ -1,4 +1,4 @@
-"""What the cells of tables may hold, and what is refused by name instead of being trained on."""
+"""Values that cells of tables may hold, and the errors for those that are refused."""
 
 import json
 import logging
@@ -11,7 +11,8 @@ import pytest
 
 from blip2.config import DataConfig
 from blip2.data.cells import CellError, read_image_cell, read_text, read_texts
-from blip2.data.records import Record, Records, open_records
+from blip2.data.records import Record, Records
+from blip2.data.sources import open_records
 from blip2.errors import InputError
 from fixtures.corpus import write_tar
 
@@ -21,9 +22,9 @@ def read(source: Path | str, **settings: Any) -> list[Record]:
     return [records[i] for i in range(len(records))] if isinstance(records, Records) else list(records.read())
 
 
-def why(record: Record) -> str:
-    assert record.unusable is not None
-    return f"{record.unusable[0]}: {record.unusable[1]}"
+def skip_reason(record: Record) -> str:
+    assert record.skip_reason is not None
+    return f"{record.skip_reason[0]}: {record.skip_reason[1]}"
 
 
 # -- cells -----------------------------------------------------------------------------------------------------------
@@ -32,7 +33,7 @@ ANSWER = {"answer": "yes", "answer_confidence": "maybe", "answer_id": 1}
 
 
 @pytest.mark.parametrize(
-    ("cell", "texts", "blank"),
+    ("cell", "texts", "num_blank"),
     [
         ([ANSWER, {**ANSWER, "answer": "no"}], ("yes", "no"), 0),
         ({"answer": ["yes", "no"], "answer_id": [1, 2]}, ("yes", "no"), 0),
@@ -43,8 +44,8 @@ ANSWER = {"answer": "yes", "answer_confidence": "maybe", "answer_id": 1}
         ([7, 2.5], ("7", "2.5"), 0),
     ],
 )
-def test_texts_of_a_cell(cell: object, texts: tuple[str, ...], blank: int) -> None:
-    assert read_texts(cell) == (texts, blank)
+def test_read_texts(cell: object, texts: tuple[str, ...], num_blank: int) -> None:
+    assert read_texts(cell) == (texts, num_blank)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +69,7 @@ def test_texts_of_a_cell(cell: object, texts: tuple[str, ...], blank: int) -> No
         (object, "holds a value of type type"),
     ],
 )
-def test_what_is_no_text(cell: object, found: str) -> None:
+def test_invalid_texts_are_refused(cell: object, found: str) -> None:
     with pytest.raises(CellError) as error:
         read_texts(cell)
     assert found in str(error.value)
@@ -89,7 +90,7 @@ def test_a_question_is_one_text() -> None:
         ("C:/a.png", "C:/a.png"), ("~a.png", "~a.png"),
     ],
 )  # fmt: skip
-def test_images_of_a_cell(cell: object, image: object) -> None:
+def test_read_image_cell(cell: object, image: object) -> None:
     assert read_image_cell(cell) == image
 
 
@@ -106,7 +107,7 @@ def test_images_of_a_cell(cell: object, image: object) -> None:
         (True, "holds the truth value true"),
     ],
 )
-def test_what_is_no_image(cell: object, found: str) -> None:
+def test_invalid_image_cells_are_refused(cell: object, found: str) -> None:
     with pytest.raises(CellError) as error:
         read_image_cell(cell)
     assert found in str(error.value)
@@ -139,7 +140,7 @@ def test_what_is_no_image(cell: object, found: str) -> None:
     ],
 )
 @pytest.mark.parametrize("streaming", [False, True])
-def test_tables_that_are_refused(tmp_path: Path, name: str, text: str, found: str, streaming: bool) -> None:
+def test_invalid_tables_are_refused(tmp_path: Path, name: str, text: str, found: str, streaming: bool) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(InputError) as error:
         read(tmp_path / name, streaming=streaming)
@@ -147,7 +148,7 @@ def test_tables_that_are_refused(tmp_path: Path, name: str, text: str, found: st
     assert "\n" not in str(error.value)
 
 
-def test_numbers_of_json_are_as_written(tmp_path: Path) -> None:
+def test_numbers_in_json_are_read_as_written(tmp_path: Path) -> None:
     texts = ["2", "2.50", "1e5", "-0", "123456789012345678901234567890", "1" * 5000]
     rows = "".join(
         f'{{"image": "a.png", "question": "q", "answer": {text}, "question_id": {n}}}\n' for n, text in enumerate(texts)
@@ -155,18 +156,18 @@ def test_numbers_of_json_are_as_written(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(rows)
     found = read(tmp_path / "a.jsonl")
     assert [record.captions for record in found] == [(text,) for text in texts]
-    assert [record.about for record in found] == [{"question_id": n} for n in range(6)]
+    assert [record.metadata for record in found] == [{"question_id": n} for n in range(6)]
 
 
-def test_ids_of_a_csv_are_numbers_if_no_digit_is_lost(tmp_path: Path) -> None:
+def test_ids_in_csv_are_numbers_if_no_digit_is_lost(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(
         "image,question,answer,question_id\na,q,2,7\na,q,2,007\na,q,2,x\na,q,2,1.0\na,q,2,\n"
     )
-    assert [r.about.get("question_id") for r in read(tmp_path / "a.csv")] == [7, "007", "x", "1.0", None]
+    assert [r.metadata.get("question_id") for r in read(tmp_path / "a.csv")] == [7, "007", "x", "1.0", None]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_row_that_cannot_be_used_says_why(tmp_path: Path, streaming: bool) -> None:
+def test_unusable_rows_have_a_skip_reason(tmp_path: Path, streaming: bool) -> None:
     cells = ["fine", {"text": "x"}, "\ud83d", True, "fine"]
     rows = [json.dumps({"image": "a.png", "caption": cell}) for cell in cells]
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
@@ -175,12 +176,12 @@ def test_a_row_that_cannot_be_used_says_why(tmp_path: Path, streaming: bool) -> 
     )
     found = read(tmp_path / "*.jsonl", streaming=streaming)
     assert [record.captions for record in found] == [("fine",), (), (), (), ("fine",), ("fine",), ()]
-    assert [record.unusable is None for record in found] == [True, False, False, False, True, True, False]
-    assert why(found[1]).startswith("caption: caption holds an object with the keys text")
-    assert "0xe9" in why(found[6])
+    assert [record.skip_reason is None for record in found] == [True, False, False, False, True, True, False]
+    assert skip_reason(found[1]).startswith("caption: caption holds an object with the keys text")
+    assert "0xe9" in skip_reason(found[6])
 
 
-def test_a_table_of_which_nothing_can_be_used(tmp_path: Path) -> None:
+def test_a_table_without_a_usable_row_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"image": "a.png", "caption": [["a"]]}\n' * 3)
     with pytest.raises(
         InputError, match=r"a\.jsonl row 0 .* no other of the first 3 rows can: caption holds a list of 1"
@@ -188,16 +189,16 @@ def test_a_table_of_which_nothing_can_be_used(tmp_path: Path) -> None:
         read(tmp_path / "a.jsonl")
 
 
-def test_questions_with_a_place_for_the_image(tmp_path: Path) -> None:
-    """As LLaVA's files have them."""
+def test_questions_with_an_image_placeholder_are_skipped(tmp_path: Path) -> None:
+    """Files of LLaVA contain the placeholder."""
     rows = [{"image": "a.png", "question": question, "answer": "a"} for question in ("what?", "<image>\nwhat?")]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     first, second = read(tmp_path / "a.jsonl")
-    assert first.unusable is None
-    assert why(second).startswith("question: question holds <image>")
+    assert first.skip_reason is None
+    assert skip_reason(second).startswith("question: question holds <image>")
 
 
-# -- data sets of the hub ---------------------------------------------------------------------------------------------
+# -- datasets of the Hub ---------------------------------------------------------------------------------------------
 
 
 def hub_like() -> datasets.Dataset:
@@ -219,7 +220,7 @@ def hub_like() -> datasets.Dataset:
 
 
 @pytest.mark.parametrize("kind", ["saved", "parquet", "parquet stream"])
-def test_classes_and_objects_of_the_hub(tmp_path: Path, kind: str) -> None:
+def test_class_labels_and_objects(tmp_path: Path, kind: str) -> None:
     streaming = True if kind == "parquet stream" else None
     (tmp_path / "[1]").mkdir()
     source = tmp_path / "[1]" / ("saved" if kind == "saved" else "a.parquet")
@@ -238,7 +239,7 @@ def test_classes_and_objects_of_the_hub(tmp_path: Path, kind: str) -> None:
 # -- folders and shards -----------------------------------------------------------------------------------------------
 
 
-def test_files_beside_images_in_other_encodings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_text_files_in_other_encodings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     texts = {
         "a.jfif": b"\xef\xbb\xbfa dog",
         "b.avif": "a cat".encode("utf-16"),
@@ -253,13 +254,13 @@ def test_files_beside_images_in_other_encodings(tmp_path: Path, caplog: pytest.L
     with caplog.at_level(logging.WARNING, "blip2"):
         found = read(tmp_path)
     assert [record.captions for record in found] == [("a dog",), ("a cat",), (), ()]
-    assert "0xe9" in why(found[2]) and "NUL" in why(found[3])
+    assert "0xe9" in skip_reason(found[2]) and "NUL" in skip_reason(found[3])
     (message,) = caplog.messages
     assert "left out 4 files, which are neither images that Pillow reads nor the .txt of one: " in message
     assert all(part in message for part in ("1 .heic", "1 .mp4", "1 .txt", "1 without a suffix"))
 
 
-def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
+def test_file_names_that_are_not_utf_8(tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9.png")
     try:
         (tmp_path / name).write_bytes(b"png")
@@ -275,7 +276,7 @@ def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
         assert record.image_id >= 0
 
 
-def test_patterns_beside_names_with_brackets(tmp_path: Path) -> None:
+def test_patterns_with_brackets_in_names(tmp_path: Path) -> None:
     for name in ("[2024] a.jsonl", "[2024] b.jsonl"):
         (tmp_path / name).write_text(json.dumps({"image": "a.png", "caption": name}) + "\n")
     assert [record.captions for record in read(tmp_path / "[2024] *.jsonl")] == [
@@ -284,7 +285,7 @@ def test_patterns_beside_names_with_brackets(tmp_path: Path) -> None:
     ]
 
 
-def test_the_image_of_a_sample_is_of_the_usual_kind(tmp_path: Path) -> None:
-    """Where a sample has several members that Pillow reads."""
+def test_common_image_formats_are_preferred_in_samples(tmp_path: Path) -> None:
+    """A sample may have several members that Pillow reads."""
     write_tar(tmp_path / "0.tar", {"0.bw": b"no", "0.jpg": b"yes", "0.txt": b"a", "1.jpe": b"yes", "1.txt": b"b"})
     assert [record.image for record in read(tmp_path / "0.tar")] == [b"yes", b"yes"]

@@ -9,11 +9,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from blip2.backbones.vision import Preprocessing
 from blip2.data.collate import (
-    GenerationTexts,
-    PrefixTexts,
-    RepresentationTexts,
+    CausalLMCollator,
+    Collator,
+    PrefixLMCollator,
+    Stage1Collator,
     StageBatch,
-    TextPreparation,
     check_prompt,
     encode_continuations,
     encode_prompts,
@@ -25,7 +25,7 @@ from blip2.data.collate import (
 )
 from blip2.errors import InputError
 from blip2.model.generation import GenerationBatch
-from blip2.model.losses import IGNORED
+from blip2.model.losses import IGNORE_INDEX
 from blip2.model.representation import RepresentationBatch
 from conftest import Parts
 
@@ -97,22 +97,22 @@ def test_captions_and_questions_are_normalized_and_answers_and_prompts_are_not(p
 
     given = ["A Dog.", "Left, Mr. Y."], ["", "Which WAY (is it)?"], torch.arange(2), np.random.default_rng(0)
     for how, caption, question in (("none", "A Dog.", "Which WAY (is it)?"), ("lavis", "a dog", "which way is it?")):
-        texts = GenerationTexts(tokenizer, 32, "A Photo.", END, reader, "Q: {} A.", normalization=how)
+        texts = CausalLMCollator(tokenizer, 32, "A Photo.", END, reader, "Q: {} A.", normalization=how)
         batch, _ = texts(torch.zeros(2, 3, 8, 8), *given)
         assert [read(row) for row in batch.ids] == [f"A Photo. {caption}", f"Q: {question} A. Left, Mr. Y."]
         assert batch.questions is not None
         assert torch.equal(batch.questions.ids, encode_texts(reader, ["", question], 40)[0])
-        prefix = PrefixTexts(AutoTokenizer.from_pretrained(parts.t5), 32, "", END, normalization=how)
+        prefix = PrefixLMCollator(AutoTokenizer.from_pretrained(parts.t5), 32, "", END, normalization=how)
         batch, _ = prefix(torch.zeros(1, 3, 8, 8), ["One TWO."], [""], torch.arange(1), np.random.default_rng(0))
         written = [read(batch.ids[0]), read(batch.labels[0])]
         assert written == (["One", "TWO."] if how == "none" else ["one", "two"])
-        first = RepresentationTexts(reader, 32, how)
+        first = Stage1Collator(reader, 32, how)
         batch, _ = first(torch.zeros(1, 3, 8, 8), ["a. (b)"], [""], torch.arange(1), np.random.default_rng(0))
         assert torch.equal(batch.ids, encode_texts(reader, ["a. (b)" if how == "none" else "a b"], 32)[0])
 
 
 def test_a_question_of_signs_alone_is_still_asked(parts: Parts) -> None:
-    texts = GenerationTexts(
+    texts = CausalLMCollator(
         AutoTokenizer.from_pretrained(parts.llama), 32, "", END, None, "Q: {} A:", normalization="lavis"
     )
     batch, _ = texts(torch.zeros(1, 3, 8, 8), ["no"], ["..."], torch.arange(1), np.random.default_rng(0))
@@ -145,7 +145,7 @@ def test_continuations_carry_loss_on_caption_and_end(tokenizer: PreTrainedTokeni
     assert cut == 0
     assert ids.shape[1] == mask.sum(dim=1).max()
     assert torch.equal(mask, mask.cummin(dim=1).values)  # padded on the right
-    labeled = labels != IGNORED
+    labeled = labels != IGNORE_INDEX
     assert not (labeled & ~mask).any()
     assert torch.equal(labels[labeled], ids[labeled])
     for row, real, wanted, caption in zip(ids, mask, labeled, captions, strict=True):
@@ -172,7 +172,7 @@ def test_long_captions_are_cut_and_keep_their_end(parts: Parts, caption: str, cu
     ids, mask, labels, found = encode_continuations(tokenizer, ["a photo of"], [caption], 5, END)
     assert found == cut
     assert tokenizer.decode(ids[0]) == f"</s>a photo of {caption[:3]}</s>"
-    assert (labels != IGNORED).sum() == 5
+    assert (labels != IGNORE_INDEX).sum() == 5
     assert mask.all()
 
 
@@ -220,7 +220,7 @@ def test_captions_are_split_anywhere_in_their_first_half(count: int) -> None:
 
 
 def prepare(
-    texts: TextPreparation, captions: list[str], seed: int = 0, questions: list[str] | None = None
+    texts: Collator, captions: list[str], seed: int = 0, questions: list[str] | None = None
 ) -> tuple[StageBatch, int]:
     count = len(captions)
     images, image_ids = torch.rand(count, 3, 8, 8), torch.arange(count)
@@ -230,7 +230,7 @@ def prepare(
 
 
 def test_representation_texts(bert: PreTrainedTokenizerBase) -> None:
-    batch, cut = prepare(RepresentationTexts(bert, 6), ["abcdef", "ab"])
+    batch, cut = prepare(Stage1Collator(bert, 6), ["abcdef", "ab"])
     assert isinstance(batch, RepresentationBatch)
     ids, mask, _ = encode_texts(bert, ["abcdef", "ab"], 6)
     assert torch.equal(batch.ids, ids)
@@ -240,40 +240,40 @@ def test_representation_texts(bert: PreTrainedTokenizerBase) -> None:
 
 def test_generation_texts(parts: Parts) -> None:
     tokenizer = AutoTokenizer.from_pretrained(parts.llama)
-    batch, cut = prepare(GenerationTexts(tokenizer, 6, "is", END), ["abcdef", "ab"])
+    batch, cut = prepare(CausalLMCollator(tokenizer, 6, "is", END), ["abcdef", "ab"])
     assert tokenizer.batch_decode(batch.ids) == ["is abcd</s>", "is ab</s></s></s>"]
-    assert tokenizer.batch_decode(batch.labels.masked_fill(batch.labels == IGNORED, 257)) == [
+    assert tokenizer.batch_decode(batch.labels.masked_fill(batch.labels == IGNORE_INDEX, 257)) == [
         "<pad><pad> abcd</s>",
         "<pad><pad> ab</s><pad><pad>",
     ]
     assert (batch.mask.sum(dim=1).tolist(), cut) == ([8, 6], 1)
 
 
-@pytest.mark.parametrize("kind", [GenerationTexts, PrefixTexts])
+@pytest.mark.parametrize("kind", [CausalLMCollator, PrefixLMCollator])
 def test_a_prompt_takes_the_question_of_each_answer(parts: Parts, bert: PreTrainedTokenizerBase, kind: type) -> None:
-    is_prefix = kind is PrefixTexts
+    is_prefix = kind is PrefixLMCollator
     tokenizer = AutoTokenizer.from_pretrained(parts.t5 if is_prefix else parts.llama)
     texts = kind(tokenizer, 6, "Q: {} A:", END, bert)
-    assert texts.asks and not kind(tokenizer, 6, "a photo of", END).asks
+    assert texts.requires_question and not kind(tokenizer, 6, "a photo of", END).requires_question
     batch, _ = prepare(texts, ["no", "two"], questions=["is it?", "how many {}?"])
     assert isinstance(batch, GenerationBatch)
     answers = ["</s>", "</s>"] if is_prefix else [" no</s>", " two</s>"]
     asked = [f"Q: {question} A:{end}" for question, end in zip(["is it?", "how many {}?"], answers, strict=True)]
     assert [tokenizer.decode(row[real]) for row, real in zip(batch.ids, batch.mask, strict=True)] == asked
-    assert tokenizer.decode(batch.labels[0][batch.labels[0] != IGNORED]).strip() == "no</s>"
+    assert tokenizer.decode(batch.labels[0][batch.labels[0] != IGNORE_INDEX]).strip() == "no</s>"
     assert batch.questions is not None
     ids, mask, _ = encode_texts(bert, ["is it?", "how many {}?"], 64)
     assert torch.equal(batch.questions.ids, ids) and torch.equal(batch.questions.mask, mask)
-    plain, _ = prepare(replace(texts, reader=None), ["no", "two"], questions=["is it?", "how many {}?"])
+    plain, _ = prepare(replace(texts, qformer_tokenizer=None), ["no", "two"], questions=["is it?", "how many {}?"])
     assert plain.questions is None and torch.equal(plain.ids, batch.ids)
 
 
 def test_prefix_texts_with_a_prompt(parts: Parts) -> None:
     tokenizer = AutoTokenizer.from_pretrained(parts.t5)
-    batch, cut = prepare(PrefixTexts(tokenizer, 6, "write", END), ["abcde", "ab", "abcdef"])
+    batch, cut = prepare(PrefixLMCollator(tokenizer, 6, "write", END), ["abcde", "ab", "abcdef"])
     assert tokenizer.batch_decode(batch.ids) == ["write</s>"] * 3
     assert batch.mask.all()
-    labels = tokenizer.batch_decode(batch.labels.masked_fill(batch.labels == IGNORED, 257))
+    labels = tokenizer.batch_decode(batch.labels.masked_fill(batch.labels == IGNORE_INDEX, 257))
     assert (labels, cut) == (["abcde</s>", "ab</s><pad><pad><pad>", "abcde</s>"], 1)
 
 
@@ -282,11 +282,11 @@ def test_prefix_texts_without_a_prompt(parts: Parts) -> None:
     captions = ["two dogs and a cat", "cats"]
     splits = set()
     for seed in range(20):
-        batch, cut = prepare(PrefixTexts(tokenizer, 32, "", END), captions, seed)
+        batch, cut = prepare(PrefixLMCollator(tokenizer, 32, "", END), captions, seed)
         assert cut == 0
         assert batch.ids[batch.mask].tolist().count(END) == 2
         prefixes = tokenizer.batch_decode(batch.ids.masked_fill(~batch.mask, 257), skip_special_tokens=True)
-        suffixes = tokenizer.batch_decode(batch.labels.masked_fill(batch.labels == IGNORED, 257))
+        suffixes = tokenizer.batch_decode(batch.labels.masked_fill(batch.labels == IGNORE_INDEX, 257))
         assert all(suffix.replace("<pad>", "").endswith("</s>") for suffix in suffixes)
         written = [suffix.split("</s>")[0] for suffix in suffixes]
         assert [f"{a} {b}".strip() for a, b in zip(prefixes, written, strict=True)] == captions
@@ -298,7 +298,7 @@ def test_prefix_texts_without_a_prompt(parts: Parts) -> None:
 def test_long_captions_are_cut_on_both_sides(parts: Parts, prompt: str) -> None:
     """Encoder and decoder both see no more than the limit, of the beginning of the caption."""
     tokenizer = AutoTokenizer.from_pretrained(parts.t5)
-    batch, cut = prepare(PrefixTexts(tokenizer, 24, prompt, END), [LONG, "ab cd"])
+    batch, cut = prepare(PrefixLMCollator(tokenizer, 24, prompt, END), [LONG, "ab cd"])
     assert cut == 1
     assert max(batch.ids.shape[1], batch.labels.shape[1]) <= 24
     prefix = tokenizer.decode(batch.ids[0], skip_special_tokens=True)
@@ -323,7 +323,7 @@ def sentencepiece(*merged: str) -> PreTrainedTokenizerFast:
 def test_what_is_trained_is_what_is_used(prompt: str) -> None:
     tokenizer = sentencepiece()
     ids, _, labels, _ = encode_continuations(tokenizer, [prompt], ["a cat"], 32, 1)
-    trained = ids[0][labels[0] == IGNORED].tolist()
+    trained = ids[0][labels[0] == IGNORE_INDEX].tolist()
     used = encode_prompts(tokenizer, [prompt], "left")[0][0].tolist()
     assert trained == used
     assert tokenizer.convert_ids_to_tokens(used) == ["\u2581Cap", ":"]

@@ -15,13 +15,14 @@ from transformers import PreTrainedTokenizerBase
 
 from blip2.backbones.vision import Preprocessing
 from blip2.config import DataConfig
-from blip2.data import dataset as batches
-from blip2.data import workers as loading
-from blip2.data.collate import RepresentationTexts
-from blip2.data.dataset import Draw, Plan, Preparation, plan_batches, plan_evaluation, to_device
-from blip2.data.images import read_image, to_pixels
-from blip2.data.records import Records, RecordStream, open_records
-from blip2.data.workers import load
+from blip2.data import sampler, workers
+from blip2.data.collate import Stage1Collator
+from blip2.data.dataset import BatchDataset, LoadedBatch, to_device
+from blip2.data.images import preprocess, read_image
+from blip2.data.records import Records, RecordStream
+from blip2.data.sampler import BatchSpec, SampleSpec, sample_batches, sequential_batches
+from blip2.data.sources import open_records
+from blip2.data.workers import prefetch
 from blip2.errors import InputError
 from blip2.model.representation import RepresentationBatch
 from conftest import Parts
@@ -61,45 +62,47 @@ def open_numbered(request: pytest.FixtureRequest, tmp_path: Path) -> Opener:
 
 @pytest.fixture(autouse=True)
 def small_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches, "WINDOW", 2)
+    monkeypatch.setattr(sampler, "WINDOW", 2)
 
 
-def number(draw: Draw) -> int:
-    return draw.record if isinstance(draw.record, int) else int(Path(str(draw.record.image)).stem)
+def number(sample: SampleSpec) -> int:
+    return sample.record if isinstance(sample.record, int) else int(Path(str(sample.record.image)).stem)
 
 
-def take_epochs(plans: Iterator[Plan], count: int) -> list[list[Draw]]:
-    """All draws of the first epochs."""
-    out: list[list[Draw]] = [[] for _ in range(count)]
-    for plan in plans:
-        epochs = [draw.seed[1] for draw in plan.draws]
+def take_epochs(specs: Iterator[BatchSpec], count: int) -> list[list[SampleSpec]]:
+    """All samples of the first epochs."""
+    out: list[list[SampleSpec]] = [[] for _ in range(count)]
+    for spec in specs:
+        epochs = [sample.seed[1] for sample in spec.samples]
         if min(epochs) >= count:
             return out
-        for draw, epoch in zip(plan.draws, epochs, strict=True):
+        for sample, epoch in zip(spec.samples, epochs, strict=True):
             if epoch < count:
-                out[epoch].append(draw)
-    raise AssertionError("plans ended")
+                out[epoch].append(sample)
+    raise AssertionError("specs ended")
 
 
-def numbers(draws: Iterable[Draw]) -> list[int]:
-    return [number(draw) for draw in draws]
+def numbers(samples: Iterable[SampleSpec]) -> list[int]:
+    return [number(sample) for sample in samples]
 
 
 @pytest.mark.parametrize("grouped", [True, False])
 @pytest.mark.parametrize("count", [24, 23, 17, 4])
 def test_every_record_once_an_epoch(open_numbered: Opener, grouped: bool, count: int) -> None:
-    plans = list(islice(plan_batches(open_numbered(count), 4, 0, grouped), 30))
-    assert all(len(plan.draws) == 4 for plan in plans)
-    epochs = take_epochs(iter(plans), 3)
-    for draws in epochs:
-        assert sorted(numbers(draws)) == list(range(count))
+    specs = list(islice(sample_batches(open_numbered(count), 4, 0, grouped), 30))
+    assert all(len(spec.samples) == 4 for spec in specs)
+    epochs = take_epochs(iter(specs), 3)
+    for samples in epochs:
+        assert sorted(numbers(samples)) == list(range(count))
     if count > 4:
         assert numbers(epochs[0]) != numbers(epochs[1]) != numbers(epochs[2])
 
 
 def test_an_epoch_ends_before_the_next_begins(open_numbered: Opener) -> None:
     """But for the one batch that has of both."""
-    epochs = [{draw.seed[1] for draw in plan.draws} for plan in islice(plan_batches(open_numbered(23), 4, 0), 23)]
+    epochs = [
+        {sample.seed[1] for sample in spec.samples} for spec in islice(sample_batches(open_numbered(23), 4, 0), 23)
+    ]
     assert [sorted(each) for each in epochs[:6]] == [[0]] * 5 + [[0, 1]]
     assert sum(len(each) == 2 for each in epochs) == 3  # 92 records are four epochs
     assert all(max(one) <= min(other) for one, other in pairwise(epochs))
@@ -107,23 +110,25 @@ def test_an_epoch_ends_before_the_next_begins(open_numbered: Opener) -> None:
 
 def test_tables_are_shuffled_as_a_whole(tmp_path: Path) -> None:
     records = open_records(str(write_table(tmp_path / "rows.jsonl", 80)), DataConfig(train=""))
-    first = next(plan_batches(records, 4, 0, group_by_length=False))
-    assert max(number(draw) for draw in first.draws) > 8  # the first window of the file
+    first = next(sample_batches(records, 4, 0, group_by_length=False))
+    assert max(number(sample) for sample in first.samples) > 8  # the first window of the file
 
 
 def test_plans_follow_from_the_seed(open_numbered: Opener) -> None:
-    first, again, other = (list(islice(plan_batches(open_numbered(23, captions=3), 4, seed), 20)) for seed in (5, 5, 6))
+    first, again, other = (
+        list(islice(sample_batches(open_numbered(23, captions=3), 4, seed), 20)) for seed in (5, 5, 6)
+    )
     assert first == again
-    assert [plan.draws for plan in first] != [plan.draws for plan in other]
-    assert len({draw.seed for plan in first for draw in plan.draws}) == 80  # every augmentation has its own
+    assert [spec.samples for spec in first] != [spec.samples for spec in other]
+    assert len({sample.seed for spec in first for sample in spec.samples}) == 80  # every augmentation has its own
 
 
 def test_batches_of_like_length(open_numbered: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches, "WINDOW", 8)
+    monkeypatch.setattr(sampler, "WINDOW", 8)
 
     def spread(grouped: bool) -> float:
-        plans = islice(plan_batches(open_numbered(64), 4, 0, grouped), 32)
-        lengths = [[1 + 7 * number(draw) % 29 for draw in plan.draws] for plan in plans]
+        specs = islice(sample_batches(open_numbered(64), 4, 0, grouped), 32)
+        lengths = [[1 + 7 * number(sample) % 29 for sample in spec.samples] for spec in specs]
         return sum(max(each) - min(each) for each in lengths) / len(lengths)
 
     assert spread(True) < spread(False) / 3
@@ -131,31 +136,31 @@ def test_batches_of_like_length(open_numbered: Opener, monkeypatch: pytest.Monke
 
 def test_records_without_captions_are_spread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch of nothing else could not be trained on."""
-    monkeypatch.setattr(batches, "WINDOW", 16)
+    monkeypatch.setattr(sampler, "WINDOW", 16)
     rows = [{"image": f"{i}.png", "caption": "word " * (i % 7) if i % 4 else None} for i in range(64)]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    plans = islice(plan_batches(open_records(str(path), DataConfig(train="")), 4, 0), 64)
-    assert max(sum(draw.caption < 0 for draw in plan.draws) for plan in plans) < 4
+    specs = islice(sample_batches(open_records(str(path), DataConfig(train="")), 4, 0), 64)
+    assert max(sum(sample.caption_index < 0 for sample in spec.samples) for spec in specs) < 4
 
 
 def test_answers_are_never_grouped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By length, each batch would hold one of the two answers alone."""
-    monkeypatch.setattr(batches, "WINDOW", 8)
+    monkeypatch.setattr(sampler, "WINDOW", 8)
     rows = [{"image": f"{i}.png", "question": "Is it?", "answer": ("no", "yes")[i % 2]} for i in range(256)]
     path = tmp_path / "questions.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for streaming in (False, True):
         records = open_records(str(path), DataConfig(train=str(path), streaming=streaming))
-        for plan in islice(plan_batches(records, 32, 0), 8):
-            assert len({number(draw) % 2 for draw in plan.draws}) == 2
+        for spec in islice(sample_batches(records, 32, 0), 8):
+            assert len({number(sample) % 2 for sample in spec.samples}) == 2
 
 
 def test_order_of_lengths_is_random(open_numbered: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sorted batches must not come in the order of their lengths."""
-    monkeypatch.setattr(batches, "WINDOW", 16)
-    plans = islice(plan_batches(open_numbered(64), 4, 0), 16)
-    lengths = [max(1 + 7 * number(draw) % 29 for draw in plan.draws) for plan in plans]
+    monkeypatch.setattr(sampler, "WINDOW", 16)
+    specs = islice(sample_batches(open_numbered(64), 4, 0), 16)
+    lengths = [max(1 + 7 * number(sample) % 29 for sample in spec.samples) for spec in specs]
     assert lengths != sorted(lengths)
     assert lengths != sorted(lengths, reverse=True)
 
@@ -165,9 +170,9 @@ def test_processes_share_the_records(open_numbered: Opener, count: int) -> None:
     """Also those that cannot be dealt out evenly, in batches of one size."""
     shares = []
     for process in range(2):
-        plans = list(islice(plan_batches(open_numbered(count, 1, process, 2), 4, 0, True, process, 2), 24))
-        assert all(len(plan.draws) == 4 for plan in plans)
-        shares.append(take_epochs(iter(plans), 4))
+        specs = list(islice(sample_batches(open_numbered(count, 1, process, 2), 4, 0, True, process, 2), 24))
+        assert all(len(spec.samples) == 4 for spec in specs)
+        shares.append(take_epochs(iter(specs), 4))
     for first, second in zip(*shares, strict=True):
         assert first and second
         assert sorted(numbers(first) + numbers(second)) == list(range(count))
@@ -175,18 +180,18 @@ def test_processes_share_the_records(open_numbered: Opener, count: int) -> None:
 
 @pytest.mark.parametrize("count", [24, 23, 3])
 def test_going_on_from_any_position(open_numbered: Opener, count: int) -> None:
-    plans = list(islice(plan_batches(open_numbered(count, 2), 4, 0), 20))
-    for done, plan in enumerate(plans, 1):
-        position = json.loads(json.dumps(plan.position))
-        rest = list(islice(plan_batches(open_numbered(count, 2), 4, 0, position=position), len(plans) - done))
-        assert rest == plans[done:]
+    specs = list(islice(sample_batches(open_numbered(count, 2), 4, 0), 20))
+    for done, spec in enumerate(specs, 1):
+        position = json.loads(json.dumps(spec.position))
+        rest = list(islice(sample_batches(open_numbered(count, 2), 4, 0, position=position), len(specs) - done))
+        assert rest == specs[done:]
 
 
 def test_memory_is_flat(open_numbered: Opener) -> None:
-    plans = plan_batches(open_numbered(2000), 4, 0)
+    specs = sample_batches(open_numbered(2000), 4, 0)
 
     def take(count: int) -> int:
-        for _ in islice(plans, count):
+        for _ in islice(specs, count):
             pass
         gc.collect()  # type checks leave cycles behind
         return tracemalloc.get_traced_memory()[0] if tracemalloc.is_tracing() else 0
@@ -197,31 +202,31 @@ def test_memory_is_flat(open_numbered: Opener) -> None:
     finally:
         tracemalloc.stop()
     # What is made once, here or by a thread of another test, can fall into any of the differences, but not into all.
-    assert min(after - before for before, after in pairwise(sizes)) < 5_000  # 50 plans take four times as much
+    assert min(after - before for before, after in pairwise(sizes)) < 5_000  # 50 specs take four times as much
 
 
 @pytest.mark.parametrize("process", [0, 1])
 def test_going_on_in_one_of_two_processes(open_numbered: Opener, process: int) -> None:
-    def plans(position: dict | None = None) -> Iterator[Plan]:
-        return plan_batches(open_numbered(29, 1, process, 2), 4, 0, True, process, 2, position)
+    def specs(position: dict | None = None) -> Iterator[BatchSpec]:
+        return sample_batches(open_numbered(29, 1, process, 2), 4, 0, True, process, 2, position)
 
-    first = list(islice(plans(), 8))
-    for done, plan in enumerate(first, 1):
-        assert list(islice(plans(plan.position), 8 - done)) == first[done:]
+    first = list(islice(specs(), 8))
+    for done, spec in enumerate(first, 1):
+        assert list(islice(specs(spec.position), 8 - done)) == first[done:]
 
 
 @pytest.mark.parametrize("open_numbered", ["table"], indirect=True)
 def test_fewer_records_than_a_batch(open_numbered: Opener) -> None:
-    for plan in islice(plan_batches(open_numbered(3), 8, 0), 4):
-        assert sorted(numbers(plan.draws)) == [0, 1, 2]
+    for spec in islice(sample_batches(open_numbered(3), 8, 0), 4):
+        assert sorted(numbers(spec.samples)) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("open_numbered", ["stream"], indirect=True)
 def test_a_short_stream_fills_a_batch_by_going_round(open_numbered: Opener) -> None:
     """How many records it has it does not know."""
-    plans = list(islice(plan_batches(open_numbered(3), 8, 0), 3))
-    assert [len(plan.draws) for plan in plans] == [8, 8, 8]
-    drawn = sorted((draw.seed[1], number(draw)) for plan in plans for draw in plan.draws)
+    specs = list(islice(sample_batches(open_numbered(3), 8, 0), 3))
+    assert [len(spec.samples) for spec in specs] == [8, 8, 8]
+    drawn = sorted((sample.seed[1], number(sample)) for spec in specs for sample in spec.samples)
     assert drawn == [(epoch, record) for epoch in range(8) for record in range(3)]
 
 
@@ -230,19 +235,19 @@ def test_a_stream_that_has_nothing_any_more(open_numbered: Opener, tmp_path: Pat
     records = open_numbered(5)
     (tmp_path / "5-1.jsonl").write_text("")
     with pytest.raises(InputError, match="the data gave this process no records"):
-        next(plan_batches(records, 2, 0))
+        next(sample_batches(records, 2, 0))
 
 
 @pytest.mark.parametrize("open_numbered", ["table"], indirect=True)
 def test_fewer_records_than_processes(open_numbered: Opener) -> None:
     with pytest.raises(InputError, match=r"too few for .*processes"):
-        next(plan_batches(open_numbered(1, 1, 1, 2), 8, 0, process=1, processes=2))
+        next(sample_batches(open_numbered(1, 1, 1, 2), 8, 0, rank=1, world_size=2))
 
 
 def test_one_of_several_captions_is_drawn(open_numbered: Opener) -> None:
-    epochs = take_epochs(plan_batches(open_numbered(4, captions=3), 4, 0), 90)
+    epochs = take_epochs(sample_batches(open_numbered(4, captions=3), 4, 0), 90)
     for record in range(4):
-        drawn = Counter(draw.caption for draws in epochs for draw in draws if number(draw) == record)
+        drawn = Counter(sample.caption_index for samples in epochs for sample in samples if number(sample) == record)
         assert sorted(drawn) == [0, 1, 2]
         assert min(drawn.values()) > 15
 
@@ -250,11 +255,11 @@ def test_one_of_several_captions_is_drawn(open_numbered: Opener) -> None:
 def test_evaluation_covers_every_record_once(tmp_path: Path) -> None:
     records = open_records(str(write_table(tmp_path / "rows.jsonl", 23, 2)), DataConfig(train=""))
     assert isinstance(records, Records)
-    shares = [list(plan_evaluation(records, 4, process, 2)) for process in range(2)]
-    draws = [draw for plans in shares for plan in plans for draw in plan.draws]
-    assert sorted(numbers(draws)) == list(range(23))
-    assert {draw.caption for draw in draws} == {0}
-    assert max(len(plan.draws) for plans in shares for plan in plans) == 4
+    shares = [list(sequential_batches(records, 4, process, 2)) for process in range(2)]
+    samples = [sample for specs in shares for spec in specs for sample in spec.samples]
+    assert sorted(numbers(samples)) == list(range(23))
+    assert {sample.caption_index for sample in samples} == {0}
+    assert max(len(spec.samples) for specs in shares for spec in specs) == 4
 
 
 # -- loading ---------------------------------------------------------------------------------------------------------
@@ -269,18 +274,18 @@ def same(first: RepresentationBatch, second: RepresentationBatch) -> bool:
 def test_workers_change_nothing(parts: Parts, bert: PreTrainedTokenizerBase, streaming: bool) -> None:
     config = DataConfig(train=parts.pictures, streaming=streaming)
 
-    def loaded(workers: int) -> list[batches.Loaded]:
+    def loaded(num_workers: int) -> list[LoadedBatch]:
         records = open_records(parts.pictures, config)
-        preparation = Preparation(records, RepresentationTexts(bert, 12), PREPROCESSING, train=True)
-        return list(islice(load(plan_batches(records, 4, 0), preparation, workers), 9))
+        dataset = BatchDataset(records, Stage1Collator(bert, 12), PREPROCESSING, train=True)
+        return list(islice(prefetch(sample_batches(records, 4, 0), dataset, num_workers), 9))
 
     alone, helped = loaded(0), loaded(2)
     for first, second in zip(alone, helped, strict=True):
         assert isinstance(first.batch, RepresentationBatch)
         assert isinstance(second.batch, RepresentationBatch)
         assert same(first.batch, second.batch)
-        assert (first.keys, first.cut, first.position) == (second.keys, second.cut, second.position)
-    assert sum(each.cut for each in alone) > 0
+        assert (first.keys, first.num_truncated, first.position) == (second.keys, second.num_truncated, second.position)
+    assert sum(each.num_truncated for each in alone) > 0
 
 
 class Large(Dataset[tuple[torch.Tensor, str]]):
@@ -294,8 +299,8 @@ def test_shared_memory_that_is_too_small(small_disk: Callable[[int], Path], scar
     """Docker's is 64 MB. A batch of 24 KiB comes through the pipe where there are 64 KiB for two workers."""
     with pytest.MonkeyPatch.context() as patch:
         if scarce:
-            patch.setattr(loading, "SHARED_MEMORY", str(small_disk(64)))
-        made = list(load(iter(range(9)), Large(), 2))
+            patch.setattr(workers, "SHARED_MEMORY", str(small_disk(64)))
+        made = list(prefetch(iter(range(9)), Large(), 2))
     assert [(float(tensor[0, 0, 0]), name) for tensor, name in made] == [(float(i), str(i)) for i in range(9)]
     assert all(tensor.is_shared() is not scarce and tensor.shape == (3, 64, 64) for tensor, _ in made)
 
@@ -330,11 +335,11 @@ WHY = ("cannot be read", "is not an image", "has no image", "has no caption", "h
 
 def test_broken_records_are_replaced(parts: Parts, bert: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     records = rows_of(tmp_path, broken_rows(parts, tmp_path) + good_rows(parts))
-    preparation = Preparation(records, RepresentationTexts(bert, 12), PREPROCESSING, train=True)
-    loaded = preparation[next(plan_batches(records, 8, 0))]
+    dataset = BatchDataset(records, Stage1Collator(bert, 12), PREPROCESSING, train=True)
+    loaded = dataset[next(sample_batches(records, 8, 0))]
     skipped = sorted(loaded.skipped, key=str)
     assert len(skipped) == len(WHY)
-    assert [one.cause for one in skipped] == ["image", "image", "image", "caption", "caption"]
+    assert [one.reason for one in skipped] == ["image", "image", "image", "caption", "caption"]
     for row, (message, why) in enumerate(zip(map(str, skipped), WHY, strict=True)):
         assert f"row {row}" in message
         assert why in message
@@ -354,11 +359,11 @@ def test_broken_records_are_replaced(parts: Parts, bert: PreTrainedTokenizerBase
 
 def test_evaluation_leaves_broken_records_out(parts: Parts, bert: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     records = rows_of(tmp_path, broken_rows(parts, tmp_path) + good_rows(parts))
-    preparation = Preparation(records, RepresentationTexts(bert, 12), PREPROCESSING, train=False)
-    (loaded,) = load(plan_evaluation(records, 8), preparation, 0)
+    dataset = BatchDataset(records, Stage1Collator(bert, 12), PREPROCESSING, train=False)
+    (loaded,) = prefetch(sequential_batches(records, 8), dataset, 0)
     assert len(loaded.skipped) == 5
     assert isinstance(loaded.batch, RepresentationBatch)
-    expected = torch.stack([to_pixels(read_image(str(records[i].image)), PREPROCESSING) for i in (5, 6, 7)])
+    expected = torch.stack([preprocess(read_image(str(records[i].image)), PREPROCESSING) for i in (5, 6, 7)])
     assert torch.equal(loaded.batch.images, expected)
     captions = bert.batch_decode(loaded.batch.ids, skip_special_tokens=True)
     assert [caption.replace(" ", "") for caption in captions] == ["red", "red", "gre"]
@@ -367,29 +372,31 @@ def test_evaluation_leaves_broken_records_out(parts: Parts, bert: PreTrainedToke
 @pytest.mark.parametrize("train", [True, False])
 def test_nothing_but_broken_records(parts: Parts, bert: PreTrainedTokenizerBase, tmp_path: Path, train: bool) -> None:
     records = rows_of(tmp_path, broken_rows(parts, tmp_path))
-    preparation = Preparation(records, RepresentationTexts(bert, 12), PREPROCESSING, train)
-    plan = next(plan_batches(records, 5, 0))
-    loaded = preparation[plan]
-    assert (loaded.batch, loaded.keys, loaded.cut, loaded.position) == (None, (), 0, plan.position)
+    dataset = BatchDataset(records, Stage1Collator(bert, 12), PREPROCESSING, train)
+    spec = next(sample_batches(records, 5, 0))
+    loaded = dataset[spec]
+    assert (loaded.batch, loaded.keys, loaded.num_truncated, loaded.position) == (None, (), 0, spec.position)
     assert len(loaded.skipped) == 5
 
 
 def test_every_epoch_augments_anew(parts: Parts, bert: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     records = rows_of(tmp_path, good_rows(parts)[:1])
-    plans = list(islice(plan_batches(records, 1, 0), 2))
+    specs = list(islice(sample_batches(records, 1, 0), 2))
 
-    def images(plan: Plan, smallest_crop: float) -> torch.Tensor:
-        texts = RepresentationTexts(bert, 12)
-        return Preparation(records, texts, PREPROCESSING, True, smallest_crop, flip=False)[plan].batch.images
+    def images(spec: BatchSpec, min_crop_scale: float) -> torch.Tensor:
+        texts = Stage1Collator(bert, 12)
+        return BatchDataset(records, texts, PREPROCESSING, True, min_crop_scale, horizontal_flip=False)[
+            spec
+        ].batch.images
 
-    assert torch.equal(images(plans[0], 0.5), images(plans[0], 0.5))
-    assert not torch.equal(images(plans[0], 0.5), images(plans[1], 0.5))
-    whole = to_pixels(read_image(str(records[0].image)), PREPROCESSING)
-    assert torch.equal(images(plans[0], 1.0)[0], whole)
+    assert torch.equal(images(specs[0], 0.5), images(specs[0], 0.5))
+    assert not torch.equal(images(specs[0], 0.5), images(specs[1], 0.5))
+    whole = preprocess(read_image(str(records[0].image)), PREPROCESSING)
+    assert torch.equal(images(specs[0], 1.0)[0], whole)
 
 
 def test_to_device(bert: PreTrainedTokenizerBase) -> None:
-    texts = RepresentationTexts(bert, 6)
+    texts = Stage1Collator(bert, 6)
     batch, _ = texts(torch.rand(1, 3, 8, 8), ["ab"], [""], torch.arange(1), np.random.default_rng(0))
     moved = to_device(batch, torch.device("meta"))
     assert {getattr(moved, f.name).device.type for f in fields(moved)} == {"meta"}

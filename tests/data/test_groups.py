@@ -7,8 +7,9 @@ from itertools import islice
 import pytest
 
 from blip2.config import DataConfig
-from blip2.data.dataset import plan_batches
-from blip2.data.records import Records, open_records
+from blip2.data.records import Records
+from blip2.data.sampler import sample_batches
+from blip2.data.sources import open_records
 from blip2.errors import InputError
 
 SIZE = 4
@@ -24,8 +25,8 @@ def grouped(folder, count: int, share: float = 1.0) -> Records:
 
 
 def batches(records: Records, size: int, count: int, **settings) -> list[list[int]]:
-    plans = islice(plan_batches(records, size, 0, **settings), count)
-    return [[draw.record for draw in plan.draws] for plan in plans]  # pyright: ignore
+    specs = islice(sample_batches(records, size, 0, **settings), count)
+    return [[sample.record for sample in spec.samples] for spec in specs]  # pyright: ignore
 
 
 def test_groups_stay_together_and_every_record_comes_once_an_epoch(tmp_path):
@@ -40,16 +41,16 @@ def test_groups_stay_together_and_every_record_comes_once_an_epoch(tmp_path):
 
 def test_processes_share_groups(tmp_path):
     records = grouped(tmp_path, 64)
-    both = [batches(records, 4, 8, process=process, processes=2) for process in (0, 1)]
+    both = [batches(records, 4, 8, rank=process, world_size=2) for process in (0, 1)]
     for ours, theirs in zip(*both, strict=True):
         assert set(Counter(record // SIZE for record in ours + theirs).values()) == {SIZE}
 
 
 def test_batches_are_entered_anywhere(tmp_path):
     records = grouped(tmp_path, 64)
-    plans = list(islice(plan_batches(records, 8, 0), 12))
-    again = list(islice(plan_batches(records, 8, 0, position=plans[4].position), 7))
-    assert [plan.draws for plan in again] == [plan.draws for plan in plans[5:]]
+    specs = list(islice(sample_batches(records, 8, 0), 12))
+    again = list(islice(sample_batches(records, 8, 0, position=specs[4].position), 7))
+    assert [spec.samples for spec in again] == [spec.samples for spec in specs[5:]]
 
 
 def test_a_share_of_the_groups_stays_together(tmp_path):

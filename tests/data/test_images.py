@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from blip2.backbones.vision import Preprocessing
-from blip2.data.images import MAX_PIXELS, ImageError, augment_to_pixels, read_image, to_pixels
+from blip2.data.images import MAX_PIXELS, ImageError, preprocess, read_image, train_transform
 
 PLAIN = Preprocessing(32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 CLIP = Preprocessing(24)
@@ -21,7 +21,7 @@ RED, WHITE = (255, 0, 0), (255, 255, 255)
 
 
 def blocks(rows: int = 2, columns: int = 3, size: int = 8) -> np.ndarray:
-    """Blocks of random colors: no turn or mirroring leaves them as they are, and JPEG keeps them."""
+    """Return blocks of random colors, which every rotation or reflection changes and JPEG preserves."""
     colors = np.random.default_rng(0).integers(0, 256, (rows, columns, 3), dtype=np.uint8)
     return colors.repeat(size, axis=0).repeat(size, axis=1)
 
@@ -33,7 +33,7 @@ def file_bytes(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def png_of(width: int, height: int, depth: int, kind: int, chunks: list[tuple[bytes, bytes]]) -> bytes:
-    """A PNG of so many bits a channel, gray (kind 0) or of colors (kind 2)."""
+    """Return a PNG with `depth` bits per channel, gray (kind 0) or RGB (kind 2)."""
     header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
     out = b"\x89PNG\r\n\x1a\n"
     for name, data in ((b"IHDR", header), *chunks, (b"IEND", b"")):
@@ -42,14 +42,14 @@ def png_of(width: int, height: int, depth: int, kind: int, chunks: list[tuple[by
 
 
 def gray(image: Image.Image) -> list[int]:
-    """The first row of an image, which has to be gray."""
+    """Return the first row of an image, which must be gray."""
     pixels = np.asarray(image)
     assert image.mode == "RGB"
     assert (pixels == pixels[..., :1]).all()
     return pixels[0, :, 0].tolist()
 
 
-# -- what is decoded -------------------------------------------------------------------------------------------------
+# -- decoding -------------------------------------------------------------------------------------------------
 
 
 def transposed(upright: np.ndarray) -> np.ndarray:
@@ -60,7 +60,7 @@ def transposed(upright: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     ("orientation", "stored"),
     [
-        # The EXIF standard says on which side of the picture the stored first row and first column are.
+        # The EXIF standard defines on which side of the image the stored first row and first column are.
         (1, lambda upright: upright),
         (2, lambda upright: upright[:, ::-1]),
         (3, lambda upright: upright[::-1, ::-1]),
@@ -71,7 +71,7 @@ def transposed(upright: np.ndarray) -> np.ndarray:
         (8, lambda upright: transposed(upright)[:, ::-1]),
     ],
 )
-def test_turned_as_exif_says(kind: str, orientation: int, stored: Callable[[np.ndarray], np.ndarray]) -> None:
+def test_exif_orientation_is_applied(kind: str, orientation: int, stored: Callable[[np.ndarray], np.ndarray]) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     image = Image.fromarray(np.ascontiguousarray(stored(blocks())))
@@ -109,7 +109,7 @@ def pixels(mode: str, values: list[object]) -> Image.Image:
     ],
     ids=["RGBA", "LA", "palette with one clear color", "palette with alphas", "RGB with a clear color", "L"],
 )
-def test_transparency_shows_white(data: bytes, expected: list[tuple[int, int, int]]) -> None:
+def test_transparency_becomes_white(data: bytes, expected: list[tuple[int, int, int]]) -> None:
     assert [tuple(pixel) for pixel in np.asarray(read_image(data))[0].tolist()] == expected
 
 
@@ -133,7 +133,7 @@ def test_transparent_values_of_other_depths(
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 @pytest.mark.parametrize(
     ("counts", "expected"),
-    # Dark pictures stay dark: nobody knows how bright their brightest pixel should have been.
+    # Dark images stay dark: the intended value of their brightest pixel is unknown.
     [([0, 16448, 32896, 65535], [0, 64, 128, 255]), ([0, 200, 255], [0, 1, 1])],
 )
 def test_16_bits_are_scaled(kind: str, counts: list[int], expected: list[int]) -> None:
@@ -178,7 +178,7 @@ def test_colors_of_a_cmyk_jpeg(ink: tuple[int, ...], color: tuple[int, ...]) -> 
         (np.array([[0, 255]], dtype=np.uint16), [0, 1]),
         (np.array([[0, 257, 32896]], dtype=np.int32), [0, 1, 128]),
         (np.array([[0, 0.2, 1]], dtype=np.float16), [0, 51, 255]),
-        # Resampling overshoots: such a picture is not 255 times darker.
+        # Resampling overshoots: such an image is not in [0, 255].
         (np.array([[-0.01, 0.2, 1.02]]), [0, 51, 255]),
     ],
 )
@@ -200,7 +200,7 @@ def test_bfloat16_tensor() -> None:
     assert gray(read_image(torch.tensor([[0.0, 0.25, 1.0]], dtype=torch.bfloat16))) == [0, 64, 255]
 
 
-def test_all_ways_to_give_an_image(tmp_path: Path) -> None:
+def test_all_types_of_images(tmp_path: Path) -> None:
     image = Image.fromarray(blocks())
     path = tmp_path / "blocks.png"
     image.save(path)
@@ -211,11 +211,11 @@ def test_all_ways_to_give_an_image(tmp_path: Path) -> None:
             assert np.array_equal(np.asarray(read_image(given)), blocks())
 
 
-# -- what is refused -------------------------------------------------------------------------------------------------
+# -- errors -------------------------------------------------------------------------------------------------
 
 
 def png(width: int, height: int) -> bytes:
-    """A black 1-bit PNG, written without ever holding its pixels."""
+    """Return a black 1-bit PNG without holding its pixels in memory."""
     packer, row = zlib.compressobj(1), bytes(1 + (width + 7) // 8)
     packed = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
     return png_of(width, height, 1, 0, [(b"IDAT", packed)])
@@ -235,7 +235,7 @@ NOT_A_NUMBER = Image.fromarray(np.array([[0, np.nan]], dtype=np.float32))
         ("cut.png", file_bytes(NOISE, "PNG")[:1500], "damaged", "copy or download it again"),
         ("nan.tif", file_bytes(NOT_A_NUMBER, "TIFF"), "not finite", "replace them"),
         ("huge.png", png(12_001, 10_000), "12001 x 10000 pixels", "make it smaller"),
-        # Decoding PostScript would run a program that a stranger wrote.
+        # Decoding PostScript would run a program from an untrusted file.
         ("program.jpg", file_bytes(Image.new("RGB", (4, 4)), "EPS"), "PostScript", "save it as PNG or JPEG"),
     ],
 )
@@ -252,7 +252,7 @@ def test_broken_files(tmp_path: Path, name: str, data: bytes | None, found: str,
     assert "\n" not in message
 
 
-def test_bomb_is_not_unpacked(tmp_path: Path) -> None:
+def test_a_decompression_bomb_is_not_decoded(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource")
 
     def peak() -> int:
@@ -317,7 +317,7 @@ def test_broken_arrays(array: np.ndarray, found: str) -> None:
         ("file:///a.png", "the URL 'file:///a.png', expected the path of a file: write the path alone"),
     ],
 )  # fmt: skip
-def test_what_is_no_image(given: object, found: str) -> None:
+def test_other_objects_are_refused(given: object, found: str) -> None:
     with pytest.raises(ImageError, match=f"^an image is {re.escape(found)}") as error:
         read_image(given)
     assert "\n" not in str(error.value) and "expected" in str(error.value)
@@ -326,21 +326,21 @@ def test_what_is_no_image(given: object, found: str) -> None:
 # -- pixels ----------------------------------------------------------------------------------------------------------
 
 
-def test_to_pixels_equals_resizing_by_pil() -> None:
+def test_preprocess_equals_resizing_by_pil() -> None:
     image = Image.fromarray(blocks())
     resized = np.asarray(image.resize((24, 24), Image.Resampling.BICUBIC)) / 255
     expected = (resized - np.array(CLIP.mean)) / np.array(CLIP.std)
-    result = to_pixels(image, CLIP)
+    result = preprocess(image, CLIP)
     assert (result.shape, result.dtype) == ((3, 24, 24), torch.float32)
     np.testing.assert_allclose(result.permute(1, 2, 0).numpy(), expected, atol=1e-5)
 
 
-def test_to_pixels_cuts_nothing_off() -> None:
-    """Three stripes across a wide image are as wide as each other in the square."""
+def test_preprocess_keeps_the_whole_image() -> None:
+    """Three stripes of equal width in a wide image have equal width in the square."""
     wide = np.zeros((20, 240, 3), dtype=np.uint8)
     for stripe in range(3):
         wide[:, 80 * stripe : 80 * stripe + 80, stripe] = 255
-    result = to_pixels(Image.fromarray(wide), Preprocessing(36, PLAIN.mean, PLAIN.std))
+    result = preprocess(Image.fromarray(wide), Preprocessing(36, PLAIN.mean, PLAIN.std))
     expected = torch.eye(3)[:, None].repeat_interleave(12, dim=2).expand(3, 36, 36)
     away_from_edges = torch.tensor([column for column in range(36) if column % 12 not in (0, 11)])
     torch.testing.assert_close(result[..., away_from_edges], expected[..., away_from_edges], atol=0.02, rtol=0)
@@ -351,11 +351,11 @@ SLOPES = Image.fromarray(
     .round()
     .astype(np.uint8)
 )
-"""Red says how far to the right a pixel was, green how far down."""
+"""Red is the horizontal, green the vertical position of a pixel."""
 
 
 def crop_of(result: Tensor) -> tuple[float, float, float, float]:
-    """(left, top, width, height) of the crop of SLOPES that was made; the width is negative if mirrored."""
+    """Return (left, top, width, height) of a crop of SLOPES; the width is negative if it is mirrored."""
     size = result.shape[1]
     low, high = size // 4, 3 * size // 4
     out = []
@@ -368,7 +368,7 @@ def crop_of(result: Tensor) -> tuple[float, float, float, float]:
 
 def crops(smallest: float, flip: bool, count: int = 300) -> np.ndarray:
     random = np.random.default_rng(1)
-    return np.array([crop_of(augment_to_pixels(SLOPES, PLAIN, random, smallest, flip)) for _ in range(count)])
+    return np.array([crop_of(train_transform(SLOPES, PLAIN, random, smallest, flip)) for _ in range(count)])
 
 
 @pytest.mark.parametrize("smallest", [0.3, 0.5])
@@ -380,7 +380,7 @@ def test_crops(smallest: float) -> None:
     assert ((width / height > 0.73) & (width / height < 1.37)).all()
     assert min(left.min(), top.min()) > -2
     assert max((left + width).max(), (top + height).max()) < 242
-    # They are everywhere, not in a corner or the middle.
+    # Crops are spread over the whole image.
     room = 240 - width
     places = left[room > 30] / room[room > 30]
     assert places.min() < 0.1
@@ -392,15 +392,15 @@ def test_mirroring(flip: bool, least: float, most: float) -> None:
     assert least <= (crops(0.5, flip)[:, 2] < 0).mean() <= most
 
 
-def test_all_of_an_image_where_no_crop_fits() -> None:
+def test_the_whole_image_if_no_crop_fits() -> None:
     narrow = SLOPES.crop((0, 0, 10, 240))
-    result = augment_to_pixels(narrow, PLAIN, np.random.default_rng(0), 0.5, flip=False)
-    torch.testing.assert_close(result, to_pixels(narrow, PLAIN))
+    result = train_transform(narrow, PLAIN, np.random.default_rng(0), 0.5, flip=False)
+    torch.testing.assert_close(result, preprocess(narrow, PLAIN))
 
 
-def test_augmentation_follows_its_generator() -> None:
+def test_train_transform_depends_on_its_generator_only() -> None:
     image = Image.fromarray(blocks())
-    first, again, other = (augment_to_pixels(image, CLIP, np.random.default_rng(seed)) for seed in (3, 3, 4))
+    first, again, other = (train_transform(image, CLIP, np.random.default_rng(seed)) for seed in (3, 3, 4))
     assert first.shape == (3, 24, 24)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)

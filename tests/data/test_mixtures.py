@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from blip2.config import DataConfig
-from blip2.data import dataset as batches
-from blip2.data.dataset import Plan
-from blip2.data.mixtures import Source, go_on, mix, plan_mixture
-from blip2.data.records import Records, RecordStream, open_records
+from blip2.data import sampler
+from blip2.data.mixtures import MixtureSource, build_mixture, resume_mixture, sample_mixture
+from blip2.data.records import Records, RecordStream
+from blip2.data.sampler import BatchSpec
+from blip2.data.sources import open_records
 from blip2.errors import InputError
 
 SIZES = {"a": 23, "b": 10, "c": 41}
@@ -23,7 +24,7 @@ STREAMED = "c"
 
 @pytest.fixture(autouse=True)
 def small_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches, "WINDOW", 2)
+    monkeypatch.setattr(sampler, "WINDOW", 2)
 
 
 def open_all(folder: Path, process: int = 0, processes: int = 1) -> list[Records | RecordStream]:
@@ -44,30 +45,30 @@ def open_all(folder: Path, process: int = 0, processes: int = 1) -> list[Records
 WEIGHTS: dict[str, float | None] = {"a": 3.0, "b": 1.0, "c": 2.0}
 
 
-def plans(folder: Path, process: int = 0, processes: int = 1, **settings: Any) -> Iterator[Plan]:
-    sources = mix(WEIGHTS, open_all(folder, process, processes))
-    return plan_mixture(sources, 4, 7, process=process, processes=processes, **settings)
+def specs(folder: Path, process: int = 0, processes: int = 1, **settings: Any) -> Iterator[BatchSpec]:
+    sources = build_mixture(WEIGHTS, open_all(folder, process, processes))
+    return sample_mixture(sources, 4, 7, rank=process, world_size=processes, **settings)
 
 
-def drawn(folder: Path, some: list[Plan]) -> Counter[tuple[int, int, str]]:
+def drawn(folder: Path, some: list[BatchSpec]) -> Counter[tuple[int, int, str]]:
     """How often each (source, epoch, caption) is drawn."""
     tables = open_all(folder)
     found: Counter[tuple[int, int, str]] = Counter()
-    for plan in some:
-        records = tables[plan.source]
-        for draw in plan.draws:
-            record = records[draw.record] if isinstance(records, Records) else draw.record
-            found[plan.source, draw.seed[1], record.captions[0]] += 1
+    for spec in some:
+        records = tables[spec.source_index]
+        for sample in spec.samples:
+            record = records[sample.record] if isinstance(records, Records) else sample.record
+            found[spec.source_index, sample.seed[1], record.captions[0]] += 1
     return found
 
 
 def test_a_batch_is_of_one_source_and_sources_as_often_as_their_weights(tmp_path: Path) -> None:
-    some = list(islice(plans(tmp_path), 600))
+    some = list(islice(specs(tmp_path), 600))
     for (source, _, caption), times in drawn(tmp_path, some).items():
         assert caption[0] == "abc"[source]
         assert times == 1  # not twice in an epoch
-    shares = Counter(plan.source for plan in some)
-    # Three standard deviations of 600 draws.
+    shares = Counter(spec.source_index for spec in some)
+    # Three standard deviations of 600 samples.
     for source, share in enumerate((3 / 6, 1 / 6, 2 / 6)):
         assert shares[source] == pytest.approx(600 * share, abs=3 * (600 * share * (1 - share)) ** 0.5)
 
@@ -76,7 +77,7 @@ def test_a_batch_is_of_one_source_and_sources_as_often_as_their_weights(tmp_path
 def test_each_source_goes_through_its_own_epochs(tmp_path: Path, processes: int) -> None:
     found: Counter[tuple[int, int, str]] = Counter()
     for process in range(processes):
-        found += drawn(tmp_path, list(islice(plans(tmp_path, process, processes), 90)))
+        found += drawn(tmp_path, list(islice(specs(tmp_path, process, processes), 90)))
     epochs = [max(epoch for source, epoch, _ in found if source == which) for which in range(3)]
     assert min(epochs) > 1 and len(set(epochs)) > 1
     assert set(found.values()) == {1}
@@ -88,32 +89,32 @@ def test_each_source_goes_through_its_own_epochs(tmp_path: Path, processes: int)
 
 
 def test_all_processes_draw_from_one_source(tmp_path: Path) -> None:
-    first, second = ([p.source for p in islice(plans(tmp_path, process, 2), 60)] for process in range(2))
+    first, second = ([p.source_index for p in islice(specs(tmp_path, process, 2), 60)] for process in range(2))
     assert first == second
     assert set(first) == {0, 1, 2}
 
 
 def test_the_batches_of_a_step_are_of_one_source(tmp_path: Path) -> None:
-    of = [plan.source for plan in islice(plans(tmp_path, accumulate=3), 60)]
+    of = [spec.source_index for spec in islice(specs(tmp_path, gradient_accumulation_steps=3), 60)]
     assert of[0::3] == of[1::3] == of[2::3]
-    assert of[0::3] == [plan.source for plan in islice(plans(tmp_path), 20)]
+    assert of[0::3] == [spec.source_index for spec in islice(specs(tmp_path), 20)]
 
 
 @pytest.mark.parametrize(("process", "processes"), [(0, 1), (1, 2)])
 def test_going_on_from_any_position(tmp_path: Path, process: int, processes: int) -> None:
-    def draws(some: list[Plan]) -> list[Any]:
-        return [(plan.source, plan.draws) for plan in some]
+    def samples(some: list[BatchSpec]) -> list[Any]:
+        return [(spec.source_index, spec.samples) for spec in some]
 
-    def go_on(plan: Plan, number: int) -> list[Plan]:
-        position = json.loads(json.dumps(plan.position))
-        return list(islice(plans(tmp_path, process, processes, position=position), number))
+    def resume(spec: BatchSpec, number: int) -> list[BatchSpec]:
+        position = json.loads(json.dumps(spec.position))
+        return list(islice(specs(tmp_path, process, processes, position=position), number))
 
-    every = list(islice(plans(tmp_path, process, processes), 32))
+    every = list(islice(specs(tmp_path, process, processes), 32))
     for done in range(1, 28, 9):
-        rest = go_on(every[done - 1], 32 - done)
-        assert draws(rest) == draws(every[done:])
-        again = go_on(rest[2], 32 - done - 3)  # the library writes one place down in more than one way
-        assert draws(again) == draws(rest[3:])
+        rest = resume(every[done - 1], 32 - done)
+        assert samples(rest) == samples(every[done:])
+        again = resume(rest[2], 32 - done - 3)  # the library writes one place down in more than one way
+        assert samples(again) == samples(rest[3:])
 
 
 # -- going on in another way -----------------------------------------------------------------------------------------
@@ -130,21 +131,21 @@ class Way:
     group_by_length: bool = True
 
 
-def take(folder: Path, ways: list[Way], weights: dict[str, float | None]) -> tuple[list[Plan], list[list[str]]]:
-    """All plans of one way after the other, and what each says when it goes on where the one before ended."""
+def take(folder: Path, ways: list[Way], weights: dict[str, float | None]) -> tuple[list[BatchSpec], list[list[str]]]:
+    """All specs of one way after the other, and what each says when it goes on where the one before ended."""
     ends: list[dict[str, Any]] = []
-    taken: list[Plan] = []
+    taken: list[BatchSpec] = []
     said: list[list[str]] = []
     for way in ways:
         before, ends = json.loads(json.dumps(ends)), []
         for process in range(way.processes):
             named = dict(zip(SIZES, open_all(folder, process, way.processes), strict=True))
-            sources = mix(weights, [named[name] for name in weights])
+            sources = build_mixture(weights, [named[name] for name in weights])
             settings = (way.batch_size, 7, way.group_by_length, process, way.processes, way.accumulate)
-            position, lines = go_on(before, sources, *settings) if before else (None, [])
-            plans = list(islice(plan_mixture(sources, *settings, position), way.steps * way.accumulate))
-            taken += plans
-            ends.append(plans[-1].position)
+            position, lines = resume_mixture(before, sources, *settings) if before else (None, [])
+            specs = list(islice(sample_mixture(sources, *settings, position), way.steps * way.accumulate))
+            taken += specs
+            ends.append(specs[-1].position)
         said.append(lines)
     return taken, said
 
@@ -166,10 +167,10 @@ def test_every_record_once_an_epoch_whatever_changes(tmp_path: Path, source: str
     taken, said = take(tmp_path, ways, {source: 1.0})
     found: Counter[tuple[int, str]] = Counter()
     records = dict(zip(SIZES, open_all(tmp_path), strict=True))[source]
-    for plan in taken:
-        for draw in plan.draws:
-            record = records[draw.record] if isinstance(records, Records) else draw.record
-            found[draw.seed[1], record.captions[0]] += 1
+    for spec in taken:
+        for sample in spec.samples:
+            record = records[sample.record] if isinstance(records, Records) else sample.record
+            found[sample.seed[1], record.captions[0]] += 1
     assert set(found.values()) == {1}
     last = max(epoch for epoch, _ in found)
     assert last >= 1
@@ -181,14 +182,16 @@ def test_every_record_once_an_epoch_whatever_changes(tmp_path: Path, source: str
         dealt = replace(before, steps=0, accumulate=0) != replace(way, steps=0, accumulate=0)
         assert bool(lines) == dealt
         if dealt:
-            assert lines[0].startswith(f"{source}: goes on within its epoch; what is left of it is dealt out anew (")
+            assert lines[0].startswith(
+                f"{source}: continues within its epoch, whose remaining records are redistributed ("
+            )
             assert len(lines) == 1 and "\n" not in lines[0]
 
 
 def test_what_has_changed_is_said(tmp_path: Path) -> None:
     _, said = take(tmp_path, [Way(9, 2, 4), Way(1, 1, 3)], {"a": 1.0, "b": 1.0})
     assert said[1] == [
-        "a, b: goes on within its epoch; what is left of it is dealt out anew"
+        "a, b: continues within its epoch, whose remaining records are redistributed"
         " (batch_size from 4 to 3, processes from 2 to 1)"
     ]
 
@@ -203,8 +206,8 @@ def test_a_mixture_is_dealt_out_anew_source_by_source(tmp_path: Path) -> None:
         for epoch in range(epochs - 1):
             assert sum((source, e) == (which, epoch) for source, e, _ in found) == size, name
     # All batches of a step are of one source, in every process.
-    for plans, accumulate in ((taken[18 + 14 * p : 32 + 14 * p] for p in range(3)), 2), ((taken[60:],), 3):
-        steps = [[plan.source for plan in each] for each in plans]
+    for specs, accumulate in ((taken[18 + 14 * p : 32 + 14 * p] for p in range(3)), 2), ((taken[60:],), 3):
+        steps = [[spec.source_index for spec in each] for each in specs]
         assert all(step == steps[0] for step in steps)
         assert all(len(set(steps[0][i : i + accumulate])) == 1 for i in range(0, len(steps[0]), accumulate))
 
@@ -224,38 +227,42 @@ def test_going_on_from_a_dealing_anew_is_exact(tmp_path: Path) -> None:
 
 def test_another_order_begins_the_next_epoch(tmp_path: Path) -> None:
     opened = open_all(tmp_path)
-    sources = mix(WEIGHTS, opened)
-    before = list(islice(plan_mixture(sources, 4, 7), 40))
-    position, lines = go_on([before[-1].position], sources, 4, 8)
-    assert lines == ["a, b, c: goes on with its next epoch, for its order has changed (seed from 7 to 8)"]
-    after = list(islice(plan_mixture(sources, 4, 8, position=position), 30))
+    sources = build_mixture(WEIGHTS, opened)
+    before = list(islice(sample_mixture(sources, 4, 7), 40))
+    position, lines = resume_mixture([before[-1].position], sources, 4, 8)
+    assert lines == [
+        "a, b, c: continues with its next epoch, because the order of its records changed (seed from 7 to 8)"
+    ]
+    after = list(islice(sample_mixture(sources, 4, 8, position=position), 30))
     for which in range(3):
-        last = max(draw.seed[1] for plan in before if plan.source == which for draw in plan.draws)
-        assert min(draw.seed[1] for plan in after if plan.source == which for draw in plan.draws) == last + 1
+        last = max(sample.seed[1] for spec in before if spec.source_index == which for sample in spec.samples)
+        assert (
+            min(sample.seed[1] for spec in after if spec.source_index == which for sample in spec.samples) == last + 1
+        )
 
 
 def test_a_source_that_is_gone_is_said(tmp_path: Path) -> None:
     opened = open_all(tmp_path)
-    before = list(islice(plan_mixture(mix(WEIGHTS, opened), 4, 7), 20))
-    position, lines = go_on([before[-1].position], mix({"a": 1.0}, opened[:1]), 4, 7)
-    assert lines == ["b, c: no longer in data.train; its place is forgotten"]
+    before = list(islice(sample_mixture(build_mixture(WEIGHTS, opened), 4, 7), 20))
+    position, lines = resume_mixture([before[-1].position], build_mixture({"a": 1.0}, opened[:1]), 4, 7)
+    assert lines == ["b, c: no longer in data.train, its position is dropped"]
     assert set(position["sources"]) == {"a"}
 
 
 def test_another_source_joins(tmp_path: Path) -> None:
     """What the position does not know begins at its start."""
     opened = open_all(tmp_path)
-    before = list(islice(plan_mixture(mix({"a": 1.0}, opened[:1]), 4, 7), 9))
-    after = list(islice(plan_mixture(mix(WEIGHTS, opened), 4, 7, position=before[-1].position), 40))
+    before = list(islice(sample_mixture(build_mixture({"a": 1.0}, opened[:1]), 4, 7), 9))
+    after = list(islice(sample_mixture(build_mixture(WEIGHTS, opened), 4, 7, position=before[-1].position), 40))
     assert set(drawn(tmp_path, before + after).values()) == {1}
-    assert {plan.source for plan in after} == {0, 1, 2}
+    assert {spec.source_index for spec in after} == {0, 1, 2}
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
 
 
-def shares(sources: list[Source]) -> list[float]:
-    return [round(source.share, 6) for source in sources]
+def shares(sources: list[MixtureSource]) -> list[float]:
+    return [round(source.probability, 6) for source in sources]
 
 
 @pytest.mark.parametrize(
@@ -272,7 +279,7 @@ def shares(sources: list[Source]) -> list[float]:
 )
 def test_shares(tmp_path: Path, weights: dict[str, float | None], temperature: float, expected: list[float]) -> None:
     named = dict(zip(SIZES, open_all(tmp_path), strict=True))
-    found = mix(weights, [named[name] for name in weights], temperature)
+    found = build_mixture(weights, [named[name] for name in weights], temperature)
     assert shares(found) == [round(share, 6) for share in expected]
     assert [source.name for source in found] == list(weights)
 
@@ -287,4 +294,4 @@ def test_shares(tmp_path: Path, weights: dict[str, float | None], temperature: f
 def test_weights_that_say_nothing(tmp_path: Path, weights: dict[str, float | None], why: str) -> None:
     named = dict(zip(SIZES, open_all(tmp_path), strict=True))
     with pytest.raises(InputError, match=why):
-        mix(weights, [named[name] for name in weights])
+        build_mixture(weights, [named[name] for name in weights])

@@ -1,4 +1,4 @@
-"""Held-out images that are trained on."""
+"""Detection of held-out images in the training data."""
 
 import json
 from dataclasses import replace
@@ -10,7 +10,7 @@ from blip2.config import DataConfig
 from blip2.data import overlap
 from blip2.data.benchmarks import read_benchmark
 from blip2.data.overlap import check_overlap
-from blip2.data.records import open_records
+from blip2.data.sources import open_records
 from blip2.errors import InputError
 from conftest import draw
 
@@ -33,7 +33,7 @@ def check(train, held_out, **config):
 
 
 def test_shared_paths(tmp_path):
-    """However they are written; pictures are not opened."""
+    """Paths are normalized, and images are not opened."""
     train = write(tmp_path / "a", [f"{i}.png" for i in range(2000)], make=False)
     one = write(tmp_path / "b", ["x.png", "../a/./7.png", "..//a/1999.png", str(tmp_path / "a" / "3.png")], make=False)
     with pytest.raises(InputError) as raised:
@@ -41,7 +41,7 @@ def test_shared_paths(tmp_path):
     a = tmp_path / "a"
     assert str(raised.value) == (
         f"data.validation ({one}) and data.train ({train}) share 3 images ({a}/3.png, {a}/7.png, {a}/1999.png),"
-        " expected none: take them out of one, or set data.allow_overlap"
+        " expected none: remove them from one, or set data.allow_overlap"
     )
     assert check(train, write(tmp_path / "c", ["1.png"], make=False)) == []
 
@@ -55,18 +55,18 @@ def saved(folder, shades):
     return str(folder / f"saved-{len(shades)}")
 
 
-def test_images_within_tables_are_compared_by_their_bytes(tmp_path, monkeypatch):
+def test_embedded_images_are_compared_by_their_bytes(tmp_path, monkeypatch):
     train, held_out = saved(tmp_path, [1, 2, 3]), saved(tmp_path, [3, 9])
     with pytest.raises(InputError, match=r"share 1 images \([0-9a-f]{32}\), expected none"):
         check(train, held_out)
-    monkeypatch.setattr(overlap, "DIGESTED", 2)
+    monkeypatch.setattr(overlap, "MAX_HASHED_IMAGES", 2)
     assert check(train, held_out) == [
         f"whether data.validation ({held_out}) and data.train ({train}) share images is not checked: data.train"
         f" ({train}) is a table that holds 3 images"
     ]
 
 
-def test_a_stream_is_not_compared_and_that_is_said(tmp_path):
+def test_a_stream_is_reported_as_not_compared(tmp_path):
     train = write(tmp_path / "a", ["1.png"])
     stream = open_records(train, DataConfig(train, streaming=True))
     held_out = open_records(train, DataConfig(train))
@@ -77,7 +77,7 @@ def test_a_stream_is_not_compared_and_that_is_said(tmp_path):
 
 @pytest.fixture
 def benchmarks(tmp_path):
-    """Two pictures of COCO, asked about and captioned, one of which is Visual Genome's too."""
+    """Two images of COCO with questions, one of them with a caption and also in Visual Genome."""
     coco, vg = tmp_path / "coco", tmp_path / "vg"
     for folder in (coco / "val2014", coco / "annotations", vg / "VG_100K", vg / "VG_100K_2"):
         folder.mkdir(parents=True)
@@ -107,14 +107,14 @@ def benchmarks(tmp_path):
 
 
 @pytest.mark.parametrize("train", ["captions", "regions"])
-def test_publishers_numbers(benchmarks, train):
-    """VQAv2 and COCO name the same pictures; of Visual Genome's some are COCO's, in files of their own."""
+def test_publishers_image_numbers(benchmarks, train):
+    """VQAv2 and COCO share images; some images of Visual Genome are copies of COCO's."""
     assert len(list(read_benchmark(benchmarks["vqa"]))) == 2
     with pytest.raises(InputError, match=r"share 1 images .*expected none"):
         check(benchmarks[train], benchmarks["vqa"])
 
 
-def test_a_table_of_one_s_own_beside_a_benchmark(benchmarks, tmp_path):
+def test_a_table_that_shares_files_with_a_benchmark(benchmarks, tmp_path):
     own = write(tmp_path / "own", [benchmarks["own"]], make=False)
     with pytest.raises(InputError, match=r"share 1 images \(.*COCO_val2014_000000000073\.jpg\)"):
         check(own, benchmarks["vqa"])
@@ -124,7 +124,7 @@ def test_a_table_of_one_s_own_beside_a_benchmark(benchmarks, tmp_path):
 
 
 @pytest.mark.parametrize("key", ["data.validation", "evaluation.data"])
-def test_training_refuses_it(parts, tmp_path, capsys, key):
+def test_training_refuses_shared_images(parts, tmp_path, capsys, key):
     from blip2.cli import main
     from blip2.recipe import dump_recipe
 
@@ -132,13 +132,13 @@ def test_training_refuses_it(parts, tmp_path, capsys, key):
     if key == "data.validation":
         changes["data"]["validation"] = parts.pictures
     else:
-        changes["evaluation"] = {"task": "retrieval", "data": parts.pictures, "limit": 4, "candidates": 0}
+        changes["evaluation"] = {"task": "retrieval", "data": parts.pictures, "limit": 4, "rerank_k": 0}
     recipe = parts.recipe(tmp_path / "run", training={"max_steps": 1}, **changes)
     path = tmp_path / "recipe.yaml"
     path.write_text(dump_recipe(recipe))
     assert main(["train", str(path)]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"error: {key} ({parts.pictures}) and data.train ({parts.pictures}) share 24 images (")
-    assert line.endswith(": take them out of one, or set data.allow_overlap")
+    assert line.endswith(": remove them from one, or set data.allow_overlap")
     path.write_text(dump_recipe(replace(recipe, data=replace(recipe.data, allow_overlap=True))))
     assert main(["train", str(path)]) == 0

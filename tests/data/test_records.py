@@ -13,8 +13,9 @@ from PIL import Image
 
 from blip2.config import DataConfig
 from blip2.data.cells import read_texts
-from blip2.data.records import Record, Records, RecordStream, open_records
+from blip2.data.records import Record, Records, RecordStream
 from blip2.data.shards import expand_files
+from blip2.data.sources import open_records
 from blip2.errors import InputError
 
 Row = dict[str, Any]
@@ -26,12 +27,12 @@ def png(shade: int) -> bytes:
     return buffer.getvalue()
 
 
-PICTURES = {f"{name}.png": png(shade) for shade, name in enumerate("abc")}
+IMAGES = {f"{name}.png": png(shade) for shade, name in enumerate("abc")}
 CAPTIONS = [["one a", "another a"], ["one b"], ["one c", "another c", "a third c"]]
 
 
-def open_(source: Path | str, process: int = 0, processes: int = 1, **settings: Any) -> Records | RecordStream:
-    return open_records(str(source), DataConfig(train=str(source), **settings), process, processes)
+def open_(source: Path | str, rank: int = 0, world_size: int = 1, **settings: Any) -> Records | RecordStream:
+    return open_records(str(source), DataConfig(train=str(source), **settings), rank, world_size)
 
 
 def read_all(records: Records | RecordStream) -> list[Record]:
@@ -43,12 +44,12 @@ def content(record: Record) -> bytes:
     return record.image if isinstance(record.image, bytes) else Path(record.image).read_bytes()
 
 
-# -- everything that can be read -------------------------------------------------------------------------------------
+# -- supported formats -------------------------------------------------------------------------------------
 
 
-def write_pictures(folder: Path) -> Path:
+def write_images(folder: Path) -> Path:
     folder.mkdir(parents=True)
-    for name, data in PICTURES.items():
+    for name, data in IMAGES.items():
         (folder / name).write_bytes(data)
     return folder
 
@@ -69,42 +70,42 @@ def write_shard(path: Path, rows: Sequence[tuple[str, bytes, str]]) -> Path:
 
 
 def rows_with_lists() -> list[Row]:
-    return [{"image": f"pictures/{name}", "captions": c} for name, c in zip(PICTURES, CAPTIONS, strict=True)]
+    return [{"image": f"images/{name}", "captions": c} for name, c in zip(IMAGES, CAPTIONS, strict=True)]
 
 
 def jsonl(folder: Path) -> Path:
-    write_pictures(folder / "pictures")
+    write_images(folder / "images")
     return write_jsonl(folder / "pairs.jsonl", rows_with_lists())
 
 
 def json_list(folder: Path) -> Path:
-    write_pictures(folder / "pictures")
+    write_images(folder / "images")
     (folder / "pairs.json").write_text(json.dumps(rows_with_lists()))
     return folder / "pairs.json"
 
 
 def table(suffix: str, delimiter: str) -> Callable[[Path], Path]:
     def write(folder: Path) -> Path:
-        write_pictures(folder / "pictures")
+        write_images(folder / "images")
         path = folder / f"pairs.{suffix}"
         with path.open("w", newline="") as file:
             writer = csv.writer(file, delimiter=delimiter)
             writer.writerow(["image_path", "caption"])
-            writer.writerows((f"pictures/{n}", c[0]) for n, c in zip(PICTURES, CAPTIONS, strict=True))
+            writer.writerows((f"images/{n}", c[0]) for n, c in zip(IMAGES, CAPTIONS, strict=True))
         return path
 
     return write
 
 
 def parquet_of_paths(folder: Path) -> Path:
-    write_pictures(folder / "pictures")
+    write_images(folder / "images")
     datasets.Dataset.from_list(rows_with_lists()).to_parquet(str(folder / "pairs.parquet"))
     return folder / "pairs.parquet"
 
 
 def with_images() -> datasets.Dataset:
-    """Hugging Face's own way to hold images."""
-    rows = {"image": [{"bytes": data} for data in PICTURES.values()], "captions": CAPTIONS}
+    """Return a dataset with a column of the type datasets.Image."""
+    rows = {"image": [{"bytes": data} for data in IMAGES.values()], "captions": CAPTIONS}
     return datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
 
 
@@ -125,22 +126,22 @@ def saved_splits(folder: Path) -> Path:
 
 
 def folder_with_texts(folder: Path) -> Path:
-    write_pictures(folder / "deep" / "pictures")
-    for name, captions in zip(PICTURES, CAPTIONS, strict=True):
-        (folder / "deep" / "pictures" / name).with_suffix(".txt").write_text("\n".join(captions) + "\n")
+    write_images(folder / "deep" / "images")
+    for name, captions in zip(IMAGES, CAPTIONS, strict=True):
+        (folder / "deep" / "images" / name).with_suffix(".txt").write_text("\n".join(captions) + "\n")
     return folder / "deep"
 
 
 def folder_with_metadata(folder: Path) -> Path:
-    write_pictures(folder / "pictures")
-    rows = [{"file_name": name, "text": c} for name, c in zip(PICTURES, CAPTIONS, strict=True)]
-    write_jsonl(folder / "pictures" / "metadata.jsonl", rows)
-    return folder / "pictures"
+    write_images(folder / "images")
+    rows = [{"file_name": name, "text": c} for name, c in zip(IMAGES, CAPTIONS, strict=True)]
+    write_jsonl(folder / "images" / "metadata.jsonl", rows)
+    return folder / "images"
 
 
 def two_shards(pattern: str) -> Callable[[Path], Path]:
     def write(folder: Path) -> Path:
-        rows = [(n, data, c[0]) for (n, data), c in zip(PICTURES.items(), CAPTIONS, strict=True)]
+        rows = [(n, data, c[0]) for (n, data), c in zip(IMAGES.items(), CAPTIONS, strict=True)]
         write_shard(folder / "shard-000.tar", [(n.removesuffix(".png"), data, c) for n, data, c in rows[:2]])
         write_shard(folder / "shard-001.tar", [(n.removesuffix(".png"), data, c) for n, data, c in rows[2:]])
         return folder / pattern
@@ -177,11 +178,11 @@ def test_formats(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], Path], captions: list[tuple[str, ...]]
 ) -> None:
     source = write(tmp_path)
-    monkeypatch.chdir("/")  # relative paths of images start at the table
+    monkeypatch.chdir("/")  # relative image paths start from the folder of the table
     records = open_(source)
     assert isinstance(records, RecordStream) == (source.suffix == ".tar")
     read = read_all(records)
-    assert [content(record) for record in read] == list(PICTURES.values())
+    assert [content(record) for record in read] == list(IMAGES.values())
     assert [record.captions for record in read] == captions
     assert len({record.key for record in read}) == 3
 
@@ -191,12 +192,12 @@ def test_formats(
 def test_streaming_can_be_chosen(tmp_path: Path, write: Callable[[Path], Path], streaming: bool) -> None:
     records = open_(write(tmp_path), streaming=streaming)
     assert isinstance(records, RecordStream if streaming else Records)
-    assert [content(record) for record in read_all(records)] == list(PICTURES.values())
+    assert [content(record) for record in read_all(records)] == list(IMAGES.values())
 
 
 def test_named_split(tmp_path: Path) -> None:
     (only,) = read_all(open_(saved_splits(tmp_path), split="test"))
-    assert content(only) == PICTURES["a.png"]
+    assert content(only) == IMAGES["a.png"]
 
 
 def test_named_columns(tmp_path: Path) -> None:
@@ -206,7 +207,7 @@ def test_named_columns(tmp_path: Path) -> None:
     assert record.captions == ("yes",)
 
 
-def test_absolute_paths_stay(tmp_path: Path) -> None:
+def test_absolute_paths_are_kept(tmp_path: Path) -> None:
     elsewhere = str(tmp_path / "elsewhere" / "a.png")
     (tmp_path / "tables").mkdir()
     source = write_jsonl(tmp_path / "tables" / "rows.jsonl", [{"image": elsewhere, "caption": "a"}])
@@ -228,11 +229,11 @@ def test_absolute_paths_stay(tmp_path: Path) -> None:
         ([], ()),
     ],
 )
-def test_captions_of_a_cell(cell: object, captions: tuple[str, ...]) -> None:
+def test_captions_in_a_cell(cell: object, captions: tuple[str, ...]) -> None:
     assert read_texts(cell)[0] == captions
 
 
-def test_rows_with_gaps_are_records(tmp_path: Path) -> None:
+def test_rows_with_missing_cells_are_records(tmp_path: Path) -> None:
     rows = [
         {"image": "a.png", "caption": "fine"},
         {"image": None, "caption": "no image"},
@@ -248,20 +249,20 @@ def test_rows_with_gaps_are_records(tmp_path: Path) -> None:
     assert [re.search(r"row (\d)", record.key)[1] for record in read] == list("0123456")
 
 
-def test_streamed_file_without_the_column(tmp_path: Path) -> None:
+def test_streamed_file_without_the_image_column(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "0.jsonl", [{"image": "a.png", "caption": "a"}])
     write_jsonl(tmp_path / "1.jsonl", [{"caption": "b"}])
     read = read_all(open_(tmp_path / "*.jsonl", streaming=True))
     assert [(record.image is None, record.captions) for record in read] == [(False, ("a",)), (True, ("b",))]
 
 
-def test_numbers_for_images_are_names(tmp_path: Path) -> None:
-    """Such a column cannot be right, but what is said about it is a missing file and no crash."""
+def test_integer_images_are_file_names(tmp_path: Path) -> None:
+    """Such a column is a mistake, which is reported as a missing file."""
     source = write_jsonl(tmp_path / "rows.jsonl", [{"image": 5, "caption": "a"}])
     assert read_all(open_(source))[0].image == str(tmp_path / "5")
 
 
-def test_captions_are_those_of_the_records(tmp_path: Path) -> None:
+def test_captions_equal_those_of_the_records(tmp_path: Path) -> None:
     rows = [{"image": "a.png", "captions": c} for c in [*CAPTIONS, None, [], [" a  b "]]]
     records = open_(write_jsonl(tmp_path / "rows.jsonl", rows))
     assert isinstance(records, Records)
@@ -281,7 +282,7 @@ def test_image_id_fits_a_tensor() -> None:
 
 
 def test_image_id_by_content(tmp_path: Path) -> None:
-    """Shards often number their pictures from 0, each for itself."""
+    """Shards often number their images from 0 each."""
     write_shard(tmp_path / "0.tar", [("0000", png(1), "one"), ("0001", png(2), "two")])
     write_shard(tmp_path / "1.tar", [("0000", png(3), "three"), ("0001", png(1), "one again")])
     one, two, three, again = (record.image_id for record in read_all(open_(tmp_path / "*.tar")))
@@ -289,7 +290,7 @@ def test_image_id_by_content(tmp_path: Path) -> None:
     assert len({one, two, three}) == 3
 
 
-def test_files_of_a_range(tmp_path: Path) -> None:
+def test_expand_files(tmp_path: Path) -> None:
     for name in ("09", "10", "11"):
         (tmp_path / f"{name}.tar").touch()
     assert [Path(file).stem for file in expand_files(str(tmp_path / "{09..11}.tar"))] == ["09", "10", "11"]
@@ -312,54 +313,54 @@ def streamed_jsonl(folder: Path) -> Path:
     return write_jsonl(folder / "rows.jsonl", [{"image": f"{i}.png", "caption": f"words {i}"} for i in range(12)])
 
 
-def open_stream(source: Path, process: int = 0, processes: int = 1) -> RecordStream:
-    stream = open_(source, process, processes, streaming=True)
+def open_stream(source: Path, rank: int = 0, world_size: int = 1) -> RecordStream:
+    stream = open_(source, rank, world_size, streaming=True)
     assert isinstance(stream, RecordStream)
     return stream
 
 
 @pytest.mark.parametrize("write", [lambda folder: shards(folder, 3), streamed_jsonl], ids=["shards", "jsonl"])
 @pytest.mark.parametrize("done", range(13))
-def test_going_on_from_a_position(tmp_path: Path, write: Callable[[Path], Path], done: int) -> None:
+def test_resume_from_a_position(tmp_path: Path, write: Callable[[Path], Path], done: int) -> None:
     source = write(tmp_path)
     stream = open_stream(source)
-    every = list(stream.read())
+    all_records = list(stream.read())
     reader = stream.read()
     for _ in range(done):
         next(reader)
     position = json.loads(json.dumps(stream.position()))
-    rest = every[done:]
+    rest = all_records[done:]
     assert list(stream.read(position)) == rest
     assert list(open_stream(source).read(position)) == rest
-    # Gone to and taken down again before anything was read, as at the start of a window.
+    # The position is restored and saved again before a record is read, as at the start of a window.
     stream.read(position)
     assert list(open_stream(source).read(stream.position())) == rest
 
 
-def test_a_stream_starts_anew(tmp_path: Path) -> None:
+def test_reading_a_stream_again_starts_from_its_beginning(tmp_path: Path) -> None:
     stream = open_stream(shards(tmp_path, 2))
-    every = list(stream.read())
+    all_records = list(stream.read())
     list(stream.read({"number": 8, "state": stream.position()["state"]}))
-    assert list(stream.read()) == every
+    assert list(stream.read()) == all_records
     assert stream.position()["number"] == 8
 
 
-@pytest.mark.parametrize(("count", "processes"), [(2, 2), (3, 2), (1, 2), (4, 3)])
-def test_processes_share_a_stream(tmp_path: Path, count: int, processes: int) -> None:
+@pytest.mark.parametrize(("count", "world_size"), [(2, 2), (3, 2), (1, 2), (4, 3)])
+def test_ranks_share_a_stream(tmp_path: Path, count: int, world_size: int) -> None:
     source = shards(tmp_path, count)
-    every = {record.captions for record in open_stream(source).read()}
-    shares = [[r.captions for r in open_stream(source, process, processes).read()] for process in range(processes)]
+    all_records = {record.captions for record in open_stream(source).read()}
+    shares = [[r.captions for r in open_stream(source, rank, world_size).read()] for rank in range(world_size)]
     together = [captions for share in shares for captions in share]
-    assert len(together) == len(every) == 4 * count
-    assert set(together) == every
+    assert len(together) == len(all_records) == 4 * count
+    assert set(together) == all_records
     assert all(shares)
 
 
-# -- what is refused -------------------------------------------------------------------------------------------------
+# -- errors -------------------------------------------------------------------------------------------------
 
 
 def no_captions(folder: Path) -> Path:
-    return write_pictures(folder / "pictures")
+    return write_images(folder / "images")
 
 
 def text(name: str, content: str) -> Callable[[Path], Path]:
@@ -389,7 +390,7 @@ def broken_shard(folder: Path) -> Path:
 
 def unlike_tables(folder: Path) -> Path:
     (folder / "0.csv").write_text("image,caption\na.png,a\n")
-    (folder / "1.csv").write_text("picture,words\nb.png,b\n")
+    (folder / "1.csv").write_text("photo,words\nb.png,b\n")
     return folder / "*.csv"
 
 
@@ -418,24 +419,26 @@ ONE_ROW = '{"image": "a.png", "words": "x", "caption": "y"}\n'
         (text("rows.json", "[]"), {}, r"rows\.json' is empty: it has no rows"),
         (text("rows.csv", "image,caption\n"), {}, r"rows\.csv' is empty: it has no rows"),
         (empty_folder, {}, r"inside holds no images \(\.jpg, .*\) and no metadata\.jsonl"),
-        (no_captions, {}, r"pictures holds 3 images but no captions: put a \.txt beside each image"),
+        (no_captions, {}, r"images holds 3 images but no captions: put a \.txt next to each image"),
         (text("rows.jsonl", ONE_ROW + '{"image": oops'), {}, r"read: rows\.jsonl line 2 is not JSON \(Exp"),
         (text("rows.jsonl", ONE_ROW + '{"image": oops'), {"streaming": True}, r"read: rows\.jsonl line 2 is not JSON"),
         (text("rows.parquet", "no"), {}, r"rows\.parquet' cannot be read: .*[Pp]arquet"),
         (text("rows.tar", "no"), {}, r"rows\.tar' cannot be read: .*rows\.tar: truncated header"),
         (text("rows.parquet", "no"), {"streaming": True}, r"rows\.parquet' cannot be read: .*[Pp]arquet"),
-        (unlike_tables, {}, r"\*\.csv' cannot be read: .*1\.csv has the columns picture, words, expected image, cap"),
+        (unlike_tables, {}, r"\*\.csv' cannot be read: .*1\.csv has the columns photo, words, expected image, cap"),
         (broken_shard, {"streaming": False}, r"\*\.tar' cannot be read: unexpected end of data"),
         (saved_splits, {"split": "val"}, r"saved has the splits train, test, not val: name one with data\.split"),
     ],
 )  # fmt: skip
-def test_refused(tmp_path: Path, write: Callable[[Path], Path], settings: dict[str, Any], found: str) -> None:
+def test_unreadable_sources_are_refused(
+    tmp_path: Path, write: Callable[[Path], Path], settings: dict[str, Any], found: str
+) -> None:
     source = write(tmp_path)
     with pytest.raises(InputError, match=found) as error:
         read_all(open_(source, **settings))
     assert "\n" not in str(error.value)
 
 
-def test_hub_without_a_network() -> None:
+def test_hub_dataset_without_a_network() -> None:
     with pytest.raises(InputError, match=r"^data source 'hub:nobody/nothing' cannot be read: .*nobody/nothing.*$"):
         open_("hub:nobody/nothing")

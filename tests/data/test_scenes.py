@@ -13,12 +13,13 @@ from PIL import Image, ImageDraw
 from blip2.config import DataConfig
 from blip2.data.assets import ASSETS, CUTOUTS, fetch, resolve
 from blip2.data.images import ImageError
-from blip2.data.records import RecordStream, open_records
-from blip2.data.scene_images import MARGIN, SIDE, TEXTURES, draw_background, read_cutouts, save_cutouts, trim
+from blip2.data.records import RecordStream
+from blip2.data.scene_images import IMAGE_SIZE, MARGIN, TEXTURES, draw_background, read_cutouts, save_cutouts, trim
 from blip2.data.scene_kinds import COLORS, EMOJI, FEW_KINDS, KINDS, STAMPS, SYNONYMS, plural, with_article
-from blip2.data.scene_plans import GROUP, held_out_count, is_held_out, pair_of
+from blip2.data.scene_plans import GROUP_SIZE, held_out_count, is_held_out, pair_of
 from blip2.data.scene_texts import Truth
 from blip2.data.scenes import SPLITS, make_scenes, parse_caption, score_caption, write_scenes
+from blip2.data.sources import open_records
 from blip2.errors import InputError
 
 SIZES = {"train": 96, "validation": 12, "test_images": 24, "test_compositions": 24, "test_cutouts": 24, "twins": 16}
@@ -57,7 +58,7 @@ def rows(path: Path) -> list[dict]:
 
 
 def truths(path: Path) -> list[Truth]:
-    return [Truth.of_json(row["truth"]) for row in rows(path)]
+    return [Truth.from_json(row["truth"]) for row in rows(path)]
 
 
 def pairs(found: list[Truth]) -> set[tuple[str, str]]:
@@ -78,7 +79,7 @@ def test_files(scenes: Path) -> None:
         assert len({row["key"] for row in found}) == len(found)
         for row in found:
             with Image.open(scenes / row["image"]) as image:
-                assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (SIDE, SIDE))
+                assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (IMAGE_SIZE, IMAGE_SIZE))
         assert (scenes / f"{split}_questions.jsonl").is_file() == (split != "twins")
     card = (scenes / "README.md").read_text(encoding="utf-8")
     assert "They are drawn. Seed 0." in card and "24 kinds" in card and "| `train.jsonl` | 96 |" in card
@@ -97,7 +98,7 @@ def test_records_read_them(scenes: Path, streaming: bool) -> None:
     asked = rows(scenes / "train_questions.jsonl")
     records = open_records(str(scenes / "train_questions.jsonl"), config)
     found = list(records.read()) if isinstance(records, RecordStream) else list(records)
-    assert [(r.question, r.captions, r.about["question_type"]) for r in found] == [
+    assert [(r.question, r.captions, r.metadata["question_type"]) for r in found] == [
         (row["question"], tuple(row["answers"]), row["question_type"]) for row in asked
     ]
 
@@ -174,12 +175,12 @@ def test_every_image_is_another_one(scenes: Path) -> None:
 
 def test_groups_are_near_twins(scenes: Path) -> None:
     found = rows(scenes / "train.jsonl")
-    assert [row["group"] for row in found] == [f"train-group-{i // GROUP:05}" for i in range(len(found))]
+    assert [row["group"] for row in found] == [f"train-group-{i // GROUP_SIZE:05}" for i in range(len(found))]
     differences = Counter()
-    for start in range(0, len(found), GROUP):
-        base, *others = [Truth.of_json(row["truth"]) for row in found[start : start + GROUP]]
+    for start in range(0, len(found), GROUP_SIZE):
+        base, *others = [Truth.from_json(row["truth"]) for row in found[start : start + GROUP_SIZE]]
         facts = {(t.color, t.kinds, t.relation, t.count, t.size) for t in (base, *others)}
-        assert len(facts) == GROUP
+        assert len(facts) == GROUP_SIZE
         for other in others:
             names = ("type", "color", "kinds", "relation", "count", "size", "texture")
             (name,) = [name for name in names if getattr(base, name) != getattr(other, name)]
@@ -211,7 +212,7 @@ def test_twins_differ_in_one_word_or_in_the_order_of_two(scenes: Path) -> None:
         if first["twin_type"] == "order":
             assert sorted(a) == sorted(b)
         for own, other_row in ((first, second), (second, first)):
-            truth, wrong = Truth.of_json(own["truth"]), Truth.of_json(other_row["truth"])
+            truth, wrong = Truth.from_json(own["truth"]), Truth.from_json(other_row["truth"])
             assert set(score_caption(own["captions"][0], truth).values()) <= {True, None}
             judged = score_caption(own["captions"][0], wrong)
             fact = "relation" if first["twin_type"] == "order" else first["twin_type"]
@@ -227,7 +228,7 @@ def test_boxes_agree_with_the_facts(scenes: Path) -> None:
             boxes = np.array(truth.boxes)
             assert len(boxes) == len(truth.cutouts) == (truth.count or len(truth.kinds))
             assert [name.split("/")[0] for name in truth.cutouts] == list(truth.kinds) * (truth.count or 1)
-            assert boxes.min() >= MARGIN and boxes.max() <= SIDE - MARGIN
+            assert boxes.min() >= MARGIN and boxes.max() <= IMAGE_SIZE - MARGIN
             for a, b in combinations(boxes, 2):
                 assert max(a[0] - b[2], b[0] - a[2], a[1] - b[3], b[1] - a[3]) >= 2  # apart, along one axis at least
             axis = {"left": 0, "above": 1}.get(truth.relation)
@@ -244,13 +245,13 @@ def test_boxes_agree_with_the_facts(scenes: Path) -> None:
 def test_objects_lie_in_their_boxes(scenes: Path) -> None:
     """Around the boxes there is the background, and within them something else."""
     for row in rows(scenes / "train.jsonl"):
-        truth = Truth.of_json(row["truth"])
+        truth = Truth.from_json(row["truth"])
         if truth.texture != "plain":
             continue
         with Image.open(scenes / row["image"]) as image:
             pixels = np.asarray(image).astype(int)
         strange = np.abs(pixels - np.median(pixels.reshape(-1, 3), axis=0)).max(2) > 60
-        outside = np.ones((SIDE, SIDE), bool)
+        outside = np.ones((IMAGE_SIZE, IMAGE_SIZE), bool)
         for left, top, right, bottom in truth.boxes:
             assert strange[top:bottom, left:right].mean() > 0.2
             outside[top - 4 : bottom + 4, left - 4 : right + 4] = False
@@ -297,7 +298,7 @@ def test_captions_are_true_and_tell_every_fact(scenes: Path) -> None:
             described = {row["image"]: [row["caption"]] for row in rows(scenes / f"{split}_descriptions.jsonl")}
             assert len(described) == len(rows(scenes / f"{split}.jsonl"))
         for row in rows(scenes / f"{split}.jsonl"):
-            truth = Truth.of_json(row["truth"])
+            truth = Truth.from_json(row["truth"])
             assert len(set(row["captions"])) == (1 if split == "twins" else 4)
             for caption in (*row["captions"], *described.get(row["image"], ())):
                 assert re.fullmatch(r"[A-Z][a-z,;: ]*\.", caption) and len(caption.split()) <= 18, caption
@@ -314,7 +315,7 @@ def test_captions_are_true_and_tell_every_fact(scenes: Path) -> None:
 
 def test_captions_name_each_object_first_as_often(scenes: Path) -> None:
     for row in rows(scenes / "train.jsonl"):
-        truth = Truth.of_json(row["truth"])
+        truth = Truth.from_json(row["truth"])
         if len(truth.kinds) > 1:
             first, last = truth.kinds[0], truth.kinds[-1]
             named = [parse_caption(caption).kinds for caption in row["captions"]]
@@ -332,7 +333,7 @@ def test_no_size_where_there_are_several(scenes: Path) -> None:
     [
         ("a cat to the left of a dog on a blue background", ("cat", "dog"), "cat left dog", "blue"),
         ("A DOG is on the right of a cat,  on a light blue background", ("dog", "cat"), "cat left dog", "blue"),
-        ("a dog on the right and a cat on the left on gray", ("dog", "cat"), "cat left dog", "gray"),
+        ("a dog on the right and a cat on the left on grey", ("dog", "cat"), "cat left dog", "gray"),
         ("the kitten sits under the puppy. The backdrop is light green", ("cat", "dog"), "dog above cat", "green"),
         ("a red apple above a green hat on a yellow background", ("apple", "hat"), "apple above hat", "yellow"),
         ("On the left side of the image is a horse and on the right a cow", ("horse", "cow"), "horse left cow", None),
@@ -457,7 +458,7 @@ def answer(question: str, truth: Truth) -> str:
 
 def test_answers_are_right(scenes: Path) -> None:
     for split in SPLITS[:-1]:
-        known = {row["image"]: Truth.of_json(row["truth"]) for row in rows(scenes / f"{split}.jsonl")}
+        known = {row["image"]: Truth.from_json(row["truth"]) for row in rows(scenes / f"{split}.jsonl")}
         asked = rows(scenes / f"{split}_questions.jsonl")
         assert len({row["key"] for row in asked}) == len(asked)
         for row in asked:
@@ -497,7 +498,7 @@ def test_trim() -> None:
     image.paste((255, 0, 0, 255), (5, 2, 9, 8))
     image.putpixel((0, 0), (0, 0, 0, 3))  # nearly nothing
     assert trim(image).size == (4, 6)
-    with pytest.raises(ImageError, match="nothing of it is to be seen"):
+    with pytest.raises(ImageError, match="nothing of it is visible"):
         trim(Image.new("RGBA", (4, 4)))
     with pytest.raises(ImageError, match="no transparent background"):
         trim(Image.new("RGB", (4, 4)))
@@ -535,7 +536,7 @@ def test_bad_cutouts(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"a\.png cannot be used \(it is not an image"):
         read_cutouts(tmp_path)
     (tmp_path / "cat").rename(tmp_path / "Big cats")
-    with pytest.raises(InputError, match="Big cats is no name of a kind"):
+    with pytest.raises(InputError, match="Big cats is not a name of a kind"):
         read_cutouts(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Shards as they are, broken ones included, and where they may lie."""
+"""Reading shards, damaged ones included, from local files and object storage."""
 
 import io
 import json
@@ -13,14 +13,15 @@ import pyarrow.parquet
 import pytest
 
 from blip2.config import DataConfig
-from blip2.data.records import Record, RecordStream, open_records
+from blip2.data.records import Record, RecordStream
+from blip2.data.sources import open_records
 from blip2.errors import InputError
 
 BLOCK = 512
 
 
 def shard(samples: list[dict[str, bytes]]) -> bytes:
-    """A tar file; sample i has the members i.KIND."""
+    """Return a tar file in which sample i has the members i.KIND."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for number, sample in enumerate(samples):
@@ -42,25 +43,25 @@ def parquet(count: int, name: str = "") -> bytes:
     return buffer.getvalue()
 
 
-def open_(source: Path | str, process: int = 0, processes: int = 1, **settings: str) -> RecordStream:
-    records = open_records(str(source), DataConfig(train=str(source), streaming=True, **settings), process, processes)
+def open_(source: Path | str, rank: int = 0, world_size: int = 1, **settings: str) -> RecordStream:
+    records = open_records(str(source), DataConfig(train=str(source), streaming=True, **settings), rank, world_size)
     assert isinstance(records, RecordStream)
     return records
 
 
 def captions(records: list[Record]) -> list[str]:
-    return [record.captions[0] for record in records if record.broken is None]
+    return [record.captions[0] for record in records if record.error is None]
 
 
-def said(records: list[Record]) -> list[str]:
-    return [f"{record.key}: {record.broken}" for record in records if record.broken is not None]
+def errors(records: list[Record]) -> list[str]:
+    return [f"{record.key}: {record.error}" for record in records if record.error is not None]
 
 
-# -- what is in them -------------------------------------------------------------------------------------------------
+# -- samples -------------------------------------------------------------------------------------------------
 
 
 def test_samples(tmp_path: Path) -> None:
-    """Members with one name are a sample; its JSON says more of it."""
+    """Members with the same name are a sample, and its JSON adds columns."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         tar.addfile(tarfile.TarInfo("README"))
@@ -84,32 +85,32 @@ def test_samples(tmp_path: Path) -> None:
     path = tmp_path / "0.tar"
     path.write_bytes(buffer.getvalue())
     one, two, three = open_(path).read()
-    assert (one.image, one.question, one.captions, one.about) == (b"1", "what?", ("this", "that"), {"image_id": 7})
+    assert (one.image, one.question, one.captions, one.metadata) == (b"1", "what?", ("this", "that"), {"image_id": 7})
     assert one.key == f"{path} a.b/one"
     assert (two.image, two.question, two.captions) == (b"2", None, ())
     assert (three.image, three.question) == (None, "which?")
-    assert [record.begins for record in (one, two, three)] == [True, False, False]
+    assert [record.starts_shard for record in (one, two, three)] == [True, False, False]
 
 
-def test_columns_are_those_of_several_samples(tmp_path: Path) -> None:
-    """The first may lack its caption."""
+def test_columns_are_collected_from_several_samples(tmp_path: Path) -> None:
+    """The first sample may lack a caption."""
     (tmp_path / "0.tar").write_bytes(shard([{"png": b"0"}, {"txt": b"one"}, *pairs(2)]))
     read = list(open_(tmp_path / "0.tar").read())
     assert [(r.image, r.captions) for r in read[:2]] == [(b"0", ()), (None, ("one",))]
 
 
-# -- what is broken --------------------------------------------------------------------------------------------------
+# -- damaged shards --------------------------------------------------------------------------------------------------
 
 WHOLE = shard(pairs(3))
-"""Each member takes a header and one block."""
+"""Each member occupies a header and one block."""
 BREAKS: dict[str, tuple[bytes, list[str], str]] = {
     "not a tar": (b"<html>404</html>" * 100, [], "invalid header|bad checksum"),
     "empty": (b"", [], "empty file"),
-    "within a caption": (WHOLE[: 4 * 2 * BLOCK - BLOCK + 3], ["words 0"], "unexpected end of data"),
-    "within a picture": (WHOLE[: 5 * 2 * BLOCK - BLOCK], ["words 0", "words 1"], "unexpected end of data"),
-    "within a header": (WHOLE[: 4 * 2 * BLOCK + 100], ["words 0", "words 1"], "off behind 001 .truncated header"),
-    "behind a sample": (WHOLE[: 4 * 2 * BLOCK], ["words 0", "words 1"], "it breaks off behind 001 .empty header"),
-    "behind a picture": (WHOLE[: 3 * 2 * BLOCK], ["words 0"], "it breaks off behind 001 .empty header"),
+    "in a caption": (WHOLE[: 4 * 2 * BLOCK - BLOCK + 3], ["words 0"], "unexpected end of data"),
+    "in an image": (WHOLE[: 5 * 2 * BLOCK - BLOCK], ["words 0", "words 1"], "unexpected end of data"),
+    "in a header": (WHOLE[: 4 * 2 * BLOCK + 100], ["words 0", "words 1"], "off after 001 .truncated header"),
+    "after a sample": (WHOLE[: 4 * 2 * BLOCK], ["words 0", "words 1"], "it breaks off after 001 .empty header"),
+    "after an image": (WHOLE[: 3 * 2 * BLOCK], ["words 0"], "it breaks off after 001 .empty header"),
     "a header is overwritten": (
         WHOLE[: 4 * 2 * BLOCK] + b"x" * BLOCK + WHOLE[9 * BLOCK :], ["words 0", "words 1"], "checksum|invalid header"
     ),
@@ -118,37 +119,37 @@ BREAKS: dict[str, tuple[bytes, list[str], str]] = {
 
 
 @pytest.mark.parametrize("how", BREAKS)
-def test_what_can_be_read_is_used(tmp_path: Path, how: str) -> None:
+def test_rows_before_the_damage_are_used(tmp_path: Path, how: str) -> None:
     data, expected, why = BREAKS[how]
     suffix, whole = (".parquet", parquet(2, "b")) if how == "no Parquet" else (".tar", shard(pairs(2, "b")))
     (tmp_path / f"0{suffix}").write_bytes(data)
     (tmp_path / f"1{suffix}").write_bytes(whole)
     read = list(open_(tmp_path / f"*{suffix}").read())
     assert captions(read) == [*expected, "words b0", "words b1"]
-    (message,) = said(read)
+    (message,) = errors(read)
     assert message.startswith(f"{tmp_path / f'0{suffix}'}: ")
     assert re.search(why, message)
     assert "\n" not in message
-    assert sum(record.begins for record in read) == 2
+    assert sum(record.starts_shard for record in read) == 2
 
 
-def test_a_missing_shard_is_a_broken_one(tmp_path: Path) -> None:
+def test_a_missing_shard_counts_as_damaged(tmp_path: Path) -> None:
     store = fsspec.filesystem("memory")
     for number in (0, 2):
         store.pipe(f"/missing/{number}.tar", shard(pairs(2, str(number))))
     read = list(open_("memory://missing/{0..2}.tar").read())
     assert captions(read) == ["words 00", "words 01", "words 20", "words 21"]
-    assert [message.split(": ")[0] for message in said(read)] == ["memory://missing/1.tar"]
+    assert [message.split(": ")[0] for message in errors(read)] == ["memory://missing/1.tar"]
 
 
-def test_nothing_but_broken_shards(tmp_path: Path) -> None:
+def test_only_damaged_shards(tmp_path: Path) -> None:
     for number in range(12):
         (tmp_path / f"{number:02d}.tar").write_bytes(b"no")
     with pytest.raises(InputError, match=r"\*\.tar' cannot be read: .*00\.tar: truncated header"):
         open_(tmp_path / "*.tar")
 
 
-# -- where they lie --------------------------------------------------------------------------------------------------
+# -- object storage --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -161,7 +162,7 @@ def test_object_storage(suffix: str, write: Callable[[str], bytes], pattern: str
         store.pipe(f"/{suffix}/{number}.{suffix}", write(str(number)))
     source = f"memory://{suffix}/{pattern}.{suffix}"
     records = open_records(source, DataConfig(train=source))
-    assert isinstance(records, RecordStream)  # without being told to stream
+    assert isinstance(records, RecordStream)  # although data.streaming is not set
     read = list(records.read())
     assert captions(read) == [f"words {n}{i}" for n in range(2) for i in range(3)]
     assert [record.image for record in read] == [f"{n}{i}".encode() for n in range(2) for i in range(3)]
@@ -182,7 +183,7 @@ def test_object_storage_without_the_data(source: str, why: str) -> None:
     assert "\n" not in str(error.value)
 
 
-# -- who reads what --------------------------------------------------------------------------------------------------
+# -- shares of ranks --------------------------------------------------------------------------------------------------
 
 
 def write_shards(folder: Path, count: int, size: int = 4) -> Path:
@@ -191,35 +192,35 @@ def write_shards(folder: Path, count: int, size: int = 4) -> Path:
     return folder / "*.tar"
 
 
-@pytest.mark.parametrize(("shards", "processes"), [(5, 1), (4, 2), (5, 2), (2, 3), (1, 2)])
-def test_every_sample_once_an_epoch(tmp_path: Path, shards: int, processes: int) -> None:
+@pytest.mark.parametrize(("shards", "world_size"), [(5, 1), (4, 2), (5, 2), (2, 3), (1, 2)])
+def test_every_sample_is_read_once_per_epoch(tmp_path: Path, shards: int, world_size: int) -> None:
     source = write_shards(tmp_path, shards)
     orders = []
     for epoch in range(4):
-        shares = [captions(list(open_(source, p, processes).read(None, (3, epoch)))) for p in range(processes)]
+        shares = [captions(list(open_(source, p, world_size).read(None, (3, epoch)))) for p in range(world_size)]
         together = [caption for share in shares for caption in share]
         assert len(together) == len(set(together)) == 4 * shards
         assert all(shares)
         orders.append(together)
-        if shards >= processes:  # else they all read all shards, and leave out what others take
+        if shards >= world_size:  # otherwise every rank reads all shards and skips the samples of other ranks
             read = [{caption[6:8] for caption in share} for share in shares]
             assert sum(map(len, read)) == shards
     if shards > 2:
-        assert len({tuple(order) for order in orders}) > 1  # shuffled anew
+        assert len({tuple(order) for order in orders}) > 1  # shuffled again in each epoch
 
 
-def test_it_is_another_process_that_has_more(tmp_path: Path) -> None:
+def test_the_larger_share_moves_to_another_rank(tmp_path: Path) -> None:
     source = write_shards(tmp_path, 3)
     sizes = [[len(list(open_(source, p, 2).read(None, (0, epoch)))) for p in range(2)] for epoch in range(4)]
     assert sizes == [[8, 4], [4, 8], [8, 4], [4, 8]]
 
 
-def test_going_on_behind_a_broken_shard(tmp_path: Path) -> None:
+def test_resume_after_a_damaged_shard(tmp_path: Path) -> None:
     source = write_shards(tmp_path, 3, 2)
     broken = tmp_path / "01.tar"
     broken.write_bytes(broken.read_bytes()[: 6 * BLOCK])
     every = list(open_(source).read(None, (1, 2)))
-    assert len(said(every)) == 1 and len(every) == 6
+    assert len(errors(every)) == 1 and len(every) == 6
     for done in range(len(every) + 1):
         stream = open_(source)
         reader = stream.read(None, (1, 2))

@@ -1,4 +1,4 @@
-"""Texts are token for token those of transformers' ``generate``, for less work."""
+"""Generated sequences equal those of transformers' ``generate`` token for token, with less computation."""
 
 from collections import Counter
 from dataclasses import replace
@@ -29,12 +29,12 @@ from transformers import (
 )
 
 from blip2.backbones.language import LanguageModel
-from blip2.decoding.kv_cache import is_supported
-from blip2.decoding.search import Decoding, draw, write, write_plainly
+from blip2.decoding.kv_cache import supports_kv_cache
+from blip2.decoding.search import Decoding, generate, generate_with_transformers, sample_top_p
 
 V, WIDTH, QUERIES = 24, 32, 4
 END = 5
-"""Of 24 tokens one is the end: most texts end before they must."""
+"""Since 1 of 24 tokens is the end, most sequences end before the maximum length."""
 ROPE = {
     "hidden_size": WIDTH,
     "num_hidden_layers": 2,
@@ -61,7 +61,7 @@ def llm(name: str) -> LanguageModel:
         network = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=WIDTH, n_layer=2, n_head=4, n_positions=64))
     elif name == "bloom":
         network = BloomForCausalLM(BloomConfig(vocab_size=V, hidden_size=WIDTH, n_layer=2, n_head=4))
-    elif name == "mistral":  # with a window that is shorter than a prompt
+    elif name == "mistral":  # with a sliding window that is shorter than a prompt
         network = MistralForCausalLM(MistralConfig(**ROPE, sliding_window=5))
     elif name == "t5":
         network = T5ForConditionalGeneration(T5Config(**SEQ2SEQ, d_kv=8, d_ff=48, num_layers=2, num_heads=4))
@@ -73,28 +73,34 @@ def llm(name: str) -> LanguageModel:
         network = MambaForCausalLM(MambaConfig(vocab_size=V, hidden_size=WIDTH, num_hidden_layers=1, state_size=4))
     generator = torch.Generator().manual_seed(3)
     for parameter in network.parameters():
-        if parameter.ndim > 1:  # so large that what was read matters
+        if parameter.ndim > 1:  # so large that the prompt matters
             parameter.data.normal_(std=0.5, generator=generator)
     return LanguageModel(network)
 
 
-def prompts(seed: int, lengths: tuple[int, ...] = (3, 6, 0, 4), pictures: int = 4, side: str = "right") -> tuple:
-    """Visual prompts, ids and mask."""
+def prompts(seed: int, lengths: tuple[int, ...] = (3, 6, 0, 4), images: int = 4, side: str = "right") -> tuple:
+    """Return visual prompts, token ids and attention mask."""
     generator = torch.Generator().manual_seed(seed)
-    visual = torch.randn(pictures, QUERIES, WIDTH, generator=generator)
+    visual = torch.randn(images, QUERIES, WIDTH, generator=generator)
     places = torch.arange(max(lengths))
     ids = torch.randint(0, V, (len(lengths), max(lengths)), generator=generator)
     return visual, ids, (places if side == "right" else places.flip(0)) < torch.tensor(lengths)[:, None]
 
 
-def plain(name: str, *asked: Any, decoding: Decoding, ends: list[int], copies: int = 1) -> Tensor:
+def plain(
+    name: str, *asked: Any, decoding: Decoding, eos_token_ids: list[int], num_return_sequences: int = 1
+) -> Tensor:
     with torch.no_grad():
-        return write_plainly(llm(name).network, llm(name).prompts(*asked), decoding, ends, copies)
+        return generate_with_transformers(
+            llm(name).network, llm(name).prepare_prompts(*asked), decoding, eos_token_ids, num_return_sequences
+        )
 
 
-def ours(name: str, *asked: Any, decoding: Decoding, ends: list[int], copies: int = 1) -> Tensor:
+def ours(name: str, *asked: Any, decoding: Decoding, eos_token_ids: list[int], num_return_sequences: int = 1) -> Tensor:
     with torch.no_grad():
-        return write(llm(name).network, llm(name).prompts(*asked), decoding, ends, copies)
+        return generate(
+            llm(name).network, llm(name).prepare_prompts(*asked), decoding, eos_token_ids, num_return_sequences
+        )
 
 
 GREEDY = Decoding(num_beams=1, max_new_tokens=7)
@@ -117,10 +123,10 @@ DECODINGS = {
 @pytest.mark.parametrize("decoding", DECODINGS.values(), ids=DECODINGS)
 @pytest.mark.parametrize("name", NAMES)
 def test_tokens_are_those_of_transformers(name, decoding):
-    assert is_supported(llm(name).network)
+    assert supports_kv_cache(llm(name).network)
     texts = set()
     for seed in range(3):
-        given: dict[str, Any] = {"decoding": decoding, "ends": [[END], [END, 7], [END, 7, 11]][seed]}
+        given: dict[str, Any] = {"decoding": decoding, "eos_token_ids": [[END], [END, 7], [END, 7, 11]][seed]}
         expected = plain(name, *prompts(seed), **given)
         assert torch.equal(ours(name, *prompts(seed), **given), expected)
         texts |= set(map(tuple, expected.tolist()))
@@ -129,19 +135,25 @@ def test_tokens_are_those_of_transformers(name, decoding):
 
 @pytest.mark.parametrize("decoding", [GREEDY, BEAMS, replace(BEAMS, length_penalty=-1.0)])
 @pytest.mark.parametrize("name", NAMES)
-def test_prompts_about_the_same_picture(name, decoding):
-    image_of = torch.tensor([1, 0, 1, 1, 0])
+def test_prompts_about_the_same_image(name, decoding):
+    image_index = torch.tensor([1, 0, 1, 1, 0])
     for seed, lengths in enumerate([(3, 6, 0, 4, 2), (4, 4, 4, 4, 4), (0, 0, 0, 0, 0)]):
-        visual, ids, mask = prompts(seed, lengths, pictures=2)
-        expected = plain(name, visual[image_of], ids, mask, decoding=decoding, ends=[END])
-        assert torch.equal(ours(name, visual, ids, mask, image_of, decoding=decoding, ends=[END]), expected)
-        assert torch.equal(plain(name, visual, ids, mask, image_of, decoding=decoding, ends=[END]), expected)
+        visual, ids, mask = prompts(seed, lengths, images=2)
+        expected = plain(name, visual[image_index], ids, mask, decoding=decoding, eos_token_ids=[END])
+        assert torch.equal(ours(name, visual, ids, mask, image_index, decoding=decoding, eos_token_ids=[END]), expected)
+        assert torch.equal(
+            plain(name, visual, ids, mask, image_index, decoding=decoding, eos_token_ids=[END]), expected
+        )
 
 
 @pytest.mark.parametrize("beams", [1, 3, 5])
 @pytest.mark.parametrize("name", NAMES)
-def test_copies(name, beams):
-    given: dict[str, Any] = {"decoding": replace(BEAMS, num_beams=beams), "ends": [END], "copies": 3}
+def test_num_return_sequences(name, beams):
+    given: dict[str, Any] = {
+        "decoding": replace(BEAMS, num_beams=beams),
+        "eos_token_ids": [END],
+        "num_return_sequences": 3,
+    }
     new = ours(name, *prompts(4), **given)
     assert torch.equal(new, plain(name, *prompts(4), **given))
     assert len(set(map(tuple, new[:3].tolist()))) == 3
@@ -149,11 +161,11 @@ def test_copies(name, beams):
 
 @pytest.mark.parametrize("name", ["llama", "bart"])
 def test_many_prompts(name):
-    """Some of which are settled long before others."""
+    """Some of them are done long before others."""
     for seed in range(20):
         decoding = Decoding(num_beams=2 + seed % 4, max_new_tokens=12, length_penalty=(-1.0, 0.0, 1.0, 2.0)[seed // 5])
-        asked = prompts(seed, tuple(range(10)), pictures=10)
-        given: dict[str, Any] = {"decoding": decoding, "ends": [END, 7], "copies": 1 + seed % 2}
+        asked = prompts(seed, tuple(range(10)), images=10)
+        given: dict[str, Any] = {"decoding": decoding, "eos_token_ids": [END, 7], "num_return_sequences": 1 + seed % 2}
         assert torch.equal(ours(name, *asked, **given), plain(name, *asked, **given))
 
 
@@ -168,17 +180,21 @@ def test_padding_may_be_on_either_side(name):
 
 
 @pytest.mark.parametrize("name", ["mamba", "bart decoder"])
-def test_other_llms_are_left_to_transformers(name):
-    assert not is_supported(llm(name).network)
+def test_llms_without_kv_cache_use_transformers(name):
+    assert not supports_kv_cache(llm(name).network)
     asked = prompts(1, (3, 3, 3, 3))
-    assert torch.equal(llm(name).generate(*asked, GREEDY, END), plain(name, *asked, decoding=GREEDY, ends=[END]))
+    assert torch.equal(
+        llm(name).generate(*asked, GREEDY, END), plain(name, *asked, decoding=GREEDY, eos_token_ids=[END])
+    )
 
 
-# -- how much the LLM computes -------------------------------------------------------------------------------------
+# -- amount of computation ----------------------------------------------------------------------------------------
 
 
-def passes(name: str, *asked: Any, decoding: Decoding, ends: list[int], copies: int = 1) -> list[tuple[int, int]]:
-    """Rows and columns of each pass through the LLM: its decoder, where it has two parts."""
+def passes(
+    name: str, *asked: Any, decoding: Decoding, eos_token_ids: list[int], num_return_sequences: int = 1
+) -> list[tuple[int, int]]:
+    """Return rows and columns of the input of each forward pass (for an encoder-decoder, of the decoder's input)."""
     seen = []
 
     def note(_: Any, __: Any, given: dict[str, Any]) -> None:
@@ -186,32 +202,35 @@ def passes(name: str, *asked: Any, decoding: Decoding, ends: list[int], copies: 
         seen.append(tuple(tokens.shape[:2]))
 
     hook = llm(name).network.register_forward_pre_hook(note, with_kwargs=True)
-    ours(name, *asked, decoding=decoding, ends=ends, copies=copies)
+    ours(name, *asked, decoding=decoding, eos_token_ids=eos_token_ids, num_return_sequences=num_return_sequences)
     hook.remove()
     return seen
 
 
 NEVER = [V + 1]
-"""An end that the LLM cannot write."""
+"""An end token that the LLM cannot generate."""
 
 
 @pytest.mark.parametrize("name", DECODER_ONLY)
-def test_a_prompt_is_read_once(name):
+def test_a_prompt_is_computed_once(name):
     asked = prompts(0, (3, 6, 1, 4))
-    assert passes(name, *asked, decoding=BEAMS, ends=NEVER) == [(4, QUERIES + 6), *[(20, 1)] * 6]
-    assert passes(name, *asked, decoding=GREEDY, ends=NEVER) == [(4, QUERIES + 6), *[(4, 1)] * 6]
+    assert passes(name, *asked, decoding=BEAMS, eos_token_ids=NEVER) == [(4, QUERIES + 6), *[(20, 1)] * 6]
+    assert passes(name, *asked, decoding=GREEDY, eos_token_ids=NEVER) == [(4, QUERIES + 6), *[(4, 1)] * 6]
     sampled = Decoding(top_p=0.9, max_new_tokens=7)
-    assert passes(name, *asked, decoding=sampled, ends=NEVER, copies=3) == [(4, QUERIES + 6), *[(12, 1)] * 6]
+    assert passes(name, *asked, decoding=sampled, eos_token_ids=NEVER, num_return_sequences=3) == [
+        (4, QUERIES + 6),
+        *[(12, 1)] * 6,
+    ]
 
 
 @pytest.mark.parametrize("name", DECODER_ONLY)
-def test_a_visual_prompt_is_read_once_a_picture(name):
-    asked = *prompts(0, (3, 6, 1, 4, 2), pictures=2), torch.tensor([0, 1, 1, 1, 0])
-    assert passes(name, *asked, decoding=BEAMS, ends=NEVER) == [(2, QUERIES), (5, 6), *[(25, 1)] * 6]
+def test_a_visual_prompt_is_computed_once_per_image(name):
+    asked = *prompts(0, (3, 6, 1, 4, 2), images=2), torch.tensor([0, 1, 1, 1, 0])
+    assert passes(name, *asked, decoding=BEAMS, eos_token_ids=NEVER) == [(2, QUERIES), (5, 6), *[(25, 1)] * 6]
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
-def test_an_encoder_reads_a_prompt_once_and_so_does_cross_attention(name):
+def test_encoder_and_cross_attention_compute_a_prompt_once(name):
     network, seen = llm(name).network, Counter()
     modules = {"encoder": network.get_encoder()}
     modules |= {
@@ -219,24 +238,24 @@ def test_an_encoder_reads_a_prompt_once_and_so_does_cross_attention(name):
     }
     assert len(modules) == 3
     hooks = [module.register_forward_hook(lambda *_, key=key: seen.update([key])) for key, module in modules.items()]
-    assert passes(name, *prompts(0), decoding=BEAMS, ends=NEVER) == [(4, 1), *[(20, 1)] * 6]
+    assert passes(name, *prompts(0), decoding=BEAMS, eos_token_ids=NEVER) == [(4, 1), *[(20, 1)] * 6]
     for hook in hooks:
         hook.remove()
     assert set(seen.values()) == {1}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_texts_that_are_settled_leave(name):
-    asked, ends = prompts(0, tuple(range(10)), pictures=10), [END, 7, 11]
+def test_finished_sequences_leave_the_batch(name):
+    asked, eos_token_ids = prompts(0, tuple(range(10)), images=10), [END, 7, 11]
     greedy = replace(GREEDY, max_new_tokens=20)
-    new = ours(name, *asked, decoding=greedy, ends=ends)
-    ended = torch.isin(new, torch.tensor(ends))
-    lengths = (ended.cumsum(dim=1) == 0).sum(dim=1)  # without the end
-    rows = [rows for rows, _ in passes(name, *asked, decoding=greedy, ends=ends)]
+    new = ours(name, *asked, decoding=greedy, eos_token_ids=eos_token_ids)
+    ended = torch.isin(new, torch.tensor(eos_token_ids))
+    lengths = (ended.cumsum(dim=1) == 0).sum(dim=1)  # without the end token
+    rows = [rows for rows, _ in passes(name, *asked, decoding=greedy, eos_token_ids=eos_token_ids)]
     assert rows == [10, *(int((lengths >= n).sum()) for n in range(1, len(rows)))]
     assert rows[-1] < 10
     short = replace(BEAMS, length_penalty=0.0, max_new_tokens=20)
-    rows = [rows for rows, _ in passes(name, *asked, decoding=short, ends=ends)][1:]
+    rows = [rows for rows, _ in passes(name, *asked, decoding=short, eos_token_ids=eos_token_ids)][1:]
     assert rows == sorted(rows, reverse=True)
     assert rows[-1] < rows[0] == 50
 
@@ -244,44 +263,45 @@ def test_texts_that_are_settled_leave(name):
 # -- sampling ------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_drawn_has_the_chances_of_the_nucleus():
-    chances = torch.tensor([0.05, 0.4, 0.15, 0.3, 0.1])
+def test_sampled_tokens_have_the_probabilities_of_the_nucleus():
+    probs = torch.tensor([0.05, 0.4, 0.15, 0.3, 0.1])
     torch.manual_seed(0)
-    drawn = draw((2.0 * chances.log()).expand(20000, 5), top_p=0.8, temperature=2.0)
-    shares = drawn.bincount(minlength=5) / 20000
-    torch.testing.assert_close(shares, torch.tensor([0, 0.4, 0.15, 0.3, 0]) / 0.85, atol=0.015, rtol=0)
+    sampled = sample_top_p((2.0 * probs.log()).expand(20000, 5), top_p=0.8, temperature=2.0)
+    frequencies = sampled.bincount(minlength=5) / 20000
+    torch.testing.assert_close(frequencies, torch.tensor([0, 0.4, 0.15, 0.3, 0]) / 0.85, atol=0.015, rtol=0)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_sampled_texts_have_the_chances_that_transformers_gives_them(name):
-    asked = prompts(2, (3, 0), pictures=2)
-    given: dict[str, Any] = {"ends": [END], "copies": 2000}
+def test_sampled_sequences_have_the_probabilities_of_transformers(name):
+    asked = prompts(2, (3, 0), images=2)
+    given: dict[str, Any] = {"eos_token_ids": [END], "num_return_sequences": 2000}
     decoding = Decoding(top_p=0.5, max_new_tokens=2)
-    shares = []
+    frequencies = []
     for path in (ours, plain):
         torch.manual_seed(0)
         new = path(name, *asked, decoding=decoding, **given)
-        shares.append([Counter(map(tuple, rows.tolist())) for rows in new.split(2000)])
-    for mine, theirs in zip(*shares, strict=True):
+        frequencies.append([Counter(map(tuple, rows.tolist())) for rows in new.split(2000)])
+    for mine, theirs in zip(*frequencies, strict=True):
         assert sum(abs(mine[text] - theirs[text]) for text in mine | theirs) / 2000 < 0.25
 
 
-def test_a_die_says_what_is_drawn():
-    chances = torch.tensor([0.05, 0.4, 0.15, 0.3, 0.1])
-    dice = torch.tensor([0.0, 0.46, 0.48, 0.81, 0.83, 1 - 1e-9], dtype=torch.float64)  # the nucleus is 0.4, 0.3, 0.15
-    drawn = draw((2.0 * chances.log()).expand(6, 5), top_p=0.8, temperature=2.0, die=dice)
-    assert drawn.tolist() == [1, 1, 3, 3, 2, 2]
+def test_random_numbers_determine_the_sampled_tokens():
+    probs = torch.tensor([0.05, 0.4, 0.15, 0.3, 0.1])
+    # The probabilities of the nucleus are 0.4, 0.3 and 0.15.
+    uniforms = torch.tensor([0.0, 0.46, 0.48, 0.81, 0.83, 1 - 1e-9], dtype=torch.float64)
+    sampled = sample_top_p((2.0 * probs.log()).expand(6, 5), top_p=0.8, temperature=2.0, uniforms=uniforms)
+    assert sampled.tolist() == [1, 1, 3, 3, 2, 2]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_texts_of_given_dice_are_the_same_whoever_writes_them_and_what_lies_beside_them(name):
+def test_random_numbers_determine_the_sequences_for_every_function_and_batch(name):
     visual, ids, mask = prompts(2)
     decoding = Decoding(top_p=0.8, max_new_tokens=6, repetition_penalty=1.3)
-    dice = torch.rand(12, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    asked = llm(name).prompts(visual, ids, mask)
-    together = write(llm(name).network, asked, decoding, [END], 3, dice)
+    uniforms = torch.rand(12, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    asked = llm(name).prepare_prompts(visual, ids, mask)
+    together = generate(llm(name).network, asked, decoding, [END], 3, uniforms)
     assert len(set(map(tuple, together.tolist()))) > 6
-    assert torch.equal(write_plainly(llm(name).network, asked, decoding, [END], 3, dice), together)
-    alone = llm(name).prompts(visual[1:2], ids[1:2], mask[1:2])
-    own = write(llm(name).network, alone, decoding, [END], 3, dice[3:6])
+    assert torch.equal(generate_with_transformers(llm(name).network, asked, decoding, [END], 3, uniforms), together)
+    alone = llm(name).prepare_prompts(visual[1:2], ids[1:2], mask[1:2])
+    own = generate(llm(name).network, alone, decoding, [END], 3, uniforms[3:6])
     assert own.tolist() == together[3:6, : own.shape[1]].tolist()

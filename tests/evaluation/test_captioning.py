@@ -10,7 +10,7 @@ from blip2.errors import InputError
 from blip2.evaluation.captioning import (
     METRICS,
     CaptionScores,
-    Missing,
+    MissingMetric,
     content_f1,
     official_scores,
     score_captions,
@@ -25,7 +25,7 @@ def test_words() -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "truth", "expected"),
+    ("prediction", "reference", "expected"),
     [
         ("a red disc", "a red disc", 1.0),
         ("A red disc.", "a red disc", 1.0),
@@ -41,12 +41,12 @@ def test_words() -> None:
         ("", "", 1.0),
     ],
 )
-def test_token_f1(written: str, truth: str, expected: float) -> None:
-    assert token_f1(written, truth) == pytest.approx(expected)
+def test_token_f1(prediction: str, reference: str, expected: float) -> None:
+    assert token_f1(prediction, reference) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
-    ("written", "truth", "expected"),
+    ("prediction", "reference", "expected"),
     [
         ("a disc", "the disc", 1.0),
         ("a dog", "a cat", 0.0),
@@ -54,8 +54,8 @@ def test_token_f1(written: str, truth: str, expected: float) -> None:
         ("some birds and a cat", "a flock of birds", 2 * 1 / 4),
     ],
 )
-def test_content_f1_looks_past_articles(written: str, truth: str, expected: float) -> None:
-    assert content_f1(written, truth) == pytest.approx(expected)
+def test_content_f1_looks_past_articles(prediction: str, reference: str, expected: float) -> None:
+    assert content_f1(prediction, reference) == pytest.approx(expected)
 
 
 def test_score_captions() -> None:
@@ -63,14 +63,14 @@ def test_score_captions() -> None:
     assert scores == pytest.approx({"token_f1": (1 + 0.5 + 1) / 3, "content_f1": 2 / 3, "exact": 1 / 3})
 
 
-def test_every_caption_needs_its_truth() -> None:
+def test_every_caption_needs_its_reference() -> None:
     with pytest.raises(ValueError, match="shorter"):
         score_captions(["a", "b"], ["a"])
 
 
 # -- the official metrics --------------------------------------------------------------------------------------------
 
-TRUTH = {
+REFERENCES = {
     901: ["A cat sits on a mat.", "A cat is sitting on the mat, looking up.", "the cat"],
     17: ["Two dogs (one black) run after a ball!", "Two dogs are playing in the grass."],
     "flickr": ["A man's riding a wave on top of a surfboard.", "A surfer rides a big wave."],
@@ -79,7 +79,7 @@ TRUTH = {
     6: ["A train at the station", "."],
     7: ["A kitchen with a stove and a sink\r\nand a window", "A white kitchen"],
 }
-WRITTEN = {
+PREDICTIONS = {
     7: "a kitchen with a\nwhite stove",
     901: "a cat sitting on a mat",
     17: "two dogs running in the grass with a ball",
@@ -95,7 +95,7 @@ def scores() -> CaptionScores:
     pytest.importorskip("pycocoevalcap")
     if shutil.which("java") is None:
         pytest.skip("needs Java")
-    return official_scores(WRITTEN, TRUTH)
+    return official_scores(PREDICTIONS, REFERENCES)
 
 
 def test_official_scores_are_those_of_pycocoevalcap(scores: CaptionScores) -> None:
@@ -107,22 +107,24 @@ def test_official_scores_are_those_of_pycocoevalcap(scores: CaptionScores) -> No
 
     tokenize = PTBTokenizer().tokenize
     # Its tokenizer loses count at a carriage return, so that is taken away first.
-    theirs = tokenize({i: [{"caption": t.replace("\r", "")} for t in texts] for i, texts in enumerate(TRUTH.values())})
-    ours = tokenize({i: [{"caption": WRITTEN[key]}] for i, key in enumerate(TRUTH)})
-    assert ours[5] == ["a bus at a stop"] and theirs[3][0] == "un café déjà vu the sign says stop"
-    expected = dict(zip(METRICS, Bleu(4).compute_score(theirs, ours, verbose=0)[0], strict=False))
+    targets = tokenize(
+        {i: [{"caption": t.replace("\r", "")} for t in texts] for i, texts in enumerate(REFERENCES.values())}
+    )
+    candidates = tokenize({i: [{"caption": PREDICTIONS[key]}] for i, key in enumerate(REFERENCES)})
+    assert candidates[5] == ["a bus at a stop"] and targets[3][0] == "un café déjà vu the sign says stop"
+    expected = dict(zip(METRICS, Bleu(4).compute_score(targets, candidates, verbose=0)[0], strict=False))
     scorer = Meteor()
     try:
-        expected["METEOR"], _ = scorer.compute_score(theirs, ours)
+        expected["METEOR"], _ = scorer.compute_score(targets, candidates)
     finally:
         for pipe in (scorer.meteor_p.stdout, scorer.meteor_p.stderr):
             assert pipe is not None
             pipe.close()
-    expected["ROUGE-L"], _ = Rouge().compute_score(theirs, ours)
-    expected["CIDEr"], each = Cider().compute_score(theirs, ours)
+    expected["ROUGE-L"], _ = Rouge().compute_score(targets, candidates)
+    expected["CIDEr"], each = Cider().compute_score(targets, candidates)
     assert {name: scores.metrics[name] for name in expected} == pytest.approx(expected, rel=1e-12)
     assert list(scores.metrics) == list(METRICS)
-    assert scores.cider == pytest.approx(dict(zip(TRUTH, each.tolist(), strict=True)))
+    assert scores.cider == pytest.approx(dict(zip(REFERENCES, each.tolist(), strict=True)))
     assert all(isinstance(score, float) and 0 < score < 10 for score in expected.values())
     assert scores.cider[5] == 0 < scores.cider[901]
 
@@ -134,7 +136,7 @@ def test_spice_is_missing_without_its_download(scores: CaptionScores) -> None:
     if (Path(spice.__file__).parent / "lib" / "stanford-corenlp-3.6.0.jar").exists():
         assert isinstance(spice_score, float)
         return
-    assert isinstance(spice_score, Missing)
+    assert isinstance(spice_score, MissingMetric)
     assert spice_score.reason.startswith("SPICE needs CoreNLP 3.6.0: put stanford-corenlp-3.6.0.jar and ")
     assert not (Path(spice.__file__).parent / "tmp").exists()  # it was not begun
 
@@ -142,7 +144,7 @@ def test_spice_is_missing_without_its_download(scores: CaptionScores) -> None:
 def test_the_locale_changes_nothing(scores: CaptionScores, monkeypatch: pytest.MonkeyPatch) -> None:
     """METEOR waits for ever in a locale without é."""
     monkeypatch.setenv("LC_ALL", "C")
-    assert official_scores(WRITTEN, TRUTH, seconds=60.0) == scores
+    assert official_scores(PREDICTIONS, REFERENCES, timeout=60.0) == scores
 
 
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, meteor: str) -> Path:
@@ -155,8 +157,8 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, meteor: str) -> Pat
     return java
 
 
-SMALL = {1: ["a cat on a mat", "the cat"], 2: ["two dogs run"], 3: ["a red bus"], 4: ["a bus and a dog"]}
-SAID = {1: "a cat on a mat", 2: "two cats run", 3: "a bus", 4: "a dog"}
+SMALL_REFERENCES = {1: ["a cat on a mat", "the cat"], 2: ["two dogs run"], 3: ["a red bus"], 4: ["a bus and a dog"]}
+SMALL_PREDICTIONS = {1: "a cat on a mat", 2: "two cats run", 3: "a bus", 4: "a dog"}
 
 
 @pytest.mark.parametrize(
@@ -173,11 +175,11 @@ SAID = {1: "a cat on a mat", 2: "two cats run", 3: "a bus", 4: "a dog"}
 )
 def test_meteor_fails(meteor: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, monkeypatch, meteor)
-    scores = official_scores(SAID, SMALL, seconds=60.0)
+    scores = official_scores(SMALL_PREDICTIONS, SMALL_REFERENCES, timeout=60.0)
     failed = scores.metrics["METEOR"]
-    assert isinstance(failed, Missing)
+    assert isinstance(failed, MissingMetric)
     assert failed.reason.startswith(reason) and "\n" not in failed.reason
-    assert [name for name in METRICS if isinstance(scores.metrics[name], Missing)] == ["METEOR", "SPICE"]
+    assert [name for name in METRICS if isinstance(scores.metrics[name], MissingMetric)] == ["METEOR", "SPICE"]
     assert scores.cider[1] > scores.cider[2]
 
 
@@ -185,9 +187,9 @@ def test_meteor_never_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """Neither it nor what it started lives on."""
     install(tmp_path, monkeypatch, f"sleep 600 & echo $$ $! > {tmp_path}/pids; wait")
     started = time.monotonic()
-    scores = official_scores(SAID, SMALL, seconds=3.0)
+    scores = official_scores(SMALL_PREDICTIONS, SMALL_REFERENCES, timeout=3.0)
     assert time.monotonic() - started < 60
-    assert scores.metrics["METEOR"] == Missing("METEOR did not finish within 3 s and was ended")
+    assert scores.metrics["METEOR"] == MissingMetric("METEOR did not finish within 3 s and was terminated")
     assert isinstance(scores.metrics["CIDEr"], float)
     for pid in (tmp_path / "pids").read_text(encoding="utf-8").split():
         stat = Path(f"/proc/{pid}/stat")
@@ -202,50 +204,52 @@ def test_meteor_never_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_tokenizer_that_loses_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     java = install(tmp_path, monkeypatch, "exit 1")
     java.write_text("#!/bin/sh\nexec head -n 3\n", encoding="utf-8")
-    scores = official_scores(SAID, SMALL)
+    scores = official_scores(SMALL_PREDICTIONS, SMALL_REFERENCES)
     assert scores == CaptionScores(
-        dict.fromkeys(METRICS, Missing("the tokenizer gave 3 lines for 9 captions")), {}
+        dict.fromkeys(METRICS, MissingMetric("the tokenizer gave 3 lines for 9 captions")), {}
     )  # fmt: skip
 
 
 def test_without_java(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("pycocoevalcap")
     monkeypatch.setenv("PATH", str(tmp_path))
-    scores = official_scores(SAID, SMALL)
+    scores = official_scores(SMALL_PREDICTIONS, SMALL_REFERENCES)
     reason = "Java is not installed, which the official metrics need: apt install default-jre-headless"
-    assert scores == CaptionScores(dict.fromkeys(METRICS, Missing(reason)), {})
+    assert scores == CaptionScores(dict.fromkeys(METRICS, MissingMetric(reason)), {})
 
 
 def test_without_pycocoevalcap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pycocoevalcap.tokenizer", None)
-    scores = official_scores(SAID, SMALL)
+    scores = official_scores(SMALL_PREDICTIONS, SMALL_REFERENCES)
     assert scores.cider == {}
     for score in scores.metrics.values():
-        assert isinstance(score, Missing)
+        assert isinstance(score, MissingMetric)
         assert score.reason == "the official metrics need the extra captioning: pip install 'blip2[captioning]'"
 
 
 def test_domains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each as if its pictures were all there are: CIDEr's weights of words are its own."""
+    """Each as if its images were all there are: CIDEr's weights of words are its own."""
     install(tmp_path, monkeypatch, "while read line; do echo nonsense; done")
     domains = {1: "near-domain", 2: "in-domain", 3: "near-domain", 4: "in-domain"}
-    scores = scores_by_domain(SAID, SMALL, domains)
+    scores = scores_by_domain(SMALL_PREDICTIONS, SMALL_REFERENCES, domains)
     assert list(scores) == ["in-domain", "near-domain", "overall"]
-    assert scores["overall"] == official_scores(SAID, SMALL)
+    assert scores["overall"] == official_scores(SMALL_PREDICTIONS, SMALL_REFERENCES)
     for domain, keys in (("in-domain", (2, 4)), ("near-domain", (1, 3))):
-        assert scores[domain] == official_scores({k: SAID[k] for k in keys}, {k: SMALL[k] for k in keys})
+        assert scores[domain] == official_scores(
+            {k: SMALL_PREDICTIONS[k] for k in keys}, {k: SMALL_REFERENCES[k] for k in keys}
+        )
         assert list(scores[domain].cider) == list(keys)
     assert scores["near-domain"].cider[1] != scores["overall"].cider[1]
     with pytest.raises(InputError, match=r"^the table of domains lacks 1 image_id \(4\) of 4"):
-        scores_by_domain(SAID, SMALL, {1: "a", 2: "a", 3: "b"})
+        scores_by_domain(SMALL_PREDICTIONS, SMALL_REFERENCES, {1: "a", 2: "a", 3: "b"})
 
 
-def test_captions_of_other_pictures() -> None:
+def test_captions_of_other_images() -> None:
     with pytest.raises(InputError, match=r"^the captions lacks 1 image_id \(2\) of 2"):
         official_scores({1: "a"}, {1: ["a"], 2: ["b"]})
-    with pytest.raises(InputError, match=r"^the captions has 1 image_id \(2\) that nobody asked for"):
+    with pytest.raises(InputError, match=r"^the captions has 1 image_id \(2\) not in the data"):
         official_scores({1: "a", 2: "b"}, {1: ["a"]})
-    with pytest.raises(InputError, match=r"^2 pictures have no true caption, the first is 2: leave them out"):
+    with pytest.raises(InputError, match=r"^2 images have no reference caption, the first is 2: leave them out"):
         official_scores({1: "a", 2: "b", 3: "c"}, {1: ["a"], 2: [], 3: [" "]})
     with pytest.raises(InputError, match="there are no captions to score"):
         official_scores({}, {})

@@ -6,14 +6,12 @@ import json
 import pytest
 
 from blip2.cli import main
-from blip2.decoding.search import Decoding
+from blip2.config import EvaluationConfig
 from blip2.errors import InputError
 from blip2.evaluation import tasks
 from blip2.evaluation.run import evaluate
-from blip2.evaluation.tasks import Settings
 from conftest import draw
 
-GREEDY = Settings(Decoding(num_beams=1, max_new_tokens=4))
 ROWS = [
     {"image": image, "question": question, "answers": answers, "question_id": number, "answer_type": kind}
     for image, question, answers, number, kind in (
@@ -57,7 +55,7 @@ def score(table, tmp_path, capsys):
 
 
 def test_answers(score, tmp_path):
-    """Without a model, and without the pictures."""
+    """Without a model, and without the images."""
     metrics = score(ANSWERS)
     # Six of ten said "a dog"; one of ten "3"; all of them "yes".
     assert metrics["by_answer_type"] == pytest.approx({"other": 1.0, "number": 0.3, "yes/no": 1.0})
@@ -70,12 +68,12 @@ def test_answers(score, tmp_path):
     ("rows", "message"),
     [
         (ANSWERS[:2], "FILE lacks 1 question_id (7) of 3: the score needs them all"),
-        ([*ANSWERS, ANSWERS[0]], "FILE has 1 question_id (4) more than once: keep one prediction each"),
+        ([*ANSWERS, ANSWERS[0]], "FILE has 1 question_id (4) more than once: keep one prediction for each"),
         (
             [*ANSWERS, {"question_id": 5, "answer": "no"}],
-            "FILE has 1 question_id (5) that nobody asked for: is it of another split?",
+            "FILE has 1 question_id (5) not in the data: check that the split is the same",
         ),
-        ([{"image_id": 4, "caption": "a dog"}], 'FILE has 1 entry (0) of another kind, the first {"image_id": 4'),
+        ([{"image_id": 4, "caption": "a dog"}], 'FILE has 1 entry (0) in another format, the first {"image_id": 4'),
         ({"4": "yes"}, "FILE holds one dict, expected a list"),
     ],
 )
@@ -86,7 +84,9 @@ def test_files_that_do_not_fit(score, rows, message):
 def test_what_a_model_wrote_scores_the_same(runs, score, table, tmp_path):
     for name in ("a.png", "b.png"):
         draw("disc", "red", 0).save(tmp_path / name)
-    wanted = evaluate(runs["llama"], "vqa", table, tmp_path / "model", GREEDY, device="cpu")
+    wanted = evaluate(
+        runs["llama"], EvaluationConfig("vqa", table, num_beams=1, max_new_tokens=4), tmp_path / "model", device="cpu"
+    )
     rows = json.loads((tmp_path / "model" / "predictions.json").read_text())
     for name in ("a.png", "b.png"):
         (tmp_path / name).unlink()
@@ -101,7 +101,7 @@ def test_captions_of_other_images(score, tmp_path):
     file.write_text("".join(json.dumps({"image": f"{i}.png", "caption": "a dog"}) + "\n" for i in range(3)))
     rows = [{"image_id": i, "caption": "a dog"} for i in range(3)]
     line = score(rows, "--limit", "2", task="captioning", data=str(file), status=2)
-    assert line == "error: FILE has 1 image_id (2) that nobody asked for: is it of another split?"
+    assert line == "error: FILE has 1 image_id (2) not in the data: check that the split is the same"
 
 
 def test_ids_that_are_names(score, tmp_path):
@@ -171,7 +171,7 @@ def test_base_forms_stand_beside_the_answers(score, table, tmp_path, monkeypatch
 
 @pytest.fixture
 def coco(tmp_path):
-    """A miniature of VQAv2's validation split: three questions about two pictures."""
+    """A miniature of VQAv2's validation split: three questions about two images."""
     folder = tmp_path / "coco"
     (folder / "val2014").mkdir(parents=True)
     for number in (42, 73):
@@ -214,11 +214,11 @@ def test_the_miniature(score, coco):
         ),
         (
             lambda content: [a.update(raw_answer="dogs") for e in content["annotations"] for a in e["answers"]],
-            "holds answers of OK-VQA, expected VQAv2: it is a file of another data set",
+            "holds answers of OK-VQA, expected VQAv2: it is a file of another dataset",
         ),
         (
             lambda content: content["annotations"][0].update(image_id=4200, question_id=42000),
-            "expected 4200000 to 4200999: it is a file of VQAv1 or another data set",
+            "expected 4200000 to 4200999: it is a file of VQAv1 or another dataset",
         ),
         (lambda content: content["annotations"][2].update(answers=[]), "question 73000 has no answers in"),
         (lambda content: content["annotations"].pop(), "has no annotation in"),
@@ -236,7 +236,7 @@ def test_an_image_that_has_no_file(score, coco):
     line = score(OF_COCO, data=f"vqav2:val:{coco}", status=2)
     assert line == (
         f"error: image 73 has no file {coco}/val2014/COCO_val2014_000000000073.jpg (1 others are there): unpack the"
-        " pictures again, completely"
+        " images again, completely"
     )
 
 
@@ -261,9 +261,9 @@ def test_one_answer_beside_several_is_found_before_anything_is_answered(score, r
     file = tmp_path / "mixed.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in (ROWS[0], {**ROWS[1], "answers": ["2"]}, ROWS[2])))
     if model:
-        monkeypatch.setattr(tasks, "_see", lambda *_: pytest.fail("an image was looked at"))
+        monkeypatch.setattr(tasks, "_encode_images", lambda *_: pytest.fail("an image was looked at"))
         with pytest.raises(InputError, match=r"has questions 1 with one answer .* 2 with several answers"):
-            evaluate(runs["llama"], "vqa", str(file), tmp_path / "out", device="cpu")
+            evaluate(runs["llama"], EvaluationConfig("vqa", str(file)), tmp_path / "out", device="cpu")
     else:
         line = score(ANSWERS, data=str(file), status=2)
         assert f"1 with one answer (the first: {file} row 1" in line
@@ -291,9 +291,9 @@ def test_a_row_that_cannot_be_used(score, tmp_path):
 
 def test_a_model_or_predictions(score, runs, table, tmp_path, capsys):
     line = score(ANSWERS, str(runs["llama"]), status=2)
-    assert line == "error: expected a MODEL or --predictions, one of them: what is to be scored?"
+    assert line == "error: found both MODEL and --predictions, expected one of them: give the one to score"
     assert main(["evaluate", "--task", "vqa", "--data", table, "--output", str(tmp_path / "out")]) == 2
-    assert "expected a MODEL or --predictions" in capsys.readouterr().err
+    assert "found neither MODEL nor --predictions, expected one of them" in capsys.readouterr().err
 
 
 def test_retrieval_has_no_predictions(score):

@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from blip2.data.records import open_records
+from blip2.data.sources import open_records
 from blip2.errors import InputError
 from blip2.evaluation.in_training import train
-from blip2.evaluation.run import evaluate, settings_of
+from blip2.evaluation.run import evaluate
 from blip2.pipelines import GenerationPipeline
 from blip2.recipe import dump_recipe
-from blip2.resumable import Parts
+from blip2.resumable import ResumableMap
 from blip2.training import trainer as loop
 from blip2.training.metrics import read_metrics
 from conftest import COLOURS, SHAPES, draw
@@ -38,7 +38,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
-    """One question about each of 72 pictures, none of which is trained on: two parts of the work."""
+    """One question about each of 72 images, none of which is trained on: two parts of the work."""
     folder = tmp_path_factory.mktemp("questions")
     rows = []
     for shade in range(11, 17):
@@ -76,10 +76,9 @@ def test_the_same_numbers_as_the_command(calm, tmp_path):
     rows = read_metrics(run)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     assert [BEST in row for row in rows] == [False, True, False, True, True]
-    settings = settings_of(calm.evaluation)
     for step in (4, 5):  # training.save_total_limit
         folder = run / "checkpoints" / f"step-{step:08d}"
-        found = evaluate(folder, "vqa", calm.evaluation.data, tmp_path / str(step), settings, device="cpu")
+        found = evaluate(folder, calm.evaluation, tmp_path / str(step), device="cpu")
         assert rows[step - 1][BEST] == found["accuracy"]
         said = [
             (place / "predictions.json").read_text()
@@ -118,10 +117,10 @@ def test_the_best_is_kept(parts, questions, tmp_path, monkeypatch, values):
             return {BEST: values[len(seen) - 1]}
 
     recipe = asking(parts, tmp_path / "run", questions, training={"save_total_limit": 1, "max_steps": 6})
-    loop.train(recipe, evaluation=Evaluation)
+    loop.train(recipe, make_evaluator=Evaluation)
     wanted = {0.25: 4, 0.75: 2}.get(values[0], 4)
     best = tmp_path / "run" / "best"
-    kept = load_file(best / "model.safetensors")["qformer.num_query_tokens"]
+    kept = load_file(best / "model.safetensors")["qformer.queries"]
     assert torch.equal(kept, seen[wanted])
     assert json.loads((best / "best.json").read_text()) == {
         "step": wanted, "metric": BEST, "value": values[wanted // 2 - 1]
@@ -134,8 +133,8 @@ def test_the_best_can_be_loaded(calm, tmp_path):
     from blip2.pipelines import load
 
     pipeline = load(f"{calm.output}/best", device="cpu")
-    draw("disc", "red", 0).save(tmp_path / "picture.png")
-    assert len(pipeline.answer(str(tmp_path / "picture.png"), "what?")) == 1
+    draw("disc", "red", 0).save(tmp_path / "image.png")
+    assert len(pipeline.answer(str(tmp_path / "image.png"), "what?")) == 1
 
 
 def test_a_validation_loss_decides(parts, tmp_path):
@@ -176,10 +175,7 @@ def test_stage_one_is_evaluated_by_retrieval(parts, tmp_path):
     )
     train(recipe)
     row = read_metrics(tmp_path / "run")[-1]
-    found = evaluate(
-        tmp_path / "run", "retrieval", str(folder / "some.jsonl"), tmp_path / "out", settings_of(recipe.evaluation),
-        device="cpu",
-    )  # fmt: skip
+    found = evaluate(tmp_path / "run", recipe.evaluation, tmp_path / "out", device="cpu")
     for kind in ("itc", "itm"):
         for name, value in found[kind].items():
             assert row[f"evaluation_{kind}_{name}"] == value
@@ -232,10 +228,10 @@ def test_a_sigkill_in_an_evaluation(calm, tmp_path):
     assert_same_run(Path(calm.output), tmp_path / "run")
 
 
-def test_an_evaluation_of_other_weights_begins_anew(calm, tmp_path):
+def test_an_evaluation_of_other_weights_starts_over(calm, tmp_path):
     recipe = replace(calm, output=str(tmp_path / "run"))
     stale = tmp_path / "run/evaluation/step-00000002"
-    Parts(stale / "parts").do("answers", 2, lambda part: ({}, []))
+    ResumableMap(stale / "parts").run("answers", 2, lambda part: ({}, []))
     (stale / "evaluation.json").write_text('{"weights": "others"}')
     train(recipe)
     assert_same_run(Path(calm.output), tmp_path / "run")
@@ -248,8 +244,7 @@ def test_two_processes(parts, questions, calm, tmp_path):
     path.write_text(dump_recipe(recipe))
     start_two(["train", str(path)], tmp_path)
     rows = read_metrics(tmp_path / "run")
-    settings = settings_of(recipe.evaluation)
-    found = evaluate(tmp_path / "run", "vqa", questions, tmp_path / "one", settings, device="cpu")
+    found = evaluate(tmp_path / "run", recipe.evaluation, tmp_path / "one", device="cpu")
     assert rows[-1][BEST] == found["accuracy"]
     one, two = (tmp_path / "one", tmp_path / "run/evaluation/step-00000005")
     assert (one / "predictions.json").read_bytes() == (two / "predictions.json").read_bytes()
@@ -289,9 +284,7 @@ def test_without_java(parts, questions, tmp_path, monkeypatch, capsys):
 
 
 def test_the_loop_alone_does_not_evaluate(calm, tmp_path):
-    with pytest.raises(
-        InputError, match=r"the recipe has an evaluation: train with blip2.evaluation.in_training.train"
-    ):
+    with pytest.raises(InputError, match=r"the recipe has an evaluation, but no evaluator was given: call blip2.train"):
         loop.train(replace(calm, output=str(tmp_path / "run")))
 
 

@@ -4,11 +4,11 @@ from pathlib import Path
 import pytest
 
 from blip2.errors import InputError
-from blip2.evaluation.predictions import Kind, check_ids, read_predictions, write_predictions
+from blip2.evaluation.predictions import PredictionFormat, check_ids, read_predictions, write_predictions
 
 
 @pytest.mark.parametrize(
-    ("kind", "predictions", "expected"),
+    ("format", "predictions", "expected"),
     [
         ("answer", {7: "a dog", 458752000: "2"}, [{"question_id": 7, "answer": "a dog"},
                                                   {"question_id": 458752000, "answer": "2"}]),
@@ -17,22 +17,22 @@ from blip2.evaluation.predictions import Kind, check_ids, read_predictions, writ
     ],
 )  # fmt: skip
 def test_what_the_servers_take(
-    kind: Kind, predictions: dict[int, str], expected: list[dict[str, object]], tmp_path: Path
+    format: PredictionFormat, predictions: dict[int, str], expected: list[dict[str, object]], tmp_path: Path
 ) -> None:
     path = tmp_path / "new folder" / "results.json"
-    write_predictions(path, kind, predictions)
+    write_predictions(path, format, predictions)
     assert json.loads(path.read_text(encoding="utf-8")) == expected
-    assert read_predictions(path, kind, predictions.keys()) == predictions
+    assert read_predictions(path, format, predictions.keys()) == predictions
     assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(
-    ("kind", "key"), [("answer", "7"), ("answer", True), ("caption", 7.0), ("caption", None), ("gqa", 7)]
+    ("format", "key"), [("answer", "7"), ("answer", True), ("caption", 7.0), ("caption", None), ("gqa", 7)]
 )
-def test_ids_that_the_servers_refuse(kind: Kind, key: object, tmp_path: Path) -> None:
+def test_ids_that_the_servers_refuse(format: PredictionFormat, key: object, tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     with pytest.raises(InputError, match=r"^1 \w+ \(.+\) cannot be written .+ expected (whole number|text)$"):
-        write_predictions(path, kind, {key: "yes"})
+        write_predictions(path, format, {key: "yes"})
     assert not path.exists()
 
 
@@ -40,7 +40,7 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     path.mkdir()
     with pytest.raises(
-        InputError, match=r"^.*results\.json cannot be written \(Is a directory\): choose another place$"
+        InputError, match=r"^.*results\.json cannot be written \(Is a directory\): choose another path$"
     ):
         write_predictions(path, "answer", {1: "yes"})
     assert list(tmp_path.iterdir()) == [path]
@@ -68,8 +68,8 @@ def answers(*ids: int) -> list[dict[str, object]]:
     [
         ([1, 2], [1, 2, 3], "lacks 1 question_id (3) of 3: the score needs them all"),
         ([], range(9), "lacks 9 question_id (0, 1, 2, 3, 4, ...) of 9: the score needs them all"),
-        ([1, 2, 1, 2, 2, 3], [1, 2, 3], "has 2 question_id (1, 2) more than once: keep one prediction each"),
-        ([1, 4, 5], [1], "has 2 question_id (4, 5) that nobody asked for: is it of another split?"),
+        ([1, 2, 1, 2, 2, 3], [1, 2, 3], "has 2 question_id (1, 2) more than once: keep one prediction for each"),
+        ([1, 4, 5], [1], "has 2 question_id (4, 5) not in the data: check that the split is the same"),
     ],
 )
 def test_missing_doubled_and_unknown_ids(found: list[int], expected: list[int], message: str, tmp_path: Path) -> None:
@@ -93,11 +93,11 @@ def test_ids_of_a_dict() -> None:
     ("rows", "message"),
     [
         ({"1": "yes"}, "holds one dict, expected a list [{\"question_id\": whole number"),
-        (["yes"], 'has 1 entry (0) of another kind, the first "yes": expected'),
-        ([{"image_id": 1, "caption": "a dog"}], 'has 1 entry (0) of another kind, the first {"image_id": 1'),
-        ([*answers(1), {"question_id": "2", "answer": "yes"}], 'has 1 entry (1) of another kind, the first {"'),
-        ([{"question_id": 2, "answer": 3}] * 7, "has 7 entry (0, 1, 2, 3, 4, ...) of another kind"),
-        ([{"question_id": True, "answer": "no"}], "has 1 entry (0) of another kind"),
+        (["yes"], 'has 1 entry (0) in another format, the first "yes": expected'),
+        ([{"image_id": 1, "caption": "a dog"}], 'has 1 entry (0) in another format, the first {"image_id": 1'),
+        ([*answers(1), {"question_id": "2", "answer": "yes"}], 'has 1 entry (1) in another format, the first {"'),
+        ([{"question_id": 2, "answer": 3}] * 7, "has 7 entry (0, 1, 2, 3, 4, ...) in another format"),
+        ([{"question_id": True, "answer": "no"}], "has 1 entry (0) in another format"),
     ],
 )  # fmt: skip
 def test_files_of_another_kind(rows: object, message: str, tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_files_of_another_kind(rows: object, message: str, tmp_path: Path) -> No
 def test_damaged_files(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"is damaged or no JSON \(.+\): write the predictions again$"):
+    with pytest.raises(InputError, match=r"is damaged or not JSON \(.+\): write the predictions again$"):
         read_predictions(path, "answer", [1])
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from blip2.builder import build
-from blip2.evaluation.retrieval import CUTOFFS, Recall, Retrieval, evaluate_retrieval, ranks, recall
+from blip2.evaluation.retrieval import CUTOFFS, Recall, RetrievalResult, evaluate_retrieval, ranks, recall
 from blip2.model.representation import RepresentationModel
 from blip2.pipelines import RepresentationPipeline
 from conftest import Parts
@@ -45,7 +45,7 @@ def test_ranks() -> None:
 @pytest.mark.parametrize("score", [0.0, float("nan")])
 def test_a_model_that_says_nothing_finds_nothing(score: float) -> None:
     scores = torch.full((20, 20), score)
-    retrieval = Retrieval(scores, scores, torch.eye(20).bool())
+    retrieval = RetrievalResult(scores, scores, torch.eye(20).bool())
     assert retrieval.image_to_text == retrieval.text_to_image == {"r1": 0.0, "r5": 0.0, "r10": 0.0}
 
 
@@ -53,7 +53,7 @@ def test_directions() -> None:
     """Two images, three texts: both images find their texts, but every text finds the first image."""
     scores = torch.tensor([[9.0, 8.0, 7.0], [1.0, 2.0, 3.0]])
     positive = torch.tensor([[1, 0, 0], [0, 1, 1]]).bool()
-    retrieval = Retrieval(scores, scores, positive)
+    retrieval = RetrievalResult(scores, scores, positive)
     assert retrieval.image_to_text["r1"] == 1.0
     assert retrieval.text_to_image["r1"] == pytest.approx(1 / 3)
 
@@ -65,11 +65,11 @@ def test_five_texts_an_image(levels: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     count = 24
     owner = torch.arange(5 * count) // 5
-    owner = owner[torch.randperm(5 * count, generator=generator)]  # not beside each other
+    owner = owner[torch.randperm(5 * count, generator=generator)]  # not adjacent
     positive = owner == torch.arange(count)[:, None]
     scores, others = torch.randint(levels, (2, count, 5 * count), generator=generator).float()
     scores[positive] += levels / 4
-    retrieval = Retrieval(scores, others, positive)
+    retrieval = RetrievalResult(scores, others, positive)
     expected = {f"r{k}": 0.0 for k in CUTOFFS}
     for image in range(count):
         ahead = []  # for each of its texts: the wrong texts that come before it
@@ -103,7 +103,7 @@ def test_chance_is_the_mean_over_all_rankings(rows: list[list[int]]) -> None:
     sides = [mean(positive), mean(positive.T)]
     expected = {key: (sides[0][key] + sides[1][key]) / 2 for key in sides[0]}
     scores = torch.zeros(positive.shape)
-    assert Retrieval(scores, scores, positive).chance == pytest.approx(expected)
+    assert RetrievalResult(scores, scores, positive).chance == pytest.approx(expected)
 
 
 # -- with a model ----------------------------------------------------------------------------------------------------
@@ -122,18 +122,18 @@ def pipeline(parts: Parts) -> RepresentationPipeline:
 @pytest.fixture(scope="module")
 def features(pipeline: RepresentationPipeline) -> Tensor:
     vision = pipeline.model.vision
-    return torch.randn(5, vision.tokens, vision.width, generator=torch.Generator().manual_seed(0))
+    return torch.randn(5, vision.num_tokens, vision.hidden_size, generator=torch.Generator().manual_seed(0))
 
 
 POSITIVE = torch.zeros(5, len(TEXTS)).bool().fill_diagonal_(True)
 
 
 def test_similarity_alone(pipeline: RepresentationPipeline, features: Tensor) -> None:
-    retrieval = evaluate_retrieval(pipeline, features, TEXTS, POSITIVE, candidates=0)
-    for scores in (retrieval.image_scores, retrieval.text_scores):
+    retrieval = evaluate_retrieval(pipeline, features, TEXTS, POSITIVE, rerank_k=0)
+    for scores in (retrieval.scores_i2t, retrieval.scores_t2i):
         assert torch.equal(scores, pipeline.similarity(features, TEXTS))
     assert torch.equal(retrieval.positive, POSITIVE)
-    assert retrieval.by_similarity is None
+    assert retrieval.itc is None
 
 
 @pytest.mark.parametrize("candidates", [7, 128])
@@ -142,36 +142,36 @@ def test_enough_candidates_rank_all_by_matching(
 ) -> None:
     matched = pipeline.match(features, TEXTS)
     retrieval = evaluate_retrieval(pipeline, features, TEXTS, POSITIVE, candidates)
-    assert torch.equal(retrieval.image_scores, retrieval.text_scores)
-    scores = retrieval.image_scores
+    assert torch.equal(retrieval.scores_i2t, retrieval.scores_t2i)
+    scores = retrieval.scores_i2t
     torch.testing.assert_close(scores.sigmoid(), matched)
     similarity = pipeline.similarity(features, TEXTS)
     for dimension in (0, 1):
         order = matched.argsort(dimension)
         assert torch.equal(scores.argsort(dimension), order)
         assert not torch.equal(similarity.argsort(dimension), order)
-    assert retrieval.by_similarity is not None
-    for scores in (retrieval.by_similarity.image_scores, retrieval.by_similarity.text_scores):
+    assert retrieval.itc is not None
+    for scores in (retrieval.itc.scores_i2t, retrieval.itc.scores_t2i):
         assert torch.equal(scores, similarity)
 
 
 def test_few_candidates(pipeline: RepresentationPipeline, features: Tensor) -> None:
-    """In each direction the best are ranked anew, before all others in the order they had."""
+    """In each direction the best are re-ranked, ahead of all others, which keep their order."""
     similarity, matched = pipeline.similarity(features, TEXTS), pipeline.match(features, TEXTS)
-    retrieval = evaluate_retrieval(pipeline, features, TEXTS, POSITIVE, candidates=2)
+    retrieval = evaluate_retrieval(pipeline, features, TEXTS, POSITIVE, rerank_k=2)
     sides = [
-        (retrieval.image_scores, similarity, matched),
-        (retrieval.text_scores.T, similarity.T, matched.T),
+        (retrieval.scores_i2t, similarity, matched),
+        (retrieval.scores_t2i.T, similarity.T, matched.T),
     ]
     for scores, before, wanted in sides:
-        anew = torch.zeros(scores.shape).bool()
+        reranked = torch.zeros(scores.shape).bool()
         for i in range(len(scores)):
-            anew[i, before[i].argsort(descending=True)[:2]] = True
-        assert anew.sum() == 2 * len(scores)
-        torch.testing.assert_close(scores[anew].sigmoid(), wanted[anew])
-        assert scores[~anew].max() < scores[anew].min()
+            reranked[i, before[i].argsort(descending=True)[:2]] = True
+        assert reranked.sum() == 2 * len(scores)
+        torch.testing.assert_close(scores[reranked].sigmoid(), wanted[reranked])
+        assert scores[~reranked].max() < scores[reranked].min()
         for i in range(len(scores)):
-            assert torch.equal(scores[i][~anew[i]].argsort(), before[i][~anew[i]].argsort())
+            assert torch.equal(scores[i][~reranked[i]].argsort(), before[i][~reranked[i]].argsort())
 
 
 def test_fusion_adds_the_similarity_to_the_logit(pipeline: RepresentationPipeline, features: Tensor) -> None:
@@ -179,7 +179,7 @@ def test_fusion_adds_the_similarity_to_the_logit(pipeline: RepresentationPipelin
     logits = pipeline.match_candidates(features, TEXTS, every)[..., 1]
     similarity = pipeline.similarity(features, TEXTS)
     retrieval = evaluate_retrieval(pipeline, features, TEXTS, POSITIVE, fusion="itm+itc")
-    torch.testing.assert_close(retrieval.image_scores, logits + similarity)
-    torch.testing.assert_close(retrieval.text_scores, logits + similarity)
-    alone = evaluate_retrieval(pipeline, features, TEXTS, POSITIVE).image_scores
-    assert not torch.equal(alone.argsort(1), retrieval.image_scores.argsort(1))
+    torch.testing.assert_close(retrieval.scores_i2t, logits + similarity)
+    torch.testing.assert_close(retrieval.scores_t2i, logits + similarity)
+    alone = evaluate_retrieval(pipeline, features, TEXTS, POSITIVE).scores_i2t
+    assert not torch.equal(alone.argsort(1), retrieval.scores_i2t.argsort(1))

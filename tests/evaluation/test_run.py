@@ -1,4 +1,4 @@
-"""Evaluating tiny models on tables of pictures."""
+"""Evaluation of tiny models on tables of images."""
 
 import json
 import os
@@ -11,23 +11,29 @@ import pytest
 import torch
 
 from blip2.cli import main
+from blip2.config import DataConfig, EvaluationConfig
 from blip2.decoding.search import Decoding
 from blip2.errors import InputError
-from blip2.evaluation.report import SHOWN
+from blip2.evaluation.data import EvalData
+from blip2.evaluation.report import MAX_EXAMPLES
 from blip2.evaluation.retrieval import recall
-from blip2.evaluation.run import Settings, evaluate, open_table
-from blip2.io import locked
+from blip2.evaluation.run import evaluate as evaluate_config
+from blip2.io import lock_folder
 from blip2.pipelines import GenerationPipeline, load
 from conftest import COLOURS, SHAPES, draw
 from fixtures.processes import start_two
 
-GREEDY = Settings(Decoding(num_beams=1, max_new_tokens=4))
+GREEDY = {"num_beams": 1, "max_new_tokens": 4}
 QUESTIONS = ("what color?", "what shape?", "is it round?")
+
+
+def evaluate(model, task, data, output, seed=0, **options):
+    return evaluate_config(model, EvaluationConfig(task, data, **options), output, seed=seed, device="cpu")
 
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    """Three questions about each of 48 pictures, ten answers to each, and one picture that is broken."""
+    """Three questions about each of 48 images, ten answers to each, and one image that is broken."""
     folder = tmp_path_factory.mktemp("table")
     rows = []
     for shade in range(4):
@@ -41,7 +47,7 @@ def table(tmp_path_factory):
                         "image": name, "question": question, "answers": [answer] * 7 + ["who knows"] * 3,
                         "question_id": 1000 + len(rows), "answer_type": kind,
                     })  # fmt: skip
-    (folder / rows[3]["image"]).write_bytes(b"no picture")
+    (folder / rows[3]["image"]).write_bytes(b"no image")
     file = folder / "questions.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(file)
@@ -52,7 +58,7 @@ def read(folder):
 
 
 def test_answers(runs, table, tmp_path):
-    metrics = evaluate(runs["llama"], "vqa", table, tmp_path, GREEDY, device="cpu")
+    metrics = evaluate(runs["llama"], "vqa", table, tmp_path, **GREEDY)
     found, predictions = read(tmp_path)
     assert found == json.loads(json.dumps(metrics))
     rows = [json.loads(line) for line in Path(table).read_text().splitlines()]
@@ -63,10 +69,10 @@ def test_answers(runs, table, tmp_path):
     ]
     pipeline = load(runs["llama"], device="cpu")
     for row, said in ((rows[0], predictions[0]), (rows[7], predictions[4])):
-        picture = Path(table).parent / row["image"]
-        assert pipeline.answer(picture, row["question"], GREEDY.decoding) == [said["answer"]]
+        image = Path(table).parent / row["image"]
+        assert pipeline.answer(image, row["question"], Decoding(**GREEDY)) == [said["answer"]]
     page = (tmp_path / "report.html").read_text()
-    assert page.count('class="card"') == 3 * SHOWN and "what color?" in page
+    assert page.count('class="card"') == 3 * MAX_EXAMPLES and "what color?" in page
     assert not (tmp_path / "parts").exists()
 
 
@@ -81,14 +87,14 @@ def test_right_answers_score(runs, table, tmp_path, monkeypatch):
         return [next(truth) if "color" in prompt else (next(truth), "nonsense")[1] for prompt in prompts]
 
     monkeypatch.setattr(GenerationPipeline, "generate", know)
-    metrics = evaluate(runs["llama"], "vqa", table, tmp_path, GREEDY, device="cpu")
-    # Seven of ten gave the answer: 1 beside each of them and beside the three others.
+    metrics = evaluate(runs["llama"], "vqa", table, tmp_path, **GREEDY)
+    # Seven of ten gave the answer: 1 for each of them and for the three others.
     assert metrics["accuracy"] == pytest.approx(1 / 3)
     assert metrics["by_answer_type"] == {"other": pytest.approx(1 / 2), "yes/no": 0.0}
 
 
 def test_a_killed_evaluation_goes_on_and_two_processes_give_the_same(runs, table, tmp_path, monkeypatch):
-    whole = evaluate(runs["llama"], "vqa", table, tmp_path / "whole", GREEDY, device="cpu")
+    whole = evaluate(runs["llama"], "vqa", table, tmp_path / "whole", **GREEDY)
     generate, calls = GenerationPipeline.generate, []
 
     def stop(self, *given, **named):
@@ -99,9 +105,9 @@ def test_a_killed_evaluation_goes_on_and_two_processes_give_the_same(runs, table
 
     monkeypatch.setattr(GenerationPipeline, "generate", stop)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(runs["llama"], "vqa", table, tmp_path / "killed", GREEDY, device="cpu")
+        evaluate(runs["llama"], "vqa", table, tmp_path / "killed", **GREEDY)
     assert not (tmp_path / "killed" / "metrics.json").exists()
-    assert evaluate(runs["llama"], "vqa", table, tmp_path / "killed", GREEDY, device="cpu") == whole
+    assert evaluate(runs["llama"], "vqa", table, tmp_path / "killed", **GREEDY) == whole
     assert len(calls) == 2 + 2  # three parts, of which the first was done
 
     arguments = [
@@ -120,7 +126,6 @@ def test_a_killed_evaluation_goes_on_and_two_processes_give_the_same(runs, table
     start_two(arguments, tmp_path)
     assert read(tmp_path / "two")[1] == read(tmp_path / "whole")[1]
     one, two = (read(tmp_path / name)[0] for name in ("whole", "two"))
-    two["decoding"] = one["decoding"]
     assert one == two
 
 
@@ -128,7 +133,7 @@ def read_late():
     """The second process looks for what was done a while after the first."""
     from blip2 import resumable as module
 
-    wait = module.gather_objects
+    wait = module.all_gather_objects
 
     def late(value):
         found = wait(value)
@@ -136,7 +141,7 @@ def read_late():
             time.sleep(3)
         return found
 
-    module.gather_objects = late
+    module.all_gather_objects = late
 
 
 def test_what_was_done_stays_until_all_have_read_it(runs, table, tmp_path):
@@ -157,12 +162,12 @@ def test_what_was_done_stays_until_all_have_read_it(runs, table, tmp_path):
 
 
 def test_captions(runs, parts, tmp_path):
-    metrics = evaluate(runs["t5"], "captioning", parts.pictures, tmp_path, GREEDY, device="cpu", limit=20)
+    metrics = evaluate(runs["t5"], "captioning", parts.pictures, tmp_path, **GREEDY, limit=20)
     found, predictions = read(tmp_path)
     assert (metrics["records"], metrics["images"], len(predictions)) == (20, 20, 20)
     pipeline = load(runs["t5"], device="cpu")
     first = Path(parts.pictures).parent / json.loads(Path(parts.pictures).read_text().splitlines()[0])["image"]
-    assert pipeline.caption(first, None, GREEDY.decoding) == [predictions[0]["caption"]]
+    assert pipeline.caption(first, None, Decoding(**GREEDY)) == [predictions[0]["caption"]]
     assert found["CIDEr"] is not None
 
 
@@ -172,8 +177,8 @@ def test_captions_of_one_image_in_several_rows_are_the_truth_of_one(runs, parts,
     file.write_text(
         "".join(json.dumps({"image": r["image"], "caption": c}) + "\n" for r in rows for c in r["captions"])
     )
-    flat = evaluate(runs["llama"], "captioning", str(file), tmp_path / "flat", GREEDY, device="cpu")
-    nested = evaluate(runs["llama"], "captioning", parts.pictures, tmp_path / "nested", GREEDY, device="cpu", limit=4)
+    flat = evaluate(runs["llama"], "captioning", str(file), tmp_path / "flat", **GREEDY)
+    nested = evaluate(runs["llama"], "captioning", parts.pictures, tmp_path / "nested", **GREEDY, limit=4)
     assert (flat["records"], flat["images"]) == (8, 4)
     assert flat["CIDEr"] == nested["CIDEr"]
     file.unlink()
@@ -181,14 +186,13 @@ def test_captions_of_one_image_in_several_rows_are_the_truth_of_one(runs, parts,
 
 @pytest.mark.parametrize("fusion", ["itm", "itm+itc"])
 def test_retrieval(runs, parts, tmp_path, fusion):
-    settings = Settings(rerank_k=5, fusion=fusion)
-    metrics = evaluate(runs["stage1"], "retrieval", parts.pictures, tmp_path, settings, device="cpu")
+    metrics = evaluate(runs["stage1"], "retrieval", parts.pictures, tmp_path, rerank_k=5, fusion=fusion)
     rows = [json.loads(line) for line in Path(parts.pictures).read_text().splitlines()]
     texts = [text for row in rows for text in row["captions"]]
     assert (metrics["images"], metrics["texts"]) == (len(rows), len(texts))
     pipeline = load(runs["stage1"], device="cpu")
-    pictures = [Path(parts.pictures).parent / row["image"] for row in rows]
-    similarity = pipeline.similarity(pictures, texts)
+    images = [Path(parts.pictures).parent / row["image"] for row in rows]
+    similarity = pipeline.similarity(images, texts)
     positive = torch.zeros_like(similarity, dtype=torch.bool)
     for i in range(len(rows)):
         positive[i, 2 * i : 2 * i + 2] = True
@@ -196,14 +200,16 @@ def test_retrieval(runs, parts, tmp_path, fusion):
     assert metrics["itc"]["TR@1"] == pytest.approx(found["r1"]) and metrics["itc"]["TR@10"] == found["r10"]
     # All pairs by matching, of which only those on the shortlist count.
     every = torch.arange(len(texts)).expand(len(rows), -1)
-    logits = pipeline.match_candidates(pictures, texts, every)
+    logits = pipeline.match_candidates(images, texts, every)
     scores = logits[..., 1] - logits[..., 0] if fusion == "itm" else logits[..., 1] + similarity
     among = torch.zeros_like(positive)
     for t in range(len(texts)):
         among[similarity[:, t].topk(5).indices, t] = True
-    anew = recall(scores.masked_fill(~among, -torch.inf).T, positive.T)
-    assert metrics[fusion]["IR@1"] == pytest.approx(anew["r1"]) and metrics[fusion]["IR@5"] == pytest.approx(anew["r5"])
-    assert "its image is number" in (tmp_path / "report.html").read_text()
+    reranked = recall(scores.masked_fill(~among, -torch.inf).T, positive.T)
+    assert metrics[fusion]["IR@1"] == pytest.approx(reranked["r1"]) and metrics[fusion]["IR@5"] == pytest.approx(
+        reranked["r5"]
+    )
+    assert "rank of its image: " in (tmp_path / "report.html").read_text()
 
 
 def test_two_processes_retrieve_as_one(runs, parts, tmp_path):
@@ -221,7 +227,7 @@ def test_two_processes_retrieve_as_one(runs, parts, tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as each of the two has
     try:
-        evaluate(runs["stage1"], "retrieval", str(data), tmp_path / "one", Settings(rerank_k=3), device="cpu")
+        evaluate(runs["stage1"], "retrieval", str(data), tmp_path / "one", rerank_k=3)
     finally:
         torch.set_num_threads(threads)
     assert (tmp_path / "one/metrics.json").read_bytes() == (tmp_path / "two/metrics.json").read_bytes()
@@ -230,31 +236,30 @@ def test_two_processes_retrieve_as_one(runs, parts, tmp_path):
 
 def test_sampled_texts_do_not_depend_on_who_writes_them(runs, table, tmp_path):
     """Each part begins with a seed of its own."""
-    settings = Settings(Decoding(top_p=0.9, max_new_tokens=4), seed=3)
-    whole = evaluate(runs["llama"], "vqa", table, tmp_path / "whole", settings, device="cpu")
+    options = {"top_p": 0.9, "max_new_tokens": 4}
+    whole = evaluate(runs["llama"], "vqa", table, tmp_path / "whole", seed=3, **options)
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
     (tmp_path / "again/metrics.json").unlink()  # killed before it was done, with nothing left but what it is of
     torch.manual_seed(99)
-    assert evaluate(runs["llama"], "vqa", table, tmp_path / "again", settings, device="cpu") == whole
+    assert evaluate(runs["llama"], "vqa", table, tmp_path / "again", seed=3, **options) == whole
     assert read(tmp_path / "again")[1] == read(tmp_path / "whole")[1]
-    other = Settings(settings.decoding, seed=4)
-    evaluate(runs["llama"], "vqa", table, tmp_path / "other", other, device="cpu")
+    evaluate(runs["llama"], "vqa", table, tmp_path / "other", seed=4, **options)
     assert read(tmp_path / "other")[1] != read(tmp_path / "whole")[1]
 
 
 def test_images_are_read_when_they_are_looked_at(runs, tmp_path):
     """Of a table that holds them no more than a part's are in memory."""
-    pictures = []
+    images = []
     for i in range(130):
-        draw("disc", "red", i).save(tmp_path / "picture.png")
-        pictures.append({"bytes": (tmp_path / "picture.png").read_bytes(), "path": None})
-    rows = {"image": pictures, "question": ["what?"] * 130, "answers": [["a disc"] * 10] * 130}
+        draw("disc", "red", i).save(tmp_path / "image.png")
+        images.append({"bytes": (tmp_path / "image.png").read_bytes(), "path": None})
+    rows = {"image": images, "question": ["what?"] * 130, "answers": [["a disc"] * 10] * 130}
     dataset = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
     dataset.save_to_disk(tmp_path / "saved")
-    table = open_table(str(tmp_path / "saved"))
-    assert [record.image for record in table.said] == [None] * 130
-    assert len(set(table.image_ids)) == 130 and table.image(7) == pictures[7]["bytes"]
-    metrics = evaluate(runs["llama"], "vqa", str(tmp_path / "saved"), tmp_path / "out", GREEDY, device="cpu")
+    table = EvalData(DataConfig(train=str(tmp_path / "saved")))
+    assert [record.image for record in table.records] == [None] * 130
+    assert len(set(table.image_ids)) == 130 and table.image(7) == images[7]["bytes"]
+    metrics = evaluate(runs["llama"], "vqa", str(tmp_path / "saved"), tmp_path / "out", **GREEDY)
     assert metrics["answered"] == 130
 
 
@@ -268,9 +273,9 @@ def write(folder, rows):
 
 
 def test_what_was_done_is_not_done_again(runs, table, tmp_path, monkeypatch):
-    once = evaluate(runs["llama"], "vqa", table, tmp_path, GREEDY, device="cpu", limit=3)
+    once = evaluate(runs["llama"], "vqa", table, tmp_path, **GREEDY, limit=3)
     monkeypatch.setattr(GenerationPipeline, "generate", None)
-    assert evaluate(runs["llama"], "vqa", table, tmp_path, GREEDY, device="cpu", limit=3) == once
+    assert evaluate(runs["llama"], "vqa", table, tmp_path, **GREEDY, limit=3) == once
 
 
 @pytest.mark.parametrize(
@@ -281,16 +286,14 @@ def test_ids_may_be_names(runs, tmp_path, task, keys):
         {"question": "what?", "answers": ["a disc"], "question_id": "first"} if task == "vqa" else {"caption": "a disc"}
     )
     data = write(tmp_path / "data", [{"image": "a.png", "image_id": "first", **text}])
-    evaluate(runs["llama"], task, data, tmp_path / "out", GREEDY, device="cpu")
+    evaluate(runs["llama"], task, data, tmp_path / "out", **GREEDY)
     (said,) = read(tmp_path / "out")[1]
     assert tuple(said) == keys and said[keys[0]] == "first"
 
 
 def test_domains(runs, tmp_path):
     rows = [{"image": f"{i}.png", "caption": f"a disc {i}", "domain": "in" if i % 2 else "out"} for i in range(4)]
-    metrics = evaluate(
-        runs["llama"], "captioning", write(tmp_path / "data", rows), tmp_path / "out", GREEDY, device="cpu"
-    )
+    metrics = evaluate(runs["llama"], "captioning", write(tmp_path / "data", rows), tmp_path / "out", **GREEDY)
     assert set(metrics["by_domain"]) == {"in", "out"}
     assert metrics["by_domain"]["in"].keys() == set(metrics["by_domain"]["out"]) >= {"CIDEr", "SPICE"}
 
@@ -299,52 +302,52 @@ def test_domains(runs, tmp_path):
 
 
 def test_an_output_belongs_to_one_evaluation(runs, parts, table, tmp_path):
-    evaluate(runs["llama"], "vqa", table, tmp_path, GREEDY, device="cpu", limit=3)
+    evaluate(runs["llama"], "vqa", table, tmp_path, **GREEDY, limit=3)
     with pytest.raises(InputError, match=r"holds another evaluation: its records is 3, not 2: give another output"):
-        evaluate(runs["llama"], "vqa", table, tmp_path, GREEDY, device="cpu", limit=2)
+        evaluate(runs["llama"], "vqa", table, tmp_path, **GREEDY, limit=2)
 
 
 def test_an_output_that_another_evaluation_is_writing(runs, table, tmp_path):
-    with locked(tmp_path), pytest.raises(InputError, match="is in use by this process"):
-        evaluate(runs["llama"], "vqa", table, tmp_path, GREEDY, device="cpu")
+    with lock_folder(tmp_path), pytest.raises(InputError, match="is in use by this process"):
+        evaluate(runs["llama"], "vqa", table, tmp_path, **GREEDY)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_damaged_notes_are_named(runs, table, tmp_path):
-    """And what lies beside them is not lost."""
-    whole = evaluate(runs["llama"], "vqa", table, tmp_path, GREEDY, device="cpu")
+    """Other files in the folder are kept."""
+    whole = evaluate(runs["llama"], "vqa", table, tmp_path, **GREEDY)
     for name, torn in (("evaluation.json", b'{"task": "v\xff'), ("metrics.json", b"[1]")):
         (tmp_path / name).write_bytes(torn)
         with pytest.raises(
-            InputError, match=rf"{name} is damaged .*: delete it to go on with what lies beside it"
+            InputError, match=rf"{name} is damaged .*: delete it to resume with the other files"
         ) as error:
-            evaluate(runs["llama"], "vqa", table, tmp_path, GREEDY, device="cpu")
+            evaluate(runs["llama"], "vqa", table, tmp_path, **GREEDY)
         assert "\n" not in str(error.value)
         (tmp_path / name).unlink()
-        assert evaluate(runs["llama"], "vqa", table, tmp_path, GREEDY, device="cpu") == whole
+        assert evaluate(runs["llama"], "vqa", table, tmp_path, **GREEDY) == whole
 
 
 def test_a_full_disk(runs, table, small_disk):
     with pytest.raises(InputError, match=r"disk/out cannot be written \(No space left on device\): make room") as error:
-        evaluate(runs["llama"], "vqa", table, small_disk(16) / "out", GREEDY, device="cpu")
+        evaluate(runs["llama"], "vqa", table, small_disk(16) / "out", **GREEDY)
     assert "\n" not in str(error.value)
 
 
 def test_tasks_that_do_not_fit(runs, parts, table, tmp_path):
     with pytest.raises(InputError, match=r"row 0 .* has no question, which the task vqa needs"):
-        evaluate(runs["llama"], "vqa", parts.pictures, tmp_path / "a", GREEDY, device="cpu")
-    with pytest.raises(InputError, match="is of stage representation alone"):
-        evaluate(runs["stage1"], "vqa", table, tmp_path / "b", GREEDY, device="cpu")
-    with pytest.raises(InputError, match="is of stage generation alone"):
-        evaluate(runs["llama"], "retrieval", parts.pictures, tmp_path / "c", device="cpu")
+        evaluate(runs["llama"], "vqa", parts.pictures, tmp_path / "a", **GREEDY)
+    with pytest.raises(InputError, match="contains only stage representation"):
+        evaluate(runs["stage1"], "vqa", table, tmp_path / "b", **GREEDY)
+    with pytest.raises(InputError, match="contains only stage generation"):
+        evaluate(runs["llama"], "retrieval", parts.pictures, tmp_path / "c")
     with pytest.raises(InputError, match=r"the prompt 'what' has no \{\} where the question goes"):
-        evaluate(runs["llama"], "vqa", table, tmp_path / "d", Settings(prompt="what"), device="cpu")
+        evaluate(runs["llama"], "vqa", table, tmp_path / "d", prompt="what")
 
 
 def test_two_questions_of_one_id(runs, tmp_path):
     row = {"image": "a.png", "question": "what?", "answers": ["a disc"], "question_id": 7}
-    with pytest.raises(InputError, match="question_id 7 and 0 others stand more than once in the data"):
-        evaluate(runs["llama"], "vqa", write(tmp_path / "data", [row, row]), tmp_path / "out", GREEDY, device="cpu")
+    with pytest.raises(InputError, match="question_id 7 and 0 others occur more than once in the data"):
+        evaluate(runs["llama"], "vqa", write(tmp_path / "data", [row, row]), tmp_path / "out", **GREEDY)
 
 
 def test_the_command(runs, table, tmp_path, capsys):

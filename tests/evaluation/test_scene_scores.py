@@ -6,11 +6,11 @@ import torch
 from blip2.data.scene_texts import Truth
 from blip2.evaluation.scenes import (
     Twins,
-    compare_twins,
     majority_answers,
     matching_accuracy,
     score_answers,
     score_facts,
+    score_twins,
 )
 from blip2.pipelines import load
 from conftest import draw
@@ -55,7 +55,7 @@ def test_the_most_frequent_answer_is_that_of_the_same_words_or_else_of_the_type(
 
 def test_twins_are_told_apart_by_both_texts_and_both_images():
     right, texts_only, wrong, equal = [[2, 1], [1, 2]], [[2, 1], [3, 4]], [[1, 2], [2, 1]], [[1, 1], [1, 1]]
-    found = Twins(torch.tensor([right, texts_only, wrong, equal], dtype=torch.float)).told_apart
+    found = Twins(torch.tensor([right, texts_only, wrong, equal], dtype=torch.float)).accuracy
     # Of the second pair both images find their text, but its first text prefers the second image.
     assert found == {"pairwise": (4 + 3 + 0 + 0) / 16, "text": 0.5, "image": 0.25, "group": 0.25}
 
@@ -70,8 +70,8 @@ def pipeline(runs):
 def test_twins_are_scored_as_pairs_of_images_and_texts(pipeline):
     images = [draw("disc", "red", 0), draw("disc", "blue", 0), draw("square", "green", 0), draw("stripe", "green", 0)]
     texts = ["a red disc", "a blue disc", "a green square", "a green stripe"]
-    features = pipeline.features(images)
-    found = compare_twins(pipeline, features, texts)
+    features = pipeline.encode_images(images)
+    found = score_twins(pipeline, features, texts)
     similarity, match = pipeline.similarity(features, texts), pipeline.match(features, texts)
     for pair in (0, 1):
         rows = slice(2 * pair, 2 * pair + 2)
@@ -81,7 +81,7 @@ def test_twins_are_scored_as_pairs_of_images_and_texts(pipeline):
 
 def test_matching_accuracy_is_that_of_training_s_negatives(pipeline):
     images = [draw("disc", "red", 0), draw("disc", "blue", 0), draw("square", "green", 0), draw("stripe", "green", 0)]
-    features, texts = pipeline.features(images), ["a red disc", "a blue disc", "a green square", "a green stripe"]
+    features, texts = pipeline.encode_images(images), ["a red disc", "a blue disc", "a green square", "a green stripe"]
     found = matching_accuracy(pipeline, features, texts)
     assert found == matching_accuracy(pipeline, features, texts)
     assert (12 * found) == pytest.approx(round(12 * found))  # 4 pairs and 8 negatives

@@ -117,8 +117,8 @@ QUESTIONS = {
 
 def test_score_answers() -> None:
     scores = score_answers({14: "yes", 13: "Dark Red!", 12: "two", 11: "yes"}, QUESTIONS)
-    assert scores.each == pytest.approx({11: 1.0, 12: 0.6, 13: 1.0, 14: 0.3})
-    assert list(scores.each) == [11, 12, 13, 14]
+    assert scores.per_question == pytest.approx({11: 1.0, 12: 0.6, 13: 1.0, 14: 0.3})
+    assert list(scores.per_question) == [11, 12, 13, 14]
     assert scores.accuracy == pytest.approx(2.9 / 4)
     assert scores.by_question_type == pytest.approx({"is the": 0.65, "how many": 0.6, "what color": 1.0})
     assert scores.by_answer_type == pytest.approx({"yes/no": 0.65, "number": 0.6, "other": 1.0})
@@ -142,8 +142,8 @@ def test_exact_match() -> None:
     }
     predictions = {"07": "A dog.", "08": "yes", "09": "yes"}
     official, lavis = score_exact(predictions, questions), score_exact(predictions, questions, "lavis")
-    assert official.each == {"07": 0.0, "08": 1.0, "09": 0.0}
-    assert lavis.each == {"07": 1.0, "08": 1.0, "09": 0.0}
+    assert official.per_question == {"07": 0.0, "08": 1.0, "09": 0.0}
+    assert lavis.per_question == {"07": 1.0, "08": 1.0, "09": 0.0}
     assert lavis.accuracy == pytest.approx(2 / 3)
     assert lavis.by_question_type == {"query": 1.0, "verify": 0.5}
     # The truth stays as it is: what normalizing would change can then never be said.
@@ -156,7 +156,7 @@ def test_exact_match() -> None:
     [
         ({}, r"^the predictions lacks 2 question_id \(1, 2\) of 2"),
         ({1: "yes"}, r"^the predictions lacks 1 question_id \(2\) of 2"),
-        ({1: "yes", 2: "no", 5: "no"}, r"^the predictions has 1 question_id \(5\) that nobody asked for"),
+        ({1: "yes", 2: "no", 5: "no"}, r"^the predictions has 1 question_id \(5\) not in the data"),
     ],
 )
 def test_predictions_of_other_questions(score: Any, predictions: dict[int, str], message: str) -> None:

@@ -20,13 +20,15 @@ from transformers import ViTConfig
 
 from blip2.backbones.vision import ImageEncoder, Preprocessing
 from blip2.config import DataConfig
-from blip2.data.collate import RepresentationTexts
-from blip2.data.dataset import Preparation, plan_batches
-from blip2.data.images import ImageError, augment_to_pixels, read_image, to_pixels
-from blip2.data.records import Records, open_records
+from blip2.data.collate import Stage1Collator
+from blip2.data.dataset import BatchDataset
+from blip2.data.images import ImageError, preprocess, read_image, train_transform
+from blip2.data.records import Records
+from blip2.data.sampler import sample_batches
+from blip2.data.sources import open_records
 from blip2.errors import InputError
 from blip2.feature_cache.cache import Augmentation, CachedFeatures, cache_features
-from blip2.feature_cache.store import Layout, StoredDtype, digest
+from blip2.feature_cache.store import RowFormat, StoredDtype, digest
 from conftest import byte_tokenizer, draw
 
 PREPROCESSING = Preprocessing(16)
@@ -66,12 +68,12 @@ def cached(
     records: Records,
     encoder: ImageEncoder,
     views: int = 3,
-    smallest_crop: float = 0.5,
-    flip: bool = True,
+    min_crop_scale: float = 0.5,
+    horizontal_flip: bool = True,
     dtype: StoredDtype = "bf16",
     **options: Any,
 ) -> CachedFeatures:
-    augmentation = Augmentation(views, smallest_crop, flip)
+    augmentation = Augmentation(views, min_crop_scale, horizontal_flip)
     return cache_features(tmp_path / "cache", records, encoder, augmentation, dtype, torch.device("cpu"), **options)
 
 
@@ -87,32 +89,32 @@ def lines(cache: CachedFeatures, key: str = "row") -> list[dict[str, Any]]:
 
 
 def drawing(view: int, views: int) -> np.random.Generator:
-    """A generator that draws this view first."""
+    """A generator that samples this view first."""
     seed = next(seed for seed in range(999) if np.random.default_rng(seed).integers(views) == view)
     return np.random.default_rng(seed)
 
 
 def whole(records: Records, index: int, encoder: ImageEncoder) -> Tensor:
     """What the encoder makes of all of an image, as it is kept."""
-    pixels = to_pixels(read_image(records[index].image or ""), encoder.preprocessing)
-    return encoder.features(pixels[None])[0].bfloat16()
+    pixels = preprocess(read_image(records[index].image or ""), encoder.preprocessing)
+    return encoder.encode(pixels[None])[0].bfloat16()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_features_are_those_of_the_encoder(tmp_path: Path, workers: int) -> None:
     records, encoder = pictures(tmp_path / "pictures"), CountingEncoder()
-    cache = cached(tmp_path, records, encoder, batch_size=6, workers=workers)
-    assert (len(cache), cache.images, cache.encoded, cache.broken) == (5, 5, 5, {})
-    assert cache.layout == Layout(3, encoder.tokens, encoder.width, "bf16")
-    assert cache.bytes == 5 * 3 * encoder.tokens * encoder.width * 2
+    cache = cached(tmp_path, records, encoder, batch_size=6, num_workers=workers)
+    assert (len(cache), cache.num_images, cache.num_encoded, cache.errors) == (5, 5, 5, {})
+    assert cache.row_format == RowFormat(3, encoder.num_tokens, encoder.hidden_size, "bf16")
+    assert cache.num_bytes == 5 * 3 * encoder.num_tokens * encoder.hidden_size * 2
     for i in range(5):
         assert torch.equal(cache.read(i, None), whole(records, i, encoder))
         assert torch.equal(cache.read(i, drawing(0, 3)), whole(records, i, encoder))
         image = read_image(records[i].image or "")
         for view in (1, 2):
             random = np.random.default_rng([view, int(name(records, i), 16)])
-            pixels = augment_to_pixels(image, PREPROCESSING, random, 0.5, True)
-            expected = encoder.features(pixels[None])[0].bfloat16()
+            pixels = train_transform(image, PREPROCESSING, random, 0.5, True)
+            expected = encoder.encode(pixels[None])[0].bfloat16()
             assert torch.equal(cache.read(i, drawing(view, 3)), expected)
             assert not torch.equal(expected, whole(records, i, encoder))
     assert torch.equal(cache.read_all(), torch.stack([whole(records, i, encoder) for i in range(5)]).float())
@@ -126,30 +128,30 @@ def test_the_error_is_the_one_reported(tmp_path: Path, dtype: StoredDtype, least
     records, encoder = pictures(tmp_path / "pictures"), CountingEncoder()
     cache = cached(tmp_path, records, encoder, views=1, dtype=dtype)
     exact = torch.stack(
-        [encoder.features(to_pixels(read_image(record.image or ""), PREPROCESSING)[None])[0] for record in records]
+        [encoder.encode(preprocess(read_image(record.image or ""), PREPROCESSING)[None])[0] for record in records]
     )
     error = float((cache.read_all() - exact).norm() / exact.norm())
-    assert cache.error == pytest.approx(error, rel=1e-4)
+    assert cache.rms_error == pytest.approx(error, rel=1e-4)
     assert least < error < most
-    assert cached(tmp_path, records, encoder, views=1, dtype=dtype).error == cache.error
-    assert json.loads((cache.folder / "about.json").read_text())["error"] == cache.error
+    assert cached(tmp_path, records, encoder, views=1, dtype=dtype).rms_error == cache.rms_error
+    assert json.loads((cache.folder / "about.json").read_text())["error"] == cache.rms_error
 
 
 def test_int8_has_a_scale_a_token() -> None:
     """A token a thousand times larger than another spoils nothing; one of zeros stays zeros."""
     features = torch.tensor([[1.0, -0.5, 0.25], [1000.0, 3.0, -500.0], [0.0, 0.0, 0.0]])[None, None]
-    layout = Layout(1, 3, 3, "int8")
-    fields = layout.pack(features)
+    row_format = RowFormat(1, 3, 3, "int8")
+    fields = row_format.pack(features)
     assert fields["values"].tolist() == [[[[127, -64, 32], [127, 0, -64], [0, 0, 0]]]]
     torch.testing.assert_close(fields["scales"], torch.tensor([[[1 / 127, 1000 / 127, 0.0]]]))
     largest = features.abs().amax(dim=-1, keepdim=True)
-    assert ((layout.unpack(fields).float() - features).abs() <= largest * (0.5 / 127 + 2**-8)).all()
-    assert layout.row.itemsize == 9 + 3 * 4
+    assert ((row_format.unpack(fields).float() - features).abs() <= largest * (0.5 / 127 + 2**-8)).all()
+    assert row_format.numpy_dtype.itemsize == 9 + 3 * 4
 
 
 def test_what_is_not_finite_is_not_hidden() -> None:
-    layout = Layout(1, 2, 2, "int8")
-    back = layout.unpack(layout.pack(torch.tensor([[[[1.0, float("nan")], [1.0, float("inf")]]]])))
+    row_format = RowFormat(1, 2, 2, "int8")
+    back = row_format.unpack(row_format.pack(torch.tensor([[[[1.0, float("nan")], [1.0, float("inf")]]]])))
     assert not back.isfinite().all(dim=-1).any()
 
 
@@ -161,7 +163,7 @@ def test_found_again(tmp_path: Path) -> None:
     files = sorted(first.folder.iterdir())
     encoder, reported = CountingEncoder(), []
     again = cached(tmp_path, pictures(tmp_path / "pictures"), encoder, report=lambda *done: reported.append(done))
-    assert (encoder.seen, reported, again.encoded, again.images) == (0, [], 0, 5)
+    assert (encoder.seen, reported, again.num_encoded, again.num_images) == (0, [], 0, 5)
     assert again.folder == first.folder
     assert torch.equal(again.read(3, None), first.read(3, None))
     # pictures() wrote the files anew, which only gave them another time.
@@ -175,7 +177,7 @@ def test_unchanged_files_are_not_read_again(tmp_path: Path, monkeypatch: pytest.
     cached(tmp_path, records, encoder)
     monkeypatch.setattr(Path, "read_bytes", None)
     cache = cached(tmp_path, records, encoder)
-    assert (cache.images, encoder.seen) == (5, 15)
+    assert (cache.num_images, encoder.seen) == (5, 15)
 
 
 def brighter(encoder: ImageEncoder) -> ImageEncoder:
@@ -206,7 +208,7 @@ def of_layer(encoder: ImageEncoder, layer: str) -> ImageEncoder:
         (lambda: configured(CountingEncoder(), hidden_act="relu"), {}),
         (CountingEncoder, {"views": 2}),
         (CountingEncoder, {"min_crop_scale": 0.6}),
-        (CountingEncoder, {"flip": False}),
+        (CountingEncoder, {"horizontal_flip": False}),
         (CountingEncoder, {"dtype": "int8"}),
     ],
     ids=["weight", "dtype", "size", "std", "shape", "layer", "configuration", "views", "crop", "flip", "int8"],
@@ -217,8 +219,8 @@ def test_made_anew_for_another(tmp_path: Path, encoder: Callable[[], ImageEncode
     other = encoder()
     second = cached(tmp_path, records, other, **settings)
     assert second.folder != first.folder
-    assert second.encoded == 2
-    assert second.read(1, None).shape == (other.tokens, other.width)
+    assert second.num_encoded == 2
+    assert second.read(1, None).shape == (other.num_tokens, other.hidden_size)
 
 
 def test_a_name_changes_nothing(tmp_path: Path) -> None:
@@ -228,14 +230,17 @@ def test_a_name_changes_nothing(tmp_path: Path) -> None:
         for name in ("here", "there")
     )
     assert second.folder == first.folder
-    assert second.encoded == 0
+    assert second.num_encoded == 0
 
 
 def test_one_view_does_not_ask_how_others_are_made(tmp_path: Path) -> None:
     records = pictures(tmp_path / "pictures", 2)
     first = cached(tmp_path, records, CountingEncoder(), views=1)
-    assert cached(tmp_path, records, CountingEncoder(), views=1, smallest_crop=0.9, flip=False).encoded == 0
-    assert first.encoded == 2
+    assert (
+        cached(tmp_path, records, CountingEncoder(), views=1, min_crop_scale=0.9, horizontal_flip=False).num_encoded
+        == 0
+    )
+    assert first.num_encoded == 2
 
 
 def test_only_a_changed_image_is_made_anew(tmp_path: Path) -> None:
@@ -243,7 +248,7 @@ def test_only_a_changed_image_is_made_anew(tmp_path: Path) -> None:
     records, encoder = pictures(tmp_path / "pictures"), CountingEncoder()
     Image.new("RGB", (40, 40), "blue").save(tmp_path / "pictures" / "4.png")
     second = cached(tmp_path, records, encoder)
-    assert (second.folder, second.encoded, encoder.seen) == (first.folder, 1, 3)
+    assert (second.folder, second.num_encoded, encoder.seen) == (first.folder, 1, 3)
     assert torch.equal(second.read(4, None), whole(records, 4, encoder))
     assert not torch.equal(first.read(4, None), second.read(4, None))
     assert torch.equal(first.read(3, None), second.read(3, None))
@@ -264,7 +269,7 @@ def test_data_sets_share_what_they_share(tmp_path: Path) -> None:
     others, encoder = open_records(str(folder / "rows.jsonl"), DataConfig(train="")), CountingEncoder()
     assert isinstance(others, Records)
     second = cached(tmp_path, others, encoder)
-    assert (len(second), second.images, second.encoded, encoder.seen) == (5, 3, 1, 3)
+    assert (len(second), second.num_images, second.num_encoded, encoder.seen) == (5, 3, 1, 3)
     for view in range(3):
         for mine, theirs in ((0, 3), (2, 1), (4, 3)):
             assert torch.equal(second.read(mine, drawing(view, 3)), first.read(theirs, drawing(view, 3)))
@@ -275,7 +280,7 @@ def test_data_sets_share_what_they_share(tmp_path: Path) -> None:
     held = open_records(str(folder / "rows.parquet"), DataConfig(train=""))
     assert isinstance(held, Records) and isinstance(held[0].image, bytes)
     third = cached(tmp_path, held, encoder)
-    assert (third.images, third.encoded, encoder.seen) == (3, 0, 3)
+    assert (third.num_images, third.num_encoded, encoder.seen) == (3, 0, 3)
     assert torch.equal(third.read_all(), second.read_all())
 
 
@@ -286,7 +291,7 @@ def test_broken_images_are_remembered(tmp_path: Path) -> None:
     records, encoder = pictures(tmp_path / "pictures", 5, broken=2), CountingEncoder()
     for seen in (12, 12):
         cache = cached(tmp_path, records, encoder)
-        assert (cache.images, encoder.seen, list(cache.broken)) == (4, seen, [2])
+        assert (cache.num_images, encoder.seen, list(cache.errors)) == (4, seen, [2])
         with pytest.raises(ImageError, match=r"^it is not an image \(it begins with b'not an image'\)"):
             cache.read(2, None)
         # Those behind it keep their places.
@@ -300,17 +305,23 @@ def test_a_missing_file_is_looked_for_again(tmp_path: Path) -> None:
     data = (tmp_path / "pictures" / "2.png").read_bytes()
     (tmp_path / "pictures" / "2.png").unlink()
     cache = cached(tmp_path, records, encoder)
-    assert list(cache.broken) == [2]
-    assert re.fullmatch(r"image .*2\.png cannot be read \(No such file or directory\): check its path", cache.broken[2])
+    assert list(cache.errors) == [2]
+    assert re.fullmatch(r"image .*2\.png cannot be read \(No such file or directory\): check its path", cache.errors[2])
     (tmp_path / "pictures" / "2.png").write_bytes(data)
     cache = cached(tmp_path, records, encoder)
-    assert (cache.broken, cache.encoded) == ({}, 1)
+    assert (cache.errors, cache.num_encoded) == ({}, 1)
     assert torch.equal(cache.read(2, None), whole(records, 2, encoder))
 
 
 def test_not_one_image_is_good(tmp_path: Path) -> None:
     cache = cached(tmp_path, pictures(tmp_path / "pictures", 1, broken=0), CountingEncoder())
-    assert (cache.images, cache.encoded, cache.bytes, cache.error, list(cache.broken)) == (0, 0, 0, None, [0])
+    assert (cache.num_images, cache.num_encoded, cache.num_bytes, cache.rms_error, list(cache.errors)) == (
+        0,
+        0,
+        0,
+        None,
+        [0],
+    )
 
 
 def test_an_image_that_changes_meanwhile(tmp_path: Path) -> None:
@@ -322,8 +333,8 @@ def test_an_image_that_changes_meanwhile(tmp_path: Path) -> None:
             draw("stripe", "blue", 0).save(tmp_path / "pictures" / "4.png")
 
     cache = cached(tmp_path, records, encoder, report=change)
-    assert list(cache.broken) == [4]
-    assert "4.png changed while features were made: run this again" in cache.broken[4]
+    assert list(cache.errors) == [4]
+    assert "4.png changed while features were made: run this again" in cache.errors[4]
     again = cached(tmp_path, records, encoder)
     assert torch.equal(again.read(4, None), whole(records, 4, encoder))
 
@@ -335,17 +346,15 @@ def test_training_reads_features(tmp_path: Path) -> None:
     records, encoder = pictures(tmp_path / "pictures", 4, broken=1), CountingEncoder()
     cache = cached(tmp_path, records, encoder)
     encoder.seen = 0
-    plan = next(plan_batches(records, 4, 0))
+    spec = next(sample_batches(records, 4, 0))
     for train in (True, False):
-        preparation = Preparation(
-            records, RepresentationTexts(byte_tokenizer(), 16), PREPROCESSING, train, features=cache
-        )
-        loaded = preparation[plan]
+        preparation = BatchDataset(records, Stage1Collator(byte_tokenizer(), 16), PREPROCESSING, train, features=cache)
+        loaded = preparation[spec]
         assert loaded.batch is not None
-        assert loaded.batch.images.shape == (4 if train else 3, encoder.tokens, encoder.width)
+        assert loaded.batch.images.shape == (4 if train else 3, encoder.num_tokens, encoder.hidden_size)
         assert "1.png): it is not an image" in str(loaded.skipped[0])
     assert encoder.seen == 0
-    good = [draw.record for draw in plan.draws if isinstance(draw.record, int) and draw.record != 1]
+    good = [sample.record for sample in spec.samples if isinstance(sample.record, int) and sample.record != 1]
     assert torch.equal(loaded.batch.images, torch.stack([whole(records, i, encoder) for i in good]))
 
 
@@ -354,11 +363,11 @@ def test_readers_share_the_file(tmp_path: Path) -> None:
     cache = cached(tmp_path, pictures(tmp_path / "pictures"), CountingEncoder(), views=8)
     cache.read(0, None)
     data = pickle.dumps(cache)
-    assert len(data) < 1500 < cache.bytes
+    assert len(data) < 1500 < cache.num_bytes
     copies = [pickle.loads(data) for _ in range(20)]
     for i in range(5):
         assert all(torch.equal(copy.read(i, None), cache.read(i, None)) for copy in copies)
-    mapped = copies[0]._rows._mapped[0]
+    mapped = copies[0]._reader._mapped[0]
     assert isinstance(mapped, np.memmap) and not mapped.flags.writeable
 
 
@@ -375,18 +384,18 @@ def test_progress_is_reported(tmp_path: Path) -> None:
 
 def test_no_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records, encoder = pictures(tmp_path / "pictures"), CountingEncoder()
-    needed = 5 * 3 * encoder.tokens * encoder.width * 2
+    needed = 5 * 3 * encoder.num_tokens * encoder.hidden_size * 2
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, needed - 1))
     with pytest.raises(InputError, match=r"GB free: lower data\.cached_views, set data\.cached_dtype to int8"):
         cached(tmp_path, records, encoder)
     assert encoder.seen == 0
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, needed))
-    assert cached(tmp_path, records, encoder).encoded == 5
+    assert cached(tmp_path, records, encoder).num_encoded == 5
     # What is there already needs no room.
     draw("stripe", "green", 0).save(tmp_path / "pictures" / "4.png")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, needed // 5))
-    assert cached(tmp_path, records, encoder).encoded == 1
+    assert cached(tmp_path, records, encoder).num_encoded == 1
 
 
 def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
@@ -405,7 +414,7 @@ def test_what_is_stopped_keeps_what_was_done(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         cached(tmp_path, records, encoder, report=stop, batch_size=6)
     assert encoder.seen == 12
-    assert cached(tmp_path, records, encoder).encoded == 1
+    assert cached(tmp_path, records, encoder).num_encoded == 1
     assert encoder.seen == 15
 
 
@@ -438,12 +447,12 @@ def test_a_killed_build_is_gone_on_with(tmp_path: Path, after: int) -> None:
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     cache = cached(tmp_path, records, encoder)
     # A batch that was encoded but not yet written when it died is encoded again.
-    assert cache.encoded * 3 == encoder.seen <= (5 - after) * 3
+    assert cache.num_encoded * 3 == encoder.seen <= (5 - after) * 3
     assert sorted(line["image"] for line in lines(cache)) == sorted(name(records, i) for i in range(5))
     for i in range(5):
         assert torch.equal(cache.read(i, None), whole(records, i, encoder))
-    assert cached(tmp_path, records, encoder).encoded == 0
-    assert cache.error is not None
+    assert cached(tmp_path, records, encoder).num_encoded == 0
+    assert cache.rms_error is not None
 
 
 @pytest.mark.parametrize(
@@ -465,10 +474,10 @@ def test_what_is_not_whole_is_made_again(tmp_path: Path, torn: Callable[[Path, P
     torn(data, index)
     encoder.seen = 0
     again = cached(tmp_path, records, encoder)
-    assert (again.encoded, encoder.seen) == (redone, 3 * redone)
+    assert (again.num_encoded, encoder.seen) == (redone, 3 * redone)
     for i in range(5):
         assert torch.equal(again.read(i, None), whole(records, i, encoder))
-    assert cached(tmp_path, records, encoder).encoded == 0
+    assert cached(tmp_path, records, encoder).num_encoded == 0
 
 
 def test_two_runs_at_once(tmp_path: Path) -> None:
@@ -481,7 +490,7 @@ def test_two_runs_at_once(tmp_path: Path) -> None:
             others.append(cached(tmp_path, records, CountingEncoder()))
 
     cache = cached(tmp_path, records, encoder, report=overtake)
-    assert cache.images == others[0].images == 5
+    assert cache.num_images == others[0].num_images == 5
     assert len(list(cache.folder.glob("*.bin"))) == 2
     for i in range(5):
         assert torch.equal(cache.read(i, None), whole(records, i, encoder))

@@ -17,11 +17,12 @@ from transformers import (
 )
 
 from blip2.backbones.language import LanguageModel
-from blip2.backbones.vision import ImageEncoder, Preprocessing, wrap_transformers
+from blip2.backbones.vision import ImageEncoder, Preprocessing
+from blip2.backbones.vision_loaders import wrap_transformers
 from blip2.config import ObjectivesConfig, QFormerConfig
 from blip2.interop import lavis, transformers
 from blip2.interop.checkpoint import Checkpoint
-from blip2.interop.key_map import rename
+from blip2.interop.key_map import rename_keys
 from blip2.interop.weights import Weights
 from blip2.model.generation import GenerationModel
 from blip2.model.representation import RepresentationModel
@@ -70,7 +71,7 @@ def ours(published, monkeypatch):
 
     def probe(self, network, encode, preprocessing, layer="", blocks=()):  # which would need memory
         super(ImageEncoder, self).__init__()
-        self.network, self.preprocessing, self.tokens, self.width = network, preprocessing, 257, 1408
+        self.network, self.preprocessing, self.num_tokens, self.hidden_size = network, preprocessing, 257, 1408
 
     monkeypatch.setattr(ImageEncoder, "__init__", probe)
     config = published.config
@@ -89,14 +90,14 @@ def shapes(state):
 
 def test_names_and_shapes(published, ours):
     theirs = published.state_dict()
-    renamed = rename(theirs, transformers.NAMES, "theirs")
+    renamed = rename_keys(theirs, transformers.KEY_MAP, "theirs")
     found = {renamed[name]: shape for name, shape in shapes(theirs).items()}
     expected = shapes(ours.state_dict())
     assert not [name for name in expected if "post_layernorm" in name]
     new = set(expected) - set(found)
     assert {name.split(".")[0] for name in new} <= {"language_head", "temperature"}  # which transformers drops
     assert found == {name: shape for name, shape in expected.items() if name not in new}
-    back = rename(found, transformers.NAMES, "ours", back=True)
+    back = rename_keys(found, transformers.KEY_MAP, "ours", inverse=True)
     assert {back[name]: shape for name, shape in found.items()} == shapes(theirs)
 
 
@@ -115,9 +116,9 @@ def test_for_lavis(published, ours):
     is_t5 = "t5" in type(getattr(ours, "language", ours)).__name__.lower()
     for name in [name for name in eva if name.endswith("qkv.bias")]:
         state[name] = torch.zeros(state[name].shape)  # to see that keys have none needs numbers
-    made = lavis.state_of(Checkpoint("ours", "blip2", "", recipe, Weights(state)), is_t5=is_t5)
+    made = lavis.to_state_dict(Checkpoint("ours", "blip2", "", recipe, Weights(state)), is_t5=is_t5)
     assert len([name for name in made if name.startswith("visual_encoder.")]) == 511
-    lavis.join_biases(made)
+    lavis.merge_qkv_bias(made)
     made = {k: t for k, t in made.items() if "decoder" not in k and "position_ids" not in k}
-    table = lavis.QFORMER + lavis.OPT + lavis.EVA_NAMES
-    assert shapes(Weights(made).renamed(table, "theirs")) == shapes(state)
+    table = lavis.QFORMER_KEYS + lavis.OPT_KEYS + lavis.EVA_KEYS
+    assert shapes(Weights(made).rename_keys(table, "theirs")) == shapes(state)

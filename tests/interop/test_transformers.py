@@ -72,7 +72,7 @@ def pixels(flavor, bert):
 def test_it_says_what_it_found(saved, name, caplog):
     with caplog.at_level(logging.INFO, logger="blip2"):
         blip2.load(saved[name][0], device="cpu")
-    assert "a ViT of 3 layers for 28 pixels, 4 queries" in caplog.text
+    assert "a ViT with 3 layers for 28 pixels, 4 queries" in caplog.text
     kind = "Blip2ForImageTextRetrieval" if name == "retrieval" else "Blip2ForConditionalGeneration"
     assert f"transformers' {kind}" in caplog.text
     assert (f"an LLM of type {name}" in caplog.text) == (name != "retrieval")
@@ -84,7 +84,7 @@ def test_logits(saved, parts, name):
     folder, theirs = saved[name]
     ours = blip2.load(folder, device="cpu")
     images = pixels(name, parts.bert)
-    features = ours.features(PICTURES)
+    features = ours.encode_images(PICTURES)
     vision = theirs.vision_model(images)
     torch.testing.assert_close(ours.model.image_norm(features), vision.last_hidden_state, atol=1e-5, rtol=1e-5)
 
@@ -99,8 +99,8 @@ def test_logits(saved, parts, name):
         labels = ids.masked_fill(~mask, -100)
         labels[:, 0] = -100
         expected = theirs(**inputs).logits[:, QUERIES - 1 : -1][labels != -100]
-    states, targets = ours.model.language.states(ours.model.visual_prompt(features), ids, mask, labels)
-    logits = ours.model.language.head(states)
+    states, targets = ours.model.language.hidden_states(ours.model.visual_prompt(features), ids, mask, labels)
+    logits = ours.model.language.lm_head(states)
     assert torch.equal(targets, labels[labels != -100])
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
     assert logits.std() > 0.1
@@ -118,7 +118,7 @@ def test_scores(saved, parts, head):
         torch.testing.assert_close(ours.similarity(PICTURES, TEXTS), out, atol=1e-5, rtol=0)
     else:
         ids, mask, _ = encode_texts(ours.tokenizer, TEXTS, 40)
-        logits = ours.model.match(ours.model.memory(ours.features(PICTURES)), ids, mask)
+        logits = ours.model.match(ours.model.build_image_memory(ours.encode_images(PICTURES)), ids, mask)
         torch.testing.assert_close(logits, out, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(ours.match(PICTURES, TEXTS).diagonal(), out.softmax(1)[:, 1], atol=1e-5, rtol=0)
     assert out.std() > 0.01
@@ -164,7 +164,7 @@ def test_the_llm_s_own_files_are_used_with_the_activation_of_the_checkpoint(part
     own.config.dense_act_fn = "gelu_new"
     own.save_pretrained(tmp_path / "llm")
     byte_tokenizer(ends=True).save_pretrained(tmp_path / "llm")
-    ours = blip2.load(tmp_path / "there", device="cpu", changes={"language.name": str(tmp_path / "llm")})
+    ours = blip2.load(tmp_path / "there", device="cpu", overrides={"language.name": str(tmp_path / "llm")})
     assert ours.recipe.language.activation == "gelu"
     assert ours.model.language.network.config.dense_act_fn == "gelu"
 
@@ -176,7 +176,8 @@ def test_several_ends(parts, tmp_path):
     decoding = Decoding(num_beams=1, max_new_tokens=8)
     whole = ours.generate(PICTURES, [""] * 3, decoding)
     ids, mask = encode_prompts(ours.tokenizer, [""] * 3, "left")
-    also = int(ours.model.generate(ours.features(PICTURES), ids, mask, decoding, ours.end)[0, 2])
+    prompt = ours.model.visual_prompt(ours.encode_images(PICTURES))
+    also = int(ours.model.language.generate(prompt, ids, mask, decoding, ours.eos_token_id)[0, 2])
     edit(tmp_path / "llama" / "config.json", text_config__eos_token_id=[256, also])
     theirs = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "llama")
     images = processor("llama", parts.bert)(images=PICTURES, return_tensors="pt")
@@ -225,7 +226,7 @@ def test_text_normalization_goes_with_the_weights(saved, runs, tmp_path, copy):
     changed = open_checkpoint(str(tmp_path / "plain"), {"data.text_normalization": "lavis"})
     assert changed.recipe.data.text_normalization == "lavis"
     edit(copy("t5") / "config.json", text_normalization="upper")
-    refuses(tmp_path / "t5", "config.json says text_normalization 'upper', expected one of none, lavis: correct it")
+    refuses(tmp_path / "t5", "config.json has text_normalization 'upper', expected one of none, lavis: correct it")
 
 
 @pytest.mark.parametrize("name", [*FLAVOURS, "retrieval"])
@@ -290,7 +291,9 @@ def test_both_classes_load_one_folder(saved, parts, tmp_path):
 
 
 def test_two_q_formers_do_not_go_into_one_folder(saved, tmp_path):
-    with pytest.raises(InputError, match=r"have different Q-Formers \(\d+ weights differ, such as .*convert each to a"):
+    with pytest.raises(
+        InputError, match=r"have different Q-Formers \(\d+ weights differ, such as .*convert each to its"
+    ):
         convert(saved["opt"][0], tmp_path / "out", "transformers", stage1=saved["retrieval"][0])
     assert not list(tmp_path.iterdir())
 
@@ -300,7 +303,7 @@ def test_train_on_from_it(saved, parts, tmp_path):
     from blip2.training.trainer import train
 
     folder = str(saved["retrieval"][0])
-    sizes = {"layers": 3, "bert": None, "tokenizer": parts.bert}
+    sizes = {"num_hidden_layers": 3, "bert": None, "tokenizer": parts.bert}
     recipe = parts.recipe(
         tmp_path / "run",
         vision={"name": folder},
@@ -333,18 +336,16 @@ def test_other_image_sizes(saved, tmp_path, size):
     """Position embeddings are interpolated once, as transformers does it at every call."""
     folder, theirs = saved["retrieval"]
     changes = {"vision.image_size": size}
-    ours = blip2.load(folder, device="cpu", changes=changes)
-    features = ours.model.image_norm(ours.features(PICTURES))
+    ours = blip2.load(folder, device="cpu", overrides=changes)
+    features = ours.model.image_norm(ours.encode_images(PICTURES))
     images = torch.stack([torch.randn(3, size, size)] * 2)
     expected = theirs.vision_model(images, interpolate_pos_encoding=True).last_hidden_state
-    torch.testing.assert_close(
-        ours.model.image_norm(ours.model.vision.features(images)), expected, atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(ours.model.image_norm(ours.model.vision.encode(images)), expected, atol=1e-5, rtol=1e-5)
     assert features.shape[1] == (size // 7) ** 2 + 1
     convert(folder, tmp_path / "resized", "transformers", changes)
     again = blip2.load(tmp_path / "resized", device="cpu")
     assert again.model.vision.preprocessing.image_size == size
-    torch.testing.assert_close(again.features(PICTURES), ours.features(PICTURES))
+    torch.testing.assert_close(again.encode_images(PICTURES), ours.encode_images(PICTURES))
 
 
 # -- what can be wrong -------------------------------------------------------------------------------------------------
@@ -389,7 +390,7 @@ def test_another_image_encoder_in_the_configuration(copy):
     """transformers takes it for a Blip2VisionModel in silence."""
     folder = copy("opt")
     edit(folder / "config.json", vision_config__model_type="siglip_vision_model")
-    refuses(folder, "its vision_config is of type siglip_vision_model, which transformers would take for")
+    refuses(folder, "its vision_config is of type siglip_vision_model, expected blip_2_vision_model, which transformers")
 
 
 def test_another_llm_in_the_configuration(copy):
@@ -406,7 +407,7 @@ def test_another_number_of_queries(copy):
     folder = copy("retrieval")
     edit(folder / "config.json", num_query_tokens=8)
     edit(folder / "processor_config.json", num_query_tokens=8)
-    refuses(folder, "its config.json says num_query_tokens 8, its weights have 4")
+    refuses(folder, "its config.json has num_query_tokens 8, but its weights have 4")
 
 
 def test_another_number_of_heads(copy):
@@ -418,7 +419,7 @@ def test_another_number_of_heads(copy):
 def test_another_depth_of_the_q_former(copy):
     folder = copy("opt")
     edit(folder / "config.json", qformer_config__num_hidden_layers=2)
-    refuses(folder, "does not fit the configuration .with unknown: qformer.blocks.2")
+    refuses(folder, "does not fit the configuration .unknown: qformer.blocks.2")
 
 
 @pytest.mark.parametrize(
@@ -428,7 +429,7 @@ def test_parts_that_are_not_there(copy, left_out):
     folder = copy("opt")
     weights = load_file(folder / "model.safetensors")
     save_file({k: t for k, t in weights.items() if not k.startswith(left_out)}, folder / "model.safetensors")
-    refuses(folder, r"has no |is no whole BLIP-2|does not fit|holds no weights of its language model|missing")
+    refuses(folder, r"has no |is not a complete BLIP-2|does not fit|holds no weights of its language model|missing")
 
 
 @pytest.mark.parametrize(
@@ -445,7 +446,7 @@ def test_odd_settings(copy, changes):
 def test_images_prepared_in_another_way(copy, key):
     folder = copy("opt")
     edit(folder / "processor_config.json", **{f"image_processor__{key}": False})
-    refuses(folder, f"its image processor has {key} False, BLIP-2's True: images would be prepared in another way")
+    refuses(folder, f"its image processor has {key} False, expected True, as in BLIP-2's training")
 
 
 def test_weights_of_no_part(copy):
@@ -459,21 +460,22 @@ def test_weights_of_no_part(copy):
 def test_a_tokenizer_without_the_placeholder(copy):
     folder = copy("opt")
     byte_tokenizer(True).save_pretrained(folder)
-    refuses(folder, "its tokenizer has no <image>, which its config.json says is token 258: copy the tokenizer")
+    refuses(folder, "its tokenizer has no <image>, which is token 258 in its config.json: copy the tokenizer")
 
 
 def test_another_placeholder(copy):
     folder = copy("opt")
     edit(folder / "config.json", image_token_index=57)
-    refuses(folder, "<image> is token 258 of its tokenizer, its config.json says 57: set image_token_index to 258")
+    refuses(folder, "<image> is token 258 of its tokenizer, but 57 in its config.json: set image_token_index to 258")
 
 
 def test_too_few_placeholders(copy):
-    """transformers gives the queries of one picture to another text, in silence."""
+    """transformers gives the queries of one image to another text, in silence."""
     folder = copy("opt")
     edit(folder / "processor_config.json", num_query_tokens=2)
     refuses(
-        folder, "its processor puts 2 <image> tokens before a text, but it has 4 queries: set num_query_tokens to 4"
+        folder,
+        "its processor inserts 2 <image> tokens before a text, but the model has 4 queries: set num_query_tokens to 4",
     )
 
 
@@ -484,7 +486,7 @@ def test_a_tokenizer_of_another_model(copy):
 
 
 def test_placeholders_in_a_prompt(saved):
-    with pytest.raises(InputError, match=r"the prompt '<image>a' holds <image>: leave it out, the image comes first"):
+    with pytest.raises(InputError, match=r"the prompt '<image>a' contains <image>: leave it out, the image"):
         blip2.load(saved["opt"][0], device="cpu").caption(PICTURES[0], "<image>a")
 
 
@@ -497,18 +499,18 @@ def test_two_formats_in_one_folder(copy, runs):
 def test_a_damaged_configuration(copy):
     folder = copy("opt")
     (folder / "config.json").write_text("{")
-    refuses(folder, r"config.json is damaged or no JSON \(.*\): copy or download it again")
+    refuses(folder, r"config.json is damaged or not JSON \(.*\): copy or download it again")
 
 
 def test_a_stage_that_is_not_there(saved):
     refuses(
-        saved["opt"][0], "is of stage generation alone: load a model of stage representation", stage="representation"
+        saved["opt"][0], "contains only stage generation: load a model of stage representation", stage="representation"
     )
-    refuses(saved["retrieval"][0], "is of stage representation alone", stage="generation")
+    refuses(saved["retrieval"][0], "contains only stage representation", stage="generation")
 
 
 def test_the_dec_token(saved):
     """The last of the vocabulary, as LAVIS adds it to BERT's."""
     ours = blip2.load(saved["retrieval"][0], device="cpu")
     assert AutoTokenizer.from_pretrained(saved["retrieval"][0]).convert_tokens_to_ids("[DEC]") == 57
-    assert ours.model.qformer.decoder_start == 57
+    assert ours.model.qformer.decoder_start_token_id == 57

@@ -8,9 +8,10 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from blip2.backbones.vision import ImageEncoder, Layer, Preprocessing, load_image_encoder, wrap_transformers
+from blip2.backbones.vision import ImageEncoder, Preprocessing
+from blip2.backbones.vision_loaders import Layer, load_image_encoder, wrap_transformers
 from blip2.errors import InputError
-from blip2.interop.vit import to_blip2
+from blip2.interop.vit import to_blip2_vision
 from fixtures.tiny import randomize
 
 SIZES: dict[str, Any] = {
@@ -25,7 +26,7 @@ DINO = {**SIZES, "mlp_ratio": 2}
 STAGES = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}
 SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
 SIGLIP_2 = {key: value for key, value in SIZES.items() if key != "image_size"} | {"num_patches": 16}
-FAMILIES: dict[str, Callable[[], nn.Module]] = {
+KEY_MAPS: dict[str, Callable[[], nn.Module]] = {
     "BLIP-2": lambda: hf.Blip2VisionModel(hf.Blip2VisionConfig(**SIZES, hidden_act="quick_gelu", layer_norm_eps=1e-3)),
     "BLIP-2, no biases": lambda: hf.Blip2VisionModel(hf.Blip2VisionConfig(**SIZES, qkv_bias=False)),
     "ViT": lambda: hf.ViTModel(hf.ViTConfig(**SIZES, layer_norm_eps=1e-2)),
@@ -51,11 +52,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], int, Layer | None, str]] = {
         lambda: hf.BeitModel(hf.BeitConfig(**SIZES, use_relative_position_bias=True)), 28, None, "relative positions"
     ),
     "DeiT": (lambda: hf.DeiTModel(hf.DeiTConfig(**SIZES)), 28, None, "a distillation token"),
-    "ConvNeXt": (lambda: hf.ConvNextModel(hf.ConvNextConfig(**STAGES)), 64, None, "convolutions beside"),
+    "ConvNeXt": (lambda: hf.ConvNextModel(hf.ConvNextConfig(**STAGES)), 64, None, "convolutions besides"),
     "ResNet": (
-        lambda: hf.ResNetModel(hf.ResNetConfig(embedding_size=8, **STAGES)), 64, None, "convolutions beside"
+        lambda: hf.ResNetModel(hf.ResNetConfig(embedding_size=8, **STAGES)), 64, None, "convolutions besides"
     ),
-    "MSN": (lambda: hf.ViTMSNModel(hf.ViTMSNConfig(**SIZES)), 28, None, "a type that is none of .*ViTModel"),
+    "MSN": (lambda: hf.ViTMSNModel(hf.ViTMSNConfig(**SIZES)), 28, None, "a type other than .*ViTModel"),
     "ViT, last": (lambda: hf.ViTModel(hf.ViTConfig(**SIZES)), 28, "last", r"a final norm .*\(vision\.layer last\)"),
     "DINOv2, last": (lambda: hf.Dinov2Model(hf.Dinov2Config(**DINO)), 28, "last", "a final norm"),
 }  # fmt: skip
@@ -76,17 +77,17 @@ def features(config: Any, weights: dict[str, Tensor], images: Tensor) -> Tensor:
 
 def check(encoder: ImageEncoder, layer: Layer | None = None) -> tuple[Any, dict[str, Tensor]]:
     images = pixels(encoder.preprocessing.image_size)
-    config, weights = to_blip2(encoder, layer)
-    expected = encoder.features(images)
+    config, weights = to_blip2_vision(encoder, layer)
+    expected = encoder.encode(images)
     assert expected.std() > 0.3
     torch.testing.assert_close(features(config, weights, images), expected, atol=2e-6, rtol=0)
     return config, weights
 
 
 @pytest.mark.parametrize("size", [28, 42])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", KEY_MAPS)
 def test_the_features_stay(name, size):
-    encoder = wrap_transformers(randomize(FAMILIES[name]()), Preprocessing(size))
+    encoder = wrap_transformers(randomize(KEY_MAPS[name]()), Preprocessing(size))
     config, weights = check(encoder)
     assert config.num_hidden_layers == (3 if name.startswith("BLIP-2") else 2)
     assert (config.image_size, config.patch_size, config.num_attention_heads) == (size, 7, 4)
@@ -96,26 +97,26 @@ def test_the_features_stay(name, size):
 
 
 def test_blip2_stays_as_it_is():
-    network = randomize(FAMILIES["BLIP-2"]())
+    network = randomize(KEY_MAPS["BLIP-2"]())
     before = {k: v.clone() for k, v in network.state_dict().items() if not k.startswith("post_layernorm")}
-    config, weights = to_blip2(wrap_transformers(network, Preprocessing(28)), "second-last")
+    config, weights = to_blip2_vision(wrap_transformers(network, Preprocessing(28)), "second-last")
     torch.testing.assert_close(weights, before, atol=0, rtol=0)
     assert config is not network.config and config.to_dict() == network.config.to_dict()
 
 
 def test_an_encoder_is_not_changed():
-    encoder = wrap_transformers(randomize(FAMILIES["DINOv2"]()), Preprocessing(42))
+    encoder = wrap_transformers(randomize(KEY_MAPS["DINOv2"]()), Preprocessing(42))
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
-    to_blip2(encoder, None)
+    to_blip2_vision(encoder, None)
     torch.testing.assert_close(dict(encoder.state_dict()), before, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["ViT", "DINOv2"])
 def test_dtypes_stay(name):
-    encoder = wrap_transformers(randomize(FAMILIES[name]()).bfloat16(), Preprocessing(42))
-    config, weights = to_blip2(encoder, None)
+    encoder = wrap_transformers(randomize(KEY_MAPS[name]()).bfloat16(), Preprocessing(42))
+    config, weights = to_blip2_vision(encoder, None)
     assert {t.dtype for t in weights.values()} == {torch.bfloat16}
-    expected = encoder.features(pixels(42))
+    expected = encoder.encode(pixels(42))
     assert (features(config, weights, pixels(42).bfloat16()).float() - expected).norm() < 0.02 * expected.norm()
 
 
@@ -126,16 +127,16 @@ def test_what_the_layout_cannot_hold(name):
     network = getattr(network, "vision_model", network)
     encoder = wrap_transformers(network, Preprocessing(size), layer)
     what = f"a transformers.{type(network).__name__}, does not fit"
-    with pytest.raises(InputError, match=rf"{what}.*{reason}.*: convert to blip2's own format instead$") as caught:
-        to_blip2(encoder, layer)
+    with pytest.raises(InputError, match=rf"{what}.*{reason}.*: convert to the format blip2 instead$") as caught:
+        to_blip2_vision(encoder, layer)
     assert "\n" not in str(caught.value)
 
 
 def test_patches_that_are_not_square():
     network = hf.ViTModel(hf.ViTConfig(**{**SIZES, "patch_size": [14, 7]}))
     encoder = ImageEncoder(network, lambda images: network(images).last_hidden_state, Preprocessing(28))
-    with pytest.raises(InputError, match="14 x 7 pixels a patch make 9 tokens of a square of 28"):
-        to_blip2(encoder, None)
+    with pytest.raises(InputError, match="patches of 14 x 7 pixels give 9 tokens of a square of 28"):
+        to_blip2_vision(encoder, None)
 
 
 @pytest.mark.parametrize(
@@ -149,14 +150,14 @@ def test_narrow_heads(heads, reason):
     config = hf.ViTConfig(**{**SIZES, "num_attention_heads": heads}, head_dim=4)
     encoder = wrap_transformers(hf.ViTModel(config), Preprocessing(28))
     with pytest.raises(InputError, match=reason):
-        to_blip2(encoder, None)
+        to_blip2_vision(encoder, None)
 
 
 def test_weights_of_unknown_meaning_are_listed():
-    encoder = wrap_transformers(FAMILIES["ViT"](), Preprocessing(28))
+    encoder = wrap_transformers(KEY_MAPS["ViT"](), Preprocessing(28))
     encoder.network.register_parameter("temperature", nn.Parameter(torch.ones(1)))
     with pytest.raises(InputError, match=r"transformers\.ViTModel has 1 weight .*: temperature"):
-        to_blip2(encoder, None)
+        to_blip2_vision(encoder, None)
 
 
 # -- timm --------------------------------------------------------------------------------------------------------------
@@ -224,10 +225,10 @@ def test_timm_s_last_layer_without_a_norm(timm, monkeypatch):
         ("VisionTransformer", {"pre_norm": True}, "a norm before its first block"),
         ("VisionTransformer", {"class_token": False, "global_pool": "avg"}, "no CLS token"),
         ("VisionTransformer", {"reg_tokens": 2}, "registers"),
-        ("VisionTransformer", {"pos_embed": "none"}, "no learned positions"),
+        ("VisionTransformer", {"pos_embed": "none"}, "no learned position embeddings"),
         ("VisionTransformer", {"qk_norm": True}, "norms in other places"),
         ("VisionTransformer", {"scale_mlp_norm": True}, "norms in other places"),
-        ("VisionTransformer", {"patch_size": (14, 7)}, "14 x 7 pixels a patch make 9 tokens"),
+        ("VisionTransformer", {"patch_size": (14, 7)}, "patches of 14 x 7 pixels give 9 tokens"),
         ("VisionTransformer", {"act_layer": "mish"}, r"activation Mish\(\) is none of gelu"),
         ("VisionTransformer", {"norm_layer": "rmsnorm"}, "RmsNorm"),
         ("VisionTransformer", {"block_fn": "ResPostBlock"}, "ResPostBlock"),
@@ -250,5 +251,5 @@ def test_timm_that_the_layout_cannot_hold(timm, monkeypatch, kind, options, reas
             options[name] = getattr(home, options[name], None) or getattr(timm.layers, options[name])
     encoder = load(timm, monkeypatch, kind, 30 if "dynamic_img_pad" in options else 28, **options)
     with pytest.raises(InputError, match=rf"a timm\.{kind}, does not fit.*{reason}.*convert to") as caught:
-        to_blip2(encoder, options.get("layer"))
+        to_blip2_vision(encoder, options.get("layer"))
     assert "\n" not in str(caught.value)

@@ -79,6 +79,8 @@ def test_what_it_does_not_serve(parts, runs, tmp_path):
     save_transformers(tmp_path / "t5", "t5", parts.bert)
     with pytest.raises(InputError, match="has an LLM of type t5, an encoder-decoder; vLLM serves"):
         convert(tmp_path / "t5", tmp_path / "out", "vllm")
-    with pytest.raises(InputError, match="is of stage 1, which writes nothing for vLLM to serve: give a stage 2"):
+    with pytest.raises(
+        InputError, match="is a stage-1 model, which generates no text for vLLM to serve: give a stage-2 model"
+    ):
         convert(runs["stage1"], tmp_path / "out", "vllm")
     assert not (tmp_path / "out").exists()

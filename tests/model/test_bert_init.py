@@ -8,7 +8,7 @@ import yaml
 from transformers import BertConfig, BertForMaskedLM
 
 from blip2.errors import InputError
-from blip2.model.bert_init import check_fits, initialize_from_bert
+from blip2.model.bert_init import check_compatible, initialize_from_bert
 from blip2.model.qformer import QFormer, attention_mask
 from blip2.model.representation import LanguageHead
 from fixtures.tiny import QFORMER, randomize, texts
@@ -106,40 +106,40 @@ def test_what_a_sentence_encoder_lacks_is_listed_and_stays_as_drawn(bert, tmp_pa
 
 
 def test_a_bert_of_other_sizes_says_what_to_put_into_the_recipe(folder):
-    wrong = replace(CONFIG, layers=2, vocabulary=30523)
-    with pytest.raises(InputError, match=r"layers 2, vocabulary 30523") as caught:
+    wrong = replace(CONFIG, num_hidden_layers=2, vocab_size=30523)
+    with pytest.raises(InputError, match=r"num_hidden_layers 2, vocab_size 30523") as caught:
         initialize_from_bert(folder, QFormer(wrong, WIDTH))
     assert "\n" not in str(caught.value)
     told = re.search(r"set qformer (\{.*\})", str(caught.value))
-    assert yaml.safe_load(told[1]) == {"layers": 3, "vocabulary": 30}
+    assert yaml.safe_load(told[1]) == {"num_hidden_layers": 3, "vocab_size": 30}
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
         ("hidden_size", 64),
-        ("layers", 1),
-        ("heads", 8),
+        ("num_hidden_layers", 1),
+        ("num_attention_heads", 8),
         ("intermediate_size", 96),
-        ("vocabulary", 29),
+        ("vocab_size", 29),
         ("max_position_embeddings", 17),
     ],
 )
 def test_every_size_is_checked(folder, field, value):
-    check_fits(folder, CONFIG)
+    check_compatible(folder, CONFIG)
     with pytest.raises(InputError, match=rf"{field} {value}\): set qformer {{{field}: {getattr(CONFIG, field)}}}"):
-        check_fits(folder, replace(CONFIG, **{field: value}))
+        check_compatible(folder, replace(CONFIG, **{field: value}))
 
 
 def test_a_model_that_is_no_bert(parts):
     with pytest.raises(InputError, match="is a llama model; the Q-Former starts from a model of type bert"):
-        check_fits(parts.llama, CONFIG)
+        check_compatible(parts.llama, CONFIG)
 
 
 @pytest.mark.parametrize("left", ["config.json", None])
 def test_a_folder_without_a_bert(folder, tmp_path, left):
     if left:
         (tmp_path / left).write_text(Path(folder, left).read_text())
-    with pytest.raises(InputError, match="no BERT could be read from") as caught:
+    with pytest.raises(InputError, match="no BERT could be loaded from") as caught:
         initialize_from_bert(str(tmp_path), QFormer(CONFIG, WIDTH))
     assert "\n" not in str(caught.value)

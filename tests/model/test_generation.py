@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from blip2.backbones.language import load_language_model
-from blip2.backbones.vision import load_image_encoder
+from blip2.backbones.vision_loaders import load_image_encoder
 from blip2.decoding.search import Decoding
 from blip2.model.generation import GenerationBatch, GenerationModel
 from fixtures.tiny import QFORMER, randomize
@@ -65,7 +65,7 @@ def test_the_visual_prompt_begins_at_the_scale_of_token_embeddings(build, parts,
 
 def test_pixels_and_ready_features_give_the_same(build):
     model, batch = build("llama"), pairs()
-    ready = replace(batch, images=model.vision.features(batch.images))
+    ready = replace(batch, images=model.vision.encode(batch.images))
     torch.testing.assert_close(model(ready).losses, model(batch).losses)
 
 
@@ -96,10 +96,10 @@ def test_loss_and_metrics(build, name):
     model, batch = build(name), pairs()
     losses, metrics = model(batch)
     visual = model.visual_prompt(batch.images)
-    states, labels = model.language.states(visual, batch.ids, batch.mask, batch.labels)
-    logits = model.language.head(states)
+    states, labels = model.language.hidden_states(visual, batch.ids, batch.mask, batch.labels)
+    logits = model.language.lm_head(states)
     surprise = [-row.log_softmax(dim=0)[label].item() for row, label in zip(logits, labels, strict=True)]
-    assert batch.label_count == len(surprise) == 3 + 2 + 1
+    assert batch.num_labels == len(surprise) == 3 + 2 + 1
     assert losses["lm"].item() == pytest.approx(sum(surprise) / 6, abs=1e-5)
     assert model(batch, 4.0).losses["lm"].item() == pytest.approx(sum(surprise) / 4, abs=1e-5)
     assert metrics["lm_perplexity"].item() == pytest.approx(math.exp(sum(surprise) / 6), rel=1e-5)
@@ -149,14 +149,21 @@ def encode(tokenizer, texts: tuple[str, ...], side: str) -> tuple[Tensor, Tensor
     return encoded["input_ids"], encoded["attention_mask"].bool()
 
 
+@torch.no_grad()
+def generate(
+    model: GenerationModel, images: Tensor, ids: Tensor, mask: Tensor, decoding: Decoding, n: int = 1
+) -> Tensor:
+    return model.language.generate(model.visual_prompt(images), ids, mask, decoding, END, n)
+
+
 @pytest.mark.parametrize("beams", [1, 5])
 @pytest.mark.parametrize("name", LLMS)
 def test_a_list_of_different_prompts(build, parts, name, beams):
     model, tokenizer = build(name).eval(), AutoTokenizer.from_pretrained(getattr(parts, name))
     side = "right" if model.language.is_encoder_decoder else "left"
     images, decoding = pixels(1).expand(3, -1, -1, -1), Decoding(num_beams=beams, max_new_tokens=6)
-    together = model.generate(images, *encode(tokenizer, PROMPTS, side), decoding, END)
-    alone = [model.generate(images[:1], *encode(tokenizer, (p,), side), decoding, END) for p in PROMPTS]
+    together = generate(model, images, *encode(tokenizer, PROMPTS, side), decoding)
+    alone = [generate(model, images[:1], *encode(tokenizer, (p,), side), decoding) for p in PROMPTS]
     texts = tokenizer.batch_decode(together, skip_special_tokens=True)
     assert texts == [tokenizer.batch_decode(ids, skip_special_tokens=True)[0] for ids in alone]
     assert len(set(texts)) > 1
@@ -167,4 +174,4 @@ def test_copies(build, parts):
     model = build("llama").eval()
     ids, mask = encode(AutoTokenizer.from_pretrained(parts.llama), PROMPTS, "left")
     torch.manual_seed(0)
-    assert len(model.generate(pixels(3), ids, mask, Decoding(top_p=0.9, max_new_tokens=4), END, copies=2)) == 6
+    assert len(generate(model, pixels(3), ids, mask, Decoding(top_p=0.9, max_new_tokens=4), 2)) == 6

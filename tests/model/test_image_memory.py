@@ -18,8 +18,9 @@ from transformers import (
     ViTModel,
 )
 
-from blip2.backbones.vision import Preprocessing, wrap_transformers
-from blip2.model.image_memory import add_positions, encode_images, sine_position_encoding, tells_positions
+from blip2.backbones.vision import Preprocessing
+from blip2.backbones.vision_loaders import wrap_transformers
+from blip2.model.image_memory import add_position_encoding, encode_images, encodes_positions, sine_position_encoding
 from fixtures.tiny import no_encoder
 
 CPU = torch.device("cpu")
@@ -42,7 +43,7 @@ ENCODERS = {
 def test_it_is_found_out_which_encoders_tell_positions(name):
     make, size, tells = ENCODERS[name]
     torch.manual_seed(0)
-    assert tells_positions(wrap_transformers(make(), Preprocessing(size))) is tells
+    assert encodes_positions(wrap_transformers(make(), Preprocessing(size))) is tells
 
 
 def test_the_encoding_is_bounded_and_tells_every_two_places_apart():
@@ -73,12 +74,12 @@ def test_tokens_before_the_grid_and_channels_that_are_left_over_get_zeros(tokens
 def test_the_encoding_weighs_the_same_whatever_the_scale_of_the_features(scale):
     features = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
     expected = F.layer_norm(features, (32,)) + sine_position_encoding(9, 32, CPU)
-    torch.testing.assert_close(add_positions(scale * features), expected, atol=5e-3, rtol=0)
+    torch.testing.assert_close(add_position_encoding(scale * features), expected, atol=5e-3, rtol=0)
 
 
 def test_features_are_added_to_only_where_the_encoder_says_so():
     encoder, features = no_encoder(9, 32), torch.randn(2, 9, 32)
     assert torch.equal(encode_images(encoder, features), features)
     encoder.position_encoding = "sine2d"
-    assert torch.equal(encode_images(encoder, features), add_positions(features))
-    assert torch.equal(encoder.features(features), features)  # what is cached never holds positions
+    assert torch.equal(encode_images(encoder, features), add_position_encoding(features))
+    assert torch.equal(encoder.encode(features), features)  # what is cached never holds positions

@@ -12,7 +12,7 @@ from transformers import OPTConfig, OPTForCausalLM
 from blip2.backbones.language import LanguageModel
 from blip2.backbones.vision import ImageEncoder
 from blip2.config import ObjectivesConfig, QFormerConfig
-from blip2.interop.lavis import OPT, QFORMER, untie
+from blip2.interop.lavis import OPT_KEYS, QFORMER_KEYS, drop_tied
 from blip2.interop.weights import Weights
 from blip2.model import representation
 from blip2.model.generation import GenerationBatch, GenerationModel
@@ -20,7 +20,7 @@ from blip2.model.qformer import attention_mask
 from blip2.model.representation import Negatives, RepresentationBatch, RepresentationModel
 from fixtures.tiny import no_encoder
 
-NAMES = QFORMER + OPT
+NAMES = QFORMER_KEYS + OPT_KEYS
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 CONFIG = QFormerConfig(
     hidden_size=48,
@@ -47,10 +47,10 @@ CANCELLED = {
 def tensors(arrays: np.lib.npyio.NpzFile, kind: str) -> dict[str, Tensor]:
     """All arrays named kind/NAME, under our names."""
     state = {k.removeprefix(kind): torch.from_numpy(arrays[k]) for k in arrays.files if k.startswith(kind)}
-    untie(state, Path(kind))
+    drop_tied(state, Path(kind))
     # The output matrix of the LLM is its embedding; the fixture's image encoder is none.
     state = {k: t for k, t in state.items() if "lm_head" not in k and "visual_encoder" not in k}
-    return dict(Weights(state).renamed(NAMES, "the fixture"))
+    return dict(Weights(state).rename_keys(NAMES, "the fixture"))
 
 
 def check_gradients(model: nn.Module, expected: dict[str, Tensor], loose: Collection[str] = ()) -> None:
@@ -100,14 +100,14 @@ def test_losses_of_stage_1(model, stage1):
 
 
 def test_gradients_of_stage_1(model, stage1, monkeypatch):
-    monkeypatch.setattr(representation, "gather", Tensor.detach)
+    monkeypatch.setattr(representation, "all_gather", Tensor.detach)
     sum(losses(model, stage1).values()).backward()
     check_gradients(model, tensors(stage1, "grad/"), CANCELLED)
 
 
 def test_gradients_of_the_contrastive_heads_in_double_precision(model, stage1, monkeypatch):
-    monkeypatch.setattr(representation, "gather", Tensor.detach)
-    monkeypatch.setattr(ImageEncoder, "features", lambda self, images: images)
+    monkeypatch.setattr(representation, "all_gather", Tensor.detach)
+    monkeypatch.setattr(ImageEncoder, "encode", lambda self, images: images)
     losses(model.double(), stage1, torch.float64)["itc"].backward()
     expected = tensors(stage1, "grad/")
     ours = dict(model.named_parameters())
@@ -118,7 +118,7 @@ def test_gradients_of_the_contrastive_heads_in_double_precision(model, stage1, m
 @torch.no_grad()
 def test_outputs_of_stage_1(model, stage1):
     given = batch(stage1)
-    memory = model.memory(given.images)
+    memory = model.build_image_memory(given.images)
     hidden = {
         "query_hidden": model.qformer(memory).queries,
         "text_cls": model.qformer(None, given.ids, attention_mask("unimodal", 0, given.mask)).text[:, 0],

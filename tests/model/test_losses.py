@@ -5,13 +5,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from blip2.model import losses as objectives
+from blip2.model import losses
 from blip2.model.losses import (
-    draw_hard_negatives,
     image_text_contrastive,
     image_text_matching,
     image_text_similarity,
     language_modeling,
+    query_cosines,
+    query_diversity,
+    query_statistics,
+    recall_at_1,
+    sample_hard_negatives,
 )
 
 # Three pairs of this process among five of all processes; the first two pairs show the same image.
@@ -73,6 +77,12 @@ def test_contrastive_gradient():
     assert torch.autograd.gradcheck(loss, [tensor.requires_grad_() for tensor in inputs])
 
 
+def test_recall_at_1_counts_positives_in_both_directions():
+    per_image = torch.tensor([[0.0, 9, 0, 0, 0], [0, 0, 9, 0, 0], [9, 0, 0, 0, 0]])  # only the first is right
+    per_text = torch.tensor([[9.0, 0, 0, 0, 0], [9, 0, 0, 0, 0], [0, 0, 0, 9, 0]])  # the first two are
+    assert recall_at_1(per_image, per_text, POSITIVE).item() == 0.5
+
+
 # -- hard negatives ------------------------------------------------------------------------------------------------
 
 DRAWS = 20_000
@@ -88,7 +98,7 @@ DRAWS = 20_000
 def test_negatives_are_drawn_by_how_similar_they_look(similarity):
     torch.manual_seed(0)
     positive = torch.tensor([True, False, False, False, True])
-    drawn = draw_hard_negatives(torch.tensor(similarity).expand(DRAWS, 5), positive.expand(DRAWS, 5))
+    drawn = sample_hard_negatives(torch.tensor(similarity).expand(DRAWS, 5), positive.expand(DRAWS, 5))
     shares = (torch.bincount(drawn, minlength=5) / DRAWS).tolist()
     weights = [math.exp(score) + 1e-4 for score in log_softmax(similarity)]
     weights = [0.0 if right else weight for weight, right in zip(weights, positive.tolist(), strict=True)]
@@ -97,25 +107,25 @@ def test_negatives_are_drawn_by_how_similar_they_look(similarity):
         assert abs(share - expected) <= 4 * math.sqrt(expected * (1 - expected) / DRAWS)
 
 
-def test_chances_decide():
+def test_uniforms_decide():
     weights = torch.tensor([[0.5, 0.0, 0.2, 0.3]]).log().clamp(min=-60).expand(5, 4)
     positive = torch.tensor([False, True, False, False]).expand(5, 4)
-    chances = torch.tensor([0.0, 0.4, 0.6, 0.8, 1 - 2**-24])
-    assert draw_hard_negatives(weights, positive, chances).tolist() == [0, 0, 2, 3, 3]
+    uniforms = torch.tensor([0.0, 0.4, 0.6, 0.8, 1 - 2**-24])
+    assert sample_hard_negatives(weights, positive, uniforms).tolist() == [0, 0, 2, 3, 3]
 
 
 def test_each_row_draws_its_own_negative():
     torch.manual_seed(0)
     similarity = torch.full((4, 6), -50.0)
     similarity[torch.arange(4), torch.tensor([5, 3, 0, 1])] = 50.0
-    assert draw_hard_negatives(similarity, torch.eye(4, 6, dtype=torch.bool)).tolist() == [5, 3, 0, 1]
+    assert sample_hard_negatives(similarity, torch.eye(4, 6, dtype=torch.bool)).tolist() == [5, 3, 0, 1]
 
 
 def test_a_row_without_negatives_draws_something():
-    drawn = draw_hard_negatives(torch.tensor([[1.0, 2.0], [1.0, 2.0]]), torch.tensor([[True, True], [True, False]]))
+    drawn = sample_hard_negatives(torch.tensor([[1.0, 2.0], [1.0, 2.0]]), torch.tensor([[True, True], [True, False]]))
     assert drawn[0] in (0, 1)
     assert drawn[1] == 1
-    assert draw_hard_negatives(torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool)).tolist() == [0]
+    assert sample_hard_negatives(torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool)).tolist() == [0]
 
 
 # -- matching ------------------------------------------------------------------------------------------------------
@@ -123,12 +133,12 @@ def test_a_row_without_negatives_draws_something():
 
 def test_matching_loss_ignores_rows_that_do_not_count():
     logits = random(4, 2).requires_grad_()
-    labels, counted = torch.tensor([1, 1, 0, 0]), torch.tensor([True, False, True, True])
-    loss = image_text_matching(logits, labels, counted)
+    labels, valid = torch.tensor([1, 1, 0, 0]), torch.tensor([True, False, True, True])
+    loss = image_text_matching(logits, labels, valid)
     rows = [log_softmax(row) for row in logits.tolist()]
     assert loss.item() == pytest.approx(-(rows[0][1] + rows[2][0] + rows[3][0]) / 3, abs=1e-12)
     loss.backward()
-    assert (logits.grad != 0).all(dim=1).tolist() == counted.tolist()
+    assert (logits.grad != 0).all(dim=1).tolist() == valid.tolist()
 
 
 # -- language modeling --------------------------------------------------------------------------------------------
@@ -163,26 +173,26 @@ def test_logits_in_chunks_are_the_same_and_few(monkeypatch, smoothing):
     seen = []
     head.register_forward_hook(lambda module, inputs, logits: seen.append(logits.numel()))
     results = []
-    for at_once in (11 * 7, 3 * 7, 1):
-        monkeypatch.setattr(objectives, "LOGITS_AT_ONCE", at_once)
+    for max_logits in (11 * 7, 3 * 7, 1):
+        monkeypatch.setattr(losses, "MAX_LOGITS_PER_CHUNK", max_logits)
         states.grad = None
         head.zero_grad()
         seen.clear()
-        written = language_modeling(states, head, labels, 4.0, smoothing)
-        written.loss.backward()
-        results.append((*written, states.grad, head.weight.grad, head.bias.grad))
-        assert max(seen) <= max(at_once, 7)
-        assert sum(seen) == 11 * 7 * (1 if at_once == 11 * 7 else 2)  # once more in the backward pass
+        lm = language_modeling(states, head, labels, 4.0, smoothing)
+        lm.loss.backward()
+        results.append((*lm, states.grad, head.weight.grad, head.bias.grad))
+        assert max(seen) <= max(max_logits, 7)
+        assert sum(seen) == 11 * 7 * (1 if max_logits == 11 * 7 else 2)  # once more in the backward pass
     for other in results[1:]:
         torch.testing.assert_close(other, results[0])
 
 
-def test_perplexity_and_accuracy_of_what_is_written():
+def test_perplexity_and_accuracy():
     logits, labels = 3 * random(4, 7), torch.tensor([6, 0, 3, 3])
-    written = language_modeling(logits, nn.Identity(), labels, 99.0, 0.5)
+    lm = language_modeling(logits, nn.Identity(), labels, 99.0, 0.5)
     expected = cross_entropies(logits, F.one_hot(labels, 7).tolist(), 0.0)
-    assert written.perplexity.item() == pytest.approx(math.exp(sum(expected) / 4), rel=1e-5)
-    assert written.accuracy.item() == (logits.argmax(dim=1) == labels).float().mean().item()
+    assert lm.perplexity.item() == pytest.approx(math.exp(sum(expected) / 4), rel=1e-5)
+    assert lm.accuracy.item() == (logits.argmax(dim=1) == labels).float().mean().item()
 
 
 # -- queries that differ -------------------------------------------------------------------------------------------
@@ -192,44 +202,42 @@ def test_query_diversity_is_the_mean_squared_cosine_of_different_queries():
     queries = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     pairs = [(i, j) for i in range(4) for j in range(4) if i != j]
     expected = torch.stack([F.cosine_similarity(image[i], image[j], dim=0) for image in queries for i, j in pairs])
-    found = objectives.query_cosines(queries)
+    found = query_cosines(queries)
     torch.testing.assert_close(found.double(), expected.view(3, 12))
-    torch.testing.assert_close(
-        objectives.query_diversity(queries).double(), expected.square().mean(), atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(query_diversity(queries).double(), expected.square().mean(), atol=1e-6, rtol=0)
 
 
 def test_query_diversity_pulls_collapsed_queries_apart():
     torch.manual_seed(0)
     queries = (torch.randn(2, 1, 8) + 0.01 * torch.randn(2, 4, 8)).requires_grad_()
-    assert objectives.query_diversity(queries) > 0.99
+    assert query_diversity(queries) > 0.99
     for _ in range(300):
-        (gradient,) = torch.autograd.grad(objectives.query_diversity(queries), queries)
+        (gradient,) = torch.autograd.grad(query_diversity(queries), queries)
         queries = (queries - 3 * gradient).detach().requires_grad_()
-    assert objectives.query_diversity(queries) < 0.05
+    assert query_diversity(queries) < 0.05
 
 
 def test_query_statistics_at_their_ends():
     same = torch.randn(5, 1, 8).expand(-1, 4, -1)
-    found = objectives.query_statistics(same)
+    found = query_statistics(same)
     torch.testing.assert_close(found["query_similarity"], torch.tensor(1.0))
     torch.testing.assert_close(found["query_variance"], torch.tensor(0.0), atol=1e-6, rtol=0)
     apart = torch.eye(4, 8).expand(5, -1, -1)  # alike in every image
-    found = objectives.query_statistics(apart)
+    found = query_statistics(apart)
     torch.testing.assert_close(found["query_similarity"], torch.tensor(0.0))
     torch.testing.assert_close(found["query_variance"], torch.tensor(1.0))
 
 
 def test_one_query_has_nothing_to_differ_from():
     queries = torch.randn(3, 1, 8, requires_grad=True)
-    loss = objectives.query_diversity(queries)
+    loss = query_diversity(queries)
     loss.backward()
-    assert loss == 0 and objectives.query_statistics(queries) == {}
+    assert loss == 0 and query_statistics(queries) == {}
 
 
 def test_queries_are_compared_in_float32_under_autocast():
     queries = torch.randn(2, 3, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = objectives.query_diversity(queries)
+        found = query_diversity(queries)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found, objectives.query_diversity(queries))
+    torch.testing.assert_close(found, query_diversity(queries))

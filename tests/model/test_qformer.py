@@ -10,8 +10,11 @@ from torch import nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
 from blip2.config import ObjectivesConfig, QFormerConfig
-from blip2.model.attention import CrossAttention, ImageMemory, Layout, SelfAttention
-from blip2.model.qformer import QFormer, attention_mask, contrast_and_generate_mask
+from blip2.model.attention import CrossAttention, SelfAttention
+from blip2.model.image_memory import ImageMemory
+from blip2.model.kernels.linear import NormalizedFeatures
+from blip2.model.kernels.packing import PackedTokens
+from blip2.model.qformer import QFormer, attention_mask, itc_itg_mask
 from blip2.model.representation import RepresentationModel
 from fixtures.tiny import QFORMER, no_encoder, randomize, texts
 
@@ -39,18 +42,18 @@ def no_gradients():
 # -- masks ---------------------------------------------------------------------------------------------------------
 
 
-def picture(mask: torch.Tensor) -> list[str]:
-    return ["".join("1" if seen else "." for seen in row) for row in mask.tolist()]
+def draw(mask: torch.Tensor) -> list[str]:
+    return ["".join("1" if allowed else "." for allowed in row) for row in mask.tolist()]
 
 
-def pictures(drawn: str) -> dict[str, list[str]]:
-    """What is drawn in columns, by the word above each."""
+def parse_masks(drawn: str) -> dict[str, list[str]]:
+    """Return the masks that are drawn in columns, by the title above each."""
     columns = zip(*(line.split() for line in drawn.strip().splitlines()), strict=True)
     return {title: list(rows) for title, *rows in columns}
 
 
 # Two queries, then three text tokens.
-FIGURE_2 = pictures("""
+FIGURE_2 = parse_masks("""
     unimodal  causal  bidirectional
     11...     11...   11111
     11...     11...   11111
@@ -59,7 +62,7 @@ FIGURE_2 = pictures("""
     ..111     11111   11111
 """)
 # The last token is padding.
-PADDED = pictures("""
+PADDED = parse_masks("""
     unimodal  causal  bidirectional
     11...     11...   1111.
     11...     11...   1111.
@@ -67,13 +70,13 @@ PADDED = pictures("""
     ..11.     1111.   1111.
     ..11.     1111.   1111.
 """)
-TEXT_ALONE = pictures("""
+TEXT_ALONE = parse_masks("""
     unimodal  causal  bidirectional
     11        1.      11
     11        11      11
 """)
-# Two queries, then the text that is contrasted, then the text that is generated.
-BOTH = pictures("""
+# Two queries, the text of ITC, the text of ITG.
+BOTH = parse_masks("""
     whole     padded
     11......  11......
     11......  11......
@@ -90,20 +93,20 @@ TEXT = torch.tensor([[True, True, True], [True, True, False]])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_masks_of_figure_2(kind):
     mask = attention_mask(kind, 2, TEXT)
-    assert picture(mask[0]) == FIGURE_2[kind]
-    assert picture(mask[1]) == PADDED[kind]
+    assert draw(mask[0]) == FIGURE_2[kind]
+    assert draw(mask[1]) == PADDED[kind]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_masks_of_text_alone_and_of_queries_alone(kind):
-    assert picture(attention_mask(kind, 0, TEXT[:1, :2])[0]) == TEXT_ALONE[kind]
-    assert picture(attention_mask(kind, 2, TEXT[:1, :0])[0]) == ["11", "11"]
+    assert draw(attention_mask(kind, 0, TEXT[:1, :2])[0]) == TEXT_ALONE[kind]
+    assert draw(attention_mask(kind, 2, TEXT[:1, :0])[0]) == ["11", "11"]
 
 
-def test_the_mask_of_contrasting_and_generating_at_once():
-    mask = contrast_and_generate_mask(2, TEXT)
-    assert picture(mask[0]) == BOTH["whole"]
-    assert picture(mask[1]) == BOTH["padded"]
+def test_the_mask_of_itc_and_itg_at_once():
+    mask = itc_itg_mask(2, TEXT)
+    assert draw(mask[0]) == BOTH["whole"]
+    assert draw(mask[1]) == BOTH["padded"]
 
 
 # -- size and parity -----------------------------------------------------------------------------------------------
@@ -114,7 +117,7 @@ def millions(module: nn.Module) -> float:
 
 
 def test_parameter_counts_are_the_papers():
-    """BERT-base beside ViT-g. The paper says 188 M; the reference implementation has 186.7 M."""
+    """A BERT-base Q-Former for ViT-g. The paper says 188 M; the reference implementation has 186.7 M."""
     vision = no_encoder(257, 1408)
     with torch.device("meta"):
         model = RepresentationModel(vision, QFormerConfig(), ObjectivesConfig())
@@ -173,7 +176,7 @@ def peer(qformer: QFormer, has_text: bool) -> Blip2QFormerModel:
 
 def test_text_and_queries_agree_with_transformers(qformer, features):
     ids, mask = texts(6, 4, 2)
-    ours = qformer(qformer.memory(features, NORM), ids, attention_mask("bidirectional", 4, mask))
+    ours = qformer(qformer.project_image(features, NORM), ids, attention_mask("bidirectional", 4, mask))
     text = qformer.word_embedding(ids) + qformer.position_embedding(torch.arange(6))
     out = peer(qformer, has_text=True)(
         query_embeds=torch.cat([qformer.queries.expand(3, -1, -1), text], dim=1),
@@ -186,7 +189,7 @@ def test_text_and_queries_agree_with_transformers(qformer, features):
 
 
 def test_queries_alone_and_attention_maps_agree_with_transformers(qformer, features):
-    memory = qformer.memory(features, NORM)
+    memory = qformer.project_image(features, NORM)
     ours, maps = qformer(memory), qformer.attention_maps(memory)
     theirs = peer(qformer, has_text=False)(
         query_embeds=qformer.queries.expand(3, -1, -1), encoder_hidden_states=NORM(features), output_attentions=True
@@ -200,7 +203,7 @@ def test_queries_alone_and_attention_maps_agree_with_transformers(qformer, featu
 
 
 def test_attention_maps_are_those_of_the_image_that_each_row_looks_at(qformer, features):
-    memory = qformer.memory(features, NORM)
+    memory = qformer.project_image(features, NORM)
     maps = qformer.attention_maps(memory)
     assert (maps[0] - maps[1]).abs().max() > 1e-2
     several = torch.tensor([2, 0, 0, 1])
@@ -210,14 +213,14 @@ def test_attention_maps_are_those_of_the_image_that_each_row_looks_at(qformer, f
         (memory.select(several), several.tolist()),
         (memory.repeat(2), [0, 1, 2, 0, 1, 2]),
         (flipped.repeat(2), [1, 0, 1, 0]),
-        (memory.join(flipped), [0, 1, 2, 1, 0]),
+        (memory.cat(flipped), [0, 1, 2, 1, 0]),
     ):
         assert len(changed) == len(rows)
         torch.testing.assert_close(qformer.attention_maps(changed), maps[rows], atol=1e-6, rtol=0)
 
 
-def test_attention_maps_leave_nothing_behind(qformer, features):
-    memory = qformer.memory(features, NORM)
+def test_attention_maps_leave_no_hooks(qformer, features):
+    memory = qformer.project_image(features, NORM)
     qformer.attention_maps(memory)
     assert not any(module._forward_pre_hooks for module in qformer.modules())
 
@@ -226,13 +229,13 @@ def test_attention_maps_leave_nothing_behind(qformer, features):
 
 
 def run(qformer, features, ids, mask, kind):
-    return qformer(qformer.memory(features, NORM), ids, attention_mask(kind, QFORMER.num_query_tokens, mask))
+    return qformer(qformer.project_image(features, NORM), ids, attention_mask(kind, QFORMER.num_query_tokens, mask))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_the_bidirectional_mask_shows_the_text_to_the_queries(qformer, features, kind):
     one, two = (run(qformer, features, *texts(5, 5, 5, seed=seed), kind).queries for seed in (0, 1))
-    alone = qformer(qformer.memory(features, NORM)).queries
+    alone = qformer(qformer.project_image(features, NORM)).queries
     if kind == "bidirectional":
         assert (one - two).abs().amax(dim=(1, 2)).min() > 1e-2
     else:
@@ -287,11 +290,11 @@ def test_padding_is_not_computed(qformer, features):
 def test_one_pass_contrasts_and_generates(qformer, features):
     ids, mask = texts(6, 4, 2)
     begun = ids.clone()
-    begun[:, 0] = qformer.decoder_start
+    begun[:, 0] = qformer.decoder_start_token_id
     both = qformer(
-        qformer.memory(features, NORM),
+        qformer.project_image(features, NORM),
         torch.cat([ids, begun], dim=1),
-        contrast_and_generate_mask(4, mask),
+        itc_itg_mask(4, mask),
         torch.arange(6).repeat(2),
     )
     contrast, generate = run(qformer, features, ids, mask, "unimodal"), run(qformer, features, begun, mask, "causal")
@@ -300,30 +303,30 @@ def test_one_pass_contrasts_and_generates(qformer, features):
     torch.testing.assert_close(both.text[:, 6:][mask], generate.text[mask])
 
 
-def test_text_begins_at_position_zero_behind_the_queries(qformer, features):
+def test_text_begins_at_position_zero_after_the_queries(qformer, features):
     ids, mask = texts(5, 5, 5)
-    memory, causal = qformer.memory(features, NORM), attention_mask("causal", 4, mask)
+    memory, causal = qformer.project_image(features, NORM), attention_mask("causal", 4, mask)
     torch.testing.assert_close(qformer(memory, ids, causal).text, qformer(memory, ids, causal, torch.arange(5)).text)
     moved = qformer(memory, ids, causal, torch.arange(5) + 4).text
     assert (moved - qformer(memory, ids, causal).text).abs().max() > 1e-2
 
 
 def test_decoder_start_is_the_last_id(qformer):
-    assert qformer.decoder_start == 29
+    assert qformer.decoder_start_token_id == 29
 
 
 # -- image memory --------------------------------------------------------------------------------------------------
 
 
 def keys_and_values(memory: ImageMemory) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Of each layer, a row for each that looks."""
+    """Return the keys and values of each layer, with a copy for each row."""
 
-    def of_rows(part: torch.Tensor, images: torch.Tensor | int) -> torch.Tensor:
+    def expand(part: torch.Tensor, images: torch.Tensor | int) -> torch.Tensor:
         return part.repeat(images, 1, 1, 1) if isinstance(images, int) else part[images]
 
     return [
-        tuple(torch.cat([of_rows(looked[part], looked.images) for looked in layer]) for part in (0, 1))
-        for layer in memory.layers
+        tuple(torch.cat([expand(kv[part], kv.row_to_image) for kv in layer]) for part in (0, 1))
+        for layer in memory.layer_kv
     ]
 
 
@@ -333,23 +336,23 @@ def assert_same_memory(one: ImageMemory, two: ImageMemory) -> None:
 
 
 def test_memories_are_made_from_each_image_alone(qformer, features):
-    memory = qformer.memory(features, NORM)
+    memory = qformer.project_image(features, NORM)
     assert len(memory) == 3
-    assert len(memory.layers) == 2
+    assert len(memory.layer_kv) == 2
     order = torch.tensor([2, 0, 0, 1])
-    assert_same_memory(memory.select(order), qformer.memory(features[order], NORM))
-    assert_same_memory(memory.select(order[:1]).repeat(3), qformer.memory(features[[2, 2, 2]], NORM))
+    assert_same_memory(memory.select(order), qformer.project_image(features[order], NORM))
+    assert_same_memory(memory.select(order[:1]).repeat(3), qformer.project_image(features[[2, 2, 2]], NORM))
     assert all(
-        looked.keys is mine.keys for (looked,), (mine,) in zip(memory.select(order).layers, memory.layers, strict=True)
+        kv.keys is mine.keys for (kv,), (mine,) in zip(memory.select(order).layer_kv, memory.layer_kv, strict=True)
     )
-    assert_same_memory(qformer.memory(features[:1], NORM).join(qformer.memory(features[1:], NORM)), memory)
+    assert_same_memory(qformer.project_image(features[:1], NORM).cat(qformer.project_image(features[1:], NORM)), memory)
 
 
 def test_rows_that_share_an_image_see_what_they_would_see_alone(qformer, features):
     """Two rounds of the three images, then two rows that look at images drawn: as in ITM."""
-    memory, drawn = qformer.memory(features, NORM), torch.tensor([2, 0])
+    memory, drawn = qformer.project_image(features, NORM), torch.tensor([2, 0])
     ids, mask = texts(5, 3, 6, 2, 4, 6, 3, 5)
-    shared = memory.repeat(2).join(memory.select(drawn))
+    shared = memory.repeat(2).cat(memory.select(drawn))
     whole = qformer(shared, ids, attention_mask("bidirectional", 4, mask)).queries
     for row, image in enumerate([0, 1, 2, 0, 1, 2, 2, 0]):
         one, length = slice(row, row + 1), int(mask[row].sum())
@@ -363,10 +366,8 @@ def test_the_norm_of_the_features_is_folded_exactly(features):
     attention, norm = randomize(CrossAttention(QFORMER, WIDTH)), randomize(nn.LayerNorm(WIDTH))
     plain = nn.functional.layer_norm(features, (WIDTH,))
     results = []
-    for keys, values in (
-        attention.keys_and_values(plain, norm),
-        [attention.split_heads(projection(norm(features))) for projection in (attention.key, attention.value)],
-    ):
+    for source in (NormalizedFeatures(plain, norm), NormalizedFeatures(norm(features), None)):
+        keys, values, _ = attention.project_image(source)
         attention.zero_grad()
         norm.zero_grad()
         (keys.cumsum(1).sin().sum() + values.cumsum(2).cos().sum()).backward()
@@ -376,14 +377,14 @@ def test_the_norm_of_the_features_is_folded_exactly(features):
 
 
 def test_no_gradient_is_computed_for_frozen_features(features):
-    """A projection of features has a bias, a weight and features behind it; of frozen features nothing is asked."""
+    """The inputs of a projection are a bias, features and a weight; frozen features get no gradient."""
     torch.set_grad_enabled(True)
     qformer, norm = QFormer(QFORMER, WIDTH), nn.LayerNorm(WIDTH)
     for given, asked in ((features, False), (features.clone().requires_grad_(), True)):
-        node = qformer.memory(given, norm).layers[0][0].keys.grad_fn
+        node = qformer.project_image(given, norm).layer_kv[0][0].keys.grad_fn
         while node.name() != "AddmmBackward0":
             node = node.next_functions[0][0]
-        bias, source, weight = (behind is not None for behind, _ in node.next_functions)
+        bias, source, weight = (function is not None for function, _ in node.next_functions)
         assert (bias, source, weight) == (True, asked, True)
 
 
@@ -392,7 +393,7 @@ def test_checkpointing_changes_nothing_but_memory(features):
     qformer = randomize(QFormer(dataclasses.replace(QFORMER, dropout=0.3), WIDTH)).train()
     ids, mask = texts(6, 4, 2)
     results = []
-    for qformer.checkpointing in (False, True):
+    for qformer.gradient_checkpointing in (False, True):
         qformer.zero_grad()
         torch.manual_seed(5)
         kept = []
@@ -425,7 +426,8 @@ for lengths in ((6, 4, 2), (5, 5, 5), (9, 8, 7), (3, 2, 1)):
     results = []
     for qformer in (plain, compiled):
         qformer.zero_grad()
-        out = qformer(qformer.memory(features, norm), ids, attention_mask("causal", QFORMER.queries, mask))
+        causal = attention_mask("causal", QFORMER.num_query_tokens, mask)
+        out = qformer(qformer.project_image(features, norm), ids, causal)
         out.queries.sin().sum().add(out.text[mask].cos().sum()).backward()
         results.append((*out, {name: p.grad for name, p in qformer.named_parameters() if p.grad is not None}))
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
@@ -435,7 +437,7 @@ assert 0 < graphs[0] == graphs[-1], graphs
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPUs")
-def test_compiled_blocks_give_the_same_and_no_length_compiles_them_anew():
+def test_compiled_blocks_give_the_same_and_no_length_compiles_them_again():
     """In a process of its own: the checks of shapes in these tests cannot be compiled."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True)
@@ -444,8 +446,8 @@ def test_compiled_blocks_give_the_same_and_no_length_compiles_them_anew():
 
 def test_without_text_output_the_queries_are_the_same(qformer, features):
     ids, mask = texts(6, 4, 2)
-    arguments = (qformer.memory(features, NORM), ids, attention_mask("bidirectional", 4, mask))
-    whole, queries = qformer(*arguments), qformer(*arguments, text_output=False)
+    arguments = (qformer.project_image(features, NORM), ids, attention_mask("bidirectional", 4, mask))
+    whole, queries = qformer(*arguments), qformer(*arguments, output_tokens=False)
     torch.testing.assert_close(queries.queries, whole.queries)
     assert queries.text.shape[1] == 0
 
@@ -454,12 +456,12 @@ def test_without_text_output_the_queries_are_the_same(qformer, features):
 def test_the_last_block_writes_what_is_wanted_and_the_rest_is_zero(qformer, features, with_image):
     ids, mask = texts(6, 4, 2)
     wanted = torch.tensor([[1, 0, 1, 0, 0, 1], [0, 0, 0, 1, 1, 0], [0, 1, 0, 0, 0, 0]]).bool()  # one is padding
-    memory = qformer.memory(features, NORM) if with_image else None
+    memory = qformer.project_image(features, NORM) if with_image else None
     arguments = (memory, ids, attention_mask("causal", 4 if with_image else 0, mask))
     written = []
     contract = qformer.blocks[-1].text_feed_forward.contract
     hook = contract.register_forward_hook(lambda module, inputs, _: written.append(len(inputs[0])))
-    whole, chosen = qformer(*arguments), qformer(*arguments, text_output=wanted)
+    whole, chosen = qformer(*arguments), qformer(*arguments, output_tokens=wanted)
     hook.remove()
     torch.testing.assert_close(chosen.queries, whole.queries)
     torch.testing.assert_close(chosen.text, whole.text * (wanted & mask)[..., None])
@@ -477,7 +479,7 @@ def test_nothing_to_read(qformer):
 def test_text_for_a_qformer_without_text(features):
     qformer = QFormer(QFORMER, WIDTH, has_text=False)
     with pytest.raises(ValueError, match="without its text transformer"):
-        qformer(qformer.memory(features, NORM), texts(5, 5, 5)[0])
+        qformer(qformer.project_image(features, NORM), texts(5, 5, 5)[0])
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -486,12 +488,12 @@ def test_attention_in_bfloat16_agrees_with_float32(masked):
     full = SelfAttention(QFORMER, 32)
     full.load_state_dict(half.state_dict())
     real = texts(5, 3, 2)[1] if masked else torch.ones(3, 5, dtype=torch.bool)
-    layout, mask = Layout.of(3, 4, real), attention_mask("causal", 4, real)[:, None] if masked else None
+    tokens, mask = PackedTokens.from_mask(3, 4, real), attention_mask("causal", 4, real)[:, None] if masked else None
     x = torch.randn(12 + int(real.sum()), 32, generator=torch.Generator().manual_seed(1)).bfloat16()
     gradients = []
     with torch.enable_grad():
         for attention, source in ((half, x), (full, x.float())):
-            out = attention(source, layout, mask, layout)
+            out = tokens.cat(*attention(*tokens.split(source), mask, tokens, tokens))
             assert out.dtype == source.dtype
             out.float().square().cumsum(dim=0).sum().backward()
             gradients.append((out.float(), attention.query.weight.grad.float(), attention.value.weight.grad.float()))
@@ -522,13 +524,13 @@ def test_the_first_block_projects_queries_once_for_all_rows_unless_dropout_makes
 def test_a_single_block_that_leaves_the_text_out(features):
     qformer = randomize(QFormer(dataclasses.replace(QFORMER, num_hidden_layers=1), WIDTH))
     ids, mask = texts(6, 4, 2)
-    arguments = (qformer.memory(features, NORM), ids, attention_mask("bidirectional", 4, mask))
-    torch.testing.assert_close(qformer(*arguments, text_output=False).queries, qformer(*arguments).queries)
+    arguments = (qformer.project_image(features, NORM), ids, attention_mask("bidirectional", 4, mask))
+    torch.testing.assert_close(qformer(*arguments, output_tokens=False).queries, qformer(*arguments).queries)
 
 
 def test_dropout_acts_in_training_only(features):
     qformer = randomize(QFormer(dataclasses.replace(QFORMER, dropout=0.5), WIDTH))
-    memory = qformer.memory(features, NORM)
+    memory = qformer.project_image(features, NORM)
     assert not torch.equal(qformer(memory).queries, qformer(memory).queries)
     qformer.eval()
     assert torch.equal(qformer(memory).queries, qformer(memory).queries)

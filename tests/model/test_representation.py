@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blip2.backbones.vision import load_image_encoder
+from blip2.backbones.vision_loaders import load_image_encoder
 from blip2.config import ObjectivesConfig
-from blip2.model import losses as objectives
+from blip2.model.losses import query_diversity, query_statistics
 from blip2.model.qformer import attention_mask
 from blip2.model.representation import Negatives, RepresentationBatch, RepresentationModel
 from fixtures.tiny import QFORMER, no_encoder, randomize, texts
@@ -38,16 +38,18 @@ def matched(model: RepresentationModel, batch: RepresentationBatch, image: int, 
     """ITM logits of one pair by itself."""
     row = slice(text, text + 1)
     length = int(batch.mask[text].sum())
-    return model.match(model.memory(batch.images[image][None]), batch.ids[row, :length], batch.mask[row, :length])[0]
+    return model.match(
+        model.build_image_memory(batch.images[image][None]), batch.ids[row, :length], batch.mask[row, :length]
+    )[0]
 
 
 def test_losses_gradients_and_metrics_equal_separate_passes():
     model, batch = build(), pairs()
     negatives = Negatives(torch.tensor([1, 0, 0, 2]), torch.tensor([3, 2, 1, 0]))
     losses, metrics = model(batch, negatives=negatives)
-    memory, own, separate = model.memory(batch.images), torch.arange(4), {}
+    memory, own, separate = model.build_image_memory(batch.images), torch.arange(4), {}
 
-    queries, cls = model.embed_memory(memory), model.embed_texts(batch.ids, batch.mask)
+    queries, cls = model.embed_images(memory), model.embed_texts(batch.ids, batch.mask)
     scores = (queries @ cls.T).amax(dim=1) / model.temperature
     separate["itc"] = sum(F.cross_entropy(rows, own, label_smoothing=0.1) for rows in (scores, scores.T)) / 2
     right = [(rows.argmax(dim=1) == own).float().mean() for rows in (scores, scores.T)]
@@ -77,7 +79,7 @@ def test_losses_gradients_and_metrics_equal_separate_passes():
 
 def test_negatives_are_the_hardest_of_each_direction():
     model, batch = build(itc=0.0, itg=0.0).train(), pairs(seed=17)
-    scores = model.embed_memory(model.memory(batch.images)) @ model.embed_texts(batch.ids, batch.mask).T
+    scores = model.embed_images(model.build_image_memory(batch.images)) @ model.embed_texts(batch.ids, batch.mask).T
     scores = scores.amax(dim=1)
     hardest = Negatives(image_for_text=scores.argmax(dim=0), text_for_image=scores.argmax(dim=1))
     assert not any((drawn == torch.arange(4)).any() for drawn in hardest)
@@ -109,8 +111,8 @@ def test_objectives_can_be_switched_off(on):
 
 def test_label_count_divides_the_language_modeling_loss():
     model, batch = build(itc=0.0, itm=0.0), pairs()
-    assert batch.label_count == sum(length - 1 for length in LENGTHS)
-    torch.testing.assert_close(model(batch).losses["itg"], model(batch, float(batch.label_count)).losses["itg"])
+    assert batch.num_labels == sum(length - 1 for length in LENGTHS)
+    torch.testing.assert_close(model(batch).losses["itg"], model(batch, float(batch.num_labels)).losses["itg"])
     torch.testing.assert_close(model(batch, 7.0).losses["itg"] * 7, model(batch, 14.0).losses["itg"] * 14)
 
 
@@ -150,7 +152,7 @@ def test_pairs_that_share_an_image_or_a_text_are_not_negatives(shared):
         drawn = model(batch).losses["itm"].item()
         assert min(abs(drawn - loss) for loss in allowed) < 1e-6
 
-    queries, cls = model.embed_memory(model.memory(batch.images)), model.embed_texts(batch.ids, batch.mask)
+    queries, cls = model.embed_images(model.build_image_memory(batch.images)), model.embed_texts(batch.ids, batch.mask)
     scores = (queries @ cls.T).amax(dim=1) / 0.3
     target = 0.9 * torch.tensor([[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 1]]) + 0.1 / 3
     expected = (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
@@ -177,7 +179,7 @@ def test_a_temperature_that_ran_away_keeps_losses_finite(temperature):
 @torch.no_grad()
 def test_embeddings_are_unit_vectors():
     model, batch = build(), pairs()
-    images, text = model.embed_memory(model.memory(batch.images)), model.embed_texts(batch.ids, batch.mask)
+    images, text = model.embed_images(model.build_image_memory(batch.images)), model.embed_texts(batch.ids, batch.mask)
     assert (images.shape, text.shape) == ((4, 4, 16), (4, 16))
     torch.testing.assert_close(images.norm(dim=-1), torch.ones(4, 4))
     torch.testing.assert_close(text.norm(dim=-1), torch.ones(4))
@@ -196,7 +198,7 @@ def test_similarities_are_computed_in_full_precision_under_autocast():
 @torch.no_grad()
 def test_matching_and_embedding_do_not_see_padding():
     model, batch = build(), pairs()
-    memory = model.memory(batch.images)
+    memory = model.build_image_memory(batch.images)
     ids, mask = F.pad(batch.ids, (0, 5), value=7), F.pad(batch.mask, (0, 5))
     logits = model.match(memory, batch.ids, batch.mask)
     assert logits.shape == (4, 2)
@@ -212,7 +214,7 @@ def test_pixels_and_ready_features_give_the_same(parts):
     pixels = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     negatives = Negatives(torch.tensor([1, 0, 0, 2]), torch.tensor([3, 2, 1, 0]))
     batch = replace(pairs(), images=pixels)
-    ready = replace(batch, images=model.vision.features(pixels))
+    ready = replace(batch, images=model.vision.encode(pixels))
     torch.testing.assert_close(model(batch, negatives=negatives).losses, model(ready, negatives=negatives).losses)
 
 
@@ -223,8 +225,6 @@ def test_query_diversity_is_one_more_loss_and_changes_no_other():
     assert "query_diversity" not in expected.losses
     for name, loss in expected.losses.items():
         assert torch.equal(found.losses[name], loss)
-    queries = diverse.qformer(diverse.memory(batch.images)).queries
-    torch.testing.assert_close(found.losses["query_diversity"], objectives.query_diversity(queries))
-    torch.testing.assert_close(
-        found.metrics["query_similarity"], objectives.query_statistics(queries)["query_similarity"]
-    )
+    queries = diverse.qformer(diverse.build_image_memory(batch.images)).queries
+    torch.testing.assert_close(found.losses["query_diversity"], query_diversity(queries))
+    torch.testing.assert_close(found.metrics["query_similarity"], query_statistics(queries)["query_similarity"])

@@ -21,11 +21,11 @@ from torch.utils.data import Dataset
 from torch.utils.data import _utils as torch_workers
 
 from blip2.config import DataConfig
-from blip2.data.records import open_records
-from blip2.data.workers import DEATHS, load
+from blip2.data.sources import open_records
+from blip2.data.workers import MAX_WORKER_FAILURES, prefetch
 from blip2.errors import InputError
 from blip2.recipe import dump_recipe
-from blip2.training import data_stats as tally
+from blip2.training import data_stats
 from blip2.training.metrics import read_metrics
 from blip2.training.trainer import train
 from fixtures.processes import begin_two, finish, note_batches
@@ -187,7 +187,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_killed_workers_are_replaced(tmp_path: Path, soon: None) -> None:
     handler = signal.getsignal(signal.SIGCHLD)
-    made = list(load(iter(range(40)), Killed({7, 8, 30}, tmp_path), 2))
+    made = list(prefetch(iter(range(40)), Killed({7, 8, 30}, tmp_path), 2))
     assert [item for item, _ in made] == list(range(40))
     assert len({process for _, process in made}) >= 4
     assert signal.getsignal(signal.SIGCHLD) == handler
@@ -195,8 +195,10 @@ def test_killed_workers_are_replaced(tmp_path: Path, soon: None) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_workers_that_are_always_killed(soon: None) -> None:
-    made = load(iter(range(40)), Killed({5}, None), 2)
-    with pytest.raises(InputError, match=f"were killed {DEATHS} times in a row .* lower data.num_workers") as error:
+    made = prefetch(iter(range(40)), Killed({5}, None), 2)
+    with pytest.raises(
+        InputError, match=f"were killed {MAX_WORKER_FAILURES} times in a row .* lower data.num_workers"
+    ) as error:
         for expected, (item, _) in enumerate(made):
             assert item == expected < 5
     assert "\n" not in str(error.value)
@@ -210,7 +212,7 @@ class Wrong(Dataset[int]):
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_what_workers_raise_is_raised() -> None:
     with pytest.raises(RuntimeError, match="wrong"):
-        next(load(iter(range(4)), Wrong(), 1))
+        next(prefetch(iter(range(4)), Wrong(), 1))
 
 
 # -- bad samples -------------------------------------------------------------------------------------------------------
@@ -264,8 +266,8 @@ def test_what_was_planted_is_counted(parts, bad, tmp_path, capsys):
     assert len({row["key"] for row in rows}) == len(rows)
     assert {Path(row["key"]).name for row in rows if row["cause"] == "shard"} == {"10.tar", "11.tar"}
     errors = capsys.readouterr().err
-    assert errors.count("skipped /") == tally.NAMED
-    assert f"more is skipped, and named in {tmp_path / 'run' / 'skipped.jsonl'} alone" in errors
+    assert errors.count("skipped /") == data_stats.MAX_DISPLAYED_SKIPS
+    assert f"further skipped records are listed in {tmp_path / 'run' / 'skipped.jsonl'} only" in errors
 
     # After a kill no line is there twice, and none is missing.
     copy = cut_short(tmp_path / "run", 20)
@@ -282,13 +284,13 @@ def test_what_was_planted_is_counted(parts, bad, tmp_path, capsys):
 )
 def test_a_run_stops_when_too_much_is_bad(parts, bad, tmp_path, monkeypatch, enough, limit, what):
     for name, number in enough.items():
-        monkeypatch.setattr(tally, name, number)
+        monkeypatch.setattr(data_stats, f"MIN_{name}", number)
     recipe = parts.recipe(
         tmp_path / "run",
         data={"train": bad[0], "batch_size": 5, "max_bad_fraction": limit},
         training={"max_steps": 90, "save_steps": 90},
     )
-    message = rf"^{what} are bad, more than data.max_bad_fraction {limit} \(.*skipped\.jsonl\): mend the data"
+    message = rf"^{what} are bad, more than data.max_bad_fraction {limit} \(.*skipped\.jsonl\): fix the data"
     with pytest.raises(InputError, match=message) as error:
         train(recipe)
     assert "\n" not in str(error.value)
@@ -299,7 +301,7 @@ def test_a_run_stops_when_too_much_is_bad(parts, bad, tmp_path, monkeypatch, eno
 # -- mixtures ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{"cached_views": 1}, {"workers": 2}])
+@pytest.mark.parametrize("changes", [{"cached_views": 1}, {"num_workers": 2}])
 def test_a_run_on_a_mixture(parts, shards, tmp_path, changes):
     """Tables and shards; going on is exact, and each step says what it was drawn from."""
     other = parts.pictures if changes.get("cached_views") else shards

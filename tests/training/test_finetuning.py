@@ -11,16 +11,17 @@ from safetensors.torch import load_file
 import blip2
 from blip2 import checkpoint
 from blip2.backbones.language import LanguageModel
-from blip2.backbones.vision import load_image_encoder
-from blip2.builder import build, choose_dtype, prepare_texts
+from blip2.backbones.vision_loaders import load_image_encoder
+from blip2.builder import build, build_collator, choose_dtype
 from blip2.config import ObjectivesConfig
-from blip2.data.dataset import Preparation, plan_evaluation
+from blip2.data.dataset import BatchDataset
 from blip2.data.images import read_image
-from blip2.data.records import open_records
+from blip2.data.sampler import sequential_batches
+from blip2.data.sources import open_records
 from blip2.errors import InputError
 from blip2.model.generation import GenerationBatch, GenerationModel
 from blip2.training.features import make_features
-from blip2.training.optimizer import set_rates
+from blip2.training.optimizer import configure_trainable
 from blip2.training.trainer import train
 from fixtures.runs import assert_same_run, cut_short, lines
 from fixtures.tiny import QFORMER, randomize
@@ -35,13 +36,18 @@ def tune(parts, run, stage="representation", **changes):
     """A recipe that trains the image encoder too."""
     if stage != "representation":
         changes |= {"stage": "generation", "language": {"name": getattr(parts, stage)}}
-        changes["optimizer"] = {"rates": {"language.*": "frozen", **RATES}, **changes.get("optimizer", {})}
-    changes["optimizer"] = {"rates": RATES, "warmup_steps": 0, "min_lr_rate": 1.0, **changes.get("optimizer", {})}
+        changes["optimizer"] = {"learning_rate": {"language.*": "frozen", **RATES}, **changes.get("optimizer", {})}
+    changes["optimizer"] = {
+        "learning_rate": RATES,
+        "warmup_steps": 0,
+        "min_lr_rate": 1.0,
+        **changes.get("optimizer", {}),
+    }
     return parts.recipe(run, **changes)
 
 
 def weights(run: Path):
-    return load_file(checkpoint.latest(run) / "model.safetensors")
+    return load_file(checkpoint.latest_checkpoint(run) / "model.safetensors")
 
 
 def is_behind(name):
@@ -60,12 +66,12 @@ def test_gradients_of_the_image_encoder_are_the_slope_of_the_loss(parts, tmp_pat
     recipe = tune(parts, tmp_path, stage, qformer={"dropout": 0.0}, objectives=objectives)
     built = build(recipe, CPU)
     model = built.model
-    set_rates(model, recipe.optimizer)
+    configure_trainable(model, recipe.optimizer)
     for part in (model.vision, model.image_norm, model.qformer):
         randomize(part)
     records = open_records(parts.pictures, recipe.data)
-    (plan, *_) = plan_evaluation(records, 4)
-    preparation = Preparation(records, prepare_texts(recipe, built), model.vision.preprocessing, False, 1.0, False)
+    (plan, *_) = sequential_batches(records, 4)
+    preparation = BatchDataset(records, build_collator(recipe, built), model.vision.preprocessing, False, 1.0, False)
     batch = preparation[plan].batch
     loss = sum(model(batch).losses.values())
     loss.backward()
@@ -113,7 +119,9 @@ def test_activation_checkpointing_changes_nothing(parts, tmp_path, stage):
         training = {"max_steps": 2, "save_steps": 2, "gradient_checkpointing": checkpointing}
         train(tune(parts, tmp_path / name, stage, training=training, vision={"drop_path_rate": 0.3}))
     assert_same_run(tmp_path / "plain", tmp_path / "lean")
-    plain, lean = (torch.load(checkpoint.latest(tmp_path / name) / "optimizer.pt") for name in ("plain", "lean"))
+    plain, lean = (
+        torch.load(checkpoint.latest_checkpoint(tmp_path / name) / "optimizer.pt") for name in ("plain", "lean")
+    )
     moments = [each["optimizer"] for each in (plain, lean)]
     assert moments[0].keys() == moments[1].keys()
     learned = [(moments[0][key]["exp_avg"], state["exp_avg"]) for key, state in moments[1].items() if state]
@@ -167,7 +175,7 @@ def test_activation_checkpointing_keeps_a_block_s_inputs_alone(parts, tmp_path, 
     whole, gradients = kept(model, batch)
     sizes = []
     for part in (model.vision, model.language):
-        assert part.recompute_blocks()
+        assert part.gradient_checkpointing_enable()
         size, same = kept(model, batch)
         sizes.append(size)
         assert all(torch.equal(gradients[name], gradient) for name, gradient in same.items()), len(gradients)
@@ -187,7 +195,8 @@ def test_a_cnn_that_keeps_all_is_named(parts, tmp_path, cnn, capsys):
     recipe = tune(parts, tmp_path / "run", training={"max_steps": 1, "gradient_checkpointing": True})
     train(replace(recipe, vision=replace(recipe.vision, name=cnn, image_size=32)))
     said = " ".join(capsys.readouterr().err.split())
-    assert "activation_checkpointing: the image encoder is no stack of equal blocks and keeps all" in said
+    assert "has no effect on the image encoder, which is not a stack of equal blocks" in said
+    assert "training.gradient_checkpointing has no effect" in said
 
 
 def save(network, folder):
@@ -214,9 +223,9 @@ def test_the_trained_encoder_is_kept_and_loaded(parts, tmp_path, precision):
     trained.load_state_dict({name.removeprefix("vision."): t for name, t in kept.items()})
     image = open_records(parts.pictures, recipe.data)[0].image
     pixels = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(found.model.vision.features(pixels), trained.features(pixels), atol=0, rtol=0)
-    assert not torch.equal(found.features(read_image(image)), pretrained.features(pixels[:1]))
-    assert (trained.features(pixels) - pretrained.features(pixels)).abs().max() > 0
+    torch.testing.assert_close(found.model.vision.encode(pixels), trained.encode(pixels), atol=0, rtol=0)
+    assert not torch.equal(found.encode_images(read_image(image)), pretrained.encode(pixels[:1]))
+    assert (trained.encode(pixels) - pretrained.encode(pixels)).abs().max() > 0
     assert found.model.vision.is_frozen
 
 
@@ -229,7 +238,7 @@ CHANGES = {
 @pytest.mark.parametrize(("variant", "stage"), [("fp32", "representation"), ("bf16", "representation"), ("fp32", "t5")])
 def test_going_on_equals_never_stopping(parts, tmp_path, variant, stage):
     changes = {key: dict(value) for key, value in CHANGES[variant].items()}
-    changes["training"] = {"steps": 6, "save_steps": 2, "keep": 3, **changes.get("training", {})}
+    changes["training"] = {"max_steps": 6, "save_steps": 2, "save_total_limit": 3, **changes.get("training", {})}
     recipe = tune(parts, tmp_path / "run", stage, **changes)
     train(recipe)
     copy = cut_short(tmp_path / "run", 2)
@@ -253,7 +262,7 @@ def test_half_precision_has_full_weights(parts, tmp_path):
 
 def test_a_run_moves_layers_as_layer_decay_says(parts, tmp_path):
     """The first step of AdamW, from the same gradients."""
-    one = {"steps": 1, "save_steps": 1}
+    one = {"max_steps": 1, "save_steps": 1}
     start = {f"vision.{name}": t for name, t in load_image_encoder(parts.vision).state_dict().items()}
     moved = []
     for decay in (1.0, 0.5):
@@ -328,7 +337,7 @@ def test_features_of_an_encoder_that_trains_are_not_made(parts, tmp_path):
 def test_a_cnn_trains_at_one_rate(parts, tmp_path, cnn, changes):
     recipe = tune(parts, tmp_path / "run", **changes)
     recipe = replace(recipe, vision=replace(recipe.vision, name=cnn, image_size=32))
-    with pytest.raises(InputError, match="a ResNetModel, is no stack of equal blocks"):
+    with pytest.raises(InputError, match="a ResNetModel, is not a stack of equal blocks"):
         train(recipe)
 
 

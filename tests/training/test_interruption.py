@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from blip2.training.interruption import note_signals
+from blip2.training.interruption import catch_signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -12,7 +12,7 @@ def test_the_first_is_noted_and_the_second_does_what_it_always_did(number):
     arrived = []
     outside = signal.signal(number, lambda *_: arrived.append("outside"))
     try:
-        with note_signals() as asked:
+        with catch_signals() as asked:
             assert asked == []
             os.kill(os.getpid(), number)
             assert asked == [number] and arrived == []
@@ -28,7 +28,7 @@ def test_a_signal_that_is_ignored_stays_ignored():
     """As SIGHUP is under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with note_signals() as asked:
+        with catch_signals() as asked:
             os.kill(os.getpid(), signal.SIGHUP)
             assert asked == []
     finally:
@@ -37,7 +37,7 @@ def test_a_signal_that_is_ignored_stays_ignored():
 
 def test_handlers_are_put_back_after_an_error():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(ZeroDivisionError), note_signals():
+    with pytest.raises(ZeroDivisionError), catch_signals():
         raise ZeroDivisionError
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
@@ -47,7 +47,7 @@ def test_outside_the_main_thread_it_does_nothing():
     found = []
 
     def run():
-        with note_signals() as asked:
+        with catch_signals() as asked:
             found.append(asked)
 
     thread = threading.Thread(target=run)

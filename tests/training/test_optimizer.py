@@ -6,17 +6,18 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, ResNetConfig, ResNetModel
 
-from blip2.backbones.vision import Preprocessing, wrap_transformers
+from blip2.backbones.vision import Preprocessing
+from blip2.backbones.vision_loaders import wrap_transformers
 from blip2.builder import build
 from blip2.config import OptimizerConfig
 from blip2.errors import InputError
 from blip2.training.optimizer import (
     build_optimizer,
-    describe,
-    named_state,
+    configure_trainable,
+    optimizer_state_by_name,
     restore_optimizer,
-    set_rates,
-    set_schedule,
+    summarize_parts,
+    update_learning_rate,
 )  # fmt: skip
 
 FROZEN = {"vision.*": "frozen", "language.*": "frozen"}
@@ -34,19 +35,19 @@ def generator(parts, tmp_path):
 
 
 def test_first_matching_pattern_wins(model):
-    rates = set_rates(
+    rates = configure_trainable(
         model,
-        OptimizerConfig(
-            learning_rate={"qformer.num_query_tokens": 3e-3, "qformer.*": 2e-3, "vision.*": "frozen", "*": 1e-3}
-        ),
+        OptimizerConfig(learning_rate={"qformer.queries": 3e-3, "qformer.*": 2e-3, "vision.*": "frozen", "*": 1e-3}),
     )
-    assert rates["qformer.num_query_tokens"] == 3e-3
+    assert rates["qformer.queries"] == 3e-3
     assert rates["qformer.blocks.0.self_attention.query.weight"] == 2e-3
     assert rates["temperature"] == rates["image_norm.weight"] == 1e-3
 
 
 def test_exactly_what_has_a_rate_trains(model):
-    rates = set_rates(model, OptimizerConfig(learning_rate={**FROZEN, "qformer.embedding_norm.*": "frozen", "*": 1e-3}))
+    rates = configure_trainable(
+        model, OptimizerConfig(learning_rate={**FROZEN, "qformer.embedding_norm.*": "frozen", "*": 1e-3})
+    )
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     every = {name for name, _ in model.named_parameters()}
     frozen = {name for name in every if name.startswith(("vision.", "qformer.embedding_norm."))}
@@ -55,10 +56,10 @@ def test_exactly_what_has_a_rate_trains(model):
 
 
 def test_an_unfrozen_part_leaves_eval_and_a_frozen_one_stays(model):
-    set_rates(model, OptimizerConfig(learning_rate={**FROZEN, "*": 1e-3}))
+    configure_trainable(model, OptimizerConfig(learning_rate={**FROZEN, "*": 1e-3}))
     assert not model.vision.training
     assert model.qformer.training
-    set_rates(model, OptimizerConfig(learning_rate={"*": 1e-3}))
+    configure_trainable(model, OptimizerConfig(learning_rate={"*": 1e-3}))
     assert model.vision.training
 
 
@@ -72,29 +73,29 @@ def test_an_unfrozen_part_leaves_eval_and_a_frozen_one_stays(model):
 )
 def test_rates_that_cannot_be_meant(model, rates, message):
     with pytest.raises(InputError) as raised:
-        set_rates(model, OptimizerConfig(learning_rate=rates))
+        configure_trainable(model, OptimizerConfig(learning_rate=rates))
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
 def test_half_precision_cannot_train(model):
     model.vision.bfloat16()
-    set_rates(model, OptimizerConfig(learning_rate={**FROZEN, "*": 1e-3}))
+    configure_trainable(model, OptimizerConfig(learning_rate={**FROZEN, "*": 1e-3}))
     with pytest.raises(InputError, match=r"vision\..* trains at 0.001 but is in bfloat16: set the dtype of vision"):
-        set_rates(model, OptimizerConfig(learning_rate={"*": 1e-3}))
+        configure_trainable(model, OptimizerConfig(learning_rate={"*": 1e-3}))
 
 
 @pytest.mark.parametrize("stage", ["model", "generator"])
 def test_no_decay_on_biases_norms_temperature_and_queries(stage, request):
     model = request.getfixturevalue(stage)
     config = OptimizerConfig(learning_rate={**FROZEN, "*": 1e-3}, weight_decay=0.05)
-    rates = set_rates(model, config)
+    rates = configure_trainable(model, config)
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = build_optimizer(model, rates, config).param_groups
     decayed = {names[p] for group in groups if group["weight_decay"] == 0.05 for p in group["params"]}
     spared = {names[p] for group in groups if group["weight_decay"] == 0.0 for p in group["params"]}
     expected = {name for name in rates if name.endswith((".bias", "norm.weight"))}
-    expected |= {"qformer.num_query_tokens", "temperature"} & set(rates)
+    expected |= {"qformer.queries", "temperature"} & set(rates)
     assert spared == expected
     assert decayed == set(rates) - expected
     assert sum(len(group["params"]) for group in groups) == len(rates)
@@ -103,7 +104,7 @@ def test_no_decay_on_biases_norms_temperature_and_queries(stage, request):
 
 def test_groups_keep_their_own_peak(model):
     config = OptimizerConfig(learning_rate={"qformer.*": 2e-3, **FROZEN, "*": 1e-3}, betas=(0.8, 0.9))
-    optimizer = build_optimizer(model, set_rates(model, config), config)
+    optimizer = build_optimizer(model, configure_trainable(model, config), config)
     assert {(group["peak"], group["weight_decay"]) for group in optimizer.param_groups} == {
         (2e-3, 0.05),
         (2e-3, 0.0),
@@ -111,7 +112,7 @@ def test_groups_keep_their_own_peak(model):
         (1e-3, 0.0),
     }
     assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.9)}
-    assert set_schedule(optimizer, 0, 10, replace(config, warmup_steps=4)) == 0.25
+    assert update_learning_rate(optimizer, 0, 10, replace(config, warmup_steps=4)) == 0.25
     assert {group["lr"] for group in optimizer.param_groups} == {5e-4, 2.5e-4}
 
 
@@ -132,12 +133,12 @@ def share_of(name):
 
 
 def test_rates_decay_by_layer(model):
-    rates = set_rates(model, DECAYED)
+    rates = configure_trainable(model, DECAYED)
     expected = {name: share_of(name) * (1e-3 if name.startswith("vision.") else 2e-3) for name in rates}
     assert rates == pytest.approx(expected)
     assert set(expected.values()) == {2e-3, 0.5e-3, 0.25e-3, 0.125e-3}
     optimizer = build_optimizer(model, rates, DECAYED)
-    assert set_schedule(optimizer, 0, 10, DECAYED) == 0.25  # warm-up is everybody's
+    assert update_learning_rate(optimizer, 0, 10, DECAYED) == 0.25  # warm-up is everybody's
     names = {parameter: name for name, parameter in model.named_parameters()}
     found = {names[p]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
     assert found == pytest.approx({name: rate / 4 for name, rate in expected.items()})
@@ -145,10 +146,10 @@ def test_rates_decay_by_layer(model):
 
 def test_parameters_move_as_their_layer_says(model):
     """AdamW's first step moves a parameter by its rate, whatever its gradient."""
-    rates = set_rates(model, DECAYED)
+    rates = configure_trainable(model, DECAYED)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = build_optimizer(model, rates, DECAYED)
-    set_schedule(optimizer, 3, 10, DECAYED)
+    update_learning_rate(optimizer, 3, 10, DECAYED)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 0.3)
     optimizer.step()
@@ -160,16 +161,22 @@ def test_parameters_move_as_their_layer_says(model):
 
 def test_decay_needs_layers_that_train(model, tmp_path):
     with pytest.raises(InputError, match=r"layer_decay is 0.5, but optimizer\.learning_rate freezes the image encoder"):
-        set_rates(model, replace(DECAYED, rates={**FROZEN, "*": 1e-3}))
-    rates = set_rates(model, replace(DECAYED, rates={"vision.network.layers.0.*": 1e-3, **FROZEN, "*": 1e-3}))
+        configure_trainable(model, replace(DECAYED, learning_rate={**FROZEN, "*": 1e-3}))
+    rates = configure_trainable(
+        model, replace(DECAYED, learning_rate={"vision.network.layers.0.*": 1e-3, **FROZEN, "*": 1e-3})
+    )
     assert {rate for name, rate in rates.items() if name.startswith("vision.")} == {0.25e-3}
 
 
 def test_a_whole_range_of_rates_is_described_by_its_ends(model):
-    rows = {row[0]: row[2] for row in describe(model, set_rates(model, replace(DECAYED, layer_decay=0.5)))}
+    rows = {
+        row[0]: row[2] for row in summarize_parts(model, configure_trainable(model, replace(DECAYED, layer_decay=0.5)))
+    }
     assert rows["vision"] == "trains at 0.000125, 0.00025, 0.0005"
-    rates = set_rates(model, replace(DECAYED, rates={"vision.network.layernorm.*": 3e-3, **DECAYED.learning_rate}))
-    assert {row[0]: row[2] for row in describe(model, rates)}["vision"] == "trains at 0.000125 to 0.0015"
+    rates = configure_trainable(
+        model, replace(DECAYED, learning_rate={"vision.network.layernorm.*": 3e-3, **DECAYED.learning_rate})
+    )
+    assert {row[0]: row[2] for row in summarize_parts(model, rates)}["vision"] == "trains at 0.000125 to 0.0015"
 
 
 @pytest.mark.parametrize("kind", ["ResNet", "CLIP"])
@@ -181,7 +188,7 @@ def test_no_decay_on_norms_and_biases_of_encoders(model, kind):
     else:
         network = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 24], depths=[1, 1], num_stages=2))
     model.vision = wrap_transformers(getattr(network, "vision_model", network), Preprocessing(32))
-    rates = set_rates(model, OptimizerConfig(learning_rate={"*": 1e-3}))
+    rates = configure_trainable(model, OptimizerConfig(learning_rate={"*": 1e-3}))
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = build_optimizer(model, rates, OptimizerConfig()).param_groups
     spared = {names[p] for group in groups if not group["weight_decay"] for p in group["params"]}
@@ -198,7 +205,7 @@ def schedule(steps, warmup, final):
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.AdamW([{"params": [parameter], "peak": 1.0}])
     config = OptimizerConfig(warmup_steps=warmup, min_lr_rate=final)
-    return [set_schedule(optimizer, step, steps, config) for step in range(steps)]
+    return [update_learning_rate(optimizer, step, steps, config) for step in range(steps)]
 
 
 def test_schedule_by_hand():
@@ -222,11 +229,9 @@ def test_schedule_of_short_runs(steps, warmup, expected):
 
 
 def test_describe_counts_everything(model):
-    config = OptimizerConfig(
-        learning_rate={**FROZEN, "image_norm.*": "frozen", "qformer.num_query_tokens": 2e-3, "*": 1e-3}
-    )
+    config = OptimizerConfig(learning_rate={**FROZEN, "image_norm.*": "frozen", "qformer.queries": 2e-3, "*": 1e-3})
     model.vision.bfloat16()
-    rows = {row[0]: row[1:] for row in describe(model, set_rates(model, config))}
+    rows = {row[0]: row[1:] for row in summarize_parts(model, configure_trainable(model, config))}
 
     def count(part):
         return sum(p.numel() for name, p in model.named_parameters() if name.split(".")[0] == part)
@@ -240,8 +245,8 @@ def test_describe_counts_everything(model):
 
 
 def test_describe_says_how_much_of_a_part_trains(model):
-    rates = set_rates(model, OptimizerConfig(learning_rate={"qformer.num_query_tokens": 2e-3, "*": "frozen"}))
-    rows = {row[0]: row[2] for row in describe(model, rates)}
+    rates = configure_trainable(model, OptimizerConfig(learning_rate={"qformer.queries": 2e-3, "*": "frozen"}))
+    rows = {row[0]: row[2] for row in summarize_parts(model, rates)}
     assert rows["qformer"] == "128 trains at 0.002"
     assert rows["temperature"] == "frozen"
 
@@ -251,11 +256,11 @@ def test_describe_says_how_much_of_a_part_trains(model):
 
 def stepped(model, config):
     """An optimizer after a step in which the gradient of each parameter is its number, and its state by names."""
-    optimizer = build_optimizer(model, set_rates(model, config), config)
+    optimizer = build_optimizer(model, configure_trainable(model, config), config)
     for number, parameter in enumerate(model.parameters(), 1):
         parameter.grad = torch.full_like(parameter, float(number)) if parameter.requires_grad else None
     optimizer.step()
-    return optimizer, named_state(optimizer, model)
+    return optimizer, optimizer_state_by_name(optimizer, model)
 
 
 def moments(model, optimizer):
@@ -269,7 +274,7 @@ def moments(model, optimizer):
     [
         {**FROZEN, "*": 1e-4},
         {**FROZEN, "qformer.*": 1e-4, "*": 1e-3},
-        {"temperature": 1e-5, "qformer.blocks.1.*": 2e-3, **FROZEN, "qformer.num_query_tokens": 3e-3, "*": 1e-3},
+        {"temperature": 1e-5, "qformer.blocks.1.*": 2e-3, **FROZEN, "qformer.queries": 3e-3, "*": 1e-3},
     ],
 )
 def test_moments_go_to_the_parameter_of_their_name(model, rates):
@@ -277,7 +282,7 @@ def test_moments_go_to_the_parameter_of_their_name(model, rates):
     optimizer, saved = stepped(model, OptimizerConfig(learning_rate={**FROZEN, "*": 1e-3}))
     before = moments(model, optimizer)
     config = OptimizerConfig(learning_rate=rates, weight_decay=0.01, betas=(0.5, 0.6))
-    new = build_optimizer(model, set_rates(model, config), config)
+    new = build_optimizer(model, configure_trainable(model, config), config)
     assert restore_optimizer(new, model, saved) == []
     assert moments(model, new) == before
     assert len(set(before.values())) == len(before) > 40
@@ -289,12 +294,12 @@ def test_moments_go_to_the_parameter_of_their_name(model, rates):
 def test_what_no_longer_trains_and_what_trains_anew_is_said(model):
     before = moments(model, stepped(model, OptimizerConfig(learning_rate={**FROZEN, "*": 1e-3}))[0])
     _, saved = stepped(model, OptimizerConfig(learning_rate={**FROZEN, "image_norm.*": "frozen", "*": 1e-3}))
-    config = OptimizerConfig(learning_rate={**FROZEN, "qformer.num_query_tokens": "frozen", "*": 1e-3})
-    optimizer = build_optimizer(model, set_rates(model, config), config)
+    config = OptimizerConfig(learning_rate={**FROZEN, "qformer.queries": "frozen", "*": 1e-3})
+    optimizer = build_optimizer(model, configure_trainable(model, config), config)
     fresh, dropped = restore_optimizer(optimizer, model, saved)
-    assert "begins anew for 2 parameters (image_norm.weight, image_norm.bias)" in fresh
-    assert "1 parameter (qformer.num_query_tokens) is dropped" in dropped
-    expected = set(before) - {"qformer.num_query_tokens", "image_norm.weight", "image_norm.bias"}
+    assert "starts without a state for 2 parameters (image_norm.weight, image_norm.bias)" in fresh
+    assert "1 parameter (qformer.queries) is dropped" in dropped
+    expected = set(before) - {"qformer.queries", "image_norm.weight", "image_norm.bias"}
     assert {name: moment for name, moment in before.items() if name in expected} == moments(model, optimizer)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
@@ -313,10 +318,10 @@ def test_moments_of_another_shape_begin_anew(model):
 def test_a_parameter_without_a_gradient_is_nothing_to_speak_of(model):
     """A head whose objective is switched off has no state, and none after the run goes on."""
     config = OptimizerConfig(learning_rate={**FROZEN, "*": 1e-3})
-    optimizer = build_optimizer(model, set_rates(model, config), config)
+    optimizer = build_optimizer(model, configure_trainable(model, config), config)
     for parameter in (p for name, p in model.named_parameters() if p.requires_grad and "head" not in name):
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    new = build_optimizer(model, set_rates(model, config), config)
-    assert restore_optimizer(new, model, named_state(optimizer, model)) == []
+    new = build_optimizer(model, configure_trainable(model, config), config)
+    assert restore_optimizer(new, model, optimizer_state_by_name(optimizer, model)) == []
     assert moments(model, new) == moments(model, optimizer)

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from blip2.backbones.language import load_language_model
-from blip2.backbones.vision import load_image_encoder
+from blip2.backbones.vision_loaders import load_image_encoder
 from blip2.errors import InputError
 from blip2.model.generation import GenerationBatch, GenerationModel
-from blip2.model.losses import IGNORED
+from blip2.model.losses import IGNORE_INDEX
 from blip2.pipelines import load
 from blip2.training.projection import RIDGE, fit_projection
 from blip2.training.trainer import train
@@ -29,11 +29,11 @@ def batches(model, count: int, seed: int = 0) -> list[GenerationBatch]:
     generator = torch.Generator().manual_seed(seed)
     out = []
     for _ in range(count):
-        images = torch.randn(8, model.vision.tokens, model.vision.width, generator=generator)
+        images = torch.randn(8, model.vision.num_tokens, model.vision.hidden_size, generator=generator)
         labels = torch.randint(5, 200, (8, 6), generator=generator)
-        labels[::2, 4:] = IGNORED
+        labels[::2, 4:] = IGNORE_INDEX
         ids = labels.clamp(min=0)
-        out.append(GenerationBatch(images, ids, labels != IGNORED, labels))
+        out.append(GenerationBatch(images, ids, labels != IGNORE_INDEX, labels))
     return out
 
 
@@ -45,7 +45,7 @@ def test_it_is_the_ridge_regression_of_the_aligned_tokens(model):
     tokens = []
     for batch in data:
         for row in batch.labels:
-            said = row[row != IGNORED][:-1].tolist()
+            said = row[row != IGNORE_INDEX][:-1].tolist()
             tokens.append([said[q * len(said) // QFORMER.num_query_tokens] for q in range(QFORMER.num_query_tokens)])
     targets = model.language.embed(torch.tensor(tokens)).double().flatten(0, 1)
     x = z.flatten(0, 1)
@@ -92,5 +92,5 @@ def test_a_run_starts_with_it_and_resumes_without_fitting_again(parts, tmp_path)
 
 def test_a_stream_has_nothing_to_fit_to(parts, tmp_path):
     language = {"name": parts.llama, "projection_init": "least_squares"}
-    with pytest.raises(InputError, match=r"needs a table among data\.train"):
+    with pytest.raises(InputError, match=r"needs a table in data\.train"):
         train(parts.recipe(tmp_path / "run", stage="generation", language=language, data={"streaming": True}))

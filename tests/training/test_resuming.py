@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from blip2 import checkpoint
 from blip2.builder import build, with_absolute_paths
 from blip2.errors import InputError
-from blip2.io import LOCK, locked
+from blip2.io import LOCK, lock_folder
 from blip2.pipelines import load
 from blip2.training import trainer as loop
 from blip2.training.metrics import read_metrics
@@ -38,7 +38,7 @@ def message(raised):
 
 def moments(run):
     """The first moment of each parameter in a run's last checkpoint."""
-    _, state = checkpoint.read_state(checkpoint.latest(run))
+    _, state = checkpoint.read_training_state(checkpoint.latest_checkpoint(run))
     return {name: state["exp_avg"] for name, state in state["optimizer"].items()}
 
 
@@ -57,7 +57,7 @@ def test_other_groups_of_rates_keep_every_moment(parts, tmp_path, capsys, rates)
     recipe = parts.recipe(tmp_path / "run", training={"max_steps": 2})
     train(recipe)
     before = moments(tmp_path / "run")
-    weights = load_file(checkpoint.latest(tmp_path / "run") / "model.safetensors")
+    weights = load_file(checkpoint.latest_checkpoint(tmp_path / "run") / "model.safetensors")
     capsys.readouterr()
     train(
         changed(recipe, training={"max_steps": 3}, optimizer={"learning_rate": rates, "betas": (0.999999, 0.98)}),
@@ -68,11 +68,12 @@ def test_other_groups_of_rates_keep_every_moment(parts, tmp_path, capsys, rates)
     for name, moment in before.items():
         torch.testing.assert_close(after[name], moment, rtol=1e-3, atol=1e-5)
     assert any(float(moment.abs().max()) > 1e-2 for moment in before.values())
-    new = load_file(checkpoint.latest(tmp_path / "run") / "model.safetensors")
+    new = load_file(checkpoint.latest_checkpoint(tmp_path / "run") / "model.safetensors")
     assert all(torch.equal(new[name], weights[name]) for name in weights)
     said = " ".join(capsys.readouterr().err.split())
     assert (
-        "the recipe has changed since the checkpoint, and its new values hold: optimizer.learning_rate from {" in said
+        "the recipe has changed since the checkpoint, and its new values are used: optimizer.learning_rate from {"
+        in said
     )
     assert "training.max_steps from 2 to 3" in said and "optimizer's state" not in said
 
@@ -83,8 +84,8 @@ def test_an_encoder_that_trains_from_here_on(parts, tmp_path, capsys):
     trains = changed(recipe, training={"max_steps": 2}, optimizer={"learning_rate": {"*": 1e-3}})
     folder = train(trains, resume=True)
     said = capsys.readouterr().err
-    assert "vision trains from here on, and begins as it was pretrained" in said
-    assert re.search(r"the optimizer's state begins anew for \d+ parameters \(vision\.", said)
+    assert "vision trains from this step on, and starts from its pretrained weights" in said
+    assert re.search(r"the optimizer starts without a state for \d+ parameters \(vision\.", said)
     assert any(name.startswith("vision.") for name in load_file(folder / "model.safetensors"))
     # To freeze it again would lose what was learned; a rate of 0 does not.
     with pytest.raises(InputError) as raised:
@@ -100,7 +101,7 @@ def test_an_encoder_that_trains_from_here_on(parts, tmp_path, capsys):
         / "model.safetensors"
     )
     assert all(torch.equal(after[name], before[name]) for name in before if name.startswith("vision."))
-    assert not torch.equal(after["qformer.num_query_tokens"], before["qformer.num_query_tokens"])
+    assert not torch.equal(after["qformer.queries"], before["qformer.queries"])
 
 
 def test_adapters_that_come_and_go(parts, tmp_path, capsys):
@@ -120,11 +121,11 @@ def test_adapters_that_come_and_go(parts, tmp_path, capsys):
     )
     train(adapted, resume=True)
     said = capsys.readouterr().err
-    assert "language trains from here on" in said and "language.lora.rank from None to 2" in said
+    assert "language trains from this step on" in said and "language.lora.r from None to 2" in said
     longer = changed(adapted, training={"max_steps": 3})
-    with pytest.raises(InputError, match=r"for which there is no place: set language .* its lora"):
+    with pytest.raises(InputError, match=r"which the model does not have: set language .* its lora"):
         train(changed(plain, training={"max_steps": 3}), resume=True)
-    with pytest.raises(InputError, match="of other shapes: language"):
+    with pytest.raises(InputError, match="other shapes: language"):
         train(changed(longer, language={"lora": LoraConfig(r=3)}), resume=True)
     train(longer, resume=True)
 
@@ -159,14 +160,14 @@ def test_what_cannot_go_on(parts, tmp_path, changes, why):
 
 def noting(monkeypatch):
     """Rows of the table that training takes, in their order."""
-    rows, take = [], loop._Training._next
+    rows, take = [], loop.Trainer.next_batch
 
     def note(self):
         taken = take(self)
-        rows.extend(int(key.split(" row ")[1].split()[0]) for key in taken[0].keys)
+        rows.extend(int(key.split(" row ")[1].split()[0]) for key in taken.keys)
         return taken
 
-    monkeypatch.setattr(loop._Training, "_next", note)
+    monkeypatch.setattr(loop.Trainer, "next_batch", note)
     return rows
 
 
@@ -181,7 +182,7 @@ def test_every_record_once_an_epoch_with_another_batch_size(parts, tmp_path, cap
     train(recipe, resume=True)
     assert sorted(rows) == list(range(24))
     said = " ".join(capsys.readouterr().err.split())
-    assert "goes on within its epoch; what is left of it is dealt out anew (batch_size from 4 to 2)" in said
+    assert "continues within its epoch, whose remaining records are redistributed (batch_size from 4 to 2)" in said
     train(changed(recipe, training={"max_steps": 8, "save_steps": 8, "gradient_accumulation_steps": 6}), resume=True)
     assert Counter(rows) == Counter(dict.fromkeys(range(24), 2))
 
@@ -192,7 +193,7 @@ def test_fewer_processes_go_on_within_the_epoch(parts, tmp_path, monkeypatch):
     recipe = parts.recipe(tmp_path / "run", training={"max_steps": 2, "save_steps": 2})
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
     start_two(["train", str(tmp_path / "recipe.yaml")], tmp_path)
-    state = json.loads((checkpoint.latest(tmp_path / "run") / "state.json").read_text())
+    state = json.loads((checkpoint.latest_checkpoint(tmp_path / "run") / "state.json").read_text())
     assert len(state["positions"]) == 2
     rows = noting(monkeypatch)
     train(changed(recipe, training={"max_steps": 8, "save_steps": 8}), resume=True)
@@ -210,7 +211,7 @@ def hold(folder):
     child = os.fork()
     if child == 0:
         try:
-            with locked(folder):
+            with lock_folder(folder):
                 os.write(writing, b"held")
                 time.sleep(600)
         finally:
@@ -239,7 +240,7 @@ def test_a_run_has_its_folder_alone(parts, tmp_path):
     assert (tmp_path / "run" / LOCK).exists()  # of the killed process, which stands in nobody's way
     train(recipe)
     assert not (tmp_path / "run" / LOCK).exists()
-    with locked(tmp_path / "run"), pytest.raises(InputError, match="in use by this process"):
+    with lock_folder(tmp_path / "run"), pytest.raises(InputError, match="in use by this process"):
         train(recipe, resume=True)
 
 
@@ -251,18 +252,18 @@ def test_a_frozen_file_that_is_written_into_stops_the_run(parts, tmp_path, monke
     recipe = parts.recipe(
         tmp_path / "run", vision={"name": str(tmp_path / "vit")}, training={"max_steps": 4, "save_steps": 1}
     )
-    step, file = loop._Training._step, tmp_path / "vit" / "model.safetensors"
+    step, file = loop.Trainer.step, tmp_path / "vit" / "model.safetensors"
 
     def overwriting(self):
-        if self.step == 2:
+        if self.global_step == 2:
             os.utime(file)
         return step(self)
 
-    monkeypatch.setattr(loop._Training, "_step", overwriting)
+    monkeypatch.setattr(loop.Trainer, "step", overwriting)
     with pytest.raises(InputError, match=r"vit/model\.safetensors was changed while .* from .*step-00000002") as raised:
         train(recipe)
     message(raised)
-    assert checkpoint.latest(tmp_path / "run").name == "step-00000002"
+    assert checkpoint.latest_checkpoint(tmp_path / "run").name == "step-00000002"
 
 
 def test_a_file_that_is_replaced_stays_mapped_as_it_was(tmp_path):
@@ -272,11 +273,11 @@ def test_a_file_that_is_replaced_stays_mapped_as_it_was(tmp_path):
     (tmp_path / "new").write_text("new one")
     (tmp_path / "new").replace(tmp_path / "a.safetensors")
     (tmp_path / "config.json").write_text("not mapped")
-    assert files.changed() == []
+    assert files.changed_files() == []
     files = FrozenFiles([str(tmp_path / "a.safetensors")])
     with (tmp_path / "a.safetensors").open("a") as file:
         file.write("!")
-    assert files.changed() == [str(tmp_path / "a.safetensors")]
+    assert files.changed_files() == [str(tmp_path / "a.safetensors")]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -284,7 +285,7 @@ def test_weights_that_are_no_numbers(parts, tmp_path, value):
     recipe = parts.recipe(tmp_path / "run", training={"max_steps": 1})
     folder = train(recipe)
     weights = load_file(folder / "model.safetensors")
-    weights["qformer.num_query_tokens"][0, 0, 0] = value
+    weights["qformer.queries"][0, 0, 0] = value
     save_file(weights, folder / "model.safetensors")
     found = "NaN" if value != value else "infinite numbers"
     for use in (
@@ -292,7 +293,7 @@ def test_weights_that_are_no_numbers(parts, tmp_path, value):
         lambda: train(changed(recipe, training={"max_steps": 2}), resume=True),
     ):
         with pytest.raises(
-            InputError, match=rf"qformer\.num_query_tokens in '.*step-00000001' holds {found}: use another"
+            InputError, match=rf"qformer\.queries in '.*step-00000001' holds {found}: use another"
         ) as raised:
             use()
         message(raised)
@@ -307,17 +308,17 @@ def test_weights_that_are_no_numbers(parts, tmp_path, value):
 
 def test_a_folder_that_is_deleted_while_its_run_trains(parts, tmp_path, capsys, monkeypatch):
     recipe = parts.recipe(tmp_path / "run", training={"max_steps": 4, "save_steps": 2})
-    step = loop._Training._step
+    step = loop.Trainer.step
 
     def deleting(self):
-        if self.step == 2:
+        if self.global_step == 2:
             shutil.rmtree(tmp_path / "run")
         return step(self)
 
-    monkeypatch.setattr(loop._Training, "_step", deleting)
+    monkeypatch.setattr(loop.Trainer, "step", deleting)
     folder = train(recipe)
     said = " ".join(capsys.readouterr().err.split())
-    assert said.count("was deleted while the run trains, and is made again: metrics begin anew") == 1
+    assert said.count("was deleted during the run and is recreated without earlier metrics") == 1
     assert load(folder, device="cpu").recipe == with_absolute_paths(load(folder, device="cpu").recipe)
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [3, 4]
     train(changed(recipe, training={"max_steps": 5}), resume=True)
@@ -345,14 +346,14 @@ def test_a_state_of_odd_kinds(parts, tmp_path):
     for change in ODD:
         (folder / "state.json").write_text(json.dumps(change(good)))
         with pytest.raises(
-            InputError, match=r"state\.json cannot be read .* delete .* to go on from the checkpoint"
+            InputError, match=r"state\.json cannot be read .* delete .* to resume from the checkpoint"
         ) as raised:
-            checkpoint.read_state(folder)
+            checkpoint.read_training_state(folder)
         message(raised)
     (folder / "state.json").write_text(json.dumps(good))
     torch.save({"optimizer": [1, 2], "scaler": None}, folder / "optimizer.pt")
     with pytest.raises(InputError, match=r"optimizer\.pt cannot be read"):
-        checkpoint.read_state(folder)
+        checkpoint.read_training_state(folder)
 
 
 # -- names ---------------------------------------------------------------------------------------------------------
@@ -380,7 +381,7 @@ def test_a_run_of_relative_names_is_loaded_from_anywhere(parts, tmp_path, monkey
     assert found.data.sources == {str(here / "pictures" / "*.jsonl"): None}
     train(changed(found, training={"max_steps": 2}), resume=True)
     (here / "vit").rename(here / "moved")
-    with pytest.raises(InputError, match=f"there is no folder '{here}/vit' to read the image encoder from") as raised:
+    with pytest.raises(InputError, match=f"there is no folder '{here}/vit' to load the image encoder from") as raised:
         load(home / "run", device="cpu")
     assert "hub" not in message(raised) and "huggingface" not in message(raised)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -22,11 +23,11 @@ from blip2.errors import InputError
 from blip2.recipe import dump_recipe
 from blip2.training.launch import make_accelerator
 from blip2.training.metrics import read_metrics
-from blip2.training.traffic import step_traffic
 from blip2.training.trainer import train
 from fixtures.processes import begin_two, finish, share_global_batches, start, start_two, tell_traffic
 from fixtures.runs import assert_same_run, lines
 
+step_traffic = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "traffic.py"))["step_traffic"]
 LOSSES = ("loss", "itc", "itm", "itg")
 
 
@@ -38,7 +39,7 @@ def command(recipe, folder, *options):
 
 
 def trained(run):
-    return load_file(checkpoint.latest(run) / "model.safetensors")
+    return load_file(checkpoint.latest_checkpoint(run) / "model.safetensors")
 
 
 # -- learning ------------------------------------------------------------------------------------------------------
@@ -105,7 +106,7 @@ def test_what_travels_is_what_is_written_down(parts, tmp_path, stage):
     weights = sum(tensor.numel() for tensor in trained(tmp_path / "run").values())
     expected = Counter()
     for travel in step_traffic(recipe, weights, 16 + 1, 24, 6, 2):
-        name = {"all-to-all": "all_to_all_single"}.get(travel.how, travel.how.replace("-", "_"))
+        name = {"all-to-all": "all_to_all_single"}.get(travel.operation, travel.operation.replace("-", "_"))
         expected[name] += travel.bytes
     assert measured == expected
 
@@ -127,7 +128,7 @@ def test_sharding_changes_nothing(parts, tmp_path, language, adapts):
         changes |= {"stage": "generation", "language": {"name": getattr(parts, language), "lora": lora}}
     if adapts:
         pytest.importorskip("peft")
-        changes["optimizer"]["rates"] = {"language.*lora_*": 1e-3, **rates}
+        changes["optimizer"]["learning_rate"] = {"language.*lora_*": 1e-3, **rates}
     recipe = parts.recipe(
         tmp_path / "run",
         data={"validation": str(held_out), "batch_size": 1},
@@ -138,7 +139,7 @@ def test_sharding_changes_nothing(parts, tmp_path, language, adapts):
     # Blocks that compute a second time have to be whole a second time.
     lean = ["--training.gradient_checkpointing", "true"] if language else []
     printed = start_two(command(recipe, tmp_path / "dealt", "--training.shard_frozen", "true", *lean), tmp_path)
-    assert "frozen weights are dealt out to the processes of each machine" in printed[0]
+    assert "frozen weights are sharded across the processes of each machine" in printed[0]
     whole, dealt = lines(tmp_path / "whole"), lines(tmp_path / "dealt")
     assert {"validation_itc", "validation_lm"} & set(whole[-1])
     for row, other in zip(whole, dealt, strict=True):
@@ -150,7 +151,7 @@ def test_sharding_changes_nothing(parts, tmp_path, language, adapts):
 
 def test_what_cannot_be_dealt_out(parts, tmp_path):
     language = {"stage": "generation", "language": {"name": parts.opt, "quantization": "4bit"}}
-    with pytest.raises(InputError, match="a quantized LLM cannot be dealt out"):
+    with pytest.raises(InputError, match="a quantized LLM cannot be sharded"):
         parts.recipe(tmp_path, training={"shard_frozen": True}, **language)
     rates = {"optimizer": {"learning_rate": {"*": 1e-3}}}
     recipe = parts.recipe(tmp_path / "run", training={"shard_frozen": True}, **rates)
@@ -158,7 +159,7 @@ def test_what_cannot_be_dealt_out(parts, tmp_path):
     status, printed = finish(process, log)
     other.join(60)
     assert status == 2
-    said = "training.shard_frozen finds no frozen blocks to deal out"
+    said = "training.shard_frozen finds no frozen blocks to shard"
     assert f"error in process 0 of 2 on {socket.gethostname()}: {said}" in printed
     failures = (tmp_path / "dealt" / "failures.log").read_text()
     assert failures.count(said) == 2
@@ -207,7 +208,7 @@ def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(parts, tmp_p
             process.terminate()
             process.wait()
     printed = (tmp_path / "torchrun.log").read_text()
-    assert len(re.findall(r"going on from .*step-000000[0-3]\d", printed)) == 1
+    assert len(re.findall(r"resuming from .*step-000000[0-3]\d", printed)) == 1
     assert "Signal 9 (SIGKILL) received by PID" in printed or "exitcode: -9" in printed
     assert_same_run(tmp_path / "calm", tmp_path / "killed")
 

@@ -16,17 +16,18 @@ from safetensors.torch import load_file
 
 from blip2 import checkpoint
 from blip2.backbones.vision import ImageEncoder
-from blip2.builder import read_image_encoder
+from blip2.builder import build_image_encoder
 from blip2.config import ObjectivesConfig
-from blip2.data.images import read_image, to_pixels
-from blip2.data.records import open_records
+from blip2.data.images import preprocess, read_image
+from blip2.data.sources import open_records
 from blip2.errors import InputError
 from blip2.feature_cache.cache import CachedFeatures
 from blip2.pipelines import load
 from blip2.recipe import dump_recipe
 from blip2.training import trainer as loop
+from blip2.training.interruption import TrainingInterrupted
 from blip2.training.metrics import read_metrics
-from blip2.training.trainer import Interruption, train
+from blip2.training.trainer import train
 from conftest import draw
 from fixtures.processes import finish, start, start_two
 from fixtures.runs import assert_same_run, cut_short, lines
@@ -81,13 +82,13 @@ def test_activation_checkpointing_changes_nothing(parts, tmp_path):
 
 def test_deterministic_operations_are_asked_for_while_a_run_is_under_way(parts, tmp_path, monkeypatch):
     seen = []
-    step = loop._Training._step
+    step = loop.Trainer.step
 
     def note(self):
         seen.append(torch.are_deterministic_algorithms_enabled())
         return step(self)
 
-    monkeypatch.setattr(loop._Training, "_step", note)
+    monkeypatch.setattr(loop.Trainer, "step", note)
     for wanted in (True, False):
         train(
             parts.recipe(tmp_path / str(wanted), training={"max_steps": 2, "save_steps": 2, "full_determinism": wanted})
@@ -122,7 +123,7 @@ def test_stage_two_starts_from_stage_one(parts, runs, tmp_path, capsys):
         training={"max_steps": 1},
     )
     new = load_file(train(recipe) / "model.safetensors")
-    old = load_file(checkpoint.latest(runs["stage1"]) / "model.safetensors")
+    old = load_file(checkpoint.latest_checkpoint(runs["stage1"]) / "model.safetensors")
     shared = set(new) & set(old)
     assert shared == {name for name in new if name.startswith(("qformer.", "image_norm."))}
     assert all(torch.equal(new[name], old[name]) for name in shared)
@@ -131,7 +132,7 @@ def test_stage_two_starts_from_stage_one(parts, runs, tmp_path, capsys):
 
 def gradients(recipe):
     """First moments of AdamW after one step, which are a tenth of the gradients."""
-    _, state = checkpoint.read_state(train(recipe))
+    _, state = checkpoint.read_training_state(train(recipe))
     return [each["exp_avg"] for each in state["optimizer"].values() if each]
 
 
@@ -196,7 +197,7 @@ VARIANTS = {
 @pytest.mark.parametrize(("variant", "step"), [("plain", 8), *((name, 4) for name in VARIANTS)])
 def test_going_on_equals_never_stopping(parts, tmp_path, variant, step):
     changes = {key: dict(value) if isinstance(value, dict) else value for key, value in VARIANTS[variant].items()}
-    changes["training"] = {"steps": 10, "save_steps": 4, "keep": 3, **changes.get("training", {})}
+    changes["training"] = {"max_steps": 10, "save_steps": 4, "save_total_limit": 3, **changes.get("training", {})}
     if changes.pop("streaming", False):
         changes["data"]["train"] = shards(tmp_path / "shards")
     if variant == "stage 2":
@@ -214,7 +215,7 @@ def test_a_run_is_not_overwritten(parts, tmp_path):
     recipe = parts.recipe(tmp_path / "run", training={"max_steps": 1})
     train(recipe)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    with pytest.raises(InputError, match=r"already holds a run .* go on with --resume, or give another output"):
+    with pytest.raises(InputError, match=r"already holds a run .* rerun with --resume, or give another output"):
         train(recipe)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
@@ -239,7 +240,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(parts, tmp_path):
     optimizer = {"learning_rate": {"vision.*": "frozen", "*": 1e30}, "warmup_steps": 0}
     recipe = parts.recipe(tmp_path / "run", training={"max_steps": 1, "save_steps": 1}, optimizer=optimizer)
     train(recipe)
-    good = checkpoint.latest(tmp_path / "run")
+    good = checkpoint.latest_checkpoint(tmp_path / "run")
     with pytest.raises(InputError) as raised:
         train(replace(recipe, training=replace(recipe.training, max_steps=5)), resume=True)
     message = str(raised.value)
@@ -248,7 +249,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(parts, tmp_path):
     assert message.startswith("the loss is nan at step 2, in the batch of")
     assert message.count("pictures.jsonl row ") == 4
     assert "lower optimizer.learning_rate" in message
-    assert checkpoint.latest(tmp_path / "run") == good
+    assert checkpoint.latest_checkpoint(tmp_path / "run") == good
     assert [row["step"] for row in lines(tmp_path / "run")] == [1]
 
 
@@ -293,11 +294,11 @@ def test_a_signal_saves_a_checkpoint(uninterrupted, tmp_path, number, everyone):
             break
     assert status == 130, printed
     assert "Traceback" not in printed
-    stopped = json.loads((checkpoint.latest(run) / "state.json").read_text())["step"]
+    stopped = json.loads((checkpoint.latest_checkpoint(run) / "state.json").read_text())["step"]
     assert 3 <= stopped < 16
     last = printed.splitlines()[-1]
     assert last.startswith(f"stopped at step {stopped} of 16; its checkpoint is {run}")
-    assert last.endswith("go on with --resume")
+    assert last.endswith("rerun with --resume")
 
     status, printed = finish(start(command(recipe, run, "--resume"), log), log)
     assert status == 0, printed
@@ -314,12 +315,12 @@ def test_a_signal_within_this_process(parts, tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         return step(self, *args, **kwargs)
 
-    with monkeypatch.context() as patch, pytest.raises(Interruption, match="stopped at step 1 of 5"):
+    with monkeypatch.context() as patch, pytest.raises(TrainingInterrupted, match="stopped at step 1 of 5"):
         patch.setattr(torch.optim.AdamW, "step", interrupted)
         train(recipe)
     assert signal.getsignal(signal.SIGTERM) == before
     assert [row["step"] for row in lines(tmp_path / "run")] == [1]
-    assert checkpoint.latest(tmp_path / "run").name == "step-00000001"
+    assert checkpoint.latest_checkpoint(tmp_path / "run").name == "step-00000001"
 
 
 # -- what is written -----------------------------------------------------------------------------------------------
@@ -421,9 +422,9 @@ def test_skipped_and_cut_records_are_named_and_counted(parts, tmp_path, capsys):
         (line, again) = (line for line in errors.splitlines() if line.startswith(f"skipped {table} row {number} "))
         assert line == again  # once an epoch
         assert f"{number}.png" in line and why in line
-    assert errors.count("a caption is longer than data.max_length (32) and was cut") == 1
+    assert errors.count("a caption is longer than data.max_length (32) and was truncated") == 1
     assert f"skipped 2 records of data.validation; the first is {table} row 2" in errors
-    assert errors.splitlines()[-1] == "4 records skipped, 4 captions cut"
+    assert errors.splitlines()[-1] == "4 records skipped, 4 captions truncated"
     # Two of four can be used; each is taken twice, so that the batch keeps its size.
     assert [(row["skipped"], row["cut"]) for row in lines(tmp_path / "run")] == [(2, 2), (4, 4)]
 
@@ -444,7 +445,7 @@ def test_bf16_is_near_fp32(parts, tmp_path):
     full, half = lines(tmp_path / "fp32"), lines(tmp_path / "bf16")
     assert full[0]["itg"] != half[0]["itg"]
     assert full[0]["itg"] == pytest.approx(half[0]["itg"], rel=0.01)
-    weights = load_file(checkpoint.latest(tmp_path / "bf16") / "model.safetensors")
+    weights = load_file(checkpoint.latest_checkpoint(tmp_path / "bf16") / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
@@ -512,27 +513,27 @@ def test_tensorboard(parts, tmp_path):
 
 def test_training_reads_what_the_encoder_says(parts, tmp_path):
     """One view, unaugmented, is what training on the same pictures, never cropped or mirrored, would see."""
-    still = {"min_crop_scale": 1.0, "flip": False}
+    still = {"min_crop_scale": 1.0, "horizontal_flip": False}
     recipe = parts.recipe(tmp_path / "plain", data={**still, "validation": parts.pictures})
-    encoder = read_image_encoder(recipe.vision, torch.float32)
+    encoder = build_image_encoder(recipe.vision, torch.float32)
     cached = replace(recipe, output=str(tmp_path / "cached"), data=replace(recipe.data, cached_views=1))
     given = []
-    compute = ImageEncoder.features
+    compute = ImageEncoder.encode
 
     def note(self, images):
         given.append(images)
         return compute(self, images)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ImageEncoder, "features", note)
+        patch.setattr(ImageEncoder, "encode", note)
         train(cached)
     seen = [images for images in given if images.ndim == 3]
     assert len(seen) == 4 + 6  # steps, and batches of validation
     assert sum(len(images) for images in given if images.ndim == 4) == 24 + 2  # and a probe of positions
 
     records = open_records(parts.pictures, recipe.data)
-    every = torch.stack([to_pixels(read_image(record.image), encoder.preprocessing) for record in records])
-    exact = encoder.features(every).bfloat16()
+    every = torch.stack([preprocess(read_image(record.image), encoder.preprocessing) for record in records])
+    exact = encoder.encode(every).bfloat16()
     for images in seen:
         assert images.dtype == torch.bfloat16
         assert all(any(torch.equal(image, one) for one in exact) for image in images)
@@ -566,7 +567,7 @@ def test_two_processes(parts, tmp_path):
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert ["validation_itg" in row for row in rows] == [False, True, False, True]
     assert rows[0]["images_per_second"] == pytest.approx(12 / rows[0]["seconds"])
-    state = json.loads((checkpoint.latest(tmp_path / "run") / "state.json").read_text())
+    state = json.loads((checkpoint.latest_checkpoint(tmp_path / "run") / "state.json").read_text())
     assert len(state["positions"]) == 2
     assert [path.name for path in (tmp_path / "run").glob("metrics*")] == ["metrics.jsonl"]
 
@@ -612,16 +613,18 @@ PICTURE = draw("disc", "red", 0)
 
 
 def test_collapsed_queries_are_said_once(parts, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(loop, "COLLAPSE_STEPS", 2)
-    monkeypatch.setattr(loop, "COLLAPSED", -1.0)
+    monkeypatch.setattr(loop, "COLLAPSE_MIN_STEP", 2)
+    monkeypatch.setattr(loop, "COLLAPSE_THRESHOLD", -1.0)
     train(parts.recipe(tmp_path / "run", training={"max_steps": 4}))
     said = " ".join(capsys.readouterr().err.split())
-    assert said.count("the queries have collapsed: at step 2 the mean cosine between those of an image is") == 1
+    assert (
+        said.count("the queries have collapsed: at step 2 the mean cosine similarity between those of an image is") == 1
+    )
     assert "raise objectives.query_diversity, which is 0, and start again" in said
 
 
 def test_queries_that_differ_are_not_complained_of(parts, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(loop, "COLLAPSE_STEPS", 2)
+    monkeypatch.setattr(loop, "COLLAPSE_MIN_STEP", 2)
     train(parts.recipe(tmp_path / "run", training={"max_steps": 3}, objectives=ObjectivesConfig(query_diversity=1.0)))
     assert "collapsed" not in capsys.readouterr().err
     rows = read_metrics(tmp_path / "run")
@@ -633,13 +636,13 @@ def test_queries_that_differ_are_not_complained_of(parts, tmp_path, capsys, monk
 
 @pytest.mark.parametrize("wanted", ["auto", "sine2d"])
 def test_a_checkpoint_says_what_positions_it_was_trained_with(parts, tmp_path, wanted):
-    short = {"steps": 1, "device": "cpu", "precision": "fp32"}
+    short = {"max_steps": 1, "device": "cpu", "precision": "fp32"}
     recipe = parts.recipe(tmp_path / "run", training=short)
     train(replace(recipe, vision=replace(recipe.vision, position_encoding=wanted)))
     loaded = load(tmp_path / "run", device="cpu")
     found = "none" if wanted == "auto" else wanted  # a ViT has its own
     assert loaded.recipe.vision.position_encoding == loaded.model.vision.position_encoding == found
-    other = load(tmp_path / "run", device="cpu", changes={"vision.position_encoding": "none"})
+    other = load(tmp_path / "run", device="cpu", overrides={"vision.position_encoding": "none"})
     same = torch.equal(loaded.embed_images(PICTURE), other.embed_images(PICTURE))
     assert same is (found == "none")
 

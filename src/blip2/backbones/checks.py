@@ -1,24 +1,25 @@
-"""Trying an LLM once when it is loaded, so that what it cannot do is said then and not in the middle of a run.
+"""Run an LLM on a few tokens when it is loaded, so that unsupported LLMs fail then and not during a run.
 
-LLMs differ in what they take and keep: embeddings, a mask, positions, keys and values, states of a recurrence. No list
-of names says which can do what, so each is run for a few tokens, as it is and where it is, which needs no memory beside
-its own and about ten short passes. A few tokens go through it in all the ways in which it is used, and what it
-predicts after the same text has to be the same each time:
+LLMs differ in the inputs that they accept (embeddings, attention mask, positions) and in what they cache (keys and
+values, recurrent states), and no list of model types says which support what. So each LLM is run for about ten short
+passes, on the device and in the data type in which it is used. After the same tokens its predictions have to be the
+same in every use:
 
-- in training: texts of unlike lengths in a batch, the soft visual prompt before them as embeddings;
-- alone, all of it as tokens;
-- while it writes: token by token, prompts of unlike lengths in a batch, with beams.
+- training: sequences of different lengths in a batch, after a soft visual prompt that is given as embeddings;
+- a single sequence given entirely as tokens;
+- generation: token by token, prompts of different lengths in a batch, with beams.
 
-The ways of writing are tried from the fastest to the slowest, and the first that gives what training gives is taken.
+The functions of :mod:`blip2.decoding.search` that generate text are tried from the fastest to the slowest, and the
+first one that agrees with training is used.
 
-Legend: B prompts, N rows (a prompt with one of two continuations), T text tokens, U tokens of a continuation, Q length
-of the visual prompt, L width of the LLM, V vocabulary.
+Shapes: B prompts, N rows (a prompt with one of two continuations), T text tokens, U tokens of a continuation, Q visual
+prompt tokens, L width of the LLM, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,285 +27,294 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from blip2.backbones.pretrained import first_line
+from blip2.backbones.pretrained import short_message
 from blip2.decoding.kv_cache import (
-    Prompts,
-    Reader,
-    Rereader,
-    blank_token,
-    forward,
-    has_embeddings_in_layers,
-    is_supported,
+    IncrementalDecoder,
+    PromptBatch,
+    UncachedDecoder,
+    forward_without_cache,
+    get_pad_token_id,
+    has_per_layer_embeddings,
+    supports_kv_cache,
     text_config,
 )
 from blip2.decoding.search import (
     Decoding,
-    Way,
-    reader_of,
-    write,
-    write_again,
-    write_by_length,
-    write_plainly,
+    GenerateFn,
+    cached_decoder_class,
+    generate,
+    generate_by_length,
+    generate_with_transformers,
+    generate_without_cache,
 )
 from blip2.errors import InputError
-from blip2.model.losses import IGNORED
+from blip2.model.losses import IGNORE_INDEX
 
-VISUAL, WRITTEN = 3, 3
-"""Length of the visual prompt, and number of tokens that are predicted."""
-LENGTHS = (0, 4)
-"""Of the prompts' texts, in tokens."""
-TOLERANCE = {torch.float32: (0.01, 4e-6), torch.float16: (0.05, 2e-3), torch.bfloat16: (0.15, 0.015)}
-"""How far two results may be apart: as a share of what other texts change, and of the size of the logits."""
+NUM_VISUAL_TOKENS, NUM_NEW_TOKENS = 3, 3
+"""Length of the visual prompt, and number of predicted tokens."""
+TEXT_LENGTHS = (0, 4)
+"""Number of text tokens of each prompt."""
+TOLERANCES = {torch.float32: (0.01, 4e-6), torch.float16: (0.05, 2e-3), torch.bfloat16: (0.15, 0.015)}
+"""Allowed difference between two results: relative to the difference between rows, and to the size of the logits."""
 
-Teach = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""From visual prompts, ids, their mask and labels to the logits of the labels, as in training."""
+TrainingForward = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Maps visual prompts, token ids, attention mask and labels to the logits of the labels, as in training."""
 
 
 @dataclass(frozen=True)
-class Trial:
-    """Two prompts, each with two continuations, and what an LLM in training predicts of them."""
+class Probe:
+    """Two prompts, each with the same two continuations, and the predictions of the training forward pass."""
 
     network: Any
     visual_ids: Int[Tensor, "1 Q"]
     """Tokens whose embeddings are the visual prompt."""
-    prompts: Prompts
+    prompts: PromptBatch
     continuations: Int[Tensor, "2 U"]
     expected: Float[Tensor, "N U V"] = field(default_factory=lambda: torch.empty(0))
     """Log-probabilities; rows are (first prompt, first continuation), (first, second), (second, first) ..."""
 
-    def is_expected(self, logits: Float[Tensor, "n V"], rows: Sequence[int], place: int) -> bool:
-        """Whether logits are those that training gives at a place of a continuation."""
-        expected = self.expected[list(rows), place]
-        varies, size = _rms(self.expected - self.expected.mean(dim=(0, 1))), _rms(_centered(self.expected))
-        share, floor = TOLERANCE.get(self.network.dtype, TOLERANCE[torch.bfloat16])
-        if getattr(self.network, "is_quantized", False):
-            share, floor = TOLERANCE[torch.bfloat16]
-        return bool(_rms(_log_softmax(logits) - expected) <= share * varies + floor * size)
+    def agrees(self, logits: Float[Tensor, "n V"], rows: Sequence[int], step: int) -> bool:
+        """Return whether logits for a token of some rows are those of training."""
+        expected = self.expected[list(rows), step]
+        variation = _rms(self.expected - self.expected.mean(dim=(0, 1)))
+        size = _rms(self.expected - self.expected.mean(dim=-1, keepdim=True))
+        dtype = torch.bfloat16 if getattr(self.network, "is_quantized", False) else self.network.dtype
+        rtol, atol = TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16])
+        return bool(_rms(_log_softmax(logits) - expected) <= rtol * variation + atol * size)
 
 
-def find_way(network: Any, teach: Teach) -> Way:
-    """Return the fastest way of writing in which an LLM predicts what it does in training.
+def select_generate_fn(network: Any, training_forward: TrainingForward) -> GenerateFn:
+    """Return the fastest function for text generation with which an LLM predicts the same as in training.
 
     Args:
         network: an LLM in evaluation mode.
-        teach: how it is trained.
+        training_forward: its forward pass in training.
 
     Raises:
-        InputError: it cannot be trained behind a soft visual prompt, or it cannot write.
+        InputError: the LLM cannot be trained with a soft visual prompt, or cannot generate text after one.
     """
-    trial = _prepare(network, teach)
-    logits = _alone(trial, WRITTEN)
-    if not all(trial.is_expected(logits[place, None], [0], place) for place in range(WRITTEN)):
-        shorter = _alone(trial, 1)
+    probe = _make_probe(network, training_forward)
+    logits = _forward_single(probe, NUM_NEW_TOKENS)
+    if not all(probe.agrees(logits[step, None], [0], step) for step in range(NUM_NEW_TOKENS)):
+        shorter = _forward_single(probe, 1)
         if not network.config.is_encoder_decoder and not torch.allclose(shorter[0], logits[0], atol=1e-2, rtol=1e-2):
-            raise _refusal(network, "what it predicts depends on tokens that come later: it is an encoder")
-        raise _refusal(
+            raise _unsupported(network, "its predictions depend on tokens that come later: it is an encoder")
+        raise _unsupported(
             network,
-            "what it predicts of a text alone, given as tokens, is not what it predicts of the same text as embeddings"
-            " in a batch",
+            "its prediction for a sequence, given as tokens, is not that for the same sequence as embeddings in a"
+            " batch",
         )
-    said = "it predicts other tokens while it writes than in training"
-    ways: list[tuple[Way, Callable[[Trial], bool]]] = [
-        (write_plainly, lambda each: _generates(each, (0, 1))),
-        (write_by_length, lambda each: _generates(each, (0,)) and _generates(each, (1,))),
-        (write_again, lambda each: _reads(each, Rereader)),
+    reason = "its predictions while generating are not those in training"
+    candidates: list[tuple[GenerateFn, Callable[[], bool]]] = [
+        (generate_with_transformers, lambda: _agrees_with_transformers(probe, (0, 1))),
+        (generate_by_length, lambda: all(_agrees_with_transformers(probe, (row,)) for row in (0, 1))),
+        (generate_without_cache, lambda: _agrees_step_by_step(probe, UncachedDecoder)),
     ]
-    if is_supported(network):
-        ways.insert(0, (write, lambda each: _reads(each, reader_of(network))))
-    for way, is_right in ways:
+    if supports_kv_cache(network):
+        candidates.insert(0, (generate, lambda: _agrees_step_by_step(probe, cached_decoder_class(network))))
+    for generate_fn, agrees in candidates:
         try:
-            if is_right(trial):
-                return way
-        except Exception as error:  # what an LLM raises that cannot do something is not said anywhere
-            said = _said(error)
-    raise _refusal(network, said)
+            if agrees():
+                return generate_fn
+        except Exception as error:  # LLMs raise any type of error for what they do not support
+            reason = _describe(error)
+    raise _unsupported(network, reason)
 
 
-def check_gradient(network: Any, teach: Teach) -> None:
-    """See that an LLM hands a gradient on to the visual prompt.
+def check_gradient(network: Any, training_forward: TrainingForward) -> None:
+    """Check that an LLM propagates a gradient to the visual prompt.
 
     Raises:
-        InputError: it does not.
+        InputError: there is no gradient, or it is zero or not finite.
     """
-    trial = _prepare(network, teach)
-    ids, mask, labels = _as_trained(trial)
-    visual = trial.prompts.visual.expand(len(ids), -1, -1).clone().requires_grad_()
+    probe = _make_probe(network, training_forward)
+    ids, mask, labels = _training_inputs(probe)
+    visual = probe.prompts.visual_prompts.expand(len(ids), -1, -1).clone().requires_grad_()
     try:
         with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(_log_softmax(teach(visual, ids, mask, labels)).square().mean(), visual)
+            loss = _log_softmax(training_forward(visual, ids, mask, labels)).square().mean()
+            (gradient,) = torch.autograd.grad(loss, visual)
     except Exception as error:
-        raise _refusal(network, f"no gradient goes through it: {_said(error)}") from error
+        raise _unsupported(network, f"no gradient goes through it: {_describe(error)}") from error
     if not gradient.isfinite().all() or not gradient.flatten(1).any(dim=1).all():
-        raise _refusal(network, "the gradient that it hands on to the visual prompt is zero or not finite")
+        raise _unsupported(network, "its gradient for the visual prompt is zero or not finite")
 
 
-def _prepare(network: Any, teach: Teach) -> Trial:
-    tokens = _ordinary_tokens(network, VISUAL + sum(LENGTHS) + 2 * WRITTEN)
+def _make_probe(network: Any, training_forward: TrainingForward) -> Probe:
+    num_text_tokens = sum(TEXT_LENGTHS)
+    tokens = _regular_tokens(network, NUM_VISUAL_TOKENS + num_text_tokens + 2 * NUM_NEW_TOKENS)
     device = network.get_input_embeddings().weight.device
-    visual, text, first, second = torch.tensor(tokens, device=device).split([VISUAL, sum(LENGTHS), WRITTEN, WRITTEN])
+    visual_ids, text, first, second = torch.tensor(tokens, device=device).split(
+        [NUM_VISUAL_TOKENS, num_text_tokens, NUM_NEW_TOKENS, NUM_NEW_TOKENS]
+    )
     ids = torch.stack([text, text])
-    mask = torch.arange(max(LENGTHS), device=device) < torch.tensor(LENGTHS, device=device)[:, None]
+    mask = torch.arange(max(TEXT_LENGTHS), device=device) < torch.tensor(TEXT_LENGTHS, device=device)[:, None]
     try:
         embed = network.get_input_embeddings()
-        if has_embeddings_in_layers(network):
-            visual = torch.full_like(visual, blank_token(network))  # for which a visual prompt counts there
-        prompts = Prompts(embed(visual[None]), embed(ids), ids, mask, torch.zeros_like(ids[:, 0]))
-        trial = Trial(network, visual[None], prompts, torch.stack([first, second]))
-        arguments = _as_trained(trial)
-        rows = len(arguments[0])
+        if has_per_layer_embeddings(network):
+            visual_ids = torch.full_like(visual_ids, get_pad_token_id(network))  # as per_layer_inputs has it
+        prompts = PromptBatch(embed(visual_ids[None]), embed(ids), ids, mask, torch.zeros_like(ids[:, 0]))
+        probe = Probe(network, visual_ids[None], prompts, torch.stack([first, second]))
+        inputs = _training_inputs(probe)
+        num_rows = len(inputs[0])
         with torch.no_grad():
-            logits = teach(prompts.visual.expand(rows, -1, -1), *arguments)
+            logits = training_forward(prompts.visual_prompts.expand(num_rows, -1, -1), *inputs)
     except InputError:
         raise
     except Exception as error:
-        raise _refusal(network, _said(error)) from error
+        raise _unsupported(network, _describe(error)) from error
     if not logits.isfinite().any() or logits.isnan().any():
-        raise _refusal(network, "its logits are not finite: its weights are damaged, or need another language.dtype")
-    return Trial(network, trial.visual_ids, prompts, trial.continuations, _log_softmax(logits).unflatten(0, (rows, -1)))
+        raise _unsupported(
+            network, "its logits are not finite: its weights are damaged, or need another language.dtype"
+        )
+    return replace(probe, expected=_log_softmax(logits).unflatten(0, (num_rows, -1)))
 
 
-def _as_trained(trial: Trial) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, mask and labels of each prompt with each continuation."""
-    prompts, rows, labels = trial.prompts, [], []
-    for i, length in enumerate(LENGTHS):
-        for continuation in trial.continuations:
-            prompt = prompts.ids[i, :length]
-            is_whole = trial.network.config.is_encoder_decoder
-            rows.append(prompt if is_whole else torch.cat([prompt, continuation]))
-            labels.append(continuation if is_whole else torch.cat([torch.full_like(prompt, IGNORED), continuation]))
-    fill = blank_token(trial.network)
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+def _training_inputs(probe: Probe) -> tuple[Tensor, Tensor, Tensor]:
+    """Return token ids, attention mask and labels of each prompt with each continuation."""
+    rows, labels = [], []
+    is_encoder_decoder = probe.network.config.is_encoder_decoder
+    for i, length in enumerate(TEXT_LENGTHS):
+        prompt = probe.prompts.input_ids[i, :length]
+        for continuation in probe.continuations:
+            rows.append(prompt if is_encoder_decoder else torch.cat([prompt, continuation]))
+            ignored = torch.full_like(prompt, IGNORE_INDEX)
+            labels.append(continuation if is_encoder_decoder else torch.cat([ignored, continuation]))
+    pad_token_id = get_pad_token_id(probe.network)
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
     lengths = torch.tensor([len(row) for row in rows], device=ids.device)
     mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-    return ids, mask, torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED)
+    return ids, mask, torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)
 
 
-def _ordinary_tokens(network: Any, count: int) -> list[int]:
-    """Tokens from all over the vocabulary, none of which its configuration gives a meaning."""
+def _regular_tokens(network: Any, count: int) -> list[int]:
+    """Return tokens from all over the vocabulary that are not special tokens of the configuration."""
     special: set[int] = set()
     for config in (network.config, text_config(network.config)):
         for name, value in config.to_dict().items():
             if name.endswith(("token_id", "token_index", "_ids")):
                 special |= {each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int)}
-    size = network.get_input_embeddings().weight.shape[0]
-    free = [token for token in range(size) if token not in special] or [0]
-    return [free[(len(free) * (2 * i + 1)) // (2 * count)] for i in range(count)]
+    vocab_size = network.get_input_embeddings().weight.shape[0]
+    regular = [token for token in range(vocab_size) if token not in special] or [0]
+    return [regular[(len(regular) * (2 * i + 1)) // (2 * count)] for i in range(count)]
 
 
-# -- what is tried -----------------------------------------------------------------------------------------------------
+# -- the uses that are compared with training --------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def _alone(trial: Trial, count: int) -> Float[Tensor, "U V"]:
-    """Logits of the first tokens of the first continuation behind the shorter prompt, alone and all of it as tokens."""
-    network, read = trial.network, trial.continuations[:1, : count - 1]
-    arguments: dict[str, Any] = {"input_ids": trial.visual_ids}
+def _forward_single(probe: Probe, count: int) -> Float[Tensor, "U V"]:
+    """Return logits of the first tokens of the first continuation after the shorter prompt, given as tokens only."""
+    network, previous = probe.network, probe.continuations[:1, : count - 1]
+    kwargs: dict[str, Any] = {"input_ids": probe.visual_ids}
     if network.config.is_encoder_decoder:
-        start = torch.full_like(trial.continuations[:1, :1], network.generation_config.decoder_start_token_id)
-        arguments["decoder_input_ids"] = torch.cat([start, read], dim=1)
+        start = torch.full_like(probe.continuations[:1, :1], network.generation_config.decoder_start_token_id)
+        kwargs["decoder_input_ids"] = torch.cat([start, previous], dim=1)
     else:
-        arguments["input_ids"] = torch.cat([trial.visual_ids, read], dim=1)
-    arguments["attention_mask"] = torch.ones_like(arguments["input_ids"])
+        kwargs["input_ids"] = torch.cat([probe.visual_ids, previous], dim=1)
+    kwargs["attention_mask"] = torch.ones_like(kwargs["input_ids"])
     try:
-        return forward(network, **arguments)[0, -count:]
+        return forward_without_cache(network, **kwargs)[0, -count:]
     except Exception as error:
-        raise _refusal(network, _said(error)) from error
+        raise _unsupported(network, _describe(error)) from error
 
 
 @torch.no_grad()
-def _reads(trial: Trial, kind: type[Reader]) -> bool:
-    """A reader, with one visual prompt for both and with one each."""
-    first, second = trial.continuations
+def _agrees_step_by_step(probe: Probe, decoder_class: type[IncrementalDecoder]) -> bool:
+    """Return whether incremental decoding agrees with training, with a shared visual prompt and with one per prompt."""
+    first, second = probe.continuations
     device = first.device
-    for shared in (True, False):
-        prompts = trial.prompts
-        if not shared:
-            each = torch.arange(len(LENGTHS), device=device)
-            prompts = Prompts(prompts.visual.repeat(len(each), 1, 1), prompts.text, prompts.ids, prompts.mask, each)
-        reader = kind(trial.network, prompts)
-        if not trial.is_expected(reader.logits, [0, 2], 0):
+    for is_shared in (True, False):
+        prompts = probe.prompts
+        if not is_shared:
+            image_index = torch.arange(len(TEXT_LENGTHS), device=device)
+            visual_prompts = prompts.visual_prompts.repeat(len(image_index), 1, 1)
+            prompts = replace(prompts, visual_prompts=visual_prompts, image_index=image_index)
+        decoder = decoder_class(probe.network, prompts)
+        if not probe.agrees(decoder.logits, [0, 2], 0):
             return False
-        reader.read(torch.stack([first[0], second[0]]).repeat(2), torch.tensor([0, 0, 1, 1], device=device))
-        if not trial.is_expected(reader.logits, range(4), 1):
+        decoder.step(torch.stack([first[0], second[0]]).repeat(2), torch.tensor([0, 0, 1, 1], device=device))
+        if not probe.agrees(decoder.logits, range(4), 1):
             return False
-        # As beams that change places.
-        reader.read(torch.stack([second[1], first[1]]).repeat(2), torch.tensor([1, 0, 3, 2], device=device))
-        if not trial.is_expected(reader.logits, [1, 0, 3, 2], 2):
+        # The two rows of each prompt change places, as beams do.
+        decoder.step(torch.stack([second[1], first[1]]).repeat(2), torch.tensor([1, 0, 3, 2], device=device))
+        if not probe.agrees(decoder.logits, [1, 0, 3, 2], 2):
             return False
     return True
 
 
-def _generates(trial: Trial, which: Sequence[int]) -> bool:
-    """transformers' ``generate`` of some of the prompts, with one beam and with two that change places."""
-    end = next(token for token in range(3 * WRITTEN) if not (trial.continuations == token).any())
-    for beams in (1, 2):
-        dictation = Dictation(trial.continuations, beams)
-        write_plainly(
-            trial.network, trial.prompts.rows(torch.tensor(which, device=trial.continuations.device)),
-            Decoding(num_beams=beams, max_new_tokens=WRITTEN, min_new_tokens=0), [end], also=[dictation],
+def _agrees_with_transformers(probe: Probe, rows: Sequence[int]) -> bool:
+    """Return whether transformers' ``generate`` agrees with training, with one beam and with two that change places."""
+    device = probe.continuations.device
+    eos_token_id = next(token for token in range(3 * NUM_NEW_TOKENS) if not (probe.continuations == token).any())
+    for num_beams in (1, 2):
+        forced = ForcedLogitsProcessor(probe.continuations, num_beams)
+        generate_with_transformers(
+            probe.network, probe.prompts.select(torch.tensor(rows, device=device)),
+            Decoding(num_beams=num_beams, max_new_tokens=NUM_NEW_TOKENS, min_new_tokens=0), [eos_token_id],
+            logits_processors=[forced],
         )  # fmt: skip
-        for place, (continuations, logits) in enumerate(dictation.read):
-            if place and sorted(set(continuations.tolist())) != list(range(beams)):
+        for step, (sequence_ids, logits) in enumerate(forced.steps):
+            if step and sorted(set(sequence_ids.tolist())) != list(range(num_beams)):
                 return False
-            prompt = torch.tensor(which, device=continuations.device).repeat_interleave(beams)
-            if not trial.is_expected(logits, (2 * prompt + continuations).tolist(), place):
+            prompt = torch.tensor(rows, device=device).repeat_interleave(num_beams)
+            if not probe.agrees(logits, (2 * prompt + sequence_ids).tolist(), step):
                 return False
-        if len(dictation.read) != WRITTEN:
+        if len(forced.steps) != NUM_NEW_TOKENS:
             return False
     return True
 
 
-class Dictation(LogitsProcessor):
-    """Has transformers' ``generate`` write given texts, and notes what it predicts of each token.
+class ForcedLogitsProcessor(LogitsProcessor):
+    """A logits processor that forces transformers' ``generate`` to return given sequences, and records the logits.
 
-    With two beams both are written, the first of them the likelier at first and the less likely afterwards.
+    With two beams both sequences are generated, the first one being more likely at first and less likely later.
 
     Args:
-        texts: one a beam.
+        sequences: one sequence per beam.
+        num_beams: number of beams, 1 or 2.
     """
 
-    def __init__(self, texts: Int[Tensor, "2 U"], beams: int) -> None:
-        self._texts, self._beams = texts, beams
-        self.read: list[tuple[Int[Tensor, "N"], Float[Tensor, "N V"]]] = []
-        """For each token which of the texts a row holds, and the logits."""
+    def __init__(self, sequences: Int[Tensor, "2 U"], num_beams: int) -> None:
+        self._sequences, self._num_beams = sequences, num_beams
+        self.steps: list[tuple[Int[Tensor, "N"], Float[Tensor, "N V"]]] = []
+        """For each generated token, which of the sequences each row has, and the logits."""
 
     def __call__(self, input_ids: Int[Tensor, "N T"], scores: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
-        place = len(self.read)
-        row = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
-        if place:
-            row = (input_ids[:, -place] == self._texts[1, 0]).long()
-        self.read.append((row, scores.clone()))
-        wanted = torch.full_like(scores, -torch.inf)
-        if place == 0:
-            for text in range(self._beams):
-                wanted[:, self._texts[text, 0]] = -float(text)
+        step = len(self.steps)
+        sequence_ids = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
+        if step:
+            sequence_ids = (input_ids[:, -step] == self._sequences[1, 0]).long()
+        self.steps.append((sequence_ids, scores.clone()))
+        forced = torch.full_like(scores, -torch.inf)
+        if step == 0:
+            for i in range(self._num_beams):
+                forced[:, self._sequences[i, 0]] = -float(i)
         else:
-            chance = torch.where(row == 0, -5.0, 0.0) if self._beams > 1 and place == 1 else torch.zeros_like(row)
-            wanted.scatter_(1, self._texts[row, place][:, None], chance[:, None].to(wanted.dtype))
-        return wanted
+            log_probs = torch.zeros_like(scores[:, 0])
+            if self._num_beams > 1 and step == 1:
+                log_probs[sequence_ids == 0] = -5.0
+            forced.scatter_(1, self._sequences[sequence_ids, step][:, None], log_probs[:, None])
+        return forced
 
 
-# -- small things ------------------------------------------------------------------------------------------------------
+# -- helpers -----------------------------------------------------------------------------------------------------------
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
     return logits.float().log_softmax(dim=-1).clamp(min=-100.0)
 
 
-def _centered(logits: Tensor) -> Tensor:
-    return logits - logits.mean(dim=-1, keepdim=True)
-
-
 def _rms(values: Tensor) -> Tensor:
     return values.square().mean().sqrt()
 
 
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {first_line(error)[:160]}"
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {short_message(error)[:160]}"
 
 
-def _refusal(network: Any, reason: str) -> InputError:
+def _unsupported(network: Any, reason: str) -> InputError:
     return InputError(
-        f"the LLM, a {type(network).__name__}, cannot be used behind a soft visual prompt ({reason}): set language.name"
+        f"the LLM, a {type(network).__name__}, cannot be used after a soft visual prompt ({reason}): set language.name"
         " to another, see docs/models.md"
     )

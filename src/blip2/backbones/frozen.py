@@ -1,4 +1,4 @@
-"""What it means for a part to be frozen: no gradients, never in training mode, its own dtype (paper §3.4)."""
+"""Base class of the frozen models: no gradients, always in evaluation mode, their own data type (paper §3.4)."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-Part = TypeVar("Part", bound="Freezable")  # the run-time type checks of the tests cannot read typing.Self
+FreezableT = TypeVar("FreezableT", bound="Freezable")  # the tests' run-time type checker does not support typing.Self
 
 
 class Freezable(nn.Module):
-    """A pretrained part that is frozen until a recipe gives one of its parameters a learning rate.
+    """A pretrained model that is frozen until a recipe gives one of its parameters a learning rate.
 
-    While frozen it stays in ``eval()`` even when the model around it trains (no dropout inside a frozen LLM, no moving
-    batch statistics inside a frozen CNN) and computes in the dtype of its own weights, whatever autocast says.
+    While frozen it stays in ``eval()`` even if the model around it is in training mode (no dropout in a frozen LLM, no
+    update of batch statistics in a frozen CNN), and computes in the data type of its weights regardless of autocast.
     """
 
-    adapters: str = ""
-    """What stands in the names of the parameters of its adapters, where it has any: they alone train and are kept."""
+    adapter_key: str = ""
+    """Substring of the names of adapter parameters, which alone are trained and saved; empty without adapters."""
 
     blocks: Sequence[nn.Module] = ()
-    """The equal blocks that hold nearly all of its weights, in each stack from the first to the last."""
+    """The repeated blocks that hold nearly all of its weights, in order."""
 
     @property
     def is_frozen(self) -> bool:
@@ -34,33 +34,33 @@ class Freezable(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
 
-    def freeze(self: Part) -> Part:
+    def freeze(self: FreezableT) -> FreezableT:
         self.requires_grad_(False)
         return self.eval()
 
-    def train(self: Part, mode: bool = True) -> Part:
+    def train(self: FreezableT, mode: bool = True) -> FreezableT:
         return super().train(mode and not self.is_frozen)
 
-    def recompute_blocks(self) -> bool:
-        """Keep only the inputs of each block for the backward pass, and compute the rest of it a second time there.
+    def gradient_checkpointing_enable(self) -> bool:
+        """Store only the inputs of each block for the backward pass, which computes its activations again.
 
-        The results, dropout included, are the same. Frozen or not: gradients pass through a frozen LLM as well.
-        transformers' own way leaves out whatever is in ``eval()``, as frozen parts always are.
+        The results are the same, including dropout. It applies to frozen models too, since gradients pass through a
+        frozen LLM; transformers' own ``gradient_checkpointing_enable`` skips modules that are in ``eval()``.
 
         Returns:
-            Whether there are blocks. Without, all is kept as before.
+            Whether the model has blocks. Without blocks this method does nothing.
         """
         for block in self.blocks:
             block.forward = partial(_recompute, block.forward)
         return bool(self.blocks)
 
-    def own_precision(self, device: torch.device) -> torch.autocast:
-        """Autocast off while frozen; as it is around us otherwise."""
-        outside = torch.is_autocast_enabled(device.type)
-        return torch.autocast(device.type, enabled=outside and not self.is_frozen)
+    def autocast_context(self, device: torch.device) -> torch.autocast:
+        """Return a context that disables autocast while the model is frozen and leaves it unchanged otherwise."""
+        enabled = torch.is_autocast_enabled(device.type)
+        return torch.autocast(device.type, enabled=enabled and not self.is_frozen)
 
 
-def _recompute(forward: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+def _recompute(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
-        return forward(*arguments, **named)
-    return checkpoint(partial(forward, **named), *arguments, use_reentrant=False)
+        return forward(*args, **kwargs)
+    return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False)

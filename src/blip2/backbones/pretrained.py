@@ -1,7 +1,7 @@
-"""Reading the pretrained parts: one error for everything that can be wrong with them.
+"""Load pretrained models and weights, and turn everything that can be wrong with them into one error.
 
-This is the one place that loads anything of transformers and anything that was pickled. No code that lies beside
-weights ever runs, unless a caller says so for this one name, and nothing is asked on the terminal.
+This is the only module that calls ``from_pretrained`` of transformers or ``torch.load``. Python code in a model's
+folder never runs unless the caller allows it for that model, and nothing is asked on the terminal.
 """
 
 from __future__ import annotations
@@ -28,241 +28,261 @@ from transformers import (
 from transformers.utils import logging
 
 from blip2.errors import InputError
-from blip2.io import MAX_JSON, check_regular, read_json
+from blip2.io import MAX_JSON, check_regular_file, expand_home, read_json
 
 CODE_KEYS = {"image encoder": "vision.trust_remote_code", "language model": "language.trust_remote_code"}
-"""The key of a recipe that allows code, by what it is the code of."""
+"""The recipe key that allows custom code, for each kind of model."""
 MAX_LAYERS = 2000
-"""Of a network. Its modules are made one by one before its weights are looked at."""
+"""Largest number of layers of a model: transformers creates them all before it looks at the weights."""
 
 
 @contextmanager
-def reading(name: str, what: str, files: str = "config.json and model.safetensors") -> Iterator[None]:
-    """Turn whatever transformers raises while it reads `name` into an :class:`InputError`.
+def wrap_load_errors(name: str, what: str, files: str = "config.json and model.safetensors") -> Iterator[None]:
+    """Convert every exception that is raised while a model is loaded to an :class:`InputError`.
 
     Args:
-        what: is read, for the message.
-        files: that it is read from, for the message.
+        name: folder or hub name of the model.
+        what: kind of object that is loaded, for the message.
+        files: files that it is loaded from, for the message.
     """
     try:
         yield
     except InputError:
         raise
-    except Exception as error:  # files that are damaged, or were made to be, bring up nearly anything
+    except Exception as error:  # damaged or malicious files can raise nearly anything
         if "custom code" in str(error) and "trust_remote_code" in str(error):
             key = CODE_KEYS.get(what.removesuffix(" tokenizer"))
-            allow = f", or set {key} to {name} if you trust whoever wrote it" if key else ""
+            allow = f", or set {key} to {name} if you trust its author" if key else ""
             raise InputError(
-                f"the {what} {name!r} needs Python code that lies beside it (auto_map), which is not run: name another"
-                f" one that transformers knows by itself{allow}"
+                f"the {what} {name!r} needs Python code from its folder (auto_map), which is not run: name a model that"
+                f" transformers supports natively{allow}"
             ) from error
-        if _is_path(name) and not Path(name).expanduser().exists():
+        if _is_path(name) and not expand_home(name).exists():
             raise InputError(
-                f"there is no folder {name!r} to read the {what} from: check the path, or copy it there"
+                f"there is no folder {name!r} to load the {what} from: check the path, or copy it there"
             ) from error
         raise InputError(
-            f"no {what} could be read from {name!r} ({first_line(error)}): name a folder that has a {files}, or a hub"
-            " name when there is a network"
+            f"no {what} could be loaded from {name!r} ({short_message(error)}): name a folder that has a {files}, or a"
+            " hub name when there is a network"
         ) from error
 
 
 def check_finite(name: str, tensor: Tensor, source: str) -> None:
-    """Refuse weights that would make everything NaN.
+    """Check that a weight has no NaN and no infinity.
 
     Args:
-        source: where they were read from, for the message.
+        name: name of the weight, for the message.
+        source: file or folder that it was loaded from, for the message.
 
     Raises:
-        InputError: a number is NaN or infinite.
+        InputError: the weight has NaN or infinite numbers.
     """
     if not tensor.is_floating_point() or tensor.is_meta or tensor.element_size() < 2 or not tensor.numel():
-        return  # a quantized or an empty one
-    extremes = torch.stack(torch.aminmax(tensor.detach())).float()  # both are NaN where one number is
+        return  # quantized or empty
+    extremes = torch.stack(torch.aminmax(tensor.detach())).float()  # both are NaN if any value is
     if not extremes.isfinite().all():
         found = "NaN" if extremes.isnan().any() else "infinite numbers"
         raise InputError(f"{name} in {source!r} holds {found}: use another checkpoint, or copy or download it again")
 
 
 def _is_path(name: str) -> bool:
-    """Whether a name means a folder: a name on the hub has at most an owner and one slash."""
+    """Return whether a name is a path: a hub name has at most one slash."""
     return name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, without its second line and its full stop."""
+def short_message(error: BaseException) -> str:
+    """Return the first line of an error's message without its full stop, or the error's type if it has no message."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(". ") if lines else type(error).__name__
 
 
-def load_pretrained(auto: Any, name: str | Path, *, trust_remote_code: bool = False, **options: Any) -> Any:
-    """``auto.from_pretrained(name)`` of transformers, which never asks whether it may run code.
+def load_pretrained(auto_class: Any, name: str | Path, *, trust_remote_code: bool = False, **options: Any) -> Any:
+    """Call ``auto_class.from_pretrained(name)`` of transformers, which never asks whether custom code may run.
 
     Raises:
-        InputError: a file of the folder is a pipe, a device or too large, or it names files outside the folder.
-        Exception: whatever transformers raises; see :func:`reading`.
+        InputError: a file of the folder is a pipe, a device or too large, or names files outside the folder.
+        Exception: any error of transformers; see :func:`wrap_load_errors`.
     """
     _check_folder(Path(name))
-    return auto.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+    return auto_class.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
 
 
 def _check_folder(folder: Path) -> None:
-    """Look at the files of a folder before transformers does: it reads them whole, and as they say."""
+    """Check the files of a folder before transformers reads them, which it does without any limit."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.suffix in (".json", ".jsonl", ".txt", ".model", ".jinja", ".bin", ".safetensors") and path.exists():
-            small = None if path.suffix in (".bin", ".safetensors") else MAX_JSON
+            max_bytes = None if path.suffix in (".bin", ".safetensors") else MAX_JSON
             if not path.is_dir():
-                check_regular(path, path.stat(), small)
+                check_regular_file(path, path.stat(), max_bytes)
         if path.name.endswith(".index.json") and path.is_file():
-            check_shards(path)
+            read_shard_index(path)
 
 
-def check_shards(index: Path) -> dict[str, str]:
-    """The file of each weight, as an index says, all of them beside it.
+def read_shard_index(index: Path) -> dict[str, str]:
+    """Read the index of a sharded checkpoint.
+
+    Returns:
+        The file name of each weight. All files are in the folder of the index.
 
     Raises:
-        InputError: it is damaged, or names files elsewhere.
+        InputError: the index is damaged, or names files in other folders.
     """
-    found = read_json(index)
-    homes = found.get("weight_map") if isinstance(found, dict) else None
-    if not isinstance(homes, dict) or not all(isinstance(home, str) for home in homes.values()):
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise InputError(f"{index} is damaged (it has no weight_map): copy or download it again")
-    away = next((home for home in homes.values() if home != Path(home).name or "\\" in home), None)
-    if away is not None:
-        raise InputError(f"{index} names the file {away!r}, expected files beside it: copy or download it again")
-    return homes
+    outside = next((file for file in weight_map.values() if file != Path(file).name or "\\" in file), None)
+    if outside is not None:
+        raise InputError(
+            f"{index} names the file {outside!r}, expected files in the same folder: copy or download it again"
+        )
+    return weight_map
 
 
-def read_config(name: str, what: str, trust_remote_code: bool = False) -> Any:
-    """The configuration of a pretrained model of transformers.
+def load_config(name: str, what: str, trust_remote_code: bool = False) -> Any:
+    """Load the configuration of a pretrained transformers model.
+
+    Args:
+        name: folder or hub name.
+        what: kind of model, for messages.
+        trust_remote_code: whether Python code from the model's folder may run.
 
     Raises:
-        InputError: there is none, it needs code that may not run, or no model could be made by it.
+        InputError: there is no configuration, it needs custom code that is not allowed, or it is out of bounds.
     """
-    with reading(name, what):
+    with wrap_load_errors(name, what):
         config = load_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
         _check_config(config, name, what)
         return config
 
 
 def _check_config(config: Any, name: str, what: str) -> None:
-    kernel = config._attn_implementation
-    if isinstance(kernel, str) and "/" in kernel:  # compiled code of the hub, which transformers would fetch and run
+    attention = config._attn_implementation
+    if isinstance(attention, str) and "/" in attention:  # transformers would download compiled code from the hub
         raise InputError(
-            f"the config.json of the {what} {name!r} wants the attention of {kernel!r}, which would be fetched and run:"
-            " take attn_implementation out of it"
+            f"the config.json of the {what} {name!r} has attn_implementation {attention!r}, which would download code"
+            " and run it: remove that entry"
         )
     for key, value in vars(config).items():
         if hasattr(value, "_attn_implementation"):
             _check_config(value, name, what)
         elif isinstance(value, int) and re.search("layers?$|depth$", key) and value > MAX_LAYERS:
             raise InputError(
-                f"the config.json of the {what} {name!r} says {key} {value}, more than the {MAX_LAYERS} allowed: copy"
+                f"the config.json of the {what} {name!r} has {key} {value}, more than the {MAX_LAYERS} allowed: copy"
                 " or download it again"
             )
 
 
-def read_model(
-    auto: Any,
+def load_model(
+    auto_class: Any,
     name: str,
     what: str,
     dtype: torch.dtype | str = torch.float32,
     optional: str = "(?!)",
     config: Any = None,
-    how: Mapping[str, Any] | None = None,
+    load_kwargs: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, set[str]]:
-    """A pretrained model of transformers, and the names of weights that its files do not have.
+    """Load a pretrained transformers model.
 
     Args:
-        auto: the class to load it with.
-        optional: regular expression, found in the names of weights that may be missing.
-        config: in place of its own.
-        how: it is loaded besides, for transformers (``device_map``).
-        trust_remote_code: whether code that lies beside its weights may run.
+        auto_class: class whose ``from_pretrained`` loads the model.
+        name: folder or hub name.
+        what: kind of model, for messages.
+        dtype: data type of the weights, or ``auto`` for that of the files.
+        optional: regular expression for the names of weights that may be missing.
+        config: configuration to use instead of the model's own.
+        load_kwargs: further arguments of ``from_pretrained``, such as ``device_map``.
+        trust_remote_code: whether Python code from the model's folder may run.
+
+    Returns:
+        The model, and the names of the weights that its files lack.
 
     Raises:
         InputError: there is no such model, its files are damaged, or they lack weights that are not optional.
     """
-    with _quiet(), reading(name, what):
+    with _quiet(), wrap_load_errors(name, what):
         model, info = load_pretrained(
-            auto, name, trust_remote_code=trust_remote_code, config=config, dtype=dtype, output_loading_info=True,
-            **how or {},
+            auto_class, name, trust_remote_code=trust_remote_code, config=config, dtype=dtype, output_loading_info=True,
+            **load_kwargs or {},
         )  # fmt: skip
-    missing = set(info["missing_keys"])
-    _check_missing(model, {key for key in missing if not re.search(optional, key)}, name, what)
-    return model, missing
+    _check_missing(model, info, optional, name, what)
+    return model, set(info["missing_keys"])
 
 
-def read_part(config: Any, weights: Mapping[str, Tensor], name: str, what: str, optional: str = "(?!)") -> Any:
-    """A model of transformers from weights that lie within a larger checkpoint, in their dtypes and without a copy.
+def load_submodule(config: Any, weights: Mapping[str, Tensor], name: str, what: str, optional: str = "(?!)") -> Any:
+    """Create a transformers model from the weights of a larger checkpoint, in their data types and without a copy.
 
     Args:
-        config: of the model; says its class too.
-        weights: under the names that the model itself has for them.
-        name: of the checkpoint, for messages.
+        config: configuration of the model, which also determines its class.
+        weights: weights under the model's own names.
+        name: name of the checkpoint, for messages.
+        what: kind of model, for messages.
+        optional: regular expression for the names of weights that may be missing.
 
     Raises:
-        InputError: weights are missing, left over or of other shapes than `config` says.
+        InputError: weights are missing, unexpected, or of other shapes than `config` has.
     """
     if not weights:
         raise InputError(f"{name} holds no weights of its {what}: copy or download it again")
-    with _quiet(), reading(name, what):
-        kind: Any = type(empty_model(config))
+    with _quiet(), wrap_load_errors(name, what):
+        model_class: Any = type(init_empty_model(config))
         dtype = next(iter(weights.values())).dtype
-        model, info = kind.from_pretrained(
+        model, info = model_class.from_pretrained(
             None, config=config, state_dict=dict(weights), dtype=dtype, output_loading_info=True,
             ignore_mismatched_sizes=True,
         )  # fmt: skip
-    for where, found, expected in sorted(info["mismatched_keys"])[:1]:
+    for key, found, expected in sorted(info["mismatched_keys"])[:1]:
         raise InputError(
-            f"{name}: {where} of the {what} is {tuple(found)}, its config.json says {tuple(expected)}: one of the two"
+            f"{name}: {key} of the {what} is {tuple(found)}, its config.json says {tuple(expected)}: one of the two"
             " belongs to another model"
         )
-    left = sorted(set(info["unexpected_keys"]))
-    if left:
+    unexpected = sorted(set(info["unexpected_keys"]))
+    if unexpected:
         raise InputError(
-            f"{name} has {len(left)} weights that its {what}, a {kind.__name__}, does not have, such as {left[0]}: its"
-            " config.json belongs to another model"
+            f"{name} has {len(unexpected)} weights that its {what}, a {model_class.__name__}, does not have, such as"
+            f" {unexpected[0]}: its config.json belongs to another model"
         )
-    _check_missing(model, {key for key in info["missing_keys"] if not re.search(optional, key)}, name, what)
-    check_twins(weights, model.state_dict(), name)
+    _check_missing(model, info, optional, name, what)
+    check_tied_weights(weights, model.state_dict(), name)
     return model
 
 
-def empty_model(config: Any) -> Any:
-    """A model of transformers without any weights: an LLM with its head, or an image encoder."""
-    auto: Any = AutoModel
+def init_empty_model(config: Any) -> Any:
+    """Create a transformers model on the meta device, without weights: an LLM with its head, or an image encoder."""
+    auto_class: Any = AutoModel
     if isinstance(config, Blip2VisionConfig):
         with torch.device("meta"):
             return Blip2VisionModel(config)
     if getattr(config, "is_encoder_decoder", False):
-        auto = AutoModelForSeq2SeqLM
+        auto_class = AutoModelForSeq2SeqLM
     elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "patch_size"):
-        auto = AutoModelForCausalLM
+        auto_class = AutoModelForCausalLM
     with torch.device("meta"):
-        return auto.from_config(config, trust_remote_code=False)
+        return auto_class.from_config(config, trust_remote_code=False)
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file."""
-    with reading(str(path), "weights", path.name):
-        check_regular(path, path.stat())
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    """Load all tensors of a safetensors file."""
+    with wrap_load_errors(str(path), "weights", path.name):
+        check_regular_file(path, path.stat())
         return load_file(path)
 
 
-def read_pickle(path: Path, mmap: bool = True) -> Any:
-    """What :func:`torch.save` wrote; nothing is executed.
+def load_pickle(path: Path, mmap: bool = True) -> Any:
+    """Load a file of :func:`torch.save` without executing anything in it.
 
     Args:
-        mmap: map its tensors from the file, which then has to stay as it is.
+        path: the file.
+        mmap: whether to map the tensors from the file, which must not change afterwards.
 
     Raises:
-        InputError: there is no such file, it is damaged, or it holds objects, which would have to be executed.
+        InputError: there is no such file, it is damaged, or it has objects whose loading would execute code.
     """
     if not path.is_file():
         raise InputError(f"there is no file {path}: check its path")
     try:
-        _check_stored(path)
+        _check_uncompressed(path)
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         except RuntimeError as error:
@@ -272,50 +292,52 @@ def read_pickle(path: Path, mmap: bool = True) -> Any:
     except InputError:
         raise
     except Exception as error:  # unpickling damaged bytes raises nearly anything
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if wanted:
+        function = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if function:
             raise InputError(
-                f"{path} is refused: it wants to run {wanted[1]} while it is read, and files of weights need no code;"
-                " save its state dict alone, with tensors, numbers and texts"
+                f"{path} is refused: loading it would run {function[1]}, and weights need no code; save only its state"
+                " dict, with tensors, numbers and strings"
             ) from error
-        raise InputError(f"{path} is damaged ({first_line(error)}): copy or download it again") from error
+        raise InputError(f"{path} is damaged ({short_message(error)}): copy or download it again") from error
 
 
-def _check_stored(path: Path) -> None:
-    """Refuse an archive that is packed, which torch.save never does: a small one can unpack to terabytes."""
+def _check_uncompressed(path: Path) -> None:
+    """Refuse a compressed archive, which torch.save never writes: a small one can expand to terabytes."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
-        packed = next((member for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED), None)
-    if packed is not None:
+        is_compressed = any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())
+    if is_compressed:
         raise InputError(f"{path} is compressed, which torch.save never does: save it again with torch.save")
 
 
-def check_twins(weights: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str) -> None:
-    """See that two weights of a file that are one parameter of a model, as tied matrices are, have the same values.
+def check_tied_weights(weights: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str) -> None:
+    """Check that weights of a file that share one parameter of the model (tied weights) have the same values.
 
     Args:
-        state: of the model, under the names of `weights`.
-        name: of the file, for the message.
+        weights: weights of the file.
+        state: state dict of the model, under the same names.
+        name: name of the file, for the message.
 
     Raises:
-        InputError: they differ, and one of them would be lost.
+        InputError: tied weights differ, so that one of them would be lost.
     """
-    first: dict[int, str] = {}
+    first_key: dict[int, str] = {}
     for key in weights:
         if key not in state or state[key].is_meta or not state[key].numel():
             continue
-        twin = first.setdefault(state[key].data_ptr(), key)
+        tied = first_key.setdefault(state[key].data_ptr(), key)
         dtype = state[key].dtype
-        if twin != key and not torch.equal(weights[twin].to(dtype), weights[key].to(dtype)):
+        if tied != key and not torch.equal(weights[tied].to(dtype), weights[key].to(dtype)):
             raise InputError(
-                f"{name} has different values for {twin} and {key}, which are one matrix in a model of its"
+                f"{name} has different values for {tied} and {key}, which are one matrix in a model of its"
                 " configuration: set tie_word_embeddings to false in the config.json of the LLM, or name the LLM"
                 " that it was made with"
             )
 
 
-def _check_missing(model: Any, missing: set[str], name: str, what: str) -> None:
+def _check_missing(model: Any, info: Mapping[str, Any], optional: str, name: str, what: str) -> None:
+    missing = {key for key in info["missing_keys"] if not re.search(optional, key)}
     if missing:
         raise InputError(
             f"the weights in {name!r} are not those of a {type(model).__name__}: {len(missing)} are missing, such as"
@@ -325,7 +347,7 @@ def _check_missing(model: Any, missing: set[str], name: str, what: str) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What is missing or left over is handled here, not printed by transformers."""
+    """Silence transformers' report of missing and unexpected weights, which this module checks itself."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

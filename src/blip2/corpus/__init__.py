@@ -1,1 +1,1 @@
-"""Passes over a whole corpus, shard by shard, on one machine or on many."""
+"""Jobs on a whole corpus, shard by shard, on one machine or many."""

@@ -1,10 +1,10 @@
-"""CapFilt: captions are bootstrapped (paper §3.4, and BLIP).
+"""CapFilt: bootstrap the captions of a corpus (paper §3.4, after BLIP).
 
-A captioner writes N captions of every picture, a ranker compares them and the original with the picture, and the best K
-stay, of which training draws one at each step.
+A captioner generates N captions of every image, a ranker compares them and the original captions with the image, and
+the best K are kept. Training then draws one of them at each step.
 
-What is sampled for a picture is decided by the seed and the bytes of the picture, not by what lies beside it. The last
-digit of a network's output may depend on the batch, so batches are cut within a unit, the same ones whoever does it.
+Sampling for an image depends only on the seed and the bytes of the image. The last digit of a network's output may
+depend on the batch, so batches never cross units and are the same for every engine.
 """
 
 from __future__ import annotations
@@ -21,48 +21,48 @@ import torch
 from PIL.Image import Image
 
 from blip2.config import Precision
-from blip2.corpus.job import HERE, Engine, Worker, do_units
-from blip2.corpus.models import Captioner, Ranker, open_captioner, open_ranker, pin
-from blip2.corpus.report import Summary, write_report
-from blip2.corpus.selection import Caption, Chosen, Rules, choose, read_language
-from blip2.corpus.tar_shards import Sample, ShardWriter, Skipped, Unit, batches, list_units
+from blip2.corpus.job import LOCAL, Engine, Worker, run_job
+from blip2.corpus.models import Captioner, Ranker, open_captioner, open_ranker, resolve_checkpoint
+from blip2.corpus.report import CapFiltStats, write_capfilt_report
+from blip2.corpus.selection import Caption, Selection, SelectionRules, load_language_detector, select_captions
+from blip2.corpus.tar_shards import Sample, ShardWriter, SkippedSample, Unit, list_units, read_batches
 from blip2.data.cells import CellError, read_text
 from blip2.decoding.search import Decoding
 from blip2.errors import InputError
 from blip2.feature_cache.store import digest
-from blip2.io import explained, output_path, write_json, written
+from blip2.io import atomic_write, convert_os_errors, expand_home, write_json
 
-SAMPLING = Decoding(top_p=0.9)
-"""How captions are written unless said otherwise: BLIP's nucleus sampling."""
+NUCLEUS_SAMPLING = Decoding(top_p=0.9)
+"""The default decoding: BLIP's nucleus sampling."""
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How captions are bootstrapped."""
+class CapFiltConfig:
+    """Options of CapFilt."""
 
-    captions: int = 10
-    """N, written of each picture (§3.4)."""
-    decoding: Decoding = SAMPLING
-    """How they are written."""
+    num_captions: int = 10
+    """N, the number of captions to generate per image (§3.4)."""
+    decoding: Decoding = NUCLEUS_SAMPLING
+    """How captions are generated."""
     prompt: str | None = None
-    """Text that they go on from; None: the captioner's own."""
-    rules: Rules = field(default_factory=Rules)
-    """Which captions stay."""
+    """Text that captions continue; None means the captioner's own."""
+    rules: SelectionRules = field(default_factory=SelectionRules)
+    """Which captions are kept."""
     seed: int = 0
-    """Of sampling."""
+    """Seed of sampling."""
     batch_size: int = 16
-    """Pictures that go through the networks together."""
+    """Images per batch."""
     shard_size: int = 1000
-    """Pictures an output shard, where the corpus has no shards of its own."""
+    """Images per output shard, if the corpus has no shards."""
 
     def __post_init__(self) -> None:
-        for name, smallest in (("captions", 0), ("batch_size", 1), ("shard_size", 1), ("seed", 0)):
+        for name, smallest in (("num_captions", 0), ("batch_size", 1), ("shard_size", 1), ("seed", 0)):
             if getattr(self, name) < smallest:
                 raise InputError(f"{name} is {getattr(self, name)}, expected at least {smallest}")
-        if self.decoding.top_p is None and self.captions > 1 and self.decoding.num_beams < self.captions:
+        if self.decoding.top_p is None and self.num_captions > 1 and self.decoding.num_beams < self.num_captions:
             raise InputError(
-                f"{self.captions} captions of {self.decoding.num_beams} beams are not to be had: take as many beams, or"
-                " sample them"
+                f"{self.decoding.num_beams} beams do not give {self.num_captions} captions: use at least as many beams,"
+                " or sampling"
             )
 
 
@@ -71,128 +71,133 @@ def capfilt(
     ranker: str,
     data: str,
     output: str | Path,
-    settings: Settings | None = None,
+    config: CapFiltConfig | None = None,
     *,
-    engine: Engine = HERE,
+    engine: Engine = LOCAL,
     device: str | None = None,
     dtype: Precision | None = None,
 ) -> dict[str, Any]:
-    """Bootstrap the captions of a corpus; shards, ``metrics.json`` and ``report.html`` go to `output`.
+    """Bootstrap the captions of a corpus; write shards, ``metrics.json`` and ``report.html`` to a folder.
 
-    A pass that was killed goes on where it was, and what was done is not done again.
+    A run that was interrupted resumes where it stopped when it is started again.
 
     Args:
-        captioner: see :func:`open_captioner`.
-        ranker: see :func:`open_ranker`.
-        data: what ``data.train`` of a recipe may say. Each shard gives one; of the rest, so many pictures do.
+        captioner: path or hub name of a model; see :func:`blip2.corpus.models.open_captioner`.
+        ranker: path or hub name of a model; see :func:`blip2.corpus.models.open_ranker`.
+        data: a source that ``data.train`` of a recipe may name. Each input shard gives one output shard.
+        output: folder of the results.
+        config: the options; None means the defaults.
+        engine: where the work is done.
+        device: device to run on; None means a GPU if there is one.
+        dtype: data type of the frozen parts; None means the recipe's.
 
     Returns:
-        What is in ``metrics.json``.
+        The content of ``metrics.json``.
 
     Raises:
-        InputError: a model or the data cannot be read, or `output` belongs to another pass.
+        InputError: a model or the data cannot be read, or `output` holds other results.
     """
-    settings, folder = settings or Settings(), output_path(output)
-    read_language(settings.rules.language)  # a missing extra is better found now than in a worker
-    units = list_units(data, settings.shard_size)
-    work = CapFilt(pin(captioner), pin(ranker), str(folder.absolute()), settings, device, dtype)
-    about = {
-        "pass": "capfilt", "captioner": work.captioner, "ranker": work.ranker, "data": data, "dtype": dtype,
-        "settings": asdict(settings), "transformers": version("transformers"), "torch": version("torch"),
+    config, folder = config or CapFiltConfig(), expand_home(output)
+    load_language_detector(config.rules.language)  # fails early if the extra is missing
+    units = list_units(data, config.shard_size)
+    job = CapFiltJob(
+        resolve_checkpoint(captioner), resolve_checkpoint(ranker), str(folder.absolute()), config, device, dtype
+    )
+    metadata = {
+        "pass": "capfilt", "captioner": job.captioner, "ranker": job.ranker, "data": data, "dtype": dtype,
+        "config": asdict(config), "transformers": version("transformers"), "torch": version("torch"),
     }  # fmt: skip
-    summary = Summary()
-    for told in do_units(work, units, folder, about, engine, "capfilt"):
-        summary.add(told)
-    metrics = {**about, **summary.metrics()}
-    write_report(folder, metrics, summary, units)
-    with explained(folder / "metrics.json"):
+    stats = CapFiltStats()
+    for result in run_job(job, units, folder, metadata, engine, "capfilt"):
+        stats.merge(result)
+    metrics = {**metadata, **stats.metrics()}
+    write_capfilt_report(folder, metrics, stats, units)
+    with convert_os_errors(folder / "metrics.json"):
         write_json(folder / "metrics.json", metrics)
     return metrics
 
 
 @dataclass(frozen=True)
-class CapFilt:
-    """The pass, for any engine."""
+class CapFiltJob:
+    """CapFilt as a :class:`~blip2.corpus.job.Job`."""
 
     captioner: str
     ranker: str
     output: str
-    settings: Settings
+    config: CapFiltConfig
     device: str | None = None
     dtype: Precision | None = None
 
     def worker(self) -> Worker:
         """Load both models."""
-        settings = self.settings
-        captioner = open_captioner(self.captioner, settings.decoding, settings.prompt, self.device, self.dtype)
+        config = self.config
+        captioner = open_captioner(self.captioner, config.decoding, config.prompt, self.device, self.dtype)
         ranker = open_ranker(self.ranker, self.device, self.dtype)
-        return Bootstrap(captioner, ranker, settings, Path(self.output))
+        return CapFiltWorker(captioner, ranker, config, Path(self.output))
 
 
-class Bootstrap:
-    """Does one unit after another."""
+class CapFiltWorker:
+    """Bootstraps the captions of one unit after another."""
 
-    def __init__(self, captioner: Captioner, ranker: Ranker, settings: Settings, folder: Path) -> None:
-        self._captioner, self._ranker, self._settings, self._folder = captioner, ranker, settings, folder
-        self._language_of = read_language(settings.rules.language)
+    def __init__(self, captioner: Captioner, ranker: Ranker, config: CapFiltConfig, folder: Path) -> None:
+        self._captioner, self._ranker, self._config, self._folder = captioner, ranker, config, folder
+        self._language_of = load_language_detector(config.rules.language)
 
     def __call__(self, unit: Unit) -> dict[str, Any]:
-        """Write the shard of a unit, unless nothing is left for it; tells what :class:`Summary` adds up."""
-        summary, skipped = Summary(), list[Skipped]()
+        """Write the shard of a unit, unless it is empty; return its :class:`CapFiltStats` as a dict."""
+        stats, skipped = CapFiltStats(), list[SkippedSample]()
         path = self._folder / f"{unit.name}.tar"
-        with explained(path), written(path) as file:
+        with convert_os_errors(path), atomic_write(path) as file:
             shard = ShardWriter(file)
-            for batch in batches(unit, self._settings.batch_size, skipped):
-                for sample, chosen in self._choose(batch):
-                    summary.count(unit.name, sample, chosen, self._settings.seed)
-                    if chosen.kept:
-                        shard.add(sample, describe(chosen))
+            for batch in read_batches(unit, self._config.batch_size, skipped):
+                for sample, selection in self._select(batch):
+                    stats.add(unit.name, sample, selection, self._config.seed)
+                    if selection.kept:
+                        shard.add(sample, to_metadata(selection))
             shard.close()
-        if not summary.written:
-            path.unlink()  # an empty shard would be taken for a broken one
-        summary.skip(skipped)
-        return summary.told()
+        if not stats.num_written:
+            path.unlink()  # readers would take an empty shard for a broken one
+        stats.add_skipped(skipped)
+        return stats.to_dict()
 
-    def _choose(self, batch: Sequence[tuple[Sample, Image]]) -> Iterator[tuple[Sample, Chosen]]:
+    def _select(self, batch: Sequence[tuple[Sample, Image]]) -> Iterator[tuple[Sample, Selection]]:
         samples, images = zip(*batch, strict=True)
-        settings, new = self._settings, [[] for _ in samples]
-        if settings.captions:
-            dice = [self._dice(sample) for sample in samples]
-            new = self._captioner.write(images, settings.captions, torch.from_numpy(np.concatenate(dice)))
-        texts = [
-            [*dict.fromkeys(sample.captions), *dict.fromkeys(_usable(mine))]
-            for sample, mine in zip(samples, new, strict=True)
-        ]
-        spoken = [at for at, own in enumerate(texts) if own]
+        config, generated = self._config, [[] for _ in samples]
+        if config.num_captions:
+            uniforms = torch.from_numpy(np.concatenate([self._uniforms(sample) for sample in samples]))
+            generated = self._captioner.generate(images, config.num_captions, uniforms)
+        originals = [list(dict.fromkeys(sample.captions)) for sample in samples]
+        texts = [[*old, *dict.fromkeys(_normalize(new))] for old, new in zip(originals, generated, strict=True)]
+        captioned = [i for i, group in enumerate(texts) if group]
         scores: list[list[float]] = [[] for _ in texts]
-        if spoken:
-            ranked = self._ranker.rank([images[at] for at in spoken], [texts[at] for at in spoken])
-            for at, own in zip(spoken, ranked, strict=True):
-                scores[at] = own
-        for sample, own, cosines in zip(samples, texts, scores, strict=True):
-            originals = len(dict.fromkeys(sample.captions))
+        if captioned:
+            ranked = self._ranker.score([images[i] for i in captioned], [texts[i] for i in captioned])
+            for i, group in zip(captioned, ranked, strict=True):
+                scores[i] = group
+        for sample, old, group, cosines in zip(samples, originals, texts, scores, strict=True):
             captions = [
-                Caption(text, score, n < originals) for n, (text, score) in enumerate(zip(own, cosines, strict=True))
+                Caption(text, score, i < len(old)) for i, (text, score) in enumerate(zip(group, cosines, strict=True))
             ]
-            yield sample, choose(captions, settings.rules, self._language_of)
+            yield sample, select_captions(captions, config.rules, self._language_of)
 
-    def _dice(self, sample: Sample) -> np.ndarray:
-        random = np.random.default_rng([self._settings.seed, int(digest(sample.image), 16)])
-        return random.random((self._settings.captions, self._settings.decoding.max_new_tokens))
+    def _uniforms(self, sample: Sample) -> np.ndarray:
+        """Return numbers in [0, 1), one per generated token, that depend on the seed and the bytes of the image."""
+        generator = np.random.default_rng([self._config.seed, int(digest(sample.image), 16)])
+        return generator.random((self._config.num_captions, self._config.decoding.max_new_tokens))
 
 
-def _usable(texts: Iterable[str]) -> Iterator[str]:
-    """Written captions that training can read, their whitespace collapsed."""
+def _normalize(texts: Iterable[str]) -> Iterator[str]:
+    """Collapse whitespace, and drop captions that training cannot read."""
     for text in texts:
         with suppress(CellError):
             if caption := read_text(text):
                 yield caption
 
 
-def describe(chosen: Chosen) -> dict[str, Any]:
-    """What stands in the ``.json`` beside a picture: fields of one kind, whatever was kept."""
+def to_metadata(selection: Selection) -> dict[str, Any]:
+    """Return the content of the ``.json`` file of an image."""
     return {
-        "captions": [caption.text for caption in chosen.kept],
-        "scores": [round(caption.score, 6) for caption in chosen.kept],
-        "original": [caption.is_original for caption in chosen.kept],
+        "captions": [caption.text for caption in selection.kept],
+        "scores": [round(caption.score, 6) for caption in selection.kept],
+        "original": [caption.is_original for caption in selection.kept],
     }

@@ -1,4 +1,4 @@
-"""The command line of passes over a corpus."""
+"""Command line of jobs on a corpus."""
 
 from __future__ import annotations
 
@@ -12,75 +12,96 @@ from blip2.errors import InputError
 
 
 def add_capfilt(command: Callable[..., argparse.ArgumentParser]) -> None:
-    """``blip2 capfilt``."""
+    """Add the command ``blip2 capfilt``."""
     parser = command(
         "capfilt",
         run_capfilt,
-        "bootstrap the captions of a corpus: write new ones, rank them with the old, keep the best",
+        "Bootstrap the captions of a corpus: generate captions, rank them with the originals, keep the best.",
         "blip2 capfilt runs/mine/stage2 runs/mine/stage1 --data 'shards/{00000..00127}.tar' --output bootstrapped",
     )
     parser.add_argument(
-        "captioner", metavar="CAPTIONER", help="of stage generation, of any format; or of transformers: BLIP, GIT ..."
+        "captioner",
+        metavar="CAPTIONER",
+        help="Stage-2 model of any format, or a captioning model of transformers (BLIP, GIT ...).",
     )
     parser.add_argument(
-        "ranker", metavar="RANKER", help="of stage representation, of any format; or of transformers: CLIP, SigLIP ..."
+        "ranker",
+        metavar="RANKER",
+        help="Stage-1 model of any format, or a dual encoder of transformers (CLIP, SigLIP ...).",
     )
-    add_corpus(parser, required=True, holds="for shards (.tar), metrics.json and report.html")
-    parser.add_argument("--captions", type=int, default=10, metavar="N", help="written of each picture (default: 10)")
-    parser.add_argument("--keep", type=int, default=2, metavar="K", help="that stay of each picture (default: 2)")
-    parser.add_argument("--prompt", help="text that captions go on from (default: the captioner's own)")
-    parser.add_argument("--top-p", type=float, default=0.9, help="of nucleus sampling (default: 0.9)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of sampling (default: 1)")
-    parser.add_argument("--num-beams", type=int, help="beam search of this width instead of sampling")
-    parser.add_argument("--max-new-tokens", type=int, default=30, help="longest caption in tokens (default: 30)")
-    parser.add_argument("--min-words", type=int, default=1, help="shorter captions are dropped (default: 1)")
-    parser.add_argument("--max-words", type=int, help="longer captions are dropped (default: none)")
-    parser.add_argument("--language", metavar="CODE", help="captions in another one are dropped: en (default: none)")
+    add_corpus(parser, required=True, output="Folder for shards (.tar), metrics.json and report.html.")
+    parser.add_argument(
+        "--captions", type=int, default=10, metavar="N", help="Captions to generate per image (default: 10)."
+    )
+    parser.add_argument("--keep", type=int, default=2, metavar="K", help="Captions to keep per image (default: 2).")
+    parser.add_argument("--prompt", help="Text that captions continue (default: the captioner's own).")
+    parser.add_argument(
+        "--top-p", type=float, default=0.9, help="Cumulative probability of nucleus sampling (default: 0.9)."
+    )
+    parser.add_argument("--temperature", type=float, default=1.0, help="Sampling temperature (default: 1).")
+    parser.add_argument("--num-beams", type=int, help="Use beam search with this number of beams instead of sampling.")
+    parser.add_argument("--max-new-tokens", type=int, default=30, help="Maximum length in tokens (default: 30).")
+    parser.add_argument("--min-words", type=int, default=1, help="Drop shorter captions (default: 1).")
+    parser.add_argument("--max-words", type=int, help="Drop longer captions (default: no limit).")
+    parser.add_argument(
+        "--language", metavar="CODE", help="Drop captions in other languages than this, such as en (default: keep all)."
+    )
     parser.add_argument(
         "--max-word-overlap",
         type=float,
         default=1.0,
         metavar="SHARE",
-        help="of captions that share so many of their words the best stays (default: 1, those with the same words)",
+        help="Of captions that share at least this fraction of their words, keep the best (default: 1, equal words).",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="B", help="pictures taken at once (default: 16)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: a GPU if there is one)")
-    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="of the frozen parts (default: the recipe's)")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of sampling (default: 0).")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="B", help="Images per batch (default: 16).")
+    parser.add_argument("--device", help="Device to run on: cpu, cuda, cuda:1 or mps (default: a GPU if there is one).")
+    parser.add_argument(
+        "--dtype",
+        choices=["fp32", "bf16", "fp16"],
+        help="Data type of the frozen image encoder and LLM (default: the recipe's).",
+    )
 
 
-def add_corpus(parser: argparse.ArgumentParser, required: bool, holds: str) -> None:
-    """What a pass over a corpus reads, where it writes, and who does it."""
-    source = "what data.train of a recipe may say (docs/data.md)"
+def add_corpus(parser: argparse.ArgumentParser, required: bool, output: str) -> None:
+    """Add the options of the input, the output and the engine.
+
+    Args:
+        parser: the parser of the command.
+        required: whether ``--data`` is required.
+        output: help of ``--output``.
+    """
+    source = "Corpus: any source that data.train of a recipe may name (docs/data.md)."
     parser.add_argument("--data", required=required, metavar="SOURCE", help=source)
-    parser.add_argument("--output", required=True, metavar="FOLDER", help=holds)
+    parser.add_argument("--output", required=True, metavar="FOLDER", help=output)
     parser.add_argument(
         "--shard-size",
         type=int,
         default=1000,
         metavar="N",
-        help="pictures a shard of the output, where SOURCE has no shards (default: 1000)",
+        help="Images per output shard, if SOURCE has no shards (default: 1000).",
     )
     add_engine(parser)
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
-    """Where the work is done."""
+    """Add the options of the engine."""
     parser.add_argument(
         "--engine",
         default="local",
         choices=["local", "ray"],
-        help="this process, or a Ray cluster: that of RAY_ADDRESS, or else one on this machine (default: local)",
+        help="Run in this process, or on the Ray cluster at RAY_ADDRESS or a new one on this machine (default: local).",
     )
     parser.add_argument(
-        "--num-workers", type=int, help="processes of Ray (default: one a GPU, or one for every two cores)"
+        "--num-workers", type=int, help="Number of Ray processes (default: one per GPU, or one per two CPU cores)."
     )
-    parser.add_argument("--num-threads", type=int, help="CPU threads a worker (default: an even share)")
+    parser.add_argument("--num-threads", type=int, help="CPU threads per worker (default: an equal share).")
 
 
 def run_capfilt(options: argparse.Namespace) -> None:
-    from blip2.corpus.capfilt import Settings, capfilt
-    from blip2.corpus.selection import Rules
+    """Run ``blip2 capfilt``."""
+    from blip2.corpus.capfilt import CapFiltConfig, capfilt
+    from blip2.corpus.selection import SelectionRules
     from blip2.decoding.search import Decoding
 
     sampled = options.num_beams is None
@@ -88,12 +109,14 @@ def run_capfilt(options: argparse.Namespace) -> None:
     decoding = Decoding(
         1 if sampled else options.num_beams, options.max_new_tokens, top_p=top_p, temperature=options.temperature
     )
-    rules = Rules(options.keep, options.min_words, options.max_words, options.language, options.max_word_overlap)
-    settings = Settings(
+    rules = SelectionRules(
+        options.keep, options.min_words, options.max_words, options.language, options.max_word_overlap
+    )
+    config = CapFiltConfig(
         options.captions, decoding, options.prompt, rules, options.seed, options.batch_size, options.shard_size
     )
     metrics = capfilt(
-        options.captioner, options.ranker, options.data, options.output, settings,
+        options.captioner, options.ranker, options.data, options.output, config,
         engine=_engine(options), device=options.device, dtype=options.dtype,
     )  # fmt: skip
     print(json.dumps({name: metrics[name] for name in ("counts", "dropped", "skipped", "mean_scores")}, indent=1))
@@ -101,7 +124,7 @@ def run_capfilt(options: argparse.Namespace) -> None:
 
 
 def embed_corpus(options: argparse.Namespace) -> None:
-    """``blip2 embed --data``."""
+    """Run ``blip2 embed --data``."""
     from blip2.corpus import embed
 
     if options.data is None:
@@ -110,21 +133,21 @@ def embed_corpus(options: argparse.Namespace) -> None:
         raise InputError("--data embeds a whole corpus: leave out image files and --text, or --data")
     metrics = embed.embed_corpus(
         options.model, options.data, options.output, shard_size=options.shard_size, engine=_engine(options),
-        device=options.device, dtype=options.dtype, changes=options.changes or None,
+        device=options.device, dtype=options.dtype, overrides=options.overrides or None,
     )  # fmt: skip
-    print(json.dumps({name: metrics[name] for name in ("pictures", "texts", "skipped")}, indent=1))
+    print(json.dumps({name: metrics[name] for name in ("images", "texts", "skipped")}, indent=1))
 
 
-def make_features_on(options: argparse.Namespace, recipe: Any) -> None:
-    """``blip2 features --engine ray``: on its cluster; without it they are made where they are asked for."""
+def make_features_with_engine(options: argparse.Namespace, recipe: Any) -> None:
+    """Run ``blip2 features --engine ray``; with the local engine, do nothing."""
     engine = _engine(options)
     if engine.kind == "local":
-        if engine.threads is not None:
-            raise InputError("--num-threads is of --engine ray: set OMP_NUM_THREADS, or leave it out")
+        if engine.num_threads is not None:
+            raise InputError("--num-threads needs --engine ray: set OMP_NUM_THREADS instead, or leave it out")
         return
     from blip2.corpus import features
 
-    features.make_features_on(engine, recipe)
+    features.make_features_with_engine(engine, recipe)
 
 
 def _engine(options: argparse.Namespace) -> Any:

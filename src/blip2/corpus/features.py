@@ -1,7 +1,7 @@
-"""The frozen features that training reads, made by an engine: each unit is so many records of a table.
+"""Compute the cached features of a recipe's data with an :class:`~blip2.corpus.job.Engine`.
 
-What the workers add to the store is found there by :func:`blip2.training.features.make_features`, which then has
-nothing left to encode.
+A unit is a range of records. The workers add features to the feature cache, where
+:func:`blip2.training.features.make_features` finds them and has nothing left to encode.
 """
 
 from __future__ import annotations
@@ -16,35 +16,36 @@ from blip2.console import Display
 from blip2.corpus.job import Engine, Worker, run_units
 from blip2.corpus.tar_shards import Unit
 from blip2.data.assets import resolve
-from blip2.data.records import Records, open_records
+from blip2.data.records import Records
+from blip2.data.sources import open_records
 from blip2.errors import InputError
-from blip2.training.features import cached_features, feature_sources, open_encoder
+from blip2.training.features import feature_sources, load_encoder, load_or_compute_features
 
-SIZE = 1024
-"""Records a unit."""
+UNIT_SIZE = 1024
+"""Number of records in a unit."""
 
 
-def make_features_on(engine: Engine, recipe: Recipe) -> None:
-    """Put the features of a recipe's data into its store.
+def make_features_with_engine(engine: Engine, recipe: Recipe) -> None:
+    """Add the features of a recipe's data to its feature cache.
 
     Raises:
-        InputError: as :func:`blip2.training.features.make_features`, or Ray is missing.
+        InputError: as for :func:`blip2.training.features.make_features`, or Ray is missing.
     """
-    units = list(_units(recipe))
+    units = list(_list_units(recipe))
     display = Display("features")
     display.start(len(units))
     try:
-        for done, _ in enumerate(run_units(FeatureWork(recipe), units, engine), 1):
-            display.advance(done, "units")
+        for done, _ in enumerate(run_units(FeatureJob(recipe), units, engine), 1):
+            display.update(done, "units")
     finally:
         display.close()
 
 
-def _units(recipe: Recipe) -> Iterator[Unit]:
+def _list_units(recipe: Recipe) -> Iterator[Unit]:
     for key, source, _ in feature_sources(recipe):
         count = len(_open(recipe, source))
-        for first in range(0, count, SIZE):
-            yield Unit(key, source, first, min(SIZE, count - first))
+        for start in range(0, count, UNIT_SIZE):
+            yield Unit(key, source, start, min(UNIT_SIZE, count - start))
 
 
 def _open(recipe: Recipe, source: str) -> Records:
@@ -55,23 +56,23 @@ def _open(recipe: Recipe, source: str) -> Records:
 
 
 @dataclass(frozen=True)
-class FeatureWork:
-    """The pass, for any engine."""
+class FeatureJob:
+    """Encoding of images as a :class:`~blip2.corpus.job.Job`."""
 
     recipe: Recipe
 
     def worker(self) -> Worker:
         """Load the encoder; the records of each source are opened once."""
         device = choose_device(self.recipe.training.device)
-        encoder = open_encoder(self.recipe, device)
+        encoder = load_encoder(self.recipe, device)
         views = {(key, source): views for key, source, views in feature_sources(self.recipe)}
         opened: dict[str, Records] = {}
 
         def encode(unit: Unit) -> Mapping[str, Any]:
             if unit.source not in opened:
                 opened[unit.source] = _open(self.recipe, unit.source)
-            part = opened[unit.source].part(unit.first, unit.count or 0)
-            made = cached_features(self.recipe, part, encoder, views[unit.name, unit.source], device)
-            return {"pictures": made.encoded}
+            records = opened[unit.source].select_range(unit.start, unit.count or 0)
+            features = load_or_compute_features(self.recipe, records, encoder, views[unit.name, unit.source], device)
+            return {"images": features.num_encoded}
 
         return encode

@@ -1,9 +1,9 @@
-"""Doing work on every unit of a corpus: on this machine, or on a Ray cluster.
+"""Run a job on every unit of a corpus, in this process or on a Ray cluster.
 
-A :class:`Work` says how; its worker, which holds models, is built once a process and then does unit after unit. What a
-worker writes of a unit is there whole or not at all, and ``NAME.stats.json``, which says that the unit is done, is
-written last. So a pass that was killed goes on where it was, a unit that was lost with its worker is done again by
-another, and both engines write the same bytes.
+The worker of a :class:`Job` loads the models once per process and then handles one unit after another. Its outputs are
+written atomically, and ``NAME.stats.json``, which marks the unit as finished, is written last. An interrupted job
+therefore resumes where it stopped, the unit of a worker that died is done again by another worker, and both engines
+write the same bytes.
 """
 
 from __future__ import annotations
@@ -22,131 +22,130 @@ import torch
 from blip2.console import Display
 from blip2.corpus.tar_shards import Unit
 from blip2.errors import InputError
-from blip2.io import explained, locked, parse_json, plain, read_json, read_object, write_json
-from blip2.resumable import whose
+from blip2.io import convert_os_errors, lock_folder, parse_json, read_json, read_json_object, to_plain, write_json
+from blip2.resumable import mismatch_message
 
 Worker = Callable[[Unit], Mapping[str, Any]]
-"""Does a unit, writes what comes of it, and tells what happened, for JSON, with the number of ``pictures``."""
+"""Processes a unit, writes its outputs, and returns a JSON-serializable result with the number of ``images``."""
 STATS = ".stats.json"
 ERROR = "error"
-"""What a worker of Ray tells in place of raising it."""
+"""Key under which a Ray worker returns an error message instead of raising the error."""
 
 
 @runtime_checkable
-class Work(Protocol):
-    """What is to be done; it travels to other machines, so it holds names and settings."""
+class Job(Protocol):
+    """A job on the units of a corpus. It is sent to other machines, so it holds names and options, not models."""
 
     def worker(self) -> Worker:
-        """Load what is needed, once a process."""
+        """Load the models; called once per process."""
         ...
 
 
 @dataclass(frozen=True)
 class Engine:
-    """Where work is done."""
+    """Where a job runs."""
 
     kind: Literal["local", "ray"] = "local"
-    """This process; or the Ray cluster that RAY_ADDRESS names, or else one on this machine."""
-    workers: int | None = None
-    """Processes of Ray; None: one a GPU, or without GPUs one for every two CPU cores."""
-    threads: int | None = None
-    """CPU threads a worker; None: all in this process, or an even share of the cores. The last digit of a sum may
-    depend on it, so what is to be the same to the byte needs the same number."""
+    """``local``: this process. ``ray``: the cluster at RAY_ADDRESS, or a new one on this machine."""
+    num_workers: int | None = None
+    """Number of Ray processes; None means one per GPU, or one per two CPU cores without GPUs."""
+    num_threads: int | None = None
+    """CPU threads per worker; None means all in this process, or an equal share of the cores. Sums may depend on it in
+    the last digit, so runs that are to give equal bytes need the same number."""
 
     def __post_init__(self) -> None:
-        if self.kind == "local" and self.workers is not None:
-            raise InputError("workers are of the engine ray: add --engine ray, or leave out --num-workers")
-        for name in ("workers", "threads"):
+        if self.kind == "local" and self.num_workers is not None:
+            raise InputError("num_workers needs the engine ray: add --engine ray, or leave out --num-workers")
+        for name in ("num_workers", "num_threads"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise InputError(f"{name} is {number}, expected at least 1")
 
 
-HERE = Engine()
+LOCAL = Engine()
 
 
-def do_units(
-    work: Work, units: Sequence[Unit], folder: Path, about: Mapping[str, Any], engine: Engine, label: str
+def run_job(
+    job: Job, units: Sequence[Unit], folder: Path, metadata: Mapping[str, Any], engine: Engine, label: str
 ) -> Iterator[dict[str, Any]]:
-    """Do all units that are not done; then what was told of each, in their order, one at a time.
+    """Run a job on all units that are not finished, then yield the results of all units in order.
 
     Args:
-        folder: for what is written; made if need be.
-        about: all that what is written depends on; ``about.json`` says it.
-        label: stands before the progress bar.
+        job: the job.
+        units: the units of the corpus.
+        folder: folder of the outputs; created if needed.
+        metadata: everything that determines the outputs; written to ``about.json``.
+        engine: where the job runs.
+        label: label of the progress bar.
 
     Raises:
-        InputError: the folder cannot be written or holds another pass, Ray is missing, or what a worker raised.
+        InputError: the folder cannot be written or holds the outputs of another job, Ray is missing, or a worker raised
+            the error.
     """
-    with locked(folder):
-        return _do_units(work, units, folder, about, engine, label)
+    with lock_folder(folder):
+        claim_folder(folder, metadata)
+        _remove_stale_tmp(folder)
+        remaining = [unit for unit in units if not _stats_file(folder, unit).exists()]
+        finished = len(units) - len(remaining)
+        display = Display(label)
+        if remaining:
+            display.start(len(units), finished)
+        started, images = time.monotonic(), 0
+        try:
+            for done, result in enumerate(run_units(_RecordedJob(job, folder), remaining, engine), finished + 1):
+                images += result["images"]
+                display.update(done, f"shards  {images / (time.monotonic() - started):.1f} images/s")
+            _remove_stale_tmp(folder)
+        finally:
+            display.close()
+        return (read_json(_stats_file(folder, unit)) for unit in units)
 
 
-def _do_units(
-    work: Work, units: Sequence[Unit], folder: Path, about: Mapping[str, Any], engine: Engine, label: str
-) -> Iterator[dict[str, Any]]:
-    claim(folder, about)
-    _sweep(folder)
-    left = [unit for unit in units if not _stats(folder, unit).exists()]
-    display = Display(label)
-    if left:
-        display.start(len(units), len(units) - len(left))
-    started, pictures = time.monotonic(), 0
-    try:
-        for done, told in enumerate(run_units(_Recorded(work, folder), left, engine), len(units) - len(left) + 1):
-            pictures += told["pictures"]
-            display.advance(done, f"shards  {pictures / (time.monotonic() - started):.1f} pictures/s")
-        _sweep(folder)
-    finally:
-        display.close()
-    return (read_json(_stats(folder, unit)) for unit in units)
-
-
-def claim(folder: Path, about: Mapping[str, Any]) -> None:
-    """Make a folder one's own, or find that it is.
+def claim_folder(folder: Path, metadata: Mapping[str, Any]) -> None:
+    """Mark a folder as the output of a job.
 
     Raises:
-        InputError: it cannot be written, or belongs to something else.
+        InputError: the folder cannot be written, or is the output of another job.
     """
     file = folder / "about.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not file.exists():
-            write_json(file, about)
+            write_json(file, metadata)
     except OSError as error:
         raise InputError(f"{folder} cannot be written ({error.strerror}): give another output") from error
-    problem = whose(folder, read_object(file), plain(about), "pass")
+    problem = mismatch_message(folder, read_json_object(file), to_plain(metadata), "pass")
     if problem is not None:
         raise InputError(problem)
 
 
-def _sweep(folder: Path) -> None:
-    """Delete what workers that were killed left half written."""
-    for left in folder.glob(f"*.{'?' * 32}.tmp"):
-        left.unlink()
+def _remove_stale_tmp(folder: Path) -> None:
+    """Delete the unfinished files of workers that were killed."""
+    for file in folder.glob(f"*.{'?' * 32}.tmp"):
+        file.unlink()
 
 
-def _stats(folder: Path, unit: Unit) -> Path:
+def _stats_file(folder: Path, unit: Unit) -> Path:
     return folder / f"{unit.name}{STATS}"
 
 
 @dataclass(frozen=True)
-class _Recorded:
-    """Work whose units are noted when they are done."""
+class _RecordedJob:
+    """A job whose results are written to a folder."""
 
-    work: Work
+    job: Job
     folder: Path
 
     def worker(self) -> Worker:
-        """Does a unit; only the number of its pictures comes back, for the rest may be much."""
-        do = self.work.worker()
+        """Return a worker that returns the number of images alone, as whole results may be large."""
+        process = self.job.worker()
 
         def record(unit: Unit) -> Mapping[str, Any]:
-            file = _stats(self.folder, unit)
-            if not file.exists():  # otherwise a worker was lost just after it was done
-                told = do(unit)
-                with explained(file):
-                    write_json(file, told)
-            return {"pictures": read_json(file)["pictures"]}
+            file = _stats_file(self.folder, unit)
+            if not file.exists():  # it exists if a worker died right after it wrote the file
+                result = process(unit)
+                with convert_os_errors(file):
+                    write_json(file, result)
+            return {"images": read_json(file)["images"]}
 
         return record
 
@@ -154,29 +153,29 @@ class _Recorded:
 # -- engines -------------------------------------------------------------------------------------------------------
 
 
-def run_units(work: Work, units: Sequence[Unit], engine: Engine) -> Iterator[Mapping[str, Any]]:
-    """What a worker tells of each unit, in the order in which they are done.
+def run_units(job: Job, units: Sequence[Unit], engine: Engine) -> Iterator[Mapping[str, Any]]:
+    """Yield a worker's result for each unit, in order of completion.
 
     Raises:
-        InputError: Ray is missing, or what a worker raised.
+        InputError: Ray is missing, or a worker raised the error.
     """
-    return _on_ray(work, units, engine) if engine.kind == "ray" else _here(work, units, engine)
+    return _run_on_ray(job, units, engine) if engine.kind == "ray" else _run_locally(job, units, engine)
 
 
-def _here(work: Work, units: Sequence[Unit], engine: Engine) -> Iterator[Mapping[str, Any]]:
+def _run_locally(job: Job, units: Sequence[Unit], engine: Engine) -> Iterator[Mapping[str, Any]]:
     if not units:
         return
-    before = torch.get_num_threads()
-    if engine.threads is not None:
-        torch.set_num_threads(engine.threads)
+    num_threads = torch.get_num_threads()
+    if engine.num_threads is not None:
+        torch.set_num_threads(engine.num_threads)
     try:
-        yield from map(work.worker(), units)
+        yield from map(job.worker(), units)
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(num_threads)
 
 
-def _on_ray(work: Work, units: Sequence[Unit], engine: Engine) -> Iterator[Mapping[str, Any]]:
-    """Ray Data: actors that hold a worker each, fed no faster than they work, begun anew where one is lost."""
+def _run_on_ray(job: Job, units: Sequence[Unit], engine: Engine) -> Iterator[Mapping[str, Any]]:
+    """Run on Ray Data actors with one worker each; Ray applies backpressure and restarts actors that die."""
     try:
         import ray
         import ray.data
@@ -184,51 +183,51 @@ def _on_ray(work: Work, units: Sequence[Unit], engine: Engine) -> Iterator[Mappi
         raise InputError("--engine ray needs the extra blip2[ray]: pip install 'blip2[ray]'") from error
     if not units:
         return
-    ours = not ray.is_initialized()
-    if ours:
-        # Never another run's cluster on this machine, which would end with it.
+    start_ray = not ray.is_initialized()
+    if start_ray:
+        # "local" never joins the cluster of another run on this machine, which would shut down with that run.
         ray.init(os.environ.get("RAY_ADDRESS", "local"), logging_level=logging.WARNING, log_to_driver=False)
     try:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.WARNING)
-        there = ray.cluster_resources()
-        cores, gpus = int(there.get("CPU", 1)), int(there.get("GPU", 0))
-        workers = min(engine.workers or gpus or max(1, cores // 2), len(units))
-        share = cores // workers or cores / workers  # Ray counts in whole cores, or in parts of one
-        threads = engine.threads or max(1, int(share))
-        # Blocks that lie there from the start: to make them would take a core that the workers may have.
+        resources = ray.cluster_resources()
+        cores, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
+        num_workers = min(engine.num_workers or gpus or max(1, cores // 2), len(units))
+        share = cores // num_workers or cores / num_workers  # Ray takes whole cores or a fraction of one
+        num_threads = engine.num_threads or max(1, int(share))
+        # Items become blocks at once; a read task would take a core away from the workers.
         items = [{"unit": json.dumps(asdict(unit))} for unit in units]
         rows = ray.data.from_items(items, override_num_blocks=min(len(units), 4096)).map_batches(
             _Actor,
-            fn_constructor_args=(work, threads),
+            fn_constructor_args=(job, num_threads),
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=workers),
-            num_cpus=min(threads, share),
-            num_gpus=min(1, gpus / workers),
+            compute=ray.data.ActorPoolStrategy(size=num_workers),
+            num_cpus=min(num_threads, share),
+            num_gpus=min(1, gpus / num_workers),
         )
         for row in rows.iter_rows():
-            told = parse_json(row["told"])
-            if ERROR in told:
-                raise InputError(told[ERROR])
-            yield told
+            result = parse_json(row["result"])
+            if ERROR in result:
+                raise InputError(result[ERROR])
+            yield result
     finally:
-        if ours:
+        if start_ray:
             ray.shutdown()
 
 
 class _Actor:
-    """A worker in a process of Ray."""
+    """A worker in a Ray process."""
 
-    def __init__(self, work: Work, threads: int) -> None:
-        self._work, self._threads = work, threads
-        self._do: Worker | None = None
+    def __init__(self, job: Job, num_threads: int) -> None:
+        self._job, self._num_threads = job, num_threads
+        self._process: Worker | None = None
 
     def __call__(self, rows: Mapping[str, Any]) -> dict[str, list[str]]:
         try:
-            if self._do is None:  # not when it is made, or Ray would make it again and again where that fails
-                torch.set_num_threads(self._threads)
-                self._do = self._work.worker()
-            return {"told": [json.dumps(self._do(Unit(**parse_json(unit)))) for unit in rows["unit"]]}
-        except InputError as error:  # told, for what is raised comes wrapped in pages of Ray's own
-            return {"told": [json.dumps({ERROR: str(error)})]}
+            if self._process is None:  # not in __init__: Ray would retry a failing constructor forever
+                torch.set_num_threads(self._num_threads)
+                self._process = self._job.worker()
+            return {"result": [json.dumps(self._process(Unit(**parse_json(unit)))) for unit in rows["unit"]]}
+        except InputError as error:  # returned, because Ray would wrap a raised error in a long traceback
+            return {"result": [json.dumps({ERROR: str(error)})]}

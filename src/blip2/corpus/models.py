@@ -1,4 +1,4 @@
-"""What writes captions of pictures and what compares both: models of this project and of transformers.
+"""Captioners and rankers for CapFilt: models of this project and of transformers.
 
 Legend: N captions.
 """
@@ -13,13 +13,14 @@ import torch
 from jaxtyping import Float
 from PIL.Image import Image
 from torch import Tensor
+from torch.nn.functional import normalize
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-from blip2.backbones.pretrained import load_pretrained, read_config, read_model, reading
+from blip2.backbones.pretrained import load_config, load_model, load_pretrained, wrap_load_errors
 from blip2.builder import choose_device, choose_dtype
-from blip2.checkpoint import FOLDER, find
+from blip2.checkpoint import CHECKPOINTS_FOLDER, find_checkpoint
 from blip2.config import Precision
-from blip2.decoding.search import Decoding, DrawnTokens
+from blip2.decoding.search import Decoding, SampledTokenLogitsProcessor
 from blip2.errors import InputError
 from blip2.interop.detect import is_pickle
 from blip2.pipelines import GenerationPipeline, RepresentationPipeline, load
@@ -27,180 +28,213 @@ from blip2.pipelines import GenerationPipeline, RepresentationPipeline, load
 
 @runtime_checkable
 class Captioner(Protocol):
-    """Writes captions."""
+    """A model that captions images."""
 
-    def write(self, images: Sequence[Image], copies: int, dice: Float[Tensor, "N longest"]) -> list[list[str]]:
-        """`copies` captions of each picture.
+    def generate(
+        self, images: Sequence[Image], num_return_sequences: int, uniforms: Float[Tensor, "N longest"]
+    ) -> list[list[str]]:
+        """Generate captions.
 
         Args:
-            dice: numbers in [0, 1) that decide what is sampled: see :func:`blip2.decoding.search.draw`.
+            images: the images.
+            num_return_sequences: number of captions per image.
+            uniforms: numbers in [0, 1) that determine the sampled tokens; one row per caption, one number per token.
+
+        Returns:
+            The captions of each image.
         """
         ...
 
 
 @runtime_checkable
 class Ranker(Protocol):
-    """Compares pictures and texts."""
+    """A model that compares images with texts."""
 
-    def rank(self, images: Sequence[Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
-        """The cosine of each picture with each of its own texts."""
+    def score(self, images: Sequence[Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
+        """Return the cosine similarity of each image with each of its own texts."""
         ...
 
 
-def pin(name: str) -> str:
-    """A model by what it is at this moment, wherever it is then read: of a run that goes on, its last checkpoint."""
+def resolve_checkpoint(name: str) -> str:
+    """Return an absolute path that does not change: for the folder of a run, its latest checkpoint.
+
+    Names of the hub are returned unchanged.
+    """
     path = Path(name)
-    if not path.exists():  # a name of the hub, or an error to be found later
+    if not path.exists():
         return name
-    return str((find(path) if (path / FOLDER).is_dir() else path).absolute())
+    return str((find_checkpoint(path) if (path / CHECKPOINTS_FOLDER).is_dir() else path).absolute())
 
 
 def open_captioner(
     name: str, decoding: Decoding, prompt: str | None, device: str | None, dtype: Precision | None
 ) -> Captioner:
-    """A run of stage 2, a BLIP-2 of any format, or a captioning model of transformers (BLIP, GIT ...).
+    """Load a captioner: a stage-2 run, a BLIP-2 of any format, or a captioning model of transformers (BLIP, GIT ...).
 
     Args:
-        prompt: text that captions go on from; None: the model's own, if it has one.
+        name: path or hub name of the model.
+        decoding: how captions are generated.
+        prompt: text that captions continue; None means the model's own, if it has one.
+        device: device to run on; None means a GPU if there is one.
+        dtype: data type of the frozen parts; None means the recipe's.
 
     Raises:
-        InputError: there is no such model, or it does not write captions of pictures.
+        InputError: the model does not exist, or does not caption images.
     """
-    if _is_foreign(name, "captioning model"):
+    if _is_other_transformers_model(name, CAPTIONING_MODEL):
         return TransformersCaptioner(name, decoding, prompt, device, dtype)
     pipeline = load(name, device, dtype, stage="generation")
     assert isinstance(pipeline, GenerationPipeline)
-    return OwnCaptioner(pipeline, decoding, prompt)
+    return Blip2Captioner(pipeline, decoding, prompt)
 
 
 def open_ranker(name: str, device: str | None, dtype: Precision | None) -> Ranker:
-    """A run of stage 1, a BLIP-2 with its heads, or a dual encoder of transformers (CLIP, SigLIP ...).
+    """Load a ranker: a stage-1 run, a BLIP-2 with its heads, or a dual encoder of transformers (CLIP, SigLIP ...).
+
+    Args:
+        name: path or hub name of the model.
+        device: device to run on; None means a GPU if there is one.
+        dtype: data type of the frozen parts; None means the recipe's.
 
     Raises:
-        InputError: there is no such model, or it does not compare pictures and texts.
+        InputError: the model does not exist, or does not compare images with texts.
     """
-    if _is_foreign(name, "image-text model"):
+    if _is_other_transformers_model(name, IMAGE_TEXT_MODEL):
         return TransformersRanker(name, device, dtype)
     pipeline = load(name, device, dtype, stage="representation")
     assert isinstance(pipeline, RepresentationPipeline)
-    return OwnRanker(pipeline)
+    return Blip2Ranker(pipeline)
 
 
-def _is_foreign(name: str, what: str) -> bool:
-    """Whether a name stands for a model of transformers that is no BLIP-2."""
+CAPTIONING_MODEL = "captioning model"
+IMAGE_TEXT_MODEL = "image-text model"
+
+
+def _is_other_transformers_model(name: str, kind: str) -> bool:
+    """Return whether a name refers to a transformers model other than BLIP-2."""
     path = Path(name)
     if is_pickle(name) or (path.is_dir() and not (path / "config.json").is_file()):
         return False
-    return read_config(name, what).model_type != "blip-2"
+    return load_config(name, kind).model_type != "blip-2"
 
 
-class OwnCaptioner:
-    """A model of stage 2."""
+def _group(items: list[str], size: int) -> list[list[str]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+class Blip2Captioner:
+    """Captions images with a stage-2 model."""
 
     def __init__(self, pipeline: GenerationPipeline, decoding: Decoding, prompt: str | None) -> None:
         language = pipeline.recipe.language
         assert language is not None
-        if prompt is None and language.asks:
-            raise InputError(f"{pipeline.path} was trained to answer questions: give a prompt that captions go on from")
+        if prompt is None and language.prompt_has_question:
+            raise InputError(f"{pipeline.path} was trained to answer questions: give a prompt that captions continue")
         self._pipeline, self._decoding = pipeline, decoding
         self._prompt = language.prompt if prompt is None else prompt
 
-    def write(self, images: Sequence[Image], copies: int, dice: Float[Tensor, "N longest"]) -> list[list[str]]:
-        texts = self._pipeline.generate(list(images), [self._prompt] * len(images), self._decoding, copies, dice=dice)
-        return [texts[at : at + copies] for at in range(0, len(texts), copies)]
+    def generate(
+        self, images: Sequence[Image], num_return_sequences: int, uniforms: Float[Tensor, "N longest"]
+    ) -> list[list[str]]:
+        prompts = [self._prompt] * len(images)
+        texts = self._pipeline.generate(list(images), prompts, self._decoding, num_return_sequences, uniforms=uniforms)
+        return _group(texts, num_return_sequences)
 
 
-class OwnRanker:
-    """A model of stage 1, by its image-text contrastive part (§3.2)."""
+class Blip2Ranker:
+    """Compares images with texts by the image-text contrastive similarity of a stage-1 model (§3.2)."""
 
     def __init__(self, pipeline: RepresentationPipeline) -> None:
         self._pipeline = pipeline
 
-    def rank(self, images: Sequence[Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
-        pictures = self._pipeline.embed_images(list(images))
-        words = self._pipeline.embed_texts([text for own in texts for text in own])
-        parts = words.split([len(own) for own in texts])
-        return [(own @ queries.T).amax(dim=-1).tolist() for own, queries in zip(parts, pictures, strict=True)]
+    def score(self, images: Sequence[Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
+        image_embeds = self._pipeline.embed_images(list(images))
+        text_embeds = self._pipeline.embed_texts([text for group in texts for text in group])
+        groups = text_embeds.split([len(group) for group in texts])
+        return [(group @ queries.T).amax(dim=-1).tolist() for group, queries in zip(groups, image_embeds, strict=True)]
 
 
 class TransformersCaptioner:
-    """Any ``AutoModelForImageTextToText`` that needs no chat template."""
+    """Captions images with any ``AutoModelForImageTextToText`` that needs no chat template."""
 
     def __init__(
         self, name: str, decoding: Decoding, prompt: str | None, device: str | None, dtype: Precision | None
     ) -> None:
-        place = choose_device(device)
-        self._processor = _processor(name, "captioning model")
-        if getattr(self._processor, "chat_template", None):
-            raise InputError(
-                f"{name} chats, which is not supported: give a captioning model such as BLIP, BLIP-2 or GIT"
-            )
-        auto, what = AutoModelForImageTextToText, "captioning model"
-        self._model: Any = read_model(auto, name, what, choose_dtype(dtype, place), LEFT_OUT)[0].to(place).eval()
+        self._processor, self._model = _load(AutoModelForImageTextToText, name, CAPTIONING_MODEL, device, dtype)
         self._decoding, self._prompt = decoding, prompt or ""
 
     @torch.no_grad()
-    def write(self, images: Sequence[Image], copies: int, dice: Float[Tensor, "N longest"]) -> list[list[str]]:
+    def generate(
+        self, images: Sequence[Image], num_return_sequences: int, uniforms: Float[Tensor, "N longest"]
+    ) -> list[list[str]]:
         text = {"text": [self._prompt] * len(images)} if self._prompt else {}
-        inputs = self._processor(images=list(images), **text, return_tensors="pt").to(self._model.device)
-        inputs["pixel_values"] = inputs["pixel_values"].to(self._model.dtype)
-        inputs.pop("token_type_ids", None)  # of BERT's tokenizer, which these models do not have
-        decoding, sampling = self._decoding, self._decoding.top_p is not None
-        how: dict[str, Any] = {"do_sample": False, "num_beams": decoding.width(copies)}
-        if sampling:
-            # What is drawn is left alone by the settings.
-            how = {"do_sample": True, "num_beams": 1, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
-            how["logits_processor"] = [DrawnTokens(dice, decoding)]
-        elif decoding.width(copies) > 1:
-            how["length_penalty"] = decoding.length_penalty
-        new = self._model.generate(
-            **inputs, **how, num_return_sequences=copies, max_new_tokens=decoding.max_new_tokens,
+        inputs = _prepare(self._processor(images=list(images), **text, return_tensors="pt"), self._model)
+        decoding, num_beams = self._decoding, self._decoding.beam_width(num_return_sequences)
+        options: dict[str, Any] = {"do_sample": False, "num_beams": num_beams}
+        if decoding.top_p is not None:
+            # The logits processor leaves one token, so that transformers' own sampling has no effect.
+            options = {"do_sample": True, "num_beams": 1, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
+            options["logits_processor"] = [SampledTokenLogitsProcessor(uniforms, decoding)]
+        elif num_beams > 1:
+            options["length_penalty"] = decoding.length_penalty
+        tokens = self._model.generate(
+            **inputs, **options, num_return_sequences=num_return_sequences, max_new_tokens=decoding.max_new_tokens,
             min_new_tokens=decoding.min_new_tokens,
         )  # fmt: skip
-        texts = [self._own(text) for text in self._processor.batch_decode(new, skip_special_tokens=True)]
-        return [texts[at : at + copies] for at in range(0, len(texts), copies)]
+        texts = [self._remove_prompt(text) for text in self._processor.batch_decode(tokens, skip_special_tokens=True)]
+        return _group(texts, num_return_sequences)
 
-    def _own(self, text: str) -> str:
-        """Without the prompt, which some models repeat."""
+    def _remove_prompt(self, text: str) -> str:
+        """Remove the prompt, which some models repeat."""
         text = text.strip()
         return text[len(self._prompt) :].strip() if text.lower().startswith(self._prompt.lower()) else text
 
 
 class TransformersRanker:
-    """Any dual encoder whose output has ``image_embeds`` and ``text_embeds``."""
+    """Compares images with texts by any dual encoder that returns ``image_embeds`` and ``text_embeds``."""
 
     def __init__(self, name: str, device: str | None, dtype: Precision | None) -> None:
-        place = choose_device(device)
-        self._processor = _processor(name, "image-text model")
-        what = "image-text model"
-        self._model: Any = read_model(AutoModel, name, what, choose_dtype(dtype, place), LEFT_OUT)[0].to(place).eval()
+        self._processor, self._model = _load(AutoModel, name, IMAGE_TEXT_MODEL, device, dtype)
         text = getattr(self._model.config, "text_config", None)
-        self._longest = getattr(text, "max_position_embeddings", None)
-        if self._longest is None or not hasattr(self._model, "get_text_features"):
-            raise InputError(f"{name} does not compare pictures and texts: give a model such as CLIP or SigLIP")
+        self._max_length = getattr(text, "max_position_embeddings", None)
+        if self._max_length is None or not hasattr(self._model, "get_text_features"):
+            raise InputError(f"{name} does not compare images with texts: give a model such as CLIP or SigLIP")
 
     @torch.no_grad()
-    def rank(self, images: Sequence[Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
-        listed = [text for own in texts for text in own]
-        # SigLIP was trained on texts of one length.
+    def score(self, images: Sequence[Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
+        # SigLIP was trained on texts that are padded to one length.
         padding = "max_length" if self._model.config.model_type.startswith("siglip") else True
         inputs = self._processor(
-            images=list(images), text=listed, return_tensors="pt", padding=padding, truncation=True,
-            max_length=self._longest,
-        ).to(self._model.device)  # fmt: skip
-        inputs["pixel_values"] = inputs["pixel_values"].to(self._model.dtype)
-        inputs.pop("token_type_ids", None)  # of BERT's tokenizer, which these models do not have
-        out = self._model(**inputs)
-        pictures = torch.nn.functional.normalize(out.image_embeds.float(), dim=-1)
-        words = torch.nn.functional.normalize(out.text_embeds.float(), dim=-1)
-        parts = words.split([len(own) for own in texts])
-        return [(own @ picture).tolist() for own, picture in zip(parts, pictures, strict=True)]
+            images=list(images), text=[text for group in texts for text in group], return_tensors="pt",
+            padding=padding, truncation=True, max_length=self._max_length,
+        )  # fmt: skip
+        out = self._model(**_prepare(inputs, self._model))
+        image_embeds = normalize(out.image_embeds.float(), dim=-1)
+        text_embeds = normalize(out.text_embeds.float(), dim=-1)
+        groups = text_embeds.split([len(group) for group in texts])
+        return [(group @ image).tolist() for group, image in zip(groups, image_embeds, strict=True)]
 
 
-LEFT_OUT = r"position_ids|decoder\.(bias|weight)$"
-"""Weights that files may lack: they are made, or are other weights."""
+OPTIONAL_WEIGHTS = r"position_ids|decoder\.(bias|weight)$"
+"""Weights that files may lack because they are computed or tied to others."""
 
 
-def _processor(name: str, what: str) -> Any:
-    with reading(name, what, "preprocessor_config.json and tokenizer.json"):
-        return load_pretrained(AutoProcessor, name)
+def _load(auto: Any, name: str, kind: str, device: str | None, dtype: Precision | None) -> tuple[Any, Any]:
+    """Load the processor and the model, in evaluation mode."""
+    target = choose_device(device)
+    with wrap_load_errors(name, kind, "preprocessor_config.json and tokenizer.json"):
+        processor = load_pretrained(AutoProcessor, name)
+    if kind == CAPTIONING_MODEL and getattr(processor, "chat_template", None):
+        raise InputError(
+            f"{name} needs a chat template, which is not supported: give a captioning model such as BLIP, BLIP-2 or GIT"
+        )
+    model: Any = load_model(auto, name, kind, choose_dtype(dtype, target), OPTIONAL_WEIGHTS)[0]
+    return processor, model.to(target).eval()
+
+
+def _prepare(inputs: Any, model: Any) -> Any:
+    """Move the inputs to the model's device and data type."""
+    inputs = inputs.to(model.device)
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    inputs.pop("token_type_ids", None)  # given by BERT's tokenizer, but unknown to these models
+    return inputs

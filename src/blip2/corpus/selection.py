@@ -1,4 +1,4 @@
-"""Which captions of a picture stay."""
+"""Select the captions of an image that are kept."""
 
 from __future__ import annotations
 
@@ -8,105 +8,115 @@ from dataclasses import dataclass
 
 from blip2.errors import InputError
 
-SURE = 0.5
-"""A caption is taken for one of another language if that is likelier than this; of a few words one can seldom be."""
+MIN_CONFIDENCE = 0.5
+"""Probability above which the detected language of a caption counts; short captions rarely reach it."""
 
 
 @dataclass(frozen=True)
-class Rules:
-    """What a caption has to be to stay."""
+class SelectionRules:
+    """Conditions for a caption to be kept."""
 
     keep: int = 2
-    """K, the most of a picture (§3.4)."""
-    fewest_words: int = 1
-    """Shorter ones go."""
-    most_words: int | None = None
-    """Longer ones go; None: none do."""
+    """K, the maximum number of captions per image (§3.4)."""
+    min_words: int = 1
+    """Shorter captions are dropped."""
+    max_words: int | None = None
+    """Longer captions are dropped; None means no limit."""
     language: str | None = None
-    """ISO 639-1 code of the only one that is kept (``en``), where it can be told; None: any."""
-    alike: float = 1.0
-    """Of two captions that share so many of their words, the better stays; at 1, of two with the same words."""
+    """ISO 639-1 code of the language to keep, such as ``en``; captions of unclear language are kept. None: any."""
+    max_word_overlap: float = 1.0
+    """Of two captions that share at least this fraction of their words, the better is kept. 1: equal sets of words."""
 
     def __post_init__(self) -> None:
-        for name in ("keep", "fewest_words"):
+        for name in ("keep", "min_words"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.most_words is not None and self.most_words < self.fewest_words:
-            raise InputError(f"most_words is {self.most_words}, expected at least fewest_words, {self.fewest_words}")
-        if not 0 < self.alike <= 1:
-            raise InputError(f"alike is {self.alike}, expected a share of words above 0 and up to 1")
+        if self.max_words is not None and self.max_words < self.min_words:
+            raise InputError(f"max_words is {self.max_words}, expected at least min_words, {self.min_words}")
+        if not 0 < self.max_word_overlap <= 1:
+            raise InputError(
+                f"max_word_overlap is {self.max_word_overlap}, expected a share of words above 0 and up to 1"
+            )
 
 
 @dataclass(frozen=True)
 class Caption:
-    """What is said about a picture."""
+    """A caption of an image."""
 
     text: str
     score: float
-    """Its cosine with the picture."""
+    """Cosine similarity with the image."""
     is_original: bool
+    """Whether the caption comes from the corpus rather than from the captioner."""
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """The captions of a picture, the best first."""
+class Selection:
+    """The kept and dropped captions of an image, the best first."""
 
     kept: tuple[Caption, ...]
     dropped: tuple[tuple[Caption, str], ...]
-    """With the cause."""
+    """Each dropped caption with the reason."""
 
 
-def choose(captions: Sequence[Caption], rules: Rules, language_of: Callable[[str], str | None]) -> Chosen:
-    """Rank captions, and keep the best that the rules allow. Of equal ones the first comes first.
+def select_captions(
+    captions: Sequence[Caption], rules: SelectionRules, language_of: Callable[[str], str | None]
+) -> Selection:
+    """Rank captions by score, and keep the best that the rules allow. Ties keep their order.
 
     Args:
-        language_of: which a text is in; None where it cannot be told.
+        captions: the captions of an image.
+        rules: conditions for a caption to be kept.
+        language_of: returns the language of a text; None if it is unclear.
     """
     kept: list[Caption] = []
     dropped: list[tuple[Caption, str]] = []
     for caption in sorted(captions, key=lambda caption: -caption.score):
         count = len(caption.text.split())
-        if count < rules.fewest_words:
-            cause = "too short"
-        elif rules.most_words is not None and count > rules.most_words:
-            cause = "too long"
+        if count < rules.min_words:
+            reason = "too short"
+        elif rules.max_words is not None and count > rules.max_words:
+            reason = "too long"
         elif rules.language is not None and language_of(caption.text) not in (rules.language, None):
-            cause = "another language"
-        elif any(share_of_words(caption.text, other.text) >= rules.alike for other in kept):
-            cause = "said already"
+            reason = "another language"
+        elif any(word_overlap(caption.text, other.text) >= rules.max_word_overlap for other in kept):
+            reason = "same words"
         elif len(kept) == rules.keep:
-            cause = "ranked lower"
+            reason = "ranked lower"
         else:
             kept.append(caption)
             continue
-        dropped.append((caption, cause))
-    return Chosen(tuple(kept), tuple(dropped))
+        dropped.append((caption, reason))
+    return Selection(tuple(kept), tuple(dropped))
 
 
-def share_of_words(one: str, other: str) -> float:
-    """Words that two texts have in common, of all that they have, whatever their order, case and signs."""
+def word_overlap(one: str, other: str) -> float:
+    """Return the Jaccard similarity of the words of two texts, ignoring order, case and punctuation."""
     first, second = (set(re.findall(r"\w+", text.casefold())) or {text} for text in (one, other))
     return len(first & second) / len(first | second)
 
 
-def read_language(wanted: str | None) -> Callable[[str], str | None]:
-    """What tells the language of a text, or None where it is not sure. It is read only if one is wanted.
+def load_language_detector(language: str | None) -> Callable[[str], str | None]:
+    """Return a function that detects the language of a text, or returns None if it is unclear.
+
+    Args:
+        language: the language to keep. If None, nothing is loaded, and the function always returns None.
 
     Raises:
         InputError: py3langid is missing, or does not know the language.
     """
-    if wanted is None:
+    if language is None:
         return lambda text: None
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError as error:
-        raise InputError("to tell languages needs the extra blip2[capfilt]: pip install 'blip2[capfilt]'") from error
+        raise InputError("--language needs the extra blip2[capfilt]: pip install 'blip2[capfilt]'") from error
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-    if wanted not in identifier.nb_classes:
-        raise InputError(f"the language {wanted!r} is not known: give an ISO 639-1 code such as en")
+    if language not in identifier.nb_classes:
+        raise InputError(f"the language {language!r} is not known: give an ISO 639-1 code such as en")
 
-    def tell(text: str) -> str | None:
-        language, probability = identifier.classify(text)
-        return language if probability > SURE else None
+    def detect(text: str) -> str | None:
+        detected, probability = identifier.classify(text)
+        return detected if probability > MIN_CONFIDENCE else None
 
-    return tell
+    return detect

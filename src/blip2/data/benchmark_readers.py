@@ -1,10 +1,9 @@
-"""Readers of the files that publishers of data sets give out, as their archives unpack.
+"""Read the files that publishers of datasets distribute, as their archives unpack.
 
-Each gives rows in the order of its file. Texts are as they stand there. Files are read entry by entry; what has to be
-held are the captions of a file in COCO's format and the answers of VQAv2 and OK-VQA.
+Rows come in the order of the file, and texts are unchanged. Files are streamed; only the captions of a file in COCO's
+format and the answers of VQAv2 and OK-VQA are held in memory.
 
-Pictures are not opened. Their folder is listed once, before the first row, and a picture that is not in it is an error
-at its row.
+Images are not opened. Their folder is listed once, before the first row; a row whose image is not in it is an error.
 """
 
 from __future__ import annotations
@@ -16,35 +15,35 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from blip2.data.cells import CAPTION_COLUMNS, CellError, read_texts
-from blip2.data.json_stream import entries, fields, stream_json
-from blip2.data.shards import BROKEN, KEY, read_shard
+from blip2.data.json_stream import require_keys, stream_array, stream_json
+from blip2.data.shards import ERROR_COLUMN, KEY_COLUMN, read_shard
 from blip2.errors import InputError
 
 log = logging.getLogger("blip2")
 
 Row = dict[str, Any]
 
-VALIDATION_TENTH = 9
-"""Of easy-VQA's training images, those whose id ends with this digit are its validation split."""
+VAL_LAST_DIGIT = 9
+"""The validation split of easy-VQA is the training images whose id ends with this digit."""
 
 
-class Pictures:
-    """A folder of pictures, listed once."""
+class ImageFolder:
+    """A folder of images, listed once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._names = frozenset(path.name for path in folder.iterdir())
 
     def path(self, name: str, image_id: int | str) -> str:
-        """Where a picture lies.
+        """Return the path of an image.
 
         Raises:
-            InputError: it is not in the folder.
+            InputError: the image is not in the folder.
         """
         if name not in self._names:
             raise InputError(
                 f"image {image_id} has no file {self.folder / name} ({len(self._names)} others are there): unpack the"
-                " pictures again, completely"
+                " images again, completely"
             )
         return str(self.folder / name)
 
@@ -52,26 +51,26 @@ class Pictures:
 # -- captions ------------------------------------------------------------------------------------------------------
 
 
-def read_coco(split: str, annotations: Path, pictures: Pictures) -> Iterator[Row]:
-    """COCO's own captions."""
-    return _captions(annotations, pictures, "coco")
+def read_coco(split: str, annotations: Path, images: ImageFolder) -> Iterator[Row]:
+    """Read COCO's captions."""
+    return _read_captions(annotations, images, "coco")
 
 
-def read_nocaps(split: str, annotations: Path, pictures: Pictures) -> Iterator[Row]:
-    """NoCaps, which has COCO's format and a domain for each image."""
-    return _captions(annotations, pictures, "nocaps")
+def read_nocaps(split: str, annotations: Path, images: ImageFolder) -> Iterator[Row]:
+    """Read NoCaps, which has COCO's format and a domain for each image."""
+    return _read_captions(annotations, images, "nocaps")
 
 
-def _captions(annotations: Path, pictures: Pictures, images: str) -> Iterator[Row]:
+def _read_captions(annotations: Path, images: ImageFolder, prefix: str) -> Iterator[Row]:
     rows: dict[Any, Row] = {}
     captions: list[tuple[Any, str]] = []
     for name, entry in stream_json(annotations):
         if name == "images":
-            image_id, file = fields(annotations, entry, "id", "file_name")
-            rows[image_id] = {"image": file, "image_id": image_id, "image_key": f"{images}/{image_id}", "captions": []}
+            image_id, file = require_keys(annotations, entry, "id", "file_name")
+            rows[image_id] = {"image": file, "image_id": image_id, "image_key": f"{prefix}/{image_id}", "captions": []}
             rows[image_id] |= {"domain": entry["domain"]} if "domain" in entry else {}
         elif name == "annotations":
-            captions.append(fields(annotations, entry, "image_id", "caption"))
+            captions.append(require_keys(annotations, entry, "image_id", "caption"))
     if not rows or not captions:
         raise InputError(f"{annotations} has no {'captions' if rows else 'images'}: it is a file of another kind")
     for image_id, caption in captions:
@@ -81,50 +80,50 @@ def _captions(annotations: Path, pictures: Pictures, images: str) -> Iterator[Ro
     for image_id, row in rows.items():
         if not row["captions"]:
             raise InputError(f"{annotations} has no caption of image {image_id}: download it again")
-        yield row | {"image": pictures.path(row["image"], image_id)}
+        yield row | {"image": images.path(row["image"], image_id)}
 
 
-def read_karpathy_coco(split: str, annotations: Path, pictures: Pictures) -> Iterator[Row]:
-    """COCO as Karpathy split it."""
-    for entry in entries(annotations, "images"):
+def read_karpathy_coco(split: str, annotations: Path, images: ImageFolder) -> Iterator[Row]:
+    """Read a split of COCO by Karpathy."""
+    for entry in stream_array(annotations, "images"):
         names = ("split", "filepath", "filename", "cocoid", "sentences")
-        part, folder, file, image_id, sentences = fields(annotations, entry, *names)
+        part, folder, file, image_id, sentences = require_keys(annotations, entry, *names)
         if part != split:
             continue
-        if folder != pictures.folder.name:
+        if folder != images.folder.name:
             raise InputError(f"{annotations} has image {image_id} of {split} in {folder}, expected COCO's own split")
         yield {
-            "image": pictures.path(file, image_id),
+            "image": images.path(file, image_id),
             "image_id": image_id,
             "image_key": f"coco/{image_id}",
             "captions": [sentence["raw"] for sentence in sentences],
         }
 
 
-def read_flickr30k(split: str, annotations: Path, pictures: Pictures) -> Iterator[Row]:
-    """Flickr30K: as Karpathy split it, or all of it from its own file of captions."""
-    captions = _token_file(annotations) if split == "all" else _karpathy_flickr30k(split, annotations)
+def read_flickr30k(split: str, annotations: Path, images: ImageFolder) -> Iterator[Row]:
+    """Read Flickr30K: a split by Karpathy, or all images from Flickr30K's own file of captions."""
+    captions = _read_token_file(annotations) if split == "all" else _read_karpathy_flickr30k(split, annotations)
     for file, sentences in captions:
         image_id = file.removesuffix(".jpg")
         yield {
-            "image": pictures.path(file, image_id),
+            "image": images.path(file, image_id),
             "image_id": image_id,
             "image_key": f"flickr30k/{image_id}",
             "captions": sentences,
         }
 
 
-def _karpathy_flickr30k(split: str, path: Path) -> Iterator[tuple[str, list[str]]]:
-    for entry in entries(path, "images"):
-        part, file, sentences = fields(path, entry, "split", "filename", "sentences")
+def _read_karpathy_flickr30k(split: str, path: Path) -> Iterator[tuple[str, list[str]]]:
+    for entry in stream_array(path, "images"):
+        part, file, sentences = require_keys(path, entry, "split", "filename", "sentences")
         if "cocoid" in entry:
-            raise InputError(f"{path} holds COCO's images, expected Flickr30K's: it is a file of another data set")
+            raise InputError(f"{path} holds COCO's images, expected Flickr30K's: it is a file of another dataset")
         if part == split:
             yield file, [sentence["raw"] for sentence in sentences]
 
 
-def _token_file(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Lines of an image's file, ``#`` and a number, a tab and a caption."""
+def _read_token_file(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Read lines of an image file name, ``#`` and a number, a tab and a caption."""
     captions: dict[str, list[str]] = {}
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -138,18 +137,18 @@ def _token_file(path: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def read_regions(
-    split: str, annotations: Path, images: Path, first: Pictures, second: Pictures
+    split: str, annotations: Path, image_data: Path, first: ImageFolder, second: ImageFolder
 ) -> Iterator[Row]:  # fmt: skip
-    """Visual Genome's region descriptions: one row an image, its captions are those of its regions.
+    """Read Visual Genome's region descriptions: a row per image, whose captions are the phrases of its regions.
 
-    An image without regions gives no row.
+    Images without regions are left out.
     """
-    known = _visual_genome_images(images)
+    known = _read_visual_genome_images(image_data)
     for _, entry in stream_json(annotations):
-        image_id, regions = _of_image(annotations, entry, "regions")
-        captions = [fields(annotations, region, "phrase")[0] for region in regions]
+        image_id, regions = _require_image_entry(annotations, entry, "regions")
+        captions = [require_keys(annotations, region, "phrase")[0] for region in regions]
         if captions:
-            yield _visual_genome_row(image_id, known, images, (first, second)) | {"captions": captions}
+            yield _visual_genome_row(image_id, known, image_data, (first, second)) | {"captions": captions}
 
 
 # -- questions -----------------------------------------------------------------------------------------------------
@@ -161,30 +160,30 @@ class _Annotation(NamedTuple):
     answer_type: str
     answers: tuple[str, ...]
     raw_answers: tuple[str, ...]
-    """OK-VQA's before stemming; empty elsewhere."""
+    """The answers of OK-VQA before stemming; empty for other datasets."""
 
 
-def read_vqav2(split: str, questions: Path, pictures: Pictures, annotations: Path | None = None) -> Iterator[Row]:
-    """VQAv2; the splits without annotations give rows without answers."""
-    return _questions(questions, pictures, annotations, "VQAv2")
+def read_vqav2(split: str, questions: Path, images: ImageFolder, annotations: Path | None = None) -> Iterator[Row]:
+    """Read VQAv2. Rows of splits without annotations have no answers."""
+    return _read_questions(questions, images, annotations, "VQAv2")
 
 
-def read_ok_vqa(split: str, questions: Path, pictures: Pictures, annotations: Path) -> Iterator[Row]:
-    """OK-VQA: ``answers`` are stemmed, which is what its evaluation compares with; ``raw_answers`` are not."""
-    return _questions(questions, pictures, annotations, "OK-VQA")
+def read_ok_vqa(split: str, questions: Path, images: ImageFolder, annotations: Path) -> Iterator[Row]:
+    """Read OK-VQA: ``answers`` are stemmed, as its evaluation needs them; ``raw_answers`` are not."""
+    return _read_questions(questions, images, annotations, "OK-VQA")
 
 
-def _questions(path: Path, pictures: Pictures, annotations: Path | None, data_set: str) -> Iterator[Row]:
-    subset = pictures.folder.name  # train2014, val2014, test2015
-    known = _annotations(annotations, subset, data_set) if annotations else {}
+def _read_questions(path: Path, images: ImageFolder, annotations: Path | None, dataset: str) -> Iterator[Row]:
+    subset = images.folder.name  # train2014, val2014, test2015
+    known = _read_annotations(annotations, subset, dataset) if annotations else {}
     first = True
-    for entry in entries(path, "questions", subset if annotations else None):
-        question, number, image_id = fields(path, entry, "question", "question_id", "image_id")
-        if first and data_set == "VQAv2":
-            _refuse_version_1(path, number, image_id)
+    for entry in stream_array(path, "questions", subset if annotations else None):
+        question, number, image_id = require_keys(path, entry, "question", "question_id", "image_id")
+        if first and dataset == "VQAv2":
+            _refuse_vqa_v1(path, number, image_id)
         first = False
         row = {
-            "image": pictures.path(f"COCO_{subset}_{image_id:0>12}.jpg", image_id),
+            "image": images.path(f"COCO_{subset}_{image_id:0>12}.jpg", image_id),
             "image_id": image_id,
             "image_key": f"coco/{image_id}",
             "question": question,
@@ -195,12 +194,12 @@ def _questions(path: Path, pictures: Pictures, annotations: Path | None, data_se
             if annotation is None:
                 raise InputError(
                     f"question {number} of {path} has no annotation in {annotations}: they are of different splits or"
-                    " data sets"
+                    " datasets"
                 )
             if annotation.image_id != image_id:
                 raise InputError(
                     f"question {number} is about image {image_id} in {path}, but image {annotation.image_id} in"
-                    f" {annotations}: they are of different data sets"
+                    f" {annotations}: they are of different datasets"
                 )
             row |= {"question_type": annotation.question_type, "answer_type": annotation.answer_type}
             row["answers"] = list(annotation.answers)
@@ -209,26 +208,26 @@ def _questions(path: Path, pictures: Pictures, annotations: Path | None, data_se
     if known:
         raise InputError(
             f"{annotations} has {len(known)} annotations without a question in {path} (the first: question"
-            f" {next(iter(known))}): they are of different splits or data sets"
+            f" {next(iter(known))}): they are of different splits or datasets"
         )
 
 
-def _annotations(path: Path, subset: str, data_set: str) -> dict[int, _Annotation]:
+def _read_annotations(path: Path, subset: str, dataset: str) -> dict[int, _Annotation]:
     found: dict[int, _Annotation] = {}
-    for entry in entries(path, "annotations", subset):
+    for entry in stream_array(path, "annotations", subset):
         names = ("question_id", "image_id", "question_type", "answer_type", "answers")
-        number, image_id, question_type, answer_type, answers = fields(path, entry, *names)
+        number, image_id, question_type, answer_type, answers = require_keys(path, entry, *names)
         if not answers:
             raise InputError(f"question {number} has no answers in {path}: download it again")
         if number in found:
             raise InputError(f"question {number} has two annotations in {path}: download it again")
-        fields(path, answers[0], "answer")
+        require_keys(path, answers[0], "answer")
         raw = "raw_answer" in answers[0]  # only OK-VQA's have it
-        if raw != (data_set == "OK-VQA"):
+        if raw != (dataset == "OK-VQA"):
             other = "OK-VQA" if raw else "VQA"
-            raise InputError(f"{path} holds answers of {other}, expected {data_set}: it is a file of another data set")
-        if not found and data_set == "VQAv2":
-            _refuse_version_1(path, number, image_id)
+            raise InputError(f"{path} holds answers of {other}, expected {dataset}: it is a file of another dataset")
+        if not found and dataset == "VQAv2":
+            _refuse_vqa_v1(path, number, image_id)
         found[number] = _Annotation(
             image_id,
             sys.intern(question_type),
@@ -239,20 +238,20 @@ def _annotations(path: Path, subset: str, data_set: str) -> dict[int, _Annotatio
     return found
 
 
-def _refuse_version_1(path: Path, number: Any, image_id: Any) -> None:
-    if str(number)[:-3] != str(image_id):  # three digits behind the image's number; VQAv1 has one
+def _refuse_vqa_v1(path: Path, number: Any, image_id: Any) -> None:
+    if str(number)[:-3] != str(image_id):  # VQAv2 appends three digits to the image number, VQAv1 one
         raise InputError(
             f"{path} numbers a question of image {image_id} {number}, expected {image_id}000 to {image_id}999: it is a"
-            " file of VQAv1 or another data set"
+            " file of VQAv1 or another dataset"
         )
 
 
-def read_gqa(split: str, questions: Path, pictures: Pictures) -> Iterator[Row]:
-    """GQA's balanced questions; ``question_type`` is their structural type."""
+def read_gqa(split: str, questions: Path, images: ImageFolder) -> Iterator[Row]:
+    """Read GQA's balanced questions; ``question_type`` is the structural type."""
     for number, entry in stream_json(questions):
-        question, image_id, answer = fields(questions, entry, "question", "imageId", "answer")
+        question, image_id, answer = require_keys(questions, entry, "question", "imageId", "answer")
         row = {
-            "image": pictures.path(f"{image_id}.jpg", image_id),
+            "image": images.path(f"{image_id}.jpg", image_id),
             "image_id": image_id,
             "image_key": f"{'visual-genome' if str(image_id).isdecimal() else 'gqa'}/{image_id}",
             "question": question,
@@ -263,58 +262,58 @@ def read_gqa(split: str, questions: Path, pictures: Pictures) -> Iterator[Row]:
 
 
 def read_visual_genome_questions(
-    split: str, annotations: Path, images: Path, first: Pictures, second: Pictures
+    split: str, annotations: Path, image_data: Path, first: ImageFolder, second: ImageFolder
 ) -> Iterator[Row]:  # fmt: skip
-    """Visual Genome's questions, one answer each."""
-    known = _visual_genome_images(images)
+    """Read Visual Genome's questions, which have one answer each."""
+    known = _read_visual_genome_images(image_data)
     for _, entry in stream_json(annotations):
-        image_id, questions = _of_image(annotations, entry, "qas")
-        for each in questions:
-            question, number, answer = fields(annotations, each, "question", "qa_id", "answer")
-            row = _visual_genome_row(image_id, known, images, (first, second))
+        image_id, questions = _require_image_entry(annotations, entry, "qas")
+        for entry in questions:
+            question, number, answer = require_keys(annotations, entry, "question", "qa_id", "answer")
+            row = _visual_genome_row(image_id, known, image_data, (first, second))
             yield row | {"question": question, "question_id": number, "answers": [answer]}
 
 
-def _of_image(path: Path, entry: Any, name: str) -> tuple[int, list[Any]]:
-    """An image's number, which is called ``id`` or ``image_id`` by the version of the file, and what it has."""
+def _require_image_entry(path: Path, entry: Any, name: str) -> tuple[int, list[Any]]:
+    """Return an entry's image number, whose key is ``id`` or ``image_id`` depending on the version, and its list."""
     number = "image_id" if isinstance(entry, dict) and "image_id" in entry else "id"
-    image_id, values = fields(path, entry, number, name)
+    image_id, values = require_keys(path, entry, number, name)
     return image_id, values
 
 
-def _visual_genome_images(path: Path) -> dict[int, tuple[str, str, int | None]]:
-    """Of each image its folder, its file, and its number in COCO where it comes from there."""
+def _read_visual_genome_images(path: Path) -> dict[int, tuple[str, str, int | None]]:
+    """Return the folder, the file and the number in COCO, if it has one, of each image."""
     found = {}
     for _, entry in stream_json(path):
-        image_id, url, coco_id = fields(path, entry, "image_id", "url", "coco_id")
+        image_id, url, coco_id = require_keys(path, entry, "image_id", "url", "coco_id")
         folder, file = url.split("/")[-2:]
         found[image_id] = sys.intern(folder), file, coco_id
     return found
 
 
 def _visual_genome_row(
-    image_id: int, known: dict[int, tuple[str, str, int | None]], path: Path, folders: tuple[Pictures, Pictures]
+    image_id: int, known: dict[int, tuple[str, str, int | None]], path: Path, folders: tuple[ImageFolder, ImageFolder]
 ) -> Row:
     if image_id not in known:
         raise InputError(f"image {image_id} is not in {path}: the files are of different versions")
     folder, file, coco_id = known[image_id]
-    pictures = next((each for each in folders if each.folder.name == folder), None)
-    if pictures is None:
+    images = next((each for each in folders if each.folder.name == folder), None)
+    if images is None:
         raise InputError(f"{path} has image {image_id} in {folder}, expected VG_100K or VG_100K_2")
     key = f"visual-genome/{image_id}"
-    return {"image": pictures.path(file, image_id), "image_id": image_id, "image_key": key, "coco_id": coco_id}
+    return {"image": images.path(file, image_id), "image_id": image_id, "image_key": key, "coco_id": coco_id}
 
 
-def read_easy_vqa(split: str, questions: Path, pictures: Pictures) -> Iterator[Row]:
-    """easy-VQA. It has no validation split: val is a tenth of its training images, and train the others."""
+def read_easy_vqa(split: str, questions: Path, images: ImageFolder) -> Iterator[Row]:
+    """Read easy-VQA, which has no validation split: val is a tenth of its training images, and train the others."""
     part = questions.parent.name
     for number, (_, entry) in enumerate(stream_json(questions)):
         if not isinstance(entry, list) or len(entry) != 3:
             raise InputError(f"{questions} entry {number} is {entry!r}, expected a question, an answer and an image")
         question, answer, image_id = entry
-        if part == "test" or (split == "val") == (image_id % 10 == VALIDATION_TENTH):
+        if part == "test" or (split == "val") == (image_id % 10 == VAL_LAST_DIGIT):
             yield {
-                "image": pictures.path(f"{image_id}.png", image_id),
+                "image": images.path(f"{image_id}.png", image_id),
                 "image_id": image_id,
                 "image_key": f"easy-vqa/{part}/{image_id}",
                 "question": question,
@@ -323,19 +322,19 @@ def read_easy_vqa(split: str, questions: Path, pictures: Pictures) -> Iterator[R
             }
 
 
-# -- pictures of the web ---------------------------------------------------------------------------------------------
+# -- web datasets ----------------------------------------------------------------------------------------------------
 
 
 def read_shards(split: str, shards: list[Path]) -> Iterator[Row]:
-    """WebDataset shards that img2dataset or ``blip2 capfilt`` wrote: ``image`` is the bytes of the file.
+    """Read WebDataset shards of img2dataset or ``blip2 capfilt``; ``image`` is the bytes of the image file.
 
-    A sample whose caption cannot be read is left out with a warning.
+    Samples whose captions cannot be read are left out with a warning.
     """
     for shard in shards:
         for row in read_shard(str(shard)):
-            if BROKEN in row:
-                raise InputError(f"{shard} cannot be read to its end ({row[BROKEN]}): download it again")
-            key, column = row.pop(KEY), next((name for name in CAPTION_COLUMNS if name in row), None)
+            if ERROR_COLUMN in row:
+                raise InputError(f"{shard} cannot be read to its end ({row[ERROR_COLUMN]}): download it again")
+            key, column = row.pop(KEY_COLUMN), next((name for name in CAPTION_COLUMNS if name in row), None)
             if not isinstance(row.get("image"), bytes) or column is None:
                 found = ", ".join(row) or "nothing"
                 raise InputError(

@@ -1,7 +1,7 @@
-"""The data sets of the paper (§4), and easy-VQA, read from their publishers' own files.
+"""The datasets of the paper (§4), and easy-VQA, read from the files that their publishers distribute.
 
-A source is written ``NAME:SPLIT:FOLDER``, as in ``coco-karpathy:test:/data/coco``. Splits are joined with a plus,
-``vqav2:train+val:/data/vqav2``, and read one behind the other. ``docs/data.md`` says where the files come from.
+A source is written ``NAME:SPLIT:FOLDER``, as in ``coco-karpathy:test:/data/coco``. Splits are joined with a plus, as in
+``vqav2:train+val:/data/vqav2``, and read in that order. ``docs/data.md`` lists the files and where to get them.
 """
 
 from __future__ import annotations
@@ -13,89 +13,89 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from blip2.data import benchmark_readers as official
+from blip2.data import benchmark_readers as readers
 from blip2.data.assets import resolve
-from blip2.data.benchmark_readers import Pictures, Row
+from blip2.data.benchmark_readers import ImageFolder, Row
 from blip2.errors import InputError
 
-SOURCE = re.compile(r"(?!hub:|package:)([A-Za-z][\w-]+):([\w+-]+):(.+)", re.DOTALL)
+SOURCE_PATTERN = re.compile(r"(?!hub:|package:)([A-Za-z][\w-]+):([\w+-]+):(.+)", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A data set, its splits, and where they lie."""
+    """A dataset: its splits, their files and their reader."""
 
     title: str
-    page: str
-    """Where its files come from."""
+    homepage: str
+    """The page to download the files from."""
     splits: dict[str, tuple[str, ...]]
-    """Of each split the files below its folder; those that end with a slash are folders of pictures."""
+    """The files of each split, relative to the folder of the dataset; a trailing slash marks a folder of images."""
     read: Callable[..., Iterator[Row]]
-    """Takes a split and its files: paths, and :class:`~blip2.data.benchmark_readers.Pictures`."""
-    without_answers: tuple[str, ...] = ()
+    """Reads a split, given its name and its files: paths and :class:`~blip2.data.benchmark_readers.ImageFolder`."""
+    unlabeled_splits: tuple[str, ...] = ()
     """Splits whose answers are not published."""
 
 
 def is_benchmark(source: str) -> bool:
-    """Whether a source is written as ``NAME:SPLIT:FOLDER``, whether or not there is such a data set."""
-    return SOURCE.fullmatch(source) is not None
+    """Return whether a source is written ``NAME:SPLIT:FOLDER``, even if no dataset has that name."""
+    return SOURCE_PATTERN.fullmatch(source) is not None
 
 
 def read_benchmark(source: str) -> Iterator[Row]:
-    """Rows of a data set, in its official order.
+    """Read the rows of a dataset, in the order of its files.
 
     Args:
         source: ``NAME:SPLIT:FOLDER``. FOLDER may begin with ``~`` or ``package:``.
 
     Returns:
-        Dicts with ``image`` (absolute path; of web data sets the bytes of the file), ``image_id`` (the publisher's) and
-        ``image_key`` (equal for equal images, whichever data set names them; images of Visual Genome have ``coco_id``
-        beside it, which is None for those that are not COCO's). Beside these,
+        Dicts with ``image``, an absolute path (for web datasets: the bytes of the file); ``image_id``, the publisher's
+        number or name; and ``image_key``, which is equal for equal images in all datasets. Images of Visual Genome also
+        have ``coco_id``, which is None for images that are not from COCO. The other keys are
 
-        - of captions: ``captions``, a list; ``domain`` of NoCaps;
-        - of questions: ``question``, ``question_id``, ``question_type`` and ``answer_type`` where they are published,
-          and ``answers``: ten of VQAv2 and OK-VQA, one of the others. OK-VQA has ``raw_answers`` too. VQAv2's test
-          splits have no column ``answers``.
+        - for captions: ``captions``, a list; ``domain`` for NoCaps;
+        - for questions: ``question``, ``question_id``, ``question_type`` and ``answer_type`` if they are published, and
+          ``answers``: ten for VQAv2 and OK-VQA, otherwise one. OK-VQA also has ``raw_answers``. The test splits of
+          VQAv2 have no ``answers``.
 
     Raises:
-        InputError: at once: an unknown name or split, or a file or folder that is missing. While reading: a picture
-            that is missing, a file that is damaged or of another data set or split, annotations that do not fit.
+        InputError: immediately: the name or the split is unknown, or a file or folder is missing. While reading: an
+            image is missing, a file is damaged or belongs to another dataset or split, or annotations do not match.
     """
     benchmark, splits, folder = _parse(source)
-    read = [partial(benchmark.read, split, *_files(benchmark, split, folder, source)) for split in splits]
-    return _rows(source, read)
+    reads = [partial(benchmark.read, split, *_files(benchmark, split, folder, source)) for split in splits]
+    return _read_splits(source, reads)
 
 
-def _rows(source: str, splits: list[partial[Iterator[Row]]]) -> Iterator[Row]:
-    for read in splits:
+def _read_splits(source: str, reads: list[partial[Iterator[Row]]]) -> Iterator[Row]:
+    for read in reads:
         empty = True
         for row in read():
             empty = False
             yield row
         if empty:
-            raise InputError(f"{source} has no rows of split {read.args[0]}: its files are of another kind or data set")
+            raise InputError(f"{source} has no rows of split {read.args[0]}: its files are of another kind or dataset")
 
 
 def find_shards(source: str) -> str | None:
-    """The shards of a web data set as :func:`blip2.data.records.open_records` takes them; None for the others.
+    """Return the pattern of a web dataset's shards for :func:`blip2.data.sources.open_records`, else None.
 
     Raises:
-        InputError: as :func:`read_benchmark` does at once.
+        InputError: as :func:`read_benchmark` raises it immediately.
     """
     benchmark, splits, folder = _parse(source)
-    if benchmark.splits[splits[0]] != SHARDS:
+    if benchmark.splits[splits[0]] != SHARD_PATTERNS:
         return None
     _files(benchmark, splits[0], folder, source)
-    return str(folder / SHARDS[0])
+    return str(folder / SHARD_PATTERNS[0])
 
 
 def describe_benchmarks() -> str:
-    """All names, splits and expected files, one data set a paragraph, for a ``--help``."""
+    """Describe all names, splits and expected files, with one paragraph per dataset, for ``--help``."""
     paragraphs = []
     for name, benchmark in BENCHMARKS.items():
         width = max(map(len, benchmark.splits))
         lines = [f"  {split:{width}}  {', '.join(files)}" for split, files in benchmark.splits.items()]
-        paragraphs.append("\n".join([f"{name}: {benchmark.title}, {benchmark.page}", *lines]))
+        paragraphs.append("\n".join([f"{name}: {benchmark.title}, {benchmark.homepage}", *lines]))
     return "\n\n".join(paragraphs)
 
 
@@ -104,15 +104,14 @@ def check_disjoint(
     other: Iterable[Row | str | int],
     names: tuple[str, str] = ("the training data", "the evaluation data"),
 ) -> None:
-    """Make sure that two sets of rows share no image. Only the names of the first's images are held.
+    """Check that two sets of rows share no image. Memory is needed only for the image keys of the first.
 
     Args:
-        one, other: rows as :func:`read_benchmark` gives them, rows of one's own, which are known by their ``image``
-            alone, or image ids.
-        names: of both, for the message.
+        one, other: rows of :func:`read_benchmark`; other rows, of which ``image`` is compared; or image ids.
+        names: the names of both sets in the message.
 
     Raises:
-        InputError: they share images.
+        InputError: the sets share images.
     """
     known = {key for row in one for key in _image_keys(row)}
     shared: dict[str, None] = {}
@@ -123,7 +122,7 @@ def check_disjoint(
     if shared:
         first = ", ".join(list(shared)[:3]) + (", ..." if len(shared) > 3 else "")
         raise InputError(
-            f"{names[0]} and {names[1]} share {len(shared)} images ({first}), expected none: take them out of one"
+            f"{names[0]} and {names[1]} share {len(shared)} images ({first}), expected none: remove them from one"
         )
 
 
@@ -135,12 +134,12 @@ def _image_keys(row: Row | str | int) -> list[str]:
 
 
 def _parse(source: str) -> tuple[Benchmark, list[str], Path]:
-    match = SOURCE.fullmatch(source)
+    match = SOURCE_PATTERN.fullmatch(source)
     if match is None:
         raise InputError(f"source {source!r} is not written NAME:SPLIT:FOLDER, as in coco-karpathy:test:/data/coco")
-    name, joined, place = match.groups()
+    name, joined, location = match.groups()
     if name not in BENCHMARKS:
-        raise InputError(f"source {source!r} names no known data set: choose from {', '.join(BENCHMARKS)}")
+        raise InputError(f"source {source!r} names no known dataset: choose from {', '.join(BENCHMARKS)}")
     benchmark = BENCHMARKS[name]
     splits = joined.split("+")
     for split in splits:
@@ -148,11 +147,11 @@ def _parse(source: str) -> tuple[Benchmark, list[str], Path]:
             raise InputError(f"{name} has no split {split!r}: choose from {', '.join(benchmark.splits)}, joined with +")
     if len(set(splits)) < len(splits):
         raise InputError(f"source {source!r} names a split twice: name each once")
-    if len(splits) > 1 and (hidden := set(splits) & set(benchmark.without_answers)):
+    if len(splits) > 1 and (hidden := set(splits) & set(benchmark.unlabeled_splits)):
         raise InputError(
             f"{name}'s split {hidden.pop()} has no published answers: read it alone, not joined with others"
         )
-    folder = Path(resolve(place)).absolute()
+    folder = Path(resolve(location)).absolute()
     if not folder.is_dir():
         raise InputError(
             f"source {source!r}: {folder} is not a folder: give the one with the files of {benchmark.title}"
@@ -161,7 +160,7 @@ def _parse(source: str) -> tuple[Benchmark, list[str], Path]:
 
 
 def _files(benchmark: Benchmark, split: str, folder: Path, source: str) -> list[Any]:
-    """The files of a split, all of which have to be there."""
+    """Return the files of a split, all of which must exist."""
     files: list[Any] = []
     for name in benchmark.splits[split]:
         path = folder / name
@@ -170,33 +169,33 @@ def _files(benchmark: Benchmark, split: str, folder: Path, source: str) -> list[
         elif name.endswith("/"):
             if not path.is_dir():
                 raise InputError(
-                    f"{source} needs the folder of pictures {path}, which is not there: {_from(benchmark)}"
+                    f"{source} needs the folder of images {path}, which does not exist: {_download_hint(benchmark)}"
                 )
-            files.append(Pictures(path))
+            files.append(ImageFolder(path))
         else:
             if not path.is_file():
-                raise InputError(f"{source} needs the file {path}, which is not there: {_from(benchmark)}")
+                raise InputError(f"{source} needs the file {path}, which does not exist: {_download_hint(benchmark)}")
             files.append(path)
     return files
 
 
 def _shards(benchmark: Benchmark, folder: Path, source: str) -> list[Path]:
-    shards = sorted(folder.glob(SHARDS[0]))
+    shards = sorted(folder.glob(SHARD_PATTERNS[0]))
     if not shards:
         lists = [path.name for path in sorted(folder.iterdir()) if path.suffix in (".tsv", ".json", ".parquet", ".txt")]
-        found = f"only {lists[0]}, a list of addresses" if lists else "none"
+        found = f"only {lists[0]}, a list of URLs" if lists else "none"
         raise InputError(
-            f"{source} needs WebDataset shards (.tar) in {folder}, found {found}: download its pictures with"
-            f" img2dataset --output_format webdataset; {_from(benchmark)}"
+            f"{source} needs WebDataset shards (.tar) in {folder}, found {found}: download its images with"
+            f" img2dataset --output_format webdataset; {_download_hint(benchmark)}"
         )
     return shards
 
 
-def _from(benchmark: Benchmark) -> str:
-    return f"get it from {benchmark.page}, docs/data.md has the commands"
+def _download_hint(benchmark: Benchmark) -> str:
+    return f"get it from {benchmark.homepage}, docs/data.md lists the commands"
 
 
-SHARDS = ("*.tar",)
+SHARD_PATTERNS = ("*.tar",)
 _KARPATHY = "https://cs.stanford.edu/people/karpathy/deepimagesent/"
 _VISUAL_GENOME = ("image_data.json", "VG_100K/", "VG_100K_2/")
 
@@ -211,7 +210,7 @@ BENCHMARKS = {
         "COCO captions",
         "https://cocodataset.org/#download",
         {part: (f"annotations/captions_{part}2014.json", f"{part}2014/") for part in ("train", "val")},
-        official.read_coco,
+        readers.read_coco,
     ),
     "coco-karpathy": Benchmark(
         "COCO captions as Karpathy split them",
@@ -220,7 +219,7 @@ BENCHMARKS = {
             "train": ("dataset_coco.json", "train2014/"),
             **dict.fromkeys(("restval", "val", "test"), ("dataset_coco.json", "val2014/")),
         },
-        official.read_karpathy_coco,
+        readers.read_karpathy_coco,
     ),
     "flickr30k": Benchmark(
         "Flickr30K as Karpathy split it; all of it",
@@ -229,25 +228,25 @@ BENCHMARKS = {
             **dict.fromkeys(("train", "val", "test"), ("dataset_flickr30k.json", "flickr30k-images/")),
             "all": ("results_20130124.token", "flickr30k-images/"),
         },
-        official.read_flickr30k,
+        readers.read_flickr30k,
     ),
     "nocaps": Benchmark(
         "NoCaps",
         "https://nocaps.org/download",
         {"val": ("nocaps_val_4500_captions.json", "validation/")},
-        official.read_nocaps,
+        readers.read_nocaps,
     ),
     "vg-regions": Benchmark(
         "Visual Genome's region descriptions",
         "https://homes.cs.washington.edu/~ranjay/visualgenome/",
         {"all": ("region_descriptions.json", *_VISUAL_GENOME)},
-        official.read_regions,
+        readers.read_regions,
     ),
     "vg-qa": Benchmark(
         "Visual Genome's questions",
         "https://homes.cs.washington.edu/~ranjay/visualgenome/",
         {"all": ("question_answers.json", *_VISUAL_GENOME)},
-        official.read_visual_genome_questions,
+        readers.read_visual_genome_questions,
     ),
     "vqav2": Benchmark(
         "VQAv2",
@@ -258,20 +257,20 @@ BENCHMARKS = {
             "test": ("v2_OpenEnded_mscoco_test2015_questions.json", "test2015/"),
             "test-dev": ("v2_OpenEnded_mscoco_test-dev2015_questions.json", "test2015/"),
         },
-        official.read_vqav2,
-        without_answers=("test", "test-dev"),
+        readers.read_vqav2,
+        unlabeled_splits=("test", "test-dev"),
     ),
     "ok-vqa": Benchmark(
         "OK-VQA",
         "https://okvqa.allenai.org/download.html",
         {"train": _vqa("", "train2014"), "test": _vqa("", "val2014")},
-        official.read_ok_vqa,
+        readers.read_ok_vqa,
     ),
     "gqa": Benchmark(
         "GQA, balanced",
         "https://cs.stanford.edu/people/dorarad/gqa/download.html",
         {part: (f"{part}_balanced_questions.json", "images/") for part in ("train", "val", "testdev")},
-        official.read_gqa,
+        readers.read_gqa,
     ),
     "easy-vqa": Benchmark(
         "easy-VQA; val is a tenth of its training images",
@@ -280,31 +279,31 @@ BENCHMARKS = {
             split: (f"easy_vqa/data/{part}/questions.json", f"easy_vqa/data/{part}/images/")
             for split, part in (("train", "train"), ("val", "train"), ("test", "test"))
         },
-        official.read_easy_vqa,
+        readers.read_easy_vqa,
     ),
     "cc3m": Benchmark(
         "Conceptual Captions 3M",
         "https://ai.google.com/research/ConceptualCaptions/download",
-        {"train": SHARDS},
-        official.read_shards,
+        {"train": SHARD_PATTERNS},
+        readers.read_shards,
     ),
     "cc12m": Benchmark(
         "Conceptual 12M",
         "https://github.com/google-research-datasets/conceptual-12m",
-        {"train": SHARDS},
-        official.read_shards,
+        {"train": SHARD_PATTERNS},
+        readers.read_shards,
     ),
     "sbu": Benchmark(
         "SBU captions",
         "https://www.cs.rice.edu/~vo9/sbucaptions/",
-        {"train": SHARDS},
-        official.read_shards,
+        {"train": SHARD_PATTERNS},
+        readers.read_shards,
     ),
     "laion": Benchmark(
         "LAION-400M",
         "https://laion.ai/blog/laion-400-open-dataset/",
-        {"train": SHARDS},
-        official.read_shards,
+        {"train": SHARD_PATTERNS},
+        readers.read_shards,
     ),
 }
-"""Every NAME of a source."""
+"""The datasets by the NAME that a source gives."""

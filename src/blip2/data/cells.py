@@ -1,4 +1,4 @@
-"""The text or the image in a cell of a table, exactly as it is written there, or the reason why it cannot be used."""
+"""Parse the cells of tables: texts and images exactly as they are written, or the reason why a cell cannot be used."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from typing import Any
 import datasets
 
 from blip2.config import IMAGE_TOKEN
-from blip2.data.images import describe_name
+from blip2.data.images import describe_invalid_path
 from blip2.errors import InputError
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "image_path", "file_name", "filename", "img", "path")
 CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "texts", "sentence", "sentences")
 ANSWER_COLUMNS = ("answers", "answer")
 QUESTION_COLUMNS = ("question",)
-NAME_COLUMNS = ("image_key", "coco_id")
-ABOUT_COLUMNS = ("image_id", "question_id", "question_type", "answer_type", "domain")
+IMAGE_ID_COLUMNS = ("image_key", "coco_id")
+METADATA_COLUMNS = ("image_id", "question_id", "question_type", "answer_type", "domain")
 TEXT_KEYS = ("answer", "raw")
-"""Keys of the text in an entry that is an object: VQAv2's answers and COCO's sentences on the Hugging Face hub."""
+"""Keys that hold the text of an object: VQAv2's answers and COCO's sentences on the Hugging Face Hub."""
 
 
 class CellError(InputError):
-    """Why the value of a cell cannot be used. The message continues the name of the cell."""
+    """A cell that cannot be used. The message is written to follow the name of its column."""
 
 
 # -- texts -----------------------------------------------------------------------------------------------------------
 
 
-def find_encoding(start: bytes) -> str:
-    """The encoding that the byte order mark at the start of a file names; UTF-8 where there is none."""
+def detect_encoding(start: bytes) -> str:
+    """Return the encoding given by the byte order mark at the start of a file; UTF-8 if there is none."""
     if start.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return "utf-32"
     return "utf-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
@@ -42,26 +42,27 @@ def find_encoding(start: bytes) -> str:
 def decode_text(data: bytes) -> str:
     """Decode a text file.
 
-    Bytes that are no text become halves of surrogate pairs, as in Python's names of files, which :func:`read_text`
-    refuses: so one undecodable text costs one record.
+    Bytes that cannot be decoded become lone surrogates, as in file names in Python. :func:`read_text` refuses these,
+    so an undecodable text costs one record and not the whole file.
     """
-    encoding = find_encoding(data[:4])
+    encoding = detect_encoding(data[:4])
     if encoding == "utf-8-sig":
         return data.decode(encoding, "surrogateescape")
     try:
         return data.decode(encoding, "surrogatepass")
-    except UnicodeDecodeError:  # it breaks off within a character
+    except UnicodeDecodeError:  # the last character is incomplete
         return data.decode("utf-8", "surrogateescape")
 
 
 def read_text(value: Any) -> str:
-    """The text of a value, its whitespace collapsed; empty where there is none.
+    """Return a value as text with whitespace collapsed; empty for None.
 
     Args:
         value: text, a number, bytes in UTF-8 (or with a byte order mark), or None.
 
     Raises:
-        CellError: the value is of another kind, or holds what no text has.
+        CellError: the value has another type, or contains NUL, bytes that are not UTF-8, a lone surrogate or the
+            placeholder of the image.
     """
     if value is None:
         return ""
@@ -71,20 +72,20 @@ def read_text(value: Any) -> str:
     if not number and not isinstance(value, str):
         raise CellError(f"holds {describe(value)}, expected text")
     text = str(value)
-    if found := _NO_TEXT.search(text):
-        before = text[max(0, found.start() - 20) : found.start()]
+    if match := _INVALID_CHARACTERS.search(text):
+        before = text[max(0, match.start() - 20) : match.start()]
         raise CellError(
-            f"holds {_name_fault(found[0])} after {before!r}, expected text: correct it, or save it as UTF-8"
+            f"holds {_describe_character(match[0])} after {before!r}, expected text: correct it, or save it as UTF-8"
         )
     if IMAGE_TOKEN in text:
-        raise CellError(f"holds {IMAGE_TOKEN}, expected words alone, as the image comes first by itself: take it out")
+        raise CellError(f"holds {IMAGE_TOKEN}, expected words alone, as the image comes first: take it out")
     return " ".join(text.split())
 
 
-_NO_TEXT = re.compile("[\0\ud800-\udfff]")
+_INVALID_CHARACTERS = re.compile("[\0\ud800-\udfff]")
 
 
-def _name_fault(character: str) -> str:
+def _describe_character(character: str) -> str:
     if character == "\0":
         return "the character NUL"
     if "\udc80" <= character <= "\udcff":
@@ -93,24 +94,23 @@ def _name_fault(character: str) -> str:
 
 
 def read_texts(cell: Any) -> tuple[tuple[str, ...], int]:
-    """The texts of a cell, and how many further entries of its list are blank.
+    """Return the texts of a cell, and the number of blank entries that were left out.
 
     Args:
-        cell: what :func:`read_text` takes, an object with one of :data:`TEXT_KEYS`, or a list of these.
+        cell: a value for :func:`read_text`, an object with one of :data:`TEXT_KEYS`, or a list of these.
 
     Raises:
-        CellError: the cell holds something else.
+        CellError: the cell holds another value.
     """
-    cell = _text_within(cell)
+    cell = _unwrap_text(cell)
     if not isinstance(cell, list | tuple):
         text = read_text(cell)
         return ((text,) if text else ()), 0
-    given = [entry for entry in map(_text_within, cell) if entry is not None]
-    texts = [read_text(entry) for entry in given]
+    texts = [read_text(entry) for entry in map(_unwrap_text, cell) if entry is not None]
     return tuple(filter(None, texts)), sum(not text for text in texts)
 
 
-def _text_within(value: Any) -> Any:
+def _unwrap_text(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
     found = [key for key in TEXT_KEYS if key in value]
@@ -122,17 +122,17 @@ def _text_within(value: Any) -> Any:
     return value[found[0]]
 
 
-def read_about(cell: Any) -> Any:
-    """Return what identifies or classifies a record: a number or a text as it is.
+def read_metadata(cell: Any) -> Any:
+    """Return the value of a metadata column: numbers unchanged, anything else as :func:`read_text` returns it.
 
     Raises:
-        CellError: the cell holds something else.
+        CellError: the cell holds neither a number nor text.
     """
     return cell if isinstance(cell, int | float) and not isinstance(cell, bool) else read_text(cell)
 
 
 def describe(value: Any) -> str:
-    """Name the kind of value that a cell holds, for messages."""
+    """Describe the type of a cell's value, for messages."""
     if isinstance(value, Mapping):
         keys = [str(key) for key in value]
         return f"an object with the keys {', '.join(keys[:8])}{', ...' if len(keys) > 8 else ''}" if keys else "{}"
@@ -147,19 +147,19 @@ def describe(value: Any) -> str:
 
 
 def class_names(feature: Any) -> list[str] | None:
-    """The names of the classes that a column holds as numbers (``datasets.ClassLabel``), alone or in lists."""
+    """Return the class names of a column of class labels (``datasets.ClassLabel``) or of lists of them, else None."""
     feature = feature.feature if isinstance(feature, datasets.List | datasets.LargeList) else feature
     return feature.names if isinstance(feature, datasets.ClassLabel) else None
 
 
-def name_classes(cell: Any, names: list[str]) -> Any:
-    """The names of the classes in a cell; None for -1, which stands for an unknown class.
+def labels_to_names(cell: Any, names: list[str]) -> Any:
+    """Replace the class labels in a cell by class names, and -1, which marks an unknown class, by None.
 
     Raises:
-        CellError: there is no such class.
+        CellError: a label has no class name.
     """
     if isinstance(cell, list | tuple):
-        return [name_classes(each, names) for each in cell]
+        return [labels_to_names(label, names) for label in cell]
     if cell is None or cell == -1:
         return None
     if not isinstance(cell, int) or not 0 <= cell < len(names):
@@ -171,13 +171,13 @@ def name_classes(cell: Any, names: list[str]) -> Any:
 
 
 def read_image_cell(cell: Any) -> str | bytes | None:
-    """The path or the encoded bytes of an image; None where there is none.
+    """Return the path or the encoded bytes of the image in a cell; None if the cell is empty.
 
     Args:
         cell: a path, bytes, an object with ``bytes`` or ``path`` (Hugging Face's images), or a list of one of these.
 
     Raises:
-        CellError: the cell holds something else, several images, or a URL.
+        CellError: the cell holds another value, several images, or a URL.
     """
     if isinstance(cell, list | tuple):
         if len(cell) > 1:
@@ -193,6 +193,6 @@ def read_image_cell(cell: Any) -> str | bytes | None:
         return None
     if isinstance(cell, bool | float) or not isinstance(cell, str | int):
         raise CellError(f"holds {describe(cell)}, expected the path or the bytes of an image")
-    if problem := describe_name(str(cell)):
+    if problem := describe_invalid_path(str(cell)):
         raise CellError(f"holds {problem}")
     return str(cell)

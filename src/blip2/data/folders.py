@@ -1,4 +1,4 @@
-"""Folders of images with a ``.txt`` beside each, a caption a line."""
+"""Folders of images in which each image has a ``.txt`` of the same name, with one caption per line."""
 
 from __future__ import annotations
 
@@ -9,53 +9,56 @@ from pathlib import Path
 from typing import Any
 
 from blip2.data.cells import decode_text
-from blip2.data.images import IMAGE_SUFFIXES, USUAL_SUFFIXES
-from blip2.data.shards import MAX_TEXT
+from blip2.data.images import COMMON_SUFFIXES, IMAGE_SUFFIXES
+from blip2.data.shards import MAX_TEXT_BYTES
 from blip2.errors import InputError
-from blip2.io import read_regular
+from blip2.io import read_regular_file
 
 log = logging.getLogger("blip2")
 
 
-def list_pairs(folder: Path, say: bool = True) -> Iterator[dict[str, Any]]:
-    """Rows with the ``image`` (its path within the folder) and the ``captions`` of all images below a folder, sorted.
+def list_pairs(folder: Path, verbose: bool = True) -> Iterator[dict[str, Any]]:
+    """Return a row for each image below a folder, sorted by path.
 
     Args:
-        say: log how many files are left out, and why.
+        verbose: log the number of files that are left out.
+
+    Returns:
+        Rows with ``image``, the path relative to the folder, and ``captions``, a list.
 
     Raises:
-        InputError: there are no images, or no captions.
+        InputError: the folder has no images, or no captions.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
         raise InputError(
-            f"folder {folder} holds no images ({', '.join(USUAL_SUFFIXES)}, and what else Pillow reads) and no"
-            f" metadata.jsonl{_count_kinds(files, ', but ')}"
+            f"folder {folder} holds no images ({', '.join(COMMON_SUFFIXES)}, and others that Pillow reads) and no"
+            f" metadata.jsonl{_count_suffixes(files, ', but ')}"
         )
     texts = {path.with_suffix(".txt") for path in images} & set(files)
     if not texts:
         raise InputError(
-            f"folder {folder} holds {len(images)} images but no captions: put a .txt beside each image, or a"
+            f"folder {folder} holds {len(images)} images but no captions: put a .txt next to each image, or a"
             " metadata.jsonl with file_name and caption"
         )
     others = [path for path in files if path not in texts and path.suffix.lower() not in IMAGE_SUFFIXES]
-    if others and say:
+    if others and verbose:
         reason = "which are neither images that Pillow reads nor the .txt of one"
-        log.warning("%s: left out %d files, %s%s", folder, len(others), reason, _count_kinds(others, ": "))
+        log.warning("%s: left out %d files, %s%s", folder, len(others), reason, _count_suffixes(others, ": "))
     return _read_pairs(folder, images, texts)
 
 
 def _read_pairs(folder: Path, images: list[Path], texts: set[Path]) -> Iterator[dict[str, Any]]:
     for path in images:
         text = path.with_suffix(".txt")
-        # str.splitlines knows further line ends, which may stand within a caption.
-        lines = decode_text(read_regular(text, MAX_TEXT)) if text in texts else ""
+        # str.splitlines splits at further characters, which a caption may contain.
+        lines = decode_text(read_regular_file(text, MAX_TEXT_BYTES)) if text in texts else ""
         lines = lines.replace("\r\n", "\n").replace("\r", "\n")
         yield {"image": str(path.relative_to(folder)), "captions": lines.split("\n")}
 
 
-def _count_kinds(files: list[Path], before: str) -> str:
-    kinds = Counter(path.suffix.lower() or "without a suffix" for path in files).most_common()
-    shown = ", ".join(f"{count} {kind}" for kind, count in kinds[:8])
-    return before + shown + (", ..." if len(kinds) > 8 else "") if kinds else ""
+def _count_suffixes(files: list[Path], prefix: str) -> str:
+    counts = Counter(path.suffix.lower() or "without a suffix" for path in files).most_common()
+    shown = ", ".join(f"{count} {suffix}" for suffix, count in counts[:8])
+    return prefix + shown + (", ..." if len(counts) > 8 else "") if counts else ""

@@ -1,7 +1,7 @@
-"""Images from anywhere, decoded safely, augmented (paper §3.4) and normalized.
+"""Decode images safely, augment them (paper §3.4) and normalize them.
 
-Everything becomes 8-bit RGB: rotated as its EXIF says, transparency over white, 16-bit and float scaled, CMYK and
-palettes converted, the first frame of an animation.
+Every image is converted to 8-bit RGB: EXIF orientation is applied, transparency is placed on white, 16-bit and float
+values are scaled, CMYK and palettes are converted, and of an animation the first frame is taken.
 """
 
 from __future__ import annotations
@@ -23,80 +23,80 @@ from torch import Tensor
 
 from blip2.backbones.vision import Preprocessing
 from blip2.errors import InputError
-from blip2.io import read_regular
+from blip2.io import read_regular_file
 
 ImageLike = str | os.PathLike[str] | bytes | bytearray | io.BufferedIOBase | Image.Image | np.ndarray | Tensor
 """A path, the bytes of a file, a binary file, a PIL image, or an array [H, W], [H, W, 3 or 4].
 
-Arrays of floats are in [0, 1], those of uint8 in [0, 255] and those of uint16 in [0, 65535]. Other integers count to
-the first of 255 and 65535 that holds their largest value.
+Arrays of floats are in [0, 1], of uint8 in [0, 255] and of uint16 in [0, 65535]. For other integers, white is 255, or
+65535 if a value is larger.
 """
 
-USUAL_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+COMMON_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 def _find_suffixes() -> tuple[str, ...]:
-    def is_stub(kind: str) -> bool:  # which Pillow identifies and does not decode
+    def is_stub(kind: str) -> bool:  # identified by Pillow, but not decoded
         opener: Any = Image.OPEN[kind][0]
         return isinstance(opener, type) and issubclass(opener, ImageFile.StubImageFile)
 
     Image.init()
-    read = {
+    readable = {
         suffix
         for suffix, kind in Image.registered_extensions().items()
         if kind in Image.OPEN
         and kind not in ("EPS", "MPEG")  # a program, which is never run, and a video
         and not is_stub(kind)
     }
-    return (*USUAL_SUFFIXES, *sorted(read - set(USUAL_SUFFIXES)))
+    return (*COMMON_SUFFIXES, *sorted(readable - set(COMMON_SUFFIXES)))
 
 
 IMAGE_SUFFIXES = _find_suffixes()
-"""How the names of image files end: all that Pillow reads, the usual ones first."""
+"""Suffixes of all image files that Pillow reads, the common ones first."""
 
-OVERSHOOT = 0.05
-"""So far beyond 0 and 1 resampling may take the floats of an array."""
+FLOAT_TOLERANCE = 0.05
+"""How far floats of an array may lie outside [0, 1], as resampling overshoots."""
 MAX_PIXELS = 120_000_000
 """Larger images are refused before they are decoded: a small file can unpack to gigabytes."""
-MAX_BYTES = 4 * MAX_PIXELS
-"""Of an image file: that of the largest image without any compression."""
-MAX_SCANNED = 20 * MAX_PIXELS
-"""Pixels of a JPEG times its scans. A progressive one is decoded in ten or so scans of all its pixels; a small file can
-have thousands, each of which takes as long."""
+MAX_FILE_BYTES = 4 * MAX_PIXELS
+"""Maximum size of an image file: that of the largest image without compression."""
+MAX_SCANNED_PIXELS = 20 * MAX_PIXELS
+"""Maximum number of pixels of a JPEG times its scans. A progressive JPEG usually has about ten scans; a small file can
+have thousands, and decoding takes as long for each of them."""
 
 
 START_OF_SCAN = b"\xff\xda"
-"""Begins each scan of a JPEG; what it compresses never holds it."""
+"""The marker at the start of each scan of a JPEG, which never occurs in compressed data."""
 
 
 class ImageError(InputError):
-    """An image that cannot be decoded; the message names it and says why."""
+    """An image that cannot be decoded. The message names the image and the reason."""
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
-    """The bytes of an image file.
+    """Read an image file.
 
     Raises:
-        ImageError: it cannot be read, is no regular file (a pipe or a device may never end), or has more than
-            :data:`MAX_BYTES`.
+        ImageError: the file cannot be read, is not a regular file (reading a pipe or a device may never end), or is
+            larger than :data:`MAX_FILE_BYTES`.
     """
     try:
-        return read_regular(path, MAX_BYTES)
+        return read_regular_file(path, MAX_FILE_BYTES)
     except InputError as error:
         raise ImageError(f"image {error}") from error
-    except (OSError, ValueError) as error:  # ValueError: the path holds what no path can
-        raise unreadable(path, error) from error
+    except (OSError, ValueError) as error:  # ValueError: the path contains NUL
+        raise unreadable_image(path, error) from error
 
 
-def unreadable(path: str | os.PathLike[str], error: OSError | ValueError) -> ImageError:
-    """What to say of a file that cannot be read."""
-    why = getattr(error, "strerror", None) or error
-    return ImageError(f"image {os.fspath(path)} cannot be read ({why}): check its path")
+def unreadable_image(path: str | os.PathLike[str], error: OSError | ValueError) -> ImageError:
+    """Return the error for an image file that cannot be read."""
+    reason = getattr(error, "strerror", None) or error
+    return ImageError(f"image {os.fspath(path)} cannot be read ({reason}): check its path")
 
 
-def describe_name(name: str) -> str | None:
-    """What a text given as the path of an image is, where it is no path; None where it may be one."""
-    if ":" not in name and not name.startswith("~/"):  # nearly all
+def describe_invalid_path(name: str) -> str | None:
+    """Describe a text that was given as the path of an image and is not a path; return None if it may be one."""
+    if ":" not in name and not name.startswith("~/"):  # nearly every path
         return None
     if name.startswith("file://"):
         return f"the URL {name[:80]!r}, expected the path of a file: write the path alone"
@@ -110,15 +110,15 @@ def describe_name(name: str) -> str | None:
 
 
 def read_image(image: ImageLike | Any, name: str | None = None) -> Image.Image:
-    """Decode to 8-bit RGB.
+    """Decode an image to 8-bit RGB.
 
     Args:
         image: an :data:`ImageLike`.
-        name: of a file or its bytes, for messages; None: its path or its length.
+        name: the name of a file or of bytes in messages; None: the path or the number of bytes.
 
     Raises:
-        ImageError: no such file, empty, not an image, damaged, more than :data:`MAX_PIXELS`, or another object than an
-            image.
+        ImageError: the file does not exist, is empty, is not an image, is damaged or has more than :data:`MAX_PIXELS`;
+            or the object is not an image.
     """
     if isinstance(image, Tensor):
         image = image.detach().cpu()
@@ -126,38 +126,40 @@ def read_image(image: ImageLike | Any, name: str | None = None) -> Image.Image:
     if isinstance(image, np.ndarray):
         return _from_array(_check_range(image), "the array given as an image")
     if isinstance(image, Image.Image):
-        return _given(image, f"image {getattr(image, 'filename', '') or 'given by PIL'}")
+        return _check_and_convert(image, f"image {getattr(image, 'filename', '') or 'given by PIL'}")
     image = _path_or_bytes(image)
     if name is None:
         name = f"image of {len(image)} bytes" if isinstance(image, bytes) else f"image {os.fspath(image)}"
     data = image if isinstance(image, bytes) else read_bytes(image)
     if not data:
         raise ImageError(f"{name} is empty (0 bytes): copy or download it again")
-    with open_image(data, name, shows=isinstance(image, bytes)) as opened:
+    with open_image(data, name, show_bytes=isinstance(image, bytes)) as opened:
         return _to_rgb(opened, name)
 
 
 @contextmanager
-def open_image(data: bytes, name: str, shows: bool = True) -> Iterator[Image.Image]:
-    """The image in the bytes of a file, not decoded yet; the one place where such bytes reach Pillow.
+def open_image(data: bytes, name: str, show_bytes: bool = True) -> Iterator[Image.Image]:
+    """Open the image in the bytes of a file without decoding it. Only this function passes such bytes to Pillow.
 
     Args:
-        name: of the image, for messages.
-        shows: whether a message may show how the bytes begin. Not of a file that a table names: it can be any file.
+        name: the name of the image in messages.
+        show_bytes: whether a message may show the first bytes. False for a file that a table names, as it can be any
+            file.
 
     Raises:
-        ImageError: not an image, damaged, or too large; also while it is decoded, within the context.
+        ImageError: the bytes are not an image, are damaged, or hold too large an image. Errors of decoding, within the
+            context, are converted as well.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of odd metadata, and of bombs below its own limit
+            warnings.simplefilter("ignore")  # Pillow warns of odd metadata and of decompression bombs below its limit
             with Image.open(io.BytesIO(data)) as opened:
                 _check(opened, name, data.count(START_OF_SCAN) if opened.format in ("JPEG", "MPO") else 1)
                 yield opened
     except UnidentifiedImageError as error:
-        begins = f"begins with {data[:12]!r}" if shows else "begins as no image does"
-        begins = "begins with <, as a page of the web does" if data[:1] == b"<" else begins
-        raise ImageError(f"{name} is not an image (it {begins}): save it as PNG or JPEG") from error
+        start = f"begins with {data[:12]!r}" if show_bytes else "begins as no image does"
+        start = "begins with <, as a web page does" if data[:1] == b"<" else start
+        raise ImageError(f"{name} is not an image (it {start}): save it as PNG or JPEG") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} has more than the {MAX_PIXELS:,} pixels allowed: make it smaller") from error
     except ImageError:
@@ -167,44 +169,44 @@ def open_image(data: bytes, name: str, shows: bool = True) -> Iterator[Image.Ima
 
 
 def _path_or_bytes(image: Any) -> str | os.PathLike[str] | bytes:
-    """An image that is no array and not PIL's."""
+    """Return the path or the bytes of an image that is neither an array nor a PIL image."""
     if isinstance(image, io.IOBase) and not isinstance(image, io.TextIOBase):
         file, start = image, image.tell() if image.seekable() else None
         image = file.read()
-        if start is not None:  # or the file would be empty when it is read once more
+        if start is not None:  # so that the file can be read again
             file.seek(start)
     if isinstance(image, bytes | bytearray | memoryview):
         return bytes(image)
     if not isinstance(image, str | os.PathLike):
-        what = (
+        found = (
             f"a {type(image).__name__} of {len(image)}" if isinstance(image, list | tuple | dict) else repr(image)[:80]
         )
         raise ImageError(
-            f"an image is {what}, expected a path, the bytes of a file, a PIL image, or an array [H, W, 3]: give these,"
-            " several in one list"
+            f"an image is {found}, expected a path, the bytes of a file, a PIL image, or an array [H, W, 3]: give one"
+            " of these, or a list of them"
         )
-    if isinstance(image, str) and (problem := describe_name(image)):
+    if isinstance(image, str) and (problem := describe_invalid_path(image)):
         raise ImageError(f"an image is {problem}")
     return image
 
 
 def _check(image: Image.Image, name: str, scans: int = 1) -> None:
-    """Look at what an image says of itself before it is decoded."""
+    """Check the size and the format in the header of an image before it is decoded."""
     pixels = image.width * image.height
     if pixels > MAX_PIXELS:
         raise ImageError(
             f"{name} has {image.width} x {image.height} pixels, more than the {MAX_PIXELS:,} allowed: make it smaller"
         )
-    if scans * pixels > MAX_SCANNED:
+    if scans * pixels > MAX_SCANNED_PIXELS:
         raise ImageError(
             f"{name} has {scans} scans of {image.width} x {image.height} pixels, more than the"
-            f" {MAX_SCANNED // pixels} allowed at this size: save it again as a plain JPEG"
+            f" {MAX_SCANNED_PIXELS // pixels} allowed at this size: save it again as a plain JPEG"
         )
     if image.format == "EPS":
         raise ImageError(f"{name} is PostScript, a program, which is never run: save it as PNG or JPEG")
 
 
-def _given(image: Image.Image, name: str) -> Image.Image:
+def _check_and_convert(image: Image.Image, name: str) -> Image.Image:
     try:
         _check(image, name)
         return _to_rgb(image, name)
@@ -219,16 +221,16 @@ def _damaged(name: str, error: Exception) -> str:
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    clear = _transparent_value(image)
+    transparent = _transparent_value(image)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         array = np.asarray(image)
-        drawn = _from_array(array, name)
-        if isinstance(clear, int):
-            drawn.paste((255, 255, 255), mask=Image.fromarray(np.where(array == clear, 255, 0).astype(np.uint8)))
-        return drawn
-    if clear is not None:
-        image.info["transparency"] = clear
+        rgb = _from_array(array, name)
+        if isinstance(transparent, int):
+            rgb.paste((255, 255, 255), mask=Image.fromarray(np.where(array == transparent, 255, 0).astype(np.uint8)))
+        return rgb
+    if transparent is not None:
+        image.info["transparency"] = transparent
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -237,28 +239,28 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _transparent_value(image: Image.Image) -> Any:
-    """The value whose pixels are transparent, in the range of the decoded pixels; None where there is none.
+    """Return the value of transparent pixels, in the range of the decoded pixels; None if there is none.
 
-    Pillow gives it in the range of the file, and scales the pixels of gray PNGs with 2 or 4 bits and of color PNGs with
-    16 bits to 8 bits.
+    Pillow reports the value in the range of the file, but scales the pixels of gray PNGs with 2 or 4 bits and of color
+    PNGs with 16 bits to 8 bits.
     """
-    clear = image.info.get("transparency")
-    tiles = getattr(image, "tile", None)  # there until the image is decoded
+    value = image.info.get("transparency")
+    tiles = getattr(image, "tile", None)  # present until the image is decoded
     raw = tiles[0][3] if tiles else None
-    if isinstance(clear, int) and raw in ("L;2", "L;4"):
-        return clear * (85 if raw == "L;2" else 17)
-    if isinstance(clear, tuple) and raw == "RGB;16B":
-        return tuple(value >> 8 for value in clear)
-    return clear
+    if isinstance(value, int) and raw in ("L;2", "L;4"):
+        return value * (85 if raw == "L;2" else 17)
+    if isinstance(value, tuple) and raw == "RGB;16B":
+        return tuple(channel >> 8 for channel in value)
+    return value
 
 
 def _check_range(array: np.ndarray) -> np.ndarray:
-    """The array, unless its numbers are those of a normalized image: nearly all black, it would pass for a dark one."""
+    """Return the array, and refuse values of a normalized image, which would be read as a nearly black image."""
     if array.dtype.kind not in "if" or array.size == 0 or not np.isfinite(array).all():
         return array
     low, high = float(array.min()), float(array.max())
-    slack = OVERSHOOT if array.dtype.kind == "f" else 0
-    if low < -slack or (array.dtype.kind == "f" and high > 1 + slack):
+    tolerance = FLOAT_TOLERANCE if array.dtype.kind == "f" else 0
+    if low < -tolerance or (array.dtype.kind == "f" and high > 1 + tolerance):
         raise ImageError(
             f"the array given as an image holds {array.dtype} from {low:g} to {high:g}, expected floats in [0, 1] or"
             " integers in [0, 255]: undo its normalization, or convert it"
@@ -267,76 +269,76 @@ def _check_range(array: np.ndarray) -> np.ndarray:
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:
-    given = array.shape
+    shape = array.shape
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or array.size == 0:
-        raise ImageError(f"{name} has the shape {list(given)}, expected [H, W], [H, W, 3] or [H, W, 4]: rearrange it")
+        raise ImageError(f"{name} has the shape {list(shape)}, expected [H, W], [H, W, 3] or [H, W, 4]: rearrange it")
     if array.dtype.kind not in "buif":
         raise ImageError(f"{name} holds {array.dtype}, expected integers or floats: convert it")
     if array.dtype != np.uint8:
-        # Row by row, as it were: all of a large image in float64 would take gigabytes.
-        rows = max((1 << 20) // (array.shape[1] * array.shape[2]), 1)
-        parts = [slice(start, start + rows) for start in range(0, len(array), rows)]
-        if array.dtype.kind == "f" and not all(np.isfinite(array[part]).all() for part in parts):
+        # In blocks of rows: all of a large image in float64 would take gigabytes.
+        num_rows = max((1 << 20) // (array.shape[1] * array.shape[2]), 1)
+        blocks = [slice(start, start + num_rows) for start in range(0, len(array), num_rows)]
+        if array.dtype.kind == "f" and not all(np.isfinite(array[block]).all() for block in blocks):
             raise ImageError(f"{name} holds values that are not finite (NaN or infinite): replace them")
-        values, white, array = array, _white(array), np.empty(array.shape, np.uint8)
-        for part in parts:
-            array[part] = ((values[part].astype(np.float64) / white).clip(0, 1) * 255).round()
+        values, white, array = array, _white_value(array), np.empty(array.shape, np.uint8)
+        for block in blocks:
+            array[block] = ((values[block].astype(np.float64) / white).clip(0, 1) * 255).round()
     if array.shape[2] == 1:
         array = array.repeat(3, axis=2)
     mode = "RGBA" if array.shape[2] == 4 else "RGB"
     return _to_rgb(Image.fromarray(np.ascontiguousarray(array), mode), name)
 
 
-def _white(array: np.ndarray) -> float:
-    """The value that stands for white; what a file or array means by its numbers is nowhere written down."""
+def _white_value(array: np.ndarray) -> float:
+    """Return the value of white, inferred from the dtype and the largest value: neither files nor arrays state it."""
     if array.dtype.kind == "u" and array.dtype.itemsize == 2:
         return 65535.0
     highest = float(array.max())
-    if array.dtype.kind in "bf" and highest < 2:  # resampling overshoots 1 a little
+    if array.dtype.kind in "bf" and highest < 2:  # resampling overshoots 1 slightly
         return 1.0
     return next((white for white in (255.0, 65535.0) if highest <= white), highest)
 
 
-def to_pixels(image: Image.Image, preprocessing: Preprocessing) -> Float[Tensor, "3 H W"]:
-    """Resize (bicubic, to a square, nothing cut off) and normalize, for evaluation."""
+def preprocess(image: Image.Image, preprocessing: Preprocessing) -> Float[Tensor, "3 H W"]:
+    """Resize the whole image to a square (bicubic) and normalize it, for evaluation."""
     size = preprocessing.image_size
     return _normalize(image.resize((size, size), Image.Resampling.BICUBIC), preprocessing)
 
 
-def augment_to_pixels(
+def train_transform(
     image: Image.Image,
     preprocessing: Preprocessing,
-    random: np.random.Generator,
-    smallest_crop: float = 0.5,
+    rng: np.random.Generator,
+    min_crop_scale: float = 0.5,
     flip: bool = True,
 ) -> Float[Tensor, "3 H W"]:
-    """Random resized crop and horizontal flip (§3.4), then normalize, for training.
+    """Take a random resized crop, flip it at random (§3.4), and normalize it, for training.
 
     Args:
-        random: where all randomness comes from.
-        smallest_crop: the crop covers between this share and all of the image, at an aspect ratio of 3:4 to 4:3.
+        rng: the source of all randomness.
+        min_crop_scale: the smallest area of a crop as a fraction of the image; the aspect ratio is in [3/4, 4/3].
         flip: mirror half of the images.
     """
     size = preprocessing.image_size
-    box = _random_box(image.width, image.height, random, smallest_crop)
+    box = _sample_crop(image.width, image.height, rng, min_crop_scale)
     image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    if flip and random.random() < 0.5:
+    if flip and rng.random() < 0.5:
         image = ImageOps.mirror(image)
     return _normalize(image, preprocessing)
 
 
-def _random_box(
-    width: int, height: int, random: np.random.Generator, smallest: float
+def _sample_crop(
+    width: int, height: int, rng: np.random.Generator, min_scale: float
 ) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) of a random crop inside an image; the whole image when no draw fits."""
+    """Draw a crop as (left, top, right, bottom); the whole image if ten draws do not fit in it."""
     for _ in range(10):
-        area = width * height * random.uniform(smallest, 1.0)
-        ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+        area = width * height * rng.uniform(min_scale, 1.0)
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
         if w <= width and h <= height:
-            left, top = random.uniform(0, width - w), random.uniform(0, height - h)
+            left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
             return left, top, left + w, top + h
     return 0.0, 0.0, float(width), float(height)
 

@@ -1,8 +1,9 @@
-"""JSON files that are larger than one wants to hold, read entry by entry."""
+"""Read JSON files that are too large to load whole, one member at a time."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from io import TextIOBase
 from pathlib import Path
@@ -11,45 +12,36 @@ from typing import Any
 from blip2.errors import InputError
 
 
-def stream_json(path: Path, characters: int = 1 << 20) -> Iterator[tuple[str, Any]]:
-    """The members of a JSON file, one by one.
+def stream_json(path: Path, chunk_size: int = 1 << 20) -> Iterator[tuple[str, Any]]:
+    """Iterate over the members of a JSON file.
 
     Args:
-        characters: how much is read at once, at least.
+        chunk_size: the minimum number of characters that are read at a time.
 
     Returns:
-        Of an array, each element with the name "". Of an object, each member with its name; where a member is itself an
-        array, each of its elements with the name of the member.
+        Pairs of a name and a value. For an array: each element, with the name "". For an object: each member; if its
+        value is an array, each element of that array instead, with the name of the member.
 
     Raises:
-        InputError: it is not JSON.
+        InputError: the file is not JSON.
     """
     with path.open(encoding="utf-8-sig") as file:
         try:
-            yield from read_members(file, json.JSONDecoder(), characters)
+            yield from iter_members(file, json.JSONDecoder(), chunk_size)
         except json.JSONDecodeError as error:
-            raise _damaged(path, error.msg) from error  # its place is one in the part that is held
+            raise _damaged(path, error.msg) from error  # its position refers to the current chunk
         except (_SyntaxError, UnicodeDecodeError, RecursionError) as error:
             raise _damaged(path, str(error)) from error
 
 
-def read_members(file: TextIOBase, decoder: json.JSONDecoder, characters: int = 1 << 20) -> Iterator[tuple[str, Any]]:
-    """The members of an open JSON file, as :func:`stream_json` gives them, with values as `decoder` makes them.
-
-    Raises:
-        ValueError: it is not JSON.
-    """
-    return _members(_Reader(file, characters, decoder))
-
-
-def entries(path: Path, name: str, subset: str | None = None) -> Iterator[Any]:
-    """The elements of one array of a JSON object.
+def stream_array(path: Path, name: str, subset: str | None = None) -> Iterator[Any]:
+    """Iterate over the elements of one array of a JSON object.
 
     Args:
-        subset: what ``data_subtype`` has to be where the file has one; None: anything.
+        subset: the expected value of ``data_subtype``, if the file has that member; None accepts any.
 
     Raises:
-        InputError: it is not JSON, there is no such array, it is empty, or the file is of another subset.
+        InputError: the file is not JSON, lacks the array, has no elements in it, or belongs to another subset.
     """
     others: dict[str, None] = {}
     empty = True
@@ -62,119 +54,130 @@ def entries(path: Path, name: str, subset: str | None = None) -> Iterator[Any]:
         elif len(others) < 9:
             others[member] = None
     if empty:
-        raise InputError(f"{path} has {_some(others)}, expected {name}: it is a file of another kind")
+        raise InputError(f"{path} has {_list_names(others)}, expected {name}: it is a file of another kind")
 
 
-def fields(path: Path, entry: Any, *names: str) -> tuple[Any, ...]:
-    """Values of an entry.
+def require_keys(path: Path, entry: Any, *names: str) -> tuple[Any, ...]:
+    """Return the values of an entry for these keys.
 
     Raises:
-        InputError: it does not have them all.
+        InputError: the entry lacks a key.
     """
     if not isinstance(entry, dict) or any(name not in entry for name in names):
-        found = _some(entry) if isinstance(entry, dict) else f"a {type(entry).__name__}"
+        found = _list_names(entry) if isinstance(entry, dict) else f"a {type(entry).__name__}"
         raise InputError(
-            f"{path} has an entry with {found}, expected {', '.join(names)}: it is a file of another kind or data set"
+            f"{path} has an entry with {found}, expected {', '.join(names)}: it is a file of another kind or dataset"
         )
     return tuple(entry[name] for name in names)
 
 
-def _some(names: dict[str, Any]) -> str:
+def _list_names(names: dict[str, Any]) -> str:
     shown = [name or "a list" for name in names]
     return ", ".join(shown[:8] + ["..."] * (len(shown) > 8)) or "nothing"
 
 
 def _damaged(path: Path, reason: str) -> InputError:
-    return InputError(f"{path} is damaged or no JSON ({reason}): download or unpack it again")
+    return InputError(f"{path} is damaged or not JSON ({reason}): download or unpack it again")
 
 
 class _SyntaxError(ValueError):
-    """Something else than JSON follows."""
+    """An unexpected character, or the end of the text."""
 
 
-class _Reader:
-    """The values and signs of a JSON text, of which a part is held."""
+# -- parsing ---------------------------------------------------------------------------------------------------------
 
-    def __init__(self, file: TextIOBase, characters: int, decoder: json.JSONDecoder) -> None:
+
+def iter_members(file: TextIOBase, decoder: json.JSONDecoder, chunk_size: int = 1 << 20) -> Iterator[tuple[str, Any]]:
+    """Iterate over the members of an open JSON file, as :func:`stream_json` does, with values decoded by `decoder`.
+
+    Raises:
+        ValueError: the text is not JSON.
+    """
+    parser = _Parser(file, chunk_size, decoder)
+    if parser.peek() == "[":
+        yield from _iter_elements(parser, "")
+    else:
+        parser.expect("{")
+        more = parser.peek() != "}"
+        while more:
+            if parser.peek() != '"':
+                raise _SyntaxError(f"{parser.peek()!r} instead of a name")
+            name = parser.read_value()
+            parser.expect(":")
+            if parser.peek() == "[":
+                yield from _iter_elements(parser, name)
+            else:
+                yield name, parser.read_value()
+            more = parser.peek() != "}"
+            if more:
+                parser.expect(",}")
+        parser.expect("}")
+    if parser.peek():
+        raise _SyntaxError(f"{parser.peek()!r} after its end")
+
+
+def _iter_elements(parser: _Parser, name: str) -> Iterator[tuple[str, Any]]:
+    parser.expect("[")
+    more = parser.peek() != "]"
+    while more:
+        yield name, parser.read_value()
+        more = parser.peek() != "]"
+        if more:
+            parser.expect(",]")
+    parser.expect("]")
+
+
+class _Parser:
+    """Reads the values and punctuation of a JSON text, of which one chunk is held in memory."""
+
+    def __init__(self, file: TextIOBase, chunk_size: int, decoder: json.JSONDecoder) -> None:
         self._file = file
-        self._characters = characters
+        self._chunk_size = chunk_size
         self._text = ""
-        self._at = 0
+        self._position = 0
         self._ended = False
         self._decode = decoder.raw_decode
+        self._skip_whitespace = re.compile(r"\s*").match
 
-    def _more(self) -> None:
-        # As much again as is held, so that a long value is not decoded from its start too often.
-        new = self._file.read(max(self._characters, len(self._text) - self._at))
-        self._text = self._text[self._at :] + new
-        self._at = 0
+    def _read_more(self) -> None:
+        # Read at least as much as is held, so that a long value is not decoded from its start too often.
+        new = self._file.read(max(self._chunk_size, len(self._text) - self._position))
+        self._text = self._text[self._position :] + new
+        self._position = 0
         self._ended = not new
 
     def peek(self) -> str:
-        """The next sign that is no white space; empty behind the last."""
+        """Return the next character that is not whitespace; empty at the end."""
         while True:
-            while self._at < len(self._text):
-                if not self._text[self._at].isspace():
-                    return self._text[self._at]
-                self._at += 1
+            match = self._skip_whitespace(self._text, self._position)
+            self._position = match.end() if match else self._position
+            if self._position < len(self._text):
+                return self._text[self._position]
             if self._ended:
                 return ""
-            self._more()
+            self._read_more()
 
-    def take(self, signs: str) -> str:
-        """Go over one of these signs."""
-        sign = self.peek()
-        if not sign:
+    def expect(self, characters: str) -> None:
+        """Skip the next character, which must be one of these."""
+        character = self.peek()
+        if not character:
             raise _SyntaxError("it ends too early")
-        if sign not in signs:
-            raise _SyntaxError(f"{sign!r} instead of {' or '.join(map(repr, signs))}")
-        self._at += 1
-        return sign
+        if character not in characters:
+            raise _SyntaxError(f"{character!r} instead of {' or '.join(map(repr, characters))}")
+        self._position += 1
 
-    def value(self) -> Any:
+    def read_value(self) -> Any:
         self.peek()
         while True:
             try:
-                value, end = self._decode(self._text, self._at)
+                value, end = self._decode(self._text, self._position)
             except json.JSONDecodeError:
                 if self._ended:
                     raise
             else:
-                if self._ended or (end < len(self._text) and self._text[end] not in ".eE+-"):  # a number may go on
-                    self._at = end
+                if self._ended or (
+                    end < len(self._text) and self._text[end] not in ".eE+-"
+                ):  # else a number may continue
+                    self._position = end
                     return value
-            self._more()
-
-
-def _members(reader: _Reader) -> Iterator[tuple[str, Any]]:
-    if reader.peek() == "[":
-        yield from _elements(reader, "")
-    else:
-        reader.take("{")
-        going = reader.peek() != "}"
-        while going:
-            if reader.peek() != '"':
-                raise _SyntaxError(f"{reader.peek()!r} instead of a name")
-            name = reader.value()
-            reader.take(":")
-            if reader.peek() == "[":
-                yield from _elements(reader, name)
-            else:
-                yield name, reader.value()
-            going = reader.peek() != "}"
-            if going:
-                reader.take(",}")
-        reader.take("}")
-    if reader.peek():
-        raise _SyntaxError(f"{reader.peek()!r} behind its end")
-
-
-def _elements(reader: _Reader, name: str) -> Iterator[tuple[str, Any]]:
-    reader.take("[")
-    going = reader.peek() != "]"
-    while going:
-        yield name, reader.value()
-        going = reader.peek() != "]"
-        if going:
-            reader.take(",]")
-    reader.take("]")
+            self._read_more()

@@ -1,126 +1,219 @@
-"""Readers for what people have.
+"""Records, each one image with its texts, in a table (random access) or a stream (sequential access).
 
-Everything is read through the ``datasets`` library: memory-mapped tables where the number of rows is known, streams
-where it is not. Images stay encoded here; :mod:`blip2.data.images` decodes them later, in other processes.
+Images stay encoded here; :mod:`blip2.data.images` decodes them later, in worker processes.
+:mod:`blip2.data.sources` opens data sources as records.
 """
 
 from __future__ import annotations
 
-import glob
+import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from functools import cached_property, partial
-from itertools import islice
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-from datasets.config import HF_DATASETS_CACHE
 from datasets.distributed import split_dataset_by_node
-from huggingface_hub.constants import HF_HUB_CACHE
 from jaxtyping import Int
 
-from blip2.config import DataConfig
-from blip2.data.benchmarks import find_shards, is_benchmark, read_benchmark
 from blip2.data.cells import (
-    ABOUT_COLUMNS,
-    ANSWER_COLUMNS,
-    CAPTION_COLUMNS,
-    IMAGE_COLUMNS,
-    NAME_COLUMNS,
-    QUESTION_COLUMNS,
+    IMAGE_ID_COLUMNS,
     CellError,
-    class_names,
+    labels_to_names,
     read_image_cell,
+    read_metadata,
+    read_text,
+    read_texts,
 )
-from blip2.data.folders import list_pairs
-from blip2.data.record import Columns, Record
-from blip2.data.shards import BEGINS, BROKEN, KEY, expand_files, is_url, read_shard, stream_shards, unreadable
-from blip2.data.tables import Table, build_table, make_table, read_text_table
-from blip2.errors import InputError
-from blip2.io import read_json
+from blip2.data.shards import ERROR_COLUMN, KEY_COLUMN, STARTS_SHARD_COLUMN, unreadable_source
+from blip2.data.tables import Table
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".tar")
 
-CACHES = (HF_DATASETS_CACHE, HF_HUB_CACHE)
-"""Where the datasets library puts the files of a data set of the hub."""
+@dataclass(frozen=True)
+class Record:
+    """One image with its captions, or with a question and its answers."""
 
-ROWS_AT_ONCE = 50_000
-"""Of a benchmark become a table together: as Python's objects they take ten times as much memory."""
+    key: str
+    """The name of the record in messages."""
+    image: str | bytes | None
+    """The path or the encoded bytes of the image; None if the row has none, which is reported when it is decoded."""
+    captions: tuple[str, ...]
+    """The captions that are not blank, with whitespace collapsed. For a question: the answers, duplicates included."""
+    question: str | None = None
+    """The question about the image; None for captions."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """The row's values in the :data:`~blip2.data.cells.METADATA_COLUMNS`, used to group and submit results."""
+    num_blank: int = 0
+    """The number of blank captions or answers that were left out of `captions`."""
+    skip_reason: tuple[str, str] | None = None
+    """Why the row cannot be used: one of :data:`blip2.data.dataset.SKIP_REASONS` and a message; None if it can."""
+    error: str | None = None
+    """Why the rest of a shard cannot be read; None unless the record is a placeholder for that rest."""
+    starts_shard: bool = False
+    """Whether the record is the first of its shard."""
 
-LOOKED_AT = 20
-"""So many rows of shards are read to learn their columns: a sample may lack one. A table is refused if none of so many
-rows at its start can be used."""
-BROKEN_AT_FIRST = 10
-"""So many shards without a row, one after the other, and there is nothing to be learned."""
+    @property
+    def image_id(self) -> int:
+        """A 63-bit hash of the image's path, or of its bytes if it has no path."""
+        name = self.image if isinstance(self.image, bytes) else str(self.image).encode(errors="surrogatepass")
+        return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") >> 1
+
+
+@dataclass(frozen=True)
+class ColumnMapping:
+    """The columns of a data source that records are made of."""
+
+    source: str
+    image: str
+    caption: str | None
+    """None for questions whose answers are not published."""
+    question: str | None
+    metadata: tuple[str, ...]
+    root: Path
+    """The folder that relative image paths start from."""
+    class_names: Mapping[str, list[str]] = field(default_factory=dict)
+    """The class names of each column that holds class labels as integers."""
+    allowed_folders: tuple[str, ...] | None = None
+    """The folders that image files must lie in; None allows every folder. Images of tar shards are always bytes."""
+    group: str | None = None
+    """The column whose equal values are kept in one batch."""
+    group_share: float = 1.0
+    """The fraction of the groups that is kept together, in [0, 1]."""
+
+    @property
+    def column_names(self) -> list[str]:
+        names = (self.image, self.caption, self.question, self.group, *self.metadata, KEY_COLUMN)
+        return [name for name in names if name is not None]
+
+    def to_record(self, row: dict[str, Any], index: int) -> Record:
+        """Convert a row to a record. A cell that cannot be used becomes the record's `skip_reason`."""
+        starts_shard = row.get(STARTS_SHARD_COLUMN, False)
+        if ERROR_COLUMN in row:
+            return Record(row[KEY_COLUMN], None, (), error=row[ERROR_COLUMN], starts_shard=starts_shard)
+        faults: list[tuple[str, str]] = []
+
+        def parse(reason: str, name: str | None, parser: Callable[[Any], Any], default: Any) -> Any:
+            if name is None:
+                return default
+            try:
+                return parser(self._with_class_names(row.get(name), name))
+            except CellError as error:
+                faults.append((reason, f"{name} {error}"))
+                return default
+
+        image = parse("image", self.image, read_image_cell, None)
+        refused = ""
+        if isinstance(image, str):
+            image = str(self.root / image)
+            if self.allowed_folders is not None and not _lies_in(image, self.allowed_folders):
+                image, refused = None, f", whose image is the name {image}, which is not read: expected the bytes"
+        captions, num_blank = parse("caption", self.caption, read_texts, ((), 0))
+        question = parse("question", self.question, read_text, "")
+        present = [name for name in self.metadata if row.get(name) not in (None, "")]
+        metadata = {name: parse("caption", name, read_metadata, None) for name in present}
+        key = row.get(KEY_COLUMN) or f"{self.source} row {index}" + (f" ({image})" if isinstance(image, str) else "")
+        skip_reason = faults[0] if faults else None
+        return Record(
+            key + refused,
+            image,
+            captions,
+            question or None,
+            metadata,
+            num_blank,
+            skip_reason,
+            starts_shard=starts_shard,
+        )
+
+    def captions(self, cell: Any) -> tuple[str, ...]:
+        """Return the captions in a cell of the caption column; none if the cell cannot be used."""
+        try:
+            return read_texts(self._with_class_names(cell, self.caption or ""))[0]
+        except CellError:
+            return ()
+
+    def _with_class_names(self, cell: Any, name: str) -> Any:
+        return labels_to_names(cell, self.class_names[name]) if name in self.class_names else cell
+
+
+def _lies_in(path: str, folders: tuple[str, ...]) -> bool:
+    """Return whether a file lies in one of the folders once symbolic links are resolved."""
+    with contextlib.suppress(OSError, ValueError):
+        real = os.path.realpath(path)
+        return any(real.startswith(os.path.join(os.path.realpath(folder), "")) for folder in folders)  # noqa: PTH118
+    return False
 
 
 class Records(Sequence[Record]):
-    """Records that can be read in any order."""
+    """Records with random access, in a memory-mapped table."""
 
-    def __init__(self, table: Table, columns: Columns) -> None:
+    def __init__(self, table: Table, columns: ColumnMapping) -> None:
         self._table = table
-        self._rows = table.only(columns.names)
+        self._rows = table.select_columns(columns.column_names)
         self._columns = columns
 
     def __len__(self) -> int:
         return len(self._table)
 
     def __getitem__(self, index: int) -> Record:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self._columns.record(self._rows.row(int(index)), int(index))
+        return self._columns.to_record(self._rows.row(int(index)), int(index))
 
-    def part(self, first: int, count: int) -> Records:
-        """So many records from one on."""
-        return Records(self._table.part(first, count), self._columns)
+    def select_range(self, first: int, count: int) -> Records:
+        """Return `count` consecutive records, starting at the record `first`."""
+        return Records(self._table.select_range(first, count), self._columns)
 
     @property
-    def asks(self) -> bool:
-        """Whether its texts are answers to questions."""
+    def has_questions(self) -> bool:
+        """Whether the texts are answers to questions."""
         return self._columns.question is not None
 
     @property
     def caption_column(self) -> str | None:
-        """The column that its captions or answers come from."""
+        """The column that captions or answers are read from."""
         return self._columns.caption
 
     @property
-    def layout(self) -> dict[str, Any]:
-        """What the order of its records depends on beside a seed, for JSON."""
+    def order_params(self) -> dict[str, Any]:
+        """The values that determine the order of the records together with a seed, as plain values for JSON."""
         return {"records": len(self), "group_column": self._columns.group, "group_share": self._columns.group_share}
 
     @property
     def group_share(self) -> float:
-        """Share of the groups that stay together in an epoch, in [0, 1]."""
+        """The fraction of the groups that stay together in an epoch, in [0, 1]."""
         return self._columns.group_share
 
     @cached_property
-    def groups(self) -> Int[np.ndarray, "N"] | None:
-        """A number for each record, equal for those that belong into one batch; None where there are no groups."""
+    def group_ids(self) -> Int[np.ndarray, "N"] | None:
+        """The group of each record: records of one group belong in one batch. None if there is no group column."""
         if self._columns.group is None:
             return None
-        values = self._table.texts(self._columns.group, slice(None))
+        values = self._table.read_column(self._columns.group, slice(None))
         return np.unique([str(value) for value in values], return_inverse=True)[1]
 
     def captions(self, indices: Sequence[int]) -> list[tuple[str, ...]]:
-        """Captions of some records, without reading their images."""
+        """Return the captions of the records at `indices` without reading their images."""
         if self._columns.caption is None:
             return [()] * len(indices)
-        return [self._columns.captions(cell) for cell in self._table.texts(self._columns.caption, list(indices))]
+        return [self._columns.captions(cell) for cell in self._table.read_column(self._columns.caption, list(indices))]
 
     @property
-    def holds_images(self) -> bool:
-        """Whether images lie within it, and not in files of their own."""
+    def has_embedded_images(self) -> bool:
+        """Whether the table holds the encoded images instead of paths."""
         return not isinstance(self[0].image, str)
 
-    def image_names(self) -> Iterator[dict[str, Any]]:
-        """What each record's image is called: its path, or a digest of its bytes, as ``image``; of the data sets of the
-        paper the names that :func:`blip2.data.benchmarks.check_disjoint` compares. No file is opened."""
-        names = [name for name in NAME_COLUMNS if name in self._table.features]
-        root = os.path.abspath(self._columns.root)  # noqa: PTH100  (of millions of paths Path would make a minute)
-        for row in self._table.rows([self._columns.image, *names]):
+    def image_identifiers(self) -> Iterator[dict[str, Any]]:
+        """Yield what :func:`blip2.data.benchmarks.check_disjoint` compares, for each record. No file is opened.
+
+        Returns:
+            Dicts with ``image``: the path of the image, or a digest of its bytes; and the
+            :data:`~blip2.data.cells.IMAGE_ID_COLUMNS` if the table has them.
+        """
+        names = [name for name in IMAGE_ID_COLUMNS if name in self._table.features]
+        root = os.path.abspath(self._columns.root)  # noqa: PTH100  (Path takes a minute for millions of rows)
+        for row in self._table.iter_rows([self._columns.image, *names]):
             try:
                 image = read_image_cell(row.get(self._columns.image))
             except CellError:
@@ -134,34 +227,34 @@ class Records(Sequence[Record]):
 
 
 class RecordStream:
-    """Records that come in an order of their own, from local files or over a network.
+    """Records with sequential access, from local files or over a network.
 
-    Each of N processes reads its own share: its own shards where there are enough for all, otherwise every N-th record
-    of all shards. The position can be taken down and gone back to.
+    Each rank reads its own share: its own shards if there are at least as many shards as ranks, otherwise every N-th
+    record of all shards. The position can be saved and restored.
     """
 
-    def __init__(self, dataset: datasets.IterableDataset, columns: Columns, process: int, processes: int) -> None:
+    def __init__(self, dataset: datasets.IterableDataset, columns: ColumnMapping, rank: int, world_size: int) -> None:
         self._dataset = dataset
         self._columns = columns
-        self._process, self._processes = process, processes
-        self._reading = dataset
-        self._number = 0
-        self._unread: dict[str, Any] | None = None
-        """The position that reading starts from, until something was read."""
+        self._rank, self._world_size = rank, world_size
+        self._rank_dataset = dataset
+        self._num_read = 0
+        self._pending_position: dict[str, Any] | None = None
+        """The position to start from, until the first row after it is read."""
 
     @property
-    def asks(self) -> bool:
-        """Whether its texts are answers to questions."""
+    def has_questions(self) -> bool:
+        """Whether the texts are answers to questions."""
         return self._columns.question is not None
 
     @property
     def caption_column(self) -> str | None:
-        """The column that its captions or answers come from."""
+        """The column that captions or answers are read from."""
         return self._columns.caption
 
     @property
-    def layout(self) -> dict[str, Any]:
-        """What the order of its records depends on beside a seed, for JSON."""
+    def order_params(self) -> dict[str, Any]:
+        """The values that determine the order of the records together with a seed, as plain values for JSON."""
         return {"shards": self._dataset.num_shards}
 
     def read(
@@ -170,236 +263,48 @@ class RecordStream:
         shuffle: tuple[int, int] | None = None,
         share: tuple[int, int] | None = None,
     ) -> Iterator[Record]:
-        """The records of this process.
+        """Iterate over the records of this rank.
 
         Args:
-            position: one that :meth:`position` gave, which is gone to at once; None: the start.
-            shuffle: (seed, epoch), by which the shards are shuffled and dealt out; None: as they are listed.
-            share: (process, processes) whose records are read in place of its own.
+            position: a value of :meth:`position` to resume from; None: the start.
+            shuffle: (seed, epoch), which determine the order of the shards and their assignment to ranks; None: the
+                shards as they are listed.
+            share: (rank, world_size) whose records are read instead of this rank's.
         """
-        self._number = position["number"] if position else 0
-        process, processes = share or (self._process, self._processes)
-        # With shards that cannot be dealt out evenly it is each time another process that has more.
-        process = (process + (shuffle[1] if shuffle else 0)) % processes
-        how = "shards" if self._dataset.num_shards >= processes else "examples"
-        self._reading = split_dataset_by_node(self._dataset, process, processes, strategy=how)
+        self._num_read = position["number"] if position else 0
+        rank, world_size = share or (self._rank, self._world_size)
+        # If the shards cannot be divided evenly, another rank gets the larger share in each epoch.
+        rank = (rank + (shuffle[1] if shuffle else 0)) % world_size
+        strategy = "shards" if self._dataset.num_shards >= world_size else "examples"
+        self._rank_dataset = split_dataset_by_node(self._dataset, rank, world_size, strategy=strategy)
         if shuffle is not None:
-            self._reading.set_epoch(1 + int(np.random.default_rng(shuffle).integers(2**31)))
+            self._rank_dataset.set_epoch(1 + int(np.random.default_rng(shuffle).integers(2**31)))
         if position:
-            self._reading.load_state_dict(position["state"])
-        self._unread = position
-        return self._rows()
+            self._rank_dataset.load_state_dict(position["state"])
+        self._pending_position = position
+        return self._iter_records()
 
-    def _rows(self) -> Iterator[Record]:
-        rows = iter(self._reading)
-        while (row := _next(rows, self._columns.source)) is not None:
-            self._number += 1
-            self._unread = None
-            yield self._columns.record(row, self._number - 1)
+    def _iter_records(self) -> Iterator[Record]:
+        rows = iter(self._rank_dataset)
+        while (row := next_row(rows, self._columns.source)) is not None:
+            self._num_read += 1
+            self._pending_position = None
+            yield self._columns.to_record(row, self._num_read - 1)
 
     def position(self) -> dict[str, Any]:
-        """Where the next record is."""
-        if self._unread is not None:  # the library gives a loaded state back only after the first row
-            return self._unread
-        return {"number": self._number, "state": self._reading.state_dict()}
+        """Return the position of the next record, as plain values for JSON."""
+        if self._pending_position is not None:  # the library returns a loaded state only after the first row
+            return self._pending_position
+        return {"number": self._num_read, "state": self._rank_dataset.state_dict()}
 
 
-def open_records(source: str, config: DataConfig, process: int = 0, processes: int = 1) -> Records | RecordStream:
-    """Open image-text pairs.
-
-    Args:
-        source: what ``data.train`` of a recipe may say.
-        process, processes: which share of a stream this process reads. Tables are shared by all.
+def next_row(rows: Iterator[dict[str, Any]], source: str) -> dict[str, Any] | None:
+    """Return the next row of a stream, or None after the last.
 
     Raises:
-        InputError: there is nothing there, it cannot be read, it is empty, or a column is missing.
+        InputError: the row cannot be read.
     """
-    streaming = config.streaming
-    if is_benchmark(source):
-        shards = find_shards(source)
-        if shards is None:
-            return _records(_table(source), source, config, Path(), process, processes)
-        source = shards
-    if source.startswith("hub:"):
-        name = source.removeprefix("hub:")
-        dataset = _load(source, datasets.load_dataset, name, split=config.split, streaming=bool(streaming))
-        # Its files lie where the library put them.
-        own = (*(str(folder) for folder in CACHES), *([name] if Path(name).is_dir() else []))
-        return _records(dataset, source, config, Path(), process, processes, own)
-    path, remote = Path(source), is_url(source)
-    if not remote and path.is_dir():
-        return _open_folder(path, config, process, processes)
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise InputError(
-            f"data source {source!r} is neither a folder nor a file ending in {', '.join(SUFFIXES)}: check the path,"
-            " or write hub:NAME for a data set on the Hugging Face hub"
-        )
-    files = expand_files(source)
-    streaming = suffix == ".tar" or remote if streaming is None else streaming
-    if streaming:
-        dataset = stream_shards(files)
-    elif suffix == ".parquet":
-        literal = [file if remote else glob.escape(file) for file in files]  # the library looks for patterns again
-        dataset = _load(source, datasets.load_dataset, "parquet", data_files={"train": literal}, split="train")
-    elif suffix == ".tar":
-        kept = config.image_column or "image"
-        dataset = _load(source, build_table, files, read=partial(_read_samples, image=kept), kind=kept)
-    else:
-        dataset = _load(source, build_table, files, read=read_text_table)
-    # A .parquet may name files beside it; what a .json in a tar says is no name of a file.
-    within = {".tar": (), ".parquet": (str(path.parent),)}.get(suffix)
-    return _records(dataset, source, config, path.parent, process, processes, within)
-
-
-def _read_samples(shard: str, image: str) -> Iterator[dict[str, Any]]:
-    """The rows of a shard that has to be whole; the image lies in the column `image` alone."""
-    for row in read_shard(shard):
-        if BROKEN in row:
-            raise InputError(row[BROKEN])
-        kept = {name: cell for name, cell in row.items() if name == image or not isinstance(cell, bytes)}
-        yield {**kept, KEY: f"{shard} {row[KEY]}"}
-
-
-def _table(source: str) -> datasets.Dataset:
-    """The rows of a benchmark that records are made of, in memory without their pictures."""
-    wanted = ("image", *CAPTION_COLUMNS, *QUESTION_COLUMNS, *ANSWER_COLUMNS, *ABOUT_COLUMNS, *NAME_COLUMNS)
-    rows = ({name: value for name, value in row.items() if name in wanted} for row in read_benchmark(source))
-    parts = []
-    while part := list(islice(rows, ROWS_AT_ONCE)):
-        parts.append(_load(source, datasets.Dataset.from_list, part))
-    return datasets.concatenate_datasets(parts)
-
-
-def _open_folder(folder: Path, config: DataConfig, process: int, processes: int) -> Records | RecordStream:
-    for saved in (folder, folder / config.split):
-        if (saved / "dataset_info.json").is_file():
-            dataset = _load(str(saved), datasets.load_from_disk, str(saved))
-            return _records(dataset, str(saved), config, folder, process, processes)
-    splits = folder / "dataset_dict.json"
-    if splits.is_file():
-        found = read_json(splits)
-        names = ", ".join(map(str, found.get("splits", ()))) if isinstance(found, dict) else "unknown"
-        raise InputError(f"data source {folder} has the splits {names}, not {config.split}: name one with data.split")
-    for name in ("metadata.jsonl", "metadata.csv"):
-        if (folder / name).is_file():
-            return open_records(str(folder / name), config, process, processes)
-    table = make_table(list_pairs(folder, say=process == 0))
-    return Records(table, Columns(str(folder), "image", "captions", None, (), folder))
-
-
-def _load(source: str, load: Callable[..., Any], what: Any, **options: Any) -> Any:
-    try:
-        return load(what, **options)
-    except InputError as error:
-        raise unreadable(source, error) from error
-    except StopIteration as error:
-        raise _empty(source) from error
-    except Exception as error:  # the builders raise whatever their parsers raise
-        raise (_empty(source) if "corresponds to no data" in str(error) else unreadable(source, error)) from error
-
-
-def _next(rows: Iterator[dict[str, Any]], source: str) -> dict[str, Any] | None:
-    """The next row of a stream; None behind the last."""
     try:
         return next(rows, None)
-    except Exception as error:  # as above
-        raise unreadable(source, error) from error
-
-
-def _empty(source: str) -> InputError:
-    return InputError(f"data source {source!r} is empty: it has no rows")
-
-
-def _records(
-    dataset: Any,
-    source: str,
-    config: DataConfig,
-    root: Path,
-    process: int,
-    processes: int,
-    within: tuple[str, ...] | None = None,
-) -> Records | RecordStream:
-    table = _as_table(dataset)
-    features = (dataset.features or _columns_of(dataset, source)) if table is None else table.features
-    features = {name: feature for name, feature in features.items() if name not in (KEY, BEGINS)}
-    if not features:
-        raise _empty(source)
-    image = _column(features, config.image_column, IMAGE_COLUMNS, "image", source)
-    question = None
-    if config.question_column or any(name in features for name in QUESTION_COLUMNS):
-        question = _column(features, config.question_column, QUESTION_COLUMNS, "question", source)
-    caption = None
-    if question is None:
-        caption = _column(features, config.caption_column, CAPTION_COLUMNS, "caption", source)
-    elif config.caption_column or any(name in features for name in ANSWER_COLUMNS):
-        caption = _column(features, config.caption_column, ANSWER_COLUMNS, "caption", source)
-    for name, feature in features.items():  # no library is to open what a column names
-        encoded = _encoded(feature)
-        if encoded is not None:
-            dataset = dataset.cast_column(name, encoded)
-            table = _as_table(dataset)
-    about = tuple(name for name in ABOUT_COLUMNS if name in features)
-    classes = {name: names for name, feature in features.items() if (names := class_names(feature))}
-    group = None
-    # Answers are mixed, whatever they are about.
-    if config.group_column in features and question is None:
-        group = config.group_column
-    columns = Columns(source, image, caption, question, about, root, classes, within, group, config.group_share)
-    if table is None:
-        if group is not None:
-            raise InputError(
-                f"data.group_column is {group}, but {source!r} is read as a stream, whose records come as they lie: set"
-                " data.streaming to false, or leave group_column out and write near twins beside each other"
-            )
-        return RecordStream(dataset, columns, process, processes)
-    if len(table) == 0:
-        raise _empty(source)
-    records = Records(table, columns)
-    first = [records[i].unusable for i in range(min(len(records), LOOKED_AT))]
-    if first[0] is not None and all(first):
-        others = f", and no other of the first {len(first)} rows can" if len(first) > 1 else ""
-        raise InputError(f"{records[0].key} cannot be used{others}: {first[0][1]}")
-    return records
-
-
-def _as_table(dataset: Any) -> Table | None:
-    """What can be read in any order; None for a stream."""
-    if isinstance(dataset, Table):
-        return dataset
-    return Table(dataset) if isinstance(dataset, datasets.Dataset) else None
-
-
-def _encoded(feature: Any) -> Any:
-    """The type of a column that the library would decode, without that; None of a column that it reads as it is."""
-    if isinstance(feature, datasets.List | datasets.LargeList):
-        inner = _encoded(feature.feature)
-        return inner and type(feature)(inner)
-    return replace(feature, decode=False) if getattr(feature, "decode", False) else None
-
-
-def _columns_of(dataset: datasets.IterableDataset, source: str) -> dict[str, Any]:
-    """The columns that the first rows of a stream have between them, but for what is said of shards."""
-    names: dict[str, Any] = {}
-    rows, broken, seen = iter(dataset), [], 0
-    while seen < LOOKED_AT and (row := _next(rows, source)) is not None:
-        if BROKEN in row:
-            broken.append(row)
-            if not names and len(broken) == BROKEN_AT_FIRST:
-                break
-        else:
-            names |= row
-            seen += 1
-    if not names and broken:
-        raise InputError(f"data source {source!r} cannot be read: {broken[0][KEY]}: {broken[0][BROKEN]}")
-    return dict.fromkeys(name for name in names if name not in (KEY, BEGINS))
-
-
-def _column(names: Any, wanted: str | None, usual: tuple[str, ...], kind: str, source: str) -> str:
-    found = [name for name in ([wanted] if wanted else usual) if name in names]
-    if not found:
-        raise InputError(
-            f"data source {source!r} has no {kind} column{f' {wanted!r}' if wanted else ''}: its columns are"
-            f" {', '.join(names)}; name one with data.{kind}_column"
-        )
-    return found[0]
+    except Exception as error:  # the builders of the datasets library raise whatever their parsers raise
+        raise unreadable_source(source, error) from error

@@ -1,4 +1,4 @@
-"""Facts that a caption of a scene states, read from free text, and whether they are true."""
+"""Facts in free-text captions of scenes, and their scores against the truth."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from blip2.data.scene_texts import Truth
 
 FACTS = ("objects", "relation", "color", "count", "size", "order")
 """The facts that :func:`score_caption` judges."""
-COUNTS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 COUNT_WORDS = {
-    **{word: n for n, word in enumerate(COUNTS)},
-    **{str(n): n for n in range(len(COUNTS))},
+    **{word: n for n, word in enumerate(NUMBER_WORDS)},
+    **{str(n): n for n in range(len(NUMBER_WORDS))},
     "a": 1,
     "an": 1,
     "single": 1,
@@ -25,68 +25,74 @@ COUNT_WORDS = {
     "both": 2,
 }
 SIZE_WORDS = {"small": "small", "little": "small", "tiny": "small", "large": "large", "big": "large", "huge": "large"}
-BEFORE = {"left": ("left", 0), "right": ("left", 1), "above": ("above", 0), "over": ("above", 0), "atop": ("above", 0)}
-BEFORE |= dict.fromkeys(("below", "under", "beneath", "underneath"), ("above", 1))
-RELATIONS = [
+RELATION_AXES = {
+    "left": ("left", 0),
+    "right": ("left", 1),
+    "above": ("above", 0),
+    "over": ("above", 0),
+    "atop": ("above", 0),
+}
+RELATION_AXES |= dict.fromkeys(("below", "under", "beneath", "underneath"), ("above", 1))
+RELATION_PATTERNS = [
     (r"\b(?:directly |just )?(?:to|on|at) (?:the|its) (left|right)(?:hand)?(?: side)? of\b", None),
     (r"\b(left|right) of\b", None),
     (r"\bon top of\b|\bhigher than\b", "above"),
     (r"\blower than\b|\bat the bottom of\b", "below"),
     (r"\b(above|below|under|beneath|underneath|over|atop)\b", None),
 ]
-"""Words between two objects, and what they mean where they do not say it themselves."""
-PLACES = [
-    (r"\bin the (?:middle|center|center)\b|\bbetween\b|\bin between\b", "middle"),
+"""Patterns of relations between two objects, with the relation if it is not a group of the pattern."""
+PLACE_PATTERNS = [
+    (r"\bin the (?:middle|center|centre)\b|\bbetween\b|\bin between\b", "middle"),
     (
         r"\b(?:on|at|to|in) (?:the )?(?:far )?(left|right|top|bottom)(?:hand)?(?: side)?\b|\b(left|right|top|bottom)\b",
         None,
     ),
 ]
-"""Words about one object's place in the image."""
-SIDES = {"left": ("left", 0), "right": ("left", 2), "top": ("above", 0), "bottom": ("above", 2)}
+"""Patterns of the place of one object in the image."""
+SIDE_POSITIONS = {"left": ("left", 0), "right": ("left", 2), "top": ("above", 0), "bottom": ("above", 2)}
 
 
 @dataclass(frozen=True)
 class Facts:
-    """The facts that a caption states; None where it does not state one, or not clearly."""
+    """The facts that a caption states; ``None`` for facts that are absent or ambiguous."""
 
     kinds: tuple[str, ...]
-    """The kinds that are named, in the order in which they are named, each once."""
+    """The kinds that are named, in the order of their first mention."""
     relation: tuple[str, str, str] | None = None
     """(first, ``left`` or ``above``, second)."""
     color: str | None = None
-    """The background's."""
+    """Color of the background."""
     count: int | None = None
-    """Objects of the one kind that is named."""
+    """Number of objects if one kind is named."""
     size: str | None = None
     order: tuple[str, tuple[str, ...]] | None = None
     """Three kinds: ``left`` and the kinds from left to right, or ``above`` and the kinds from top to bottom."""
 
 
 def parse_caption(text: str, kinds: Collection[str] = KINDS) -> Facts:
-    """The facts that a caption states, whatever its punctuation, capitals and further words.
+    """Parse the facts that a caption states, ignoring punctuation, case and other words.
 
     Args:
-        kinds: the nouns that are known.
+        kinds: the known nouns.
     """
-    words = " ".join(re.findall(r"[a-z0-9]+", text.lower().replace("gray", "gray")))
+    words = " ".join(re.findall(r"[a-z0-9]+", text.lower().replace("grey", "gray")))
     nouns = {form: kind for kind in kinds for form in (kind, plural(kind))}
     nouns |= {form: kind for word, kind in SYNONYMS.items() if kind in kinds for form in (word, plural(word))}
-    color, words = _take_color(words, nouns)
+    color, words = _parse_color(words, nouns)
     tokens = words.split()
     named = tuple(dict.fromkeys(nouns[token] for token in tokens if token in nouns))
-    count, size = _count_and_size(tokens, nouns) if len(named) == 1 else (None, None)
-    marks = _marks(words, nouns)
-    relation = _relation(marks) if len(named) == 2 else None
-    order = _order(words, marks) if len(named) == 3 else None
+    count, size = _parse_count_and_size(tokens, nouns) if len(named) == 1 else (None, None)
+    mentions = _find_mentions(words, nouns)
+    relation = _parse_relation(mentions) if len(named) == 2 else None
+    order = _parse_order(words, mentions) if len(named) == 3 else None
     return Facts(named, relation, color, count, size, order)
 
 
 def score_caption(text: str, truth: Truth, kinds: Collection[str] = KINDS) -> dict[str, bool | None]:
-    """Whether a caption states each fact of an image, and rightly; None where the image has no such fact.
+    """Return whether a caption states each fact of an image correctly; ``None`` if the image has no such fact.
 
-    Facts are judged one by one: a caption that names a wrong object beside the right one can still place the right one
-    rightly, and then has its relation right. Of an order all places but one must hold the right kinds.
+    Facts are scored independently: a caption that names one wrong object can still have the correct relation. An order
+    is correct if at most one place has a wrong kind.
     """
     facts = parse_caption(text, {*kinds, *truth.kinds})
     scores: dict[str, bool | None] = dict.fromkeys(FACTS)
@@ -99,7 +105,7 @@ def score_caption(text: str, truth: Truth, kinds: Collection[str] = KINDS) -> di
         )
     elif truth.type == "triple":
         axis, order = facts.order or ("", ())
-        right = sum(said == kind for said, kind in zip(order, truth.kinds, strict=False))
+        right = sum(named == kind for named, kind in zip(order, truth.kinds, strict=False))
         scores["order"] = axis == truth.relation and right >= len(truth.kinds) - 1
     else:
         scores["count"] = facts.count == truth.count
@@ -107,8 +113,8 @@ def score_caption(text: str, truth: Truth, kinds: Collection[str] = KINDS) -> di
     return scores
 
 
-def _take_color(words: str, nouns: Collection[str]) -> tuple[str | None, str]:
-    """The background's color, and the words without it and without what else is said of the whole image."""
+def _parse_color(words: str, nouns: Collection[str]) -> tuple[str | None, str]:
+    """Return the color of the background, and the words without it and without phrases about the whole image."""
     colors = "|".join(COLORS)
     ground = r"(?:background|backdrop|ground|surface|wall)"
     between = r"(?:(?:is|was|in|of|color|a|all|very|light|dark|bright|plain|solid|mostly) )*"
@@ -128,9 +134,9 @@ def _take_color(words: str, nouns: Collection[str]) -> tuple[str | None, str]:
     return None, words
 
 
-def _count_and_size(tokens: list[str], nouns: dict[str, str]) -> tuple[int | None, str | None]:
-    """How many there are of the one kind that is named, and how large they are."""
-    said: list[int] = []
+def _parse_count_and_size(tokens: list[str], nouns: dict[str, str]) -> tuple[int | None, str | None]:
+    """Return the count and the size of the one kind that is named."""
+    counts: list[int] = []
     sizes: set[str] = set()
     singular = False
     for i, token in enumerate(tokens):
@@ -145,23 +151,23 @@ def _count_and_size(tokens: list[str], nouns: dict[str, str]) -> tuple[int | Non
             if before in COUNT_WORDS and (count is None or before in ("pair", "couple")):
                 count = COUNT_WORDS[before]
         if count is not None:
-            said.append(count)
+            counts.append(count)
         else:
             singular |= token != plural(token) and token in (nouns[token], *SYNONYMS)  # as in "the cat"
         after = tokens[i + 1 : i + 4]
         if len(after) > 1 and after[0] in ("is", "are", "looks"):
             sizes |= {SIZE_WORDS[word] for word in after[1:] if word in SIZE_WORDS}
-    count = said[0] if said else 1 if singular else None
-    if len(said) > 1 and (len(set(said)) > 1 or count == 1):  # "a cat and a cat"
+    count = counts[0] if counts else 1 if singular else None
+    if len(counts) > 1 and (len(set(counts)) > 1 or count == 1):  # "a cat and a cat"
         count = None
     return count, (sizes.pop() if len(sizes) == 1 else None)
 
 
-def _marks(words: str, nouns: dict[str, str]) -> list[tuple[str, str]]:
-    """Nouns, relations and places in their order, as ("noun", kind), ("relation", word) and ("place", word)."""
+def _find_mentions(words: str, nouns: dict[str, str]) -> list[tuple[str, str]]:
+    """Return nouns, relations and places in order, as ("noun", kind), ("relation", word) and ("place", word)."""
     found: list[tuple[int, str, str]] = []
     taken = [False] * len(words)
-    patterns = [(p, m, "relation") for p, m in RELATIONS] + [(p, m, "place") for p, m in PLACES]
+    patterns = [(p, m, "relation") for p, m in RELATION_PATTERNS] + [(p, m, "place") for p, m in PLACE_PATTERNS]
     for pattern, meaning, sort in patterns:
         for match in re.finditer(pattern, words):
             if any(taken[match.start() : match.end()]):
@@ -174,15 +180,15 @@ def _marks(words: str, nouns: dict[str, str]) -> list[tuple[str, str]]:
     return [(sort, word) for _, sort, word in sorted(found)]
 
 
-def _stated(marks: list[tuple[str, str]]) -> set[tuple[str, str, str]]:
-    """The statements of the relations between two nouns, as (first, axis, second)."""
+def _explicit_relations(mentions: list[tuple[str, str]]) -> set[tuple[str, str, str]]:
+    """Return the relations between two nouns, as (first, axis, second)."""
     out = set()
-    for i, (sort, word) in enumerate(marks):
+    for i, (sort, word) in enumerate(mentions):
         if sort != "relation":
             continue
-        axis, turned = BEFORE[word]
-        after = [kind for what, kind in marks[i + 1 :] if what == "noun"]
-        before = [kind for what, kind in marks[:i] if what == "noun"]
+        axis, turned = RELATION_AXES[word]
+        after = [kind for what, kind in mentions[i + 1 :] if what == "noun"]
+        before = [kind for what, kind in mentions[:i] if what == "noun"]
         if before and after:
             y = after[0]
             x = next((kind for kind in reversed(before) if kind != y), y)
@@ -195,12 +201,12 @@ def _stated(marks: list[tuple[str, str]]) -> set[tuple[str, str, str]]:
     return out
 
 
-def _placed(marks: list[tuple[str, str]]) -> dict[str, str]:
-    """The place of each noun that has one of its own: behind it, or before it where the first place comes first."""
-    marks = [mark for mark in marks if mark[0] != "relation"]
-    places_first = bool(marks) and marks[0][0] == "place"
+def _explicit_places(mentions: list[tuple[str, str]]) -> dict[str, str]:
+    """Return the place of each noun: the one after it, or the one before it if a place is mentioned first."""
+    mentions = [mark for mark in mentions if mark[0] != "relation"]
+    places_first = bool(mentions) and mentions[0][0] == "place"
     out: dict[str, str] = {}
-    for (sort, word), (next_sort, next_word) in pairwise(marks):
+    for (sort, word), (next_sort, next_word) in pairwise(mentions):
         if places_first and (sort, next_sort) == ("place", "noun"):
             out.setdefault(next_word, word)
         elif not places_first and (sort, next_sort) == ("noun", "place"):
@@ -208,35 +214,35 @@ def _placed(marks: list[tuple[str, str]]) -> dict[str, str]:
     return out
 
 
-def _relation(marks: list[tuple[str, str]]) -> tuple[str, str, str] | None:
-    """How two kinds lie to each other; None if nothing is said of it, or things that contradict each other."""
-    stated = _stated(marks)
+def _parse_relation(mentions: list[tuple[str, str]]) -> tuple[str, str, str] | None:
+    """Return the relation of two kinds; ``None`` if it is absent or contradictory."""
+    stated = _explicit_relations(mentions)
     if not stated:
-        kinds = list(dict.fromkeys(word for sort, word in marks if sort == "noun"))
-        for kind, place in _placed(marks).items():
-            if place in SIDES:
-                axis, where = SIDES[place]
+        kinds = list(dict.fromkeys(word for sort, word in mentions if sort == "noun"))
+        for kind, place in _explicit_places(mentions).items():
+            if place in SIDE_POSITIONS:
+                axis, where = SIDE_POSITIONS[place]
                 other = kinds[1 - kinds.index(kind)]
                 stated.add((kind, axis, other) if where == 0 else (other, axis, kind))
     return stated.pop() if len(stated) == 1 else None
 
 
-def _order(words: str, marks: list[tuple[str, str]]) -> tuple[str, tuple[str, ...]] | None:
-    """The order of three kinds."""
-    kinds = tuple(dict.fromkeys(word for sort, word in marks if sort == "noun"))
+def _parse_order(words: str, mentions: list[tuple[str, str]]) -> tuple[str, tuple[str, ...]] | None:
+    """Return the order of three kinds; ``None`` if it is absent or contradictory."""
+    kinds = tuple(dict.fromkeys(word for sort, word in mentions if sort == "noun"))
     direction = re.search(r"\b(left|top|right|bottom) to (?:the )?(left|top|right|bottom)\b", words)
     if direction and direction[1] != direction[2]:
-        axis, start = SIDES[direction[1]]
-        if axis == SIDES[direction[2]][0]:
+        axis, start = SIDE_POSITIONS[direction[1]]
+        if axis == SIDE_POSITIONS[direction[2]][0]:
             return axis, kinds if start == 0 else kinds[::-1]
-    placed = _placed(marks)
-    axes = {SIDES[place][0] for place in placed.values() if place in SIDES}
-    at = {kind: SIDES[place][1] if place in SIDES else 1 for kind, place in placed.items()}
-    if len(at) == 2 and len(kinds) == 3:  # the third one is where nothing else is
+    placed = _explicit_places(mentions)
+    axes = {SIDE_POSITIONS[place][0] for place in placed.values() if place in SIDE_POSITIONS}
+    at = {kind: SIDE_POSITIONS[place][1] if place in SIDE_POSITIONS else 1 for kind, place in placed.items()}
+    if len(at) == 2 and len(kinds) == 3:  # the third kind is at the place that is left
         at[next(kind for kind in kinds if kind not in at)] = 3 - sum(at.values())
     if len(axes) == 1 and sorted(at.values()) == [0, 1, 2]:
         return axes.pop(), tuple(sorted(kinds, key=at.__getitem__))
-    stated = _stated(marks)
+    stated = _explicit_relations(mentions)
     if len({axis for _, axis, _ in stated}) == 1:
         later = {kind: {second for first, _, second in stated if first == kind} for kind in kinds}
         for a in kinds:

@@ -1,4 +1,4 @@
-"""Draws scenes: cut-outs at places of their own on a background of one color."""
+"""Scene images: cut-outs at separate places on a background of one color."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from blip2.errors import InputError
 
 log = logging.getLogger("blip2")
 
-SIDE = 224
+IMAGE_SIZE = 224
 """Height and width of a scene in pixels."""
 MARGIN = 6
-"""So many pixels at the border stay empty."""
-QUALITY = 92
+"""Width of the empty border in pixels."""
+JPEG_QUALITY = 92
 """Quality of the JPEG files."""
-DEPTHS = {"white": 0.05, "yellow": 0.06}
-"""How much darker and lighter a texture becomes, where it is less than of other colors: a dark yellow is orange."""
+TEXTURE_CONTRAST = {"white": 0.05, "yellow": 0.06}
+"""Relative contrast of a texture, for colors that need less than the default: a dark yellow is orange."""
 TEXTURES = ("stripes", "checks", "dots", "noise")
-OPAQUE = 24
-"""A pixel belongs to an object from this alpha on."""
-LONGEST = {
+MIN_ALPHA = 24
+"""Minimum alpha of a pixel that belongs to an object."""
+OBJECT_SIZES = {
     "pair": (68.0, 90.0),
     "count": (60.0, 72.0),
     "triple": (54.0, 63.0),
     "small": (50.0, 60.0),
     "large": (98.0, 112.0),
 }
-"""Range of the longer side of an object, by the type of the scene or by the size that is named."""
-LARGEST = 168
-"""Cut-outs are kept no larger than this."""
+"""Range in pixels of the longer side of an object, by the type of the scene or the named size."""
+MAX_CUTOUT_SIZE = 168
+"""Maximum height and width of a loaded cut-out in pixels."""
 JITTER = 2.0
-"""Near twins differ by so many pixels in place, and by as many percent in scale."""
+"""Maximum difference between near twins: pixels in position, and percent in scale."""
 
 CUTOUTS = "cutouts"
-"""Folder within a package's folder that holds objects without their background, a folder for each kind."""
+"""Name of the folder of cut-outs in the folder of a package; it has a folder for each kind."""
 
 Box = tuple[int, int, int, int]
 
@@ -56,29 +56,29 @@ class Cutout:
     name: str
     """``KIND/FILE`` below the folder of cut-outs, without the suffix."""
     image: Image.Image
-    """RGBA, trimmed to what is to be seen."""
+    """RGBA, cropped to the visible part."""
 
 
 def trim(image: Image.Image) -> Image.Image:
-    """The part of an image with alpha that is to be seen.
+    """Crop an image with an alpha channel to its visible part.
 
     Raises:
-        ImageError: nothing is to be seen, or nothing is cut out.
+        ImageError: nothing is visible, or there is no transparent background.
     """
     image = image.convert("RGBA")
-    alpha = image.getchannel("A").point([255 * (value >= OPAQUE) for value in range(256)])
+    alpha = image.getchannel("A").point([255 * (value >= MIN_ALPHA) for value in range(256)])
     box = alpha.getbbox()
     if box is None or alpha.getextrema()[0]:
-        raise ImageError("it has no transparent background" if box else "nothing of it is to be seen")
+        raise ImageError("it has no transparent background" if box else "nothing of it is visible")
     return image.crop(box)
 
 
 def save_cutouts(source: Path, kinds: Mapping[str, Sequence[str]], folder: Path, draw: Callable[[Path], bytes]) -> None:
-    """Collect the objects that scenes are made of, as ``cutouts/KIND/NUMBER-NAME.png``, with the folder's license.
+    """Save cut-outs for scenes as ``cutouts/KIND/NUMBER-NAME.png``, with the license of the folder.
 
     Args:
-        kinds: files of each kind below ``source``, without suffix; what is missing or cannot be used is left out.
-        draw: makes a PNG file of an SVG file.
+        kinds: files of each kind below ``source``, without suffix; missing and unusable files are skipped.
+        draw: renders an SVG file as a PNG file.
     """
     for kind, names in kinds.items():
         for number, name in enumerate(names):
@@ -99,99 +99,105 @@ def save_cutouts(source: Path, kinds: Mapping[str, Sequence[str]], folder: Path,
             shutil.copyfile(license, folder / CUTOUTS / "LICENCE")
 
 
-def read_cutouts(folder: Path, wanted: Collection[str] | None = None) -> dict[str, tuple[Cutout, ...]]:
-    """The cut-outs of each kind: the PNG files of a folder's folders, which are named after the kinds, both sorted.
+def read_cutouts(folder: Path, kinds: Collection[str] | None = None) -> dict[str, tuple[Cutout, ...]]:
+    """Read the cut-outs of each kind, ``KIND/*.png`` below a folder, in sorted order.
 
     Args:
-        wanted: kinds to read; None: all.
+        kinds: kinds to read; ``None``: all.
 
     Raises:
-        InputError: there are none, a folder is not named as a kind may be, or a file cannot be read or has no
+        InputError: there are no cut-outs, a folder has no valid name of a kind, or a file cannot be read or has no
             transparent background.
     """
-    kinds: dict[str, tuple[Cutout, ...]] = {}
-    missing = sorted(kind for kind in wanted or () if not (folder / kind).is_dir())
+    cutouts: dict[str, tuple[Cutout, ...]] = {}
+    missing = sorted(kind for kind in kinds or () if not (folder / kind).is_dir())
     if missing:
         raise InputError(f"{folder} has no cut-outs of {', '.join(missing)}: name kinds that have a folder there")
     for path in sorted(folder.glob("*/*.png")):
-        if wanted is not None and path.parent.name not in wanted:
+        if kinds is not None and path.parent.name not in kinds:
             continue
         if not re.fullmatch("[a-z]{2,}", path.parent.name):
-            raise InputError(f"{path.parent} is no name of a kind: expected one noun in lower-case letters, rename it")
+            raise InputError(
+                f"{path.parent} is not a name of a kind: expected one noun in lower-case letters, rename it"
+            )
         try:
             with open_image(read_bytes(path), "it") as opened:
                 image = trim(opened)
         except ImageError as error:
             raise InputError(f"cut-out {path} cannot be used ({error}): replace or remove it") from error
-        image.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
-        kinds[path.parent.name] = (*kinds.get(path.parent.name, ()), Cutout(f"{path.parent.name}/{path.stem}", image))
-    if not kinds:
+        image.thumbnail((MAX_CUTOUT_SIZE, MAX_CUTOUT_SIZE), Image.Resampling.LANCZOS)
+        cutouts[path.parent.name] = (
+            *cutouts.get(path.parent.name, ()),
+            Cutout(f"{path.parent.name}/{path.stem}", image),
+        )
+    if not cutouts:
         raise InputError(f"{folder} holds no cut-outs: each kind needs a folder of PNG files with alpha")
-    return kinds
+    return cutouts
 
 
 # -- places --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Places as near twins share them: numbers between 0 and 1 from which they follow."""
+class Placement:
+    """Random numbers that determine the places of objects, shared by near twins."""
 
     numbers: tuple[float, ...]
+    """Uniform in [0, 1]."""
     centers: tuple[tuple[float, float], ...]
-    """Middles of three objects of one kind, which are far enough from each other."""
+    """Centers of three objects of one kind, which do not overlap."""
 
     @staticmethod
-    def draw(rng: np.random.Generator) -> Layout:
-        apart = LONGEST["count"][1] * (1 + JITTER / 100) + 2 * JITTER + 2
-        low, high = MARGIN + apart / 2, SIDE - MARGIN - apart / 2
+    def draw(rng: np.random.Generator) -> Placement:
+        apart = OBJECT_SIZES["count"][1] * (1 + JITTER / 100) + 2 * JITTER + 2
+        low, high = MARGIN + apart / 2, IMAGE_SIZE - MARGIN - apart / 2
         while True:
             centers = rng.uniform(low, high, (3, 2))
             distances = [np.abs(centers[i] - centers[j]).max() for i, j in ((0, 1), (0, 2), (1, 2))]
             if min(distances) >= apart:
-                return Layout(tuple(rng.random(8).tolist()), tuple((float(x), float(y)) for x, y in centers))
+                return Placement(tuple(rng.random(8).tolist()), tuple((float(x), float(y)) for x, y in centers))
 
 
-def place(
+def place_objects(
     sizes: Sequence[tuple[int, int]],
     scales: Sequence[float],
     type: str,
     relation: str,
     size: str,
-    layout: Layout,
+    placement: Placement,
     rng: np.random.Generator,
 ) -> list[Box]:
-    """The box of each object, in their order from left to right or from top to bottom.
+    """Return the box of each object, from left to right or from top to bottom.
 
     Args:
         sizes: width and height of each cut-out.
-        scales: how large each object is for its type, between 0 and 1.
-        type, relation, size: of the scene, as its truth names them.
-        rng: by which near twins differ a little.
+        scales: size of each object within the range of its type, in [0, 1].
+        type, relation, size: fields of the scene's :class:`~blip2.data.scene_texts.Truth`.
+        rng: generator of the small differences between near twins.
     """
-    numbers, n = layout.numbers, len(sizes)
-    low, high = LONGEST[size or type]
+    numbers, n = placement.numbers, len(sizes)
+    low, high = OBJECT_SIZES[size or type]
     boxes: list[Box] = []
     for i, ((width, height), larger) in enumerate(zip(sizes, scales, strict=True)):
         scale = (low + (high - low) * larger) * (1 + rng.uniform(-JITTER, JITTER) / 100) / max(width, height)
         extent = np.maximum(1, np.rint(np.array([width, height]) * scale)).astype(int)
         if relation:
             axis = 0 if relation == "left" else 1
-            edges = np.linspace(MARGIN, SIDE - MARGIN, n + 1)
+            edges = np.linspace(MARGIN, IMAGE_SIZE - MARGIN, n + 1)
             edges[1:-1] += 8 * (numbers[3] - 0.5) if n == 2 else 0
             start, end = edges[i] + 2 * (i > 0), edges[i + 1] - 2 * (i < n - 1)
             corner = np.zeros(2)
             corner[axis] = start + (end - start - extent[axis]) * numbers[i]
-            middle = SIDE / 2 + 80 * (numbers[4] - 0.5) + 24 * (numbers[5 + i] - 0.5)
+            middle = IMAGE_SIZE / 2 + 80 * (numbers[4] - 0.5) + 24 * (numbers[5 + i] - 0.5)
             corner[1 - axis] = middle - extent[1 - axis] / 2
-            limits = np.array([[MARGIN, SIDE - MARGIN]] * 2, dtype=float)
+            limits = np.array([[MARGIN, IMAGE_SIZE - MARGIN]] * 2, dtype=float)
             limits[axis] = start, end
         else:
-            limits = np.array([[MARGIN, SIDE - MARGIN]] * 2, dtype=float)
+            limits = np.array([[MARGIN, IMAGE_SIZE - MARGIN]] * 2, dtype=float)
             if type == "count":
-                corner = np.array(layout.centers[i]) - extent / 2
+                corner = np.array(placement.centers[i]) - extent / 2
             else:
-                corner = MARGIN + (SIDE - 2 * MARGIN - extent) * np.array(numbers[:2])
+                corner = MARGIN + (IMAGE_SIZE - 2 * MARGIN - extent) * np.array(numbers[:2])
         corner += rng.uniform(-JITTER, JITTER, 2)
         corner = np.clip(corner, np.ceil(limits[:, 0]), np.floor(limits[:, 1]) - extent)
         left, top = (int(value) for value in np.rint(corner))
@@ -201,22 +207,22 @@ def place(
 
 # -- drawing -------------------------------------------------------------------------------------------------------
 
-GRID_Y, GRID_X = np.mgrid[:SIDE, :SIDE].astype(np.float32)
+GRID_Y, GRID_X = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE].astype(np.float32)
 
 
 def draw_background(color: str, texture: str, rng: np.random.Generator) -> np.ndarray:
-    """Pixels [side, side, 3] in shades of one color."""
+    """Return pixels [H, W, 3] in shades of one color."""
     middle = np.array(COLORS[color], dtype=np.float32)
     shade = middle * rng.uniform(0.95, 1.04) + rng.uniform(-7, 7, 3) * (color not in ("gray", "white"))
     if texture == "plain":
-        return np.broadcast_to(np.clip(shade, 0, 255), (SIDE, SIDE, 3)).astype(np.uint8)
-    depth = DEPTHS.get(color, 0.13)
+        return np.broadcast_to(np.clip(shade, 0, 255), (IMAGE_SIZE, IMAGE_SIZE, 3)).astype(np.uint8)
+    contrast = TEXTURE_CONTRAST.get(color, 0.13)
     pattern = (_pattern(texture, rng) * 2 - 1)[..., None]
-    return np.clip(shade * (1 + depth * rng.uniform(0.7, 1.0) * pattern), 0, 255).astype(np.uint8)
+    return np.clip(shade * (1 + contrast * rng.uniform(0.7, 1.0) * pattern), 0, 255).astype(np.uint8)
 
 
 def _pattern(texture: str, rng: np.random.Generator) -> np.ndarray:
-    """Numbers [side, side] between 0 and 1."""
+    """Return the texture [H, W] in [0, 1]."""
     period, angle = rng.uniform(14, 34), rng.uniform(0, np.pi)
     x_at, y_at = rng.uniform(0, period, 2)
     x, y = GRID_X + x_at, GRID_Y + y_at
@@ -229,13 +235,13 @@ def _pattern(texture: str, rng: np.random.Generator) -> np.ndarray:
         return np.clip(0.5 + (period * 0.3 - distance) / 2, 0, 1)
     cells = int(rng.integers(6, 16))
     small = Image.fromarray((rng.random((cells, cells)) * 255).astype(np.uint8))
-    return np.asarray(small.resize((SIDE, SIDE), Image.Resampling.BICUBIC), dtype=np.float32) / 255
+    return np.asarray(small.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC), dtype=np.float32) / 255
 
 
 def draw_scene(
     background: np.ndarray, cutouts: Sequence[Image.Image], flips: Sequence[bool], boxes: Sequence[Box]
 ) -> Image.Image:
-    """Cut-outs on a background, each with a soft dark rim, so that it is seen whatever the color behind it."""
+    """Draw cut-outs on a background, each with a soft dark rim that makes it visible on any color."""
     image = Image.fromarray(background)
     rim = Image.new("L", image.size)
     objects = []
@@ -251,8 +257,8 @@ def draw_scene(
     return image
 
 
-def encode(image: Image.Image) -> bytes:
-    """The image as a JPEG file."""
+def encode_jpeg(image: Image.Image) -> bytes:
+    """Encode an image as JPEG."""
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=QUALITY)
+    image.save(buffer, "JPEG", quality=JPEG_QUALITY)
     return buffer.getvalue()

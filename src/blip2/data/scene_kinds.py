@@ -1,4 +1,4 @@
-"""The kinds of objects that scenes show: which cut-outs belong to each noun, and how the nouns are written."""
+"""The kinds of objects in scenes: the cut-outs of each noun, and its spelling."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ STAMPS: dict[str, tuple[str, ...]] = {
     "wheel": ("vehicles/7spoke256", "vehicles/bikewheel", "vehicles/wheel_tractor", "vehicles/tyre_with_rim"),
     "zebra": ("animals/mammals/equines/zebra", "animals/mammals/equines/zebra2"),
 }
-"""Stamps of Tux Paint, as their paths below its folder of stamps without the suffix."""
+"""Stamps of Tux Paint for each kind: paths below its folder of stamps, without the suffix."""
 
 EMOJI: dict[str, tuple[str, ...]] = {
     "apple": ("RED APPLE", "GREEN APPLE"),
@@ -240,7 +240,7 @@ EMOJI: dict[str, tuple[str, ...]] = {
     "wheel": ("WHEEL",),
     "zebra": ("ZEBRA FACE",),
 }
-"""Characters of OpenMoji, by their Unicode names."""
+"""Characters of OpenMoji for each kind, by their Unicode names."""
 
 KINDS = tuple(sorted({*STAMPS, *EMOJI}))
 """The nouns that captions and questions use."""
@@ -261,7 +261,7 @@ SYNONYMS = {
     "sailboat": "boat",
     "ship": "boat",
 }
-"""Other words for them that a reader of free captions should take for the same."""
+"""Synonyms in free captions, mapped to kinds."""
 IRREGULAR = {"deer": "deer", "fish": "fish", "sheep": "sheep", "snowman": "snowmen"}
 
 COLORS = {
@@ -274,7 +274,7 @@ COLORS = {
     "gray": (128, 128, 128),
     "white": (246, 246, 246),
 }
-"""Backgrounds: the name of each and its middle shade."""
+"""Background colors with their mean RGB values."""
 
 
 FEW_KINDS = (
@@ -285,7 +285,7 @@ FEW_KINDS = (
 
 
 def plural(kind: str) -> str:
-    """The noun for two or more of a kind."""
+    """Return the plural of a kind."""
     if kind in IRREGULAR:
         return IRREGULAR[kind]
     if kind.endswith("y") and kind[-2] not in "aeiou":
@@ -294,5 +294,5 @@ def plural(kind: str) -> str:
 
 
 def with_article(words: str) -> str:
-    """The words with "a" or "an" before them."""
+    """Prepend the indefinite article."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"

@@ -1,4 +1,4 @@
-"""Plans scenes: which objects an image shows, what training may show, and how near twins differ."""
+"""Scene planning: the objects of each image, the combinations held out from training, and near twins."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from blip2.data.scene_images import TEXTURES, Cutout
 from blip2.data.scene_kinds import COLORS
 from blip2.errors import InputError
 
-SHARES = {"pair": 0.55, "count": 0.20, "single": 0.10, "triple": 0.15}
-"""How many of the groups are of each type."""
-GROUP = 4
-"""Images of a group of near twins."""
-HELD_OUT_PAIRS = 31
-"""Pairs of 256 that are held out."""
-HELD_OUT_COUNTS = 90
-"""Kinds of 256 of which one count, two or three, is held out."""
-HOLD_OUT_FROM = 3
-"""Kinds with so many cut-outs hold the last one out."""
-TWINS = ("order", "relation", "color", "count")
-"""How the two images of a pair of twins differ."""
+TYPE_PROBABILITIES = {"pair": 0.55, "count": 0.20, "single": 0.10, "triple": 0.15}
+"""Probability of each type of group."""
+GROUP_SIZE = 4
+"""Number of near twins in a group."""
+HELD_OUT_PAIRS_OF_256 = 31
+"""Number of pairs of kinds out of 256 that are held out."""
+HELD_OUT_COUNTS_OF_256 = 90
+"""Number of kinds out of 256 of which one count (2 or 3) is held out."""
+MIN_CUTOUTS_TO_HOLD_OUT = 3
+"""Kinds with at least this many cut-outs hold out the last one."""
+TWIN_TYPES = ("order", "relation", "color", "count")
+"""Facts in which the two images of a pair of twins differ."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything of an image but its pixels."""
+    """The content of an image, without places and pixels."""
 
     type: str
     kinds: tuple[str, ...]
-    """In order; of counts and single objects one."""
+    """Kinds in order; one for counts and single objects."""
     cutouts: tuple[Cutout, ...]
-    """The cut-out of each object; counts have three, of which the first ones are shown."""
+    """The cut-out of each object. Counts have three, of which the first ``count`` are shown."""
     flips: tuple[bool, ...]
     scales: tuple[float, ...]
-    """How large each object is for its type, between 0 and 1."""
+    """Size of each object within the range of its type, in [0, 1]."""
     color: str
     texture: str
     relation: str = ""
@@ -46,57 +46,61 @@ class Scene:
     size: str = ""
 
     @property
-    def shown(self) -> int:
-        """Number of objects."""
+    def num_objects(self) -> int:
+        """Number of objects that are shown."""
         return self.count or len(self.kinds)
 
 
 def pair_of(one: str, other: str) -> tuple[str, str]:
-    """An unordered pair of kinds."""
+    """Return an unordered pair of kinds."""
     return (one, other) if one < other else (other, one)
 
 
 def is_held_out(one: str, other: str) -> bool:
-    """Whether two kinds never stand beside each other in training, by a hash of their names."""
-    return hashlib.sha256("|".join(pair_of(one, other)).encode()).digest()[0] < HELD_OUT_PAIRS
+    """Return whether two kinds never occur together in training, by a hash of their names."""
+    return hashlib.sha256("|".join(pair_of(one, other)).encode()).digest()[0] < HELD_OUT_PAIRS_OF_256
 
 
 def held_out_count(kind: str) -> int:
-    """The count of a kind that is never shown in training; 0: there is none."""
+    """Return the count of a kind that training never shows, or 0 if there is none."""
     digest = hashlib.sha256(f"{kind}|count".encode()).digest()
-    return 2 + digest[1] % 2 if digest[0] < HELD_OUT_COUNTS else 0
+    return 2 + digest[1] % 2 if digest[0] < HELD_OUT_COUNTS_OF_256 else 0
 
 
 def draw_type(rng: np.random.Generator) -> str:
-    """A type of scenes, by their shares."""
-    return str(rng.choice(list(SHARES), p=list(SHARES.values())))
+    """Draw a type of scene by :data:`TYPE_PROBABILITIES`."""
+    return str(rng.choice(list(TYPE_PROBABILITIES), p=list(TYPE_PROBABILITIES.values())))
 
 
 class Planner:
-    """Draws scenes, of what may be shown."""
+    """Draws scenes with and without held-out combinations."""
 
     def __init__(self, cutouts: Mapping[str, tuple[Cutout, ...]]) -> None:
         self.kinds = tuple(sorted(cutouts))
-        self.held = {kind: these[-1:] for kind, these in cutouts.items() if len(these) >= HOLD_OUT_FROM}
-        self.train = {kind: these[:-1] if kind in self.held else these for kind, these in cutouts.items()}
-        self.held_pairs = [pair for pair in combinations(self.kinds, 2) if is_held_out(*pair)]
-        self.held_counts = [(kind, n) for kind in self.kinds if (n := held_out_count(kind))]
+        self.held_out_cutouts = {
+            kind: these[-1:] for kind, these in cutouts.items() if len(these) >= MIN_CUTOUTS_TO_HOLD_OUT
+        }
+        self.train_cutouts = {
+            kind: these[:-1] if kind in self.held_out_cutouts else these for kind, these in cutouts.items()
+        }
+        self.held_out_pairs = [pair for pair in combinations(self.kinds, 2) if is_held_out(*pair)]
+        self.held_out_counts = [(kind, n) for kind in self.kinds if (n := held_out_count(kind))]
         self.allowed_counts = {kind: [n for n in (1, 2, 3) if n != held_out_count(kind)] for kind in self.kinds}
-        if len(self.kinds) < 8 or len(self.held) < 4 or not self.held_pairs or not self.held_counts:
+        if len(self.kinds) < 8 or len(self.held_out_cutouts) < 4 or not self.held_out_pairs or not self.held_out_counts:
             raise InputError(
-                f"there are {len(self.kinds)} kinds of cut-outs, {len(self.held)} of them with {HOLD_OUT_FROM} or more"
-                f" cut-outs, {len(self.held_pairs)} pairs and {len(self.held_counts)} counts to hold out: expected"
-                " 8, 4, 1 and 1 at least, so add kinds"
+                f"there are {len(self.kinds)} kinds of cut-outs, {len(self.held_out_cutouts)} of them with"
+                f" {MIN_CUTOUTS_TO_HOLD_OUT} or more cut-outs, {len(self.held_out_pairs)} pairs and"
+                f" {len(self.held_out_counts)} counts to hold out: expected 8, 4, 1 and 1 at least, so add kinds"
             )
 
-    # -- what is shown
+    # -- scenes
 
     def scene(
-        self, type: str, kinds: Sequence[str], rng: np.random.Generator, count: int = 0, held_cutouts: bool = False
+        self, type: str, kinds: Sequence[str], rng: np.random.Generator, count: int = 0, held_out_cutouts: bool = False
     ) -> Scene:
-        """A scene of these kinds, in this order, whatever it is like otherwise."""
+        """Draw a scene of the given kinds, in this order."""
         copies = 3 if type == "count" else 1
-        source = self.held if held_cutouts else self.train
+        source = self.held_out_cutouts if held_out_cutouts else self.train_cutouts
         cutouts = [source[kind][int(rng.integers(len(source[kind])))] for kind in kinds for _ in range(copies)]
         return Scene(
             type,
@@ -112,7 +116,7 @@ class Planner:
         )
 
     def draw(self, rng: np.random.Generator) -> Scene:
-        """Any scene that training may show."""
+        """Draw a scene without held-out combinations."""
         type = draw_type(rng)
         while True:
             kinds = tuple(rng.permutation(self.kinds)[: {"pair": 2, "triple": 3}.get(type, 1)].tolist())
@@ -121,24 +125,24 @@ class Planner:
         count = int(rng.choice(self.allowed_counts[kinds[0]])) if type == "count" else 0
         return self.scene(type, kinds, rng, count)
 
-    def again(self, seen: Scene, rng: np.random.Generator, held_cutouts: bool = False) -> Scene:
-        """Another scene of the same kinds, or of the same kind and count."""
-        kinds = rng.permutation(seen.kinds).tolist()
-        return self.scene(seen.type, kinds, rng, seen.count if seen.type == "count" else 0, held_cutouts)
+    def vary(self, scene: Scene, rng: np.random.Generator, held_out_cutouts: bool = False) -> Scene:
+        """Draw another scene of the same kinds, or of the same kind and count."""
+        kinds = rng.permutation(scene.kinds).tolist()
+        return self.scene(scene.type, kinds, rng, scene.count if scene.type == "count" else 0, held_out_cutouts)
 
     def held_out(self, rng: np.random.Generator, count: bool) -> Scene:
-        """A pair of kinds, or a kind and a count, that training never shows."""
+        """Draw a scene with a held-out pair of kinds, or with a held-out count of a kind."""
         if count:
-            n = int(rng.choice(sorted({n for _, n in self.held_counts})))  # each of them as often
-            kinds = [kind for kind, count in self.held_counts if count == n]
+            n = int(rng.choice(sorted({n for _, n in self.held_out_counts})))  # each count equally often
+            kinds = [kind for kind, count in self.held_out_counts if count == n]
             return self.scene("count", [str(rng.choice(kinds))], rng, n)
-        pair = self.held_pairs[int(rng.integers(len(self.held_pairs)))]
+        pair = self.held_out_pairs[int(rng.integers(len(self.held_out_pairs)))]
         return self.scene("pair", rng.permutation(pair).tolist(), rng)
 
     # -- near twins
 
     def variants(self, base: Scene, rng: np.random.Generator) -> list[Scene]:
-        """Three scenes that differ from one in one fact each."""
+        """Draw three scenes that each differ from `base` in one fact."""
         if base.type == "count":
             others = [replace(base, count=n) for n in self.allowed_counts[base.kinds[0]] if n != base.count]
             ways = [*others, *self.recolored(base, rng, 2)]
@@ -148,7 +152,7 @@ class Planner:
         else:
             last = self.turned(base) if rng.random() < 0.5 else self.with_other_kind(base, rng)
             ways = [self.swapped(base, rng), *self.recolored(base, rng), last]
-        return ways[: GROUP - 1]
+        return ways[: GROUP_SIZE - 1]
 
     def recolored(self, scene: Scene, rng: np.random.Generator, number: int = 1) -> list[Scene]:
         others = rng.permutation([color for color in COLORS if color != scene.color])
@@ -158,7 +162,7 @@ class Planner:
         return replace(scene, relation="above" if scene.relation == "left" else "left")
 
     def swapped(self, scene: Scene, rng: np.random.Generator) -> Scene:
-        """Two objects in each other's place."""
+        """Exchange two objects."""
         order = list(range(len(scene.kinds)))
         i, j = (0, 1) if len(order) == 2 else rng.permutation(len(order))[:2].tolist()
         order[i], order[j] = order[j], order[i]
@@ -171,18 +175,20 @@ class Planner:
         )
 
     def with_other_kind(self, scene: Scene, rng: np.random.Generator) -> Scene:
-        """One object replaced by another kind."""
+        """Replace one object by one of another kind."""
         at = int(rng.integers(len(scene.kinds)))
         rest = [kind for i, kind in enumerate(scene.kinds) if i != at]
-        able = [k for k in self.kinds if k not in scene.kinds and not any(is_held_out(k, other) for other in rest)]
+        candidates = [
+            k for k in self.kinds if k not in scene.kinds and not any(is_held_out(k, other) for other in rest)
+        ]
         kinds, cutouts = list(scene.kinds), list(scene.cutouts)
-        kinds[at] = able[int(rng.integers(len(able)))]
-        these = self.train[kinds[at]]
+        kinds[at] = candidates[int(rng.integers(len(candidates)))]
+        these = self.train_cutouts[kinds[at]]
         cutouts[at] = these[int(rng.integers(len(these)))]
         return replace(scene, kinds=tuple(kinds), cutouts=tuple(cutouts))
 
     def twins(self, twin_type: str, rng: np.random.Generator) -> tuple[Scene, Scene]:
-        """Two scenes of held-out combinations that differ in one fact."""
+        """Draw two scenes of held-out combinations that differ in one fact."""
         first = self.held_out(rng, count=twin_type == "count")
         if twin_type == "count":
             pair = [replace(first, count=n) for n in rng.permutation([2, 3]).tolist()]

@@ -1,4 +1,4 @@
-"""The truth of a scene, and the captions and questions that are made of it."""
+"""The truth of a scene, and the captions and questions that are generated from it."""
 
 from __future__ import annotations
 
@@ -9,74 +9,74 @@ import numpy as np
 
 from blip2.data.scene_kinds import plural, with_article
 
-SAID = {
+RELATION_PHRASES = {
     ("left", 0): ("to the left of", "left of"),
     ("left", 1): ("to the right of", "right of"),
     ("above", 0): ("above",),
     ("above", 1): ("below", "under"),
 }
-"""Words for a relation, by its axis and by whether the second object is named first."""
-PLACES = {"left": ("on the left", "on the right"), "above": ("at the top", "at the bottom")}
+"""Phrases of a relation, by its axis and by whether the second object is named first (1) or not (0)."""
+PLACE_PHRASES = {"left": ("on the left", "on the right"), "above": ("at the top", "at the bottom")}
 DIRECTIONS = {"left": ("left", "right"), "above": ("above", "below")}
 ENDS = {"left": ("left", "right"), "above": ("top", "bottom")}
-NUMBERS = ("zero", "one", "two", "three")
-CAPTIONS = 4
-"""Captions of an image."""
+NUMBER_WORDS = ("zero", "one", "two", "three")
+CAPTIONS_PER_IMAGE = 4
+"""Number of captions per image."""
 
 
 @dataclass(frozen=True)
 class Truth:
-    """Everything that captions and questions can say of an image. Nothing is null, so that all rows have one schema."""
+    """All facts about an image that captions and questions can state. No value is null, so all rows have one schema."""
 
     type: str
     """``pair``, ``count``, ``single`` or ``triple``."""
     color: str
     """Name of the background's color."""
     texture: str
-    """How the background is drawn."""
+    """Name of the texture of the background."""
     kinds: tuple[str, ...]
-    """Kinds in their order, from left to right or from top to bottom; one of counts and single objects."""
+    """Kinds from left to right or from top to bottom; one for counts and single objects."""
     relation: str
-    """``left`` or ``above``: how each of several kinds lies to the next one; empty where there is one kind."""
+    """``left`` or ``above``: relation of each kind to the next one; empty for one kind."""
     count: int
-    """Objects of the one kind; 0 where there are several kinds."""
+    """Number of objects of the one kind; 0 for several kinds."""
     size: str
-    """``small`` or ``large`` of single objects, else empty."""
+    """``small`` or ``large`` for single objects, otherwise empty."""
     cutouts: tuple[str, ...] = ()
     """Name of the cut-out of each object."""
     boxes: tuple[tuple[int, int, int, int], ...] = ()
-    """Left, top, right and bottom of each object in pixels; right and bottom lie behind the last one."""
+    """Left, top, right and bottom of each object in pixels; right and bottom are exclusive."""
 
-    def as_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @staticmethod
-    def of_json(row: dict[str, Any]) -> Truth:
-        """From a row's ``truth``."""
+    def from_json(row: dict[str, Any]) -> Truth:
+        """Create a truth from the ``truth`` of a row."""
         lists = {name: tuple(row[name]) for name in ("kinds", "cutouts")}
         return Truth(**{**row, **lists, "boxes": tuple(tuple(box) for box in row["boxes"])})
 
 
 def sentence(text: str) -> str:
-    """The text with a capital and a full stop."""
+    """Capitalize a text and add a full stop."""
     return f"{text[0].upper()}{text[1:]}."
 
 
 # -- captions ------------------------------------------------------------------------------------------------------
 
-RELATED = (
-    "{x} {said} {y} on {color_background}",
-    "{x} {said} {y}, on {color}",
-    "on {color_background}, {x} is {said} {y}",
+PAIR_TEMPLATES = (
+    "{x} {relation} {y} on {color_background}",
+    "{x} {relation} {y}, on {color}",
+    "on {color_background}, {x} is {relation} {y}",
     "there is {x} {place_x} and {y} {place_y}; the background is {color}",
     "{x} {place_x} and {y} {place_y}, on {color_background}",
-    "the background is {color}, and {x} is {said} {y}",
-    "{x} can be seen {said} {y} against {color_background}",
+    "the background is {color}, and {x} is {relation} {y}",
+    "{x} can be seen {relation} {y} against {color_background}",
     "{place_x} is {x}, {place_y} is {y}, and the background is {color}",
 )
-"""Captions of pairs that name first what they are about."""
-FRONTED = "{said} {y} is {x}, on {color_background}"
-COUNTED = (
+"""Templates of captions of pairs in which ``x`` is the subject."""
+INVERTED_PAIR_TEMPLATE = "{relation} {y} is {x}, on {color_background}"
+SINGLE_KIND_TEMPLATES = (
     "{things} on {color_background}",
     "{there} {things}; the background is {color}",
     "{color_background} with {things}",
@@ -85,7 +85,7 @@ COUNTED = (
     "{things} can be seen against {color_background}",
     "the background is {color}, and {there} {things}",
 )
-ROWS = (
+TRIPLE_TEMPLATES = (
     "from {start} to {end}: {a}, {b} and {c}, on {color_background}",
     "{a} {place_a}, {b} in the middle and {c} {place_c}, on {color}",
     "on {color_background}, from {start} to {end}, {a}, {b} and {c}",
@@ -95,62 +95,70 @@ ROWS = (
 
 
 def write_captions(truth: Truth, rng: np.random.Generator) -> list[str]:
-    """Four captions in different words; where there are several objects two name the first before the last."""
-    patterns = {"pair": RELATED, "triple": ROWS}.get(truth.type, COUNTED)
-    chosen = rng.choice(len(patterns), CAPTIONS, replace=False)
-    turned = rng.permutation([False, False, True, True])
-    return [_caption(truth, patterns[i], bool(turn), rng) for i, turn in zip(chosen, turned, strict=True)]
+    """Generate four captions with different templates; with several objects, two name the first before the last."""
+    templates = {"pair": PAIR_TEMPLATES, "triple": TRIPLE_TEMPLATES}.get(truth.type, SINGLE_KIND_TEMPLATES)
+    chosen = rng.choice(len(templates), CAPTIONS_PER_IMAGE, replace=False)
+    inverted = rng.permutation([False, False, True, True])
+    return [_caption(truth, templates[i], bool(turn), rng) for i, turn in zip(chosen, inverted, strict=True)]
 
 
 def describe(truth: Truth) -> str:
-    """Return the one sentence that always says a scene's facts in the same words and order."""
-    pattern = {"pair": RELATED[0], "triple": ROWS[0]}.get(truth.type, COUNTED[0])
+    """Return the canonical caption, which states the facts of a scene always in the same words and order."""
+    template = {"pair": PAIR_TEMPLATES[0], "triple": TRIPLE_TEMPLATES[0]}.get(truth.type, SINGLE_KIND_TEMPLATES[0])
     a = with_article(truth.color)
     if truth.type == "pair":
         x, y = map(with_article, truth.kinds)
-        text = pattern.format(x=x, said=SAID[truth.relation, 0][0], y=y, color_background=f"{a} background")
+        text = template.format(
+            x=x, relation=RELATION_PHRASES[truth.relation, 0][0], y=y, color_background=f"{a} background"
+        )
     elif truth.type == "triple":
         start, end = ENDS[truth.relation]
         first, second, third = map(with_article, truth.kinds)
         named = {"a": first, "b": second, "c": third}
-        text = pattern.format(start=start, end=end, color_background=f"{a} background", **named)
+        text = template.format(start=start, end=end, color_background=f"{a} background", **named)
     else:
-        text = pattern.format(things=count_words(truth), color_background=f"{a} background")
+        text = template.format(things=count_words(truth), color_background=f"{a} background")
     return sentence(text)
 
 
-def _caption(truth: Truth, pattern: str, turned: bool, rng: np.random.Generator) -> str:
+def _caption(truth: Truth, template: str, inverted: bool, rng: np.random.Generator) -> str:
     color = {"color": truth.color, "color_background": f"{with_article(truth.color)} background"}
     kinds = [with_article(kind) for kind in truth.kinds]
     if truth.type == "pair":
-        if pattern == RELATED[0] and rng.random() < 0.5:
-            pattern, turned = FRONTED, not turned  # which names the other one first
-        x, y = reversed(kinds) if turned else kinds
-        said = SAID[truth.relation, int(turned)]
-        place_x, place_y = reversed(PLACES[truth.relation]) if turned else PLACES[truth.relation]
-        words = {"x": x, "y": y, "said": said[rng.integers(len(said))], "place_x": place_x, "place_y": place_y}
+        if template == PAIR_TEMPLATES[0] and rng.random() < 0.5:
+            template, inverted = INVERTED_PAIR_TEMPLATE, not inverted  # this template names the other object first
+        x, y = reversed(kinds) if inverted else kinds
+        phrases = RELATION_PHRASES[truth.relation, int(inverted)]
+        place_x, place_y = reversed(PLACE_PHRASES[truth.relation]) if inverted else PLACE_PHRASES[truth.relation]
+        words = {
+            "x": x,
+            "y": y,
+            "relation": phrases[rng.integers(len(phrases))],
+            "place_x": place_x,
+            "place_y": place_y,
+        }
     elif truth.type == "triple":
-        a, b, c = reversed(kinds) if turned else kinds
-        places, ends = PLACES[truth.relation], ENDS[truth.relation]
-        (place_a, place_c), (start, end) = (places[::-1], ends[::-1]) if turned else (places, ends)
+        a, b, c = reversed(kinds) if inverted else kinds
+        places, ends = PLACE_PHRASES[truth.relation], ENDS[truth.relation]
+        (place_a, place_c), (start, end) = (places[::-1], ends[::-1]) if inverted else (places, ends)
         words = {"a": a, "b": b, "c": c, "place_a": place_a, "place_c": place_c, "start": start, "end": end}
     else:
-        things = count_words(truth, one=NUMBERS[1] if truth.type == "count" and rng.random() < 0.5 else "")
+        things = count_words(truth, one=NUMBER_WORDS[1] if truth.type == "count" and rng.random() < 0.5 else "")
         words = {"things": things, "there": "there is" if truth.count == 1 else "there are"}
-    return sentence(pattern.format(**color, **words))
+    return sentence(template.format(**color, **words))
 
 
 def count_words(truth: Truth, one: str = "") -> str:
-    """The objects of one kind: ``two cats``, ``a small cat``.
+    """Return a phrase for objects of one kind: ``two cats``, ``a small cat``.
 
     Args:
-        one: the number before one object; an article where it is empty.
+        one: word before a single object; empty: an article.
     """
     noun = truth.kinds[0] if truth.count == 1 else plural(truth.kinds[0])
     noun = f"{truth.size} {noun}".strip()
     if truth.count == 1 and not one:
         return with_article(noun)
-    return f"{NUMBERS[truth.count]} {noun}"
+    return f"{NUMBER_WORDS[truth.count]} {noun}"
 
 
 # -- questions -----------------------------------------------------------------------------------------------------
@@ -158,21 +166,21 @@ def count_words(truth: Truth, one: str = "") -> str:
 
 @dataclass(frozen=True)
 class Question:
-    """A question with the one word that answers it."""
+    """A question with an answer of one word."""
 
     question: str
     answer: str
     type: str
     """``what``, ``color``, ``count``, ``where``, ``size`` or ``yesno``."""
-    about: str
-    """The fact that a question of yes and no is about: ``existence``, ``relation``, ``color`` or ``count``; of other
-    questions the type again."""
+    fact: str
+    """Fact that a yes-no question asks for: ``existence``, ``relation``, ``color`` or ``count``; the type for other
+    questions."""
     image: int
-    """Number of the image."""
+    """Index of the image."""
 
 
-def ask(truth: Truth, image: int, rng: np.random.Generator) -> list[Question]:
-    """The questions of an image whose answers are words; :class:`Doubts` asks those of yes and no."""
+def make_questions(truth: Truth, image: int, rng: np.random.Generator) -> list[Question]:
+    """Generate the questions of an image other than yes-no questions (:class:`YesNoQuestions`)."""
 
     def question(kind: str, text: str, answer: str) -> Question:
         return Question(f"{text}?", answer, kind, kind, image)
@@ -181,13 +189,13 @@ def ask(truth: Truth, image: int, rng: np.random.Generator) -> list[Question]:
     if truth.type in ("pair", "triple"):
         i = int(rng.integers(len(truth.kinds) - 1))
         first, second = truth.kinds[i : i + 2]
-        turned = int(rng.integers(2))
-        x, y = (second, first) if turned else (first, second)
-        said, direction = SAID[truth.relation, turned][0], DIRECTIONS[truth.relation]
+        inverted = int(rng.integers(2))
+        x, y = (second, first) if inverted else (first, second)
+        phrase, direction = RELATION_PHRASES[truth.relation, inverted][0], DIRECTIONS[truth.relation]
         if truth.type == "pair":
-            out.append(question("what", f"What is {said} the {y}", x))
+            out.append(question("what", f"What is {phrase} the {y}", x))
         else:
-            places = (PLACES[truth.relation][0], "in the middle", PLACES[truth.relation][1])
+            places = (PLACE_PHRASES[truth.relation][0], "in the middle", PLACE_PHRASES[truth.relation][1])
             place = int(rng.integers(3))
             out.append(question("what", f"What is {places[place]}", truth.kinds[place]))
         if rng.random() < 0.5:
@@ -196,11 +204,11 @@ def ask(truth: Truth, image: int, rng: np.random.Generator) -> list[Question]:
             one, other = rng.permutation(direction)
             two = f"to the {one} or to the {other} of" if truth.relation == "left" else f"{one} or {other}"
             text = f"Is the {x} {two} the {y}"
-        out.append(question("where", text, direction[turned]))
+        out.append(question("where", text, direction[inverted]))
     else:
         out.append(question("what", "What is in the image", truth.kinds[0]))
     if truth.type == "count":
-        out.append(question("count", f"How many {plural(truth.kinds[0])} are there", NUMBERS[truth.count]))
+        out.append(question("count", f"How many {plural(truth.kinds[0])} are there", NUMBER_WORDS[truth.count]))
     if truth.type == "single":
         one, other = rng.permutation(["small", "large"])
         out.append(question("size", f"Is the {truth.kinds[0]} {one} or {other}", truth.size))
@@ -208,65 +216,70 @@ def ask(truth: Truth, image: int, rng: np.random.Generator) -> list[Question]:
     return out
 
 
-class Doubts:
-    """Asks questions of yes and no so that their words tell nothing of the answer.
+class YesNoQuestions:
+    """Generates yes-no questions whose words do not reveal the answer.
 
-    A fact of one image is asked as a question whose answer is yes, kept, and asked again of a later image of which it
-    is not true: so whatever is named is named as often in both. Of relations both are asked of each image's own kinds.
+    A question about a fact of one image, with the answer yes, is stored and asked again for a later image with the
+    answer no. Everything that is named therefore occurs equally often with both answers. Questions about relations and
+    counts name the kinds of the image itself, and their answers alternate.
     """
 
-    WAITING = 12
-    """So many facts of a sort wait at most."""
+    MAX_WAITING = 12
+    """Maximum number of stored questions per fact."""
 
     def __init__(self, allowed_counts: dict[str, list[int]]) -> None:
-        """``allowed_counts``: of each kind the counts that may be named."""
+        """``allowed_counts``: counts of each kind that may be named."""
         self._allowed_counts = allowed_counts
         self._waiting: dict[str, list[tuple[str, Question]]] = {}
         self._unpaired: dict[str, Question] = {}
 
-    def ask(self, truth: Truth, image: int, rng: np.random.Generator) -> list[Question]:
+    def make(self, truth: Truth, image: int, rng: np.random.Generator) -> list[Question]:
         out = []
         kind = truth.kinds[int(rng.integers(len(truth.kinds)))]
-        out.append(self._own_or_kept("existence", kind, f"Is there {with_article(kind)}?", truth.kinds, image, rng))
+        out.append(
+            self._direct_or_deferred("existence", kind, f"Is there {with_article(kind)}?", truth.kinds, image, rng)
+        )
         if truth.type in ("pair", "triple"):
             out.append(self._relation(truth, image, rng))
         if truth.type == "count":
             out += self._count(truth, image, rng)
         if truth.type == "single" or rng.random() < 0.4:
             text = f"Is the background {truth.color}?"
-            out.append(self._own_or_kept("color", truth.color, text, (truth.color,), image, rng))
+            out.append(self._direct_or_deferred("color", truth.color, text, (truth.color,), image, rng))
         return out
 
-    def left_over(self) -> set[Question]:
-        """Questions without one that answers them the other way, to be left out for the balance."""
+    def unpaired(self) -> set[Question]:
+        """Return the questions without a counterpart of the opposite answer, which have to be removed."""
         waiting = {question for kept in self._waiting.values() for _, question in kept}
         return waiting | set(self._unpaired.values())
 
-    def _own_or_kept(
-        self, about: str, fact: str, text: str, true: tuple[str, ...], image: int, rng: np.random.Generator
+    def _direct_or_deferred(
+        self, fact: str, value: str, text: str, true: tuple[str, ...], image: int, rng: np.random.Generator
     ) -> Question:
-        waiting = self._waiting.setdefault(about, [])
+        waiting = self._waiting.setdefault(fact, [])
         others = [i for i, (kept, _) in enumerate(waiting) if kept not in true]
-        if others and (len(waiting) >= self.WAITING or rng.random() < 0.5):
+        if others and (len(waiting) >= self.MAX_WAITING or rng.random() < 0.5):
             _, asked = waiting.pop(others[int(rng.integers(len(others)))])
-            return Question(asked.question, "no", "yesno", about, image)
-        question = Question(text, "yes", "yesno", about, image)
-        waiting.append((fact, question))
+            return Question(asked.question, "no", "yesno", fact, image)
+        question = Question(text, "yes", "yesno", fact, image)
+        waiting.append((value, question))
         return question
 
-    def _add(self, about: str, image: int, texts: tuple[str, str], rng: np.random.Generator) -> Question:
-        """One of two texts, whose answers are yes and no: of two questions that follow each other one is yes."""
-        before = self._unpaired.pop(about, None)
+    def _add(self, fact: str, image: int, texts: tuple[str, str], rng: np.random.Generator) -> Question:
+        """Choose one of two texts, whose answers are yes and no; one of each two consecutive questions is yes."""
+        before = self._unpaired.pop(fact, None)
         yes = before.answer == "no" if before else bool(rng.integers(2))
-        question = Question(texts[0] if yes else texts[1], "yes" if yes else "no", "yesno", about, image)
+        question = Question(texts[0] if yes else texts[1], "yes" if yes else "no", "yesno", fact, image)
         if before is None:
-            self._unpaired[about] = question
+            self._unpaired[fact] = question
         return question
 
     def _relation(self, truth: Truth, image: int, rng: np.random.Generator) -> Question:
-        i, turned = int(rng.integers(len(truth.kinds) - 1)), int(rng.integers(2))
-        x, y = truth.kinds[i : i + 2][:: -1 if turned else 1]
-        yes, no = (f"Is the {x} {SAID[truth.relation, way][0]} the {y}?" for way in (turned, 1 - turned))
+        i, inverted = int(rng.integers(len(truth.kinds) - 1)), int(rng.integers(2))
+        x, y = truth.kinds[i : i + 2][:: -1 if inverted else 1]
+        yes, no = (
+            f"Is the {x} {RELATION_PHRASES[truth.relation, way][0]} the {y}?" for way in (inverted, 1 - inverted)
+        )
         return self._add("relation", image, (yes, no), rng)
 
     def _count(self, truth: Truth, image: int, rng: np.random.Generator) -> list[Question]:
@@ -275,7 +288,7 @@ class Doubts:
         if not others:
             return []
         yes, no = (
-            f"Is there exactly one {kind}?" if n == 1 else f"Are there exactly {NUMBERS[n]} {plural(kind)}?"
+            f"Is there exactly one {kind}?" if n == 1 else f"Are there exactly {NUMBER_WORDS[n]} {plural(kind)}?"
             for n in (truth.count, others[int(rng.integers(len(others)))])
         )
         return [self._add("count", image, (yes, no), rng)]
@@ -285,16 +298,16 @@ class Doubts:
 
 
 def write_twins(truths: tuple[Truth, Truth], twin_type: str, rng: np.random.Generator) -> tuple[str, str]:
-    """A caption for each of two images in the same words, but for the word or the order that tells them apart.
+    """Generate captions of two images that differ only in the word or order that distinguishes the images.
 
     Args:
         twin_type: ``order``, ``relation``, ``color`` or ``count``.
     """
-    patterns = COUNTED if twin_type == "count" else RELATED
+    templates = SINGLE_KIND_TEMPLATES if twin_type == "count" else PAIR_TEMPLATES
     if twin_type == "relation":
-        patterns = tuple(pattern for pattern in RELATED if "{said}" in pattern)
-    pattern, turned = patterns[int(rng.integers(len(patterns)))], bool(rng.integers(2))
+        templates = tuple(template for template in PAIR_TEMPLATES if "{relation}" in template)
+    template, inverted = templates[int(rng.integers(len(templates)))], bool(rng.integers(2))
     state = rng.bit_generator.state
-    first = _caption(truths[0], pattern, turned, rng)
+    first = _caption(truths[0], template, inverted, rng)
     rng.bit_generator.state = state
-    return first, _caption(truths[1], pattern, turned != (twin_type == "relation"), rng)
+    return first, _caption(truths[1], template, inverted != (twin_type == "relation"), rng)

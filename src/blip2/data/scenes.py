@@ -1,7 +1,7 @@
-"""A data set of made scenes with exact truth: real cut-outs on colored backgrounds, captions, questions, near twins.
+"""A synthetic data set of scenes: cut-outs on colored backgrounds with captions, questions and near twins.
 
-Which kinds stand beside each other, how they lie, how many and how large they are is known of every image, and some
-combinations are never shown in training. :mod:`blip2.data.assets` makes the folder ``package:scenes`` of it.
+The kinds, relations, counts and sizes of the objects in every image are known, and some combinations never occur in
+training. :mod:`blip2.data.assets` provides the data set as ``package:scenes``.
 """
 
 from __future__ import annotations
@@ -21,10 +21,27 @@ from typing import Any
 import numpy as np
 
 from blip2.data.scene_facts import Facts, parse_caption, score_caption
-from blip2.data.scene_images import SIDE, Cutout, Layout, draw_background, draw_scene, encode, place, read_cutouts
+from blip2.data.scene_images import (
+    IMAGE_SIZE,
+    Cutout,
+    Placement,
+    draw_background,
+    draw_scene,
+    encode_jpeg,
+    place_objects,
+    read_cutouts,
+)
 from blip2.data.scene_kinds import COLORS
-from blip2.data.scene_plans import GROUP, TWINS, Planner, Scene, draw_type
-from blip2.data.scene_texts import Doubts, Question, Truth, ask, describe, write_captions, write_twins
+from blip2.data.scene_plans import GROUP_SIZE, TWIN_TYPES, Planner, Scene, draw_type
+from blip2.data.scene_texts import (
+    Question,
+    Truth,
+    YesNoQuestions,
+    describe,
+    make_questions,
+    write_captions,
+    write_twins,
+)
 from blip2.errors import InputError
 
 __all__ = ["Facts", "Truth", "make_scenes", "parse_caption", "score_caption", "write_scenes"]
@@ -32,11 +49,11 @@ __all__ = ["Facts", "Truth", "make_scenes", "parse_caption", "score_caption", "w
 log = logging.getLogger("blip2")
 
 SPLITS = ("train", "validation", "test_images", "test_compositions", "test_cutouts", "twins")
-SEEN = 1000
-"""Validation, test_images and test_cutouts show again what the first so many groups of training show, so that they stay
-as they are when training grows further."""
-LOGGED = 1000
-"""The log says how far it is each time that so many images are written."""
+REUSED_GROUPS = 1000
+"""Number of training groups whose content validation, test_images and test_cutouts reuse, so that they do not change
+when the training split grows."""
+LOG_EVERY = 1000
+"""Number of images between log messages."""
 CARD = "README.md"
 LICENCE = "LICENCE"
 
@@ -45,7 +62,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class _Group:
-    """Scenes that are near twins of each other, or one scene."""
+    """One scene, or several that are near twins."""
 
     number: int
     scenes: Sequence[Scene]
@@ -53,8 +70,8 @@ class _Group:
 
 
 @dataclass
-class _Written:
-    """Rows of a split."""
+class _SplitRows:
+    """Rows of the files of a split."""
 
     records: list[Row] = field(default_factory=list)
     questions: list[Row] = field(default_factory=list)
@@ -62,11 +79,11 @@ class _Written:
 
 
 def _rng(seed: int, split: str, *numbers: int) -> np.random.Generator:
-    """Every group of every split has random numbers of its own, and so has every image within it."""
+    """Return the generator of a split and further numbers, such as the group and the image in it."""
     return np.random.default_rng([seed, SPLITS.index(split), *numbers])
 
 
-# -- what each split shows -----------------------------------------------------------------------------------------
+# -- content of the splits -----------------------------------------------------------------------------------------
 
 
 def _training(planner: Planner, seed: int, images: int, group_size: int) -> Iterator[_Group]:
@@ -78,47 +95,49 @@ def _training(planner: Planner, seed: int, images: int, group_size: int) -> Iter
 
 
 def _groups(planner: Planner, split: str, seed: int, images: int, train: int, group_size: int) -> Iterator[_Group]:
-    """The groups of a split; of twins ``images`` are pairs."""
+    """Yield the groups of a split; for twins, `images` is the number of pairs."""
     if split == "train":
         yield from _training(planner, seed, images, group_size)
         return
-    first = _training(planner, seed, min(train, SEEN * group_size), group_size)
+    first = _training(planner, seed, min(train, REUSED_GROUPS * group_size), group_size)
     seen = [scene for group in first for scene in group.scenes]
     for number in range(images):
         rng = _rng(seed, split, number)
         if split == "twins":
-            twin_type = TWINS[number % len(TWINS)]
+            twin_type = TWIN_TYPES[number % len(TWIN_TYPES)]
             yield _Group(number, planner.twins(twin_type, rng), twin_type)
         elif split == "test_compositions":
             yield _Group(number, [planner.held_out(rng, count=number % 6 == 5)])
         elif split == "test_cutouts":
-            yield _Group(number, [planner.again(_with_held_cutouts(planner, seen, rng), rng, held_cutouts=True)])
+            yield _Group(number, [planner.vary(_with_held_cutouts(planner, seen, rng), rng, held_out_cutouts=True)])
         else:
-            yield _Group(number, [planner.again(seen[int(rng.integers(len(seen)))], rng)])
+            yield _Group(number, [planner.vary(seen[int(rng.integers(len(seen)))], rng)])
 
 
 def _with_held_cutouts(planner: Planner, seen: Sequence[Scene], rng: np.random.Generator) -> Scene:
-    """One of the scenes whose kinds all hold a cut-out out, of any type that there is."""
-    able = [scene for scene in seen if all(kind in planner.held for kind in scene.kinds)]
+    """Draw a type, and one of its scenes whose kinds all have a held-out cut-out; of any type if there is none."""
+    candidates = [scene for scene in seen if all(kind in planner.held_out_cutouts for kind in scene.kinds)]
     type = draw_type(rng)
-    able = [scene for scene in able if scene.type == type] or able
-    if not able:
+    candidates = [scene for scene in candidates if scene.type == type] or candidates
+    if not candidates:
         raise InputError(
             f"none of the first {len(seen)} images of training shows kinds that hold a cut-out out: expected one at"
             " least, so make train larger"
         )
-    return able[int(rng.integers(len(able)))]
+    return candidates[int(rng.integers(len(candidates)))]
 
 
 # -- writing -------------------------------------------------------------------------------------------------------
 
 
-def _draw(scene: Scene, layout: Layout, seed: int, split: str, group: int, member: int) -> tuple[Truth, bytes]:
-    """The truth of an image, and its file."""
-    cutouts, flips = scene.cutouts[: scene.shown], scene.flips[: scene.shown]
+def _draw(scene: Scene, placement: Placement, seed: int, split: str, group: int, member: int) -> tuple[Truth, bytes]:
+    """Draw an image; return its truth and the JPEG file."""
+    cutouts, flips = scene.cutouts[: scene.num_objects], scene.flips[: scene.num_objects]
     sizes = [cutout.image.size for cutout in cutouts]
     rng = _rng(seed, split, group, 1, member)
-    boxes = place(sizes, scene.scales[: scene.shown], scene.type, scene.relation, scene.size, layout, rng)
+    boxes = place_objects(
+        sizes, scene.scales[: scene.num_objects], scene.type, scene.relation, scene.size, placement, rng
+    )
     background = draw_background(scene.color, scene.texture, _rng(seed, split, group, 2))
     image = draw_scene(background, [cutout.image for cutout in cutouts], flips, boxes)
     truth = Truth(
@@ -132,7 +151,7 @@ def _draw(scene: Scene, layout: Layout, seed: int, split: str, group: int, membe
         tuple(cutout.name for cutout in cutouts),
         tuple(boxes),
     )
-    return truth, encode(image)
+    return truth, encode_jpeg(image)
 
 
 def _write_split(
@@ -144,15 +163,15 @@ def _write_split(
     train: int,
     group_size: int,
     done: Counter[str],
-) -> _Written:
+) -> _SplitRows:
     (folder / "images" / split).mkdir(parents=True)
-    out = _Written()
-    doubts, asked = Doubts(planner.allowed_counts), list[Question]()
+    out = _SplitRows()
+    yes_no, asked = YesNoQuestions(planner.allowed_counts), list[Question]()
     for group in _groups(planner, split, seed, images, train, group_size):
-        layout = Layout.draw(_rng(seed, split, group.number, 0))
+        placement = Placement.draw(_rng(seed, split, group.number, 0))
         truths = []
         for member, scene in enumerate(group.scenes):
-            truth, file = _draw(scene, layout, seed, split, group.number, member)
+            truth, file = _draw(scene, placement, seed, split, group.number, member)
             truths.append(truth)
             number = len(out.records)
             name = f"images/{split}/{number:05}.jpg"
@@ -163,28 +182,28 @@ def _write_split(
                 "captions": write_captions(truth, rng),
                 "key": f"{split}-{number:05}",
                 "group": f"{split}-group-{group.number:05}",
-                "truth": truth.as_json(),
+                "truth": truth.to_json(),
             }
             out.records.append(row)
             if not group.twin_type:
                 out.descriptions.append({"image": name, "caption": describe(truth), "key": row["key"]})
-                asked += [*ask(truth, number, rng), *doubts.ask(truth, number, rng)]
+                asked += [*make_questions(truth, number, rng), *yes_no.make(truth, number, rng)]
             done["images"] += 1
-            if done["images"] % LOGGED == 0:
+            if done["images"] % LOG_EVERY == 0:
                 log.info("%d of %d images are drawn", done["images"], done["all"])
         if group.twin_type:
             captions = write_twins((truths[0], truths[1]), group.twin_type, _rng(seed, split, group.number, 4))
             for row, caption in zip(out.records[-2:], captions, strict=True):
                 row |= {"captions": [caption], "twin_type": group.twin_type}
-    left_over = doubts.left_over()
-    for number, question in enumerate(question for question in asked if question not in left_over):
+    unpaired = yes_no.unpaired()
+    for number, question in enumerate(question for question in asked if question not in unpaired):
         out.questions.append(
             {
                 "image": out.records[question.image]["image"],
                 "question": question.question,
                 "answers": [question.answer],
                 "question_type": question.type,
-                "about": question.about,
+                "about": question.fact,
                 "key": f"{split}-question-{number:06}",
             }
         )
@@ -204,34 +223,35 @@ def write_scenes(
     shards: int | None = None,
     about: str = "",
     kinds: Sequence[str] | None = None,
-    group_size: int = GROUP,
+    group_size: int = GROUP_SIZE,
 ) -> dict[str, int]:
     """Write the data set: the same files for the same cut-outs, seed and versions of Pillow and NumPy.
 
-    A larger split begins with the images of a smaller one.
+    A larger split starts with the images of a smaller one.
 
     Args:
         cutouts: folder with a folder of PNG files for each kind; see :func:`read_cutouts`. Its LICENCE is copied.
-        folder: where to write; made where it is missing.
-        train: number of images, and so on; of ``twins`` pairs of images.
-        shards: number of WebDataset shards that hold the training images once more; None: no shards.
-        about: a sentence on where the cut-outs come from, for the data card.
-        kinds: names of the kinds to show; None: all that there are.
-        group_size: number of training images, 1 to 4, that are near twins of each other. With 1 every training image
-            shows another scene, so that as many images show more pairs of kinds.
+        folder: output folder, created if it is missing.
+        train, validation, test_images, test_compositions, test_cutouts: number of images of the split.
+        twins: number of pairs of images of the split.
+        shards: number of WebDataset shards with a copy of the training images; ``None``: no shards.
+        about: a sentence on the source of the cut-outs, for the data card.
+        kinds: names of the kinds to show; ``None``: all.
+        group_size: number of near twins per group of training images, 1 to 4. With 1 the same number of images shows
+            more different scenes.
 
     Returns:
-        the number of rows of each file.
+        The number of rows of each file.
 
     Raises:
         InputError: the cut-outs cannot be used, or a number is too small.
     """
     numbers = dict(zip(SPLITS, (train, validation, test_images, test_compositions, test_cutouts, twins), strict=True))
-    if not 1 <= group_size <= GROUP:
-        raise InputError(f"group_size is {group_size}: expected 1 to {GROUP} near twins")
+    if not 1 <= group_size <= GROUP_SIZE:
+        raise InputError(f"group_size is {group_size}: expected 1 to {GROUP_SIZE} near twins")
     for name, number in numbers.items():
-        if number < (GROUP if name == "train" else 1):
-            raise InputError(f"{name} is {number}: expected {GROUP if name == 'train' else 1} or more images")
+        if number < (GROUP_SIZE if name == "train" else 1):
+            raise InputError(f"{name} is {number}: expected {GROUP_SIZE if name == 'train' else 1} or more images")
     groups = -(-train // group_size)
     if shards is not None and not 1 <= shards <= groups:
         raise InputError(f"shards is {shards}: expected 1 to {groups}, the number of groups of training images")
@@ -279,13 +299,13 @@ def make_scenes(
     """Write the data set into a new folder; see :func:`write_scenes`.
 
     Args:
-        cutouts: None: those that ``package:scenes`` is made of.
-        kinds: names of the kinds to show; None: all that there are.
+        cutouts: folder of cut-outs; ``None``: those of ``package:scenes``.
+        kinds: names of the kinds to show; ``None``: all.
 
     Raises:
-        InputError: there is something in the folder already, or as with :func:`write_scenes`.
+        InputError: the folder is not empty, or as for :func:`write_scenes`.
     """
-    from blip2.data.assets import fetch_cutouts  # which imports this module
+    from blip2.data.assets import fetch_cutouts  # circular import
 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} exists and is not an empty folder: choose another output, or remove it")
@@ -299,15 +319,15 @@ def _write_lines(path: Path, rows: Iterable[Row]) -> None:
 
 
 def _write_shards(folder: Path, records: Sequence[Row], shards: int, group_size: int) -> None:
-    """Tar files of ``KEY.jpg`` and ``KEY.json``, whose groups stay together."""
+    """Write tar files of ``KEY.jpg`` and ``KEY.json``; each group is within one file."""
     (folder / "shards").mkdir()
     bounds = np.linspace(0, -(-len(records) // group_size), shards + 1).round().astype(int) * group_size
     for number, (start, end) in enumerate(pairwise(bounds)):
         with tarfile.open(folder / "shards" / f"train-{number:05}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
             for row in records[start:end]:
-                said = json.dumps({name: value for name, value in row.items() if name != "image"}).encode()
-                for suffix, content in (("jpg", (folder / row["image"]).read_bytes()), ("json", said)):
-                    member = tarfile.TarInfo(f"{row['key']}.{suffix}")  # its time is 0, its owner nobody
+                metadata = json.dumps({name: value for name, value in row.items() if name != "image"}).encode()
+                for suffix, content in (("jpg", (folder / row["image"]).read_bytes()), ("json", metadata)):
+                    member = tarfile.TarInfo(f"{row['key']}.{suffix}")  # with time 0 and no owner
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
 
@@ -315,7 +335,7 @@ def _write_shards(folder: Path, records: Sequence[Row], shards: int, group_size:
 # -- the data card -------------------------------------------------------------------------------------------------
 
 
-def _split_table(split: str, written: _Written) -> str:
+def _split_table(split: str, written: _SplitRows) -> str:
     types = Counter(row["truth"]["type"] for row in written.records)
     asked = Counter(row["question_type"] for row in written.questions)
     cells = [", ".join(f"{n} {name}" for name, n in sorted(counter.items())) or "none" for counter in (types, asked)]
@@ -325,12 +345,14 @@ def _split_table(split: str, written: _Written) -> str:
 def _card(
     kinds: Mapping[str, tuple[Cutout, ...]], planner: Planner, seed: int, splits: Sequence[str], about: str
 ) -> str:
-    """A Markdown page on what was written."""
+    """Return the data card in Markdown."""
     counts = ", ".join(f"{kind} ({len(kinds[kind])})" for kind in planner.kinds)
     pairs = len(planner.kinds) * (len(planner.kinds) - 1) // 2
+    side = IMAGE_SIZE
+    num_pairs, num_counts = len(planner.held_out_pairs), len(planner.held_out_counts)
     return f"""# Scenes
 
-Made images of {SIDE} x {SIDE} pixels: cut-outs on a background of one color, with captions, questions and the exact
+Made images of {side} x {side} pixels: cut-outs on a background of one color, with captions, questions and the exact
 truth. {about} Seed {seed}.
 
 | file | images | types | questions | types of questions |
@@ -341,6 +363,6 @@ Colors of backgrounds: {", ".join(COLORS)}.
 
 {len(planner.kinds)} kinds, with the number of their cut-outs: {counts}.
 
-Held out from training: {len(planner.held_pairs)} of {pairs} pairs of kinds, {len(planner.held_counts)} counts of a
-kind, and one cut-out of each of {len(planner.held)} kinds.
+Held out from training: {num_pairs} of {pairs} pairs of kinds, {num_counts} counts of a
+kind, and one cut-out of each of {len(planner.held_out_cutouts)} kinds.
 """

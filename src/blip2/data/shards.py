@@ -1,8 +1,8 @@
-"""Shards, read one row after the other from wherever fsspec reads, and as far as they can be read.
+"""Read shards, tar files and tables, row by row from any file system that fsspec supports.
 
-A shard that is broken ends with a row that says so (:data:`BROKEN`); what was read of it before counts. So a broken
-shard has its place in the order of the data as every sample has: it is met once an epoch, by one process, also after a
-resume.
+The rows of a damaged shard are used up to the damage; the last row then holds an error (:data:`ERROR_COLUMN`). A
+damaged shard thus has a fixed place in the order of the data, as every sample has: one process meets it once per epoch,
+also after a resume.
 """
 
 from __future__ import annotations
@@ -19,40 +19,43 @@ import fsspec
 import pyarrow
 import pyarrow.parquet
 
-from blip2.data.cells import class_names, decode_text, name_classes
-from blip2.data.images import IMAGE_SUFFIXES, MAX_BYTES, USUAL_SUFFIXES
-from blip2.data.tables import DECODER, is_text_table, read_text_table
+from blip2.data.cells import class_names, decode_text, labels_to_names
+from blip2.data.images import COMMON_SUFFIXES, IMAGE_SUFFIXES, MAX_FILE_BYTES
+from blip2.data.tables import JSON_DECODER, is_text_table, read_text_table
 from blip2.errors import InputError
 
-BROKEN = "__broken__"
-"""In a row that is no sample: the reason why a shard could not be read on."""
-BEGINS = "__begins__"
-"""In the first row of a shard."""
-KEY = "__where__"
-"""In every row: the shard and the name within it."""
-AT_ONCE = 64
-"""Rows of a Parquet file that become Python's objects together."""
-MAX_SAMPLE = MAX_BYTES + (1 << 20)
-"""Bytes of all members of a sample of a tar together, and of a row of a Parquet file."""
-MAX_TEXT = 1 << 24
-"""Bytes of a member that is text: .txt, .json."""
-MAX_HEADER = 1 << 14
-"""Bytes of what a tar says about a member before it: a long name, attributes."""
+ERROR_COLUMN = "__broken__"
+"""Column of a row that is not a sample: why the rest of the shard cannot be read."""
+STARTS_SHARD_COLUMN = "__begins__"
+"""Column of every row: whether it is the first of its shard."""
+KEY_COLUMN = "__where__"
+"""Column of every row: the shard and the name of the row in it."""
+PARQUET_BATCH_ROWS = 64
+"""Rows of a Parquet file that are converted to Python objects at a time."""
+MAX_SAMPLE_BYTES = MAX_FILE_BYTES + (1 << 20)
+"""Maximum size of a sample of a tar, all its members together, and of a row of a Parquet file."""
+MAX_TEXT_BYTES = 1 << 24
+"""Maximum size of a text member: .txt, .json."""
+MAX_HEADER_BYTES = 1 << 14
+"""Maximum size of the header of a tar member: a long name, attributes."""
 
-TEXTS = ("txt", "text", "json")
+TEXT_EXTENSIONS = ("txt", "text", "json")
 
 Row = dict[str, Any]
 
 
 def is_url(source: str) -> bool:
-    """Whether a source lies where fsspec has to read it (``s3://``, ``gs://``, ``hf://`` ...)."""
+    """Return whether a source is a URL, which fsspec reads (``s3://``, ``gs://``, ``hf://`` ...)."""
     return "://" in source
 
 
 def expand_files(pattern: str) -> list[str]:
-    """Files that a path or a URL with ``{000..127}`` ranges and globs stands for, sorted.
+    """Return the files that a path or URL with globs and ``{000..127}`` ranges stands for, sorted.
 
-    Those of a range of URLs are not looked for, which would take a request each.
+    Files of a range of URLs are not checked for existence, which would take a request for each.
+
+    Raises:
+        InputError: no file matches.
     """
     span = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if span:
@@ -68,9 +71,10 @@ def expand_files(pattern: str) -> list[str]:
     elif path.is_file():
         return [str(path)]
     else:
-        names = (path.name, path.name.replace("[", "[[]"))  # brackets are also part of names
-        there = (path.parent.glob(name) for name in names) if path.parent.is_dir() else ()
-        found = (sorted(str(file) for file in each if file.is_file()) for each in there)  # no pipe, which never ends
+        names = (path.name, path.name.replace("[", "[[]"))  # names may contain brackets
+        matches = (path.parent.glob(name) for name in names) if path.parent.is_dir() else ()
+        # A pipe, whose reading may never end, is not a file.
+        found = (sorted(str(file) for file in group if file.is_file()) for group in matches)
         files = next(filter(None, found), [])
     if not files:
         raise InputError(f"no file {pattern!r}: check the path of the data")
@@ -81,43 +85,47 @@ def _expand_url(pattern: str) -> list[str]:
     if not re.search(r"[*?[]", pattern):
         return [pattern]
     try:
-        files, folder = fsspec.url_to_fs(pattern)
-        return sorted(files.unstrip_protocol(name) for name in files.glob(folder))
-    except Exception as error:  # each store raises its own
-        raise unreadable(pattern, error) from error
+        filesystem, path = fsspec.url_to_fs(pattern)
+        return sorted(filesystem.unstrip_protocol(name) for name in filesystem.glob(path))
+    except Exception as error:  # each file system raises its own
+        raise unreadable_source(pattern, error) from error
 
 
-def unreadable(source: str, error: BaseException) -> InputError:
-    """Says in a line why a source cannot be read."""
+def unreadable_source(source: str, error: BaseException) -> InputError:
+    """Return the error for a source that cannot be read, in one line."""
     while error.__cause__ is not None and not isinstance(error, InputError):
         error = error.__cause__
     return InputError(f"data source {source!r} cannot be read: {' '.join(str(error).split()).rstrip('.')}")
 
 
 def stream_shards(shards: list[str]) -> datasets.IterableDataset:
-    """The rows of files, by path or URL, as a stream that the datasets library shuffles by files, deals out and
-    continues."""
-    return datasets.IterableDataset.from_generator(_read, gen_kwargs={"shards": shards})
+    """Return the rows of files, by path or URL, as a stream that the datasets library shuffles, splits and resumes."""
+    return datasets.IterableDataset.from_generator(_read_shards, gen_kwargs={"shards": shards})
 
 
-def _read(shards: list[str]) -> Iterator[Row]:
+def _read_shards(shards: list[str]) -> Iterator[Row]:
     for shard in shards:
-        if is_text_table(shard):  # an error of its text is raised: what follows it cannot be trusted
+        if is_text_table(shard):  # errors are raised: the text after a mistake cannot be trusted
             yield from read_text_table(shard)
             continue
-        begins = True
-        for row in read_shard(shard):
-            yield {**row, KEY: f"{shard} {row[KEY]}" if KEY in row else shard, BEGINS: begins}
-            begins = False
+        for number, row in enumerate(read_shard(shard)):
+            key = f"{shard} {row[KEY_COLUMN]}" if KEY_COLUMN in row else shard
+            yield {**row, KEY_COLUMN: key, STARTS_SHARD_COLUMN: number == 0}
 
 
 def read_shard(shard: str) -> Iterator[Row]:
-    """The rows of one shard, each with its name under :data:`KEY`; a broken one ends with a row that says so."""
+    """Read the rows of one shard, each with its name in :data:`KEY_COLUMN`.
+
+    If the shard is damaged, the last row has only :data:`ERROR_COLUMN`.
+    """
     try:
         with fsspec.open(shard, "rb") as file:
             yield from _read_parquet(file) if shard.lower().endswith(".parquet") else _read_tar(file)
-    except Exception as error:  # each store and each parser raises its own
-        yield {BROKEN: " ".join(str(error).split()) or type(error).__name__}
+    except Exception as error:  # each file system and each parser raises its own
+        yield {ERROR_COLUMN: " ".join(str(error).split()) or type(error).__name__}
+
+
+# -- Parquet ---------------------------------------------------------------------------------------------------------
 
 
 def _read_parquet(file: Any) -> Iterator[Row]:
@@ -125,48 +133,54 @@ def _read_parquet(file: Any) -> Iterator[Row]:
     schema = parquet.schema_arrow
     columns = datasets.Features.from_arrow_schema(schema) if b"huggingface" in (schema.metadata or {}) else {}
     classes = {name: names for name, feature in columns.items() if (names := class_names(feature))}
-    for batch in parquet.iter_batches(AT_ONCE):
-        for part in _small_enough(batch):
+    for batch in parquet.iter_batches(PARQUET_BATCH_ROWS):
+        for part in _split_large(batch):
             for row in part.to_pylist():
-                named = {name: name_classes(row[name], names) for name, names in classes.items()}
-                yield {**_unmarked(row), **named, KEY: f"row {number}"}
+                named = {name: labels_to_names(row[name], names) for name, names in classes.items()}
+                yield {**_without_reserved(row), **named, KEY_COLUMN: f"row {number}"}
                 number += 1
 
 
-def _small_enough(batch: pyarrow.RecordBatch) -> Iterator[pyarrow.RecordBatch]:
-    """The rows of a batch, together where they are small; else one by one, so that one at a time becomes objects."""
-    repeats = any(pyarrow.types.is_dictionary(kind) for kind in batch.schema.types)  # a value that many rows share
-    if batch.nbytes <= MAX_SAMPLE and not repeats:
+def _split_large(batch: pyarrow.RecordBatch) -> Iterator[pyarrow.RecordBatch]:
+    """Yield a small batch whole and a large one row by row, which limits the memory for Python objects."""
+    repeats = any(pyarrow.types.is_dictionary(kind) for kind in batch.schema.types)  # rows may share a value
+    if batch.nbytes <= MAX_SAMPLE_BYTES and not repeats:
         yield batch
         return
     for number in range(len(batch)):
         row = batch.slice(number, 1)
-        if row.nbytes > MAX_SAMPLE:
-            raise InputError(f"a row has {row.nbytes:,} bytes, expected at most {MAX_SAMPLE:,}")
+        if row.nbytes > MAX_SAMPLE_BYTES:
+            raise InputError(f"a row has {row.nbytes:,} bytes, expected at most {MAX_SAMPLE_BYTES:,}")
         yield row
 
 
-def _unmarked(row: Row) -> Row:
-    """A row without columns of the names by which this module says something of a row."""
-    return {name: value for name, value in row.items() if name not in (BROKEN, BEGINS, KEY)}
+def _without_reserved(row: Row) -> Row:
+    """Return a row without columns that have the reserved names of this module."""
+    return {name: value for name, value in row.items() if name not in (ERROR_COLUMN, STARTS_SHARD_COLUMN, KEY_COLUMN)}
 
 
-class _Before:
-    """A stream with bytes before it that were read already."""
+# -- tar -------------------------------------------------------------------------------------------------------------
 
-    def __init__(self, read: bytes, stream: Any) -> None:
-        self._read, self._stream = read, stream
+
+class _PrefixedStream:
+    """A stream preceded by bytes that were read from it before."""
+
+    def __init__(self, prefix: bytes, stream: Any) -> None:
+        self._prefix, self._stream = prefix, stream
 
     def read(self, size: int) -> bytes:
-        read, self._read = self._read, b""
-        return read or self._stream.read(size)
+        prefix, self._prefix = self._prefix, b""
+        return prefix or self._stream.read(size)
 
     def tell(self) -> int:
         return self._stream.tell()
 
 
-class _Header(tarfile.TarInfo):
-    """Notes why an archive has no further member: tarfile takes damage behind the first for its end."""
+class _SafeTarInfo(tarfile.TarInfo):
+    """A header that refuses dangerous members, and records on the archive why reading ended (``ended_by``).
+
+    tarfile itself treats damage after the first member as the end of the archive.
+    """
 
     @classmethod
     def fromtarfile(cls, tarfile: Any) -> Any:
@@ -177,84 +191,86 @@ class _Header(tarfile.TarInfo):
             raise
 
     def _proc_member(self, tarfile: Any) -> Any:
-        """Refuse what a kilobyte can say and no memory can hold, before it is read."""
-        about = self.type in (b"L", b"K", b"x", b"g", b"X")  # a long name, attributes: read whole as a header
-        if about and not 0 <= self.size <= MAX_HEADER:
-            raise ValueError(f"a header of {self.size:,} bytes, expected at most {MAX_HEADER:,}")
+        """Refuse a header whose stated size would not fit in memory before it is read."""
+        is_extension = self.type in (b"L", b"K", b"x", b"g", b"X")  # a long name or attributes, which are read whole
+        if is_extension and not 0 <= self.size <= MAX_HEADER_BYTES:
+            raise ValueError(f"a header of {self.size:,} bytes, expected at most {MAX_HEADER_BYTES:,}")
         return super()._proc_member(tarfile)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _proc_pax(self, tarfile: Any) -> Any:
-        """tarfile searches attributes with an expression that takes minutes over a long row of digits."""
+        """Refuse attributes with a long run of digits, for which the regular expression of tarfile takes minutes."""
         stream = tarfile.fileobj
         attributes = stream.read(self._block(self.size))  # pyright: ignore[reportAttributeAccessIssue]
         if re.search(rb"\d{1000}", attributes):
             raise ValueError("an attribute with a number of a thousand digits")
-        tarfile.fileobj = _Before(attributes, stream)
+        tarfile.fileobj = _PrefixedStream(attributes, stream)
         try:
             return super()._proc_pax(tarfile)  # pyright: ignore[reportAttributeAccessIssue]
         finally:
             tarfile.fileobj = stream
 
     def _refuse(self, *_: Any) -> Any:
-        raise ValueError(f"{self.name} is a sparse file, whose holes would be filled: pack it again without --sparse")
+        raise ValueError(
+            f"{self.name} is a sparse file, whose holes would be filled: create the archive again without --sparse"
+        )
 
     _proc_sparse = _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _refuse
 
 
 def _read_tar(file: Any) -> Iterator[Row]:
-    """Samples are members with the same name up to its first dot, one behind the other."""
+    """Read samples: consecutive members whose names are equal up to the first dot."""
     sample: Row = {}
-    whole: set[str] = set()
+    last_columns: set[str] = set()
     size = 0
-    with tarfile.open(fileobj=file, mode="r|", tarinfo=_Header, bufsize=1 << 20) as tar:
+    with tarfile.open(fileobj=file, mode="r|", tarinfo=_SafeTarInfo, bufsize=1 << 20) as tar:
         for member in tar:
-            tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  or it would hold all it has seen
+            tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  it would keep every member it has read
             folder, slash, name = member.name.rpartition("/")
-            name, dot, kind = name.partition(".")
+            name, dot, extension = name.partition(".")
             content = tar.extractfile(member) if member.isfile() and name and dot else None
-            if content is None:  # a folder, a link, or nothing that belongs to a sample
+            if content is None:  # a folder, a link, or a file that belongs to no sample
                 continue
-            key, kind = folder + slash + name, kind.lower()
-            if sample and (sample[KEY] != key or kind in sample):
-                whole = set(sample)
-                yield _complete(sample)
+            key, extension = folder + slash + name, extension.lower()
+            if sample and (sample[KEY_COLUMN] != key or extension in sample):
+                last_columns = set(sample)
+                yield _to_row(sample)
                 sample, size = {}, 0
             size += member.size
-            _check_member(member, kind, size)
-            sample |= {KEY: key, kind: content.read()}
-        # What is held when an archive breaks off is a sample if it has all that the one before it had.
+            _check_member(member, extension, size)
+            sample |= {KEY_COLUMN: key, extension: content.read()}
+        # At damage, the last sample is used if it has all columns of the one before it.
         ended_by: Exception = tar.ended_by  # pyright: ignore[reportAttributeAccessIssue]
         is_whole = isinstance(ended_by, tarfile.EOFHeaderError)  # pyright: ignore[reportAttributeAccessIssue]
-        if sample and (is_whole or (whole and set(sample) >= whole)):
-            yield _complete(sample)
+        if sample and (is_whole or (last_columns and set(sample) >= last_columns)):
+            yield _to_row(sample)
         if not is_whole:
-            where = f" behind {sample[KEY]}" if sample else ""
+            where = f" after {sample[KEY_COLUMN]}" if sample else ""
             reason = f" ({ended_by})" if str(ended_by) else ""
             raise tarfile.ReadError(f"it breaks off{where}{reason}")
 
 
-def _check_member(member: tarfile.TarInfo, kind: str, size: int) -> None:
-    limit = MAX_TEXT if kind in TEXTS else MAX_SAMPLE
-    if not 0 <= member.size <= limit or size > MAX_SAMPLE:
+def _check_member(member: tarfile.TarInfo, extension: str, size: int) -> None:
+    limit = MAX_TEXT_BYTES if extension in TEXT_EXTENSIONS else MAX_SAMPLE_BYTES
+    if not 0 <= member.size <= limit or size > MAX_SAMPLE_BYTES:
         raise InputError(
-            f"{member.name} has {member.size:,} bytes, expected at most {limit:,}, and {MAX_SAMPLE:,} with the other"
-            " members of its sample"
+            f"{member.name} has {member.size:,} bytes, expected at most {limit:,}, and {MAX_SAMPLE_BYTES:,} with the"
+            " other members of its sample"
         )
 
 
-def _complete(sample: Row) -> Row:
-    """The columns of a sample: its members, what its .json says, and its picture as ``image``."""
+def _to_row(sample: Row) -> Row:
+    """Convert a sample to a row: its members, the values of its .json, and its image as ``image``."""
     row: Row = {}
-    said: Any = None
-    for kind, content in sample.items():
-        if kind == "json":
-            with contextlib.suppress(ValueError, RecursionError):  # then it says nothing
-                said = DECODER.decode(decode_text(content))
-        elif kind in TEXTS:
-            row[kind] = decode_text(content)
+    values: Any = None
+    for extension, content in sample.items():
+        if extension == "json":
+            with contextlib.suppress(ValueError, RecursionError):  # a .json that cannot be parsed is ignored
+                values = JSON_DECODER.decode(decode_text(content))
+        elif extension in TEXT_EXTENSIONS:
+            row[extension] = decode_text(content)
         else:
-            row[kind] = content
-    images = [kind for kind in row if f".{kind}" in IMAGE_SUFFIXES]
+            row[extension] = content
+    images = [extension for extension in row if f".{extension}" in IMAGE_SUFFIXES]
     if images and "image" not in row:
-        row["image"] = row[next((kind for kind in images if f".{kind}" in USUAL_SUFFIXES), images[0])]
-    return {**_unmarked(said), **row} if isinstance(said, dict) else row
+        row["image"] = row[next((each for each in images if f".{each}" in COMMON_SUFFIXES), images[0])]
+    return {**_without_reserved(values), **row} if isinstance(values, dict) else row

@@ -1,4 +1,4 @@
-"""Worker processes that make ready what the training process needs next."""
+"""Worker processes that load data ahead of the training process."""
 
 from __future__ import annotations
 
@@ -21,114 +21,118 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from blip2.errors import InputError
 
-Made = TypeVar("Made")
-
+T = TypeVar("T")
 
 SHARED_MEMORY = "/dev/shm"
-"""Where Linux keeps what processes share."""
-DEATHS = 3
-"""So many times in a row workers may be killed before a batch comes through."""
+"""Folder of shared memory on Linux."""
+MAX_WORKER_FAILURES = 3
+"""Number of consecutive times that workers may be killed before loading fails."""
 
 
-def load(items: Iterator[Any], dataset: Dataset[Made], workers: int) -> Iterator[Made]:
-    """``dataset[item]`` of every item, in order, made in `workers` processes beside this one (0: within it).
+def prefetch(indices: Iterator[Any], dataset: Dataset[T], num_workers: int) -> Iterator[T]:
+    """Yield ``dataset[index]`` for every index, in order.
 
-    Workers that are killed are replaced, and what they had not delivered is made again: nothing is lost.
+    Workers that are killed are replaced, and the items that they had not delivered are loaded again.
+
+    Args:
+        num_workers: number of worker processes; 0 loads in this process.
 
     Raises:
-        InputError: while reading: they are killed again and again.
+        InputError: while iterating, if workers are killed :data:`MAX_WORKER_FAILURES` times in a row.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are parallel already
-    under_way: deque[Any] = deque()
+    in_flight: deque[Any] = deque()
 
-    def note() -> Iterator[Any]:
-        for item in items:
-            under_way.append(item)
-            yield item
+    def track() -> Iterator[Any]:
+        for index in indices:
+            in_flight.append(index)
+            yield index
 
-    new = note()
-    return _replacing(
-        _start(new, dataset, workers), lambda: _start(chain(list(under_way), new), dataset, workers), under_way
+    new = track()
+    return _with_restarts(
+        _start(new, dataset, num_workers),
+        lambda: _start(chain(list(in_flight), new), dataset, num_workers),
+        in_flight,
     )
 
 
-def _replacing(made: Iterator[Made], start_anew: Callable[[], Iterator[Made]], under_way: deque[Any]) -> Iterator[Made]:
-    deaths = 0
+def _with_restarts(items: Iterator[T], restart: Callable[[], Iterator[T]], in_flight: deque[Any]) -> Iterator[T]:
+    failures = 0
     while True:
         try:
-            for one in made:
-                under_way.popleft()
-                deaths = 0
-                yield one
+            for item in items:
+                in_flight.popleft()
+                failures = 0
+                yield item
             return
         except RuntimeError as error:
-            if not _WORKER_DIED.search(str(error)):
+            if not _WORKER_KILLED.search(str(error)):
                 raise
-            made = iter(())  # ends those that are left
-            deaths += 1
-            if deaths == DEATHS:
+            items = iter(())  # ends the workers that are left
+            failures += 1
+            if failures == MAX_WORKER_FAILURES:
                 raise InputError(
-                    f"the processes that decode images were killed {DEATHS} times in a row ({error}): most often memory"
-                    " runs out; lower data.num_workers or data.batch_size, and go on with --resume"
+                    f"the processes that decode images were killed {MAX_WORKER_FAILURES} times in a row ({error}):"
+                    " usually memory runs out; lower data.num_workers or data.batch_size, and rerun with --resume"
                 ) from error
-        made = start_anew()
+        items = restart()
 
 
-_WORKER_DIED = re.compile(r"^DataLoader worker \(pid\(?s?\)? [\d, ]+\) (exited unexpectedly|is killed by signal)")
+_WORKER_KILLED = re.compile(r"^DataLoader worker \(pid\(?s?\)? [\d, ]+\) (exited unexpectedly|is killed by signal)")
 
 
-def _start(items: Iterator[Any], dataset: Dataset[Made], workers: int) -> Iterator[Made]:
+def _start(indices: Iterator[Any], dataset: Dataset[T], num_workers: int) -> Iterator[T]:
     loader = DataLoader(
         dataset,
-        sampler=_Items(items),
+        sampler=_IteratorSampler(indices),
         batch_size=None,
-        num_workers=workers,
-        collate_fn=_as_is,
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=_begin,
-        generator=torch.Generator(),  # or starting would draw from the one that dropout draws from
+        num_workers=num_workers,
+        collate_fn=_identity,
+        prefetch_factor=4 if num_workers else None,
+        worker_init_fn=_init_worker,
+        generator=torch.Generator(),  # otherwise starting would advance the default generator, which dropout uses
     )
     handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-    made = iter(loader)
-    # torch's own handler would raise wherever the training process is; without it a death shows when it is waited for.
+    items = iter(loader)
+    # PyTorch's handler would raise at any point of the training process. Without it the loader raises when it waits for
+    # a worker that was killed.
     if handler is not None and current_thread() is main_thread():
         signal.signal(signal.SIGCHLD, handler)
-    return made
+    return items
 
 
-def _begin(worker: int) -> None:
-    _outlive_signals(worker)
-    ForkingPickler.register(torch.Tensor, _send)
+def _init_worker(worker_id: int) -> None:
+    _ignore_signals()
+    ForkingPickler.register(torch.Tensor, _reduce_tensor)
 
 
-def _send(tensor: torch.Tensor) -> Any:
-    """Send a tensor to the training process: through shared memory, as torch does, or within the pipe where that has
-    too little room.
+def _reduce_tensor(tensor: torch.Tensor) -> Any:
+    """Pickle a tensor: through shared memory as PyTorch does, or through the pipe if shared memory is too small.
 
-    A container has 64 MB of shared memory unless it is told otherwise. A worker that finds it full cannot say so: it is
-    killed, or its batch never arrives.
+    A container has 64 MB of shared memory by default. A worker that exceeds it is killed without an error message, or
+    its batch never arrives.
     """
     info = get_worker_info()
     try:
-        room = shutil.disk_usage(SHARED_MEMORY).free
-    except OSError:  # another system
+        free = shutil.disk_usage(SHARED_MEMORY).free
+    except OSError:  # not Linux
         return reduce_tensor(tensor)
-    # All workers may look at the same time, before any of them writes.
-    if info is None or 2 * info.num_workers * tensor.nbytes < room:
+    # All workers may check at the same time, before any of them writes.
+    if info is None or 2 * info.num_workers * tensor.nbytes < free:
         return reduce_tensor(tensor)
     content = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return _receive, (content, tensor.dtype, tensor.shape)
+    return _rebuild_tensor, (content, tensor.dtype, tensor.shape)
 
 
-def _receive(content: Any, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
+def _rebuild_tensor(content: Any, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
     return torch.from_numpy(content).view(dtype).reshape(shape)
 
 
-def _outlive_signals(worker: int) -> None:
-    """Leave it to the training process what SIGINT, SIGHUP and SIGTERM do.
+def _ignore_signals() -> None:
+    """Ignore SIGINT, SIGHUP and SIGTERM, which the training process handles.
 
-    Ctrl-C, terminals that are closed and schedulers signal every process of a run, but without its workers it could not
-    finish a step.
+    Ctrl-C, a closed terminal and schedulers signal every process of a run, but the training process needs its workers
+    to finish a step.
     """
     for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):
@@ -136,25 +140,25 @@ def _outlive_signals(worker: int) -> None:
     parent = parent_process()
     if parent is not None and sys.platform == "linux":
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        Thread(target=_obey, args=(parent.pid,), daemon=True).start()
+        Thread(target=_exit_on_sigterm_of, args=(parent.pid,), daemon=True).start()
 
 
-def _obey(parent: int | None) -> None:
-    """End this process at a SIGTERM of its parent; others are ignored."""
+def _exit_on_sigterm_of(parent: int | None) -> None:
+    """Wait for SIGTERM from the parent process and exit; those from other processes are ignored."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
 
 
-class _Items:
-    """An iterator where DataLoader expects a sampler."""
+class _IteratorSampler:
+    """An iterator in the place of a sampler of DataLoader."""
 
-    def __init__(self, items: Iterator[Any]) -> None:
-        self.items = items
+    def __init__(self, indices: Iterator[Any]) -> None:
+        self.indices = indices
 
     def __iter__(self) -> Iterator[Any]:
-        return self.items
+        return self.indices
 
 
-def _as_is(made: Any) -> Any:
-    return made
+def _identity(item: Any) -> Any:
+    return item

@@ -1,10 +1,10 @@
-"""A frozen LLM that has read prompts and goes on reading what is written after them, token by token.
+"""Token-by-token decoding with a frozen LLM, whose key-value cache is shared between sequences.
 
-It reads a prompt once, however many texts are written after it, and the soft visual prompt of a picture once, however
-many prompts begin with it. What it keeps of them are the keys and values of its attention.
+Each prompt is computed once however many sequences continue it, and each soft visual prompt once however many prompts
+begin with it.
 
-Legend: I pictures, B prompts, N rows (a row is one text being written), Q queries, T text tokens, L width of the LLM,
-V vocabulary.
+Shapes: I images, B prompts, N rows (each row is one sequence), Q queries, T text tokens, L width of the LLM, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -21,109 +21,116 @@ from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutput
 
-ALIBI = {"bloom", "mpt"}
-"""LLMs that look at distances between tokens and so need no positions."""
-ROOM = 16
-"""Tokens that keys and values have room for before they are copied to where there is more."""
+ALIBI_MODEL_TYPES = {"bloom", "mpt"}
+"""LLMs that encode distances between tokens (ALiBi) and so need no position ids."""
+CACHE_GROWTH = 16
+"""Number of tokens by which the buffers of a key-value cache grow, so that they are rarely copied."""
 
 
 @dataclass(frozen=True)
-class Prompts:
-    """What the LLM is to continue: for each prompt a picture, then text."""
+class PromptBatch:
+    """A batch of prompts, each a soft visual prompt followed by text."""
 
-    visual: Float[Tensor, "I Q L"]
-    """Soft visual prompts."""
-    text: Float[Tensor, "B T L"]
+    visual_prompts: Float[Tensor, "I Q L"]
+    text_embeds: Float[Tensor, "B T L"]
     """Embeddings of the text, padded on the right. T may be 0."""
-    ids: Int[Tensor, "B T"]
-    """Tokens of the text."""
-    mask: Bool[Tensor, "B T"]
-    """True where there is text."""
-    image_of: Int[Tensor, "B"]
-    """The row of `visual` that each prompt belongs to."""
+    input_ids: Int[Tensor, "B T"]
+    """Token ids of the text."""
+    attention_mask: Bool[Tensor, "B T"]
+    """True for text, False for padding."""
+    image_index: Int[Tensor, "B"]
+    """Row of `visual_prompts` that each prompt begins with."""
 
-    def joined(self) -> tuple[Float[Tensor, "B S L"], Bool[Tensor, "B S"]]:
-        """The visual prompt before each text (S = Q + T), and the mask of both."""
-        visual = self.visual[self.image_of]
-        seen = self.mask.new_ones(visual.shape[:2])
-        return torch.cat([visual, self.text], dim=1), torch.cat([seen, self.mask], dim=1)
+    def inputs_embeds(self) -> tuple[Float[Tensor, "B S L"], Bool[Tensor, "B S"]]:
+        """Return the embeddings of visual prompt and text (S = Q + T), and their attention mask."""
+        visual = self.visual_prompts[self.image_index]
+        visual_mask = self.attention_mask.new_ones(visual.shape[:2])
+        return torch.cat([visual, self.text_embeds], dim=1), torch.cat([visual_mask, self.attention_mask], dim=1)
 
-    def rows(self, which: Int[Tensor, "N"]) -> Prompts:
-        """Some of the prompts, without columns that are padding in all of them."""
-        columns = int(self.mask[which].sum(dim=1).max()) if len(which) else 0
-        image, image_of = self.image_of[which].unique(return_inverse=True)
-        text, ids, mask = (each[which, :columns] for each in (self.text, self.ids, self.mask))
-        return Prompts(self.visual[image], text, ids, mask, image_of)
+    def select(self, rows: Int[Tensor, "N"]) -> PromptBatch:
+        """Return some of the prompts, without the columns that are padding in all of them."""
+        length = int(self.attention_mask[rows].sum(dim=1).max()) if len(rows) else 0
+        images, image_index = self.image_index[rows].unique(return_inverse=True)
+        text_embeds, input_ids, attention_mask = (
+            each[rows, :length] for each in (self.text_embeds, self.input_ids, self.attention_mask)
+        )
+        return PromptBatch(self.visual_prompts[images], text_embeds, input_ids, attention_mask, image_index)
 
 
-def beside_embeddings(
-    network: Any, visual: int, ids: Int[Tensor, "B T"], embeddings: Float[Tensor, "B S L"]
+def per_layer_inputs(
+    network: Any, num_visual_tokens: int, input_ids: Int[Tensor, "B T"], inputs_embeds: Float[Tensor, "B S L"]
 ) -> dict[str, Tensor]:
-    """Return what an LLM has to be given beside the embeddings of a text, because it looks tokens up more than once.
+    """Return the inputs that an LLM needs besides ``inputs_embeds`` because each of its layers embeds the tokens.
 
-    That is ``per_layer_inputs`` for those with an embedding in each layer (Gemma 3n, Gemma 4 E2B and E4B). A visual
-    prompt counts as padding there, as the images do in transformers' own models.
+    That is ``per_layer_inputs`` of Gemma 3n and Gemma 4 E2B and E4B. The visual prompt counts as padding there, as
+    images do in transformers' own models.
 
     Args:
-        visual: number of embeddings before those of `ids`.
+        network: the LLM.
+        num_visual_tokens: number of embeddings before those of `input_ids`.
+        input_ids: token ids of the text.
+        inputs_embeds: embeddings of visual prompt and text.
     """
-    if not has_embeddings_in_layers(network):
+    if not has_per_layer_embeddings(network):
         return {}
-    blank = ids.new_full((len(ids), visual), blank_token(network))
-    look_up = network.get_decoder().get_per_layer_inputs
-    ids = torch.cat([blank, ids], dim=1)
-    by_both = "inputs_embeds" in inspect.signature(look_up).parameters
-    return {"per_layer_inputs": look_up(ids, embeddings) if by_both else look_up(ids)}
+    padding = input_ids.new_full((len(input_ids), num_visual_tokens), get_pad_token_id(network))
+    embed = network.get_decoder().get_per_layer_inputs
+    input_ids = torch.cat([padding, input_ids], dim=1)
+    takes_embeds = "inputs_embeds" in inspect.signature(embed).parameters
+    return {"per_layer_inputs": embed(input_ids, inputs_embeds) if takes_embeds else embed(input_ids)}
 
 
 def text_config(config: Any) -> Any:
-    """Return the part of a configuration that is of the text: all of it but for LLMs that read images by themselves."""
+    """Return the text part of a configuration, which is all of it unless the LLM has an image encoder of its own."""
     return config if config.is_encoder_decoder else config.get_text_config()
 
 
-def has_embeddings_in_layers(network: Any) -> bool:
-    """Return whether an LLM looks tokens up in each layer (Gemma 3n, Gemma 4 E2B and E4B)."""
+def has_per_layer_embeddings(network: Any) -> bool:
+    """Return whether each layer of an LLM embeds the tokens (Gemma 3n, Gemma 4 E2B and E4B)."""
     return bool(getattr(text_config(network.config), "hidden_size_per_layer_input", None))
 
 
-def blank_token(network: Any) -> int:
-    """Return the token that stands where there is none: that of padding, or else the first."""
+def get_pad_token_id(network: Any) -> int:
+    """Return the id of the padding token, or 0 if the LLM has none."""
     token = getattr(text_config(network.config), "pad_token_id", None)
     return token if isinstance(token, int) and token >= 0 else 0
 
 
-def forward(network: Any, columns: Int[Tensor, "C"] | None = None, **arguments: Any) -> Float[Tensor, "B C V"]:
-    """Run an LLM over whole texts, without anything kept of an earlier pass or for a later one.
+def forward_without_cache(
+    network: Any, logits_to_keep: Int[Tensor, "C"] | None = None, **kwargs: Any
+) -> Float[Tensor, "B C V"]:
+    """Run an LLM over whole sequences without a key-value cache.
 
     Args:
-        columns: of which logits are wanted, in rising order and not all of them; None: all.
-        arguments: of its own ``forward``; those that it does not have are left out.
+        network: the LLM.
+        logits_to_keep: columns whose logits are returned, in rising order and not all of them; None: all columns.
+        kwargs: arguments of the LLM's ``forward``; those that it does not have are left out.
     """
-    known = set(inspect.signature(network.forward).parameters) | {"per_layer_inputs"}
-    arguments = {name: value for name, value in {**arguments, "use_cache": False}.items() if name in known}
-    if columns is None:
-        return network(**arguments).logits
-    if "logits_to_keep" in known:
-        return network(**arguments, logits_to_keep=columns).logits
-    return network(**arguments).logits[:, columns]
+    accepted = set(inspect.signature(network.forward).parameters) | {"per_layer_inputs"}
+    kwargs = {name: value for name, value in {**kwargs, "use_cache": False}.items() if name in accepted}
+    if logits_to_keep is None:
+        return network(**kwargs).logits
+    if "logits_to_keep" in accepted:
+        return network(**kwargs, logits_to_keep=logits_to_keep).logits
+    return network(**kwargs).logits[:, logits_to_keep]
 
 
-def is_supported(network: Any) -> bool:
-    """Whether what an LLM keeps of a text may be the keys and values of each row, and no more.
+def supports_kv_cache(network: Any) -> bool:
+    """Return whether keys and values may be all that an LLM caches.
 
-    Not so for recurrent LLMs (Mamba and its hybrids), for those with steps of their own before each pass, and for those
-    that cannot be told the positions of tokens. Whether it is really so is tried in :mod:`blip2.backbones.checks`.
+    This is false for recurrent LLMs (Mamba and its hybrids), for those with generation hooks of their own, and for
+    those that do not accept position ids. :mod:`blip2.backbones.checks` verifies the result by running the LLM.
     """
     config = network.config
-    needed = {"attention_mask", "past_key_values", "use_cache"}
+    required = {"attention_mask", "past_key_values", "use_cache"}
     if config.is_encoder_decoder:
-        needed |= {"decoder_input_ids", "encoder_outputs"}
+        required |= {"decoder_input_ids", "encoder_outputs"}
         if network.generation_config.decoder_start_token_id is None:
             return False
     else:
-        needed |= {"input_ids", "inputs_embeds"}
-        if config.model_type not in ALIBI:  # others would number tokens by column, padding too
-            needed |= {"position_ids"}
+        required |= {"input_ids", "inputs_embeds"}
+        if config.model_type not in ALIBI_MODEL_TYPES:  # others would number tokens by column, including padding
+            required |= {"position_ids"}
     hooks = (
         "generate",
         "prepare_inputs_for_generation",
@@ -133,242 +140,254 @@ def is_supported(network: Any) -> bool:
     )
     layers = DynamicCache(config=config.get_text_config(decoder=True)).layers
     return (
-        needed <= set(inspect.signature(network.forward).parameters)
+        required <= set(inspect.signature(network.forward).parameters)
         and all(getattr(type(network), hook, None) is getattr(GenerationMixin, hook, None) for hook in hooks)
         and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
     )
 
 
-class Reader(ABC):
-    """An LLM that has read the prompts, a row each, and goes on reading a token a row."""
+class IncrementalDecoder(ABC):
+    """An LLM that has computed a batch of prompts, one per row, and continues them one token at a time."""
 
     logits: Float[Tensor, "N V"]
-    """Of the token that comes next in each row."""
-    start: int | None = None
-    """The token that each text begins with, if there is one."""
+    """Logits of the next token of each row."""
+    decoder_start_token_id: int | None = None
+    """The token that each generated sequence begins with, for encoder-decoders."""
 
-    def __init__(self, network: Any, prompts: Prompts) -> None:
+    def __init__(self, network: Any, prompts: PromptBatch) -> None:
         self.network = network
-        self._prompt = torch.arange(len(prompts.text), device=prompts.text.device)  # of each row
+        self._prompt_index = torch.arange(len(prompts.text_embeds), device=prompts.text_embeds.device)  # of each row
 
-    def read(self, tokens: Int[Tensor, "M"], rows: Int[Tensor, "M"]) -> None:
-        """Read a token after each of these rows: one that is left out is gone, one that repeats goes on twice."""
-        prompt = self._prompt[rows]
-        if not torch.equal(prompt, self._prompt):
-            self._prompt = prompt
-            self._select(rows)
+    def step(self, tokens: Int[Tensor, "M"], rows: Int[Tensor, "M"]) -> None:
+        """Append a token to each of the given rows, which become the rows of the batch.
+
+        Args:
+            tokens: the token to append to each row.
+            rows: indices of the current rows. A row that is missing is dropped, a row that repeats is duplicated.
+        """
+        prompt_index = self._prompt_index[rows]
+        if not torch.equal(prompt_index, self._prompt_index):
+            self._prompt_index = prompt_index
+            self._reorder(rows)
         elif not torch.equal(rows, torch.arange(len(rows), device=rows.device)):
-            self._exchange(rows)
-        self._read(tokens)
+            self._reorder_suffix(rows)
+        self._step(tokens)
 
     @abstractmethod
-    def _read(self, tokens: Int[Tensor, "N"]) -> None:
-        """Read a token a row."""
+    def _step(self, tokens: Int[Tensor, "N"]) -> None:
+        """Append a token to each row."""
 
     @abstractmethod
-    def _select(self, rows: Int[Tensor, "M"]) -> None:
-        """Keep these rows."""
+    def _reorder(self, rows: Int[Tensor, "M"]) -> None:
+        """Select rows of the batch."""
 
     @abstractmethod
-    def _exchange(self, rows: Int[Tensor, "N"]) -> None:
-        """Keep these rows, which have the same prompts as before: only what comes after those differs."""
+    def _reorder_suffix(self, rows: Int[Tensor, "N"]) -> None:
+        """Select rows that have the same prompts as the current ones, so that only generated tokens differ."""
 
 
-class DecoderOnlyReader(Reader):
-    """Of a decoder-only LLM."""
+class CausalLMDecoder(IncrementalDecoder):
+    """Incremental decoding with a decoder-only LLM."""
 
-    def __init__(self, network: Any, prompts: Prompts) -> None:
+    def __init__(self, network: Any, prompts: PromptBatch) -> None:
         super().__init__(network, prompts)
         parameters = inspect.signature(network.forward).parameters
-        self._takes_positions = "position_ids" in parameters
-        self._takes_places = "logits_to_keep" in parameters
-        # Of all that was read, also where the LLM looks at a window of it: some of that may still be padding.
+        self._accepts_position_ids = "position_ids" in parameters
+        self._accepts_logits_to_keep = "logits_to_keep" in parameters
+        # The cache keeps all tokens even for an LLM with a sliding window, since some tokens in it may be padding.
         self._cache: Any = DynamicCache()
-        if len(prompts.visual) < len(prompts.text):
-            self._read_visual_prompts_once(prompts)
+        if len(prompts.visual_prompts) < len(prompts.text_embeds):
+            self._prefill_shared_visual_prompts(prompts)
         else:
-            inputs, seen = prompts.joined()
-            self._mask = seen[:, :0]
-            beside = beside_embeddings(network, prompts.visual.shape[1], prompts.ids, inputs)
-            self._run(seen, inputs_embeds=inputs, **beside)
-        self._move_padding_to_the_front()
-        self._cache.layers = [PromptLayer(layer.keys, layer.values) for layer in self._cache.layers]
+            inputs_embeds, mask = prompts.inputs_embeds()
+            self._attention_mask = mask[:, :0]
+            extra = per_layer_inputs(network, prompts.visual_prompts.shape[1], prompts.input_ids, inputs_embeds)
+            self._forward(mask, inputs_embeds=inputs_embeds, **extra)
+        self._move_padding_to_the_left()
+        self._cache.layers = [PreallocatedCacheLayer(layer.keys, layer.values) for layer in self._cache.layers]
 
-    def _read_visual_prompts_once(self, prompts: Prompts) -> None:
-        seen = prompts.mask.new_ones(prompts.visual.shape[:2])
-        self._mask = seen[:, :0]
-        nothing = prompts.ids.new_empty(len(seen), 0)
-        beside = beside_embeddings(self.network, prompts.visual.shape[1], nothing, prompts.visual)
-        self._run(seen, inputs_embeds=prompts.visual, **beside)
-        after_visual = self.logits[prompts.image_of]
-        self._mask = self._mask[prompts.image_of]
-        self._cache.reorder_cache(prompts.image_of)
-        if prompts.text.shape[1]:
-            beside = beside_embeddings(self.network, 0, prompts.ids, prompts.text)
-            self._run(prompts.mask, inputs_embeds=prompts.text, **beside)
-            after_visual = self.logits.where(prompts.mask.any(dim=1, keepdim=True), after_visual)
-        self.logits = after_visual
+    def _prefill_shared_visual_prompts(self, prompts: PromptBatch) -> None:
+        """Compute each visual prompt once, then the texts of all prompts."""
+        visual = prompts.visual_prompts
+        mask = prompts.attention_mask.new_ones(visual.shape[:2])
+        self._attention_mask = mask[:, :0]
+        no_text = prompts.input_ids.new_empty(len(mask), 0)
+        self._forward(mask, inputs_embeds=visual, **per_layer_inputs(self.network, visual.shape[1], no_text, visual))
+        logits = self.logits[prompts.image_index]
+        self._attention_mask = self._attention_mask[prompts.image_index]
+        self._cache.reorder_cache(prompts.image_index)
+        if prompts.text_embeds.shape[1]:
+            extra = per_layer_inputs(self.network, 0, prompts.input_ids, prompts.text_embeds)
+            self._forward(prompts.attention_mask, inputs_embeds=prompts.text_embeds, **extra)
+            logits = self.logits.where(prompts.attention_mask.any(dim=1, keepdim=True), logits)
+        self.logits = logits
 
-    def _read(self, tokens: Int[Tensor, "N"]) -> None:
-        self._run(self._mask.new_ones(len(tokens), 1), input_ids=tokens[:, None])
+    def _step(self, tokens: Int[Tensor, "N"]) -> None:
+        self._forward(self._attention_mask.new_ones(len(tokens), 1), input_ids=tokens[:, None])
 
-    def _select(self, rows: Int[Tensor, "M"]) -> None:
-        self._mask = self._mask[rows]
+    def _reorder(self, rows: Int[Tensor, "M"]) -> None:
+        self._attention_mask = self._attention_mask[rows]
         self._cache.reorder_cache(rows)
 
-    def _exchange(self, rows: Int[Tensor, "N"]) -> None:
+    def _reorder_suffix(self, rows: Int[Tensor, "N"]) -> None:
         for layer in self._cache.layers:
-            layer.exchange(rows)
+            layer.reorder_suffix(rows)
 
-    def _run(self, seen: Bool[Tensor, "N S"], **inputs: Tensor) -> None:
-        """Run the LLM over S more columns: those that are `seen`, and padding on their right."""
-        self._mask = torch.cat([self._mask, seen], dim=1)
-        last = (seen.sum(dim=1) - 1).clamp(min=0)
-        given: dict[str, Any] = {}
-        if self._takes_positions:
-            given["position_ids"] = self._mask.long().cumsum(dim=1)[:, -seen.shape[1] :] - 1
-        if self._takes_places and seen.shape[1] > 1:
-            given["logits_to_keep"], last = last.unique(return_inverse=True)
-        mask = self._mask.long()
-        out = self.network(**inputs, **given, attention_mask=mask, past_key_values=self._cache, use_cache=True)
+    def _forward(self, new_mask: Bool[Tensor, "N S"], **inputs: Tensor) -> None:
+        """Run the LLM over S new columns, padded on the right where `new_mask` is False."""
+        self._attention_mask = torch.cat([self._attention_mask, new_mask], dim=1)
+        last = (new_mask.sum(dim=1) - 1).clamp(min=0)
+        kwargs: dict[str, Any] = {}
+        if self._accepts_position_ids:
+            kwargs["position_ids"] = self._attention_mask.long().cumsum(dim=1)[:, -new_mask.shape[1] :] - 1
+        if self._accepts_logits_to_keep and new_mask.shape[1] > 1:
+            kwargs["logits_to_keep"], last = last.unique(return_inverse=True)
+        mask = self._attention_mask.long()
+        out = self.network(**inputs, **kwargs, attention_mask=mask, past_key_values=self._cache, use_cache=True)
         self.logits = out.logits[torch.arange(len(last)), last].float()
 
-    def _move_padding_to_the_front(self) -> None:
-        """Leave no gap between a prompt and what comes next: some LLMs look a number of columns back."""
-        if self._mask.all():
+    def _move_padding_to_the_left(self) -> None:
+        """Make prompts and generated tokens contiguous: some LLMs attend to a number of columns back (a window)."""
+        if self._attention_mask.all():
             return
-        order = self._mask.long().argsort(dim=1, stable=True)
-        self._mask = self._mask.gather(1, order)
+        order = self._attention_mask.long().argsort(dim=1, stable=True)
+        self._attention_mask = self._attention_mask.gather(1, order)
         for layer in self._cache.layers:
             layer.keys, layer.values = (
-                kept.gather(2, order[:, None, :, None].expand_as(kept)) for kept in (layer.keys, layer.values)
+                states.gather(2, order[:, None, :, None].expand_as(states)) for states in (layer.keys, layer.values)
             )
 
 
-class EncoderDecoderReader(Reader):
-    """Of an encoder-decoder: the encoder reads the prompts, the decoder what is written, after a start token."""
+class Seq2SeqLMDecoder(IncrementalDecoder):
+    """Incremental decoding with an encoder-decoder, whose encoder reads the prompts."""
 
-    def __init__(self, network: Any, prompts: Prompts) -> None:
+    def __init__(self, network: Any, prompts: PromptBatch) -> None:
         super().__init__(network, prompts)
-        inputs, seen = prompts.joined()
-        start = network.generation_config.decoder_start_token_id
-        self.start = start
-        self._mask = seen.long()
-        self._hidden = network.get_encoder()(inputs_embeds=inputs, attention_mask=self._mask).last_hidden_state
-        # Of all that was read, also where the LLM looks at a window of it: the encoder's output is no window.
+        inputs_embeds, mask = prompts.inputs_embeds()
+        self.decoder_start_token_id = start = network.generation_config.decoder_start_token_id
+        self._attention_mask = mask.long()
+        encoder = network.get_encoder()
+        self._encoder_hidden_states = encoder(
+            inputs_embeds=inputs_embeds, attention_mask=self._attention_mask
+        ).last_hidden_state
+        # The cache keeps all tokens even for an LLM with a sliding window: cross-attention has no window.
         self._cache: Any = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        self._read(torch.full_like(self._prompt, start))
+        self._step(torch.full_like(self._prompt_index, start))
 
-    def _read(self, tokens: Int[Tensor, "N"]) -> None:
+    def _step(self, tokens: Int[Tensor, "N"]) -> None:
         out = self.network(
-            encoder_outputs=BaseModelOutput(last_hidden_state=self._hidden),
-            attention_mask=self._mask,
+            encoder_outputs=BaseModelOutput(last_hidden_state=self._encoder_hidden_states),
+            attention_mask=self._attention_mask,
             decoder_input_ids=tokens[:, None],
             past_key_values=self._cache,
             use_cache=True,
         )
         self.logits = out.logits[:, -1].float()
 
-    def _select(self, rows: Int[Tensor, "M"]) -> None:
-        self._mask, self._hidden = self._mask[rows], self._hidden[rows]
+    def _reorder(self, rows: Int[Tensor, "M"]) -> None:
+        self._attention_mask = self._attention_mask[rows]
+        self._encoder_hidden_states = self._encoder_hidden_states[rows]
         self._cache.reorder_cache(rows)
 
-    def _exchange(self, rows: Int[Tensor, "N"]) -> None:
+    def _reorder_suffix(self, rows: Int[Tensor, "N"]) -> None:
         self._cache.self_attention_cache.reorder_cache(rows)
 
 
-class Rereader(Reader):
-    """Of an LLM of any kind: it reads everything again for each token, exactly as it does in training."""
+class UncachedDecoder(IncrementalDecoder):
+    """Decoding without a cache, for any LLM: each step computes the whole sequence again, as in training."""
 
-    def __init__(self, network: Any, prompts: Prompts) -> None:
+    def __init__(self, network: Any, prompts: PromptBatch) -> None:
         super().__init__(network, prompts)
-        self._inputs, self._seen = prompts.joined()
-        self._ids, self._visual = prompts.ids, prompts.visual.shape[1]
-        self._written = prompts.ids[:, :0]
-        self._hidden: Tensor | None = None
+        self._inputs_embeds, self._attention_mask = prompts.inputs_embeds()
+        self._input_ids, self._num_visual_tokens = prompts.input_ids, prompts.visual_prompts.shape[1]
+        self._generated = prompts.input_ids[:, :0]
+        self._encoder_hidden_states: Tensor | None = None
         if network.config.is_encoder_decoder:
-            self.start = network.generation_config.decoder_start_token_id
+            self.decoder_start_token_id = network.generation_config.decoder_start_token_id
             encoder = network.get_encoder()
-            self._hidden = encoder(inputs_embeds=self._inputs, attention_mask=self._seen.long()).last_hidden_state
-        self._run()
+            self._encoder_hidden_states = encoder(
+                inputs_embeds=self._inputs_embeds, attention_mask=self._attention_mask.long()
+            ).last_hidden_state
+        self._forward()
 
-    def _read(self, tokens: Int[Tensor, "N"]) -> None:
-        self._written = torch.cat([self._written, tokens[:, None]], dim=1)
-        self._run()
+    def _step(self, tokens: Int[Tensor, "N"]) -> None:
+        self._generated = torch.cat([self._generated, tokens[:, None]], dim=1)
+        self._forward()
 
-    def _select(self, rows: Int[Tensor, "M"]) -> None:
-        self._inputs, self._seen, self._ids = self._inputs[rows], self._seen[rows], self._ids[rows]
-        if self._hidden is not None:
-            self._hidden = self._hidden[rows]
-        self._exchange(rows)
+    def _reorder(self, rows: Int[Tensor, "M"]) -> None:
+        self._inputs_embeds = self._inputs_embeds[rows]
+        self._attention_mask, self._input_ids = self._attention_mask[rows], self._input_ids[rows]
+        if self._encoder_hidden_states is not None:
+            self._encoder_hidden_states = self._encoder_hidden_states[rows]
+        self._reorder_suffix(rows)
 
-    def _exchange(self, rows: Int[Tensor, "N"]) -> None:
-        self._written = self._written[rows]
+    def _reorder_suffix(self, rows: Int[Tensor, "N"]) -> None:
+        self._generated = self._generated[rows]
 
-    def _run(self) -> None:
-        if self._hidden is not None:
-            begun = self._written.new_full((len(self._written), 1), self.start or 0)
-            logits = forward(
+    def _forward(self) -> None:
+        if self._encoder_hidden_states is not None:
+            start = self._generated.new_full((len(self._generated), 1), self.decoder_start_token_id or 0)
+            logits = forward_without_cache(
                 self.network,
-                encoder_outputs=BaseModelOutput(last_hidden_state=self._hidden),
-                attention_mask=self._seen.long(),
-                decoder_input_ids=torch.cat([begun, self._written], dim=1),
+                encoder_outputs=BaseModelOutput(last_hidden_state=self._encoder_hidden_states),
+                attention_mask=self._attention_mask.long(),
+                decoder_input_ids=torch.cat([start, self._generated], dim=1),
             )
             self.logits = logits[:, -1].float()
             return
-        seen = torch.cat([self._seen, self._seen.new_ones(self._written.shape)], dim=1)
-        order = (~seen).long().argsort(dim=1, stable=True)  # what was written follows its prompt without a gap
+        mask = torch.cat([self._attention_mask, self._attention_mask.new_ones(self._generated.shape)], dim=1)
+        order = (~mask).long().argsort(dim=1, stable=True)  # moves padding from between prompt and text to the right
         embed = self.network.get_input_embeddings()
-        inputs = torch.cat([self._inputs, embed(self._written).to(self._inputs.dtype)], dim=1)
-        inputs = inputs.gather(1, order[..., None].expand_as(inputs))
-        blank = self._ids.new_full((len(seen), self._visual), blank_token(self.network))
-        ids = torch.cat([blank, self._ids, self._written], dim=1).gather(1, order)
-        seen = seen.gather(1, order)
-        beside = beside_embeddings(self.network, 0, ids, inputs)
-        logits = forward(self.network, inputs_embeds=inputs, attention_mask=seen.long(), **beside)
-        self.logits = logits[torch.arange(len(seen)), seen.sum(dim=1) - 1].float()
+        inputs_embeds = torch.cat([self._inputs_embeds, embed(self._generated).to(self._inputs_embeds.dtype)], dim=1)
+        inputs_embeds = inputs_embeds.gather(1, order[..., None].expand_as(inputs_embeds))
+        padding = self._input_ids.new_full((len(mask), self._num_visual_tokens), get_pad_token_id(self.network))
+        input_ids = torch.cat([padding, self._input_ids, self._generated], dim=1).gather(1, order)
+        mask = mask.gather(1, order)
+        extra = per_layer_inputs(self.network, 0, input_ids, inputs_embeds)
+        logits = forward_without_cache(self.network, inputs_embeds=inputs_embeds, attention_mask=mask.long(), **extra)
+        self.logits = logits[torch.arange(len(mask)), mask.sum(dim=1) - 1].float()
 
 
-class PromptLayer(DynamicLayer):
-    """Keys and values of one layer: those of the prompts and, after them, of what was written since."""
+class PreallocatedCacheLayer(DynamicLayer):
+    """The keys and values of one layer in buffers with spare space, so that appending a token rarely copies them."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
         self.lazy_initialization(keys, values)
-        self._prompt = keys.shape[-2]
-        self._room = [with_room(kept) for kept in (keys, values)]
-        self._fill(self._prompt)
+        self._prompt_length = keys.shape[-2]
+        self._buffers = [preallocate(states) for states in (keys, values)]
+        self._set_length(self._prompt_length)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Add tokens, where there is room without copying those before."""
-        before = self.get_seq_length()
-        after = before + key_states.shape[-2]
-        if after > self._room[0].shape[-2]:
-            self._room = [with_room(kept) for kept in self._room]
-        for room, new in zip(self._room, (key_states, value_states), strict=True):
-            room[..., before:after, :] = new
-        return self._fill(after)
+        """Append keys and values [N, heads, tokens, width] of new tokens and return those of all tokens."""
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if end > self._buffers[0].shape[-2]:
+            self._buffers = [preallocate(buffer) for buffer in self._buffers]
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[..., start:end, :] = states
+        return self._set_length(end)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Keep these rows."""
+        """Select rows of the batch."""
         length = self.get_seq_length()
-        self._room = [room.index_select(0, beam_idx) for room in self._room]
-        self._fill(length)
+        self._buffers = [buffer.index_select(0, beam_idx) for buffer in self._buffers]
+        self._set_length(length)
 
-    def exchange(self, rows: Int[Tensor, "N"]) -> None:
-        """Keep these rows, whose prompts are those that stand there already."""
-        written = slice(self._prompt, self.get_seq_length())
-        for room in self._room:
-            room[..., written, :] = room[rows, :, written]
+    def reorder_suffix(self, rows: Int[Tensor, "N"]) -> None:
+        """Select rows that have the same prompts as the current ones: only keys and values after the prompts move."""
+        suffix = slice(self._prompt_length, self.get_seq_length())
+        for buffer in self._buffers:
+            buffer[..., suffix, :] = buffer[rows, :, suffix]
 
-    def _fill(self, length: int) -> tuple[Tensor, Tensor]:
-        keys, values = (room[..., :length, :] for room in self._room)
+    def _set_length(self, length: int) -> tuple[Tensor, Tensor]:
+        keys, values = (buffer[..., :length, :] for buffer in self._buffers)
         self.keys, self.values = keys, values
         return keys, values
 
 
-def with_room(kept: Tensor) -> Tensor:
-    """A copy of keys or values [N, heads, tokens, width] that has room for more tokens."""
-    roomy = kept.new_empty(*kept.shape[:-2], kept.shape[-2] + ROOM, kept.shape[-1])
-    roomy[..., : kept.shape[-2], :] = kept
-    return roomy
+def preallocate(states: Tensor) -> Tensor:
+    """Copy keys or values [N, heads, tokens, width] to a buffer with space for :data:`CACHE_GROWTH` more tokens."""
+    buffer = states.new_empty(*states.shape[:-2], states.shape[-2] + CACHE_GROWTH, states.shape[-1])
+    buffer[..., : states.shape[-2], :] = states
+    return buffer

@@ -1,18 +1,17 @@
-"""From a frozen LLM to whole texts: beam search, greedy search and nucleus sampling (paper §4.1, §4.2).
+"""Generate text with a frozen LLM: beam search, greedy search and nucleus sampling (paper §4.1, §4.2).
 
-The texts are those of transformers' ``generate``; what differs is how much the LLM computes for them. It reads a prompt
-once, not once a beam, and a soft visual prompt once a picture however many texts follow it. The keys and values that it
-keeps of them are repeated for the beams. A prompt whose texts are settled leaves the batch.
+The sequences are those of transformers' ``generate``, with less computation: a prompt is computed once instead of once
+per beam, a soft visual prompt once however many prompts begin with it, and a prompt whose sequences are complete leaves
+the batch.
 
-Legend: I pictures, B prompts, N rows (a row is one text being written), Q queries, T text tokens, K beams, U new
-tokens, L width of the LLM, V vocabulary.
+Shapes: I images, B prompts, N rows (each row is one sequence), T text tokens, K beams, U new tokens, L width of the
+LLM, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -27,309 +26,354 @@ from transformers import (
 )
 
 from blip2.decoding.kv_cache import (
-    DecoderOnlyReader,
-    EncoderDecoderReader,
-    Prompts,
-    Reader,
-    Rereader,
-    beside_embeddings,
+    CausalLMDecoder,
+    IncrementalDecoder,
+    PromptBatch,
+    Seq2SeqLMDecoder,
+    UncachedDecoder,
+    per_layer_inputs,
 )
 from blip2.errors import InputError
 
-UNWRITTEN = -1
-"""In place of a token that a text does not have."""
+PAD = -1
+"""Placeholder for the tokens after the end of a sequence."""
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How text is generated."""
+    """How text is generated; the fields have the names of transformers' ``GenerationConfig``."""
 
     num_beams: int = 5
-    """Beam width; 1 is greedy. Not used when sampling."""
+    """Number of beams; 1 is greedy search. Not used when sampling."""
     max_new_tokens: int = 30
-    """Longest text, in tokens of the LLM."""
+    """Maximum number of generated tokens."""
     min_new_tokens: int = 1
-    """Shortest text, in tokens of the LLM."""
+    """Minimum number of generated tokens."""
     length_penalty: float = 1.0
     """Beam scores are divided by length to this power: below 0 favors short texts (-1 for answers, §4.1)."""
     top_p: float | None = None
-    """Nucleus sampling from the smallest set of tokens with this probability, instead of beam search."""
+    """Sample from the smallest set of tokens with this total probability (nucleus) instead of beam search."""
     temperature: float = 1.0
-    """Of sampling."""
+    """Temperature of sampling, by which logits are divided."""
     repetition_penalty: float = 1.0
-    """Above 1 discourages tokens that were written already (those of the prompt do not count)."""
+    """Above 1 discourages tokens that were generated already; tokens of the prompt do not count."""
 
     def __post_init__(self) -> None:
-        for name, smallest in (("num_beams", 1), ("max_new_tokens", 1), ("min_new_tokens", 0)):
-            if getattr(self, name) < smallest:
-                raise InputError(f"{name} is {getattr(self, name)}, expected at least {smallest}")
+        for name, minimum in (("num_beams", 1), ("max_new_tokens", 1), ("min_new_tokens", 0)):
+            if getattr(self, name) < minimum:
+                raise InputError(f"{name} is {getattr(self, name)}, expected at least {minimum}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InputError(f"top_p is {self.top_p}, expected a probability above 0")
         for name in ("temperature", "repetition_penalty"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} is {getattr(self, name)}, expected more than 0")
 
-    def width(self, copies: int) -> int:
-        """Beams that are needed for so many texts a prompt; 1 when sampling."""
-        return 1 if self.top_p is not None else max(self.num_beams, copies)
+    def override(self, options: object) -> Decoding:
+        """Return a copy that takes every field that is an attribute of `options` and is not None from there."""
+        given = {field.name: getattr(options, field.name, None) for field in fields(self)}
+        return replace(self, **{name: value for name, value in given.items() if value is not None})
+
+    def beam_width(self, num_return_sequences: int) -> int:
+        """Return the number of beams for this many sequences per prompt; 1 when sampling."""
+        return 1 if self.top_p is not None else max(self.num_beams, num_return_sequences)
 
 
-Way = Callable[..., Tensor]
-"""One of the ways in which an LLM writes, with the arguments of :func:`write`."""
+GenerateFn = Callable[..., Tensor]
+"""One of the functions below that generate text, with the arguments of :func:`generate`."""
 
 
 @torch.no_grad()
-def write(
+def generate(
     network: Any,
-    prompts: Prompts,
+    prompts: PromptBatch,
     decoding: Decoding,
-    ends: Sequence[int],
-    copies: int = 1,
-    dice: Float[Tensor, "N longest"] | None = None,
-    kind: type[Reader] | None = None,
+    eos_token_ids: Sequence[int],
+    num_return_sequences: int = 1,
+    uniforms: Float[Tensor, "N max_new_tokens"] | None = None,
+    decoder_class: type[IncrementalDecoder] | None = None,
 ) -> Int[Tensor, "N U"]:
-    """The continuation of each prompt, `copies` of each beside each other.
+    """Generate continuations of prompts.
 
     Args:
-        network: an LLM of which :func:`blip2.decoding.kv_cache.is_supported` holds.
-        ends: ids of the tokens that end a text; the first of them pads the result.
-        dice: of sampling: see :func:`draw`, one number a token; None: PyTorch's own random numbers.
-        kind: of reader; None: the one that keeps keys and values.
+        network: an LLM for which :func:`blip2.decoding.kv_cache.supports_kv_cache` is true.
+        prompts: the prompts.
+        decoding: how to generate.
+        eos_token_ids: tokens that end a sequence; the first of them pads the result.
+        num_return_sequences: number of sequences per prompt.
+        uniforms: random numbers for sampling, one per token; see :func:`sample_top_p`.
+        decoder_class: how the LLM is run; None: with a key-value cache.
 
     Returns:
-        New tokens only; U is the length of the longest text, its end included.
+        New tokens only, the sequences of a prompt in consecutive rows. U is the length of the longest sequence,
+        including its end.
     """
-    reader = (kind or reader_of(network))(network, prompts)
-    tokens = torch.tensor(ends, device=prompts.text.device)
-    if decoding.width(copies) > 1:
-        texts = beam_search(reader, decoding, tokens, copies)
+    decoder = (decoder_class or cached_decoder_class(network))(network, prompts)
+    eos = torch.tensor(eos_token_ids, device=prompts.text_embeds.device)
+    if decoding.beam_width(num_return_sequences) > 1:
+        sequences = beam_search(decoder, decoding, eos, num_return_sequences)
     else:
-        texts = follow(reader, decoding, tokens, copies, dice)
-    longest = int((texts != UNWRITTEN).any(dim=0).sum())
-    return texts[:, :longest].masked_fill(texts[:, :longest] == UNWRITTEN, ends[0])
+        sequences = sample(decoder, decoding, eos, num_return_sequences, uniforms)
+    max_length = int((sequences != PAD).any(dim=0).sum())
+    return sequences[:, :max_length].masked_fill(sequences[:, :max_length] == PAD, eos_token_ids[0])
 
 
-def reader_of(network: Any) -> type[Reader]:
-    """Return the reader that keeps keys and values of an LLM."""
-    return EncoderDecoderReader if network.config.is_encoder_decoder else DecoderOnlyReader
+def cached_decoder_class(network: Any) -> type[IncrementalDecoder]:
+    """Return the class that runs an LLM with a key-value cache."""
+    return Seq2SeqLMDecoder if network.config.is_encoder_decoder else CausalLMDecoder
 
 
-write_again: Way = partial(write, kind=Rereader)
-"""The same by an LLM that reads everything again for each token; much slower, and for any LLM that trains."""
+def generate_without_cache(
+    network: Any,
+    prompts: PromptBatch,
+    decoding: Decoding,
+    eos_token_ids: Sequence[int],
+    num_return_sequences: int = 1,
+    uniforms: Float[Tensor, "N max_new_tokens"] | None = None,
+) -> Int[Tensor, "N U"]:
+    """Like :func:`generate`, but compute each sequence again for each token: much slower, works with every LLM."""
+    return generate(network, prompts, decoding, eos_token_ids, num_return_sequences, uniforms, UncachedDecoder)
 
 
 @torch.no_grad()
-def write_by_length(
+def generate_by_length(
     network: Any,
-    prompts: Prompts,
+    prompts: PromptBatch,
     decoding: Decoding,
-    ends: Sequence[int],
-    copies: int = 1,
-    dice: Float[Tensor, "N longest"] | None = None,
+    eos_token_ids: Sequence[int],
+    num_return_sequences: int = 1,
+    uniforms: Float[Tensor, "N max_new_tokens"] | None = None,
 ) -> Int[Tensor, "N U"]:
-    """The same by transformers' own ``generate``, with prompts of one length at once, so that there is no padding."""
-    lengths = prompts.mask.sum(dim=1)
-    texts: list[Tensor] = [lengths] * len(lengths)
+    """Like :func:`generate_with_transformers`, one batch for each prompt length, so that there is no padding."""
+    lengths = prompts.attention_mask.sum(dim=1)
+    sequences: list[Tensor] = [lengths] * len(lengths)
     for length in lengths.unique():
-        which = (lengths == length).nonzero().squeeze(1)
-        own = None if dice is None else dice.unflatten(0, (-1, copies))[which.to(dice.device)].flatten(0, 1)
-        new = write_plainly(network, prompts.rows(which), decoding, ends, copies, own)
-        for i, rows in zip(which.tolist(), new.split(copies), strict=True):
-            texts[i] = rows
-    longest = max(rows.shape[1] for rows in texts)
-    return torch.cat([F.pad(rows, (0, longest - rows.shape[1]), value=ends[0]) for rows in texts])
+        rows = (lengths == length).nonzero().squeeze(1)
+        row_uniforms = None
+        if uniforms is not None:
+            row_uniforms = uniforms.unflatten(0, (-1, num_return_sequences))[rows.to(uniforms.device)].flatten(0, 1)
+        new = generate_with_transformers(
+            network, prompts.select(rows), decoding, eos_token_ids, num_return_sequences, row_uniforms
+        )
+        for i, tokens in zip(rows.tolist(), new.split(num_return_sequences), strict=True):
+            sequences[i] = tokens
+    max_length = max(tokens.shape[1] for tokens in sequences)
+    return torch.cat([F.pad(tokens, (0, max_length - tokens.shape[1]), value=eos_token_ids[0]) for tokens in sequences])
 
 
 @torch.no_grad()
-def write_plainly(
+def generate_with_transformers(
     network: Any,
-    prompts: Prompts,
+    prompts: PromptBatch,
     decoding: Decoding,
-    ends: Sequence[int],
-    copies: int = 1,
-    dice: Float[Tensor, "N longest"] | None = None,
-    also: Sequence[LogitsProcessor] = (),
+    eos_token_ids: Sequence[int],
+    num_return_sequences: int = 1,
+    uniforms: Float[Tensor, "N max_new_tokens"] | None = None,
+    logits_processors: Sequence[LogitsProcessor] = (),
 ) -> Int[Tensor, "N U"]:
-    """The same by transformers' own ``generate``, which any LLM has; slower.
+    """Like :func:`generate`, with transformers' own ``generate``: slower, works with most LLMs.
 
     Args:
-        also: processors of its logits before all others.
+        logits_processors: processors that are applied before all others.
     """
-    inputs, seen = prompts.joined()
-    beside = beside_embeddings(network, prompts.visual.shape[1], prompts.ids, inputs)
+    inputs_embeds, mask = prompts.inputs_embeds()
+    extra = per_layer_inputs(network, prompts.visual_prompts.shape[1], prompts.input_ids, inputs_embeds)
     if not network.config.is_encoder_decoder:
-        # Padding goes before everything: what comes next is read off the last position.
-        order = seen.long().argsort(dim=1, stable=True)
-        inputs = inputs.gather(1, order[..., None].expand_as(inputs))
-        seen = seen.gather(1, order)
-        beside = {name: each.gather(1, order[..., None, None].expand_as(each)) for name, each in beside.items()}
-    sampling, beams = decoding.top_p is not None, decoding.width(copies)
-    settings = GenerationConfig(
+        # Padding goes to the left: the next token is predicted at the last position.
+        order = mask.long().argsort(dim=1, stable=True)
+        inputs_embeds = inputs_embeds.gather(1, order[..., None].expand_as(inputs_embeds))
+        mask = mask.gather(1, order)
+        extra = {name: each.gather(1, order[..., None, None].expand_as(each)) for name, each in extra.items()}
+    do_sample, num_beams = decoding.top_p is not None, decoding.beam_width(num_return_sequences)
+    generation_config = GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
         min_new_tokens=decoding.min_new_tokens,
-        do_sample=sampling,
-        num_beams=beams,
+        do_sample=do_sample,
+        num_beams=num_beams,
         top_p=decoding.top_p,
-        top_k=0 if sampling else None,
-        temperature=decoding.temperature if sampling else None,
-        length_penalty=decoding.length_penalty if beams > 1 else None,
-        num_return_sequences=copies,
-        eos_token_id=list(ends),
-        pad_token_id=ends[0],
+        top_k=0 if do_sample else None,
+        temperature=decoding.temperature if do_sample else None,
+        length_penalty=decoding.length_penalty if num_beams > 1 else None,
+        num_return_sequences=num_return_sequences,
+        eos_token_id=list(eos_token_ids),
+        pad_token_id=eos_token_ids[0],
         decoder_start_token_id=network.generation_config.decoder_start_token_id,
     )
-    # Not among the settings, where padding before the prompt would be taken for padding of the new tokens.
-    processors = LogitsProcessorList(also)
+    # Not in the GenerationConfig, with which transformers would take padding of the prompt for padding of new tokens.
+    processors = LogitsProcessorList(logits_processors)
     if decoding.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(decoding.repetition_penalty))
-    if sampling and dice is not None:
-        processors.append(DrawnTokens(dice, decoding))
+    if do_sample and uniforms is not None:
+        processors.append(SampledTokenLogitsProcessor(uniforms, decoding))
     new = network.generate(
-        inputs_embeds=inputs,
-        attention_mask=seen.long(),
-        **beside,
-        generation_config=settings,
+        inputs_embeds=inputs_embeds,
+        attention_mask=mask.long(),
+        **extra,
+        generation_config=generation_config,
         logits_processor=processors,
     )
-    return new[:, 1:] if network.config.is_encoder_decoder else new  # a decoder's text begins with its start token
+    return new[:, 1:] if network.config.is_encoder_decoder else new  # without decoder_start_token_id
 
 
 # -- search --------------------------------------------------------------------------------------------------------
 
 
-def beam_search(reader: Reader, decoding: Decoding, ends: Int[Tensor, "ends"], copies: int) -> Int[Tensor, "N U"]:
-    """The best `copies` texts of each prompt among those that a beam meets.
-
-    The score of a text of n tokens is log P / n ** length_penalty. A text is finished when it ends while it is among
-    the K best. A prompt is settled when it has K finished texts and the best of those that go on, if it ended where it
-    is, would not be among them; or when nothing that goes on can come before the `copies` best, for P only falls.
-    """
-    count, beams, longest = len(reader.logits), decoding.width(copies), decoding.max_new_tokens
-    device = reader.logits.device
-    prompts = torch.arange(count, device=device)  # those that are not settled: n of B
-    texts = torch.full((count, 1, longest), UNWRITTEN, device=device)  # that go on: one a prompt, then K
-    chances = torch.zeros(count, 1, device=device)  # log P of each
-    finished = torch.full((count, beams, longest), UNWRITTEN, device=device)
-    scores = torch.full((count, beams), -torch.inf, device=device)
-    settled = finished.clone()
-    for step in range(longest):
-        n, k, _ = texts.shape
-        new = adjust(reader.logits.log_softmax(dim=-1), texts.flatten(0, 1)[:, :step], reader.start, decoding, ends)
-        totals = (chances[..., None] + new.view(n, k, -1)).flatten(1)  # [n, k * V]
-        # So many that K of them go on whatever ends.
-        totals, best = totals.topk(min((1 + len(ends)) * beams, totals.shape[1]))
-        parents, tokens = best // new.shape[1], best % new.shape[1]
-        candidates = pick(texts, parents)
-        candidates[:, :, step] = tokens
-        ended = torch.isin(tokens, ends) if step + 1 < longest else torch.ones_like(tokens, dtype=torch.bool)
-
-        length = (step + 1) ** decoding.length_penalty
-        ending = (totals / length).masked_fill(~ended, -torch.inf)[:, :beams]
-        scores, order = torch.cat([scores, ending], dim=1).topk(beams)
-        finished = pick(torch.cat([finished, candidates[:, :beams]], dim=1), order)
-
-        chances, order = totals.masked_fill(ended, -torch.inf).topk(min(beams, totals.shape[1]))
-        texts, parents = pick(candidates, order), pick(parents, order)
-        longer = max((step + 2) ** decoding.length_penalty, longest**decoding.length_penalty)
-        goes_on = chances[:, 0] / length > scores[:, -1]
-        goes_on &= chances[:, 0] / longer >= scores[:, copies - 1]
-        settled[prompts[~goes_on]] = finished[~goes_on]
-        if not goes_on.any():
-            break
-        rows = (parents + k * torch.arange(n, device=device)[:, None])[goes_on].flatten()
-        prompts, texts, chances, finished, scores = (
-            kept[goes_on] for kept in (prompts, texts, chances, finished, scores)
-        )
-        reader.read(texts[:, :, step].flatten(), rows)
-    return settled[:, :copies].flatten(0, 1)
-
-
-def follow(
-    reader: Reader,
-    decoding: Decoding,
-    ends: Int[Tensor, "ends"],
-    copies: int,
-    dice: Float[Tensor, "N longest"] | None = None,
+def beam_search(
+    decoder: IncrementalDecoder, decoding: Decoding, eos_token_ids: Int[Tensor, "eos"], num_return_sequences: int
 ) -> Int[Tensor, "N U"]:
-    """Texts written token by token: the likeliest each time, or one drawn from the nucleus."""
-    device = reader.logits.device
-    rows = torch.arange(len(reader.logits), device=device).repeat_interleave(copies)  # of the reader, for each text
-    texts = torch.full((len(rows), decoding.max_new_tokens), UNWRITTEN, device=device)
-    live = torch.arange(len(rows), device=device)  # texts that go on
+    """Return the best sequences of each prompt that beam search finds.
+
+    The score of a sequence of n tokens is log P / n ** length_penalty. A sequence is finished if it ends while it is
+    among the K best. The search for a prompt is done when it has K finished sequences and its best active one, if it
+    ended here, would not be among them; or when no active sequence can enter the best `num_return_sequences`, since P
+    only decreases.
+    """
+    batch_size, max_length = len(decoder.logits), decoding.max_new_tokens
+    num_beams, device = decoding.beam_width(num_return_sequences), decoder.logits.device
+    prompts = torch.arange(batch_size, device=device)  # the n of B prompts that are not done
+    sequences = torch.full((batch_size, 1, max_length), PAD, device=device)  # active: 1 per prompt at first, then K
+    log_probs = torch.zeros(batch_size, 1, device=device)
+    finished = torch.full((batch_size, num_beams, max_length), PAD, device=device)
+    scores = torch.full((batch_size, num_beams), -torch.inf, device=device)
+    done = finished.clone()
+    for step in range(max_length):
+        n, k, _ = sequences.shape
+        generated = sequences.flatten(0, 1)[:, :step]
+        token_log_probs = process_logits(
+            decoder.logits.log_softmax(dim=-1), generated, decoder.decoder_start_token_id, decoding, eos_token_ids
+        )
+        vocab_size = token_log_probs.shape[1]
+        totals = (log_probs[..., None] + token_log_probs.view(n, k, -1)).flatten(1)  # [n, k * V]
+        # Enough candidates that K of them are active even if all ends are among them.
+        totals, best = totals.topk(min((1 + len(eos_token_ids)) * num_beams, totals.shape[1]))
+        parents, tokens = best // vocab_size, best % vocab_size
+        candidates = gather_beams(sequences, parents)
+        candidates[:, :, step] = tokens
+        is_last = step + 1 == max_length
+        ended = torch.ones_like(tokens, dtype=torch.bool) if is_last else torch.isin(tokens, eos_token_ids)
+
+        penalty = (step + 1) ** decoding.length_penalty
+        ended_scores = (totals / penalty).masked_fill(~ended, -torch.inf)[:, :num_beams]
+        scores, order = torch.cat([scores, ended_scores], dim=1).topk(num_beams)
+        finished = gather_beams(torch.cat([finished, candidates[:, :num_beams]], dim=1), order)
+
+        log_probs, order = totals.masked_fill(ended, -torch.inf).topk(min(num_beams, totals.shape[1]))
+        sequences, parents = gather_beams(candidates, order), gather_beams(parents, order)
+        max_penalty = max((step + 2) ** decoding.length_penalty, max_length**decoding.length_penalty)
+        active = log_probs[:, 0] / penalty > scores[:, -1]
+        active &= log_probs[:, 0] / max_penalty >= scores[:, num_return_sequences - 1]
+        done[prompts[~active]] = finished[~active]
+        if not active.any():
+            break
+        rows = (parents + k * torch.arange(n, device=device)[:, None])[active].flatten()
+        prompts, sequences, log_probs, finished, scores = (
+            each[active] for each in (prompts, sequences, log_probs, finished, scores)
+        )
+        decoder.step(sequences[:, :, step].flatten(), rows)
+    return done[:, :num_return_sequences].flatten(0, 1)
+
+
+def sample(
+    decoder: IncrementalDecoder,
+    decoding: Decoding,
+    eos_token_ids: Int[Tensor, "eos"],
+    num_return_sequences: int,
+    uniforms: Float[Tensor, "N max_new_tokens"] | None = None,
+) -> Int[Tensor, "N U"]:
+    """Generate sequences token by token: the most likely token each time, or one sampled from the nucleus."""
+    device = decoder.logits.device
+    rows = torch.arange(len(decoder.logits), device=device).repeat_interleave(num_return_sequences)  # of the decoder
+    sequences = torch.full((len(rows), decoding.max_new_tokens), PAD, device=device)
+    active = torch.arange(len(rows), device=device)  # sequences that have not ended
     for step in range(decoding.max_new_tokens):
-        scores = adjust(reader.logits[rows], texts[live, :step], reader.start, decoding, ends)
+        scores = process_logits(
+            decoder.logits[rows], sequences[active, :step], decoder.decoder_start_token_id, decoding, eos_token_ids
+        )
         if decoding.top_p is None:
             tokens = scores.argmax(dim=-1)
         else:
-            die = None if dice is None else dice[live.to(dice.device), step]
-            tokens = draw(scores, decoding.top_p, decoding.temperature, die)
-        texts[live, step] = tokens
-        goes_on = ~torch.isin(tokens, ends)
-        if step + 1 == decoding.max_new_tokens or not goes_on.any():
+            step_uniforms = None if uniforms is None else uniforms[active.to(uniforms.device), step]
+            tokens = sample_top_p(scores, decoding.top_p, decoding.temperature, step_uniforms)
+        sequences[active, step] = tokens
+        continues = ~torch.isin(tokens, eos_token_ids)
+        if step + 1 == decoding.max_new_tokens or not continues.any():
             break
-        live = live[goes_on]
-        reader.read(tokens[goes_on], rows[goes_on])
-        rows = torch.arange(len(live), device=device)
-    return texts
+        active = active[continues]
+        decoder.step(tokens[continues], rows[continues])
+        rows = torch.arange(len(active), device=device)
+    return sequences
 
 
-def adjust(
-    scores: Float[Tensor, "N V"],
-    written: Int[Tensor, "N U"],
-    start: int | None,
+def process_logits(
+    logits: Float[Tensor, "N V"],
+    generated: Int[Tensor, "N U"],
+    decoder_start_token_id: int | None,
     decoding: Decoding,
-    ends: Int[Tensor, "ends"],
+    eos_token_ids: Int[Tensor, "eos"],
 ) -> Float[Tensor, "N V"]:
-    """Scores of the next token with what a :class:`Decoding` says of repetitions and of the shortest text."""
+    """Apply repetition penalty and minimum length to logits, or log-probabilities, of the next token."""
     if decoding.repetition_penalty != 1:
-        # As in transformers the start of a decoder's text is one of its tokens.
-        before = written if start is None else torch.cat([written.new_full((len(written), 1), start), written], dim=1)
-        old = scores.gather(1, before)
+        # As in transformers, decoder_start_token_id counts as a generated token.
+        start = (
+            [] if decoder_start_token_id is None else [generated.new_full((len(generated), 1), decoder_start_token_id)]
+        )
+        generated_ids = torch.cat([*start, generated], dim=1)
+        old = logits.gather(1, generated_ids)
         new = torch.where(old < 0, old * decoding.repetition_penalty, old / decoding.repetition_penalty)
-        scores = scores.scatter(1, before, new)
-    if written.shape[1] < decoding.min_new_tokens:
-        tokens = torch.arange(scores.shape[1], device=scores.device)
-        scores = scores.masked_fill(torch.isin(tokens, ends), -torch.inf)
-    return scores
+        logits = logits.scatter(1, generated_ids, new)
+    if generated.shape[1] < decoding.min_new_tokens:
+        tokens = torch.arange(logits.shape[1], device=logits.device)
+        logits = logits.masked_fill(torch.isin(tokens, eos_token_ids), -torch.inf)
+    return logits
 
 
-def draw(
-    scores: Float[Tensor, "N V"], top_p: float, temperature: float, die: Float[Tensor, "N"] | None = None
+def sample_top_p(
+    logits: Float[Tensor, "N V"], top_p: float, temperature: float, uniforms: Float[Tensor, "N"] | None = None
 ) -> Int[Tensor, "N"]:
-    """A token of each row, from the smallest set of the likeliest that together have probability `top_p`.
+    """Sample a token for each row from the smallest set of tokens with total probability `top_p` (the nucleus).
 
     Args:
-        die: a number in [0, 1) a row, which decides what is drawn, whatever the other rows are: the tokens of the set
-            stand beside each other from the likeliest on, each as wide as it is likely, and that is where one is
-            taken. None: PyTorch's own random numbers.
+        logits: logits or log-probabilities.
+        top_p: total probability of the nucleus.
+        temperature: divisor of the logits.
+        uniforms: random numbers in [0, 1), which determine the tokens independently of the other rows: the cumulative
+            distribution of the nucleus, most likely token first, is inverted at them. None: PyTorch's own random
+            numbers.
     """
-    chances, order = (scores / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
-    likelier = chances.cumsum(dim=-1) - chances  # all that come before
-    chances = chances.masked_fill(likelier >= top_p, 0.0)
-    if die is None:
-        drawn = torch.multinomial(chances, 1)
+    probs, order = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+    preceding = probs.cumsum(dim=-1) - probs
+    probs = probs.masked_fill(preceding >= top_p, 0.0)
+    if uniforms is None:
+        sampled = torch.multinomial(probs, 1)
     else:
-        sums = chances.double().cumsum(dim=-1)
-        place = die.to(sums.device, torch.float64)[:, None] * sums[:, -1:]
-        # Rounded up to the sum itself it would be behind the last.
-        drawn = torch.minimum(torch.searchsorted(sums, place, right=True), (chances > 0).sum(dim=-1, keepdim=True) - 1)
-    return order.gather(1, drawn).squeeze(1)
+        cumulative = probs.double().cumsum(dim=-1)
+        target = uniforms.to(cumulative.device, torch.float64)[:, None] * cumulative[:, -1:]
+        # If the product is rounded up to the total, searchsorted returns the index after the last token.
+        last = (probs > 0).sum(dim=-1, keepdim=True) - 1
+        sampled = torch.minimum(torch.searchsorted(cumulative, target, right=True), last)
+    return order.gather(1, sampled).squeeze(1)
 
 
-class DrawnTokens(LogitsProcessor):
-    """Has transformers' ``generate`` sample the tokens that :func:`draw` gives: it leaves no others."""
+class SampledTokenLogitsProcessor(LogitsProcessor):
+    """A logits processor that makes transformers' ``generate`` sample with given random numbers.
 
-    def __init__(self, dice: Float[Tensor, "N longest"], decoding: Decoding) -> None:
-        self._dice, self._decoding = dice, decoding
+    It samples a token with :func:`sample_top_p` and excludes all others.
+
+    Args:
+        uniforms: random numbers in [0, 1), one for each token of each sequence.
+        decoding: the nucleus and the temperature.
+    """
+
+    def __init__(self, uniforms: Float[Tensor, "N max_new_tokens"], decoding: Decoding) -> None:
+        self._uniforms, self._decoding = uniforms, decoding
         self._step = 0
 
     def __call__(self, input_ids: Int[Tensor, "N T"], scores: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
         assert self._decoding.top_p is not None
-        tokens = draw(scores, self._decoding.top_p, self._decoding.temperature, self._dice[:, self._step])
+        tokens = sample_top_p(scores, self._decoding.top_p, self._decoding.temperature, self._uniforms[:, self._step])
         self._step += 1
         return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
 
 
-def pick(rows: Tensor, which: Int[Tensor, "n k"]) -> Tensor:
-    """``rows[i, which[i, j]]`` at [i, j]."""
-    return rows[torch.arange(len(rows), device=rows.device)[:, None], which]
+def gather_beams(values: Tensor, beams: Int[Tensor, "n k"]) -> Tensor:
+    """Return a tensor with ``values[i, beams[i, j]]`` at [i, j]."""
+    return values[torch.arange(len(values), device=values.device)[:, None], beams]

@@ -1,1 +1,1 @@
-"""``blip2 demo``: both stages on images with real frozen models, and a page that shows what was learned."""
+"""``blip2 demo``: train both stages with small frozen models, and report what they learned."""

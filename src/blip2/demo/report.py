@@ -1,4 +1,4 @@
-"""The tables that the demo prints, and its page of images."""
+"""The tables and the HTML report of the demo."""
 
 from __future__ import annotations
 
@@ -18,43 +18,43 @@ from blip2.data.images import read_image
 from blip2.data.records import Record
 from blip2.data.scene_facts import score_caption
 from blip2.data.scene_texts import Truth
-from blip2.demo.material import Material
+from blip2.demo.data import DemoData
 from blip2.evaluation.captioning import score_captions
 from blip2.evaluation.report import Report, plot_attention, plot_curves
-from blip2.evaluation.retrieval import Retrieval
+from blip2.evaluation.retrieval import RetrievalResult
 from blip2.pipelines import RepresentationPipeline
 from blip2.training.metrics import read_metrics
 
-ALONE = "stage 2 without stage 1"
+WITHOUT_STAGE1 = "stage 2 without stage 1"
 VQA = "trained on questions"
 BLANK = "shown a blank image"
 MAJORITY = "most frequent answer"
 FACTS = ("objects", "color", "relation", "count", "all")
 ANSWERS = ("what", "color", "count", "where", "yesno", "all")
-SHOWN = 24
-"""Images on the page."""
+MAX_IMAGES = 24
+"""Number of images in the report."""
 
 Rows = list[list[str]]
 
 
 @dataclass
-class Findings:
-    """What the page shows beside the numbers."""
+class DemoResults:
+    """Outputs of the models, for the report."""
 
     records: list[Record]
-    """Images with captions; none where there are scenes."""
+    """Images with captions; empty for scenes."""
     features: Float[Tensor, "I P E"]
     captions: dict[str, list[str]]
-    """Captions of the images, by the name of the model."""
-    retrieval: Retrieval | None = None
+    """Generated captions by the name of the model."""
+    retrieval: RetrievalResult | None = None
     folder: Path = Path()
     """Folder of the scenes."""
     rows: list[dict[str, Any]] = field(default_factory=list)
-    """Rows of scenes, which hold the truth."""
+    """Rows of the scenes, with their exact content."""
     questions: dict[int, list[tuple[str, str, str, float]]] = field(default_factory=dict)
-    """(question, answer, truth, probability of the answer) of some scenes, by their index."""
+    """(question, answer, reference answer, probability of the answer) of some scenes, by index."""
     twins: dict[str, Float[Tensor, "N 2 2"]] = field(default_factory=dict)
-    """Scores of each pair's images (rows) with its texts (columns), by what scores."""
+    """Scores of each pair's images (rows) with its texts (columns), by ``itc`` or ``itm``."""
     twin_rows: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -66,7 +66,7 @@ def _percent(value: float | None) -> str:
 
 
 def tables(metrics: dict[str, Any]) -> list[tuple[tuple[str, ...], Rows]]:
-    """Columns and rows of every table, in percent."""
+    """Return the columns and rows of all tables, in percent."""
     out: list[tuple[tuple[str, ...], Rows]] = []
     if "scenes" in metrics:
         titles = {"compositions": "held-out compositions", "images": "new images", "cutouts": "held-out cut-outs"}
@@ -74,13 +74,13 @@ def tables(metrics: dict[str, Any]) -> list[tuple[tuple[str, ...], Rows]]:
             numbers = metrics["scenes"][split]
             captions, answers = numbers["captions"].items(), numbers["answers"].items()
             rows = [[name, *(_percent(each.get(fact)) for fact in FACTS)] for name, each in captions]
-            out.append(((f"captions of {title}, right facts", *FACTS), rows))
+            out.append(((f"captions of {title}, correct facts", *FACTS), rows))
             rows = [[name, *(_percent(each.get(kind)) for kind in ANSWERS)] for name, each in answers]
             out.append(((f"answers about {title}", *ANSWERS), rows))
         numbers = metrics["scenes"]["compositions"]
         out.append(_retrieval_table("held-out compositions", numbers))
         kinds = [kind for kind in numbers["twins"]["itm"] if kind != "all"]
-        columns = ("twins told apart", *kinds, "all", "group")
+        columns = ("pairwise accuracy on twins", *kinds, "all", "group")
         rows = []
         for name, title in (("itc", "by similarity (ITC)"), ("itm", "by matching (ITM)")):
             each = numbers["twins"][name]
@@ -98,26 +98,26 @@ def tables(metrics: dict[str, Any]) -> list[tuple[tuple[str, ...], Rows]]:
 
 
 def _retrieval_table(title: str, numbers: dict[str, Any]) -> tuple[tuple[str, ...], Rows]:
-    found, rows = numbers["retrieval"], []
+    recalls, rows = numbers["retrieval"], []
     for key, direction in (("text_to_image", "text to image"), ("image_to_text", "image to text")):
         for name, way in (("itc", "ITC"), ("itm", "ITC, re-ranked by ITM")):
-            rows.append([f"{direction}, {way}", *(_percent(found[name][key][f"r{k}"]) for k in (1, 5, 10))])
-    rows.append(["chance", *(_percent(found["chance"][f"r{k}"]) for k in (1, 5, 10))])
+            rows.append([f"{direction}, {way}", *(_percent(recalls[name][key][f"r{k}"]) for k in (1, 5, 10))])
+    rows.append(["chance", *(_percent(recalls["chance"][f"r{k}"]) for k in (1, 5, 10))])
     return (f"retrieval, {title}", "R@1", "R@5", "R@10"), rows
 
 
 TABLES_TEXT = (
-    "In percent. Held-out compositions show kinds together, or counts of a kind, that training never shows; new images"
-    " show what training shows, in other places. A caption's fact is right when the sentence states it and it is true:"
-    " all objects and no other, the background's color, the relation between two objects, the count. Twins are pairs of"
-    " images whose texts differ in one word or in the order of two; group: both images find their text and both texts"
-    " their image. R@k: the right one is among the k best. Token F1: words shared by caption and true sentence; content"
-    " F1: without articles."
+    "In percent. Held-out compositions show combinations of kinds, or counts of a kind, that training never shows; new"
+    " images show the compositions of training in other arrangements. A fact of a caption is correct if the caption"
+    " states it and it is true: all objects and no other, the color of the background, the relation between two"
+    " objects, the count. Twins are pairs of images whose texts differ in one word or in the order of two words; group:"
+    " both images prefer their text and both texts their image. R@k: the match is among the k best. Token F1: words"
+    " shared by the caption and the reference; content F1: without articles and other function words."
 )
 
 
-def show(metrics: dict[str, Any], output: Path) -> None:
-    """Print the tables, and where the page is."""
+def print_tables(metrics: dict[str, Any], output: Path) -> None:
+    """Print the tables and the paths of the results."""
     console = Console()
     for columns, rows in tables(metrics):
         console.print(plain_table(columns, rows, right=True))
@@ -125,8 +125,8 @@ def show(metrics: dict[str, Any], output: Path) -> None:
         numbers = metrics["scenes"]["compositions"]
         similarity = ", ".join(f"{name} {value:.2f}" for name, value in numbers["queries"].items())
         console.print(
-            f"accuracy of ITM with hard negatives: {_percent(numbers['itm_accuracy'])} % (saying no to all: 66.7 %);"
-            f" mean cosine of an image's queries: {similarity}"
+            f'accuracy of ITM with hard negatives: {_percent(numbers["itm_accuracy"])} % (always "no": 66.7 %);'
+            f" mean cosine similarity of an image's queries: {similarity}"
         )
     lines = [
         f"in {metrics['seconds']:.0f} s",
@@ -139,131 +139,149 @@ def show(metrics: dict[str, Any], output: Path) -> None:
         console.print(plain_text(line), soft_wrap=True)
 
 
-# -- page ----------------------------------------------------------------------------------------------------------
+# -- report --------------------------------------------------------------------------------------------------------
 
 
-def write_report(
+def write_demo_report(
     path: Path,
     metrics: dict[str, Any],
     recipes: dict[str, Recipe],
-    material: Material,
+    demo_data: DemoData,
     representation: RepresentationPipeline,
-    scenes: Findings | None,
-    others: Findings | None,
+    scenes: DemoResults | None,
+    images: DemoResults | None,
 ) -> None:
-    """Write the page."""
+    """Write the report.
+
+    Args:
+        path: the HTML file to write.
+        metrics: the metrics of the demo.
+        recipes: the recipes by the name of the run.
+        demo_data: the data sources.
+        representation: the stage-1 model.
+        scenes: results on scenes, if the demo uses them.
+        images: results on images with captions, if there are any.
+    """
     report = Report(
         "What blip2 demo learned",
         "A Q-Former between frozen EfficientNet-Lite0 and frozen SmolLM2-135M-Instruct, trained in"
-        f" {metrics['seconds']:.0f} s and measured on images that were held out.",
+        f" {metrics['seconds']:.0f} s and evaluated on held-out images.",
     )
     report.section("Results", TABLES_TEXT)
     for columns, rows in tables(metrics):
         report.table(columns, rows)
     if scenes is not None:
-        _show_scenes(report, scenes)
-        _show_twins(report, scenes)
-    if others is not None:
-        _show_records(report, others)
-    report.section("Training", "Dashed: the same on held-out images.")
+        _add_scenes(report, scenes)
+        _add_twins(report, scenes)
+    if images is not None:
+        _add_records(report, images)
+    report.section("Training", "Dashed lines: held-out images.")
     curves = {name: read_metrics(Path(recipe.output)) for name, recipe in recipes.items()}
     first = [("itc", "ITC"), ("itm", "ITM"), ("itm_accuracy", "ITM accuracy"), ("itg", "ITG")]
     report.plot(plot_curves({"stage 1": curves["stage 1"]}, first), "losses of stage 1")
     later = {name: rows for name, rows in curves.items() if name != "stage 1"}
     report.plot(plot_curves(later, [("lm", "LM loss"), ("lm_accuracy", "LM accuracy")]), "losses of stage 2")
-    report.plot(plot_curves(curves, [("query_similarity", "cosine of an image's queries")]), "similarity of queries")
-    found = scenes or others
-    assert found is not None, "the demo is of scenes or of a user's own images"
-    images, names = _images(found)[:6], _truths(found)[:6]
+    report.plot(plot_curves(curves, [("query_similarity", "cosine similarity of queries")]), "similarity of queries")
+    results = scenes or images
+    assert results is not None
+    examples, titles = _images(results)[:6], _references(results)[:6]
     report.section(
-        "Where each query looks",
-        "Attention of the last cross-attention layer of stage 1 over the image, averaged over heads.",
+        "Attention of the queries",
+        "Attention of each query over the image, in the last cross-attention layer of stage 1, averaged over heads.",
     )
     with torch.no_grad():
-        memory = representation.model.memory(found.features[: len(images)])
+        memory = representation.model.build_image_memory(results.features[: len(examples)])
         maps = representation.model.qformer.attention_maps(memory)[:, -1]
-    report.plot(plot_attention(images, maps, [name[:26] for name in names]), "attention of the queries")
-    report.section("Credits", f"Images: {material.credit}.")
+    report.plot(plot_attention(examples, maps, [title[:26] for title in titles]), "attention of the queries")
+    report.section("Credits", f"Images: {demo_data.credit}.")
     report.save(path)
 
 
-def _images(found: Findings) -> list[Image.Image]:
-    if found.rows:
-        return [read_image(found.folder / row["image"]) for row in found.rows[:SHOWN]]
-    return [read_image(record.image or b"") for record in found.records[:SHOWN]]
+def _images(results: DemoResults) -> list[Image.Image]:
+    if results.rows:
+        return [read_image(results.folder / row["image"]) for row in results.rows[:MAX_IMAGES]]
+    return [read_image(record.image or b"") for record in results.records[:MAX_IMAGES]]
 
 
-def _truths(found: Findings) -> list[str]:
-    if found.rows:
-        return [row["captions"][0] for row in found.rows[:SHOWN]]
-    return [record.captions[0] for record in found.records[:SHOWN]]
+def _references(results: DemoResults) -> list[str]:
+    if results.rows:
+        return [row["captions"][0] for row in results.rows[:MAX_IMAGES]]
+    return [record.captions[0] for record in results.records[:MAX_IMAGES]]
 
 
-def _show_scenes(report: Report, found: Findings) -> None:
+def _add_scenes(report: Report, results: DemoResults) -> None:
     report.section(
         "Captions and answers",
-        "Held-out compositions: no training image shows these kinds together. The true caption, the model's, the one"
-        " without stage 1, and questions with the model's answer and its probability.",
+        "Held-out compositions: no training image shows these kinds together. Each card shows the reference caption,"
+        " the caption of the model, the caption without stage 1, and questions with the model's answer and its"
+        " probability.",
     )
     cards = []
-    for i, (image, truth) in enumerate(zip(_images(found), _truths(found), strict=True)):
-        written, alone = found.captions["stage 2"][i], found.captions[ALONE][i]
-        facts = score_caption(written, Truth.of_json(found.rows[i]["truth"]))
-        wrong = [fact for fact, right in facts.items() if right is False]
+    for i, (image, reference) in enumerate(zip(_images(results), _references(results), strict=True)):
+        caption, baseline = results.captions["stage 2"][i], results.captions[WITHOUT_STAGE1][i]
+        facts = score_caption(caption, Truth.from_json(results.rows[i]["truth"]))
+        wrong = [fact for fact, is_correct in facts.items() if is_correct is False]
         lines = [
-            ("", truth),
-            ("wrong", f"{written} (wrong: {', '.join(wrong)})") if wrong else ("right", written),
-            ("dim", f"without stage 1: {alone}"),
+            ("", reference),
+            ("wrong", f"{caption} (wrong: {', '.join(wrong)})") if wrong else ("right", caption),
+            ("dim", f"without stage 1: {baseline}"),
         ]
-        for question, answer, wanted, probability in found.questions.get(i, []):
-            style = "right" if answer.strip(" .").lower() == wanted else "wrong"
-            note = "" if style == "right" else f", is {wanted}"
+        for question, answer, expected, probability in results.questions.get(i, []):
+            style = "right" if answer.strip(" .").lower() == expected else "wrong"
+            note = "" if style == "right" else f", correct: {expected}"
             lines.append((style, f"{question} {answer} ({probability:.2f}{note})"))
         cards.append((image, lines))
     report.cards(cards)
 
 
-def _show_twins(report: Report, found: Findings) -> None:
+def _add_twins(report: Report, results: DemoResults) -> None:
     report.section(
         "Twins",
-        "Two images and two texts that differ in one word or in the order of two. The probability that image and text"
-        " match (ITM), for each image with its own text first.",
+        "Pairs of images whose texts differ in one word or in the order of two words. Each card shows the probability"
+        " (ITM) that the image matches its own text, and that it matches the other text.",
     )
-    step = max(len(found.twin_rows) // 2 // 6, 1)
-    matched = found.twins["itm"].sigmoid()
+    step = max(len(results.twin_rows) // 2 // 6, 1)
+    matched = results.twins["itm"].sigmoid()
     cards = []
-    for pair in range(0, len(found.twin_rows) // 2, step):
-        texts = [found.twin_rows[2 * pair + side]["captions"][0] for side in (0, 1)]
+    for pair in range(0, len(results.twin_rows) // 2, step):
+        texts = [results.twin_rows[2 * pair + side]["captions"][0] for side in (0, 1)]
         for side in (0, 1):
-            own, other = float(matched[pair, side, side]), float(matched[pair, side, 1 - side])
-            style = "right" if own > other else "wrong"
-            lines = [(style, f"{own:.2f} {texts[side]}"), ("dim", f"{other:.2f} {texts[1 - side]}")]
-            cards.append((read_image(found.folder / found.twin_rows[2 * pair + side]["image"]), lines))
+            match, other = float(matched[pair, side, side]), float(matched[pair, side, 1 - side])
+            style = "right" if match > other else "wrong"
+            lines = [(style, f"{match:.2f} {texts[side]}"), ("dim", f"{other:.2f} {texts[1 - side]}")]
+            cards.append((read_image(results.folder / results.twin_rows[2 * pair + side]["image"]), lines))
     report.cards(cards[:12], columns=4)
 
 
-def _show_records(report: Report, found: Findings) -> None:
-    report.section("Captions", "Held-out images with their true sentence, the caption, and the one without stage 1.")
-    captions = zip(found.captions["stage 2"], found.captions[ALONE], strict=True)
+def _add_records(report: Report, results: DemoResults) -> None:
+    report.section(
+        "Captions", "Held-out images with the reference, the caption of the model, and the caption without stage 1."
+    )
+    captions = zip(results.captions["stage 2"], results.captions[WITHOUT_STAGE1], strict=True)
     report.cards(
         [
-            (image, [("", truth), ("right" if _close(written, truth) else "wrong", written), ("dim", alone)])
-            for image, truth, (written, alone) in zip(_images(found), _truths(found), captions, strict=False)
+            (
+                image,
+                [("", reference), ("right" if _is_close(caption, reference) else "wrong", caption), ("dim", baseline)],
+            )
+            for image, reference, (caption, baseline) in zip(
+                _images(results), _references(results), captions, strict=False
+            )
         ]
     )
-    if found.retrieval is None:
+    if results.retrieval is None:
         return
-    report.section("Text to image", "For a sentence, the three held-out images that match best.")
-    truth = [record.captions[0] for record in found.records]
-    best = found.retrieval.text_scores.topk(min(3, len(truth)), dim=0).indices.T
+    report.section("Text to image", "The three best-matching held-out images for a sentence.")
+    texts = [record.captions[0] for record in results.records]
+    best = results.retrieval.scores_t2i.topk(min(3, len(texts)), dim=0).indices.T
     cards = []
-    for text in range(0, len(truth), max(len(truth) // 8, 1)):
+    for text in range(0, len(texts), max(len(texts) // 8, 1)):
         for rank, image in enumerate(best[text].tolist()):
-            style = "right" if found.retrieval.positive[image, text] else "wrong"
-            lines = [("", truth[text] if rank == 0 else " "), (style, f"{rank + 1}. {truth[image]}")]
-            cards.append((read_image(found.records[image].image or b""), lines))
-    report.cards(cards[:24], columns=6)  # two sentences a row
+            style = "right" if results.retrieval.positive[image, text] else "wrong"
+            lines = [("", texts[text] if rank == 0 else " "), (style, f"{rank + 1}. {texts[image]}")]
+            cards.append((read_image(results.records[image].image or b""), lines))
+    report.cards(cards[:24], columns=6)  # two sentences per row
 
 
-def _close(written: str, wanted: str) -> bool:
-    return score_captions([written], [wanted])["content_f1"] >= 0.5
+def _is_close(caption: str, reference: str) -> bool:
+    return score_captions([caption], [reference])["content_f1"] >= 0.5

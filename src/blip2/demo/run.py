@@ -1,8 +1,8 @@
-"""Train both stages, train on questions, and measure what was learned on held-out images.
+"""Train both stages, fine-tune on questions, and evaluate on held-out images.
 
-Stage 1 trains a Q-Former that starts from MiniLM and reads EfficientNet-Lite0's features; stage 2 connects it to
-SmolLM2-135M and learns captions, and is then trained on questions, as in the paper's §4.3. Stage 2 is also trained
-without stage 1, which is the comparison of the paper's Figure 5.
+Stage 1 trains a Q-Former, initialized from MiniLM, on the features of EfficientNet-Lite0. Stage 2 connects it to
+SmolLM2-135M and learns captions, and is then fine-tuned on questions as in §4.3 of the paper. Stage 2 is also trained
+without stage 1, for the comparison in the paper's Figure 5.
 """
 
 from __future__ import annotations
@@ -23,23 +23,32 @@ from torch import Tensor
 
 from blip2.config import DataConfig, Precision, Recipe
 from blip2.data.assets import fetch
-from blip2.data.images import read_image, to_pixels
-from blip2.data.records import Records, open_records
+from blip2.data.images import preprocess, read_image
+from blip2.data.records import Records
+from blip2.data.sources import open_records
 from blip2.decoding.search import Decoding
-from blip2.demo.material import Material, own_material, scenes_material
-from blip2.demo.report import ALONE, BLANK, MAJORITY, VQA, Findings, show, write_report
+from blip2.demo.data import DemoData, scenes_data, user_data
+from blip2.demo.report import (
+    BLANK,
+    MAJORITY,
+    VQA,
+    WITHOUT_STAGE1,
+    DemoResults,
+    print_tables,
+    write_demo_report,
+)
 from blip2.errors import InputError
 from blip2.evaluation.captioning import score_captions
 from blip2.evaluation.report import new_figure
-from blip2.evaluation.retrieval import Retrieval, evaluate_retrieval
+from blip2.evaluation.retrieval import RetrievalResult, evaluate_retrieval
 from blip2.evaluation.scenes import (
-    compare_twins,
     majority_answers,
     matching_accuracy,
     read_rows,
     read_truths,
     score_answers,
     score_facts,
+    score_twins,
 )
 from blip2.io import read_json, write_json
 from blip2.model.losses import query_statistics
@@ -51,50 +60,50 @@ from blip2.training.trainer import train
 log = logging.getLogger("blip2")
 
 GREEDY = Decoding(num_beams=1, max_new_tokens=24)
-SHORT = Decoding(num_beams=1, max_new_tokens=4)
-CANDIDATES = 16
-"""Images or texts that are ranked again by the matching head, in each direction."""
-MEASURED = {"compositions": (160, 300), "images": (80, 100), "cutouts": (80, 100)}
-"""Images of each held-out split that are captioned, and questions that are asked, the first of the files."""
+GREEDY_ANSWER = Decoding(num_beams=1, max_new_tokens=4)
+RERANK_K = 16
+"""Number of candidates that the matching head re-ranks in each direction."""
+EVAL_SIZES = {"compositions": (160, 300), "images": (80, 100), "cutouts": (80, 100)}
+"""Number of images and of questions that are evaluated for each held-out split, the first of the files."""
 PLAN = "plan.json"
-MINUTES = 15
-"""A demo of scenes is to take so long where the machine is fast enough."""
-LONGEST = 4.0
-"""Times the recipes' steps that are trained at most where none are asked for."""
+TARGET_MINUTES = 15
+"""Duration of a demo on scenes, if the machine is fast enough."""
+MAX_SCALE = 4.0
+"""Maximum factor for the training steps, unless a factor is given."""
 REFERENCE_RATE = 165e9
-"""Floating-point operations a second, in fp32, of the two CPU threads without AVX-512 that the next three are of."""
+"""FLOP/s in fp32 of the machine on which the next three constants were measured: two CPU threads without AVX-512."""
 TRAINING_SECONDS = 880
-"""Seconds of the recipes' own steps there."""
+"""Seconds of training on that machine, with the steps of the recipes."""
 EVALUATION_SECONDS = 300
-"""Seconds of everything else there."""
+"""Seconds of everything else on that machine."""
 FIXED_SHARE = 0.35
-"""Share of the seconds there that faster matrix products do not shorten."""
-AT_ONCE = 48
-"""Texts that are written together."""
+"""Share of the time on that machine that does not depend on the speed of matrix products."""
+BATCH_SIZE = 48
+"""Number of texts that are generated together."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training of the demo."""
+    """One training run of the demo."""
 
     recipe: str
     folder: str
     start_from: tuple[str, ...] = ()
-    """Names of the runs whose weights it starts from; the first that has a weight gives it."""
+    """Names of the runs whose weights it starts from; for each weight, the first run that has it is used."""
 
 
 RUNS = {
     "stage 1": Run("demo-stage1", "stage1"),
     "stage 2": Run("demo-stage2", "stage2", ("stage 1",)),
-    ALONE: Run("demo-stage2", "stage2-without-stage1"),
+    WITHOUT_STAGE1: Run("demo-stage2", "stage2-without-stage1"),
     VQA: Run("demo-vqa", "vqa", ("stage 2", "stage 1")),
 }
-"""In their order. The last is left out where there are no questions."""
+"""The runs in order. The last is left out if there are no questions."""
 
 
 @dataclass
 class StageTimer:
-    """Seconds that each part took."""
+    """Durations of the parts of the demo, in seconds."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -107,107 +116,114 @@ class StageTimer:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is decided by the speed of the machine."""
+class DemoPlan:
+    """Settings that depend on the speed of the machine."""
 
     precision: Precision
     scale: float
-    """How many times the recipes' own steps are trained."""
+    """Factor for the training steps of the recipes."""
 
 
-def make_plan(output: Path, scale: float | None = None) -> Plan:
-    """Return the plan that is kept in `output`, so that a demo that was killed continues as it began, or make one.
+def make_plan(output: Path, scale: float | None = None) -> DemoPlan:
+    """Read the plan in `output`, so that an interrupted demo resumes with its settings, or make a new one.
 
     Args:
-        scale: how many times the recipes' own steps to train; None: what takes about fifteen minutes on this machine,
-            from 1 to :data:`LONGEST`.
+        output: folder of the demo.
+        scale: factor for the training steps of the recipes; None means the factor between 1 and :data:`MAX_SCALE` that
+            takes about :data:`TARGET_MINUTES` on this machine.
     """
     path = output / PLAN
     if path.is_file():
         try:
-            kept = Plan(**read_json(path))
+            saved = DemoPlan(**read_json(path))
         except TypeError as error:
             raise InputError(f"{path} cannot be read ({error}): remove it, or give another output") from error
-        if scale is None or scale == kept.scale:
-            return kept
-        plan = replace(kept, scale=scale)
+        if scale is None or scale == saved.scale:
+            return saved
+        plan = replace(saved, scale=scale)
     else:
         rates = matrix_rates()
         precision = faster_precision(rates)
-        plan = Plan(precision, fitting_scale(rates[precision]) if scale is None else scale)
+        plan = DemoPlan(precision, fitting_scale(rates[precision]) if scale is None else scale)
     output.mkdir(parents=True, exist_ok=True)
     write_json(path, asdict(plan))
     return plan
 
 
 def fitting_scale(rate: float) -> float:
-    """Return how many times the recipes' steps take :data:`MINUTES` on a machine that multiplies matrices at a rate.
+    """Return the factor for the training steps that takes :data:`TARGET_MINUTES`.
 
     Args:
-        rate: floating-point operations a second.
+        rate: FLOP/s of matrix products on this machine.
     """
     slowness = FIXED_SHARE + (1 - FIXED_SHARE) * REFERENCE_RATE / rate
-    seconds = 60 * MINUTES / slowness - EVALUATION_SECONDS
-    return round(min(max(seconds / TRAINING_SECONDS, 1.0), LONGEST), 1)
+    seconds = 60 * TARGET_MINUTES / slowness - EVALUATION_SECONDS
+    return round(min(max(seconds / TRAINING_SECONDS, 1.0), MAX_SCALE), 1)
 
 
 def demo(output: Path, quick: bool = False, data: str | None = None, scale: float | None = None) -> dict[str, Any]:
-    """Train, measure and show; ``metrics.json`` and ``report.html`` are written to `output`.
+    """Train, evaluate, print the results, and write ``metrics.json`` and ``report.html``.
 
-    A demo that was killed continues where it was.
+    An interrupted demo resumes where it stopped when it is started again.
 
     Args:
-        quick: a few steps of each, to see that everything works.
-        data: a folder or table of images with captions to use in place of the scenes.
-        scale: how many times the recipes' own steps to train; see :func:`make_plan`.
+        output: folder of the runs and the results.
+        quick: train for a few steps only, as a test.
+        data: a folder or table of images with captions to use instead of the scenes.
+        scale: factor for the training steps of the recipes; see :func:`make_plan`.
 
     Returns:
-        What is in ``metrics.json``.
+        The content of ``metrics.json``.
 
     Raises:
-        InputError: a package cannot be had, `data` cannot be used, or `output` holds something else.
+        InputError: a package is missing, `data` cannot be used, or `output` holds other results.
     """
-    new_figure(1, 1)  # a missing extra is better found now than at the end
+    new_figure(1.0, 1.0)  # fails early if the extra is missing
     for name in ("efficientnet-lite0", "minilm", "smollm2-135m-instruct"):
         fetch(name)
-    material = scenes_material(output, quick) if data is None else own_material(data, output)
+    demo_data = scenes_data(output, quick) if data is None else user_data(data, output)
     timer = StageTimer()
     plan = make_plan(output, scale)
-    log.info("training in %s, %g times the recipes' steps", plan.precision, plan.scale)
-    recipes = demo_recipes(output, material, plan, quick)
+    log.info("training in %s, %g times the steps of the recipes", plan.precision, plan.scale)
+    recipes = demo_recipes(output, demo_data, plan, quick)
     for name, recipe in recipes.items():
         with timer.measure(f"training {name}"):
             train(recipe, resume=True)
-    tester = Tester(recipes, material, timer, quick)
+    evaluator = Evaluator(recipes, timer, quick)
     metrics: dict[str, Any] = {"quick": quick}
     scenes = None
-    if material.scenes is not None:
-        metrics["scenes"], scenes = tester.scenes(material.scenes)
-    others = None
-    if material.held_out is not None:
-        metrics["images"], others = tester.images(material.held_out)
+    if demo_data.scenes is not None:
+        metrics["scenes"], scenes = evaluator.scenes(demo_data.scenes)
+    images = None
+    if demo_data.held_out is not None:
+        metrics["images"], images = evaluator.images(demo_data.held_out)
     metrics |= {"seconds": sum(timer.seconds.values()), "seconds_by_part": timer.seconds}
     for name, recipe in recipes.items():
         rows = [row for row in read_metrics(Path(recipe.output)) if "validation_loss" in row]
         metrics[name] = {key: value for key, value in rows[-1].items() if key.startswith("validation_")}
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
-    write_report(output / "report.html", metrics, recipes, material, tester.representation, scenes, others)
-    show(metrics, output)
+    write_demo_report(output / "report.html", metrics, recipes, demo_data, evaluator.representation, scenes, images)
+    print_tables(metrics, output)
     return metrics
 
 
-def demo_recipes(output: Path, material: Material, plan: Plan, quick: bool) -> dict[str, Recipe]:
-    """Return the recipe of each of :data:`RUNS`, without the one on questions where there are none."""
-    sources = {"stage 1": material.train, VQA: material.questions}
+def demo_recipes(output: Path, demo_data: DemoData, plan: DemoPlan, quick: bool) -> dict[str, Recipe]:
+    """Return the recipe of each of :data:`RUNS`, without the last if there are no questions."""
+    generation = (demo_data.generation, demo_data.generation_validation)
+    sources = {
+        "stage 1": (demo_data.train, demo_data.validation),
+        "stage 2": generation,
+        WITHOUT_STAGE1: generation,
+        VQA: (demo_data.questions, demo_data.questions_validation),
+    }
     recipes = {}
     for name, run in RUNS.items():
-        source = sources.get(name, material.generation)
+        source, validation = sources[name]
         if source is None:
             continue
         recipe = load_recipe(find_recipe(run.recipe))
-        validation = material.validation if name == "stage 1" else material.generation_validation
         data = replace(recipe.data, train=source, validation=validation)
-        if material.scenes is None:  # nothing is known of what crops and mirrors would spoil
+        if demo_data.scenes is None:  # crops and flips may contradict a user's captions
             data = replace(data, cached_views=4)
         steps = 6 if quick else max(1, round(plan.scale * recipe.training.max_steps))
         recipes[name] = replace(
@@ -220,7 +236,7 @@ def demo_recipes(output: Path, material: Material, plan: Plan, quick: bool) -> d
 
 
 def in_precision(recipe: Recipe, precision: Precision, steps: int | None = None) -> Recipe:
-    """Return a recipe whose parts all compute in a precision; `steps` in place of its own."""
+    """Return a copy of a recipe with all parts in one precision, and with other training steps if given."""
     return replace(
         recipe,
         vision=replace(recipe.vision, dtype=precision),
@@ -230,7 +246,7 @@ def in_precision(recipe: Recipe, precision: Precision, steps: int | None = None)
 
 
 def matrix_rates() -> dict[Precision, float]:
-    """Return how many floating-point operations a second this machine does in products as large as SmolLM2's."""
+    """Measure the FLOP/s of matrix products with the shapes of SmolLM2's."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtypes: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
     matrices = {
@@ -240,168 +256,172 @@ def matrix_rates() -> dict[Precision, float]:
 
     def seconds(name: Precision) -> float:
         started = time.perf_counter()
-        torch.mm(*matrices[name]).sum().item()  # to a number, for a GPU returns before it is done
+        torch.mm(*matrices[name]).sum().item()  # item() waits for a GPU
         return time.perf_counter() - started
 
-    # The best of several, in turns: what else runs on the machine must not decide.
+    # The minimum over alternating rounds is robust against other load on the machine.
     rounds = [{name: seconds(name) for name in dtypes} for _ in range(20)]
     return {name: 2 * 256 * 576 * 1536 / min(each[name] for each in rounds) for name in dtypes}
 
 
 def faster_precision(rates: dict[Precision, float] | None = None) -> Precision:
-    """Return bf16 where this machine multiplies matrices faster in it, else fp32."""
+    """Return bf16 if matrix products are faster in it on this machine, else fp32."""
     if torch.cuda.is_available():
         return "bf16"
     rates = rates or matrix_rates()
     return "bf16" if rates["bf16"] > rates["fp32"] else "fp32"
 
 
-class Tester:
-    """Measures the trained models on held-out images."""
+class Evaluator:
+    """Evaluates the trained models on held-out images."""
 
-    def __init__(self, recipes: dict[str, Recipe], material: Material, timer: StageTimer, quick: bool) -> None:
-        self.timer, self.material, self.quick = timer, material, quick
-        compare = load(recipes["stage 1"].output)
-        assert isinstance(compare, RepresentationPipeline)
-        self.representation = compare
-        # To write one token at a time, fp32 is the faster on CPUs, whatever it was trained in.
+    def __init__(self, recipes: dict[str, Recipe], timer: StageTimer, quick: bool) -> None:
+        self.timer, self.quick = timer, quick
+        pipeline = load(recipes["stage 1"].output)
+        assert isinstance(pipeline, RepresentationPipeline)
+        self.representation = pipeline
+        # Decoding token by token is fastest in fp32 on CPUs, whatever the precision of training.
         dtype = None if torch.cuda.is_available() else "fp32"
-        self.writers: dict[str, GenerationPipeline] = {}
+        self.generators: dict[str, GenerationPipeline] = {}
         for name, recipe in recipes.items():
             if recipe.stage != "generation":
                 continue
             pipeline = load(recipe.output, dtype=dtype)
             assert isinstance(pipeline, GenerationPipeline)
-            pipeline.batch_size = AT_ONCE
-            self.writers[name] = pipeline
+            pipeline.batch_size = BATCH_SIZE
+            self.generators[name] = pipeline
 
     def encode(self, images: Sequence[Image.Image]) -> Float[Tensor, "I P E"]:
-        """Features of images, which all models share, as they share the encoder."""
-        writer = self.writers["stage 2"]
-        return writer.encode(torch.stack([to_pixels(image, writer.model.vision.preprocessing) for image in images]))
+        """Encode images; the features serve all models, which share the image encoder."""
+        pipeline = self.generators["stage 2"]
+        return pipeline.encode_pixels(
+            torch.stack([preprocess(image, pipeline.model.vision.preprocessing) for image in images])
+        )
 
-    def images(self, path: Path) -> tuple[dict[str, Any], Findings]:
-        """Retrieval among images with captions, and their captions."""
+    def images(self, path: Path) -> tuple[dict[str, Any], DemoResults]:
+        """Evaluate retrieval and captions on images with captions."""
         held_out = open_records(str(path), DataConfig(train=str(path)))
         assert isinstance(held_out, Records)
         records = list(held_out)[: 24 if self.quick else None]
         features = self.encode([read_image(record.image or b"") for record in records])
-        truth = [record.captions[0] for record in records]
+        references = [record.captions[0] for record in records]
         with self.timer.measure(f"retrieval and captions of {len(records)} images of {path.stem}"):
-            retrieval = self._retrieve(features, truth)
-            captions = {name: self.writers[name].caption(features, decoding=GREEDY) for name in ("stage 2", ALONE)}
+            retrieval = self._retrieve(features, references)
+            names = ("stage 2", WITHOUT_STAGE1)
+            captions = {name: self.generators[name].caption(features, decoding=GREEDY) for name in names}
         numbers = {
             "source": path.stem,
             "count": len(records),
             "retrieval": _recalls(retrieval),
-            "captions": {name: score_captions(written, truth) for name, written in captions.items()},
+            "captions": {name: score_captions(texts, references) for name, texts in captions.items()},
         }
-        return numbers, Findings(records, features, captions, retrieval)
+        return numbers, DemoResults(records, features, captions, retrieval)
 
-    def scenes(self, folder: Path) -> tuple[dict[str, Any], Findings]:
-        """Everything that the exact truth of scenes allows, on held-out compositions, images and cut-outs."""
+    def scenes(self, folder: Path) -> tuple[dict[str, Any], DemoResults]:
+        """Evaluate all tasks on scenes with held-out compositions, new images and held-out cut-outs."""
         numbers: dict[str, dict[str, Any]] = {}
-        numbers["compositions"], found = self._captions_and_answers(folder, "compositions")
-        features = found.features
+        numbers["compositions"], results = self._captions_and_answers(folder, "compositions")
+        features = results.features
         with self.timer.measure("retrieval, matching and twins"):
-            texts = [row["captions"][0] for row in found.rows]
-            found.retrieval = self._retrieve(features, texts)
+            texts = [row["captions"][0] for row in results.rows]
+            results.retrieval = self._retrieve(features, texts)
             numbers["compositions"] |= {
-                "retrieval": _recalls(found.retrieval),
+                "retrieval": _recalls(results.retrieval),
                 "itm_accuracy": matching_accuracy(self.representation, features, texts),
                 "queries": self._queries(features),
             }
-            numbers["compositions"]["twins"], found.twins, found.twin_rows = self._twins(folder)
+            numbers["compositions"]["twins"], results.twins, results.twin_rows = self._twins(folder)
         for split in ("images", "cutouts"):
             numbers[split] = self._captions_and_answers(folder, split)[0]
-        return numbers, found
+        return numbers, results
 
-    def _captions_and_answers(self, folder: Path, split: str) -> tuple[dict[str, Any], Findings]:
-        """Facts in captions and answers on a split; of the compositions also by what must do worse."""
-        many_images, many_questions = MEASURED[split]
-        rows = read_rows(folder / f"test_{split}.jsonl")[: 16 if self.quick else many_images]
+    def _captions_and_answers(self, folder: Path, split: str) -> tuple[dict[str, Any], DemoResults]:
+        """Evaluate captions and answers on a split; on compositions, the baselines as well."""
+        num_images, num_questions = EVAL_SIZES[split]
+        rows = read_rows(folder / f"test_{split}.jsonl")[: 16 if self.quick else num_images]
         features = self.encode([read_image(folder / row["image"]) for row in rows])
         index = {row["image"]: i for i, row in enumerate(rows)}
-        asked = [row for row in read_rows(folder / f"test_{split}_questions.jsonl") if row["image"] in index]
-        asked = asked[:many_questions]
-        owners = [index[row["image"]] for row in asked]
+        questions = [row for row in read_rows(folder / f"test_{split}_questions.jsonl") if row["image"] in index]
+        questions = questions[:num_questions]
+        image_index = [index[row["image"]] for row in questions]
         captions, answers = {}, {}
         with self.timer.measure(f"captions of {len(rows)} held-out {split}"):
-            captions["stage 2"] = self.writers["stage 2"].caption(features, decoding=GREEDY)
+            captions["stage 2"] = self.generators["stage 2"].caption(features, decoding=GREEDY)
             if split == "compositions":
-                captions[ALONE] = self.writers[ALONE].caption(features, decoding=GREEDY)
-        with self.timer.measure(f"{len(asked)} questions about held-out {split}"):
-            answers[VQA] = self._answer(features, asked, owners)
+                captions[WITHOUT_STAGE1] = self.generators[WITHOUT_STAGE1].caption(features, decoding=GREEDY)
+        with self.timer.measure(f"{len(questions)} questions about held-out {split}"):
+            answers[VQA] = self._answer(features, questions, image_index)
             if split == "compositions":
                 blank = self.encode([Image.new("RGB", (224, 224), "gray")])
-                captions[BLANK] = self.writers["stage 2"].caption(blank, decoding=GREEDY) * len(rows)
-                answers[BLANK] = self._answer(blank, asked, [0] * len(asked))
-                answers[MAJORITY] = majority_answers(read_rows(folder / "train_questions.jsonl"), asked)
+                captions[BLANK] = self.generators["stage 2"].caption(blank, decoding=GREEDY) * len(rows)
+                answers[BLANK] = self._answer(blank, questions, [0] * len(questions))
+                answers[MAJORITY] = majority_answers(read_rows(folder / "train_questions.jsonl"), questions)
         numbers = {
             "count": len(rows),
-            "questions": len(asked),
-            "captions": {name: score_facts(written, read_truths(rows)) for name, written in captions.items()},
-            "answers": {name: score_answers(given, asked) for name, given in answers.items()},
+            "questions": len(questions),
+            "captions": {name: score_facts(texts, read_truths(rows)) for name, texts in captions.items()},
+            "answers": {name: score_answers(texts, questions) for name, texts in answers.items()},
         }
-        found = Findings([], features, captions, folder=folder, rows=rows)
+        results = DemoResults([], features, captions, folder=folder, rows=rows)
         if split == "compositions":
-            found.questions = self._sure(features, asked, owners, answers[VQA])
-        return numbers, found
+            results.questions = self._probabilities(features, questions, image_index, answers[VQA])
+        return numbers, results
 
-    def _retrieve(self, features: Float[Tensor, "I P E"], texts: list[str]) -> Retrieval:
+    def _retrieve(self, features: Float[Tensor, "I P E"], texts: list[str]) -> RetrievalResult:
         positive = torch.tensor([[a == b for b in texts] for a in texts])
-        return evaluate_retrieval(self.representation, features, texts, positive, CANDIDATES)
+        return evaluate_retrieval(self.representation, features, texts, positive, RERANK_K)
 
-    def _answer(self, features: Float[Tensor, "I P E"], asked: list[dict[str, Any]], owners: list[int]) -> list[str]:
-        writer = self.writers[VQA]
-        questions = [row["question"] for row in asked]
-        return writer.generate(
-            features, writer.question_prompts(questions), SHORT, image_of=owners, questions=questions
-        )
+    def _answer(
+        self, features: Float[Tensor, "I P E"], rows: list[dict[str, Any]], image_index: list[int]
+    ) -> list[str]:
+        pipeline = self.generators[VQA]
+        questions = [row["question"] for row in rows]
+        prompts = pipeline.format_questions(questions)
+        return pipeline.generate(features, prompts, GREEDY_ANSWER, image_index=image_index, questions=questions)
 
-    def _sure(
+    def _probabilities(
         self,
         features: Float[Tensor, "I P E"],
-        asked: list[dict[str, Any]],
-        owners: list[int],
+        rows: list[dict[str, Any]],
+        image_index: list[int],
         answers: list[str],
     ) -> dict[int, list[tuple[str, str, str, float]]]:
-        """Four questions of each of some images, with answers and their probabilities."""
-        writer = self.writers[VQA]
-        chosen = [i for i, owner in enumerate(owners) if owner < 24 and owners[:i].count(owner) < 4]
-        questions, given = [asked[i]["question"] for i in chosen], [answers[i] for i in chosen]
-        prompts, about = writer.question_prompts(questions), [owners[i] for i in chosen]
-        sure = writer.log_likelihood(features, prompts, given, about, questions).exp().tolist()
+        """Return up to four questions of each of the first 24 images, with answers and their probabilities."""
+        pipeline = self.generators[VQA]
+        chosen = [i for i, image in enumerate(image_index) if image < 24 and image_index[:i].count(image) < 4]
+        questions, texts = [rows[i]["question"] for i in chosen], [answers[i] for i in chosen]
+        prompts, images = pipeline.format_questions(questions), [image_index[i] for i in chosen]
+        probabilities = pipeline.log_likelihood(features, prompts, texts, images, questions).exp().tolist()
         out: dict[int, list[tuple[str, str, str, float]]] = {}
-        for i, answer, probability in zip(chosen, given, sure, strict=True):
-            row = asked[i]
-            out.setdefault(owners[i], []).append((row["question"], answer, row["answers"][0], probability))
+        for i, answer, probability in zip(chosen, texts, probabilities, strict=True):
+            row = rows[i]
+            out.setdefault(image_index[i], []).append((row["question"], answer, row["answers"][0], probability))
         return out
 
     def _twins(self, folder: Path) -> tuple[dict[str, Any], dict[str, Float[Tensor, "N 2 2"]], list[dict[str, Any]]]:
         rows = read_rows(folder / "twins.jsonl")[: 16 if self.quick else None]
         features = self.encode([read_image(folder / row["image"]) for row in rows])
-        twins = compare_twins(self.representation, features, [row["captions"][0] for row in rows])
+        twins = score_twins(self.representation, features, [row["captions"][0] for row in rows])
         types = [row["twin_type"] for row in rows[::2]]
         numbers: dict[str, Any] = {"count": len(types)}
         for name, each in twins.items():
-            by_type = {kind: some.told_apart for kind, some in each.by_type(types).items()}
-            numbers[name] = {"all": each.told_apart, **by_type}
+            by_type = {kind: some.accuracy for kind, some in each.by_type(types).items()}
+            numbers[name] = {"all": each.accuracy, **by_type}
         return numbers, {name: each.scores for name, each in twins.items()}, rows
 
     @torch.no_grad()
     def _queries(self, features: Float[Tensor, "I P E"]) -> dict[str, float]:
-        """Return the mean cosine between the output queries of an image, for each model that reads no questions."""
-        some = features[:64]
+        """Return the mean cosine similarity between an image's output queries, for models without question input."""
+        features = features[:64]
         model = self.representation.model
-        z = {"stage 1": model.qformer(model.memory(some)).queries}
-        z |= {name: writer.model.query_outputs(some) for name, writer in self.writers.items() if name != VQA}
+        z = {"stage 1": model.qformer(model.build_image_memory(features)).queries}
+        z |= {name: pipeline.model.query_outputs(features) for name, pipeline in self.generators.items() if name != VQA}
         return {name: float(query_statistics(each)["query_similarity"]) for name, each in z.items()}
 
 
-def _recalls(retrieval: Retrieval) -> dict[str, Any]:
-    assert retrieval.by_similarity is not None
-    itc = retrieval.by_similarity
+def _recalls(retrieval: RetrievalResult) -> dict[str, Any]:
+    itc = retrieval.itc
+    assert itc is not None
     return {
         "itc": {"image_to_text": itc.image_to_text, "text_to_image": itc.text_to_image},
         "itm": {"image_to_text": retrieval.image_to_text, "text_to_image": retrieval.text_to_image},

@@ -1,1 +1,1 @@
-"""Measuring what a model does on pictures it never saw, and showing it."""
+"""Evaluation on held-out data: benchmark metrics and reports."""

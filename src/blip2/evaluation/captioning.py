@@ -1,7 +1,7 @@
-"""How close captions come to the truth.
+"""Caption metrics.
 
-:func:`official_scores` gives the metrics of COCO and NoCaps (paper §4.2), by the programs that define them;
-:func:`score_captions` gives simple ones that need nothing else.
+:func:`official_scores` computes the metrics of COCO and NoCaps (paper §4.2) with the programs that define them.
+:func:`score_captions` computes simple metrics without further dependencies.
 """
 
 from __future__ import annotations
@@ -29,32 +29,31 @@ CORENLP = "https://nlp.stanford.edu/software/stanford-corenlp-full-2015-12-09.zi
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words of a text, without punctuation."""
+    """Return the lower-case words of a text, without punctuation."""
     return re.findall(r"\w+", text.lower())
 
 
-def token_f1(written: str, truth: str) -> float:
-    """Harmonic mean of the precision and recall of the words of a caption, in [0, 1]."""
-    there, wanted = Counter(words(written)), Counter(words(truth))
-    shared = sum((there & wanted).values())
+def token_f1(prediction: str, reference: str) -> float:
+    """Compute the harmonic mean of the precision and the recall of the words of a caption, in [0, 1]."""
+    predicted, expected = Counter(words(prediction)), Counter(words(reference))
+    shared = sum((predicted & expected).values())
     if not shared:
-        return float(there == wanted)
-    return 2 * shared / (there.total() + wanted.total())
+        return float(predicted == expected)
+    return 2 * shared / (predicted.total() + expected.total())
 
 
-ARTICLES = {"a", "an", "the", "some", "of", "and", "is"}
+STOP_WORDS = {"a", "an", "the", "some", "of", "and", "is"}
 
 
-def content_f1(written: str, truth: str) -> float:
-    """:func:`token_f1` without the words that nearly every caption has (a, an, the, some, of, and, is)."""
-    kept = [" ".join(word for word in words(text) if word not in ARTICLES) for text in (written, truth)]
+def content_f1(prediction: str, reference: str) -> float:
+    """Compute :func:`token_f1` without :data:`STOP_WORDS`, which nearly every caption contains."""
+    kept = [" ".join(word for word in words(text) if word not in STOP_WORDS) for text in (prediction, reference)]
     return token_f1(*kept)
 
 
-def score_captions(written: Sequence[str], truth: Sequence[str]) -> dict[str, float]:
-    """Means over all captions, each in [0, 1]: ``token_f1``, ``content_f1``, and ``exact``, the share that has the
-    same words as the truth."""
-    pairs = list(zip(written, truth, strict=True))
+def score_captions(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Compute the means over all captions of ``token_f1``, ``content_f1`` and ``exact`` (same words), in [0, 1]."""
+    pairs = list(zip(predictions, references, strict=True))
     return {
         "token_f1": sum(token_f1(a, b) for a, b in pairs) / len(pairs),
         "content_f1": sum(content_f1(a, b) for a, b in pairs) / len(pairs),
@@ -66,127 +65,135 @@ def score_captions(written: Sequence[str], truth: Sequence[str]) -> dict[str, fl
 
 
 @dataclass(frozen=True)
-class Missing:
-    """A metric that could not be computed here."""
+class MissingMetric:
+    """A metric that could not be computed."""
 
     reason: str
-    """One line: what is lacking and how to get it, or what went wrong."""
+    """One line with the missing dependency and how to get it, or with the error."""
 
 
 @dataclass(frozen=True)
 class CaptionScores:
-    """What COCO's evaluation says of captions."""
+    """Scores of COCO's evaluation."""
 
-    metrics: dict[str, float | Missing]
-    """Each of :data:`METRICS`, in [0, 1], but CIDEr in [0, 10]. Tables show them times 100."""
+    metrics: dict[str, float | MissingMetric]
+    """Each of :data:`METRICS`: CIDEr in [0, 10], the others in [0, 1]. Publications report them times 100."""
     cider: dict[Any, float]
-    """CIDEr of each picture, by its id; empty where CIDEr is missing."""
+    """CIDEr of each image, by its id; empty if CIDEr is missing."""
 
 
 def official_scores(
-    written: Mapping[Any, str], truth: Mapping[Any, Sequence[str]], seconds: float = 3600.0
+    predictions: Mapping[Any, str], references: Mapping[Any, Sequence[str]], timeout: float = 3600.0
 ) -> CaptionScores:
-    """BLEU, METEOR, ROUGE-L, CIDEr and SPICE by pycocoevalcap, behind the tokenizer of the Penn Treebank (§4.2).
+    """Compute BLEU, METEOR, ROUGE-L, CIDEr and SPICE with pycocoevalcap and the Penn Treebank tokenizer (§4.2).
 
-    All need Java, SPICE a download as well. What cannot be computed is missing with its reason, and nothing stands in
-    for it. CIDEr weighs words by how rare they are in the truth of all pictures given: it depends on which are given,
-    and is 0 for one alone.
+    All metrics need Java, and SPICE needs a download as well. A metric that cannot be computed is a
+    :class:`MissingMetric` with the reason; there is no substitute. CIDEr weights words by their rarity in the
+    references of all given images: it depends on the set of images, and is 0 for a single image.
 
     Args:
-        written: a caption for each picture, by its id; it may be blank.
-        truth: what people wrote about each picture.
-        seconds: time limit for each program in Java, which is ended then.
+        predictions: one caption for each image, by the image's id; may be blank.
+        references: the reference captions of each image, by the image's id.
+        timeout: time limit of each Java program in seconds; it is terminated afterwards.
 
     Raises:
-        InputError: there are no pictures, a picture has no caption or no truth, or a caption has no picture.
+        InputError: there are no images, an image has no caption or no reference, or a caption has no image.
     """
-    if not truth:
+    if not references:
         raise InputError("there are no captions to score, expected at least one")
-    check_ids("the captions", "image_id", written, truth)
-    blank = [key for key, texts in truth.items() if not any(text.strip() for text in texts)]
+    check_ids("the captions", "image_id", predictions, references)
+    blank = [key for key, texts in references.items() if not any(text.strip() for text in texts)]
     if blank:
-        raise InputError(f"{len(blank)} pictures have no true caption, the first is {blank[0]!r}: leave them out")
+        raise InputError(f"{len(blank)} images have no reference caption, the first is {blank[0]!r}: leave them out")
     try:
-        tokens = _tokenize([text for key in truth for text in (written[key], *truth[key])], seconds)
+        tokens = _tokenize([text for key in references for text in (predictions[key], *references[key])], timeout)
     except _RunError as failure:
-        return CaptionScores(dict.fromkeys(METRICS, Missing(str(failure))), {})
+        return CaptionScores(dict.fromkeys(METRICS, MissingMetric(str(failure))), {})
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
-    rest = iter(tokens)
-    ours, theirs = {}, {}
-    for key, texts in truth.items():
-        ours[key] = [next(rest)]
-        theirs[key] = [next(rest) for _ in texts]
-    bleu, _ = Bleu(4).compute_score(theirs, ours, verbose=0)
-    rouge, _ = Rouge().compute_score(theirs, ours)
-    cider, each = Cider().compute_score(theirs, ours)
-    found: dict[str, float | Missing] = {f"BLEU@{n}": float(score) for n, score in enumerate(bleu, 1)}
-    found |= {"ROUGE-L": float(rouge), "CIDEr": float(cider)}
+    tokenized = iter(tokens)
+    candidates, targets = {}, {}
+    for key, texts in references.items():
+        candidates[key] = [next(tokenized)]
+        targets[key] = [next(tokenized) for _ in texts]
+    bleu, _ = Bleu(4).compute_score(targets, candidates, verbose=0)
+    rouge, _ = Rouge().compute_score(targets, candidates)
+    cider, per_image = Cider().compute_score(targets, candidates)
+    scores: dict[str, float | MissingMetric] = {f"BLEU@{n}": float(score) for n, score in enumerate(bleu, 1)}
+    scores |= {"ROUGE-L": float(rouge), "CIDEr": float(cider)}
     for name in ("METEOR", "SPICE"):
-        found[name] = _by_java(name, list(theirs.values()), list(ours.values()), seconds)
-    return CaptionScores({name: found[name] for name in METRICS}, dict(zip(truth, map(float, each), strict=True)))
+        scores[name] = _score_in_java(name, list(targets.values()), list(candidates.values()), timeout)
+    return CaptionScores(
+        {name: scores[name] for name in METRICS}, dict(zip(references, map(float, per_image), strict=True))
+    )
 
 
 def scores_by_domain(
-    written: Mapping[Any, str],
-    truth: Mapping[Any, Sequence[str]],
+    predictions: Mapping[Any, str],
+    references: Mapping[Any, Sequence[str]],
     domains: Mapping[Any, str],
-    seconds: float = 3600.0,
+    timeout: float = 3600.0,
 ) -> dict[str, CaptionScores]:
-    """:func:`official_scores` of the pictures of each domain, each for itself, and of all as ``overall`` (NoCaps).
+    """Compute :func:`official_scores` of each domain separately, and of all images as ``overall`` (NoCaps).
 
     Args:
-        domains: ``in-domain``, ``near-domain`` or ``out-domain`` for each picture.
+        predictions: as for :func:`official_scores`.
+        references: as for :func:`official_scores`.
+        domains: ``in-domain``, ``near-domain`` or ``out-domain`` for each image, by the image's id.
+        timeout: as for :func:`official_scores`.
 
     Raises:
-        InputError: as there, or a picture has no domain.
+        InputError: as for :func:`official_scores`, or an image has no domain.
     """
-    check_ids("the table of domains", "image_id", domains, truth)
-    check_ids("the captions", "image_id", written, truth)
+    check_ids("the table of domains", "image_id", domains, references)
+    check_ids("the captions", "image_id", predictions, references)
     groups: dict[str, list[Any]] = {}
-    for key in truth:
+    for key in references:
         groups.setdefault(domains[key], []).append(key)
     scores = {
-        name: official_scores({key: written[key] for key in keys}, {key: truth[key] for key in keys}, seconds)
+        name: official_scores({key: predictions[key] for key in keys}, {key: references[key] for key in keys}, timeout)
         for name, keys in sorted(groups.items())
     }
-    return scores | {"overall": official_scores(written, truth, seconds)}
+    return scores | {"overall": official_scores(predictions, references, timeout)}
 
 
 class _RunError(Exception):
-    """A program could not be run; says why in a line."""
+    """A program could not be run; the message gives the reason in one line."""
 
 
-def _tokenize(texts: Sequence[str], seconds: float) -> list[str]:
-    """Words as the official metrics count them: of the Penn Treebank, in small letters, without punctuation."""
+def _tokenize(texts: Sequence[str], timeout: float) -> list[str]:
+    """Tokenize as the official metrics do: Penn Treebank tokens in lower case, without punctuation."""
     try:
         from pycocoevalcap.tokenizer import ptbtokenizer
     except ImportError as error:
         raise _RunError("the official metrics need the extra captioning: pip install 'blip2[captioning]'") from error
     jar = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
     command = ["java", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
-    out = _run("the tokenizer", command, "".join(f"{' '.join(text.splitlines())}\n" for text in texts), seconds)
+    out = _run("the tokenizer", command, "".join(f"{' '.join(text.splitlines())}\n" for text in texts), timeout)
     lines = out.split("\n")[:-1]
     if len(lines) != len(texts):
         raise _RunError(f"the tokenizer gave {len(lines)} lines for {len(texts)} captions")
     return [" ".join(word for word in line.split() if word not in ptbtokenizer.PUNCTUATIONS) for line in lines]
 
 
-def _by_java(name: str, theirs: list[list[str]], ours: list[list[str]], seconds: float) -> float | Missing:
+def _score_in_java(
+    name: str, references: list[list[str]], predictions: list[list[str]], timeout: float
+) -> float | MissingMetric:
     try:
         if name == "SPICE":
-            _find_corenlp()
+            _check_corenlp()
         script = Path(__file__).with_name("java_metrics.py")
-        score = float(_run(name, [sys.executable, "-P", str(script), name], json.dumps([theirs, ours]), seconds))
+        data = json.dumps([references, predictions])
+        score = float(_run(name, [sys.executable, "-P", str(script), name], data, timeout))
     except _RunError as failure:
-        return Missing(str(failure))
-    return score if math.isfinite(score) else Missing(f"{name} gave {score}")
+        return MissingMetric(str(failure))
+    return score if math.isfinite(score) else MissingMetric(f"{name} gave {score}")
 
 
-def _find_corenlp() -> None:
-    """SPICE's parser, which pycocoevalcap would go and download."""
+def _check_corenlp() -> None:
+    """Check that SPICE's parser is installed; otherwise pycocoevalcap would download it."""
     from pycocoevalcap import spice
 
     folder = Path(spice.__file__).parent / "lib"
@@ -195,11 +202,11 @@ def _find_corenlp() -> None:
         raise _RunError(f"SPICE needs CoreNLP 3.6.0: put {' and '.join(files)} of {CORENLP} into {folder}")
 
 
-def _run(name: str, command: list[str], text: str, seconds: float) -> str:
-    """What a program writes. It and the programs that it started are ended in any case."""
+def _run(name: str, command: list[str], text: str, timeout: float) -> str:
+    """Run a program on `text` and return its output; the whole process group is killed afterwards in any case."""
     if shutil.which("java") is None:
         raise _RunError("Java is not installed, which the official metrics need: apt install default-jre-headless")
-    # METEOR never answers to letters that its encoding does not have.
+    # METEOR hangs on characters that its default encoding lacks.
     options = f"{os.environ.get('JAVA_TOOL_OPTIONS', '')} -Dfile.encoding=UTF-8"
     process = subprocess.Popen(
         command,
@@ -211,15 +218,15 @@ def _run(name: str, command: list[str], text: str, seconds: float) -> str:
     )
     with process:
         try:
-            out, said = process.communicate(text.encode(errors="replace"), timeout=seconds)
+            out, stderr = process.communicate(text.encode(errors="replace"), timeout=timeout)
         except subprocess.TimeoutExpired as error:
-            raise _RunError(f"{name} did not finish within {seconds:g} s and was ended") from error
+            raise _RunError(f"{name} did not finish within {timeout:g} s and was terminated") from error
         finally:
-            with suppress(OSError):  # it has ended by itself
+            with suppress(OSError):  # it has already exited
                 os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
     if process.returncode:
-        lines = [line.strip() for line in said.decode(errors="replace").splitlines()]
+        lines = [line.strip() for line in stderr.decode(errors="replace").splitlines()]
         lines = [line for line in lines if line and not line.startswith("Picked up JAVA_TOOL_OPTIONS")]
-        blamed = [line for line in lines if re.search("Exception|Error", line)] + lines[-1:]
-        raise _RunError(f"{name} failed: {blamed[0][:200] if blamed else f'exit status {process.returncode}'}")
+        errors = [line for line in lines if re.search("Exception|Error", line)] + lines[-1:]
+        raise _RunError(f"{name} failed: {errors[0][:200] if errors else f'exit status {process.returncode}'}")
     return out.decode()

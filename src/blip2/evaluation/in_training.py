@@ -1,4 +1,4 @@
-"""Evaluating a model while it trains: the section ``evaluation`` of a recipe."""
+"""Evaluate a model during training: the ``evaluation`` section of a recipe."""
 
 from __future__ import annotations
 
@@ -7,43 +7,44 @@ from pathlib import Path
 
 from blip2.builder import Built
 from blip2.config import Recipe
-from blip2.evaluation.run import evaluate_pipeline, open_table, settings_of
-from blip2.pipelines import connect
-from blip2.training import trainer as loop
+from blip2.evaluation.data import EvalData
+from blip2.evaluation.run import evaluate_pipeline
+from blip2.pipelines import make_pipeline
+from blip2.training import trainer
 
 
 def train(recipe: Recipe, resume: bool = False) -> Path:
-    """:func:`blip2.training.trainer.train` with the evaluation that the recipe asks for.
+    """Train with :func:`blip2.training.trainer.train`, and evaluate as the recipe says.
 
     Raises:
-        InputError: as there, or the evaluation's data cannot be read or do not fit its task.
+        InputError: as for :func:`blip2.training.trainer.train`, or the evaluation's data cannot be read or do not fit
+            its task.
     """
-    return loop.train(recipe, resume, Evaluation)
+    return trainer.train(recipe, resume, Evaluation)
 
 
 class Evaluation:
-    """Measures a model as ``blip2 evaluate`` does, on the same weights with the same results.
+    """Evaluates a model in training, with the same results as ``blip2 evaluate`` on the same weights.
 
-    Its folder is ``evaluation/step-...`` in that of the run. One that was killed goes on where it was.
+    Results go to ``evaluation/step-...`` in the folder of the run. An interrupted evaluation resumes where it stopped.
     """
 
     def __init__(self, recipe: Recipe) -> None:
         assert recipe.evaluation is not None
         self.recipe, self.config = recipe, recipe.evaluation
-        self.table = open_table(replace(recipe.data, train=self.config.data), self.config.limit)
-        self.records = self.table.records
-        self.settings = settings_of(self.config, recipe.training.seed)
+        self.data = EvalData(replace(recipe.data, train=self.config.data), self.config.limit)
+        self.records = self.data.dataset
 
     def __call__(self, built: Built, step: int) -> dict[str, float | str]:
-        """Metrics of the model, whose names begin with ``evaluation_``; a text says why one is missing."""
+        """Return the metrics with the prefix ``evaluation_``; for a missing one, a text with the reason."""
         folder = Path(self.recipe.output)
-        _, found = evaluate_pipeline(
-            connect(built, self.recipe, folder), self.config.task, self.table,
-            folder / "evaluation" / f"step-{step:08d}", self.settings, anew=True,
+        _, metrics = evaluate_pipeline(
+            make_pipeline(built, self.recipe, folder), self.config, self.data,
+            folder / "evaluation" / f"step-{step:08d}", self.recipe.training.seed, overwrite=True,
         )  # fmt: skip
         values: dict[str, float | str] = {}
-        for name, value in found.items():
-            if isinstance(value, dict) and not name.startswith("by_"):  # those are many, and stand in the folder
+        for name, value in metrics.items():
+            if isinstance(value, dict) and not name.startswith("by_"):  # tables by type stay in the folder
                 prefix = "" if name == "missing" else f"{name}_"
                 values |= {f"{prefix}{key}": each for key, each in value.items()}
             elif isinstance(value, float):

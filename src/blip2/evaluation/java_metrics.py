@@ -1,8 +1,9 @@
-"""METEOR and SPICE of pycocoevalcap, each in a process of its own.
+"""Run METEOR or SPICE of pycocoevalcap in a separate process.
 
-Its classes wait for Java without limit, and for ever once something went wrong. :mod:`blip2.evaluation.captioning` runs
-this file, and ends it and Java when time is up. It reads [truth, written] as JSON, lists of tokenized captions for each
-picture, and writes the score.
+pycocoevalcap waits for Java without a time limit, and forever after an error. :mod:`blip2.evaluation.captioning`
+therefore runs this file as a script and terminates it together with Java on timeout. The script reads
+``[references, predictions]`` from stdin as JSON, each a list with the tokenized captions of every image, and prints the
+score.
 """
 
 import json
@@ -13,34 +14,34 @@ from contextlib import redirect_stdout
 
 
 def main(name: str) -> None:
-    truth, written = (dict(enumerate(texts)) for texts in json.load(sys.stdin))
+    references, predictions = (dict(enumerate(texts)) for texts in json.load(sys.stdin))
     try:
         with redirect_stdout(sys.stderr):
-            score = meteor(truth, written) if name == "METEOR" else spice(truth, written)
+            score = (meteor if name == "METEOR" else spice)(references, predictions)
         print(score, flush=True)
     except Exception as error:
         traceback.print_exception(error, limit=0)
         sys.stderr.flush()
-        os._exit(1)  # not through METEOR's destructor, which waits for a lock that an exception leaves held
+        os._exit(1)  # skip METEOR's destructor, which waits for a lock that an exception leaves held
 
 
-def meteor(truth: dict[int, list[str]], written: dict[int, list[str]]) -> float:
+def meteor(references: dict[int, list[str]], predictions: dict[int, list[str]]) -> float:
     from pycocoevalcap.meteor.meteor import Meteor
 
     scorer = Meteor()
     try:
-        return float(scorer.compute_score(truth, written)[0])
-    except (OSError, ValueError):  # Java may have said why
+        return float(scorer.compute_score(references, predictions)[0])
+    except (OSError, ValueError):  # Java's stderr may hold the reason
         scorer.meteor_p.kill()
-        said = scorer.meteor_p.stderr
-        sys.stderr.write(said.read().decode(errors="replace") if said else "")
+        stderr = scorer.meteor_p.stderr
+        sys.stderr.write(stderr.read().decode(errors="replace") if stderr else "")
         raise
 
 
-def spice(truth: dict[int, list[str]], written: dict[int, list[str]]) -> float:
+def spice(references: dict[int, list[str]], predictions: dict[int, list[str]]) -> float:
     from pycocoevalcap.spice.spice import Spice
 
-    return float(Spice().compute_score(truth, written)[0])
+    return float(Spice().compute_score(references, predictions)[0])
 
 
 if __name__ == "__main__":

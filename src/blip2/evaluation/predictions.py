@@ -1,4 +1,4 @@
-"""Files of predictions: written as the challenge servers take them, and read back."""
+"""Prediction files in the formats of the benchmarks' evaluation servers."""
 
 from __future__ import annotations
 
@@ -12,97 +12,106 @@ from blip2.errors import InputError
 from blip2.io import read_json, write_json
 
 Id = int | str
-Kind = Literal["answer", "caption", "gqa", "named"]
-KEYS: dict[Kind, tuple[str, str]] = {
+PredictionFormat = Literal["answer", "caption", "gqa", "named"]
+KEYS: dict[PredictionFormat, tuple[str, str]] = {
     "answer": ("question_id", "answer"),
     "caption": ("image_id", "caption"),
     "gqa": ("questionId", "prediction"),
     "named": ("image_id", "caption"),
 }
-"""What the id and the text are called: VQAv2 and OK-VQA, COCO and NoCaps, GQA, and captions of images with names."""
+"""JSON keys of the id and of the text: VQAv2 and OK-VQA, COCO and NoCaps, GQA, and captions of images with string
+ids."""
 
-TEXT_IDS = ("gqa", "named")
+STRING_ID_FORMATS = ("gqa", "named")
 
 
-def write_predictions(path: str | Path, kind: Kind, predictions: Mapping[Any, str]) -> None:
-    """Write a list such as ``[{"question_id": 1, "answer": "a dog"}]``, at once or not at all.
+def write_predictions(path: str | Path, format: PredictionFormat, predictions: Mapping[Any, str]) -> None:
+    """Atomically write a list such as ``[{"question_id": 1, "answer": "a dog"}]``.
 
     Args:
-        predictions: by id: a whole number, but those of GQA and of named images are text.
+        path: the file to write; its folder is created if needed.
+        format: the format, which determines the JSON keys and the type of the ids.
+        predictions: predicted text by id. Ids are strings in :data:`STRING_ID_FORMATS` and integers otherwise.
 
     Raises:
-        InputError: an id is of the wrong kind, or the file cannot be written.
+        InputError: an id has the wrong type, or the file cannot be written.
     """
-    id_key, text_key = KEYS[kind]
-    wrong = [key for key in predictions if not _is_id(kind, key)]
+    id_key, text_key = KEYS[format]
+    wrong = [key for key in predictions if not _is_id(format, key)]
     if wrong:
-        raise InputError(f"{_some(wrong, id_key)} cannot be written to {path}, expected {_id_kind(kind)}")
+        raise InputError(f"{_abbreviate(wrong, id_key)} cannot be written to {path}, expected {_id_type(format)}")
     rows = [{id_key: key, text_key: text} for key, text in predictions.items()]
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, rows, indent=None)
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}): choose another place") from error
+        raise InputError(f"{path} cannot be written ({error.strerror}): choose another path") from error
 
 
-def read_predictions(path: str | Path, kind: Kind, expected: Collection[Id]) -> dict[Any, str]:
-    """Predictions by id.
+def read_predictions(path: str | Path, format: PredictionFormat, expected: Collection[Id]) -> dict[Any, str]:
+    """Read predictions by id.
 
     Args:
-        expected: the ids that have to be there, each once, and no others.
+        path: the file to read.
+        format: the format of the file.
+        expected: the ids that the file must contain, each exactly once and no others.
 
     Raises:
-        InputError: the file cannot be read, an entry is of another kind, or ids are missing, doubled or unknown.
+        InputError: the file cannot be read, an entry has another format, or ids are missing, repeated or unknown.
     """
-    id_key, text_key = KEYS[kind]
+    id_key, text_key = KEYS[format]
     rows = read_json(path, 1 << 30, "write the predictions again")
-    wanted = f'[{{"{id_key}": {_id_kind(kind)}, "{text_key}": text}}, ...]'
+    schema = f'[{{"{id_key}": {_id_type(format)}, "{text_key}": text}}, ...]'
     if not isinstance(rows, list):
-        raise InputError(f"{path} holds one {type(rows).__name__}, expected a list {wanted}")
+        raise InputError(f"{path} holds one {type(rows).__name__}, expected a list {schema}")
     wrong = [
         number
         for number, row in enumerate(rows)
-        if not (isinstance(row, dict) and _is_id(kind, row.get(id_key)) and isinstance(row.get(text_key), str))
+        if not (isinstance(row, dict) and _is_id(format, row.get(id_key)) and isinstance(row.get(text_key), str))
     ]
     if wrong:
         first = json.dumps(rows[wrong[0]])
         raise InputError(
-            f"{path} has {_some(wrong, 'entry')} of another kind, the first {first[:80]}: expected {wanted}"
+            f"{path} has {_abbreviate(wrong, 'entry')} in another format, the first {first[:80]}: expected {schema}"
         )
     check_ids(str(path), id_key, [row[id_key] for row in rows], expected)
     return {row[id_key]: row[text_key] for row in rows}
 
 
 def check_ids(source: str, name: str, found: Iterable[Id], expected: Collection[Id]) -> None:
-    """Every expected id is there once, and no other.
+    """Check that every expected id occurs exactly once, and no other id occurs.
 
     Args:
-        source, name: what has the ids and what they are called, for the message.
+        source: name of the container of the ids, for the error message.
+        name: name of the ids, for the error message.
+        found: the ids to check.
+        expected: the ids that must occur.
 
     Raises:
-        InputError: the message says how many are doubled, unknown or missing, and the first of them.
+        InputError: ids are repeated, unknown or missing; the message gives their number and the first five.
     """
     counts, known = Counter(list(found)), frozenset(expected)
-    doubled = [key for key, count in counts.items() if count > 1]
-    if doubled:
-        raise InputError(f"{source} has {_some(doubled, name)} more than once: keep one prediction each")
+    repeated = [key for key, count in counts.items() if count > 1]
+    if repeated:
+        raise InputError(f"{source} has {_abbreviate(repeated, name)} more than once: keep one prediction for each")
     unknown = [key for key in counts if key not in known]
     if unknown:
-        raise InputError(f"{source} has {_some(unknown, name)} that nobody asked for: is it of another split?")
+        raise InputError(f"{source} has {_abbreviate(unknown, name)} not in the data: check that the split is the same")
     missing = [key for key in dict.fromkeys(expected) if key not in counts]
     if missing:
-        raise InputError(f"{source} lacks {_some(missing, name)} of {len(known)}: the score needs them all")
+        raise InputError(f"{source} lacks {_abbreviate(missing, name)} of {len(known)}: the score needs them all")
 
 
-def _some(keys: list[Any], name: str) -> str:
+def _abbreviate(keys: list[Any], name: str) -> str:
+    """Return the number of keys and the first five of them."""
     shown = ", ".join(map(repr, keys[:5])) + (", ..." if len(keys) > 5 else "")
     return f"{len(keys)} {name} ({shown})"
 
 
-def _is_id(kind: Kind, key: object) -> bool:
-    return isinstance(key, str) if kind in TEXT_IDS else isinstance(key, int) and not isinstance(key, bool)
+def _is_id(format: PredictionFormat, key: object) -> bool:
+    return isinstance(key, str) if format in STRING_ID_FORMATS else isinstance(key, int) and not isinstance(key, bool)
 
 
-def _id_kind(kind: Kind) -> str:
-    return "text" if kind in TEXT_IDS else "whole number"
+def _id_type(format: PredictionFormat) -> str:
+    return "text" if format in STRING_ID_FORMATS else "whole number"

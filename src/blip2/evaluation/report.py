@@ -1,4 +1,4 @@
-"""One self-contained HTML page that shows what a run learned."""
+"""Self-contained HTML reports."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 
 
 class Report:
-    """A page that grows section by section; :meth:`save` writes it."""
+    """An HTML page that is built section by section and written by :meth:`save`."""
 
     def __init__(self, title: str, introduction: str) -> None:
         self._title = title
@@ -43,31 +43,33 @@ class Report:
         self._parts.append(f"<h2>{html.escape(title)}</h2><p>{html.escape(text)}</p>")
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Rows of text; all columns but the first hold numbers."""
+        """Add a table of text cells; all columns but the first are aligned as numbers."""
 
         def row(cells: Sequence[str], tag: str) -> str:
-            kinds = ["", *[' class="number"'] * (len(cells) - 1)]
-            parts = [f"<{tag}{kind}>{html.escape(cell)}</{tag}>" for kind, cell in zip(kinds, cells, strict=True)]
-            return f"<tr>{''.join(parts)}</tr>"
+            classes = ["", *[' class="number"'] * (len(cells) - 1)]
+            out = [f"<{tag}{name}>{html.escape(cell)}</{tag}>" for name, cell in zip(classes, cells, strict=True)]
+            return f"<tr>{''.join(out)}</tr>"
 
         self._parts.append(f"<table>{row(columns, 'th')}{''.join(row(cells, 'td') for cells in rows)}</table>")
 
     def plot(self, figure: Any, description: str) -> None:
-        """A figure of matplotlib."""
+        """Add a matplotlib figure."""
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
         self._parts.append(f'<img class="plot" alt="{html.escape(description)}" src="{_data_url(buffer.getvalue())}">')
 
     def cards(self, cards: Sequence[tuple[Image.Image, Sequence[tuple[str, str]]]], columns: int | None = None) -> None:
-        """Pictures with lines of (style, text) below; the styles are right, wrong, dim and none.
+        """Add images with lines of text below.
 
         Args:
-            columns: cards a row; None: as many as there is room for.
+            cards: for each card, the image and its lines as (style, text), with style ``right``, ``wrong``, ``dim`` or
+                the empty string.
+            columns: cards per row; None means as many as fit.
         """
         out = []
         for image, lines in cards:
             below = "".join(f'<div class="{style}">{html.escape(text)}</div>' for style, text in lines)
-            out.append(f'<div class="card"><img alt="" src="{_picture_url(image)}">{below}</div>')
+            out.append(f'<div class="card"><img alt="" src="{_image_url(image)}">{below}</div>')
         style = f' style="grid-template-columns: repeat({columns}, 1fr)"' if columns else ""
         self._parts.append(f'<div class="cards"{style}>{"".join(out)}</div>')
 
@@ -78,11 +80,11 @@ class Report:
         path.write_text(page, encoding="utf-8")
 
 
-def _data_url(data: bytes, kind: str = "png") -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+def _data_url(data: bytes, format: str = "png") -> str:
+    return f"data:image/{format};base64,{base64.b64encode(data).decode()}"
 
 
-def _picture_url(image: Image.Image) -> str:
+def _image_url(image: Image.Image) -> str:
     small = image.copy()
     small.thumbnail((240, 240))
     buffer = io.BytesIO()
@@ -91,66 +93,65 @@ def _picture_url(image: Image.Image) -> str:
 
 
 @dataclass(frozen=True)
-class Case:
-    """One of many, to be shown."""
+class Example:
+    """One evaluated image, text or question, for the report."""
 
     score: float | None
-    """Larger is better; None where the truth is not known."""
+    """Score of the prediction, larger is better; None if there is no reference."""
     image: Callable[[], str | bytes | None]
-    """Gives the path or the bytes of its image, if there is one."""
+    """Returns the path or the encoded bytes of the image, or None if there is no image."""
     lines: tuple[str, ...]
+    """Lines of text below the image; the second is colored by the score."""
 
 
-SHOWN = 12
-"""Cases of each kind on a page."""
+MAX_EXAMPLES = 12
+"""Maximum number of examples in each section of the report."""
 
 
-def write_cases(path: Path, metrics: Mapping[str, Any], cases: Sequence[Case]) -> None:
-    """A page with the numbers, and the best, the worst and some of all cases."""
-    whose = metrics.get("model") or metrics["predictions"]
-    report = Report(f"{metrics['task']} of {whose}", f"{metrics['records']} records of {metrics['data']}")
+def write_evaluation_report(path: Path, metrics: Mapping[str, Any], examples: Sequence[Example]) -> None:
+    """Write a page with the metrics, and with the best, the worst and randomly drawn examples."""
+    source = metrics.get("model") or metrics["predictions"]
+    report = Report(f"{metrics['task']} of {source}", f"{metrics['records']} records of {metrics['data']}")
     report.section("Results")
-    report.table(["measure", "value"], [(name, value) for name, value in _flat(metrics) if value])
-    scored = sorted((case for case in cases if case.score is not None), key=lambda case: case.score or 0.0)
-    drawn = random.Random(0).sample(list(cases), min(SHOWN, len(cases)))
-    for title, some in (("Best", scored[::-1][:SHOWN]), ("Worst", scored[:SHOWN]), ("Drawn at random", drawn)):
-        if some:
+    report.table(["metric", "value"], [(name, value) for name, value in _flatten(metrics) if value])
+    scored = sorted((each for each in examples if each.score is not None), key=lambda each: each.score or 0.0)
+    drawn = random.Random(0).sample(list(examples), min(MAX_EXAMPLES, len(examples)))
+    sections = {"Best": scored[::-1][:MAX_EXAMPLES], "Worst": scored[:MAX_EXAMPLES], "Drawn at random": drawn}
+    for title, shown in sections.items():
+        if shown:
             report.section(title)
-            report.cards([(_picture(case), _lines(case)) for case in some])
+            report.cards([(_read_image(example), _styled_lines(example)) for example in shown])
     report.save(path)
 
 
-def _picture(case: Case) -> Image.Image:
-    """Its image; a blank one where predictions were given whose images are not there."""
+def _read_image(example: Example) -> Image.Image:
+    """Read the image; return a blank one if it is missing, as it may be when predictions are scored."""
     try:
-        return read_image(case.image() or b"")
+        return read_image(example.image() or b"")
     except ImageError:
         return Image.new("RGB", (8, 8), "white")
 
 
-def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for key, value in values.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{before}{key} ")
+            yield from _flatten(value, f"{prefix}{key} ")
         elif isinstance(value, float):
-            yield f"{before}{key}", f"{value:.4f}"
+            yield f"{prefix}{key}", f"{value:.4f}"
         else:
-            yield f"{before}{key}", "" if value is None else str(value)
+            yield f"{prefix}{key}", "" if value is None else str(value)
 
 
-def _lines(case: Case) -> list[tuple[str, str]]:
-    style = "" if case.score is None else "right" if case.score >= 0.5 else "wrong"
-    first, *others = case.lines
-    score = [] if case.score is None else [("dim", f"{case.score:.3f}")]
-    return [
-        ("", first),
-        *((style if number == 0 else "dim", text) for number, text in enumerate(others) if text),
-        *score,
-    ]
+def _styled_lines(example: Example) -> list[tuple[str, str]]:
+    score = example.score
+    first, *others = example.lines
+    styles = ["" if score is None else "right" if score >= 0.5 else "wrong", *["dim"] * len(others)]
+    lines = [("", first), *((style, text) for style, text in zip(styles, others, strict=False) if text)]
+    return lines if score is None else [*lines, ("dim", f"{score:.3f}")]
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty figure that needs no screen."""
+    """Return an empty matplotlib figure that needs no display."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -159,13 +160,15 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def plot_curves(curves: dict[str, list[dict[str, Any]]], names: Sequence[tuple[str, str]]) -> Any:
-    """One panel for each of `names` (key in metrics.jsonl, title), with a line for each run in `curves`.
+    """Plot one panel for each metric, with one line for each run.
 
-    Where a run has measured the same on held-out pairs (``validation_...``), that is drawn as a dashed line.
+    Args:
+        curves: rows of metrics.jsonl by the name of the run. ``validation_...`` is drawn as a dashed line.
+        names: (key in metrics.jsonl, title) of each panel.
     """
     figure = new_figure(3.6 * len(names), 3.0)
-    for number, (key, title) in enumerate(names, 1):
-        axes = figure.add_subplot(1, len(names), number)
+    for i, (key, title) in enumerate(names, 1):
+        axes = figure.add_subplot(1, len(names), i)
         for color, (run, rows) in enumerate(curves.items()):
             for name, style, label in ((key, "-", run), (f"validation_{key}", "--", f"{run}, held out")):
                 points = [(row["step"], row[name]) for row in rows if name in row]
@@ -183,26 +186,29 @@ def plot_curves(curves: dict[str, list[dict[str, Any]]], names: Sequence[tuple[s
 def plot_attention(
     images: Sequence[Image.Image], maps: Float[Tensor, "I Q P"], titles: Sequence[str], columns: int = 9
 ) -> Any:
-    """Each image, then what its first queries look at, as a glow over the image.
+    """Plot each image, followed by the attention of its first queries as a heat map over the image.
 
     Args:
-        maps: attention over P = side * side image tokens.
+        images: the images, one per row.
+        maps: attention of each query over P = side * side image tokens.
+        titles: the title of each image.
+        columns: maximum number of panels per row, the image included.
     """
-    count, queries, tokens = maps.shape
-    side = round(tokens**0.5)
-    shown = min(queries, columns - 1)
+    count, num_queries, num_tokens = maps.shape
+    side = round(num_tokens**0.5)
+    shown = min(num_queries, columns - 1)
     figure = new_figure(1.35 * (shown + 1), 1.5 * count)
     for i, image in enumerate(images):
-        picture = np.asarray(image.convert("RGB").resize((168, 168)))
+        pixels = np.asarray(image.convert("RGB").resize((168, 168)))
         for column in range(shown + 1):
             axes = figure.add_subplot(count, shown + 1, i * (shown + 1) + column + 1)
             axes.set_axis_off()
-            axes.imshow(picture)
+            axes.imshow(pixels)
             if column == 0:
                 axes.set_title(titles[i], fontsize=8)
                 continue
             weights = maps[i, column - 1].reshape(side, side).float().cpu().numpy()
-            glow = Image.fromarray(weights / max(weights.max(), 1e-9)).resize((168, 168), Image.Resampling.BICUBIC)
-            axes.imshow(np.asarray(glow), cmap="inferno", alpha=0.65, vmin=0, vmax=1)
+            heat_map = Image.fromarray(weights / max(weights.max(), 1e-9)).resize((168, 168), Image.Resampling.BICUBIC)
+            axes.imshow(np.asarray(heat_map), cmap="inferno", alpha=0.65, vmin=0, vmax=1)
             axes.set_title(f"query {column}", fontsize=7)
     return figure

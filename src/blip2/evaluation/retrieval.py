@@ -1,7 +1,7 @@
-"""Image-text retrieval (paper §4.4): recall at k of both directions.
+"""Image-text retrieval (paper §4.4): recall at k in both directions.
 
-An image of COCO or Flickr30K has five texts: it counts as found at k (TR@k) if any of them is among its k best texts,
-and a text (IR@k) if its one image is among its k best images. Of equal scores the wrong ones come first.
+An image of COCO or Flickr30K has five texts. TR@k counts an image as found if any of its texts is among its k best
+texts, and IR@k counts a text as found if its image is among its k best images. In ties, wrong candidates rank first.
 
 Legend: I images, T texts.
 """
@@ -21,49 +21,50 @@ from blip2.pipelines import RepresentationPipeline
 
 CUTOFFS = (1, 5, 10)
 Recall = dict[str, float]
-"""``r1``, ``r5``, ``r10``: shares in [0, 1]."""
+"""Recall at each of :data:`CUTOFFS` as ``r1``, ``r5``, ``r10``, in [0, 1]."""
 Fusion = Literal["itm", "itm+itc"]
-"""What candidates are ranked anew by. ``itm``: the matching score, as the paper says. ``itm+itc``: the logit of
-"matched" plus the similarity, which is what the reference implementation does."""
+"""Score by which candidates are re-ranked. ``itm``: the matching score, as in the paper. ``itm+itc``: the logit of
+"matched" plus the similarity, as in the reference implementation."""
 
 
 @dataclass(frozen=True)
-class Retrieval:
-    """Scores of all pairs, and what follows from them. Larger is better."""
+class RetrievalResult:
+    """Scores of all image-text pairs and the recall computed from them. Larger scores are better."""
 
-    image_scores: Float[Tensor, "I T"]
-    """What texts are ranked by for each image: only the order along a row means something."""
-    text_scores: Float[Tensor, "I T"]
-    """What images are ranked by for each text: only the order down a column means something."""
+    scores_i2t: Float[Tensor, "I T"]
+    """Scores that rank the texts for each image; comparable only within a row."""
+    scores_t2i: Float[Tensor, "I T"]
+    """Scores that rank the images for each text; comparable only within a column."""
     positive: Bool[Tensor, "I T"]
-    by_similarity: Retrieval | None = None
-    """The same by similarity (ITC) alone, where the best were ranked anew."""
+    """Pairs that match."""
+    itc: RetrievalResult | None = None
+    """The result by similarity (ITC) alone, if candidates were re-ranked."""
 
     @property
     def image_to_text(self) -> Recall:
         """TR@k."""
-        return recall(self.image_scores, self.positive)
+        return recall(self.scores_i2t, self.positive)
 
     @property
     def text_to_image(self) -> Recall:
         """IR@k."""
-        return recall(self.text_scores.T, self.positive.T)
+        return recall(self.scores_t2i.T, self.positive.T)
 
     @property
     def chance(self) -> Recall:
-        """What guessing would give, averaged over both directions."""
+        """Expected recall of a random ranking, averaged over both directions."""
         sides = [_chance(self.positive), _chance(self.positive.T)]
         return {key: sum(side[key] for side in sides) / 2 for key in sides[0]}
 
 
 def recall(scores: Float[Tensor, "N M"], positive: Bool[Tensor, "N M"]) -> Recall:
-    """Share of rows that have a positive among their k best columns."""
+    """Compute the share of rows that have a positive among their k best columns."""
     best = ranks(scores, positive)
     return {f"r{k}": float(((best < k) & positive.any(dim=1)).float().mean()) for k in CUTOFFS}
 
 
 def ranks(scores: Float[Tensor, "N M"], positive: Bool[Tensor, "N M"]) -> Int[Tensor, "N"]:
-    """How many columns score higher than a row's best positive. Ties and NaN count against it."""
+    """Return the 0-based rank of each row's best positive. Ties and NaN count against it."""
     best = scores.masked_fill(~positive, -torch.inf).amax(dim=1, keepdim=True)
     return (~(scores < best) & ~positive).sum(dim=1)
 
@@ -71,8 +72,8 @@ def ranks(scores: Float[Tensor, "N M"], positive: Bool[Tensor, "N M"]) -> Int[Te
 def _chance(positive: Bool[Tensor, "N M"]) -> Recall:
     columns = positive.shape[1]
     rows = positive.sum(dim=1).tolist()
-    drawn = {f"r{k}": min(k, columns) for k in CUTOFFS}
-    return {r: sum(1 - comb(columns - p, k) / comb(columns, k) for p in rows) / len(rows) for r, k in drawn.items()}
+    cutoffs = {f"r{k}": min(k, columns) for k in CUTOFFS}
+    return {r: sum(1 - comb(columns - p, k) / comb(columns, k) for p in rows) / len(rows) for r, k in cutoffs.items()}
 
 
 def evaluate_retrieval(
@@ -80,77 +81,82 @@ def evaluate_retrieval(
     features: Float[Tensor, "I P E"],
     texts: list[str],
     positive: Bool[Tensor, "I T"],
-    candidates: int = 128,
+    rerank_k: int = 128,
     fusion: Fusion = "itm",
-) -> Retrieval:
+) -> RetrievalResult:
     """Rank all texts for each image and all images for each text.
 
-    As in the paper, the `candidates` best by similarity (ITC) are ranked anew by their matching score (ITM), in each
-    direction its own. 0 leaves the ranking to the similarity alone.
+    As in the paper, the `rerank_k` best candidates by similarity (ITC) are re-ranked by their matching score (ITM),
+    separately in each direction. With 0, candidates are ranked by similarity alone.
     """
     similarity = pipeline.similarity(features, texts).cpu()
-    if not candidates:
-        return Retrieval(similarity, similarity, positive)
-    chosen = choose(similarity, candidates)
-    ids, mask = pipeline.encode_texts(texts)
-    logits = [match(pipeline, image, ids, mask, row) for image, row in zip(features.split(1), chosen.any, strict=True)]
-    return rerank(similarity, positive, chosen, logits, fusion)
+    if not rerank_k:
+        return RetrievalResult(similarity, similarity, positive)
+    candidates = select_candidates(similarity, rerank_k)
+    ids, mask = pipeline.tokenize(texts)
+    rows = zip(features.split(1), candidates.union, strict=True)
+    logits = [itm_logits(pipeline, image, ids, mask, row) for image, row in rows]
+    return rerank(similarity, positive, candidates, logits, fusion)
 
 
 class Candidates(NamedTuple):
-    """Pairs that are ranked anew, in each direction its own."""
+    """The pairs to re-rank in each direction."""
 
-    for_images: Bool[Tensor, "I T"]
-    """Among the best texts of their image."""
-    for_texts: Bool[Tensor, "I T"]
-    """Among the best images of their text."""
+    i2t: Bool[Tensor, "I T"]
+    """Pairs whose text is among the best texts of the image."""
+    t2i: Bool[Tensor, "I T"]
+    """Pairs whose image is among the best images of the text."""
 
     @property
-    def any(self) -> Bool[Tensor, "I T"]:
-        return self.for_images | self.for_texts
+    def union(self) -> Bool[Tensor, "I T"]:
+        return self.i2t | self.t2i
 
 
-def choose(similarity: Float[Tensor, "I T"], count: int) -> Candidates:
-    """The `count` best in each direction."""
+def select_candidates(similarity: Float[Tensor, "I T"], k: int) -> Candidates:
+    """Select the `k` best pairs of each image and of each text."""
 
-    def best(dimension: int) -> Bool[Tensor, "I T"]:
-        places = similarity.topk(min(count, similarity.shape[dimension]), dimension).indices
-        return torch.zeros_like(similarity, dtype=torch.bool).scatter(dimension, places, True)
+    def best(dim: int) -> Bool[Tensor, "I T"]:
+        indices = similarity.topk(min(k, similarity.shape[dim]), dim).indices
+        return torch.zeros_like(similarity, dtype=torch.bool).scatter(dim, indices, True)
 
     return Candidates(best(1), best(0))
 
 
-def match(
+def itm_logits(
     pipeline: RepresentationPipeline,
     image: Float[Tensor, "1 P E"],
     ids: Int[Tensor, "T L"],
     mask: Bool[Tensor, "T L"],
-    wanted: Bool[Tensor, "T"],
+    selected: Bool[Tensor, "T"],
 ) -> Float[Tensor, "K 2"]:
-    """Logits of (not matched, matched) of an image with those of all texts that are wanted, in their order."""
-    some = wanted.nonzero().T.to(ids.device)
-    return pipeline.model.match_candidates(image, ids, mask, some, 4 * pipeline.batch_size)[0].cpu()
+    """Compute the ITM logits (not matched, matched) of an image with each of the K selected texts, in order."""
+    indices = selected.nonzero().T.to(ids.device)
+    return pipeline.model.match_candidates(image, ids, mask, indices, 4 * pipeline.batch_size)[0].cpu()
 
 
 def rerank(
     similarity: Float[Tensor, "I T"],
     positive: Bool[Tensor, "I T"],
-    chosen: Candidates,
+    candidates: Candidates,
     logits: Sequence[Float[Tensor, "_ 2"]],
     fusion: Fusion,
-) -> Retrieval:
-    """Candidates in their new order, before all others in the order they had.
+) -> RetrievalResult:
+    """Rank the candidates by `fusion`, ahead of all other pairs, which keep their order.
 
     Args:
-        logits: what :func:`match` gives for each image.
+        similarity: ITC similarity of all pairs.
+        positive: pairs that match.
+        candidates: pairs to re-rank.
+        logits: the result of :func:`itm_logits` for each image.
+        fusion: score by which the candidates are re-ranked.
     """
     matching = torch.zeros_like(similarity)
-    for row, wanted, pairs in zip(matching, chosen.any, logits, strict=True):
-        row[wanted] = (pairs[:, 1] - (pairs[:, 0] if fusion == "itm" else 0)).to(row.dtype)
+    for row, selected, pairs in zip(matching, candidates.union, logits, strict=True):
+        row[selected] = (pairs[:, 1] - (pairs[:, 0] if fusion == "itm" else 0)).to(row.dtype)
     if fusion == "itm+itc":
         matching += similarity
-    behind = similarity - 1000.0
-    return Retrieval(
-        matching.where(chosen.for_images, behind), matching.where(chosen.for_texts, behind), positive,
-        Retrieval(similarity, similarity, positive),
+    others = similarity - 1000.0  # below every candidate
+    return RetrievalResult(
+        matching.where(candidates.i2t, others), matching.where(candidates.t2i, others), positive,
+        RetrievalResult(similarity, similarity, positive),
     )  # fmt: skip

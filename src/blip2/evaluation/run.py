@@ -1,62 +1,67 @@
-"""Evaluating a checkpoint, or a file of predictions, on any records and on any number of processes."""
+"""Evaluate a checkpoint or a file of predictions on any records, with any number of processes."""
 
 from __future__ import annotations
 
 import hashlib
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import PartialState
 
 from blip2.builder import choose_device
-from blip2.checkpoint import trained_state
+from blip2.checkpoint import trained_state_dict
 from blip2.config import DataConfig, EvaluationConfig, Precision
-from blip2.distributed import gather_objects, process_index
+from blip2.distributed import all_gather_objects, rank
 from blip2.errors import InputError
 from blip2.evaluation import tasks
-from blip2.evaluation.data import Table
+from blip2.evaluation.data import EvalData
 from blip2.evaluation.predictions import write_predictions
-from blip2.evaluation.report import write_cases
-from blip2.evaluation.tasks import DEFAULTS, Findings, Settings
-from blip2.feature_cache.digests import add_weights
-from blip2.io import explained, output_path, plain, read_object, write_json
-from blip2.pipelines import ANSWER, CAPTION, GenerationPipeline, RepresentationPipeline, load
-from blip2.resumable import Parts, whose
-from blip2.training.launch import holding
+from blip2.evaluation.report import write_evaluation_report
+from blip2.evaluation.tasks import EvalResult, decoding_for
+from blip2.feature_cache.digests import hash_weights
+from blip2.io import convert_os_errors, expand_home, read_json_object, to_plain, write_json
+from blip2.pipelines import GenerationPipeline, RepresentationPipeline, load
+from blip2.resumable import ResumableMap, mismatch_message
+from blip2.training.launch import lock_run
 
-Task = Literal["captioning", "vqa", "retrieval"]
-WORK: dict[Task, Any] = {"captioning": tasks.caption, "vqa": tasks.answer, "retrieval": tasks.retrieve}
-JUDGE: dict[Task, Any] = {"captioning": tasks.judge_given_captions, "vqa": tasks.judge_given_answers}
+EVALUATE_MODEL: dict[str, Any] = {"captioning": tasks.caption, "vqa": tasks.answer, "retrieval": tasks.retrieve}
+SCORE_PREDICTIONS: dict[str, Any] = {
+    "captioning": tasks.score_caption_predictions,
+    "vqa": tasks.score_answer_predictions,
+}
 METRICS = "metrics.json"
 OK_VQA = "ok-vqa:"
-"""Beginning of the sources whose answers are base forms."""
+"""Prefix of data sources whose answers are lemmatized."""
 
 
 def evaluate(
     model: str | Path,
-    task: Task,
-    data: str | DataConfig,
+    config: EvaluationConfig,
     output: str | Path,
-    settings: Settings = DEFAULTS,
     *,
-    limit: int | None = None,
+    seed: int = 0,
     device: str | None = None,
     dtype: Precision | None = None,
-    changes: Mapping[str, object] | None = None,
+    overrides: Mapping[str, object] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a checkpoint of any format; ``metrics.json``, ``predictions.json`` and ``report.html`` go to `output`.
+    """Evaluate a checkpoint and write ``metrics.json``, ``predictions.json`` and ``report.html`` to a folder.
 
-    Under ``torchrun`` or ``accelerate launch`` the processes share the work. A killed evaluation goes on where it was
-    when it is started again, and one that was done is not done again; an output of another model, task, data or
-    settings is refused.
+    Under ``torchrun`` or ``accelerate launch`` the processes share the work. An evaluation that was interrupted resumes
+    where it stopped when it is started again, and a finished one returns its metrics at once.
 
     Args:
-        data: what ``data.train`` of a recipe may say, or a section of a recipe that says it.
-        limit: only so many records, the first ones.
+        model: a checkpoint of any format that :func:`blip2.pipelines.load` reads.
+        config: the task, the data and the options.
+        output: folder of the results. A folder with the results of another model, task, data or options is refused.
+        seed: seed of sampling.
+        device: device to run on; None means a GPU if there is one.
+        dtype: data type of the frozen parts; None means the recipe's.
+        overrides: recipe keys to override.
 
     Returns:
         The metrics.
@@ -66,155 +71,144 @@ def evaluate(
             to another evaluation.
     """
     state = PartialState(cpu=choose_device(device).type == "cpu")
-    stage = "representation" if task == "retrieval" else "generation"
-    pipeline = load(model, device or str(state.device), dtype, changes=changes, stage=stage)
-    about, found = evaluate_pipeline(pipeline, task, open_table(data, limit), output, settings)
-    return {**about, **found}
+    stage = "representation" if config.task == "retrieval" else "generation"
+    pipeline = load(model, device or str(state.device), dtype, overrides=overrides, stage=stage)
+    data = EvalData(DataConfig(train=config.data), config.limit)
+    metadata, metrics = evaluate_pipeline(pipeline, config, data, output, seed)
+    return {**metadata, **metrics}
 
 
 def evaluate_pipeline(
     pipeline: RepresentationPipeline | GenerationPipeline,
-    task: Task,
-    table: Table,
+    config: EvaluationConfig,
+    data: EvalData,
     output: str | Path,
-    settings: Settings = DEFAULTS,
-    anew: bool = False,
+    seed: int = 0,
+    overwrite: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """:func:`evaluate` a model that is there already, in evaluation mode.
+    """Evaluate a loaded model in evaluation mode; see :func:`evaluate`.
 
     Args:
-        anew: clear an output of another evaluation instead of refusing it.
+        pipeline: the model.
+        config: the task and the options; ``data`` and ``limit`` are not used.
+        data: the records to evaluate on.
+        output: folder of the results.
+        seed: seed of sampling.
+        overwrite: within a training run: delete the results of another evaluation in `output` instead of refusing it.
 
     Returns:
-        What was evaluated, and the metrics.
+        The metadata that identify the evaluation, and the metrics.
     """
-    settings = _for_data(settings, table)
-    about = {
-        "task": task, "model": str(pipeline.path), "weights": _digest(pipeline.model), "data": table.source,
-        "records": len(table), "dtype": str(pipeline.model.vision.dtype), **_plain(settings),
-    }  # fmt: skip
-    return about, _once(output_path(output), about, anew, lambda parts: WORK[task](pipeline, table, settings, parts))
+    config = _with_lemmatize(config, data)
+    decoding = None if config.task == "retrieval" else asdict(decoding_for(config))
+    metadata = to_plain({
+        "task": config.task, "model": str(pipeline.path), "weights": _digest(pipeline.model), "data": data.source,
+        "records": len(data), "dtype": str(pipeline.model.vision.dtype), "decoding": decoding,
+        "prompt": config.prompt, "rerank_k": config.rerank_k, "fusion": config.fusion, "rules": config.rules,
+        "lemmatize": config.lemmatize, "seed": seed,
+    })  # fmt: skip
+
+    def work(resumable: ResumableMap) -> EvalResult:
+        return EVALUATE_MODEL[config.task](pipeline, data, config, seed, resumable)
+
+    return metadata, _run_once(expand_home(output), metadata, work, overwrite)
 
 
-def evaluate_predictions(
-    file: str | Path,
-    task: Task,
-    data: str | DataConfig,
-    output: str | Path,
-    settings: Settings = DEFAULTS,
-    *,
-    limit: int | None = None,
-) -> dict[str, Any]:
-    """Score a file of predictions as :func:`evaluate` writes it, of any model. Images are only shown.
+def evaluate_predictions(file: str | Path, config: EvaluationConfig, output: str | Path) -> dict[str, Any]:
+    """Score a file of predictions of any model, in the format that :func:`evaluate` writes.
+
+    Images are shown in the report and may be missing.
+
+    Args:
+        file: the predictions.
+        config: the task, the data and the options.
+        output: folder of the results, as for :func:`evaluate`.
 
     Raises:
-        InputError: the file cannot be read, lacks records, or has some twice or that are not in the data; or as
-            :func:`evaluate`.
+        InputError: the file cannot be read, lacks records, repeats records or has records that are not in the data;
+            or as for :func:`evaluate`.
     """
     PartialState(cpu=True)
-    if task not in JUDGE:
-        raise InputError(f"the task {task} has no predictions to score: give a model")
-    table = open_table(data, limit)
-    settings = _for_data(settings, table)
+    if config.task not in SCORE_PREDICTIONS:
+        raise InputError(f"the task {config.task} has no predictions to score: give a model")
+    data = EvalData(DataConfig(train=config.data), config.limit)
+    config = _with_lemmatize(config, data)
     try:
         content = Path(file).read_bytes()
     except OSError as error:
         raise InputError(f"{file} cannot be read ({error.strerror}): check the path of the predictions") from error
-    about = {
-        "task": task, "predictions": str(file), "digest": hashlib.blake2b(content, digest_size=8).hexdigest(),
-        "data": table.source, "records": len(table), "rules": settings.rules, "lemmatize": settings.lemmatize,
+    metadata = {
+        "task": config.task, "predictions": str(file), "digest": hashlib.blake2b(content, digest_size=8).hexdigest(),
+        "data": data.source, "records": len(data), "rules": config.rules, "lemmatize": config.lemmatize,
     }  # fmt: skip
-    found = _once(output_path(output), about, False, lambda parts: JUDGE[task](table, file, settings, parts))
-    return {**about, **found}
+
+    def work(resumable: ResumableMap) -> EvalResult:
+        return SCORE_PREDICTIONS[config.task](data, file, config, resumable)
+
+    return {**metadata, **_run_once(expand_home(output), metadata, work)}
 
 
-def open_table(data: str | DataConfig, limit: int | None = None) -> Table:
-    """The records that a source of data names."""
-    return Table(DataConfig(train=data) if isinstance(data, str) else data, limit)
+def _with_lemmatize(config: EvaluationConfig, data: EvalData) -> EvaluationConfig:
+    """Switch lemmatization on for OK-VQA."""
+    return replace(config, lemmatize=config.lemmatize or data.source.startswith(OK_VQA))
 
 
-def settings_of(config: EvaluationConfig, seed: int = 0) -> Settings:
-    """What a recipe, or the command line, says of an evaluation."""
-    given = {name: getattr(config, name) for name in DECODING}
-    decoding = ANSWER if config.task == "vqa" else CAPTION
-    decoding = replace(decoding, **{name: value for name, value in given.items() if value is not None})
-    return Settings(
-        None if config.task == "retrieval" else decoding, config.prompt, config.rerank_k, config.fusion,
-        config.rules, config.lemmatize, seed,
-    )  # fmt: skip
+def _run_once(
+    folder: Path, metadata: dict[str, Any], work: Callable[[ResumableMap], EvalResult], overwrite: bool = False
+) -> dict[str, Any]:
+    """Run an evaluation and write its results to a folder, or read the metrics if the folder has them.
+
+    A training run, which sets `overwrite`, holds the lock of its folder and reports write errors itself.
+    """
+    with nullcontext() if overwrite else convert_os_errors(folder), nullcontext() if overwrite else lock_run(folder):
+        problem = _claim(folder, metadata, overwrite) if rank() == 0 else None
+        problem = all_gather_objects(problem)[0]
+        if problem is not None:
+            raise InputError(problem)
+        if (folder / METRICS).exists():
+            metrics = read_json_object(folder / METRICS)
+            return {name: value for name, value in metrics.items() if name not in metadata}
+        resumable = ResumableMap(folder / "parts")
+        result = work(resumable)
+        if rank() == 0:
+            metrics = {**metadata, **result.metrics}
+            if result.format is not None:
+                write_predictions(folder / "predictions.json", result.format, result.predictions)
+            write_evaluation_report(folder / "report.html", metrics, result.examples)
+            write_json(folder / METRICS, metrics)  # last: it marks the evaluation as finished
+        all_gather_objects(None)  # wait until everything is written and every process has read the chunks
+        if rank() == 0:
+            resumable.clear()
+        return result.metrics
 
 
-DECODING = ("num_beams", "top_p", "temperature", "length_penalty", "max_new_tokens")
-
-
-def _for_data(settings: Settings, table: Table) -> Settings:
-    return replace(settings, lemmatize=settings.lemmatize or table.source.startswith(OK_VQA))
-
-
-def _plain(settings: Settings) -> dict[str, Any]:
-    return plain(asdict(settings))
-
-
-def _once(folder: Path, about: dict[str, Any], anew: bool, work: Callable[[Parts], Findings]) -> dict[str, Any]:
-    """The metrics that `work` finds, which are written to a folder; those in it, where it was done before."""
-    if anew:  # of a run that is held, which says itself what cannot be written
-        return _find(folder, about, anew, work)
-    with explained(folder), holding(folder):
-        return _find(folder, about, anew, work)
-
-
-def _find(folder: Path, about: dict[str, Any], anew: bool, work: Callable[[Parts], Findings]) -> dict[str, Any]:
-    problem = None
-    if process_index() == 0:
-        problem = _claim(folder, about, anew)
-    problem = gather_objects(problem)[0]
-    if problem is not None:
-        raise InputError(problem)
-    if (folder / METRICS).exists():  # it was done before
-        found = read_object(folder / METRICS)
-        return {name: value for name, value in found.items() if name not in about}
-    parts = Parts(folder / "parts")
-    findings = work(parts)
-    if process_index() == 0:
-        metrics = {**about, **findings.metrics}
-        if findings.kind is not None:
-            write_predictions(folder / "predictions.json", findings.kind, findings.predictions)
-        write_cases(folder / "report.html", metrics, findings.cases)
-        # What says that it is done comes last.
-        write_json(folder / METRICS, metrics)
-    gather_objects(None)  # nobody goes on before all is written, and all have read the parts
-    if process_index() == 0:
-        parts.forget()
-    return findings.metrics
-
-
-def _claim(folder: Path, about: dict[str, Any], anew: bool) -> str | None:
-    """Make a folder an evaluation's own; what is in the way, if it cannot be."""
+def _claim(folder: Path, metadata: dict[str, Any], overwrite: bool) -> str | None:
+    """Mark a folder as the output of an evaluation; return an error message if that is impossible."""
     file = folder / "evaluation.json"
     try:
-        if anew and file.exists() and _said(file) != about:
+        if overwrite and file.exists() and _read_or_none(file) != metadata:
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if not file.exists():
-            write_json(file, about)
+            write_json(file, metadata)
     except OSError as error:
         return f"{folder} cannot be written ({error.strerror}): give another output"
     try:
-        return whose(folder, read_object(file), about, "evaluation")
+        return mismatch_message(folder, read_json_object(file), metadata, "evaluation")
     except InputError as error:
         return str(error)
 
 
-def _said(file: Path) -> dict[str, Any] | None:
-    """What a folder says of itself; None where that is damaged."""
+def _read_or_none(file: Path) -> dict[str, Any] | None:
+    """Read a JSON object; None if the file is damaged."""
     try:
-        return read_object(file)
+        return read_json_object(file)
     except InputError:
         return None
 
 
 def _digest(model: torch.nn.Module) -> str:
-    """Of what was trained."""
+    """Return a digest of the trained weights."""
     weights = hashlib.blake2b(digest_size=8)
-    add_weights(weights, sorted(trained_state(model).items()))
+    hash_weights(weights, sorted(trained_state_dict(model).items()))
     return weights.hexdigest()

@@ -1,6 +1,6 @@
-"""What a model knows of scenes (:mod:`blip2.data.scenes`): facts in captions, answers by type, twins told apart.
+"""Metrics on composed scenes (:mod:`blip2.data.scenes`): facts in captions, answers by type, and twins.
 
-Every scene has an exact truth, so that a caption in any words can be judged fact by fact.
+The exact content of every scene is known, so that a caption in any wording can be scored fact by fact.
 """
 
 from __future__ import annotations
@@ -24,44 +24,47 @@ from blip2.pipelines import RepresentationPipeline
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of one of the files of a set of scenes."""
+    """Read the rows of a file of a scenes data set."""
     return [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def read_truths(rows: Sequence[Mapping[str, Any]]) -> list[Truth]:
-    """Return the truth of each row."""
-    return [Truth.of_json(row["truth"]) for row in rows]
+    """Return the content of each row's scene."""
+    return [Truth.from_json(row["truth"]) for row in rows]
 
 
 def score_facts(captions: Sequence[str], truths: Sequence[Truth]) -> dict[str, float]:
-    """Return the share of captions that state each fact rightly, over the scenes that have it.
+    """Compute the share of captions that state each fact correctly, over the scenes that have the fact.
 
     Returns:
         ``objects`` (all kinds and no other), ``color``, ``relation`` (pairs), ``order`` (three kinds), ``count``,
-        ``size``, and ``all``, the share of captions with every fact of their scene. In [0, 1]; facts that no scene has
-        are left out.
+        ``size``, and ``all`` (every fact of the scene), each in [0, 1]. Facts that no scene has are left out.
     """
-    shares: defaultdict[str, list[bool]] = defaultdict(list)
+    correct: defaultdict[str, list[bool]] = defaultdict(list)
     for caption, truth in zip(captions, truths, strict=True):
-        facts = {name: right for name, right in score_caption(caption, truth).items() if right is not None}
-        for name, right in facts.items():
-            shares[name].append(right)
-        shares["all"].append(all(facts.values()))
-    return {name: sum(rights) / len(rights) for name, rights in shares.items()}
+        facts = {name: value for name, value in score_caption(caption, truth).items() if value is not None}
+        for name, value in facts.items():
+            correct[name].append(value)
+        correct["all"].append(all(facts.values()))
+    return _shares(correct)
 
 
 def score_answers(answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the share of right answers for each ``question_type``, and of all as ``all``, in [0, 1]."""
-    shares: defaultdict[str, list[bool]] = defaultdict(list)
+    """Compute the share of correct answers for each ``question_type``, and overall as ``all``, in [0, 1]."""
+    correct: defaultdict[str, list[bool]] = defaultdict(list)
     for answer, row in zip(answers, rows, strict=True):
-        right = normalize(answer) in {normalize(each) for each in row["answers"]}
+        is_correct = normalize(answer) in {normalize(reference) for reference in row["answers"]}
         for name in (row["question_type"], "all"):
-            shares[name].append(right)
-    return {name: sum(rights) / len(rights) for name, rights in shares.items()}
+            correct[name].append(is_correct)
+    return _shares(correct)
+
+
+def _shares(correct: Mapping[str, Sequence[bool]]) -> dict[str, float]:
+    return {name: sum(values) / len(values) for name, values in correct.items()}
 
 
 def majority_answers(train: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Answer each question with the most frequent answer of its words in training, or else of its type."""
+    """Answer each question with its most frequent answer in training, or else with that of its question type."""
     answers: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for row in train:
         for name in (row["question"], row["question_type"]):
@@ -71,55 +74,57 @@ def majority_answers(train: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[
 
 @dataclass(frozen=True)
 class Twins:
-    """How well scores tell twins apart: images and texts that differ in one word or in the order of two."""
+    """Scores of twins: pairs of images with texts that differ in one word or in the order of two words."""
 
     scores: Float[Tensor, "N 2 2"]
-    """Of the images of a pair (rows) with its texts (columns); each image's own text has its place."""
+    """Scores of the images of a pair (rows) with its texts (columns); matching pairs are on the diagonal."""
 
     @property
-    def told_apart(self) -> dict[str, float]:
-        """Shares of right decisions, each in [0, 1].
+    def accuracy(self) -> dict[str, float]:
+        """Shares of correct decisions, each in [0, 1]; ties count as wrong.
 
-        ``pairwise``: an image's own text scores above its twin's, or a text's own image above the twin's (chance 1/2).
-        ``text``, ``image``, ``group``: Winoground's: both images find their text (1/4), both texts their image (1/4),
-        both (1/6). Equal scores count as wrong.
+        ``pairwise``: an image prefers its text over the other text, or a text its image (chance 1/2). Winoground's
+        ``text``: both images prefer their text (1/4); ``image``: both texts prefer their image (1/4); ``group``: both
+        (1/6).
         """
         s = self.scores
-        own = torch.stack([s[:, 0, 0], s[:, 1, 1]], 1)
-        text = own > torch.stack([s[:, 0, 1], s[:, 1, 0]], 1)  # [N, 2], by image
-        image = own > torch.stack([s[:, 1, 0], s[:, 0, 1]], 1)  # [N, 2], by text
+        matching = torch.stack([s[:, 0, 0], s[:, 1, 1]], 1)
+        text = matching > torch.stack([s[:, 0, 1], s[:, 1, 0]], 1)  # [N, 2], by image
+        image = matching > torch.stack([s[:, 1, 0], s[:, 0, 1]], 1)  # [N, 2], by text
         means = {
             "pairwise": torch.cat([text, image], 1),
             "text": text.all(1),
             "image": image.all(1),
             "group": text.all(1) & image.all(1),
         }
-        return {name: float(right.float().mean()) for name, right in means.items()}
+        return {name: float(correct.float().mean()) for name, correct in means.items()}
 
     def by_type(self, types: Sequence[str]) -> dict[str, Twins]:
-        """Return the twins of each type.
+        """Group the pairs by type.
 
         Args:
-            types: of the N pairs.
+            types: the type of each of the N pairs.
         """
         return {kind: Twins(self.scores[[each == kind for each in types]]) for kind in sorted(set(types))}
 
 
-def compare_twins(
+def score_twins(
     pipeline: RepresentationPipeline, features: Float[Tensor, "I P E"], texts: Sequence[str]
 ) -> dict[str, Twins]:
     """Score twins by similarity (``itc``) and by the matching head (``itm``).
 
     Args:
-        features: of the images; each pair is two neighbors.
+        pipeline: the stage-1 model.
+        features: features of the images; images 2 i and 2 i + 1 are a pair.
         texts: the text of each image.
     """
-    count = len(texts) // 2
-    both = torch.arange(len(texts)).view(count, 2).repeat_interleave(2, dim=0)  # the texts of each image's pair
-    logits = pipeline.match_candidates(features, texts, both).cpu()
-    images, words = pipeline.embed_images(features).view(count, 2, *_tail(pipeline)), pipeline.embed_texts(texts)
-    similarity = torch.einsum("niqc,ntc->nitq", images, words.view(count, 2, -1)).amax(dim=-1).cpu()
-    return {"itc": Twins(similarity), "itm": Twins((logits[..., 1] - logits[..., 0]).view(count, 2, 2))}
+    pairs = len(texts) // 2
+    candidates = torch.arange(len(texts)).view(pairs, 2).repeat_interleave(2, dim=0)  # both texts for each image
+    logits = pipeline.match_candidates(features, texts, candidates).cpu()
+    image_embeds = pipeline.embed_images(features).unflatten(0, (pairs, 2))
+    text_embeds = pipeline.embed_texts(texts).unflatten(0, (pairs, 2))
+    similarity = torch.einsum("niqc,ntc->nitq", image_embeds, text_embeds).amax(dim=-1).cpu()
+    return {"itc": Twins(similarity), "itm": Twins((logits[..., 1] - logits[..., 0]).view(pairs, 2, 2))}
 
 
 @torch.no_grad()
@@ -130,21 +135,16 @@ def matching_accuracy(
     batch_size: int = 48,
     seed: int = 0,
 ) -> float:
-    """Return the accuracy of the matching head (ITM) with hard negatives drawn as in training, in [0, 1].
+    """Compute the accuracy of the matching head (ITM) with hard negatives drawn as in training, in [0, 1].
 
-    A third of the pairs match: saying no to everything is right in 2 of 3.
+    One third of the pairs match, so that a head that always says "not matched" is correct in 2 of 3.
     """
     model = pipeline.model.eval()
-    right, count = 0.0, 0
+    correct, count = 0.0, 0
     for start in range(0, len(texts), batch_size):
-        part = slice(start, start + batch_size)
-        ids, mask = pipeline.encode_texts(texts[part])
-        batch = RepresentationBatch(features[part], ids, mask, torch.arange(len(ids), device=ids.device))
-        right += float(model(batch, seed=seed + start).metrics["itm_accuracy"]) * len(ids)
+        rows = slice(start, start + batch_size)
+        ids, mask = pipeline.tokenize(texts[rows])
+        batch = RepresentationBatch(features[rows], ids, mask, torch.arange(len(ids), device=ids.device))
+        correct += float(model(batch, seed=seed + start).metrics["itm_accuracy"]) * len(ids)
         count += len(ids)
-    return right / count
-
-
-def _tail(pipeline: RepresentationPipeline) -> tuple[int, int]:
-    config = pipeline.recipe.qformer
-    return config.num_query_tokens, config.image_text_hidden_size
+    return correct / count

@@ -1,4 +1,4 @@
-"""What a model can be evaluated at: captions (paper §4.2), answers (§4.1, §4.3), retrieval (§4.4)."""
+"""The evaluation tasks: captioning (paper §4.2), visual question answering (§4.1, §4.3) and retrieval (§4.4)."""
 
 from __future__ import annotations
 
@@ -14,378 +14,395 @@ from accelerate.utils import set_seed
 from jaxtyping import Float
 from torch import Tensor
 
-from blip2.config import QUESTION_PLACE
-from blip2.data.images import ImageError, read_image, to_pixels
+from blip2.config import QUESTION_PLACEHOLDER, EvaluationConfig
+from blip2.data.images import ImageError, preprocess, read_image
 from blip2.decoding.search import Decoding
 from blip2.errors import InputError
-from blip2.evaluation.captioning import CaptionScores, Missing, official_scores, scores_by_domain
-from blip2.evaluation.data import Table
-from blip2.evaluation.predictions import Kind, read_predictions
-from blip2.evaluation.report import Case
-from blip2.evaluation.retrieval import Fusion, Retrieval, choose, match, ranks, rerank
-from blip2.evaluation.vqa import Question, Rules, lemmatize, score_answers, score_exact
+from blip2.evaluation.captioning import CaptionScores, MissingMetric, official_scores, scores_by_domain
+from blip2.evaluation.data import EvalData
+from blip2.evaluation.predictions import PredictionFormat, read_predictions
+from blip2.evaluation.report import Example
+from blip2.evaluation.retrieval import RetrievalResult, itm_logits, ranks, rerank, select_candidates
+from blip2.evaluation.vqa import Question, lemmatize, score_answers, score_exact
 from blip2.model.losses import image_text_similarity
-from blip2.pipelines import ANSWER, GenerationPipeline, Pipeline, RepresentationPipeline
-from blip2.resumable import Parts
+from blip2.pipelines import ANSWER_DECODING, CAPTION_DECODING, GenerationPipeline, Pipeline, RepresentationPipeline
+from blip2.resumable import ResumableMap
 
 Key = TypeVar("Key")
 LEMMATIZED = "accuracy_lemmatized"
-NAMED = 20
-"""So many images that cannot be used are named; the others are counted."""
-PART = 64
-"""Records, or images, that are a part of the work. Results may depend on it in the last digit, so it is fixed."""
+MAX_LISTED = 20
+"""Maximum number of unusable images that the metrics list; all of them are counted."""
+CHUNK_SIZE = 64
+"""Number of records, or images, in a chunk of work. Fixed, because results may depend on it in the last digit."""
 
 
 @dataclass(frozen=True)
-class Findings:
-    """What an evaluation found."""
+class EvalResult:
+    """The result of an evaluation."""
 
     metrics: dict[str, Any]
-    kind: Kind | None
-    """Of the predictions; None where none are handed in."""
+    format: PredictionFormat | None
+    """Format of the predictions; None if the task has none."""
     predictions: dict[Any, str]
-    """By the id of their question or image."""
-    cases: list[Case]
-    """Every image, text or question, to be shown."""
+    """Predicted text by question or image id."""
+    examples: list[Example]
+    """One example for every image, text or question."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What results depend on beside model and records."""
-
-    decoding: Decoding | None = None
-    """How texts are written; None: :data:`blip2.pipelines.CAPTION` or :data:`~blip2.pipelines.ANSWER`."""
-    prompt: str | None = None
-    """Of captions, or of questions with {} where the question goes; None: the model's own."""
-    rerank_k: int = 128
-    """Of retrieval: how many the similarity (ITC) gives to the matching score (ITM); 0 leaves it to the similarity."""
-    fusion: Fusion = "itm"
-    """Of retrieval: what ranks the candidates."""
-    rules: Rules = "official"
-    """Of answers: see :mod:`blip2.evaluation.vqa`."""
-    lemmatize: bool = False
-    """Of answers: score them in base forms, too."""
-    seed: int = 0
-    """Of sampling; each part of the work begins with its own, so that it may be done by any process at any time."""
+def decoding_for(config: EvaluationConfig) -> Decoding:
+    """Return how the model generates text: the task's default with the options that are set."""
+    return (ANSWER_DECODING if config.task == "vqa" else CAPTION_DECODING).override(config)
 
 
-DEFAULTS = Settings()
-
-
-# -- tasks -----------------------------------------------------------------------------------------------------------
+# -- visual question answering ---------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def answer(pipeline: GenerationPipeline, table: Table, settings: Settings, parts: Parts) -> Findings:
-    """Answers to questions, and their accuracy where the true answers are there."""
-    prompt = settings.prompt or pipeline.question_prompt
-    if QUESTION_PLACE not in prompt:
-        raise InputError(f"the prompt {prompt!r} has no {QUESTION_PLACE} where the question goes: put it in")
-    ids, truth = table.question_ids(), _true_answers(table)
+def answer(
+    pipeline: GenerationPipeline, data: EvalData, config: EvaluationConfig, seed: int, resumable: ResumableMap
+) -> EvalResult:
+    """Answer the questions, and compute the accuracy if the data have reference answers."""
+    prompt = config.prompt or pipeline.question_template
+    if QUESTION_PLACEHOLDER not in prompt:
+        raise InputError(f"the prompt {prompt!r} has no {QUESTION_PLACEHOLDER} where the question goes: put it in")
+    ids, references = data.question_ids(), _reference_answers(data)
 
-    def write(span: range) -> tuple[dict[int, str], list[str]]:
+    def generate(chunk: range) -> tuple[dict[int, str], list[str]]:
         first: dict[int, int] = {}
-        for i in span:
-            first.setdefault(table.image_ids[i], i)
-        good, features, skipped = _see(pipeline, {key: table.image(i) for key, i in first.items()})
-        asked = [i for i in span if table.image_ids[i] in good]
+        for i in chunk:
+            first.setdefault(data.image_ids[i], i)
+        usable, features, skipped = _encode_images(pipeline, {key: data.image(i) for key, i in first.items()})
+        rows = [i for i in chunk if data.image_ids[i] in usable]
         if features is None:
             return {}, skipped
-        questions = [table.said[i].question or "" for i in asked]
-        written = pipeline.generate(
-            features, pipeline.question_prompts(questions, prompt), settings.decoding or ANSWER,
-            image_of=[good.index(table.image_ids[i]) for i in asked], questions=questions,
+        questions = [data.records[i].question or "" for i in rows]
+        answers = pipeline.generate(
+            features, pipeline.format_questions(questions, prompt), decoding_for(config),
+            image_index=[usable.index(data.image_ids[i]) for i in rows], questions=questions,
         )  # fmt: skip
-        return dict(zip(asked, written, strict=True)), skipped
+        return dict(zip(rows, answers, strict=True)), skipped
 
-    answers, skipped = _write("answers", len(table), write, parts, settings.seed)
-    return _judge_answers(table, ids, truth, answers, settings, _skips(skipped))
+    answers, skipped = _generate("answers", len(data), generate, resumable, seed)
+    return _score_answers(data, ids, references, answers, config, _count_skipped(skipped))
 
 
-def judge_given_answers(table: Table, file: str | Path, settings: Settings, parts: Parts) -> Findings:
-    """The accuracy of a file of answers.
+def score_answer_predictions(
+    data: EvalData, file: str | Path, config: EvaluationConfig, resumable: ResumableMap
+) -> EvalResult:
+    """Compute the accuracy of a file of answers.
 
     Raises:
-        InputError: it cannot be read, or ids are missing, doubled or unknown.
+        InputError: the file cannot be read, or ids are missing, repeated or unknown.
     """
-    ids, truth = table.question_ids(), _true_answers(table)
-    return _judge_answers(table, ids, truth, dict(enumerate(_read(file, "answer", ids))), settings, {})
+    ids, references = data.question_ids(), _reference_answers(data)
+    return _score_answers(data, ids, references, dict(enumerate(_read(file, "answer", ids))), config, {})
 
 
-def _true_answers(table: Table) -> dict[int, Question]:
-    """What people answered, by the number of the question; blank answers count, as the official scripts count them.
+def _reference_answers(data: EvalData) -> dict[int, Question]:
+    """Return the reference answers by record index. Blank answers count, as in the official scripts.
 
     Raises:
         InputError: some questions have answers and others none, or some have one answer and others several.
     """
-    truth: dict[int, Question] = {}
-    numbers: dict[str, list[int]] = {"no answers": [], "one answer": [], "several answers": []}
-    for i, record in enumerate(table.said):
-        blank = [""] * record.blank if len(record.captions) + record.blank > 1 else []
+    references: dict[int, Question] = {}
+    groups: dict[str, list[int]] = {"no answers": [], "one answer": [], "several answers": []}
+    for i, record in enumerate(data.records):
+        blank = [""] * record.num_blank if len(record.captions) + record.num_blank > 1 else []
         answers = (*record.captions, *blank)
-        numbers["no answers" if not answers else "one answer" if len(answers) == 1 else "several answers"].append(i)
+        groups["no answers" if not answers else "one answer" if len(answers) == 1 else "several answers"].append(i)
         if answers:
-            types = (str(record.about.get(key, "")) for key in ("question_type", "answer_type"))
-            truth[i] = Question(answers, *types)
-    found = {kind: rows for kind, rows in numbers.items() if rows}
+            types = (str(record.metadata.get(key, "")) for key in ("question_type", "answer_type"))
+            references[i] = Question(answers, *types)
+    found = {kind: rows for kind, rows in groups.items() if rows}
     if len(found) > 1:
         counts = ", ".join(
-            f"{len(rows)} with {kind} (the first: {table.said[rows[0]].key})" for kind, rows in found.items()
+            f"{len(rows)} with {kind} (the first: {data.records[rows[0]].key})" for kind, rows in found.items()
         )
         raise InputError(
-            f"{table.source} has questions {counts}, which no rule scores together: give all of them one answer, or all"
+            f"{data.source} has questions {counts}, which no rule scores together: give all of them one answer, or all"
             " of them several"
         )
-    return truth
+    return references
 
 
-def _judge_answers(
-    table: Table,
+def _score_answers(
+    data: EvalData,
     ids: Sequence[Any],
-    true: Mapping[int, Question],
+    references: Mapping[int, Question],
     answers: Mapping[int, str],
-    settings: Settings,
-    about: Mapping[str, Any],
-) -> Findings:
-    metrics: dict[str, Any] = {"answered": len(answers), **about}
-    truth = {i: true[i] for i in answers if i in true}
-    scores: dict[Any, float] = {}
-    if truth:
-        one = all(len(question.answers) == 1 for question in truth.values())
-        score = partial(score_exact if one else score_answers, questions=truth, rules=settings.rules)
-        found = score({i: answers[i] for i in truth})
+    config: EvaluationConfig,
+    extra: Mapping[str, Any],
+) -> EvalResult:
+    """Score answers by record index; `extra` joins the metrics."""
+    metrics: dict[str, Any] = {"answered": len(answers), **extra}
+    references = {i: references[i] for i in answers if i in references}
+    per_question: dict[Any, float] = {}
+    if references:
+        single = all(len(question.answers) == 1 for question in references.values())
+        score = partial(score_exact if single else score_answers, questions=references, rules=config.rules)
+        scores = score({i: answers[i] for i in references})
         metrics |= {
-            "accuracy": found.accuracy, "by_question_type": found.by_question_type,
-            "by_answer_type": found.by_answer_type,
+            "accuracy": scores.accuracy, "by_question_type": scores.by_question_type,
+            "by_answer_type": scores.by_answer_type,
         }  # fmt: skip
-        scores = found.each
-        if settings.lemmatize:
+        per_question = scores.per_question
+        if config.lemmatize:
             try:
-                lemmas = lemmatize([answers[i] for i in truth])
-                metrics[LEMMATIZED] = score(dict(zip(truth, lemmas, strict=True))).accuracy
+                lemmas = lemmatize([answers[i] for i in references])
+                metrics[LEMMATIZED] = score(dict(zip(references, lemmas, strict=True))).accuracy
             except InputError as error:
                 metrics |= {LEMMATIZED: None, "missing": {LEMMATIZED: str(error)}}
-    cases = [
-        Case(
-            scores.get(i),
-            partial(table.image, i),
-            (table.said[i].question or "", answer, f"true: {_often(truth[i].answers)}" if i in truth else ""),
-        )
-        for i, answer in answers.items()
-    ]
-    return _told(metrics, "answer", {ids[i]: answer for i, answer in answers.items()}, cases)
+    examples = []
+    for i, text in answers.items():
+        expected = f"true: {_format_counts(references[i].answers)}" if i in references else ""
+        lines = (data.records[i].question or "", text, expected)
+        examples.append(Example(per_question.get(i), partial(data.image, i), lines))
+    return _to_result(metrics, "answer", {ids[i]: text for i, text in answers.items()}, examples)
+
+
+# -- captioning ------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def caption(pipeline: GenerationPipeline, table: Table, settings: Settings, parts: Parts) -> Findings:
-    """Captions of images, and their scores where the true captions are there."""
-    owners = table.by_image()
+def caption(
+    pipeline: GenerationPipeline, data: EvalData, config: EvaluationConfig, seed: int, resumable: ResumableMap
+) -> EvalResult:
+    """Caption the images, and score the captions if the data have reference captions."""
+    rows = data.group_by_image()
+    decoding = decoding_for(config)
 
-    def write(span: range) -> tuple[dict[int, str], list[str]]:
-        good, features, skipped = _see(pipeline, {i: table.image(owners[i][0]) for i in span})
+    def generate(chunk: range) -> tuple[dict[int, str], list[str]]:
+        usable, features, skipped = _encode_images(pipeline, {i: data.image(rows[i][0]) for i in chunk})
         if features is None:
             return {}, skipped
-        return dict(zip(good, pipeline.caption(features, settings.prompt, settings.decoding), strict=True)), skipped
+        return dict(zip(usable, pipeline.caption(features, config.prompt, decoding), strict=True)), skipped
 
-    captions, skipped = _write("captions", len(owners), write, parts, settings.seed)
-    return _judge_captions(table, owners, captions, parts, _skips(skipped))
+    captions, skipped = _generate("captions", len(rows), generate, resumable, seed)
+    return _score_captions(data, rows, captions, resumable, _count_skipped(skipped))
 
 
-def judge_given_captions(table: Table, file: str | Path, settings: Settings, parts: Parts) -> Findings:
-    """The scores of a file of captions.
+def score_caption_predictions(
+    data: EvalData, file: str | Path, config: EvaluationConfig, resumable: ResumableMap
+) -> EvalResult:
+    """Score a file of captions.
 
     Raises:
-        InputError: it cannot be read, or ids are missing, doubled or unknown.
+        InputError: the file cannot be read, or ids are missing, repeated or unknown.
     """
-    owners = table.by_image()
-    return _judge_captions(table, owners, dict(enumerate(_read(file, "caption", _names(table, owners)))), parts, {})
+    rows = data.group_by_image()
+    return _score_captions(data, rows, dict(enumerate(_read(file, "caption", _image_ids(data, rows)))), resumable, {})
 
 
-def _judge_captions(
-    table: Table, owners: Sequence[list[int]], captions: Mapping[int, str], parts: Parts, about: Mapping[str, Any]
-) -> Findings:
-    truth = {i: [text for n in owners[i] for text in table.said[n].captions] for i in captions}
-    truth = {i: texts for i, texts in truth.items() if texts}
-    domains = {i: str(table.said[owners[i][0]].about.get("domain", "")) for i in truth}
-    metrics: dict[str, Any] = {"images": len(captions), **about}
+def _score_captions(
+    data: EvalData,
+    rows: Sequence[list[int]],
+    captions: Mapping[int, str],
+    resumable: ResumableMap,
+    extra: Mapping[str, Any],
+) -> EvalResult:
+    """Score captions by image index; `extra` joins the metrics."""
+    references = {i: [text for n in rows[i] for text in data.records[n].captions] for i in captions}
+    references = {i: texts for i, texts in references.items() if texts}
+    domains = {i: str(data.records[rows[i][0]].metadata.get("domain", "")) for i in references}
+    metrics: dict[str, Any] = {"images": len(captions), **extra}
 
-    def score(part: int) -> dict[str, Any]:
-        written = {i: captions[i] for i in truth}
+    def score(chunk: int) -> dict[str, Any]:
+        predictions = {i: captions[i] for i in references}
         if not all(domains.values()):
-            found = official_scores(written, truth)
-            return {"metrics": _shown(found), "cider": found.cider}
-        by_domain = scores_by_domain(written, truth, domains)
-        found = by_domain.pop("overall")
-        shown = {"by_domain": {name: _shown(each) for name, each in by_domain.items()}}
-        return {"metrics": {**_shown(found), **shown}, "cider": found.cider}
+            scores = official_scores(predictions, references)
+            return {"metrics": _format_scores(scores), "cider": scores.cider}
+        by_domain = scores_by_domain(predictions, references, domains)
+        scores = by_domain.pop("overall")
+        formatted = {"by_domain": {name: _format_scores(each) for name, each in by_domain.items()}}
+        return {"metrics": {**_format_scores(scores), **formatted}, "cider": scores.cider}
 
-    scores: Mapping[int, float] = {}
-    if truth:
-        (found,) = parts.do("scores", 1, score)  # Java runs in one of the processes
-        metrics |= found["metrics"]
-        scores = found["cider"]
-    cases = [
-        Case(
-            scores.get(i),
-            partial(table.image, owners[i][0]),
-            (text, *(f"true: {each}" for each in truth.get(i, ())[:2])),
+    cider: Mapping[int, float] = {}
+    if references:
+        (scores,) = resumable.run("scores", 1, score)  # one chunk, so that Java runs in one process alone
+        metrics |= scores["metrics"]
+        cider = scores["cider"]
+    examples = [
+        Example(
+            cider.get(i),
+            partial(data.image, rows[i][0]),
+            (text, *(f"true: {reference}" for reference in references.get(i, ())[:2])),
         )
         for i, text in captions.items()
     ]
-    names = _names(table, owners)
-    return _told(metrics, "caption", {names[i]: text for i, text in captions.items()}, cases)
+    ids = _image_ids(data, rows)
+    return _to_result(metrics, "caption", {ids[i]: text for i, text in captions.items()}, examples)
+
+
+def _image_ids(data: EvalData, rows: Sequence[list[int]]) -> list[Any]:
+    """Return the ``image_id`` of each image, or its index if it has none."""
+    return [data.records[group[0]].metadata.get("image_id", i) for i, group in enumerate(rows)]
+
+
+def _format_scores(scores: CaptionScores) -> dict[str, Any]:
+    """Return the metrics for JSON: None for a missing one, with the reason under ``missing``."""
+    missing = {name: value.reason for name, value in scores.metrics.items() if isinstance(value, MissingMetric)}
+    return {**scores.metrics, **dict.fromkeys(missing), **({"missing": missing} if missing else {})}
+
+
+# -- retrieval -------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def retrieve(pipeline: RepresentationPipeline, table: Table, settings: Settings, parts: Parts) -> Findings:
-    """Recall of both directions, by similarity (ITC) and, among its candidates, by matching (ITM)."""
-    owners = table.by_image()
-    spans = _spans(len(owners))
+def retrieve(
+    pipeline: RepresentationPipeline, data: EvalData, config: EvaluationConfig, seed: int, resumable: ResumableMap
+) -> EvalResult:
+    """Compute the recall in both directions by similarity (ITC), and re-ranked by matching (ITM)."""
+    rows = data.group_by_image()
+    image_chunks = _chunks(len(rows))
 
-    def see(part: int) -> tuple[list[int], Float[Tensor, "I P E"] | None, list[str]]:
-        return _see(pipeline, {i: table.image(owners[i][0]) for i in spans[part]})
+    def encode(chunk: int) -> tuple[list[int], Float[Tensor, "I P E"] | None, list[str]]:
+        return _encode_images(pipeline, {i: data.image(rows[i][0]) for i in image_chunks[chunk]})
 
-    def embed(part: int) -> dict[str, Any]:
-        good, features, skipped = see(part)
+    def embed_images(chunk: int) -> dict[str, Any]:
+        usable, features, skipped = encode(chunk)
         vectors = None if features is None else pipeline.embed_images(features).cpu()
-        return {"images": good, "vectors": vectors, "skipped": skipped}
+        return {"images": usable, "vectors": vectors, "skipped": skipped}
 
-    done = parts.do("images", len(spans), embed)
-    place = {image: number for number, image in enumerate(i for part in done for i in part["images"])}
-    told = [(place[i], text) for i in place for n in owners[i] for text in table.said[n].captions]
-    if not told:
+    embedded = resumable.run("images", len(image_chunks), embed_images)
+    index = {image: number for number, image in enumerate(i for chunk in embedded for i in chunk["images"])}
+    pairs = [(index[i], text) for i in index for n in rows[i] for text in data.records[n].captions]
+    if not pairs:
         raise InputError("the task retrieval needs images with captions, and there are none that can be used")
-    texts = [text for _, text in told]
-    positive = torch.zeros(len(place), len(texts), dtype=torch.bool)
-    positive[[number for number, _ in told], range(len(texts))] = True
-    text_spans = _spans(len(texts))
-    vectors = torch.cat(
-        parts.do(
-            "texts", len(text_spans), lambda part: pipeline.embed_texts([texts[i] for i in text_spans[part]]).cpu()
-        )
-    )
+    texts = [text for _, text in pairs]
+    positive = torch.zeros(len(index), len(texts), dtype=torch.bool)
+    positive[[image for image, _ in pairs], range(len(texts))] = True
+    text_chunks = _chunks(len(texts))
+
+    def embed_texts(chunk: int) -> Tensor:
+        return pipeline.embed_texts([texts[i] for i in text_chunks[chunk]]).cpu()
+
+    vectors = torch.cat(resumable.run("texts", len(text_chunks), embed_texts))
     similarity = torch.cat(
-        [image_text_similarity(part["vectors"], vectors) for part in done if part["vectors"] is not None]
+        [image_text_similarity(chunk["vectors"], vectors) for chunk in embedded if chunk["vectors"] is not None]
     )
-    found = Retrieval(similarity, similarity, positive)
+    result = RetrievalResult(similarity, similarity, positive)
     metrics: dict[str, Any] = {
-        "images": len(place),
+        "images": len(index),
         "texts": len(texts),
-        "chance": found.chance,
-        "itc": _recalls(found),
+        "chance": result.chance,
+        "itc": _format_recall(result),
     }
 
-    if settings.rerank_k:
-        chosen = choose(similarity, settings.rerank_k)
-        ids, mask = pipeline.encode_texts(texts)
+    if config.rerank_k:
+        candidates = select_candidates(similarity, config.rerank_k)
+        ids, mask = pipeline.tokenize(texts)
 
-        def rank(part: int) -> list[Tensor]:
-            good, features, _ = see(part)
+        def match(chunk: int) -> list[Tensor]:
+            usable, features, _ = encode(chunk)
             if features is None:
                 return []
-            rows = zip(features.split(1), good, strict=True)
-            return [match(pipeline, image, ids, mask, chosen.any[place[i]]) for image, i in rows]
+            images = zip(features.split(1), usable, strict=True)
+            return [itm_logits(pipeline, image, ids, mask, candidates.union[index[i]]) for image, i in images]
 
-        logits = [row for part in parts.do("pairs", len(spans), rank) for row in part]
-        found = rerank(similarity, positive, chosen, logits, settings.fusion)
-        metrics[settings.fusion] = _recalls(found)
+        logits = [row for chunk in resumable.run("pairs", len(image_chunks), match) for row in chunk]
+        result = rerank(similarity, positive, candidates, logits, config.fusion)
+        metrics[config.fusion] = _format_recall(result)
 
-    metrics |= _skips([message for part in done for message in part["skipped"]])
-    order = ranks(found.text_scores.T, positive.T).tolist()
-    shown = [owners[i][0] for i in place]
-    cases = [
-        Case(
+    metrics |= _count_skipped([message for chunk in embedded for message in chunk["skipped"]])
+    image_ranks = ranks(result.scores_t2i.T, positive.T).tolist()
+    first_rows = [rows[i][0] for i in index]
+    examples = [
+        Example(
             1 / (1 + rank),
-            partial(table.image, shown[number]),
-            (text, f"its image is number {rank + 1} of {len(place)}"),
+            partial(data.image, first_rows[image]),
+            (text, f"rank of its image: {rank + 1} of {len(index)}"),
         )
-        for (number, text), rank in zip(told, order, strict=True)
+        for (image, text), rank in zip(pairs, image_ranks, strict=True)
     ]
-    return Findings(metrics, None, {}, cases)
+    return EvalResult(metrics, None, {}, examples)
 
 
-# -- images and parts ------------------------------------------------------------------------------------------------
+def _format_recall(result: RetrievalResult) -> dict[str, float]:
+    """Return the recall as published: ``TR@k`` of texts for an image, ``IR@k`` of images for a text."""
+    sides = {"TR": result.image_to_text, "IR": result.text_to_image}
+    return {f"{side}@{key.removeprefix('r')}": value for side, recall in sides.items() for key, value in recall.items()}
 
 
-def _see(
+# -- chunks of work --------------------------------------------------------------------------------------------------
+
+
+def _encode_images(
     pipeline: Pipeline[Any], images: Mapping[Key, str | bytes | None]
 ) -> tuple[list[Key], Float[Tensor, "I P E"] | None, list[str]]:
-    """Which of some images can be used, their features (None where there are none), and why the others cannot."""
+    """Encode the images that can be decoded.
+
+    Returns:
+        The keys of the usable images, their features (None if there are none), and an error message for each of the
+        other images.
+    """
     pixels: dict[Key, Tensor] = {}
     skipped = []
     for key, image in images.items():
         try:
             if image is None:
                 raise ImageError("there is no image")
-            pixels[key] = to_pixels(read_image(image), pipeline.model.vision.preprocessing)
+            pixels[key] = preprocess(read_image(image), pipeline.model.vision.preprocessing)
         except ImageError as error:
             skipped.append(str(error))
-    return list(pixels), pipeline.encode(torch.stack(list(pixels.values()))) if pixels else None, skipped
+    return list(pixels), pipeline.encode_pixels(torch.stack(list(pixels.values()))) if pixels else None, skipped
 
 
-def _spans(count: int) -> list[range]:
-    return [range(start, min(start + PART, count)) for start in range(0, count, PART)]
+def _chunks(count: int) -> list[range]:
+    return [range(start, min(start + CHUNK_SIZE, count)) for start in range(0, count, CHUNK_SIZE)]
 
 
-def _write(
-    name: str, count: int, write: Callable[[range], tuple[dict[int, str], list[str]]], parts: Parts, seed: int
+def _generate(
+    name: str,
+    count: int,
+    generate: Callable[[range], tuple[dict[int, str], list[str]]],
+    resumable: ResumableMap,
+    seed: int,
 ) -> tuple[dict[int, str], list[str]]:
-    """What `write` gives for `count` numbers, part by part: texts by number, and why images were skipped."""
-    spans = _spans(count)
+    """Generate texts chunk by chunk, each with its own seed, so that any process may do any chunk at any time.
 
-    def work(part: int) -> tuple[dict[int, str], list[str]]:
-        set_seed((seed * 1_000_003 + part) % 2**32)
-        return write(spans[part])
+    Returns:
+        The texts by index in ``range(count)``, and the messages about images that were skipped.
+    """
+    chunks = _chunks(count)
 
-    done = parts.do(name, len(spans), work)
-    texts = {number: text for written, _ in done for number, text in written.items()}
-    return texts, [message for _, skipped in done for message in skipped]
+    def work(chunk: int) -> tuple[dict[int, str], list[str]]:
+        set_seed((seed * 1_000_003 + chunk) % 2**32)
+        return generate(chunks[chunk])
 
-
-# -- what was found --------------------------------------------------------------------------------------------------
-
-
-def _skips(messages: list[str]) -> dict[str, Any]:
-    return {"images_skipped": len(messages), "skipped": messages[:NAMED]}
+    results = resumable.run(name, len(chunks), work)
+    texts = {i: text for generated, _ in results for i, text in generated.items()}
+    return texts, [message for _, skipped in results for message in skipped]
 
 
-def _shown(found: CaptionScores) -> dict[str, Any]:
-    """The metrics; null where one is missing, and why."""
-    missing = {name: value.reason for name, value in found.metrics.items() if isinstance(value, Missing)}
-    return {**found.metrics, **dict.fromkeys(missing), **({"missing": missing} if missing else {})}
+# -- results ---------------------------------------------------------------------------------------------------------
 
 
-def _recalls(found: Retrieval) -> dict[str, float]:
-    """As tables have them: TR of texts for an image, IR of images for a text."""
-    sides = {"TR": found.image_to_text, "IR": found.text_to_image}
-    return {f"{side}@{key.removeprefix('r')}": value for side, recall in sides.items() for key, value in recall.items()}
+def _count_skipped(messages: list[str]) -> dict[str, Any]:
+    return {"images_skipped": len(messages), "skipped": messages[:MAX_LISTED]}
 
 
-def _names(table: Table, owners: Sequence[list[int]]) -> list[Any]:
-    """What each image is called: its image_id, or its number."""
-    return [table.said[numbers[0]].about.get("image_id", i) for i, numbers in enumerate(owners)]
+def _read(file: str | Path, format: PredictionFormat, ids: Sequence[Any]) -> list[str]:
+    """Read predictions in the order of `ids`."""
+    format, keys = _format_for_ids(format, ids)
+    predictions = read_predictions(file, format, keys)
+    return [predictions[key] for key in keys]
 
 
-def _read(file: str | Path, kind: Kind, ids: Sequence[Any]) -> list[str]:
-    """Predictions in the order of their ids."""
-    kind, keys = _kind(kind, ids)
-    found = read_predictions(file, kind, keys)
-    return [found[key] for key in keys]
-
-
-def _kind(kind: Kind, ids: Sequence[Any]) -> tuple[Kind, list[Any]]:
-    """Of predictions with these ids, which are texts unless all are whole numbers."""
+def _format_for_ids(format: PredictionFormat, ids: Sequence[Any]) -> tuple[PredictionFormat, list[Any]]:
+    """Return the prediction format and the ids in it: string ids unless all are integers."""
     if all(isinstance(key, int) for key in ids):
-        return kind, list(ids)
-    return "gqa" if kind == "answer" else "named", [str(key) for key in ids]
+        return format, list(ids)
+    return "gqa" if format == "answer" else "named", [str(key) for key in ids]
 
 
-def _told(metrics: dict[str, Any], kind: Kind, predictions: dict[Any, str], cases: list[Case]) -> Findings:
-    kind, keys = _kind(kind, list(predictions))
-    return Findings(metrics, kind, dict(zip(keys, predictions.values(), strict=True)), cases)
+def _to_result(
+    metrics: dict[str, Any], format: PredictionFormat, predictions: dict[Any, str], examples: list[Example]
+) -> EvalResult:
+    format, keys = _format_for_ids(format, list(predictions))
+    return EvalResult(metrics, format, dict(zip(keys, predictions.values(), strict=True)), examples)
 
 
-def _often(answers: Sequence[str]) -> str:
-    """Answers with how often they were given, the most frequent first."""
+def _format_counts(answers: Sequence[str]) -> str:
+    """Join the answers with their number of occurrences, the most frequent first."""
     counts = Counter(answers).most_common()
     return ", ".join(answer if count == 1 else f"{answer} ({count})" for answer, count in counts)

@@ -1,18 +1,20 @@
-"""Answers to questions, scored as the benchmarks do (paper §4.1, §4.3): VQAv2, OK-VQA and GQA.
+"""Accuracy of answers as the benchmarks define it (paper §4.1, §4.3): VQAv2, OK-VQA and GQA.
 
-Two sets of rules exist, and published numbers are of either:
+Two sets of rules exist, and published numbers use either:
 
-- ``official``: the scripts of the benchmarks as they are today. VQA's normalizes nothing where all ten people
-  gave the same answer: there "Yes" and "a dog" are wrong beside "yes" and "dog". GQA's compares as is.
-- ``lavis``: those of the reference implementation. It has an earlier script of VQA, which always normalizes the
-  prediction, and never the numbers, articles and contractions of the truth. It normalizes GQA's predictions too.
+- ``official``: the current scripts of the benchmarks. VQA's script normalizes nothing if all ten annotators gave the
+  same answer: "Yes" and "a dog" are then wrong where the references say "yes" and "dog". GQA's script compares strings
+  without normalization.
+- ``lavis``: the rules of the reference implementation. It has an earlier version of VQA's script, which always
+  normalizes the prediction, and never the numbers, articles and contractions of the references. It also normalizes
+  GQA's predictions.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,40 +39,40 @@ _CONTRACTED = """
     wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """
 CONTRACTIONS = {
-    word[:at] + word[at + 1 :]: word for word in _CONTRACTED.split() for at, sign in enumerate(word) if sign == "'"
+    word[:i] + word[i + 1 :]: word for word in _CONTRACTED.split() for i, letter in enumerate(word) if letter == "'"
 } | {"somebody'd": "somebodyd"}
-"""Words without one of their apostrophes, and the words. The last is the official script's own."""
+"""Maps words without one of their apostrophes to the words. The last entry is an error of the official script."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What people answered."""
+    """The reference answers of a question."""
 
     answers: tuple[str, ...]
-    """Ten for VQAv2 and OK-VQA, one for GQA."""
+    """Ten answers for VQAv2 and OK-VQA, one for GQA."""
     question_type: str = ""
-    """Such as ``how many``; empty: it has none."""
+    """The question type, such as ``how many``; empty if unknown."""
     answer_type: str = ""
-    """``yes/no``, ``number`` or ``other``; empty: it has none."""
+    """``yes/no``, ``number`` or ``other``; empty if unknown."""
 
 
 @dataclass(frozen=True)
 class AnswerScores:
-    """Shares in [0, 1]."""
+    """Accuracies in [0, 1]."""
 
     accuracy: float
     by_question_type: dict[str, float]
     by_answer_type: dict[str, float]
-    each: dict[Any, float]
-    """Of each question, by its id."""
+    per_question: dict[Any, float]
+    """Accuracy of each question, by its id."""
 
 
 def score_answers(
     predictions: Mapping[Any, str], questions: Mapping[Any, Question], rules: Rules = "official"
 ) -> AnswerScores:
-    """VQA accuracy, of VQAv2 and OK-VQA: see :func:`accuracy`.
+    """Compute the VQA accuracy of VQAv2 and OK-VQA; see :func:`accuracy`.
 
-    For OK-VQA, whose answers are base forms, the reference implementation puts predictions through :func:`lemmatize`
+    For OK-VQA, whose answers are base forms, the reference implementation applies :func:`lemmatize` to the predictions
     first.
 
     Raises:
@@ -82,10 +84,10 @@ def score_answers(
 def score_exact(
     predictions: Mapping[Any, str], questions: Mapping[Any, Question], rules: Rules = "official"
 ) -> AnswerScores:
-    """Exact match with the one answer, of GQA.
+    """Compute the exact-match accuracy of GQA, whose questions have one answer.
 
     Raises:
-        InputError: a question has no prediction or not one answer, or a prediction has no question.
+        InputError: a question has no prediction or several answers, or a prediction has no question.
     """
     several = [key for key, question in questions.items() if len(question.answers) != 1]
     if several:
@@ -95,15 +97,18 @@ def score_exact(
         )
 
     def score(text: str, question: Question) -> float:
-        return float((text if rules == "official" else _words(_strip_punctuation(text))) == question.answers[0])
+        return float(
+            (text if rules == "official" else _normalize_words(_strip_punctuation(text))) == question.answers[0]
+        )
 
     return _score(predictions, questions, score)
 
 
 def accuracy(prediction: str, answers: Sequence[str], rules: Rules = "official") -> float:
-    """VQA accuracy of one prediction, in [0, 1].
+    """Compute the VQA accuracy of one prediction, in [0, 1].
 
-    For each person in turn: a third for each of the others who gave the same answer, at most 1. The mean of that.
+    The accuracy is min(1, n / 3) averaged over all subsets that leave out one annotator, where n is the number of
+    annotators in the subset who gave the predicted answer.
 
     Raises:
         InputError: there are fewer than two answers.
@@ -114,33 +119,33 @@ def accuracy(prediction: str, answers: Sequence[str], rules: Rules = "official")
     if rules == "official":
         answers = [_one_line(answer) for answer in answers]
         if len(set(answers)) > 1:
-            prediction, *answers = (_words(_strip_punctuation(text)) for text in (prediction, *answers))
+            prediction, *answers = (_normalize_words(_strip_punctuation(text)) for text in (prediction, *answers))
     else:
-        prediction = _words(_strip_punctuation(prediction))
+        prediction = _normalize_words(_strip_punctuation(prediction))
         if len(set(answers)) > 1:
             answers = [_strip_punctuation(answer) for answer in answers]
     same = sum(answer == prediction for answer in answers)
-    # Those who gave this answer have one fewer beside them.
+    # Leaving out an annotator who gave this answer leaves one match fewer.
     return (same * min(1.0, (same - 1) / 3) + (len(answers) - same) * min(1.0, same / 3)) / len(answers)
 
 
 def normalize(answer: str) -> str:
-    """An answer as VQA's scripts compare it.
+    """Normalize an answer as VQA's scripts do before they compare it.
 
-    In this order: line breaks and tabs are spaces; punctuation is removed, all of it, where it stands beside a space
-    somewhere in the answer or where the answer has a number with a comma, and else becomes a space; full stops that
-    no digit follows are removed; small letters; number words up to ten, and "none", are digits; articles are removed;
-    contractions get their apostrophe.
+    In this order: line breaks and tabs become spaces; a punctuation mark is removed everywhere if it is next to a space
+    anywhere in the answer or if the answer has a number with a comma, and is replaced by a space otherwise; full stops
+    that no digit follows are removed; text becomes lower case; number words up to ten, and "none", become digits;
+    articles are removed; contractions get their apostrophe.
     """
-    return _words(_strip_punctuation(_one_line(answer)))
+    return _normalize_words(_strip_punctuation(_one_line(answer)))
 
 
 def lemmatize(answers: Iterable[str]) -> list[str]:
-    """Nouns and verbs in their base form, as the reference implementation does for OK-VQA.
+    """Replace nouns and verbs by their base form, as the reference implementation does for OK-VQA.
 
     Raises:
-        InputError: spaCy or its model en_core_web_sm is not installed. Other base forms would give
-            other numbers.
+        InputError: spaCy or its model en_core_web_sm is not installed. There is no fallback, because another lemmatizer
+            would give other numbers.
     """
     try:
         import spacy
@@ -164,12 +169,12 @@ def _one_line(text: str) -> str:
 def _strip_punctuation(text: str) -> str:
     comma = re.search(r"\d,\d", text)
     out = text
-    for sign in PUNCTUATION:
-        out = out.replace(sign, "" if comma or f"{sign} " in text or f" {sign}" in text else " ")
-    return re.sub(r"\.(?!\d)", "", out, count=32)  # the official script passes a flag, which is 32, as the count
+    for mark in PUNCTUATION:
+        out = out.replace(mark, "" if comma or f"{mark} " in text or f" {mark}" in text else " ")
+    return re.sub(r"\.(?!\d)", "", out, count=32)  # the official script passes re.UNICODE, which is 32, as the count
 
 
-def _words(text: str) -> str:
+def _normalize_words(text: str) -> str:
     words = (NUMBERS.get(word, word) for word in text.lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
@@ -180,19 +185,18 @@ def _score(
     if not questions:
         raise InputError("there are no questions to score, expected at least one")
     check_ids("the predictions", "question_id", predictions, questions)
-    each: dict[Id, float] = {}
+    per_question: dict[Id, float] = {}
     by_question_type, by_answer_type = defaultdict(list), defaultdict(list)
     for key, question in questions.items():
-        each[key] = score(predictions[key], question)
-        by_question_type[question.question_type].append(each[key])
-        by_answer_type[question.answer_type].append(each[key])
-    return AnswerScores(_mean(each.values()), _means(by_question_type), _means(by_answer_type), each)
+        per_question[key] = score(predictions[key], question)
+        by_question_type[question.question_type].append(per_question[key])
+        by_answer_type[question.answer_type].append(per_question[key])
+    return AnswerScores(_mean(per_question.values()), _means(by_question_type), _means(by_answer_type), per_question)
 
 
 def _means(groups: Mapping[str, list[float]]) -> dict[str, float]:
     return {name: _mean(values) for name, values in sorted(groups.items()) if name}
 
 
-def _mean(values: Iterable[float]) -> float:
-    listed = list(values)
-    return sum(listed) / len(listed)
+def _mean(values: Collection[float]) -> float:
+    return sum(values) / len(values)

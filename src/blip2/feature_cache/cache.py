@@ -1,10 +1,10 @@
-"""Frozen features, cached: the image encoder runs once over a data set, training and evaluation then read its output.
+"""The feature cache: the frozen image encoder runs once per image, and training and evaluation read its output.
 
-The frozen encoder gives the same features for the same pixels at every epoch. With a few augmented views of each image
-made beforehand, training costs only the Q-Former. Features are found again by digests of everything they depend on:
-one of the encoder's weights, preprocessing, augmentation and how features are kept names the store
-(:mod:`blip2.feature_cache.store`), one of an image's bytes names its row. So data sets that share images share
-features, and only what is new is encoded.
+A frozen encoder computes the same features for the same pixels in every epoch. With a few augmented views of each image
+computed in advance, training costs only the Q-Former. Features are identified by digests of everything that they depend
+on: the digest of the encoder's weights, the preprocessing, the augmentation and the row format names the store
+(:mod:`blip2.feature_cache.store`), and the digest of an image's bytes identifies its row. Data sets that share images
+therefore share features, and only new images are encoded.
 
 Legend: N images, V views, P image tokens, E width of the image encoder.
 """
@@ -28,95 +28,114 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from blip2.backbones.vision import ImageEncoder, Preprocessing
-from blip2.data.images import ImageError, augment_to_pixels, read_bytes, read_image, to_pixels
+from blip2.data.images import ImageError, preprocess, read_bytes, read_image, train_transform
 from blip2.data.records import Records
-from blip2.data.workers import load
-from blip2.distributed import gather_objects, process_count, process_index
+from blip2.data.workers import prefetch
+from blip2.distributed import all_gather_objects, rank, world_size
 from blip2.errors import InputError
-from blip2.feature_cache.digests import add_weights, identify
-from blip2.feature_cache.store import About, Index, Layout, Part, Rows, StoredDtype, digest, find, read_index
+from blip2.feature_cache.digests import digest_images, hash_weights
+from blip2.feature_cache.store import (
+    RowFormat,
+    StoredDtype,
+    StoreIndex,
+    StoreMetadata,
+    StoreReader,
+    StoreWriter,
+    digest,
+    lookup,
+    read_index,
+)
 
-UNIMPORTANT = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
-"""What a configuration says that changes no feature."""
-MEASURED = 8
-"""The error is measured over so many batches of each process."""
+IGNORED_CONFIG_KEYS = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
+"""Keys of a model configuration that do not affect features."""
+ERROR_BATCHES = 8
+"""Number of batches per process over which the quantization error is measured."""
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How the views of an image are made: the first is the whole image, the others are augmented (§3.4).
+    """The views of an image: the first is the whole image, the others are augmented (§3.4).
 
-    A view is a function of its number and of the image's bytes, so it is the same in every data set.
+    A view is a function of its number and the bytes of the image, so it is the same in every data set.
     """
 
-    views: int
-    smallest_crop: float
-    flip: bool
+    num_views: int
+    min_crop_scale: float
+    horizontal_flip: bool
 
-    def pixels(self, data: bytes, image: str, preprocessing: Preprocessing) -> Float[Tensor, "V 3 H W"]:
-        """All views of an encoded image.
+    def make_views(self, data: bytes, image: str, preprocessing: Preprocessing) -> Float[Tensor, "V 3 H W"]:
+        """Decode an image and return its views.
+
+        Args:
+            data: the encoded image.
+            image: its digest.
 
         Raises:
-            ImageError: it cannot be decoded.
+            ImageError: the image cannot be decoded.
         """
-        picture = read_image(data, name="it")
-        views = [to_pixels(picture, preprocessing)]
-        for view in range(1, self.views):
-            random = np.random.default_rng([view, int(image, 16)])
-            views.append(augment_to_pixels(picture, preprocessing, random, self.smallest_crop, self.flip))
+        decoded = read_image(data, name="it")
+        views = [preprocess(decoded, preprocessing)]
+        for view in range(1, self.num_views):
+            rng = np.random.default_rng([view, int(image, 16)])
+            views.append(train_transform(decoded, preprocessing, rng, self.min_crop_scale, self.horizontal_flip))
         return torch.stack(views)
 
 
 class CachedFeatures:
-    """The features of a data set's images, by the index of the record. Made by :func:`cache_features`.
+    """The features of the images of a data set, by the index of the record. :func:`cache_features` creates it.
 
     Args:
-        places: (part, row) in the store for each record; whatever for those in `broken`.
+        locations: (part, row) in the store for each record; arbitrary for those in `errors`.
     """
 
     def __init__(
-        self, rows: Rows, places: np.ndarray, broken: Mapping[int, str], encoded: int, error: float | None
+        self,
+        reader: StoreReader,
+        locations: np.ndarray,
+        errors: Mapping[int, str],
+        num_encoded: int,
+        rms_error: float | None,
     ) -> None:
-        self._rows, self._places = rows, places
-        self.folder, self.layout = rows.folder, rows.layout
-        self.broken = dict(broken)
-        """Why images cannot be used, by the index of their record."""
-        self.encoded = encoded
-        """How many images were encoded when this was made; the others were there already."""
-        self.error = error
-        """Root mean square of what is lost by keeping features in fewer bits, as a share of theirs."""
+        self._reader, self._locations = reader, locations
+        self.folder, self.row_format = reader.folder, reader.row_format
+        self.errors = dict(errors)
+        """Error messages of the images that cannot be used, by the index of the record."""
+        self.num_encoded = num_encoded
+        """Number of images that were encoded now; the others were in the store."""
+        self.rms_error = rms_error
+        """Root mean square error of the stored features, relative to the features; ``None`` if there are none."""
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._locations)
 
     @property
-    def images(self) -> int:
-        """How many different images there are, without the broken ones."""
-        good = np.delete(self._places, list(self.broken), axis=0)
-        return len(np.unique(good, axis=0))
+    def num_images(self) -> int:
+        """Number of distinct images, without those that cannot be used."""
+        usable = np.delete(self._locations, list(self.errors), axis=0)
+        return len(np.unique(usable, axis=0))
 
     @property
-    def bytes(self) -> int:
-        """What the features of these images take on the disk."""
-        return self.images * self.layout.row.itemsize
+    def num_bytes(self) -> int:
+        """Size of the features of these images on the disk."""
+        return self.num_images * self.row_format.numpy_dtype.itemsize
 
-    def read(self, index: int, random: np.random.Generator | None) -> BFloat16[Tensor, "P E"]:
-        """Features of a record's image: of a view drawn with `random`, or of the whole image when None.
+    def read(self, index: int, rng: np.random.Generator | None) -> BFloat16[Tensor, "P E"]:
+        """Return the features of a random view of a record's image, or of the whole image if `rng` is ``None``.
 
         Raises:
             ImageError: the image cannot be used.
         """
-        if index in self.broken:
-            raise ImageError(self.broken[index])
-        view = 0 if random is None else int(random.integers(self.layout.views))
-        part, row = self._places[index]
-        return self._rows.read(int(part), int(row), view)
+        if index in self.errors:
+            raise ImageError(self.errors[index])
+        view = 0 if rng is None else int(rng.integers(self.row_format.num_views))
+        part, row = self._locations[index]
+        return self._reader.read(int(part), int(row), view)
 
     def read_all(self) -> Float[Tensor, "I P E"]:
-        """Features of all whole images, in float32, for evaluation.
+        """Return the features of all whole images in float32, for evaluation.
 
         Raises:
-            ImageError: one of the images cannot be used.
+            ImageError: an image cannot be used.
         """
         return torch.stack([self.read(i, None) for i in range(len(self))]).float()
 
@@ -129,107 +148,113 @@ def cache_features(
     augmentation: Augmentation,
     dtype: StoredDtype,
     device: torch.device,
-    workers: int = 0,
+    num_workers: int = 0,
     report: Callable[[int, int], None] = lambda done, total: None,
     batch_size: int = 32,
 ) -> CachedFeatures:
-    """Find the features of all images under `root`, and make those that are missing.
+    """Find the features of all images under `root`, and compute those that are missing.
 
-    Where there are several processes, all of them call this, and each encodes its share. It can be killed at any moment
-    and called again: what was done stays.
+    All processes of a run call this, and each encodes its share. It can be killed at any time and called again without
+    losing what was done.
 
     Args:
-        root: where stores lie; one folder for all data sets, encoders and settings.
-        workers: processes that decode images beside this one.
-        report: called with (images encoded, images to encode) of all processes, if there is anything to encode.
-        batch_size: views that are encoded at once.
+        root: folder of all stores, shared by data sets, encoders and settings.
+        num_workers: number of worker processes that decode images.
+        report: called with (images encoded, images to encode) over all processes, if there is anything to encode.
+        batch_size: number of views per forward pass of the encoder.
 
     Raises:
-        InputError: `root` is no folder, the disk has too little room, or processes on several machines do not share
+        InputError: `root` is not a folder, the disk has too little space, or processes on several machines do not share
             `root`.
-        OSError: the disk is full nevertheless. What was done stays.
+        OSError: the disk became full. What was done stays.
     """
-    layout = Layout(augmentation.views, encoder.tokens, encoder.width, dtype)
-    settings = _settings(encoder, augmentation, layout)
-    folder = root / f"{dtype}-{augmentation.views}-{digest(json.dumps(settings, sort_keys=True).encode())}"
+    row_format = RowFormat(augmentation.num_views, encoder.num_tokens, encoder.hidden_size, dtype)
+    settings = _settings(encoder, augmentation, row_format)
+    folder = root / f"{dtype}-{augmentation.num_views}-{digest(json.dumps(settings, sort_keys=True).encode())}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{root} cannot hold features ({error.strerror}): set data.features to a folder") from error
-    about = About(folder, settings)
-    index = read_index(folder, layout)
-    broken: dict[str, str] = {}
-    with contextlib.closing(Part(folder, layout)) as part:
-        images, unusable = identify(records, index, part)
+    metadata = StoreMetadata(folder, settings)
+    index = read_index(folder, row_format)
+    lost: dict[str, str] = {}
+    with contextlib.closing(StoreWriter(folder, row_format)) as writer:
+        images, errors = digest_images(records, index, writer)
         missing = _missing(images, index)
-        # Another run may have added something between two looks, but all processes have to do the same here.
-        is_new = any(gather_objects(bool(missing)))
-        if is_new:
-            _check_room(root, len(missing) * layout.row.itemsize)
+        # Another run may have written in between, but all processes have to take the same branch here.
+        has_new = any(all_gather_objects(bool(missing)))
+        if has_new:
+            _check_disk_space(root, len(missing) * row_format.numpy_dtype.itemsize)
 
             def encode(pixels: Float[Tensor, "N V 3 H W"]) -> Float[Tensor, "N V P E"]:
-                parts = pixels.flatten(0, 1).split(batch_size)
-                features = torch.cat([encoder.features(part.to(device)) for part in parts])
-                return features.unflatten(0, (-1, layout.views))
+                batches = pixels.flatten(0, 1).split(batch_size)
+                features = torch.cat([encoder.encode(batch.to(device)) for batch in batches])
+                return features.unflatten(0, (-1, row_format.num_views))
 
-            decoding = _Decoding(records, images, augmentation, encoder.preprocessing)
-            images_at_once = max(1, batch_size // layout.views)
-            broken = _fill(part, about, missing, decoding, encode, images_at_once, workers, report)
-    if is_new:
-        for lost in gather_objects(broken):  # what the others wrote is on the disk when they come here
-            broken = broken | lost
-        index = read_index(folder, layout)
+            dataset = _ImageDataset(records, images, augmentation, encoder.preprocessing)
+            images_per_batch = max(1, batch_size // row_format.num_views)
+            lost = _fill(writer, metadata, missing, dataset, encode, images_per_batch, num_workers, report)
+    if has_new:
+        for others in all_gather_objects(lost):  # a barrier too: what the other processes wrote is on the disk
+            lost = lost | others
+        index = read_index(folder, row_format)
 
-    at = find(index.images, images)
-    broken = index.broken | broken
-    for i in np.flatnonzero(at < 0).tolist():
+    found = lookup(index.images, images)
+    image_errors = index.errors | lost
+    for i in np.flatnonzero(found < 0).tolist():
         if image := images[i].decode():
-            if image not in broken:
+            if image not in image_errors:
                 raise InputError(
                     f"the features of {records[i].key} were made by another process but are not in {folder}: set"
                     " data.features to a folder that all machines share"
                 )
-            unusable[i] = broken[image]
-    encoded = int((at[missing] >= 0).sum())
-    places = index.places[at] if len(index.images) else np.zeros((len(records), 2), np.int64)
-    return CachedFeatures(Rows(folder, layout, index.parts), places, unusable, encoded, about.error)
+            errors[i] = image_errors[image]
+    num_encoded = int((found[missing] >= 0).sum())
+    locations = index.locations[found] if len(index.images) else np.zeros((len(records), 2), np.int64)
+    reader = StoreReader(folder, row_format, index.parts)
+    return CachedFeatures(reader, locations, errors, num_encoded, metadata.rms_error)
 
 
-def _settings(encoder: ImageEncoder, augmentation: Augmentation, layout: Layout) -> dict[str, Any]:
-    """All that features depend on beside the image."""
+def _settings(encoder: ImageEncoder, augmentation: Augmentation, row_format: RowFormat) -> dict[str, Any]:
+    """Return everything that features depend on except the image. Its digest names the store, so keys are fixed."""
     weights = hashlib.blake2b(digest_size=16)
-    # A pooler comes behind the features; where a checkpoint has none it is random.
+    # A pooler comes after the features; it is random if the checkpoint has none.
     state = encoder.state_dict().items()
-    add_weights(weights, ((name, tensor) for name, tensor in state if "pooler" not in name.split(".")))
+    hash_weights(weights, ((name, tensor) for name, tensor in state if "pooler" not in name.split(".")))
     # Two encoders of the same weights may differ in activation, epsilon or layer.
     config = getattr(encoder.network, "config", None)
-    known = {} if config is None else {key: v for key, v in config.to_dict().items() if key not in UNIMPORTANT}
+    known = {} if config is None else {key: v for key, v in config.to_dict().items() if key not in IGNORED_CONFIG_KEYS}
     weights.update(json.dumps([encoder.layer, known], sort_keys=True, default=str).encode())
-    settings = {"format": 1, "encoder": weights.hexdigest(), **asdict(layout), **asdict(encoder.preprocessing)}
+    settings = {
+        "format": 1,
+        "encoder": weights.hexdigest(),
+        "views": row_format.num_views,
+        "tokens": row_format.num_tokens,
+        "width": row_format.hidden_size,
+        "dtype": row_format.dtype,
+        **asdict(encoder.preprocessing),
+    }
     if not encoder.preprocessing.bgr:
-        settings.pop("bgr")  # as in features that were made before there was such a thing
-    if augmentation.views > 1:
-        settings |= {"min_crop_scale": augmentation.smallest_crop, "flip": augmentation.flip}
+        settings.pop("bgr")  # absent from stores that are older than the option
+    if augmentation.num_views > 1:
+        settings |= {"min_crop_scale": augmentation.min_crop_scale, "flip": augmentation.horizontal_flip}
     return settings
 
 
-# -- what is missing -----------------------------------------------------------------------------------------------
-
-
-def _missing(images: np.ndarray, index: Index) -> list[int]:
-    """For each image that is not in the store the first record that has it, in the order of the records."""
+def _missing(images: np.ndarray, index: StoreIndex) -> list[int]:
+    """Return the first record of each image that is not in the store, in the order of the records."""
     firsts = np.sort(np.unique(images, return_index=True)[1])
-    firsts = firsts[find(index.images, images[firsts]) < 0]
+    firsts = firsts[lookup(index.images, images[firsts]) < 0]
     names = np.char.decode(images[firsts], "ascii").tolist()
-    return [i for i, name in zip(firsts.tolist(), names, strict=True) if name and name not in index.broken]
+    return [i for i, name in zip(firsts.tolist(), names, strict=True) if name and name not in index.errors]
 
 
-def _check_room(root: Path, needed: int) -> None:
+def _check_disk_space(root: Path, needed: int) -> None:
     free = shutil.disk_usage(root).free
-    if any(gather_objects(needed > free)):
+    if any(all_gather_objects(needed > free)):
         raise InputError(
             f"the features that are missing take {needed / 1e9:.1f} GB, but {root} has {free / 1e9:.1f} GB free: lower"
-            " data.cached_views, set data.cached_dtype to int8, name another disk with data.features, or make room"
+            " data.cached_views, set data.cached_dtype to int8, set data.features to another disk, or free space"
         )
 
 
@@ -237,25 +262,25 @@ def _check_room(root: Path, needed: int) -> None:
 
 
 @dataclass(frozen=True)
-class _Decoded:
-    """Some images ready for the encoder."""
+class _DecodedBatch:
+    """Images ready for the encoder."""
 
     images: list[str] = field(default_factory=list)
-    """Digests."""
+    """Digests of the decoded images."""
     pixels: Tensor | None = None
-    """[N, V, 3, H, W]; None without images."""
-    broken: dict[str, str] = field(default_factory=dict)
-    """Why images cannot be decoded, by digest."""
+    """[N, V, 3, H, W]; ``None`` if there are no decoded images."""
+    errors: dict[str, str] = field(default_factory=dict)
+    """Error messages of images that cannot be decoded, by digest."""
     lost: dict[str, str] = field(default_factory=dict)
-    """Why their files cannot be read, or are not what they were: only this time."""
+    """Error messages of images whose files cannot be read or have changed, by digest. They are not stored."""
 
     @property
     def count(self) -> int:
-        return len(self.images) + len(self.broken) + len(self.lost)
+        return len(self.images) + len(self.errors) + len(self.lost)
 
 
-class _Decoding(Dataset[_Decoded]):
-    """Reads the images of some records, in worker processes."""
+class _ImageDataset(Dataset[_DecodedBatch]):
+    """Reads and decodes the images of records, in worker processes."""
 
     def __init__(
         self, records: Records, images: np.ndarray, augmentation: Augmentation, preprocessing: Preprocessing
@@ -263,9 +288,9 @@ class _Decoding(Dataset[_Decoded]):
         self.records, self.images = records, images
         self.augmentation, self.preprocessing = augmentation, preprocessing
 
-    def __getitem__(self, indices: list[int]) -> _Decoded:
+    def __getitem__(self, indices: list[int]) -> _DecodedBatch:
         images, pixels = [], []
-        broken, lost = {}, {}
+        errors, lost = {}, {}
         for i in indices:
             name, image = self.images[i].decode(), self.records[i].image
             assert image is not None
@@ -278,51 +303,51 @@ class _Decoding(Dataset[_Decoded]):
                 lost[name] = f"image {image} changed while features were made: run this again"
                 continue
             try:
-                pixels.append(self.augmentation.pixels(data, name, self.preprocessing))
+                pixels.append(self.augmentation.make_views(data, name, self.preprocessing))
                 images.append(name)
             except ImageError as error:
-                broken[name] = str(error)
-        return _Decoded(images, torch.stack(pixels) if pixels else None, broken, lost)
+                errors[name] = str(error)
+        return _DecodedBatch(images, torch.stack(pixels) if pixels else None, errors, lost)
 
 
 def _fill(
-    part: Part,
-    about: About,
+    writer: StoreWriter,
+    metadata: StoreMetadata,
     missing: list[int],
-    decoding: _Decoding,
+    dataset: _ImageDataset,
     encode: Callable[[Float[Tensor, "N V 3 H W"]], Float[Tensor, "N V P E"]],
-    images_at_once: int,
-    workers: int,
+    images_per_batch: int,
+    num_workers: int,
     report: Callable[[int, int], None],
 ) -> dict[str, str]:
-    """Encode this process's share of what is missing; returns why some of its images could not be read.
+    """Encode this process's share of the missing images; return error messages of images that could not be read.
 
-    Processes go on in step, batch by batch, so that none waits for long: collective operations have time limits. While
-    a batch is encoded the next ones are decoded, and the one before is written.
+    Processes advance batch by batch together, because collective operations have time limits. While a batch is encoded,
+    the next batches are decoded and the previous one is written.
     """
-    # By digest, not by place: another run may have added something between two processes' looks at the store.
-    share = [i for i in missing if int(decoding.images[i][:8], 16) % process_count() == process_index()]
-    chunks = [share[start : start + images_at_once] for start in range(0, len(share), images_at_once)]
-    loaded = load(iter(chunks), decoding, workers)
+    # Shared by digest, not by position: another run may have written between the reads of two processes.
+    share = [i for i in missing if int(dataset.images[i][:8], 16) % world_size() == rank()]
+    batches = [share[start : start + images_per_batch] for start in range(0, len(share), images_per_batch)]
+    loaded = prefetch(iter(batches), dataset, num_workers)
     lost: dict[str, str] = {}
     done = 0
     report(0, len(missing))
     with ThreadPoolExecutor(1) as disk:
         writing: Future[Any] = disk.submit(int)
-        for number in range(max(gather_objects(len(chunks)))):
-            decoded = next(loaded, _Decoded())
+        for number in range(max(all_gather_objects(len(batches)))):
+            decoded = next(loaded, _DecodedBatch())
             fields, squares = {}, (0.0, 0.0)
             if decoded.pixels is not None:
                 features = encode(decoded.pixels)
-                fields = part.layout.pack(features)
-                if number < MEASURED:
-                    difference = part.layout.unpack(fields).float() - features
+                fields = writer.row_format.pack(features)
+                if number < ERROR_BATCHES:
+                    difference = writer.row_format.unpack(fields).float() - features
                     squares = (float(difference.square().sum()), float(features.square().sum()))
             lost |= decoded.lost
-            counts, lost_squares, all_squares = zip(*gather_objects((decoded.count, *squares)), strict=True)
-            about.measured(sum(lost_squares), sum(all_squares))
+            counts, lost_squares, all_squares = zip(*all_gather_objects((decoded.count, *squares)), strict=True)
+            metadata.add_squares(sum(lost_squares), sum(all_squares))
             writing.result()
-            writing = disk.submit(part.add_images, decoded.images, fields, decoded.broken)
+            writing = disk.submit(writer.add_images, decoded.images, fields, decoded.errors)
             if done:
                 report(done, len(missing))
             done += sum(counts)

@@ -1,18 +1,18 @@
-"""A store of frozen features: a folder that many processes add to at once and any number read.
+"""A store of image features: a folder that several processes can write and read at the same time.
 
-A store holds the features of any number of images under one setting. It consists of parts. A part is written by one
-process in one session, is only ever appended to, and is two files:
+A store contains features of any number of images, computed with the same settings. It consists of parts. A part is
+written by one process, is only appended to, and has two files:
 
-- ``NAME.bin``: rows, one an image, of fixed size: its features [views, P, E], and for int8 their scales [views, P];
-- ``NAME.index.jsonl``: a line for each thing that is known:
+- ``NAME.bin``: one row of fixed size per image: its features [V, P, E], and for int8 their scales [V, P];
+- ``NAME.index.jsonl``: lines of three kinds:
 
-  - ``{"image": DIGEST, "row": 3}``: the features of an image are row 3 of this part;
-  - ``{"image": DIGEST, "why": "it is damaged"}``: an image cannot be decoded;
-  - ``{"image": DIGEST, "file": "/a.png", "size": 812, "mtime_ns": 17}``: which image a file holds, so that it need not
-    be read again to know.
+  - ``{"image": DIGEST, "row": 3}``: row 3 of this part has the features of the image;
+  - ``{"image": DIGEST, "why": "it is damaged"}``: the image cannot be decoded;
+  - ``{"image": DIGEST, "file": "/a.png", "size": 812, "mtime_ns": 17}``: the file contains the image, and need not be
+    read again while its size and time are the same.
 
-A line is written after its row has reached the disk, and counts only if both are whole. So a process can be killed at
-any moment, and what it has written stays good. Readers take all parts together.
+A line is written after its row is on the disk, and is valid only if both are complete. A process can therefore be
+killed at any time without damage to what it has written. Readers combine all parts.
 
 Legend: N images, V views, P image tokens, E width of the image encoder.
 """
@@ -35,17 +35,17 @@ import torch
 from jaxtyping import BFloat16, Float
 from torch import Tensor
 
-from blip2.distributed import process_index
+from blip2.distributed import rank
 from blip2.errors import InputError
 from blip2.io import parse_json, read_json, write_json
 
 StoredDtype = Literal["bf16", "int8"]
 DIGEST = np.dtype("S32")
-"""Of a digest's hexadecimal digits."""
+"""NumPy type of a digest: 32 hexadecimal digits."""
 
 
 def digest(data: bytes) -> str:
-    """Names an image by the bytes of its file: 32 hexadecimal digits of BLAKE2b."""
+    """Return the 128-bit BLAKE2b digest of the bytes of an image, as 32 hexadecimal digits."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
@@ -53,28 +53,29 @@ def digest(data: bytes) -> str:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How the features of one image lie in a row."""
+class RowFormat:
+    """The format of a row, which contains the features of one image."""
 
-    views: int
-    tokens: int
+    num_views: int
+    """V"""
+    num_tokens: int
     """P"""
-    width: int
+    hidden_size: int
     """E"""
     dtype: StoredDtype
 
     @property
-    def row(self) -> np.dtype[np.void]:
-        # bfloat16 has no numpy type: its bits are kept as int16.
-        shape = (self.views, self.tokens, self.width)
+    def numpy_dtype(self) -> np.dtype[np.void]:
+        # NumPy has no bfloat16: its bits are stored as int16.
+        shape = (self.num_views, self.num_tokens, self.hidden_size)
         if self.dtype == "bf16":
             return np.dtype([("values", "<i2", shape)])
         return np.dtype([("values", "<i1", shape), ("scales", "<f4", shape[:2])])
 
     def pack(self, features: Float[Tensor, "N V P E"]) -> dict[str, Tensor]:
-        """The fields of rows.
+        """Quantize features; return the fields of the rows.
 
-        int8 is symmetric, with one scale a token: its largest absolute value becomes 127.
+        int8 is symmetric, with one scale per token, which maps the largest absolute value to 127.
         """
         if self.dtype == "bf16":
             return {"values": features.bfloat16().view(torch.int16)}
@@ -83,7 +84,7 @@ class Layout:
         return {"values": scaled.round().to(torch.int8), "scales": scales}
 
     def unpack(self, fields: Mapping[str, Tensor]) -> BFloat16[Tensor, "*rows P E"]:
-        """What :meth:`pack` kept, in bfloat16, int8 too: its own error is several times that of bfloat16."""
+        """Dequantize to bfloat16, whose error is several times smaller than that of int8."""
         if self.dtype == "bf16":
             return fields["values"].view(torch.bfloat16)
         return (fields["values"].float() * fields["scales"][..., None]).bfloat16()
@@ -92,41 +93,47 @@ class Layout:
 # -- writing -------------------------------------------------------------------------------------------------------
 
 
-class Part:
-    """What this process adds to a store. Its files are made when there is something to write.
+class StoreWriter:
+    """Writes a part of a store. Its files are created when there is something to write.
 
     Raises:
-        OSError: from every method, when the disk is full. What was written before stays good.
+        OSError: from every method, if the disk is full. What was written before stays valid.
     """
 
-    def __init__(self, folder: Path, layout: Layout) -> None:
+    def __init__(self, folder: Path, row_format: RowFormat) -> None:
         self._path = folder / uuid.uuid4().hex
-        self.layout = layout
-        self._rows = 0
+        self.row_format = row_format
+        self._num_rows = 0
         self._files: tuple[IO[bytes], IO[bytes]] | None = None
 
-    def add_images(self, images: Sequence[str], fields: Mapping[str, Tensor], broken: Mapping[str, str]) -> None:
-        """Add images by their digests: good ones with the fields of their rows, broken ones and why."""
-        if not images and not broken:
+    def add_images(self, images: Sequence[str], fields: Mapping[str, Tensor], errors: Mapping[str, str]) -> None:
+        """Add images.
+
+        Args:
+            images: digests of the images that have features.
+            fields: fields of their rows, from :meth:`RowFormat.pack`.
+            errors: messages for the images that cannot be decoded, by digest.
+        """
+        if not images and not errors:
             return
         data, _ = self._open()
-        rows = np.empty(len(images), self.layout.row)
+        rows = np.empty(len(images), self.row_format.numpy_dtype)
         for name, values in fields.items():
             rows[name] = values.cpu().numpy()
         data.write(rows.tobytes())
         data.flush()
         os.fsync(data.fileno())  # a line must not reach the disk before its row
-        numbered = enumerate(images, self._rows)
-        self._rows += len(images)
+        numbered = enumerate(images, self._num_rows)
+        self._num_rows += len(images)
         self._write_lines(
             [{"image": image, "row": row} for row, image in numbered]
-            + [{"image": image, "why": why} for image, why in broken.items()]
+            + [{"image": image, "why": why} for image, why in errors.items()]
         )
 
-    def add_file(self, image: str, path: str, found: os.stat_result) -> None:
-        """Note what image a file holds; `found` was asked for before the file was read."""
+    def add_file(self, image: str, path: str, stat: os.stat_result) -> None:
+        """Add the digest of the image in a file; `stat` must be older than the reading of the file."""
         absolute = str(Path(path).absolute())
-        self._write_lines([{"image": image, "file": absolute, "size": found.st_size, "mtime_ns": found.st_mtime_ns}])
+        self._write_lines([{"image": image, "file": absolute, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}])
 
     def _write_lines(self, lines: Sequence[dict[str, Any]]) -> None:
         _, index = self._open()
@@ -146,18 +153,18 @@ class Part:
             file.close()
 
 
-class About:
-    """``about.json``: what a store says of itself, and the error of what it holds."""
+class StoreMetadata:
+    """The file ``about.json`` of a store: its settings, and the relative error of its features."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self._path = folder / "about.json"
         self._settings = settings
-        self._is_known = self.error is not None
-        self._lost = self._all = 0.0
+        self._is_known = self.rms_error is not None
+        self._lost = self._total = 0.0
 
     @property
-    def error(self) -> float | None:
-        """None where nothing was measured yet."""
+    def rms_error(self) -> float | None:
+        """Root mean square error of the stored features, relative to the features; ``None`` if not measured yet."""
         if not self._path.is_file():
             return None
         error = found.get("error") if isinstance(found := read_json(self._path), dict) else None
@@ -165,71 +172,74 @@ class About:
             raise InputError(f"{self._path} is damaged (it has no error): delete it, and it is measured again")
         return error
 
-    def measured(self, lost: float, all_: float) -> None:
-        """Take down sums of squares: of what another batch lost by being kept, and of its features."""
-        self._lost, self._all = self._lost + lost, self._all + all_
-        if self._is_known or not all_ or process_index() != 0:
-            return
-        about = {**self._settings, "error": math.sqrt(self._lost / self._all)}
-        write_json(self._path, about)
+    def add_squares(self, lost: float, total: float) -> None:
+        """Add the sums of squares of the errors and of the features of a batch, and write the file."""
+        self._lost, self._total = self._lost + lost, self._total + total
+        if not self._is_known and total and rank() == 0:
+            write_json(self._path, {**self._settings, "error": math.sqrt(self._lost / self._total)})
 
 
 # -- reading -------------------------------------------------------------------------------------------------------
 
 
 def file_key(path: str, size: int, mtime_ns: int) -> str:
-    """Names a file as it is now, and otherwise after it was changed."""
+    """Return a digest that identifies a version of a file."""
     return digest(f"{Path(path).absolute()}\0{size}\0{mtime_ns}".encode(errors="surrogateescape"))
 
 
 @dataclass(frozen=True)
-class Index:
-    """All that is known in a store, as sorted arrays: dictionaries of millions of images would fill the memory."""
+class StoreIndex:
+    """The combined index of a store, as sorted arrays: dictionaries of millions of images would fill the memory."""
 
     parts: tuple[str, ...] = ()
     images: np.ndarray = field(default_factory=lambda: np.empty(0, DIGEST))
-    """Digests of the images whose features are there, sorted."""
-    places: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int64))
-    """(part, row) of each of them."""
+    """Digests of the images that have features, sorted."""
+    locations: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int64))
+    """(part, row) of each image."""
     files: np.ndarray = field(default_factory=lambda: np.empty(0, DIGEST))
-    """:func:`file_key` of the files that were read, sorted."""
-    held: np.ndarray = field(default_factory=lambda: np.empty(0, DIGEST))
-    """Digest of the image that each of them holds."""
-    broken: dict[str, str] = field(default_factory=dict)
-    """Why images cannot be decoded, by their digests."""
+    """:func:`file_key` of the known files, sorted."""
+    file_images: np.ndarray = field(default_factory=lambda: np.empty(0, DIGEST))
+    """Digest of the image in each file."""
+    errors: dict[str, str] = field(default_factory=dict)
+    """Error messages of the images that cannot be decoded, by digest."""
 
 
-def read_index(folder: Path, layout: Layout) -> Index:
-    """What is in a store at this moment; an empty one where there is none yet."""
+def read_index(folder: Path, row_format: RowFormat) -> StoreIndex:
+    """Read the current content of a store, which may be empty."""
     parts = sorted(path.name.removesuffix(".index.jsonl") for path in folder.glob("*.index.jsonl"))
-    images, places, files, held = [], [], [], []
-    broken: dict[str, str] = {}
+    images, locations, files, file_images = [], [], [], []
+    errors: dict[str, str] = {}
     for number, part in enumerate(parts):
-        rows = (folder / f"{part}.bin").stat().st_size // layout.row.itemsize
-        found: list[tuple[str, int]] = []
+        num_rows = (folder / f"{part}.bin").stat().st_size // row_format.numpy_dtype.itemsize
+        image_rows: list[tuple[str, int]] = []
         known: list[tuple[str, str]] = []
         for line in _whole_lines(folder / f"{part}.index.jsonl"):
             if "file" in line:
                 known.append((file_key(line["file"], line["size"], line["mtime_ns"]), line["image"]))
             elif "why" in line:
-                broken[line["image"]] = line["why"]
-            elif line["row"] < rows:
-                found.append((line["image"], line["row"]))
-        images.append(np.array([image for image, _ in found], DIGEST))
-        places.append(np.array([(number, row) for _, row in found], np.int64).reshape(-1, 2))
+                errors[line["image"]] = line["why"]
+            elif line["row"] < num_rows:
+                image_rows.append((line["image"], line["row"]))
+        images.append(np.array([image for image, _ in image_rows], DIGEST))
+        locations.append(np.array([(number, row) for _, row in image_rows], np.int64).reshape(-1, 2))
         files.append(np.array([key for key, _ in known], DIGEST))
-        held.append(np.array([image for _, image in known], DIGEST))
+        file_images.append(np.array([image for _, image in known], DIGEST))
     if not parts:
-        return Index()
+        return StoreIndex()
     all_images, first = np.unique(np.concatenate(images), return_index=True)
     all_files, first_file = np.unique(np.concatenate(files), return_index=True)
-    return Index(
-        tuple(parts), all_images, np.concatenate(places)[first], all_files, np.concatenate(held)[first_file], broken
+    return StoreIndex(
+        tuple(parts),
+        all_images,
+        np.concatenate(locations)[first],
+        all_files,
+        np.concatenate(file_images)[first_file],
+        errors,
     )
 
 
 def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of an index. One that is not whole, because its process was killed or is writing it, does not count."""
+    """Yield the complete lines of an index. The last may be incomplete if its process was killed or is writing it."""
     with path.open("rb") as file:
         for line in file:
             if line.endswith(b"\n"):
@@ -237,29 +247,30 @@ def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
                     yield parse_json(line)
 
 
-def find(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Where each of `wanted` is in `known`, which is sorted; -1 where it is not."""
-    if not len(known):
-        return np.full(len(wanted), -1)
-    at = np.searchsorted(known, wanted).clip(max=len(known) - 1)
-    return np.where(known[at] == wanted, at, -1)
+def lookup(sorted_values: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Return the index of each of `values` in `sorted_values`, or -1 if it is absent."""
+    if not len(sorted_values):
+        return np.full(len(values), -1)
+    indices = np.searchsorted(sorted_values, values).clip(max=len(sorted_values) - 1)
+    return np.where(sorted_values[indices] == values, indices, -1)
 
 
-class Rows:
-    """The rows of a store, memory-mapped: processes on one machine share them."""
+class StoreReader:
+    """Reads rows of a store through memory maps, which the processes of a machine share."""
 
-    def __init__(self, folder: Path, layout: Layout, parts: Sequence[str]) -> None:
-        self.folder, self.layout, self.parts = folder, layout, tuple(parts)
+    def __init__(self, folder: Path, row_format: RowFormat, parts: Sequence[str]) -> None:
+        self.folder, self.row_format, self.parts = folder, row_format, tuple(parts)
         self._mapped: dict[int, np.memmap[Any, np.dtype[np.void]]] = {}
 
-    def __reduce__(self) -> tuple[type[Rows], tuple[Path, Layout, tuple[str, ...]]]:
-        return Rows, (self.folder, self.layout, self.parts)  # worker processes map the files themselves
+    def __reduce__(self) -> tuple[type[StoreReader], tuple[Path, RowFormat, tuple[str, ...]]]:
+        return StoreReader, (self.folder, self.row_format, self.parts)  # worker processes map the files themselves
 
     def read(self, part: int, row: int, view: int) -> BFloat16[Tensor, "P E"]:
         if part not in self._mapped:
             path = self.folder / f"{self.parts[part]}.bin"
-            rows = path.stat().st_size // self.layout.row.itemsize  # behind them a torn one may lie
-            self._mapped[part] = np.memmap(path, self.layout.row, mode="r", shape=(rows,))
+            dtype = self.row_format.numpy_dtype
+            num_rows = path.stat().st_size // dtype.itemsize  # an incomplete row may follow
+            self._mapped[part] = np.memmap(path, dtype, mode="r", shape=(num_rows,))
         mapped = self._mapped[part]
         names = mapped.dtype.names or ()
-        return self.layout.unpack({name: torch.from_numpy(mapped[name][row, view].copy()) for name in names})
+        return self.row_format.unpack({name: torch.from_numpy(mapped[name][row, view].copy()) for name in names})

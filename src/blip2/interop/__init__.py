@@ -1,1 +1,1 @@
-"""Other people's checkpoints: read as this project's, and written back."""
+"""Read and write the checkpoints of other projects."""

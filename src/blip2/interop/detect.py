@@ -1,4 +1,4 @@
-"""Which format a checkpoint has."""
+"""Detect the format of a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,31 +15,34 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from blip2.backbones.pretrained import first_line
+from blip2.backbones.pretrained import short_message
 from blip2.data.assets import resolve
 from blip2.errors import InputError
 from blip2.interop import lavis, transformers
 from blip2.interop.checkpoint import QFORMER_TOKENIZER, Checkpoint
-from blip2.io import read_json
+from blip2.io import expand_home, read_json
 
-PICKLES = (".pth", ".pt", ".bin", ".ckpt")
+PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", f"{QFORMER_TOKENIZER}/*"]
 
 
-def open_foreign(name: str, changes: Mapping[str, object] | None = None) -> Checkpoint | None:
-    """A checkpoint of BLIP-2 in another format; None where there is none of that name.
+def open_foreign(name: str, overrides: Mapping[str, object] | None = None) -> Checkpoint | None:
+    """Open a BLIP-2 checkpoint of transformers or LAVIS.
 
     Args:
         name: folder in transformers' layout, hub name, or ``.pth`` file.
-        changes: keys of the recipe that say what the file does not; None where only the frozen parts that it holds
-            are asked for. See :func:`lavis.read`.
+        overrides: values of recipe keys that the file does not contain. None: only the frozen parts in the file are
+            needed. See :func:`lavis.read`.
+
+    Returns:
+        The checkpoint. None: there is no such checkpoint of this name.
 
     Raises:
-        InputError: it is damaged, or lacks something.
+        InputError: the checkpoint is damaged or incomplete.
     """
     path = Path(resolve(name))
     if is_pickle(name):
-        return lavis.read(path.absolute(), changes)
+        return lavis.read(path.absolute(), overrides)
     if is_blip2(path):
         return transformers.read(str(path.absolute()), path.absolute())
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -50,12 +53,12 @@ def open_foreign(name: str, changes: Mapping[str, object] | None = None) -> Chec
 
 
 def is_pickle(name: str) -> bool:
-    """Whether a name is that of a file of :func:`torch.save`."""
-    return not name.startswith("timm:") and Path(name).suffix in PICKLES and not Path(name).expanduser().is_dir()
+    """Return whether a name is that of a file written by :func:`torch.save`."""
+    return not name.startswith("timm:") and Path(name).suffix in PICKLE_SUFFIXES and not expand_home(name).is_dir()
 
 
 def is_blip2(folder: Path) -> bool:
-    """Whether a folder holds a BLIP-2 of transformers' layout."""
+    """Return whether a folder contains a BLIP-2 in transformers' layout."""
     try:
         return read_json(folder / "config.json").get("model_type") == "blip-2"
     except (InputError, AttributeError):
@@ -63,11 +66,11 @@ def is_blip2(folder: Path) -> bool:
 
 
 def _fetch(name: str) -> Path | None:
-    """The folder of a BLIP-2 of the hub; None where the hub has none of that name."""
+    """Download a BLIP-2 from the hub and return its folder; None if the hub has none of that name."""
     try:
         folder = Path(snapshot_download(name, allow_patterns="config.json"))
         return Path(snapshot_download(name, allow_patterns=HUB_FILES)) if is_blip2(folder) else None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError, RepositoryNotFoundError):
         return None
     except (HfHubHTTPError, OSError) as error:
-        raise InputError(f"{name!r} cannot be fetched from the hub ({first_line(error)}): check its name") from error
+        raise InputError(f"{name!r} cannot be fetched from the hub ({short_message(error)}): check its name") from error

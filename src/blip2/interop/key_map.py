@@ -1,67 +1,74 @@
-"""One table of names a format, used in both directions.
+"""Rename weights with one table per format, which works in both directions.
 
-A row is a pair (their name, our name) of a module or a parameter; ``{}`` stands for a number, ``{...}`` for any rest
-of a name. A row of a module stands for its ``weight`` and its ``bias``. Of several rows that fit, the first is taken.
+A row is a pair (name in the other format, name in this project) of a module or a parameter. ``{}`` stands for a number
+and ``{...}`` for the rest of a name. A row for a module renames its ``weight`` and its ``bias``. The first row that
+matches a name applies.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from blip2.errors import InputError
 
-Table = tuple[tuple[str, str], ...]
+KeyMap = tuple[tuple[str, str], ...]
 
 
-def block_names(theirs: str, attention: str) -> Table:
-    """The rows of a block of the Q-Former, which both formats have from BERT.
+def qformer_block_keys(block: str, attention: str) -> KeyMap:
+    """Return the rows for a Q-Former block. Both foreign formats derive their names from BERT.
 
     Args:
-        theirs: name of a block.
-        attention: name within an attention of what makes queries, keys and values.
+        block: name of a block in the other format.
+        attention: name of the submodule that holds the query, key and value projections.
     """
     ours = "qformer.blocks.{}"
     rows: list[tuple[str, str]] = []
-    for of, own in (("attention", "self_attention"), ("crossattention", "cross_attention")):
-        rows += [(f"{theirs}.{of}.{attention}.{part}", f"{ours}.{own}.{part}") for part in ("query", "key", "value")]
-        rows += [(f"{theirs}.{of}.output.dense", f"{ours}.{own}.output")]
-        rows += [(f"{theirs}.{of}.output.LayerNorm", f"{ours}.{own}.norm")]
-    for of, own in (("_query", "query_feed_forward"), ("", "text_feed_forward")):
-        rows += [(f"{theirs}.intermediate{of}.dense", f"{ours}.{own}.expand")]
-        rows += [(f"{theirs}.output{of}.dense", f"{ours}.{own}.contract")]
-        rows += [(f"{theirs}.output{of}.LayerNorm", f"{ours}.{own}.norm")]
+    for name, own in (("attention", "self_attention"), ("crossattention", "cross_attention")):
+        rows += [(f"{block}.{name}.{attention}.{part}", f"{ours}.{own}.{part}") for part in ("query", "key", "value")]
+        rows += [(f"{block}.{name}.output.dense", f"{ours}.{own}.output")]
+        rows += [(f"{block}.{name}.output.LayerNorm", f"{ours}.{own}.norm")]
+    for suffix, own in (("_query", "query_feed_forward"), ("", "text_feed_forward")):
+        rows += [(f"{block}.intermediate{suffix}.dense", f"{ours}.{own}.expand")]
+        rows += [(f"{block}.output{suffix}.dense", f"{ours}.{own}.contract")]
+        rows += [(f"{block}.output{suffix}.LayerNorm", f"{ours}.{own}.norm")]
     return tuple(rows)
 
 
-def rename(names: Iterable[str], table: Table, where: str, back: bool = False) -> dict[str, str]:
-    """From each of `names` to its name in the other format.
+def rename_keys(names: Iterable[str], key_map: KeyMap, source: str, inverse: bool = False) -> dict[str, str]:
+    """Return a mapping from each of `names` to its name in the other format.
 
     Args:
-        where: the names are from, for the message.
-        back: from our names to theirs.
+        names: names of weights.
+        key_map: the table.
+        source: where the names are from, for the error message.
+        inverse: rename from this project's names to the other format's.
 
     Raises:
-        InputError: names that the table does not know, listed, or two names with one meaning.
+        InputError: the table does not contain some names, or maps two names to one.
     """
-    rows = [_compile(*(row[::-1] if back else row)) for row in table]
+    rows = [_compile(*(row[::-1] if inverse else row)) for row in key_map]
     renamed: dict[str, str] = {}
-    left = []
+    unknown = []
     for name in names:
         other = next((new for pattern, form in rows if (new := _apply(pattern, form, name)) is not None), None)
         if other is None:
-            left.append(name)
+            unknown.append(name)
         else:
             renamed[name] = other
-    if left:
+    if unknown:
         raise InputError(
-            f"{where} has {count(left)} that belong to no part of BLIP-2: {listing(left)}; is it another model?"
+            f"{source} has {_format_count(unknown)} that belong to no part of BLIP-2: {format_names(unknown)}; is it"
+            " another model?"
         )
-    meanings = Counter(renamed.values())
-    twice = [name for name, new in renamed.items() if meanings[new] > 1]
-    if twice:
-        raise InputError(f"{where} has {count(twice)} of the same meaning: {listing(twice)}; keep one of each")
+    counts = Counter(renamed.values())
+    duplicates = [name for name, new in renamed.items() if counts[new] > 1]
+    if duplicates:
+        raise InputError(
+            f"{source} has {_format_count(duplicates)} of the same meaning: {format_names(duplicates)}; keep one of"
+            " each"
+        )
     return renamed
 
 
@@ -74,16 +81,15 @@ def _apply(pattern: re.Pattern[str], form: str, name: str) -> str | None:
     match = pattern.fullmatch(name)
     if match is None:
         return None
-    *holes, kind = match.groups()
-    return form.replace("{...}", "{}").format(*holes) + (kind or "")
+    *parts, suffix = match.groups()
+    return form.replace("{...}", "{}").format(*parts) + (suffix or "")
 
 
-def listing(names: Iterable[str], most: int = 4) -> str:
-    """The first names, and how many more there are."""
+def format_names(names: Iterable[str], limit: int = 4) -> str:
+    """Return the first `limit` names in order, and the number of the others."""
     names = sorted(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def count(names: Iterable[str]) -> str:
-    number = len(list(names))
-    return f"{number} weight{'s' if number != 1 else ''}"
+def _format_count(names: Sequence[str]) -> str:
+    return f"{len(names)} weight{'s' if len(names) != 1 else ''}"

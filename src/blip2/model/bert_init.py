@@ -1,7 +1,7 @@
-"""Starting a Q-Former from a BERT checkpoint (paper §3.1).
+"""Initialization of a Q-Former from a BERT checkpoint (paper §3.1).
 
-Everything that BERT has is copied; the feed-forwards of the queries start as copies of the text ones, and
-cross-attentions and queries stay as they were drawn.
+All weights of BERT are copied. The feed-forwards of the queries start as copies of those of the text; cross-attentions
+and queries keep their random initialization.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import BertForMaskedLM
 
-from blip2.backbones.pretrained import read_config, read_model
+from blip2.backbones.pretrained import load_config, load_model
 from blip2.config import QFormerConfig
 from blip2.errors import InputError
 from blip2.model.qformer import QFormer
 from blip2.model.representation import LanguageHead
 
-# BERT's names to the Q-Former's; a layer's number goes where {} is. The same BERT tensor may have two places.
+# Names in BERT and in the Q-Former; {} is the number of a layer. A tensor of BERT may be copied twice.
 NAMES = (
     ("bert.embeddings.word_embeddings", "word_embedding"),
     ("bert.embeddings.position_embeddings", "position_embedding"),
@@ -39,47 +39,51 @@ HEAD_NAMES = (
 )
 
 
-def check_fits(name: str, config: QFormerConfig) -> None:
-    """Raise :class:`InputError`, with the lines to put into the recipe, when BERT `name` has other sizes."""
-    bert = read_config(name, "BERT")
+def check_compatible(name: str, config: QFormerConfig) -> None:
+    """Check that the BERT `name` has the sizes of `config`.
+
+    Raises:
+        InputError: it has not; the message has the lines to put into the recipe.
+    """
+    bert = load_config(name, "BERT")
     if bert.model_type != "bert":
         raise InputError(f"{name!r} is a {bert.model_type} model; the Q-Former starts from a model of type bert")
-    there = {
+    expected = {
         "hidden_size": bert.hidden_size,
-        "layers": bert.num_hidden_layers,
-        "heads": bert.num_attention_heads,
+        "num_hidden_layers": bert.num_hidden_layers,
+        "num_attention_heads": bert.num_attention_heads,
         "intermediate_size": bert.intermediate_size,
-        "vocabulary": bert.vocab_size + 1,  # [DEC] is added
+        "vocab_size": bert.vocab_size + 1,  # [DEC] is added
         "max_position_embeddings": bert.max_position_embeddings,
     }
-    wrong = {key: value for key, value in there.items() if getattr(config, key) != value}
-    if wrong:
-        found = ", ".join(f"{key} {getattr(config, key)}" for key in wrong)
-        wanted = ", ".join(f"{key}: {value}" for key, value in wrong.items())
-        raise InputError(f"BERT {name!r} does not fit the recipe's qformer ({found}): set qformer {{{wanted}}}")
+    mismatch = {key: value for key, value in expected.items() if getattr(config, key) != value}
+    if mismatch:
+        found = ", ".join(f"{key} {getattr(config, key)}" for key in mismatch)
+        correct = ", ".join(f"{key}: {value}" for key, value in mismatch.items())
+        raise InputError(f"BERT {name!r} does not fit the recipe's qformer ({found}): set qformer {{{correct}}}")
 
 
 @torch.no_grad()
 def initialize_from_bert(name: str, qformer: QFormer, head: LanguageHead | None = None) -> list[str]:
-    """Copy the weights of a BERT checkpoint into a Q-Former and, where there is one, the head that writes text.
+    """Copy the weights of a BERT checkpoint into a Q-Former and, if given, its language head.
 
     Args:
-        name: folder or hub name of a BERT of the sizes of ``qformer.config``.
+        name: folder or hub name of a BERT with the sizes of ``qformer.config``.
 
     Returns:
-        Names of BERT tensors that the checkpoint does not have (sentence encoders come without a prediction head),
-        whose places stay as they were drawn.
+        Names of BERT tensors that the checkpoint lacks (sentence encoders have no prediction head). What would be
+        copied from them keeps its random initialization.
 
     Raises:
-        InputError: no such model, or it does not fit.
+        InputError: there is no such model, or its sizes differ.
     """
-    check_fits(name, qformer.config)
-    bert, missing = read_model(BertForMaskedLM, name, "BERT", optional=r"^cls\.")
-    missing = {key for key in missing if "decoder" not in key}  # which is tied to the word embedding
+    check_compatible(name, qformer.config)
+    bert, missing = load_model(BertForMaskedLM, name, "BERT", optional=r"^cls\.")
+    missing = {key for key in missing if "decoder" not in key}  # tied to the word embedding
     source = {key: tensor for key, tensor in bert.state_dict().items() if key not in missing}
     _copy(source, qformer, NAMES, qformer.config.num_hidden_layers)
     if qformer.position_embedding is not None:
-        # BERT adds the same token-type vector to every token of a single text; the Q-Former has none of its own.
+        # BERT adds the same token-type vector to all tokens of a single text; the Q-Former has no such vectors.
         qformer.position_embedding.weight += source["bert.embeddings.token_type_embeddings.weight"][0]
     if head is not None:
         _copy(source, head, HEAD_NAMES, 0)
@@ -88,12 +92,12 @@ def initialize_from_bert(name: str, qformer: QFormer, head: LanguageHead | None 
     return sorted(missing)
 
 
-def _copy(source: dict[str, Tensor], target: nn.Module, names: tuple[tuple[str, str], ...], layers: int) -> None:
-    places = dict(target.named_parameters())
-    for theirs, ours in names:
-        for layer in range(layers) if "{}" in theirs else [0]:
+def _copy(source: dict[str, Tensor], target: nn.Module, names: tuple[tuple[str, str], ...], num_layers: int) -> None:
+    parameters = dict(target.named_parameters())
+    for bert_name, own_name in names:
+        for layer in range(num_layers) if "{}" in bert_name else [0]:
             for kind in ("weight", "bias"):
-                tensor = source.get(f"{theirs.format(layer)}.{kind}")
-                place = places.get(f"{ours.format(layer)}.{kind}")
-                if tensor is not None and place is not None:
-                    place[: len(tensor)] = tensor  # the vocabulary has one more row, [DEC]
+                tensor = source.get(f"{bert_name.format(layer)}.{kind}")
+                parameter = parameters.get(f"{own_name.format(layer)}.{kind}")
+                if tensor is not None and parameter is not None:
+                    parameter[: len(tensor)] = tensor  # the vocabulary has one more row, [DEC]

@@ -1,7 +1,7 @@
 """Stage 2: vision-to-language generative learning from a frozen LLM (paper §3.3).
 
-Legend: B batch, I images, Q queries, T text tokens, U target tokens, W tokens of a question, D Q-Former width, L width
-of the LLM.
+Legend: B batch, I images, N prompts, Q queries, T text tokens, U target tokens, W tokens of a question, D Q-Former
+width, L width of the LLM.
 """
 
 from __future__ import annotations
@@ -17,50 +17,48 @@ from torch import Tensor, nn
 from blip2.backbones.language import LanguageModel
 from blip2.backbones.vision import ImageEncoder
 from blip2.config import ObjectivesConfig, QFormerConfig
-from blip2.decoding.search import Decoding
-from blip2.model import losses as objectives
 from blip2.model.image_memory import encode_images
-from blip2.model.losses import Outcome
+from blip2.model.losses import IGNORE_INDEX, LossOutput, language_modeling, query_diversity, query_statistics
 from blip2.model.qformer import QFormer, attention_mask
 
 
 class Questions(NamedTuple):
-    """What the Q-Former reads beside its queries (Figure 7)."""
+    """Questions on which the queries are conditioned (Figure 7)."""
 
     ids: Int[Tensor, "N W"]
-    """In the Q-Former's tokens: [CLS] ... [SEP], padded on the right."""
+    """Tokens of the Q-Former: [CLS] ... [SEP], padded on the right."""
     mask: Bool[Tensor, "N W"]
-    """True where a token is real."""
+    """True for text tokens, False for padding."""
 
 
 @dataclass(frozen=True)
 class GenerationBatch:
-    """Images with the text that the LLM reads and the text it is to write."""
+    """Images, the text that the LLM reads, and the text that it learns to generate."""
 
     images: Shaped[Tensor, "B ..."]
-    """Pixels [B, 3, H, W], or features [B, P, E] of the frozen encoder made beforehand."""
+    """Pixels [B, 3, H, W], or cached features [B, P, E] of the frozen encoder."""
     ids: Int[Tensor, "B T"]
     """Decoder-only: prompt and caption. Encoder-decoder: the prefix, which its encoder reads."""
     mask: Bool[Tensor, "B T"]
-    """True where an id is real."""
+    """True for text tokens, False for padding."""
     labels: Int[Tensor, "B U"]
-    """Decoder-only: `ids` where they belong to the caption. Encoder-decoder: the suffix. -100 elsewhere."""
+    """Decoder-only: `ids` in the caption. Encoder-decoder: the suffix. :data:`IGNORE_INDEX` elsewhere."""
     questions: Questions | None = None
-    """Of a Q-Former that reads them."""
+    """For a Q-Former with ``use_qformer_text_input``."""
 
     @property
-    def label_count(self) -> int:
+    def num_labels(self) -> int:
         """Number of tokens that the LLM predicts."""
-        return int((self.labels != objectives.IGNORED).sum())
+        return int((self.labels != IGNORE_INDEX).sum())
 
 
 class GenerationModel(nn.Module):
-    """Frozen image encoder, Q-Former, one linear layer, frozen LLM.
+    """The frozen image encoder, the Q-Former, one linear layer and the frozen LLM.
 
-    The Q-Former has its text transformer only if it reads questions (``config.reads_questions``).
+    The Q-Former has a text transformer only if it reads questions (``config.use_qformer_text_input``).
 
-    The names of its parts begin the names of its parameters: ``vision``, ``image_norm``, ``qformer``,
-    ``projection``, ``language``.
+    Recipes select parameters by names that begin with ``vision``, ``image_norm``, ``qformer``, ``projection`` or
+    ``language``.
     """
 
     def __init__(
@@ -68,23 +66,23 @@ class GenerationModel(nn.Module):
         vision: ImageEncoder,
         config: QFormerConfig,
         language: LanguageModel,
-        enabled: ObjectivesConfig = ObjectivesConfig(),  # noqa: B008  (frozen)
+        objectives: ObjectivesConfig = ObjectivesConfig(),  # noqa: B008  (frozen)
     ) -> None:
         super().__init__()
-        self.enabled = enabled
+        self.objectives = objectives
         self.vision = vision
-        self.image_norm = nn.LayerNorm(vision.width, eps=config.image_norm_eps)
-        self.qformer = QFormer(config, vision.width, has_text=config.use_qformer_text_input)
-        self.projection = nn.Linear(config.hidden_size, language.width)
+        self.image_norm = nn.LayerNorm(vision.hidden_size, eps=config.image_norm_eps)
+        self.qformer = QFormer(config, vision.hidden_size, has_text=config.use_qformer_text_input)
+        self.projection = nn.Linear(config.hidden_size, language.hidden_size)
         self.language = language
         self.initialize_projection()
 
     @torch.no_grad()
     def initialize_projection(self) -> None:
-        """Draw the projection anew so that its output has the scale of the LLM's own token embeddings.
+        """Initialize the projection so that its output has the scale of the LLM's token embeddings.
 
-        Z leaves a LayerNorm, so its scale is known from that norm's weights: call this again after loading a
-        Q-Former from stage 1.
+        The scale of Z follows from the weights of its last LayerNorm: call this again after loading a Q-Former from
+        stage 1.
         """
         norm = self.qformer.blocks[-1].query_feed_forward.norm
         z_scale = math.sqrt(float((norm.weight.square() + norm.bias.square()).mean()))
@@ -96,65 +94,52 @@ class GenerationModel(nn.Module):
         self,
         images: Shaped[Tensor, "I ..."],
         questions: Questions | None = None,
-        image_of: Int[Tensor, "N"] | None = None,
+        image_index: Int[Tensor, "N"] | None = None,
     ) -> Float[Tensor, "N Q L"]:
-        """The soft visual prompt of images: pixels [I, 3, H, W] or features [I, P, E].
+        """Return soft visual prompts, the input embeddings of the LLM.
 
         Args:
-            questions: queries and questions see each other, and there is a prompt for each question.
-            image_of: which image each question is about, None: one each. Every image is encoded once.
+            images: pixels [I, 3, H, W] or features [I, P, E].
+            questions: N questions that the queries attend to, for one prompt each; None: one prompt per image (N = I).
+            image_index: the image of each question; None: one question per image. Each image is encoded once.
         """
-        return self.projection(self.query_outputs(images, questions, image_of))
+        return self.projection(self.query_outputs(images, questions, image_index))
 
     def query_outputs(
         self,
         images: Shaped[Tensor, "I ..."],
         questions: Questions | None = None,
-        image_of: Int[Tensor, "N"] | None = None,
+        image_index: Int[Tensor, "N"] | None = None,
     ) -> Float[Tensor, "N Q D"]:
-        """Z, which :meth:`visual_prompt` projects; the arguments are the same."""
-        memory = self.qformer.memory(encode_images(self.vision, images), self.image_norm)
+        """Return Z, before the projection; see :meth:`visual_prompt` for the arguments."""
+        memory = self.qformer.project_image(encode_images(self.vision, images), self.image_norm)
         if questions is None:
             return self.qformer(memory).queries
-        if image_of is not None:
-            memory = memory.select(image_of)
+        if image_index is not None:
+            memory = memory.select(image_index)
         mask = attention_mask("bidirectional", self.qformer.config.num_query_tokens, questions.mask)
-        return self.qformer(memory, questions.ids, mask, text_output=False).queries
+        return self.qformer(memory, questions.ids, mask, output_tokens=False).queries
 
-    def forward(self, batch: GenerationBatch, label_count: float | None = None, seed: int | None = None) -> Outcome:
-        """The language-modeling loss ``lm`` of the captions, given images and prompts.
+    def forward(self, batch: GenerationBatch, num_labels: float | None = None, seed: int | None = None) -> LossOutput:
+        """Return the language-modeling loss ``lm`` of captions, given images and prompts.
 
-        For a decoder-only LLM this is the language-modeling loss of §3.3, for an encoder-decoder the prefix
-        language-modeling loss: whoever makes the batch has split the text, its prefix being in `ids` and its suffix
-        in `labels`.
+        For an encoder-decoder it is the prefix language-modeling loss of §3.3: `ids` holds the prefix of each text and
+        `labels` its suffix.
 
         Args:
-            label_count: see :func:`objectives.language_modeling`.
-            seed: of what all processes draw alike, which here is nothing.
+            num_labels: see :func:`language_modeling`.
+            seed: not used, because nothing is sampled here.
 
         Returns:
-            The loss, with ``query_diversity`` where the recipe gives it a weight, and beside it ``lm_perplexity``,
-            ``lm_accuracy`` (share of tokens predicted right) and those of :func:`objectives.query_statistics`.
+            The loss, ``query_diversity`` if the recipe enables it, and the metrics ``lm_perplexity``, ``lm_accuracy``
+            (share of tokens predicted correctly) and those of :func:`query_statistics`.
         """
         queries = self.query_outputs(batch.images, batch.questions)
-        states, labels = self.language.states(self.projection(queries), batch.ids, batch.mask, batch.labels)
-        written = objectives.language_modeling(states, self.language.head, labels, label_count)
-        losses = {"lm": written.loss}
-        if self.enabled.query_diversity:
-            losses["query_diversity"] = objectives.query_diversity(queries)
-        metrics = {"lm_perplexity": written.perplexity, "lm_accuracy": written.accuracy}
-        return Outcome(losses, metrics | objectives.query_statistics(queries))
-
-    @torch.no_grad()
-    def generate(
-        self,
-        images: Shaped[Tensor, "I ..."],
-        ids: Int[Tensor, "B T"],
-        mask: Bool[Tensor, "B T"],
-        decoding: Decoding,
-        end: int,
-        copies: int = 1,
-        image_of: Int[Tensor, "B"] | None = None,
-    ) -> Int[Tensor, "N U"]:
-        """Write about images, each of which is encoded once; see :meth:`LanguageModel.generate` for the arguments."""
-        return self.language.generate(self.visual_prompt(images), ids, mask, decoding, end, copies, image_of)
+        visual_prompt = self.projection(queries)
+        hidden_states, labels = self.language.hidden_states(visual_prompt, batch.ids, batch.mask, batch.labels)
+        lm = language_modeling(hidden_states, self.language.lm_head, labels, num_labels)
+        losses = {"lm": lm.loss}
+        if self.objectives.query_diversity:
+            losses["query_diversity"] = query_diversity(queries)
+        metrics = {"lm_perplexity": lm.perplexity, "lm_accuracy": lm.accuracy}
+        return LossOutput(losses, metrics | query_statistics(queries))

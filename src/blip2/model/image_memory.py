@@ -1,38 +1,105 @@
-"""Positions for image features that have none.
+"""Image features as the Q-Former reads them: with positions, and as keys and values.
 
-Cross-attention treats the image features as a set: a query can tell where a token lies only if the token says so. Those
-of a ViT do, because position embeddings were added to its patches. Those of a CNN do not, which is why DETR (Carion et
-al., 2020, §3.2) adds a fixed 2-D sine encoding to them; so does this project (``vision.position_encoding``).
+Cross-attention treats the image features as a set: positions reach the queries only through the tokens themselves. The
+tokens of a ViT hold them, because position embeddings were added to its patches. Those of a CNN do not, which is why
+DETR (Carion et al., 2020, §3.2) adds a fixed 2-D sine encoding; so does this project (``vision.position_encoding``).
 
-Legend: B batch, P image tokens, E width of the image encoder.
+Legend: B images, N rows that attend to them, Q queries, P image tokens, E width of the image encoder, D width of the
+Q-Former, H heads, d = D / H.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
 from blip2.backbones.vision import ImageEncoder
 
+# -- keys and values -------------------------------------------------------------------------------------------------
+
+
+class CrossAttentionKV(NamedTuple):
+    """Keys and values of B images in one cross-attention, and the N rows that attend to them."""
+
+    keys: Float[Tensor, "B H P d"]
+    values: Float[Tensor, "B H P d"]
+    row_to_image: Int[Tensor, "N"] | int = 1
+    """The image of each row. An int n means that all images repeat n times, in order (N = n * B)."""
+
+    @property
+    def num_rows(self) -> int:
+        return self.row_to_image * len(self.keys) if isinstance(self.row_to_image, int) else len(self.row_to_image)
+
+    @property
+    def row_keys(self) -> Float[Tensor, "N H P d"]:
+        """A copy of its image's keys for each row."""
+        if isinstance(self.row_to_image, int):
+            return self.keys.repeat(self.row_to_image, 1, 1, 1)
+        return self.keys[self.row_to_image]
+
+
+@dataclass(frozen=True)
+class ImageMemory:
+    """Keys and values of image features in all cross-attentions, for N rows that attend to them.
+
+    They depend on the image alone, not on queries or text. So they are computed once per image and shared by all
+    passes that use it: ITC, ITG and the three parts of ITM, all candidates in re-ranking, all questions about an image.
+    """
+
+    layer_kv: tuple[tuple[CrossAttentionKV, ...], ...]
+    """For each block with cross-attention, in order: one or more groups of rows, one after the other."""
+
+    def __len__(self) -> int:
+        """Return N."""
+        return sum(kv.num_rows for kv in self.layer_kv[0])
+
+    def select(self, row_to_image: Int[Tensor, "N"]) -> ImageMemory:
+        """Return rows that attend to the images of these indices. This memory has one row per image."""
+        return ImageMemory(
+            tuple(tuple(CrossAttentionKV(k, v, row_to_image) for k, v, _ in layer) for layer in self.layer_kv)
+        )
+
+    def repeat(self, repeats: int) -> ImageMemory:
+        """Return all rows `repeats` times: 0, 1, 2, 0, 1, 2 ..."""
+        return ImageMemory(
+            tuple(
+                tuple(
+                    CrossAttentionKV(k, v, rows * repeats if isinstance(rows, int) else rows.repeat(repeats))
+                    for k, v, rows in layer
+                )
+                for layer in self.layer_kv
+            )
+        )
+
+    def cat(self, other: ImageMemory) -> ImageMemory:
+        """Return the rows of this memory, then those of `other`."""
+        return ImageMemory(tuple(a + b for a, b in zip(self.layer_kv, other.layer_kv, strict=True)))
+
+
+# -- positions -------------------------------------------------------------------------------------------------------
+
 POSITION_VARIANCE = 1e-3
-"""Tokens tell their places if on a blank image they vary by more than this share of how much they vary on noise. CNNs
-and Swin are below 1e-5, ViTs with position embeddings above 1e-2, untrained ones included."""
+"""Smallest ratio of the variance between the tokens of a blank image to that of noise at which tokens hold positions.
+
+CNNs and Swin are below 1e-5, ViTs with position embeddings above 1e-2, also with random weights."""
 
 
 @lru_cache(maxsize=8)
 def sine_position_encoding(num_tokens: int, width: int, device: torch.device) -> Float[Tensor, "P E"]:
-    """Return a fixed 2-D sine encoding of the places of a square grid of tokens.
+    """Return a fixed 2-D sine encoding of the positions in a square grid of tokens.
 
     For a token in row r of n, half of the channels hold sin(2 pi f (r + 1/2) / n) and the cosine, for frequencies f
     that fall geometrically from n / 2 to 1 / 4; the other half hold the same of its column.
 
     Args:
-        num_tokens: P, a square number, or a square number of grid tokens behind a few others ([CLS], registers), which
+        num_tokens: P, a square number, or a square number of grid tokens after a few others ([CLS], registers), which
             get zeros.
         width: E. Channels that do not fill a group of four are zero.
         device: the device of the result.
@@ -50,39 +117,36 @@ def sine_position_encoding(num_tokens: int, width: int, device: torch.device) ->
     return F.pad(grid, (0, width - grid.shape[1], num_tokens - len(grid), 0)).to(device)
 
 
-def add_positions(features: Float[Tensor, "B P E"]) -> Float[Tensor, "B P E"]:
+def add_position_encoding(features: Float[Tensor, "B P E"]) -> Float[Tensor, "B P E"]:
     """Normalize each token to mean 0 and variance 1 along E, and add :func:`sine_position_encoding`.
 
-    The normalization makes the encoding weigh the same for every encoder, whatever the scale of its features.
+    The normalization gives the encoding the same weight for every encoder, at any scale of its features.
     """
     _, tokens, width = features.shape
     return F.layer_norm(features, (width,)) + sine_position_encoding(tokens, width, features.device)
 
 
 def encode_images(encoder: ImageEncoder, images: Shaped[Tensor, "B ..."]) -> Float[Tensor, "B P E"]:
-    """Return the features that the Q-Former reads, with positions where the encoder is to have them.
+    """Return the features that the Q-Former reads: those of the encoder, with a position encoding if it needs one.
 
     Args:
-        images: pixels [B, 3, H, W], or features [B, P, E] made beforehand, which hold no added positions.
+        images: pixels [B, 3, H, W], or cached features [B, P, E], which have no position encoding.
     """
-    features = encoder.features(images)
-    return add_positions(features) if encoder.position_encoding == "sine2d" else features
+    features = encoder.encode(images)
+    return add_position_encoding(features) if encoder.position_encoding == "sine2d" else features
 
 
 @torch.no_grad()
-def tells_positions(encoder: ImageEncoder) -> bool:
+def encodes_positions(encoder: ImageEncoder) -> bool:
     """Return whether the tokens of an image encoder hold their positions.
 
-    On a blank image of the mean color all patches are alike and zero padding is invisible, so tokens can differ only by
-    position embeddings. Their variance between places is compared with that on an image of noise
-    (:data:`POSITION_VARIANCE`).
+    On a blank image of the mean color all patches are equal, and so is zero padding, so that tokens differ only by
+    position embeddings. Their variance is compared with that on an image of noise (:data:`POSITION_VARIANCE`).
     """
     size = encoder.preprocessing.image_size
     parameter = next(encoder.parameters())
     noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
-    blank, varied = (
-        encoder.features(image.to(parameter.device)).double() for image in (torch.zeros_like(noise), noise)
-    )
+    blank, varied = (encoder.encode(image.to(parameter.device)).double() for image in (torch.zeros_like(noise), noise))
     side = math.isqrt(blank.shape[1])
     variance = [tokens[0, -side * side :].var(dim=0).sum() for tokens in (blank, varied)]  # without [CLS] and registers
     return bool(variance[0] > POSITION_VARIANCE * variance[1])

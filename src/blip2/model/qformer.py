@@ -1,11 +1,12 @@
 """The Querying Transformer (paper §3.1, Figure 2 left).
 
 Two transformers that share their self-attention: one reads the image through a fixed set of learned queries
-(cross-attention in every second block), the other reads or writes text. The same weights serve every objective;
+(cross-attention in every second block), the other reads or writes text. The same weights serve all objectives;
 only the self-attention mask differs (Figure 2 right), and all masks are made in :func:`attention_mask`.
+tests/reference/qformer.py has the same model without anything that is there for speed.
 
-Legend: B batch, Q queries, T text tokens, S = Q + T, M tokens of the batch that are not padding, P image tokens, D
-width of the Q-Former, E width of the image encoder, H heads.
+Legend: B batch, Q queries, T text tokens, S = Q + T, P image tokens, D width of the Q-Former, E width of the image
+encoder.
 """
 
 from __future__ import annotations
@@ -17,20 +18,23 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from blip2.config import QFormerConfig
-from blip2.model.attention import CrossAttention, Dropout, GeluLinear, ImageMemory, Layout, Looked, SelfAttention, cast
-from blip2.model.kernels.linear import Linear, linear_gelu
+from blip2.model.attention import CrossAttention, SelfAttention
+from blip2.model.image_memory import CrossAttentionKV, ImageMemory
+from blip2.model.kernels.dropout import Dropout
+from blip2.model.kernels.linear import Linear, NormalizedFeatures, mlp
+from blip2.model.kernels.packing import PackedTokens
+from blip2.model.kernels.sdpa import split_heads
 
 MaskKind = Literal["unimodal", "causal", "bidirectional"]
 
 
 def attention_mask(
-    kind: MaskKind, queries: int, text: Bool[Tensor, "B T"]
-) -> Bool[Tensor, "B {queries}+T {queries}+T"]:
-    """Who may attend to whom among [queries; text]: the three masks of Figure 2 (right). True means may attend.
+    kind: MaskKind, num_queries: int, text_mask: Bool[Tensor, "B T"]
+) -> Bool[Tensor, "B {num_queries}+T {num_queries}+T"]:
+    """Return a self-attention mask over [queries; text], one of the three of Figure 2 (right). True means may attend.
 
     ::
 
@@ -41,49 +45,48 @@ def attention_mask(
                                         . . 1 1 1        1 1 1 1 .        1 1 1 1 1
                                         . . 1 1 1        1 1 1 1 1        1 1 1 1 1
 
-    Rows attend to columns. Columns of padding are False everywhere.
+    Rows attend to columns. Columns of padding are False.
 
     Args:
-        kind: ``unimodal``: queries and text do not see each other, so that nothing leaks into the contrastive loss.
-            ``causal``: text sees the queries and the text before it, queries see only queries.
-            ``bidirectional``: everything sees everything.
-        queries: Q, may be 0.
-        text: True where a text token is real, False where it is padding. T may be 0.
+        kind: ``unimodal``: queries and text do not attend to each other, so that nothing leaks into the contrastive
+            loss. ``causal``: text attends to the queries and to the text before it, queries only to queries.
+            ``bidirectional``: all attend to all.
+        num_queries: Q, may be 0.
+        text_mask: True for text tokens, False for padding. T may be 0.
     """
-    batch, length = text.shape
-    size = queries + length
-    mask = torch.ones(size, size, dtype=torch.bool, device=text.device)
+    num_rows, length = text_mask.shape
+    seq_len = num_queries + length
+    mask = torch.ones(seq_len, seq_len, dtype=torch.bool, device=text_mask.device)
     if kind != "bidirectional":
-        mask[:queries, queries:] = False
+        mask[:num_queries, num_queries:] = False
     if kind == "unimodal":
-        mask[queries:, :queries] = False
+        mask[num_queries:, :num_queries] = False
     if kind == "causal":
-        mask[queries:, queries:] = torch.ones_like(mask[queries:, queries:]).tril()
-    real = torch.cat([text.new_ones(batch, queries), text], dim=1)
-    return mask & real[:, None, :]
+        mask[num_queries:, num_queries:] = torch.ones_like(mask[num_queries:, num_queries:]).tril()
+    columns = torch.cat([text_mask.new_ones(num_rows, num_queries), text_mask], dim=1)
+    return mask & columns[:, None, :]
 
 
-def contrast_and_generate_mask(
-    queries: int, text: Bool[Tensor, "B T"]
-) -> Bool[Tensor, "B {queries}+2*T {queries}+2*T"]:
-    """One mask for [queries; text of ITC; text of ITG], so that both objectives share one pass.
+def itc_itg_mask(
+    num_queries: int, text_mask: Bool[Tensor, "B T"]
+) -> Bool[Tensor, "B {num_queries}+2*T {num_queries}+2*T"]:
+    """Return one mask for [queries; text of ITC; text of ITG], so that both objectives share one pass.
 
-    Queries never see text under either mask, so their outputs are the same for both and need computing once. The
-    first copy of the text has the rows of the uni-modal mask, the second those of the causal one, and the copies
-    do not see each other.
+    Queries do not attend to text under either mask, so that their outputs serve both. The first copy of the text has
+    the rows of the unimodal mask, the second those of the causal one, and the copies do not attend to each other.
     """
-    batch, length = text.shape
-    both = queries + length
-    mask = text.new_zeros(batch, both + length, both + length)
-    mask[:, :both, :both] = attention_mask("unimodal", queries, text)
-    causal = attention_mask("causal", queries, text)[:, queries:]
-    mask[:, both:, :queries] = causal[..., :queries]
-    mask[:, both:, both:] = causal[..., queries:]
+    num_rows, length = text_mask.shape
+    both = num_queries + length
+    mask = text_mask.new_zeros(num_rows, both + length, both + length)
+    mask[:, :both, :both] = attention_mask("unimodal", num_queries, text_mask)
+    causal = attention_mask("causal", num_queries, text_mask)[:, num_queries:]
+    mask[:, both:, :num_queries] = causal[..., :num_queries]
+    mask[:, both:, both:] = causal[..., num_queries:]
     return mask
 
 
 class QFormerOutput(NamedTuple):
-    """What the two transformers put out; a part that was not given in is empty, and padding is zero."""
+    """The outputs of both transformers. Q or T is 0 if that input is not given; padding is zero."""
 
     queries: Float[Tensor, "B Q D"]
     """Z of the paper."""
@@ -91,7 +94,7 @@ class QFormerOutput(NamedTuple):
 
 
 class FeedForward(nn.Module):
-    """Two layers with an exact GELU between them, residual and LayerNorm."""
+    """LayerNorm(x + W2 gelu(W1 x))."""
 
     def __init__(self, config: QFormerConfig) -> None:
         super().__init__()
@@ -100,18 +103,12 @@ class FeedForward(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: Float[Tensor, "M D"]) -> Float[Tensor, "M D"]:
-        if torch.is_grad_enabled():
-            hidden = self.expand(x)
-            weight, bias = (parameter.to(hidden.dtype) for parameter in (self.contract.weight, self.contract.bias))
-            out = GeluLinear.apply(hidden, weight, bias)
-        else:
-            out = self.contract(linear_gelu(x, self.expand.weight, self.expand.bias))
-        return self.norm(x + self.dropout(out))
+    def forward(self, x: Float[Tensor, "*shape D"]) -> Float[Tensor, "*shape D"]:
+        return self.norm(x + self.dropout(mlp(x, self.expand, self.contract)))
 
 
 class Block(nn.Module):
-    """Shared self-attention, cross-attention of the queries (in every second block), separate feed-forwards."""
+    """One block of Figure 2: shared self-attention, cross-attention of the queries, a feed-forward for each stream."""
 
     def __init__(self, config: QFormerConfig, image_width: int, has_cross_attention: bool, has_text: bool) -> None:
         super().__init__()
@@ -122,33 +119,32 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "_ D"],
-        layout: Layout,
+        queries: Float[Tensor, "_ Q D"] | None,
+        text: Float[Tensor, "_ D"] | None,
         mask: Bool[Tensor, "B 1 S S"] | None,
-        memory: tuple[Looked, ...] | None,
-        wanted: Layout,
-    ) -> Float[Tensor, "_ D"]:
-        """The outputs of the tokens in `wanted`; `x` as :meth:`Layout.repeat` takes it."""
-        x = self.self_attention(x, layout, mask, wanted)
-        parts = []
-        if wanted.queries:
-            z = x[: wanted.asking]
-            if self.cross_attention is not None and memory is not None:
-                z = self.cross_attention(z.unflatten(0, (wanted.rows, -1)), memory).flatten(0, 1)
-            parts.append(self.query_feed_forward(z))
-        if wanted.places is not None and self.text_feed_forward is not None:
-            parts.append(self.text_feed_forward(x[wanted.asking :]))
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        image_kv: tuple[CrossAttentionKV, ...] | None,
+        tokens: PackedTokens,
+        keep: PackedTokens,
+    ) -> tuple[Float[Tensor, "B Q D"] | None, Float[Tensor, "_ D"] | None]:
+        """Return the outputs of queries and text; see :meth:`SelfAttention.forward` for the arguments."""
+        queries, text = self.self_attention(queries, text, mask, tokens, keep)
+        if queries is not None:
+            if self.cross_attention is not None and image_kv is not None:
+                queries = self.cross_attention(queries, image_kv)
+            queries = self.query_feed_forward(queries)
+        if text is not None and self.text_feed_forward is not None:
+            text = self.text_feed_forward(text)
+        return queries, text
 
 
 class QFormer(nn.Module):
     """The Querying Transformer of §3.1.
 
     Args:
-        config: sizes; ``config.vocabulary`` counts the [DEC] token, which is always the last id.
+        config: sizes. The last id of ``config.vocab_size`` is the [DEC] token.
         image_width: E, the width of the image features.
-        has_text: False leaves out the text transformer (embeddings and text feed-forwards), which stage 2 with
-            unconditional queries never uses (§3.3).
+        has_text: if False, there is no text transformer (embeddings and text feed-forwards), which stage 2 does not
+            use unless the queries are conditioned on a question (§3.3).
     """
 
     def __init__(self, config: QFormerConfig, image_width: int, has_text: bool = True) -> None:
@@ -156,8 +152,8 @@ class QFormer(nn.Module):
         width = config.hidden_size
         self.config = config
         self.image_width = image_width
-        self.checkpointing = False
-        """Keep only the inputs of each block for the backward pass, and compute the rest of it a second time."""
+        self.gradient_checkpointing = False
+        """Store only the inputs of each block, and recompute the rest in the backward pass."""
         self.queries = nn.Parameter(torch.empty(1, config.num_query_tokens, width))
         self.word_embedding = nn.Embedding(config.vocab_size, width) if has_text else None
         self.position_embedding = nn.Embedding(config.max_position_embeddings, width) if has_text else None
@@ -179,48 +175,42 @@ class QFormer(nn.Module):
             nn.init.zeros_(module.bias)
 
     def compile_blocks(self) -> None:
-        """Compile each block, which stays as it is otherwise: for any length of text, so that no new length compiles
-        it anew."""
-        # All blocks share one cache of graphs: with cross-attention and without, to train and to judge.
+        """Compile each block in place, with dynamic shapes: a new length of text does not compile it again."""
+        # All blocks share one cache of graphs: with and without cross-attention, in training and in evaluation.
         settings: Any = torch._dynamo.config  # pyright: ignore[reportPrivateUsage]
         settings.recompile_limit = max(settings.recompile_limit, 64)
         for block in self.blocks:
             block.compile(dynamic=True)
 
     @property
-    def decoder_start(self) -> int:
+    def decoder_start_token_id(self) -> int:
         """The id of [DEC], which replaces [CLS] to signal the decoding task (§3.2)."""
         return self.config.vocab_size - 1
 
-    def memory(self, features: Float[Tensor, "B P E"], norm: nn.LayerNorm) -> ImageMemory:
-        """Keys and values of every cross-attention for these image features.
+    def project_image(self, features: Float[Tensor, "B P E"], norm: nn.LayerNorm) -> ImageMemory:
+        """Return keys and values of image features in all cross-attentions.
 
         Args:
-            features: as they leave the image encoder.
-            norm: their LayerNorm, which the Q-Former's owner trains with it.
+            features: the output of the image encoder.
+            norm: the LayerNorm of the features, which the model that owns this Q-Former trains.
         """
+        normalized = NormalizedFeatures.create(features, norm)
         attentions = [block.cross_attention for block in self.blocks if block.cross_attention is not None]
-        # What is frozen needs no gradient, but its norm does: Attention.keys_and_values gets it another way.
-        folded = norm if torch.is_grad_enabled() and not features.requires_grad else None
-        plain = folded is None
-        features = cast(norm(features) if plain else F.layer_norm(features, norm.normalized_shape, eps=norm.eps))
-        return ImageMemory(tuple((Looked(*each.keys_and_values(features, folded)),) for each in attentions))
+        return ImageMemory(tuple((attention.project_image(normalized),) for attention in attentions))
 
     @torch.no_grad()
     def attention_maps(self, memory: ImageMemory) -> Float[Tensor, "N layers Q P"]:
-        """Return where the queries of each row of `memory` look: the weights of every cross-attention, averaged over
-        its heads, which sum to 1 over P."""
+        """Return the attention weights of each cross-attention, averaged over the heads. They sum to 1 over P."""
         maps: list[Tensor] = []
 
-        def note(attention: nn.Module, inputs: tuple[Tensor, tuple[Looked, ...]]) -> None:
+        def save_map(attention: nn.Module, inputs: tuple[Tensor, tuple[CrossAttentionKV, ...]]) -> None:
             assert isinstance(attention, CrossAttention)
-            queries = attention.split_heads(attention.query(inputs[0]))
-            keys = torch.cat([looked.row_keys for looked in inputs[1]])
+            queries = split_heads(attention.query(inputs[0]), attention.num_heads)
+            keys = torch.cat([kv.row_keys for kv in inputs[1]])
             maps.append((queries @ keys.mT / math.sqrt(keys.shape[-1])).softmax(dim=-1).mean(dim=1))
 
-        hooks = [
-            b.cross_attention.register_forward_pre_hook(note) for b in self.blocks if b.cross_attention is not None
-        ]
+        attentions = [block.cross_attention for block in self.blocks if block.cross_attention is not None]
+        hooks = [attention.register_forward_pre_hook(save_map) for attention in attentions]
         try:
             self(memory)
         finally:
@@ -231,54 +221,63 @@ class QFormer(nn.Module):
     def forward(
         self,
         memory: ImageMemory | None,
-        ids: Int[Tensor, "B T"] | None = None,
-        mask: Bool[Tensor, "B S S"] | None = None,
-        positions: Int[Tensor, "T"] | None = None,
-        text_output: Bool[Tensor, "B T"] | bool = True,
+        input_ids: Int[Tensor, "B T"] | None = None,
+        attention_mask: Bool[Tensor, "B S S"] | None = None,
+        position_ids: Int[Tensor, "T"] | None = None,
+        output_tokens: Bool[Tensor, "B T"] | bool = True,
     ) -> QFormerOutput:
-        """Run [queries; text] through all blocks.
+        """Run queries and text through all blocks.
 
         Args:
-            memory: with B rows; None runs the text transformer alone, without queries.
-            ids: text token ids; None runs the queries alone.
-            mask: from :func:`attention_mask`; None lets everything see everything.
-            positions: of the text tokens; 0..T-1 when None. Queries have no position.
-            text_output: of which text tokens the output is wanted. The others leave the last block and are zero; with
-                False, when only Z is wanted, there is no text in the output.
+            memory: B rows; None runs the text transformer alone, without queries.
+            input_ids: text tokens; None runs the queries alone.
+            attention_mask: from :func:`attention_mask`; None: all attend to all.
+            position_ids: positions of the text tokens; None: 0..T-1. Queries have no position.
+            output_tokens: the text tokens whose output is needed. The last block computes no others; theirs are zero.
+                False, if only Z is needed: the output has no text (T = 0).
 
         Raises:
-            ValueError: both `memory` and `ids` are None, or a text is given to a Q-Former without text transformer.
+            ValueError: `memory` and `input_ids` are both None, or this Q-Former has no text transformer.
         """
-        if memory is None and ids is None:
+        if memory is None and input_ids is None:
             raise ValueError("give the Q-Former an image memory, text ids, or both")
-        queries = 0 if memory is None else self.config.num_query_tokens
-        rows, parts, real = 0, [], None
-        if memory is not None:
-            rows = len(memory)
-            parts.append(self.queries[0])
-        if ids is not None:
-            if self.word_embedding is None or self.position_embedding is None:
-                raise ValueError("this Q-Former was built without its text transformer (has_text=False)")
-            rows, length = ids.shape
-            if positions is None:
-                positions = torch.arange(length, device=ids.device)
-            # Padding does not even see itself.
-            real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.diagonal(0, 1, 2)[:, queries:]
-            parts.append(self.word_embedding(ids[real]) + self.position_embedding(positions.expand(rows, -1)[real]))
-        layout = Layout.of(rows, queries, real)
-        x = self.embedding_norm(torch.cat(parts))
-        if self.dropout.now:  # which makes the queries of each row others
-            x = self.dropout(layout.repeat(x))
-        last = layout.choose(text_output)
-        memories = iter(memory.layers if memory is not None else ())
-        mask = None if mask is None else mask[:, None]
-        for number, block in enumerate(self.blocks):
-            looks = block.cross_attention is not None and memory is not None
-            wanted = last if number == len(self.blocks) - 1 else layout
-            arguments = (x, layout, mask, next(memories) if looks else None, wanted)
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, *arguments, use_reentrant=False)
+        num_queries = 0 if memory is None else self.config.num_query_tokens
+        num_rows = 0 if memory is None else len(memory)
+        queries = None if memory is None else self.queries
+        text = text_mask = None
+        if input_ids is not None:
+            num_rows = len(input_ids)
+            # The diagonal of the mask is False for padding.
+            text_mask = None if attention_mask is None else attention_mask.diagonal(0, 1, 2)[:, num_queries:]
+            text_mask = torch.ones_like(input_ids, dtype=torch.bool) if text_mask is None else text_mask
+            text = self._embed_text(input_ids, position_ids, text_mask)
+        tokens = PackedTokens.from_mask(num_rows, num_queries, text_mask)
+        x = self.embedding_norm(tokens.cat(queries, text))
+        if self.dropout.active_p:
+            x = self.dropout(tokens.expand_queries(x))  # makes the queries of each row different
+        queries, text = tokens.split(x)
+
+        mask = None if attention_mask is None else attention_mask[:, None]
+        layer_kv = iter(() if memory is None else memory.layer_kv)
+        output_layout = tokens.select(output_tokens)
+        for block in self.blocks:
+            image_kv = None if memory is None or block.cross_attention is None else next(layer_kv)
+            keep = output_layout if block is self.blocks[-1] else tokens
+            inputs = (queries, text, mask, image_kv, tokens, keep)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                queries, text = checkpoint(block, *inputs, use_reentrant=False)
             else:
-                x = block(*arguments)
-        out = last.spread(x)
-        return QFormerOutput(out[:, :queries], out[:, queries:])
+                queries, text = block(*inputs)
+        out = output_layout.pad(output_layout.cat(queries, text))
+        return QFormerOutput(out[:, :num_queries], out[:, num_queries:])
+
+    def _embed_text(
+        self, input_ids: Int[Tensor, "B T"], position_ids: Int[Tensor, "T"] | None, text_mask: Bool[Tensor, "B T"]
+    ) -> Float[Tensor, "_ D"]:
+        """Return the embeddings of all tokens that are not padding."""
+        if self.word_embedding is None or self.position_embedding is None:
+            raise ValueError("this Q-Former was built without its text transformer (has_text=False)")
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
+        positions = position_ids.expand(len(input_ids), -1)[text_mask]
+        return self.word_embedding(input_ids[text_mask]) + self.position_embedding(positions)

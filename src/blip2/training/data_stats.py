@@ -1,4 +1,4 @@
-"""What a run met in its data, counted over all processes: samples of each source, shards, what was skipped and why."""
+"""Statistics of the training data over all processes: samples of each source, shards, and skipped records."""
 
 from __future__ import annotations
 
@@ -8,117 +8,118 @@ from pathlib import Path
 from typing import Any
 
 from blip2.console import Display
-from blip2.data.dataset import CAUSES, Loaded, Skipped
-from blip2.distributed import gather_objects
+from blip2.data.dataset import SKIP_REASONS, LoadedBatch, SkippedRecord
+from blip2.distributed import all_gather_objects
 from blip2.errors import InputError
-from blip2.training.metrics import StepFile
+from blip2.training.metrics import JsonlLog
 
-NAMED = 20
-"""So many skipped records are named on the terminal."""
-SAMPLES, SHARDS = 1000, 50
-"""The share of bad ones among fewer says nothing."""
+MAX_DISPLAYED_SKIPS = 20
+"""Number of skipped records that are shown on the terminal."""
+MIN_SAMPLES, MIN_SHARDS = 1000, 50
+"""The fraction of bad samples or shards is not checked among fewer."""
 
 
-class Tally:
-    """Counts that are the same in every process, and what this one adds to them at the next step.
+class DataStats:
+    """Counts over all processes, and the counts of this process in the current step.
 
     Args:
-        sources: names of what is trained on.
-        counts: of :meth:`metrics`, to go on from.
+        sources: names of the sources of the training data.
+        counts: :meth:`metrics` of the checkpoint to resume from.
     """
 
     def __init__(self, sources: Sequence[str], counts: dict[str, Any] | None) -> None:
         self._sources = sources
-        self._names = [*(f"skipped_{cause}" for cause in CAUSES), "cut", "shards"]
-        known = counts or {}
-        self._counts = Counter({name: int(known.get(name, 0)) for name in self._names})
-        self._drawn = Counter({name: int(known.get("drawn", {}).get(name, 0)) for name in sources})
-        self._skipped: list[Skipped] = []
-        self._own: Counter[str] = Counter()
-        self._own_drawn: Counter[str] = Counter()
-        self.step_source: str | None = known.get("source")
-        """What all samples of the last step were drawn from; None where there is no choice, and for a step in which a
-        process had to pass over a batch without a good image."""
-        self._step: Counter[str] = Counter()
+        self._names = [*(f"skipped_{reason}" for reason in SKIP_REASONS), "cut", "shards"]
+        counts = counts or {}
+        self._counts = Counter({name: int(counts.get(name, 0)) for name in self._names})
+        self._drawn = Counter({name: int(counts.get("drawn", {}).get(name, 0)) for name in sources})
+        self._skipped: list[SkippedRecord] = []
+        self._local_counts: Counter[str] = Counter()
+        self._local_drawn: Counter[str] = Counter()
+        self._step_counts: Counter[str] = Counter()
+        self.step_source: str | None = counts.get("source")
+        """The source of all samples of the last step. None if there is only one source, or if a process drew from a
+        second source because a batch of the first had no usable image."""
 
-    def add(self, loaded: Loaded) -> None:
-        """Note a batch of this process."""
+    def add(self, loaded: LoadedBatch) -> None:
+        """Count a batch of this process."""
         self._skipped += loaded.skipped
-        self._own.update(f"skipped_{one.cause}" for one in loaded.skipped)
-        self._own.update({"cut": loaded.cut, "shards": loaded.begun})
-        self._own_drawn[self._sources[loaded.source]] += loaded.drawn
+        self._local_counts.update(f"skipped_{record.reason}" for record in loaded.skipped)
+        self._local_counts.update({"cut": loaded.num_truncated, "shards": loaded.shards_started})
+        self._local_drawn[self._sources[loaded.source_index]] += loaded.num_samples
 
-    def own(self) -> list[float]:
-        """What this process has noted since the last step."""
-        numbers = [*(self._own[name] for name in self._names), *(self._own_drawn[name] for name in self._sources)]
-        self._own.clear()
-        self._own_drawn.clear()
-        return [float(number) for number in numbers]
+    def local_counts(self) -> list[float]:
+        """Return the counts of this process since the last call, to be summed over all processes."""
+        counts = [self._local_counts[name] for name in self._names]
+        counts += [self._local_drawn[name] for name in self._sources]
+        self._local_counts.clear()
+        self._local_drawn.clear()
+        return [float(count) for count in counts]
 
-    def close(self, sums: Sequence[int]) -> None:
-        """End a step with the sums of :meth:`own` over all processes."""
-        self._step = Counter(dict(zip(self._names, sums, strict=False)))
+    def end_step(self, sums: Sequence[int]) -> None:
+        """Add the sums of :meth:`local_counts` over all processes."""
+        self._step_counts = Counter(dict(zip(self._names, sums, strict=False)))
         drawn = dict(zip(self._sources, sums[len(self._names) :], strict=True))
-        self._counts.update(self._step)
+        self._counts.update(self._step_counts)
         self._drawn.update(drawn)
-        of = [name for name, number in drawn.items() if number]
-        self.step_source = of[0] if len(of) == 1 and len(drawn) > 1 else None
+        drawn_from = [name for name, number in drawn.items() if number]
+        self.step_source = drawn_from[0] if len(drawn_from) == 1 and len(drawn) > 1 else None
 
     @property
-    def skipped(self) -> int:
-        """So many records were skipped so far."""
-        return _skips(self._counts)
+    def num_skipped(self) -> int:
+        """Number of records skipped so far."""
+        return _num_skipped(self._counts)
 
     @property
-    def cut(self) -> int:
-        """So many captions were cut so far."""
+    def num_truncated(self) -> int:
+        """Number of captions truncated so far."""
         return self._counts["cut"]
 
     def metrics(self) -> dict[str, Any]:
-        """All counts so far, for a line of metrics and for a checkpoint."""
+        """Return all counts so far, for the metrics file and for a checkpoint."""
         source = {} if self.step_source is None else {"source": self.step_source}
-        return {**source, "drawn": dict(self._drawn), "skipped": self.skipped, **self._counts}
+        return {**source, "drawn": dict(self._drawn), "skipped": self.num_skipped, **self._counts}
 
-    def report(self, step: int, file: StepFile, display: Display, max_tokens: int) -> None:
-        """Name what the last step had to leave out, in the file all, on the display the first of a run."""
-        now = _skips(self._step)
-        if now:  # the same in every process: all of them come here, or none
-            own, self._skipped = self._skipped, []
-            found = [one for theirs in gather_objects(own) for one in theirs]
-            for number, one in enumerate(found, self.skipped - now):
-                file.write({"step": step, **vars(one)})
-                if number < NAMED:
-                    display.say(f"skipped {one}")
-                elif number == NAMED:
-                    display.say(f"more is skipped, and named in {file.path} alone")
-        if self.cut and self.cut == self._step["cut"]:
-            display.say(
-                f"a caption is longer than data.max_length ({max_tokens}) and was cut; the rest are only counted"
+    def log_skipped(self, step: int, file: JsonlLog, display: Display, max_length: int) -> None:
+        """Write the records that were skipped in the last step to the file, and show the first ones of a run."""
+        skipped_now = _num_skipped(self._step_counts)
+        if skipped_now:  # the same in all processes, so all or none take part in the gathering
+            local, self._skipped = self._skipped, []
+            skipped = [record for rank_skipped in all_gather_objects(local) for record in rank_skipped]
+            for number, record in enumerate(skipped, self.num_skipped - skipped_now):
+                file.write({"step": step, "cause": record.reason, "key": record.key, "why": record.message})
+                if number < MAX_DISPLAYED_SKIPS:
+                    display.log(f"skipped {record}")
+                elif number == MAX_DISPLAYED_SKIPS:
+                    display.log(f"further skipped records are listed in {file.path} only")
+        if self.num_truncated and self.num_truncated == self._step_counts["cut"]:
+            display.log(
+                f"a caption is longer than data.max_length ({max_length}) and was truncated; further ones are only"
+                " counted"
             )
 
-    def check(self, limit: float, file: Path) -> None:
-        """Stop when too much is bad.
+    def check_bad_fraction(self, max_bad_fraction: float, file: Path) -> None:
+        """Stop if too many samples or shards are bad.
 
         Args:
-            limit: largest share.
-            file: where the bad ones are named.
+            file: the list of skipped records, for the message.
 
         Raises:
-            InputError: the share of bad samples, or of broken shards, is above the limit.
+            InputError: the fraction of skipped samples, or of broken shards, exceeds `max_bad_fraction`.
         """
-        broken = self._counts["skipped_shard"]
-        for bad, of, enough, what in (
-            (self.skipped, self._drawn.total(), SAMPLES, "samples"),
-            (broken, self._counts["shards"], SHARDS, "shards"),
+        for bad, total, minimum, what in (
+            (self.num_skipped, self._drawn.total(), MIN_SAMPLES, "samples"),
+            (self._counts["skipped_shard"], self._counts["shards"], MIN_SHARDS, "shards"),
         ):
-            if of >= enough and bad > limit * of:
-                causes = ", ".join(f"{cause} {n}" for cause in CAUSES if (n := self._counts[f"skipped_{cause}"]))
+            if total >= minimum and bad > max_bad_fraction * total:
+                reasons = ", ".join(
+                    f"{reason} {count}" for reason in SKIP_REASONS if (count := self._counts[f"skipped_{reason}"])
+                )
                 raise InputError(
-                    f"{bad} of {of} {what} are bad, more than data.max_bad_fraction {limit:g} ({causes}; each is"
-                    " named in"
-                    f" {file}): mend the data, or raise data.max_bad_fraction and go on with --resume"
+                    f"{bad} of {total} {what} are bad, more than data.max_bad_fraction {max_bad_fraction:g} ({reasons};"
+                    f" all are listed in {file}): fix the data, or raise data.max_bad_fraction, and rerun with --resume"
                 )
 
 
-def _skips(counts: Counter[str]) -> int:
-    return sum(counts[f"skipped_{cause}"] for cause in CAUSES)
+def _num_skipped(counts: Counter[str]) -> int:
+    return sum(counts[f"skipped_{reason}"] for reason in SKIP_REASONS)

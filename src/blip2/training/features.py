@@ -1,4 +1,4 @@
-"""Cached features as a recipe asks for them: ``data.cached_views``, ``data.cached_dtype``, ``data.features``."""
+"""The feature cache of a recipe (``data.cached_views``, ``data.cached_dtype``, ``data.features``)."""
 
 from __future__ import annotations
 
@@ -7,31 +7,32 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from blip2.backbones.vision import ImageEncoder
-from blip2.builder import choose_device, choose_dtype, read_image_encoder
-from blip2.checkpoint import is_full
+from blip2.builder import build_image_encoder, choose_device, choose_dtype
+from blip2.checkpoint import is_disk_full
 from blip2.config import Recipe
 from blip2.console import Display
 from blip2.data.assets import resolve
-from blip2.data.records import Records, RecordStream, open_records
-from blip2.distributed import process_index
+from blip2.data.records import Records, RecordStream
+from blip2.data.sources import open_records
+from blip2.distributed import rank
 from blip2.errors import InputError
 from blip2.feature_cache.cache import Augmentation, CachedFeatures, cache_features
-from blip2.io import output_path
-from blip2.training.optimizer import pattern_of
+from blip2.io import expand_home
+from blip2.training.optimizer import find_pattern
 
-NAMED = 20
-"""So many images that cannot be used are named; the others are counted."""
+MAX_LISTED_ERRORS = 20
+"""Maximum number of unusable images that are listed; the others are counted."""
 
 
-def cached_features(
-    recipe: Recipe, records: Records | RecordStream, encoder: ImageEncoder, views: int, device: torch.device
+def load_or_compute_features(
+    recipe: Recipe, records: Records | RecordStream, encoder: ImageEncoder, num_views: int, device: torch.device
 ) -> CachedFeatures:
-    """The features of a data set, made where they are missing and shown while they are.
+    """Return the cached features of a data set; compute those that are missing and show the progress.
 
-    Where there are several processes, all of them call this.
+    All processes of a run call this.
 
     Args:
-        views: how many of each image; 1 is the whole image alone.
+        num_views: number of views per image; 1 is the whole image alone.
 
     Raises:
         InputError: the data is a stream, the encoder trains, or the disk is full.
@@ -43,42 +44,39 @@ def cached_features(
             "data.cached_views needs a frozen image encoder, but optimizer.learning_rate trains it: set it to 0"
         )
     data = recipe.data
-    root = output_path(recipe.output).parent / "features" if data.features is None else output_path(data.features)
-    display = Display(f"features in {count(views, 'view')}", enabled=process_index() == 0)
+    root = expand_home(recipe.output).parent / "features" if data.features is None else expand_home(data.features)
+    display = Display(f"features in {pluralize(num_views, 'view')}", enabled=rank() == 0)
 
     def report(done: int, total: int) -> None:
         if done:
-            display.advance(done)
+            display.update(done)
         else:
             display.start(total)
 
     try:
-        return cache_features(
-            root, records, encoder, Augmentation(views, data.min_crop_scale, data.horizontal_flip), data.cached_dtype,
-            device,
-            data.num_workers, report,
-        )  # fmt: skip
+        augmentation = Augmentation(num_views, data.min_crop_scale, data.horizontal_flip)
+        return cache_features(root, records, encoder, augmentation, data.cached_dtype, device, data.num_workers, report)
     except OSError as error:
-        if not is_full(error):
+        if not is_disk_full(error):
             raise InputError(
                 f"features cannot be written to {root} ({error.strerror or error}): make it writable, or set"
                 " data.features to a folder that is"
             ) from error
         raise InputError(
-            f"no space left on the disk while writing features to {root}: make room and start again; what was made"
-            " stays"
+            f"no space left on the disk while writing features to {root}: free space and rerun; finished features are"
+            " kept"
         ) from error
     finally:
         display.close()
 
 
 def make_features(recipe: Recipe) -> list[str]:
-    """Make the features that :func:`blip2.training.trainer.train` reads with a recipe, without training.
+    """Compute the features that :func:`blip2.training.trainer.train` reads for a recipe, without training.
 
     Under ``torchrun`` or ``accelerate launch`` each process encodes its share.
 
     Returns:
-        Lines that say what there is now; none but in the first process.
+        Lines that describe the features; empty on ranks other than 0.
 
     Raises:
         InputError: as :func:`cached_features`, or the data or the encoder cannot be read.
@@ -86,17 +84,18 @@ def make_features(recipe: Recipe) -> list[str]:
     accelerator = Accelerator(cpu=choose_device(recipe.training.device).type == "cpu")
     lines: list[str] = []
     try:
-        encoder = open_encoder(recipe, accelerator.device)
+        encoder = load_encoder(recipe, accelerator.device)
         for key, source, views in feature_sources(recipe):
             with accelerator.main_process_first():
                 records = open_records(resolve(source), recipe.data)
-            features = cached_features(recipe, records, encoder, views, accelerator.device)
+            features = load_or_compute_features(recipe, records, encoder, views, accelerator.device)
             assert isinstance(records, Records)
             if accelerator.is_main_process:
-                lines.append(f"{key}: {summary(features)}")
-                broken = [f"  {records[i].key}: {why}" for i, why in sorted(features.broken.items())[:NAMED]]
-                more = len(features.broken) - len(broken)
-                lines += broken + ([f"  and {more} more"] if more else [])
+                lines.append(f"{key}: {format_summary(features)}")
+                errors = sorted(features.errors.items())
+                lines += [f"  {records[i].key}: {message}" for i, message in errors[:MAX_LISTED_ERRORS]]
+                if len(errors) > MAX_LISTED_ERRORS:
+                    lines.append(f"  and {len(errors) - MAX_LISTED_ERRORS} more")
     finally:
         accelerator.end_training()
         # Otherwise the next run of this process could not have another device.
@@ -104,17 +103,17 @@ def make_features(recipe: Recipe) -> list[str]:
     return lines
 
 
-def open_encoder(recipe: Recipe, device: torch.device) -> ImageEncoder:
-    """The image encoder of a recipe, with what trains of it marked."""
-    encoder = read_image_encoder(recipe.vision, choose_dtype(recipe.vision.dtype, device)).to(device)
+def load_encoder(recipe: Recipe, device: torch.device) -> ImageEncoder:
+    """Load the image encoder of a recipe and set ``requires_grad`` of its parameters."""
+    encoder = build_image_encoder(recipe.vision, choose_dtype(recipe.vision.dtype, device)).to(device)
     for name, parameter in encoder.named_parameters():
-        rate = recipe.optimizer.learning_rate[pattern_of(f"vision.{name}", recipe.optimizer)]
+        rate = recipe.optimizer.learning_rate[find_pattern(f"vision.{name}", recipe.optimizer)]
         parameter.requires_grad_(rate != "frozen")
     return encoder
 
 
 def feature_sources(recipe: Recipe) -> list[tuple[str, str, int]]:
-    """(key of the recipe, source, views) of all data that a recipe trains on or measures with."""
+    """Return (recipe key, source, number of views) of the training and validation data."""
     views = max(1, recipe.data.cached_views)
     sources = [("data.train", source, views) for source in recipe.data.sources]
     if recipe.data.validation is not None:
@@ -122,17 +121,18 @@ def feature_sources(recipe: Recipe) -> list[tuple[str, str, int]]:
     return sources
 
 
-def summary(features: CachedFeatures) -> str:
-    """How many images there are, how they are kept and where, in one line."""
-    layout, encoded = features.layout, features.encoded
-    error = "" if features.error is None else f", relative error {100 * features.error:.2g} %"
+def format_summary(features: CachedFeatures) -> str:
+    """Describe features in one line: number of images, format, size and folder."""
+    row_format, encoded = features.row_format, features.num_encoded
+    error = "" if features.rms_error is None else f", relative error {100 * features.rms_error:.2g} %"
+    images, views = pluralize(features.num_images, "image"), pluralize(row_format.num_views, "view")
     return (
-        f"{count(len(features), 'record')}, {count(features.images, 'image')} in {count(layout.views, 'view')},"
-        f" {encoded} encoded now and {features.images - encoded} found; {count(len(features.broken), 'record')} without"
-        f" a usable image; {features.bytes / 1e6:,.1f} MB in {layout.dtype}{error}; in {features.folder}"
+        f"{pluralize(len(features), 'record')}, {images} in {views}, {encoded} encoded now and"
+        f" {features.num_images - encoded} found; {pluralize(len(features.errors), 'record')} without a usable image;"
+        f" {features.num_bytes / 1e6:,.1f} MB in {row_format.dtype}{error}; in {features.folder}"
     )
 
 
-def count(number: int, what: str) -> str:
-    """``1 image``, ``2 images``."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def pluralize(number: int, noun: str) -> str:
+    """Return a number with its noun: ``1 image``, ``2 images``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""Stopping between two steps: SIGTERM, SIGINT or SIGHUP is noted, the loop saves a checkpoint and leaves."""
+"""Stopping between two steps: a signal is recorded, and the trainer saves a checkpoint and exits after the step."""
 
 from __future__ import annotations
 
@@ -8,35 +8,38 @@ from collections.abc import Iterator
 from typing import Any
 
 
-class Interruption(Exception):  # noqa: N818
-    """The run was asked to stop (SIGTERM, SIGINT or SIGHUP) and has saved a checkpoint."""
+class TrainingInterrupted(Exception):  # noqa: N818
+    """The run received SIGTERM, SIGINT or SIGHUP, and has saved a checkpoint."""
 
 
-NOTED = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
-"""Of schedulers, of Ctrl-C, and of a terminal that is closed."""
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
+"""The signals of schedulers, of Ctrl-C, and of a terminal that is closed."""
 
 
 @contextlib.contextmanager
-def note_signals() -> Iterator[list[int]]:
-    """The first of :data:`NOTED` is noted in the list, to be acted on after the step; a second one kills.
+def catch_signals() -> Iterator[list[int]]:
+    """Append the first of :data:`SIGNALS` that is received to a list; a second signal kills the process.
 
-    One that is ignored, as SIGHUP under ``nohup``, stays ignored.
+    An ignored signal, such as SIGHUP under ``nohup``, stays ignored.
+
+    Yields:
+        The list of received signals.
     """
-    asked: list[int] = []
-    before: dict[int, Any] = {}
+    received: list[int] = []
+    previous: dict[int, Any] = {}
 
-    def note(number: int, frame: Any) -> None:
-        asked.append(number)
-        signal.signal(number, before[number])
+    def handle(number: int, frame: Any) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
 
     try:
-        for number in NOTED:
+        for number in SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
-                before[number] = signal.signal(number, note)
-    except ValueError:  # not in the main thread: whoever runs us there handles signals
+                previous[number] = signal.signal(number, handle)
+    except ValueError:  # not in the main thread: signals are the caller's responsibility
         pass
     try:
-        yield asked
+        yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""The processes of a run: how they find each other, and how one says that it failed."""
+"""The processes of a run: accelerate's setup, the lock of the run's folder, and the log of failures."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from blip2.builder import choose_device
 from blip2.config import Recipe
-from blip2.distributed import gather_objects, process_index
+from blip2.distributed import all_gather_objects, rank
 from blip2.errors import InputError, process_name
-from blip2.io import locked
-from blip2.training.interruption import Interruption
+from blip2.io import lock_folder
+from blip2.training.interruption import TrainingInterrupted
 
-FAILURES = "failures.log"
+FAILURES_FILE = "failures.log"
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
-    """What accelerate does for a run: devices, precision, DDP, trackers.
+    """Make the Accelerator of a run, which handles devices, mixed precision, DDP and trackers.
 
     Raises:
-        InputError: the precision does not go with the device, a tracker is not installed, or torchrun would hang when
-            it begins the processes again.
+        InputError: the precision is not supported on the device, a tracker is not installed, or torchrun would hang
+            after restarting the processes.
     """
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # Its store outlives the processes, and those that follow look for each other where the dead ones were.
+        # The agent's store outlives the processes: restarted processes would look for each other at the old addresses.
         raise InputError(
-            "--max-restarts would hang: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun, or"
-            " leave it out"
+            "torchrun would hang after a restart (--max-restarts): set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its"
+            " environment, or leave the option out"
         )
     device = choose_device(recipe.training.device)
     precision = recipe.training.precision or ("bf16" if device.type == "cuda" else "fp32")
-    # Without one of the losses its head has no gradient; nor has what an image encoder does after our layer, or what
-    # the last block makes of a question.
+    # Parameters without a gradient: the head of a loss that is switched off, the layers of an image encoder after the
+    # one whose output is used, and the text output of the last block if the Q-Former reads questions.
     losses = recipe.objectives
-    all_used = not (recipe.optimizer.trains("vision") or recipe.qformer.use_qformer_text_input) and (
+    all_parameters_used = not (recipe.optimizer.trains("vision") or recipe.qformer.use_qformer_text_input) and (
         recipe.stage == "generation" or (losses.itc > 0 and losses.itm > 0 and losses.itg > 0)
     )
     if precision == "fp16" and device.type == "cpu":
@@ -60,65 +60,64 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         log_with=list(recipe.training.report_to) or None,
         project_dir=recipe.output,
         kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=not all_used),
+            DistributedDataParallelKwargs(find_unused_parameters=not all_parameters_used),
             InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.training.ddp_timeout)),
         ],
     )
 
 
 @contextlib.contextmanager
-def holding(folder: Path) -> Iterator[None]:
-    """Hold a folder for the processes of this run alone, of which the first does it for all; see
-    :func:`blip2.io.locked`. All of them call this.
+def lock_run(folder: Path) -> Iterator[None]:
+    """Lock the folder of a run; see :func:`blip2.io.lock_folder`. All processes must call it; rank 0 takes the lock.
 
     Raises:
-        InputError: in all of them: processes of another run hold it, or it cannot be written.
+        InputError: in all processes, if another run has locked the folder or it cannot be written.
     """
     problem = None
     with contextlib.ExitStack() as stack:
-        if process_index() == 0:
+        if rank() == 0:
             try:
-                stack.enter_context(locked(folder))
+                stack.enter_context(lock_folder(folder))
             except InputError as error:
                 problem = str(error)
-        problem = gather_objects(problem)[0]
+        problem = all_gather_objects(problem)[0]
         if problem is not None:
             raise InputError(problem)
         yield
 
 
 @contextlib.contextmanager
-def deterministic(wanted: bool) -> Iterator[None]:
-    """Use only operations that give the same bits each time, while `wanted`; see ``training.full_determinism``.
+def deterministic_algorithms(enabled: bool) -> Iterator[None]:
+    """Use only deterministic operations of PyTorch if `enabled`; see ``training.full_determinism``.
 
-    cuBLAS reads its setting when it is first used, so this comes before anything runs on a GPU.
+    cuBLAS reads its setting at first use, so this must come before any work on a GPU.
     """
-    if not wanted:
+    if not enabled:
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled()
+    previous = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(previous)
 
 
 @contextlib.contextmanager
-def naming_failures(run: Path) -> Iterator[None]:
-    """Of several processes, one that fails writes why into ``failures.log`` of the run, with its number and machine.
+def log_failures(run: Path) -> Iterator[None]:
+    """In a distributed run, write the error of a process that fails, with its rank and host, to ``failures.log``.
 
-    torchrun's own file of errors is left alone: it is read while it may be half written, and then nothing is begun
-    again.
+    torchrun's own error file is not used: if torchrun reads it while it is half written, it does not restart anything.
     """
     try:
         yield
-    except Interruption:
+    except TrainingInterrupted:
         raise
     except Exception as error:
         if process_name():
-            about = f"error: {error}\n" if isinstance(error, InputError) else traceback.format_exc()
-            with contextlib.suppress(OSError), (run / FAILURES).open("a", encoding="utf-8") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {process_name()}\n{about}\n")  # at once
+            description = f"error: {error}\n" if isinstance(error, InputError) else traceback.format_exc()
+            with contextlib.suppress(OSError), (run / FAILURES_FILE).open("a", encoding="utf-8") as file:
+                # One write, so that the entries of several processes do not mix.
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {process_name()}\n{description}\n")
         raise

@@ -1,4 +1,4 @@
-"""The log of a training run: one JSON object per step in metrics.jsonl, one per skipped record in skipped.jsonl."""
+"""Logs of a training run: one JSON object per step in metrics.jsonl, one per skipped record in skipped.jsonl."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from blip2.errors import InputError
-from blip2.io import parse_json, written
+from blip2.io import atomic_write, parse_json
 
-METRICS = "metrics.jsonl"
-"""A line for every step."""
-SKIPPED = "skipped.jsonl"
-"""A line for every record that was left out."""
+METRICS_FILE = "metrics.jsonl"
+"""File with one line for each step."""
+SKIPPED_FILE = "skipped.jsonl"
+"""File with one line for each skipped record."""
 
 
-class StepFile:
-    """A file of JSON objects, one a line, each with its step. A disabled one takes calls and writes nothing."""
+class JsonlLog:
+    """A JSON Lines file to which objects with a ``step`` are appended.
+
+    Args:
+        enabled: if False, nothing is written.
+    """
 
     def __init__(self, path: Path, enabled: bool = True) -> None:
         self.path = path
@@ -25,21 +29,22 @@ class StepFile:
 
     @staticmethod
     def truncate(path: Path, step: int) -> None:
-        """Forget what was written after `step`, by a run that was killed and will do those steps again."""
+        """Delete the lines after `step`, which a run that was killed has written and will repeat."""
         if not path.exists():
             return
         kept = []
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(InputError, KeyError, TypeError):  # torn by the kill
+            with contextlib.suppress(InputError, KeyError, TypeError):  # an incomplete last line
                 if parse_json(line)["step"] <= step:
                     kept.append(line)
-        with written(path) as file:
+        with atomic_write(path) as file:
             file.write("".join(f"{line}\n" for line in kept).encode())
 
     def write(self, values: dict[str, Any]) -> None:
+        """Append a line."""
         if self._file is None:
             return
-        if not self.path.exists():  # deleted while the run trains: what is written from here on shall be there
+        if not self.path.exists():  # deleted during the run: recreate it, so that later lines are kept
             self._file.close()
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a", encoding="utf-8")
@@ -47,16 +52,17 @@ class StepFile:
         self._file.flush()
 
     def close(self) -> None:
+        """Close the file."""
         if self._file is not None:
             self._file.close()
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All lines of a run's metrics file."""
-    return [parse_json(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
+    """Read all lines of a run's metrics file."""
+    return [parse_json(line) for line in (run / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
 
 
-def note(values: dict[str, float]) -> str:
-    """What of a line of metrics stands beside the progress bar."""
+def format_progress(values: dict[str, float]) -> str:
+    """Format the metrics that are shown next to the progress bar."""
     shown = [name for name in ("itc", "itm", "itg", "lm", "itc_r1", "itm_accuracy", "lm_accuracy") if name in values]
     return "  ".join([*(f"{name} {values[name]:.3f}" for name in shown), f"{values['images_per_second']:.1f} images/s"])

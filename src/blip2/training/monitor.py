@@ -1,4 +1,4 @@
-"""What the processes of a run say of themselves after each step."""
+"""Monitoring of a run: system metrics of all processes after each step, and changes to the files in use."""
 
 from __future__ import annotations
 
@@ -8,59 +8,61 @@ from pathlib import Path
 
 import torch
 
-from blip2.distributed import gather
+from blip2.distributed import all_gather
 
 
-class Watch:
-    """How long a process waited for data, and how busy its GPU is, put together over all processes."""
+class SystemMonitor:
+    """Per-step system metrics over all processes: waiting time for data, GPU memory and GPU utilization."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._tells_utilization = device.type == "cuda"
-        self.waited = 0.0
-        """Seconds that this process has waited for data since the last :meth:`look`."""
+        self._has_utilization = device.type == "cuda"
+        self.data_seconds = 0.0
+        """Seconds that this process has waited for data since the last :meth:`collect`."""
 
-    def look(self, asked: bool, seconds: float) -> tuple[dict[str, float], bool]:
-        """What is seen of a step, and whether any process was asked to stop. All processes call this together.
+    def collect(self, received_signal: bool, seconds: float) -> tuple[dict[str, float], bool]:
+        """Gather the metrics of a step from all processes. All processes must call it.
 
         Args:
-            asked: whether this process was.
-            seconds: the step took.
+            received_signal: whether this process was asked to stop.
+            seconds: duration of the step.
 
         Returns:
-            ``data_seconds`` and ``data_share`` (of the step) of the process that waited longest for data; on GPUs also
-            ``gpu_memory_gib``, the most that was ever allocated on one, and ``gpu_utilization``, the mean in per cent,
-            where pynvml is installed.
+            The metrics, and whether any process was asked to stop. ``data_seconds`` and ``data_share`` (the fraction of
+            the step) are those of the process that waited longest for data. On GPUs there are also ``gpu_memory_gib``,
+            the largest peak memory of a GPU, and ``gpu_utilization``, the mean in percent, if pynvml is installed.
         """
-        own = [float(asked), self.waited, *self._gpu()]
-        self.waited = 0.0
-        every = gather(torch.tensor([own], device=self._device))  # [processes, 4]
-        most = every.amax(dim=0).tolist()
-        seen = {"data_seconds": most[1], "data_share": most[1] / seconds}
+        local = [float(received_signal), self.data_seconds, *self._gpu_metrics()]
+        self.data_seconds = 0.0
+        gathered = all_gather(torch.tensor([local], device=self._device))  # [world_size, 4]
+        maxima = gathered.amax(dim=0).tolist()
+        metrics = {"data_seconds": maxima[1], "data_share": maxima[1] / seconds}
         if self._device.type == "cuda":
-            seen["gpu_memory_gib"] = most[2]
-            if float(every[:, 3].min()) >= 0:
-                seen["gpu_utilization"] = float(every[:, 3].mean())
-        return seen, bool(most[0])
+            metrics["gpu_memory_gib"] = maxima[2]
+            if float(gathered[:, 3].min()) >= 0:
+                metrics["gpu_utilization"] = float(gathered[:, 3].mean())
+        return metrics, bool(maxima[0])
 
-    def _gpu(self) -> tuple[float, float]:
-        """GiB at the peak, and per cent of the time in which something ran; -1 where that cannot be told."""
+    def _gpu_metrics(self) -> tuple[float, float]:
+        """Return the peak memory in GiB and the utilization in percent, which is -1 if it is unknown."""
         if self._device.type != "cuda":
             return 0.0, -1.0
         memory = torch.cuda.max_memory_allocated(self._device) / 2**30
-        if self._tells_utilization:
+        if self._has_utilization:
             try:
                 return memory, float(torch.cuda.utilization(self._device))
-            except Exception:  # no pynvml, or one that does not go with the driver: nothing to stop training for
-                self._tells_utilization = False
+            except Exception:  # no pynvml, or one that does not match the driver: not worth stopping for
+                self._has_utilization = False
         return memory, -1.0
 
 
 class FrozenFiles:
-    """The files of the frozen parts, which are mapped: what is written into one of them changes a run under way.
+    """The weight files of the frozen parts.
+
+    They are memory-mapped, so that writing into one of them changes the model of a running process.
 
     Args:
-        names: files, and folders of weights; names on a hub are left out.
+        names: files, and folders of weights; names on a hub are ignored.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -70,18 +72,20 @@ class FrozenFiles:
             for file in ([path] if path.is_file() else sorted(path.glob("*")) if path.is_dir() else [])
             if file.suffix in (".safetensors", ".bin", ".pth", ".pt")
         ]
-        self._found = self._look()
+        self._initial = self._stat()
 
-    def _look(self) -> dict[tuple[Path, int], tuple[int, int]]:
-        found: dict[tuple[Path, int], tuple[int, int]] = {}
+    def _stat(self) -> dict[tuple[Path, int], tuple[int, int]]:
+        stats: dict[tuple[Path, int], tuple[int, int]] = {}
         for path in self._paths:
             with contextlib.suppress(OSError):
-                about = path.stat()
-                found[path, about.st_ino] = (about.st_size, about.st_mtime_ns)
-        return found
+                stat = path.stat()
+                stats[path, stat.st_ino] = (stat.st_size, stat.st_mtime_ns)
+        return stats
 
-    def changed(self) -> list[str]:
-        """Those whose size or time is another than at the start. One that was deleted, or replaced by another under its
-        name, is not among them: it stays mapped as it was."""
-        now = self._look()
-        return [str(file[0]) for file, was in self._found.items() if now.get(file, was) != was]
+    def changed_files(self) -> list[str]:
+        """Return the files whose size or modification time has changed since the start.
+
+        A file that was deleted, or replaced by another of the same name, is not among them: the original stays mapped.
+        """
+        current = self._stat()
+        return [str(file[0]) for file, stat in self._initial.items() if current.get(file, stat) != stat]

@@ -1,8 +1,8 @@
-"""A closed-form start of the projection from Z to the LLM (paper §3.3).
+"""Closed-form initialization of the projection from Z to the LLM (paper §3.3).
 
-A random projection shows the LLM vectors that are like no words, and the first steps of stage 2 go into finding out
-what words are like. After stage 1 Z already tells what the caption says, so a linear map from Z to the LLM's token
-embeddings of the caption can be solved for at once, by ridge regression over one pass.
+The outputs of a random projection are far from the LLM's token embeddings, and the first steps of stage 2 only learn
+their distribution. After stage 1, Z already encodes the content of the caption, so that a linear map from Z to the
+LLM's token embeddings of the caption can be fitted by ridge regression in one pass over some data.
 
 Legend: B batch, Q queries, D Q-Former width, L width of the LLM, T tokens of a caption.
 """
@@ -16,24 +16,24 @@ from jaxtyping import Int
 from torch import Tensor
 
 from blip2.model.generation import GenerationBatch, GenerationModel
-from blip2.model.losses import IGNORED
+from blip2.model.losses import IGNORE_INDEX
 
 RIDGE = 1e-2
-"""Penalty on the weights, as a share of the mean variance of Z."""
+"""Penalty on the weights, as a fraction of the mean variance of Z."""
 
 
 @torch.no_grad()
 def fit_projection(model: GenerationModel, batches: Iterable[GenerationBatch]) -> float:
     """Set the projection to the least-squares map from Z to the LLM's token embeddings of the captions.
 
-    Query q of Q is fitted to the token at its share of the caption: of T tokens to number floor(q T / Q). The result is
-    scaled to the spread of the LLM's token embeddings.
+    Query q of Q is fitted to token floor(q T / Q) of the caption's T tokens. The result is scaled to the standard
+    deviation of the LLM's token embeddings.
 
     Args:
-        batches: images with captions; some hundred images are enough.
+        batches: images with captions; several hundred images are enough.
 
     Returns:
-        The share of the targets' variance that the map explains, in [0, 1].
+        The fraction of the targets' variance that the map explains, in [0, 1].
     """
     training = model.training
     model.eval()
@@ -54,7 +54,7 @@ def fit_projection(model: GenerationModel, batches: Iterable[GenerationBatch]) -
         count += len(x)
     mean = xx[:-1, -1] / count
     penalty = torch.full_like(xx[0], float(RIDGE * ((xx.diagonal()[:-1] / count - mean.square()).mean() * count)))
-    penalty[-1] = 0  # the bias is free
+    penalty[-1] = 0  # none on the bias
     solution = torch.linalg.solve(xx + penalty.diag(), xy)  # [D + 1, L]
     explained = 2 * (solution * xy).sum() - (solution * (xx @ solution)).sum()
     total = yy - y.square().sum() / count
@@ -66,11 +66,11 @@ def fit_projection(model: GenerationModel, batches: Iterable[GenerationBatch]) -
 
 
 def _aligned_tokens(labels: Int[Tensor, "B U"], num_queries: int) -> Int[Tensor, "B Q"]:
-    """The id of the caption's token that each query is fitted to."""
+    """Return the id of the caption's token that each query is fitted to."""
     rows = []
     for row in labels:
-        tokens = row[row != IGNORED][:-1]  # without the end
-        tokens = tokens if len(tokens) else row[row != IGNORED]
-        places = torch.arange(num_queries, device=row.device) * len(tokens) // num_queries
-        rows.append(tokens[places])
+        tokens = row[row != IGNORE_INDEX][:-1]  # without the end-of-text token
+        tokens = tokens if len(tokens) else row[row != IGNORE_INDEX]
+        indices = torch.arange(num_queries, device=row.device) * len(tokens) // num_queries
+        rows.append(tokens[indices])
     return torch.stack(rows)

@@ -1,5 +1,7 @@
-"""What saves a GPU's memory: activations are computed again in the backward pass, and what is frozen is dealt out to
-the processes of a machine (FSDP2), so that each block is whole only while it computes."""
+"""Savings of GPU memory: gradient checkpointing, and FSDP2 of the frozen parts.
+
+With FSDP2, the frozen weights are sharded across the processes of a machine; a block is whole only while it computes.
+"""
 
 from __future__ import annotations
 
@@ -19,33 +21,37 @@ from blip2.model.generation import GenerationModel
 from blip2.model.representation import RepresentationModel
 
 
-def checkpoint_activations(model: RepresentationModel | GenerationModel) -> list[str]:
-    """Keep only the inputs of each block for the backward pass, in all parts through which gradients pass: the
-    Q-Former, an image encoder that trains, and the LLM.
+def enable_gradient_checkpointing(model: RepresentationModel | GenerationModel) -> list[str]:
+    """Store only the inputs of each block, in all parts through which gradients pass.
+
+    These are the Q-Former, an image encoder that trains, and the LLM.
 
     Returns:
-        What there is to say: parts that have no blocks, and keep everything.
+        Messages about parts that have no blocks and store everything.
     """
-    model.qformer.checkpointing = True
+    model.qformer.gradient_checkpointing = True
     parts: dict[str, Freezable] = {} if model.vision.is_frozen else {"image encoder": model.vision}
     if isinstance(model, GenerationModel):
         parts["LLM"] = model.language
-    bare = [name for name, part in parts.items() if not part.recompute_blocks()]
-    return [f"training.gradient_checkpointing: the {name} is no stack of equal blocks and keeps all" for name in bare]
+    unsupported = [name for name, part in parts.items() if not part.gradient_checkpointing_enable()]
+    return [
+        f"training.gradient_checkpointing has no effect on the {name}, which is not a stack of equal blocks"
+        for name in unsupported
+    ]
 
 
-def leave_frozen(model: nn.Module) -> None:
-    """Have DDP leave alone what does not train: it is the same in all processes, and does not travel."""
+def ignore_frozen_in_ddp(model: nn.Module) -> None:
+    """Make DDP ignore parameters and buffers that do not train: they are equal in all processes."""
     names = [name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad]
     for part, module in model.named_children():
-        if isinstance(module, Freezable) and (module.is_frozen or module.adapters):
+        if isinstance(module, Freezable) and (module.is_frozen or module.adapter_key):
             names += [f"{part}.{name}" for name, _ in module.named_buffers(remove_duplicate=False)]
-    # The way that PyTorch's documentation of DDP names, in spite of its underscore.
+    # The documentation of DDP names this function, in spite of its underscore.
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)  # pyright: ignore[reportPrivateUsage]
 
 
-def place_trained(model: nn.Module, device: torch.device) -> None:
-    """Move to the device what trains, and every part that is never frozen."""
+def move_trainable(model: nn.Module, device: torch.device) -> None:
+    """Move the parameters that train, and the parts that are never frozen, to the device."""
     for module in model.children():
         if not isinstance(module, Freezable):
             module.to(device)
@@ -54,24 +60,24 @@ def place_trained(model: nn.Module, device: torch.device) -> None:
             parameter.data = parameter.data.to(device)
 
 
-def shard_frozen(model: nn.Module, parts: dict[str, str], device: torch.device) -> int:
-    """Deal out the frozen weights of the blocks of some parts, and move the rest of all to the device.
+def shard_frozen(model: nn.Module, methods: dict[str, str], device: torch.device) -> int:
+    """Shard the frozen weights of the blocks of some parts, and move the rest of the model to the device.
 
-    Blocks come to the device one by one, so that at no time more than one of them is there as a whole. What lies
-    outside them (embeddings, the output matrix) stays whole: it is little, and is read from several places. Weights are
-    dealt out within a machine, so that they never travel between machines.
+    Blocks are moved one by one, so that at most one of them is whole on the device at any time. Weights outside the
+    blocks (embeddings, the output matrix) are replicated: they are small and used in several places. Weights are
+    sharded within a machine and never sent between machines.
 
     Args:
-        parts: names of parts, each with the method by which it is used.
+        methods: names of the parts to shard, each with the method by which the model calls it.
 
     Returns:
-        How many weights were dealt out.
+        The number of sharded weights.
 
     Raises:
-        InputError: no part has blocks that are frozen, or machines have different numbers of processes.
+        InputError: no part has frozen blocks, or machines have different numbers of processes.
     """
-    mesh, sharded = _within_machine(device), 0
-    for name, method in parts.items():
+    mesh, sharded = _machine_mesh(device), 0
+    for name, method in methods.items():
         part: Any = model.get_submodule(name)
         inside = {p for block in part.blocks for p in block.parameters() if not p.requires_grad}
         if not inside:
@@ -80,24 +86,25 @@ def shard_frozen(model: nn.Module, parts: dict[str, str], device: torch.device) 
         outside = set(part.parameters()) - inside
         for block in part.blocks:
             fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=outside)
-        # One root above the blocks lets the next one come while another computes.
+        # A root above the blocks lets FSDP prefetch the next block while one computes.
         fully_shard(part, mesh=mesh, ignored_params=outside)
         register_fsdp_forward_method(part, method)
     if not sharded:
         raise InputError(
-            "training.shard_frozen finds no frozen blocks to deal out: they all train, or are read from the cache, or"
-            " the network is no stack of blocks; set it to false"
+            "training.shard_frozen finds no frozen blocks to shard, because they all train, are replaced by cached"
+            " features, or the network is no stack of blocks: set it to false"
         )
     model.to(device)
     return sharded
 
 
-def _within_machine(device: torch.device) -> DeviceMesh:
-    processes = dist.get_world_size()
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    if processes % here:
+def _machine_mesh(device: torch.device) -> DeviceMesh:
+    world_size = dist.get_world_size()
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    if world_size % local_world_size:
         raise InputError(
-            f"training.shard_frozen needs the same number of processes on each machine, but there are {processes} and"
-            f" {here} of them here"
+            f"training.shard_frozen needs the same number of processes on each machine, but of {world_size}"
+            f" processes {local_world_size} are on this one: start as many on each"
         )
-    return init_device_mesh(device.type, (processes // here, here), mesh_dim_names=("machine", "process"))["process"]
+    shape = (world_size // local_world_size, local_world_size)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("machine", "process"))["process"]

@@ -1,4 +1,4 @@
-"""What is measured of a model while it trains, on pairs that it is not trained on."""
+"""Measurements on held-out data during training: validation losses, evaluations, and the best checkpoint."""
 
 from __future__ import annotations
 
@@ -16,126 +16,142 @@ from blip2.builder import Built
 from blip2.config import Recipe
 from blip2.console import Display
 from blip2.data.collate import StageBatch
-from blip2.data.dataset import Preparation, Skipped, plan_evaluation, to_device
+from blip2.data.dataset import BatchDataset, SkippedRecord, to_device
 from blip2.data.records import Records
-from blip2.data.workers import load
-from blip2.distributed import gather_objects
+from blip2.data.sampler import sequential_batches
+from blip2.data.workers import prefetch
+from blip2.distributed import all_gather_objects
 from blip2.errors import InputError
 from blip2.model.generation import GenerationModel
 from blip2.model.representation import RepresentationModel
-from blip2.training.metrics import METRICS, read_metrics
+from blip2.training.metrics import METRICS_FILE, read_metrics
 
-SMALL_IS_GOOD = ("loss", "_itc", "_itm", "_itg", "_lm", "_perplexity")
-"""Ends of the names of validation metrics of which the smallest is the best."""
+LOWER_IS_BETTER = ("loss", "_itc", "_itm", "_itg", "_lm", "_perplexity")
+"""Suffixes of the validation metrics for which lower is better."""
 
 
 @runtime_checkable
-class Evaluation(Protocol):
-    """What measures a model beside its losses."""
+class Evaluator(Protocol):
+    """An evaluation that is repeated during training."""
 
     @property
     def records(self) -> Records:
-        """What it looks at."""
+        """The held-out records."""
         ...
 
     def __call__(self, built: Built, step: int) -> dict[str, float | str]:
-        """Metrics of the model after a step; a text says why one is missing. All processes call it."""
+        """Return the metrics of the model after a step; for a missing one, a text with the reason.
+
+        All processes must call it.
+        """
         ...
 
 
 @torch.no_grad()
 def validate(
     model: RepresentationModel | GenerationModel,
-    preparation: Preparation,
+    dataset: BatchDataset,
     recipe: Recipe,
     accelerator: Accelerator,
-    say: Callable[[str], None],
-    stand_in: StageBatch | None = None,
+    log: Callable[[str], None],
+    dummy_batch: StageBatch | None = None,
 ) -> dict[str, float]:
-    """Mean losses and metrics over the held-out pairs, with the same draws every time; ``validation_loss`` is the sum
-    of the losses as ``objectives`` weighs them.
+    """Measure the mean losses and metrics on the held-out pairs, with the same random numbers every time.
 
     Args:
-        stand_in: what a process that has no batch while others have one looks at instead, without counting it: where
-            frozen parts are dealt out, all need what each has of them.
+        dummy_batch: batch that is run without being counted by a process that has none while others have one. With
+            sharded frozen parts, all processes must take part in each forward pass.
+
+    Returns:
+        The means, with the prefix ``validation_``. ``validation_loss`` is the sum of the losses weighted by
+        ``recipe.objectives``.
+
+    Raises:
+        InputError: no record can be used.
     """
-    assert preparation.records is not None
+    records = dataset.records
+    assert records is not None
     set_seed(recipe.training.seed)
     model.eval()
     sums: dict[str, torch.Tensor] = {}
-    skipped: list[Skipped] = []
+    skipped: list[SkippedRecord] = []
     losses: set[str] = set()
-    weight = torch.zeros((), device=accelerator.device)
+    num_pairs = torch.zeros((), device=accelerator.device)
+    batch_size, world_size = recipe.data.batch_size, accelerator.num_processes
     with accelerator.autocast():
-        plans = plan_evaluation(
-            preparation.records, recipe.data.batch_size, accelerator.process_index, accelerator.num_processes
-        )
-        most = math.ceil(math.ceil(len(preparation.records) / accelerator.num_processes) / recipe.data.batch_size)
-        for loaded in islice(chain(load(plans, preparation, 0), repeat(None)), most):
+        specs = sequential_batches(records, batch_size, accelerator.process_index, world_size)
+        num_batches = math.ceil(math.ceil(len(records) / world_size) / batch_size)
+        for loaded in islice(chain(prefetch(specs, dataset, 0), repeat(None)), num_batches):
             skipped += loaded.skipped if loaded is not None else ()
             if loaded is None or loaded.batch is None:
-                if stand_in is not None:
-                    model(stand_in)
+                if dummy_batch is not None:
+                    model(dummy_batch)
                 continue
-            outcome = model(to_device(loaded.batch, accelerator.device))
-            losses |= set(outcome.losses)
-            for name, value in {**outcome.losses, **outcome.metrics}.items():
-                sums[name] = sums.get(name, torch.zeros_like(weight)) + value.float() * len(loaded.keys)
-            weight += len(loaded.keys)
+            output = model(to_device(loaded.batch, accelerator.device))
+            losses |= set(output.losses)
+            for name, value in {**output.losses, **output.metrics}.items():
+                sums[name] = sums.get(name, torch.zeros_like(num_pairs)) + value.float() * len(loaded.keys)
+            num_pairs += len(loaded.keys)
     model.train()
     if skipped:
-        say(f"skipped {len(skipped)} records of data.validation; the first is {skipped[0]}")
-    # A process may have had no record of its own.
-    every = gather_objects((list(sums), losses))
-    names = sorted({name for found, _ in every for name in found})
-    losses = set().union(*(found for _, found in every))
-    zero = torch.zeros_like(weight)
-    both = torch.stack([*(sums.get(name, zero) for name in names), weight])
-    totals = cast(torch.Tensor, accelerator.reduce(both, "sum")).tolist()
-    count = totals.pop()
-    means = {name: total / count for name, total in zip(names, totals, strict=True)}
+        log(f"skipped {len(skipped)} records of data.validation; the first is {skipped[0]}")
+    # A process without records of its own does not know the names.
+    gathered = all_gather_objects((list(sums), losses))
+    names = sorted({name for rank_names, _ in gathered for name in rank_names})
+    losses = set().union(*(rank_losses for _, rank_losses in gathered))
+    zero = torch.zeros_like(num_pairs)
+    packed = torch.stack([*(sums.get(name, zero) for name in names), num_pairs])
+    totals = cast(torch.Tensor, accelerator.reduce(packed, "sum")).tolist()
+    total_pairs = totals.pop()
+    if not total_pairs:
+        first = f": {skipped[0]}" if skipped else ""
+        raise InputError(
+            f"none of the {len(records)} records of data.validation can be used{first}: correct them, or name other"
+            " records"
+        )
+    means = {name: total / total_pairs for name, total in zip(names, totals, strict=True)}
     weights = vars(recipe.objectives)
     loss = float(sum(weights.get(name, 1.0) * means[name] for name in sorted(losses)))
     return {f"validation_{name}": mean for name, mean in {"loss": loss, **means}.items()}
 
 
-def evaluate(evaluation: Evaluation, built: Built, step: int, recipe: Recipe, display: Display) -> dict[str, float]:
-    """What `evaluation` measures of the model after a step, in evaluation mode; what is missing is said.
+def run_evaluation(evaluator: Evaluator, built: Built, step: int, recipe: Recipe, display: Display) -> dict[str, float]:
+    """Evaluate the model after a step, and log which metrics are missing.
 
     Raises:
-        InputError: the metric that the best is chosen by is missing.
+        InputError: ``training.metric_for_best_model`` is missing.
     """
     set_seed(recipe.training.seed)
     built.model.eval()
     with display.paused():
-        found = evaluation(built, step)
+        metrics = evaluator(built, step)
     built.model.train()
-    missing = {name: why for name, why in found.items() if isinstance(why, str)}
-    for name, why in missing.items():
-        display.say(f"{name} is missing: {why}")
-    values: dict[str, float] = {name: value for name, value in found.items() if not isinstance(value, str)}
+    missing = {name: reason for name, reason in metrics.items() if isinstance(reason, str)}
+    for name, reason in missing.items():
+        display.log(f"{name} is missing: {reason}")
+    values: dict[str, float] = {name: value for name, value in metrics.items() if not isinstance(value, str)}
     best = recipe.training.metric_for_best_model or ""
     if best.startswith("evaluation_") and best not in values:
-        why = missing.get(best) or f"expected one of {', '.join(values)}"
+        reason = missing.get(best) or f"expected one of {', '.join(values)}"
         raise InputError(
-            f"training.metric_for_best_model is {best}, which is missing ({why}): mend that and go on with --resume"
+            f"training.metric_for_best_model is {best}, which is missing ({reason}): fix this and rerun with --resume"
         )
     return values
 
 
 def is_better(value: float, best: float | None, name: str) -> bool:
-    """Whether a metric is better than the best so far, of which there may be none."""
+    """Return whether the value of a metric is better than the best so far; ``best`` is None if there is none."""
     if not math.isfinite(value):
         return False
     if best is None:
         return True
-    return value < best if name.startswith("validation_") and name.endswith(SMALL_IS_GOOD) else value > best
+    return value < best if name.startswith("validation_") and name.endswith(LOWER_IS_BETTER) else value > best
 
 
-def best_so_far(run: Path, name: str | None) -> float | None:
-    """The best value of a metric among those that a run has written."""
+def best_metric(run: Path, name: str | None) -> float | None:
+    """Return the best value of a metric in a run's metrics file; None if there is none."""
     best: float | None = None
-    if name is not None and (run / METRICS).exists():
+    if name is not None and (run / METRICS_FILE).exists():
         for row in read_metrics(run):
             if name in row and is_better(row[name], best, name):
                 best = row[name]

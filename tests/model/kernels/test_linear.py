@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from blip2.model.kernels import linear as module
-from blip2.model.kernels.linear import Linear, linear, linear_gelu, use_linear
+from blip2.model.kernels.linear import Linear, convert_linears, linear, linear_gelu, mlp
 
 LARGE = (96, 512, 384)
 """Rows, inputs, outputs: enough multiplications."""
@@ -54,6 +54,30 @@ def test_gelu_behind_it(size: tuple[int, int, int]) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=5e-4)
 
 
+@pytest.mark.parametrize("size", [LARGE, (3, 8, 5)], ids=["large", "small"])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_mlp(size: tuple[int, int, int], groups: int) -> None:
+    rows, width, hidden = size
+    x, fc1, fc2 = torch.randn(rows, width, requires_grad=True), Linear(width, hidden), Linear(hidden, width)
+    shaped, inputs = x.unflatten(0, (groups, -1)), [x, *fc1.parameters(), *fc2.parameters()]
+    expected, found = fc2(F.gelu(fc1(x))).view_as(shaped), mlp(shaped, fc1, fc2)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        torch.autograd.grad(found.sin().sum(), inputs), torch.autograd.grad(expected.sin().sum(), inputs),
+        rtol=1e-4, atol=5e-4,
+    )  # fmt: skip
+    with torch.no_grad():
+        torch.testing.assert_close(mlp(shaped, fc1, fc2), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_mlp_does_not_store_the_activation() -> None:
+    x, fc1, fc2 = torch.randn(10, 8), Linear(8, 32), Linear(32, 8)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        mlp(x, fc1, fc2)
+    assert kept.count(torch.Size([10, 32])) == 1  # the input of the GELU, not its output
+
+
 @needs_onednn
 def test_rows_of_rows_and_parts_of_rows() -> None:
     x, weight, bias, _ = sides(*LARGE)
@@ -68,7 +92,7 @@ def test_rows_of_rows_and_parts_of_rows() -> None:
 
 
 def uses_onednn(out: torch.Tensor) -> bool:
-    return "_Product" in type(out.grad_fn).__name__
+    return "_OneDNNLinear" in type(out.grad_fn).__name__
 
 
 @needs_onednn
@@ -100,7 +124,7 @@ def test_networks_of_others_get_it_without_a_change_of_weights() -> None:
     network = nn.Sequential(nn.Linear(512, 384), Own(384, 512), nn.LayerNorm(512))
     x = torch.randn(96, 512)
     before, state = network(x), {name: t.clone() for name, t in network.state_dict().items()}
-    use_linear(network)
+    convert_linears(network)
     assert [type(layer) for layer in network] == [Linear, Own, nn.LayerNorm]
     torch.testing.assert_close(network(x), before, rtol=1e-5, atol=1e-4)
     assert all(torch.equal(tensor, network.state_dict()[name]) for name, tensor in state.items())

@@ -1,4 +1,4 @@
-"""The images that the demo trains on and is tested with."""
+"""The training and evaluation data of the demo."""
 
 from __future__ import annotations
 
@@ -12,53 +12,55 @@ from typing import Any
 
 from blip2.config import DataConfig
 from blip2.data.assets import fetch
-from blip2.data.records import Records, open_records
+from blip2.data.records import Records
 from blip2.data.scene_kinds import STAMPS
+from blip2.data.sources import open_records
 from blip2.errors import InputError
 from blip2.evaluation.scenes import read_rows
-from blip2.io import written
+from blip2.io import atomic_write
 
 log = logging.getLogger("blip2")
 
 HELD_OUT = 0.1
-"""Share of a user's own images that are held out."""
+"""Share of a user's images that are held out."""
 QUICK_IMAGES = 48
-"""Held-out images of the curves of a quick demo."""
-FEWEST_IMAGES = 20
-"""A user's own images must be at least this many."""
+"""Number of validation images in a quick demo."""
+MIN_IMAGES = 20
+"""Minimum number of a user's images."""
 
 
 @dataclass(frozen=True)
-class Material:
-    """Where the demo finds its images."""
+class DemoData:
+    """Data sources of the demo."""
 
     train: str
-    """Captions of stage 1."""
+    """Captions for stage 1."""
     generation: str
-    """Captions of stage 2."""
+    """Captions for stage 2."""
     questions: str | None
-    """Questions with their answers; None where there are none."""
+    """Questions with answers, if there are any."""
     validation: str
-    """Held-out images for the curves of stage 1."""
+    """Held-out captions for the validation curves of stage 1."""
     generation_validation: str
-    """The same for stage 2."""
+    """Held-out captions for the validation curves of stage 2."""
     questions_validation: str | None
-    """The same for training on questions."""
+    """Held-out questions for the validation curves of the fine-tuning on questions."""
     held_out: Path | None
-    """Images with captions for the table of captions and retrieval, as JSONL; None where they cannot be had."""
+    """JSONL file of images with captions for the evaluation of captions and retrieval; None if not available."""
     scenes: Path | None
-    """Folder of the scenes, where the demo is of scenes."""
+    """Folder of the scenes; None for a user's images."""
     credit: str
     """Source and license of the images, for the report."""
 
 
-def scenes_material(output: Path, quick: bool) -> Material:
-    """Scenes, and Tux Paint's held-out stamps to look at: what no training has shown.
+def scenes_data(output: Path, quick: bool) -> DemoData:
+    """Return the scenes as training data, with Tux Paint's held-out stamps for evaluation.
 
-    Stamps that scenes are composed of are left out, as training shows some of their cut-outs.
+    Stamps that occur in scenes are left out, because training shows them.
 
     Args:
-        quick: train on few scenes.
+        output: folder for the files of the demo.
+        quick: train on the smaller validation split.
     """
     scenes = fetch("scenes-20")
     split, held = ("validation", "test_images") if quick else ("train", "validation")
@@ -73,13 +75,13 @@ def scenes_material(output: Path, quick: bool) -> Material:
     try:
         stamps = fetch("tuxpaint-stamps")
     except InputError as error:
-        log.info("%s; there is no table of Tux Paint's stamps then", error)
+        log.info("%s; the evaluation on Tux Paint's stamps is skipped", error)
     else:
         shown = {stamp for names in STAMPS.values() for stamp in names}
         held_out = output / "stamps.jsonl"
         _write_rows(held_out, [row for row in _read_rows(stamps / "held_out.jsonl") if row["key"] not in shown])
         credit = "Tux Paint stamps, GPL-2, by Bill Kendrick and contributors"
-    return Material(
+    return DemoData(
         str(scenes / f"{split}.jsonl"),
         descriptions,
         questions,
@@ -92,13 +94,14 @@ def scenes_material(output: Path, quick: bool) -> Material:
     )
 
 
-def own_material(source: str, output: Path) -> Material:
-    """A user's own images with captions: nine tenths are trained on, one tenth is held out.
+def user_data(source: str, output: Path) -> DemoData:
+    """Split a user's images with captions: nine tenths for training, one tenth held out.
 
-    Which images are held out depends on their names or contents alone.
+    The split depends only on the names of the images.
 
     Args:
-        source: a folder or table, as ``data.train`` of a recipe may say.
+        source: a folder or table that ``data.train`` of a recipe may name.
+        output: folder for the files of the demo.
 
     Raises:
         InputError: the source cannot be read, is a stream, or has too few images with a caption.
@@ -106,32 +109,33 @@ def own_material(source: str, output: Path) -> Material:
     records = open_records(source, DataConfig(train=source, streaming=False))
     if not isinstance(records, Records):
         raise InputError(f"--data {source} is a stream, expected a folder or a table of images with captions")
-    if records.holds_images:
+    if records.has_embedded_images:
         raise InputError(
             f"--data {source} holds its images inside the table, expected image files: give a folder of images with a"
-            " .txt beside each, or a table with their paths"
+            " .txt file for each, or a table with their paths"
         )
     rows: list[dict[str, object]] = []
     for record in records:
         if isinstance(record.image, str) and record.captions:
             rows.append({"image": str(Path(record.image).resolve()), "captions": list(record.captions)})
-    if len(rows) < FEWEST_IMAGES:
-        raise InputError(f"--data {source} has {len(rows)} images with a caption, expected at least {FEWEST_IMAGES}")
+    if len(rows) < MIN_IMAGES:
+        raise InputError(f"--data {source} has {len(rows)} images with a caption, expected at least {MIN_IMAGES}")
     ranked = sorted(rows, key=lambda row: hashlib.sha256(str(row["image"]).encode()).digest())
     count = max(2, round(HELD_OUT * len(rows)))
     held_out, train = output / "held_out.jsonl", output / "train.jsonl"
     _write_rows(held_out, ranked[:count])
     _write_rows(train, ranked[count:])
-    train_on, measure_on = str(train), str(held_out)
-    return Material(train_on, train_on, None, measure_on, measure_on, None, held_out, None, f"your images, {source}")
+    return DemoData(
+        str(train), str(train), None, str(held_out), str(held_out), None, held_out, None, f"your images, {source}"
+    )
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read rows that are to be written elsewhere: their images get absolute paths."""
+    """Read rows, and make the paths of their images absolute."""
     return [row | {"image": str(path.parent / row["image"])} for row in read_rows(path)]
 
 
 def _write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written(path) as file:
+    with atomic_write(path) as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows).encode())

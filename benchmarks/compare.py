@@ -1,10 +1,10 @@
-"""Two programs at the same work, in turns: the ratio of their times, with its spread, and the peak memory of each.
+"""Run two programs on the same work in turns, and compare their times and peak memory.
 
-A contender is a process of its own (LAVIS needs another transformers than this project, and peak memory is that of a
-process). It is started with a folder that holds the inputs of both, makes itself ready, and does its work once for each
-line it reads. Contenders take turns (A B A B ...), so that whatever else the machine does falls on both.
+Each runner is a process of its own, since LAVIS needs another version of transformers and peak memory is measured per
+process. A runner is started with a folder of the shared inputs and does its work once for each line that it reads.
+Runners take turns (A B A B ...), so that other load on the machine affects both.
 
-This file is imported by contenders of other environments too: it needs torch and nothing else.
+Runners in other environments import this file too, so it depends on torch alone.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Result:
-    """What a contender did."""
+    """The measurements of a runner."""
 
     seconds: list[float]
-    """Of each round."""
+    """Seconds of each round."""
     values: list[float]
-    """What came out, to be compared."""
+    """Results to compare."""
     peak: int
-    """Most bytes it held at once: of the process, or of the GPU."""
+    """Peak memory in bytes, of the process or of the GPU."""
 
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
 
 
-class Contender:
-    """A process that does one piece of work when it is told to.
+class Runner:
+    """A process that runs its work on request.
 
     Args:
-        command: python and its arguments; the process calls :func:`serve`.
-        name: for messages.
+        name: name in messages.
+        command: Python and its arguments; the process calls :func:`serve` or :func:`serve_jobs`.
     """
 
     def __init__(self, name: str, command: Sequence[str | Path]) -> None:
@@ -66,7 +66,7 @@ class Contender:
         self._process.communicate()
 
     def ask(self, work: str, **order: Any) -> dict[str, Any]:
-        """Have a contender that :func:`obey` serves do something."""
+        """Run a job of a process that calls :func:`serve_jobs`."""
         return self._order(json.dumps({"work": work, **order}))
 
     def _order(self, line: str) -> dict[str, Any]:
@@ -80,16 +80,18 @@ class Contender:
         for line in self._process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
-        raise SystemExit(f"{self.name} ended with status {self._process.wait()}: what it said is above")
+        raise SystemExit(f"{self.name} ended with status {self._process.wait()}: see its output above")
 
 
 def serve(work: Callable[[], Sequence[float]], device: str = "cpu", warm_up: int = 1, settle: bool = False) -> None:
-    """In a contender: do `work` at each line read; what it returns are the values to compare.
+    """Run `work` for each line read from stdin and print the time and the values that it returns.
 
     Args:
-        warm_up: times that the work is done before it counts.
-        settle: at each turn it is done once before it is timed. Whoever slept while the other worked is slower at
-            first, by up to half a second on the machine of docs/performance.md, which matters where the work is short.
+        work: the work; returns values to compare.
+        device: device of the work.
+        warm_up: number of runs before the first measurement.
+        settle: run the work once before each measurement. After waiting for the other process, a process is slower at
+            first, by up to half a second on the machine of docs/performance.md, which matters for short work.
     """
     for _ in range(warm_up):
         work()
@@ -105,16 +107,17 @@ def serve(work: Callable[[], Sequence[float]], device: str = "cpu", warm_up: int
         print(json.dumps({"seconds": seconds, "values": values, "peak": peak_bytes(device)}), flush=True)
 
 
-def obey(orders: Mapping[str, Callable[..., dict[str, Any]]], device: str) -> None:
-    """In a contender that can do several things: do what each line read asks for, and give back the memory of the GPU.
+def serve_jobs(jobs: Mapping[str, Callable[..., dict[str, Any]]], device: str) -> None:
+    """Run the job that each line read from stdin names, and release GPU memory after each.
 
     Args:
-        orders: by the word ``work`` of a line, which is JSON; the rest of it are arguments.
+        jobs: functions by name. A line is a JSON object: ``work`` is the name, the other keys are arguments.
+        device: device of the jobs.
     """
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         order = json.loads(line)
-        reply = orders[order.pop("work")](**order)
+        reply = jobs[order.pop("work")](**order)
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
@@ -122,7 +125,7 @@ def obey(orders: Mapping[str, Callable[..., dict[str, Any]]], device: str) -> No
 
 
 def measure(work: Callable[[], Sequence[float]], device: str, repeats: int, warm_up: int = 2) -> dict[str, Any]:
-    """Seconds that work takes once, what came out, and the most bytes that were held."""
+    """Return the mean seconds of a run, its values and the peak memory in bytes."""
     for _ in range(warm_up):
         values = list(work())
     if device == "cuda":
@@ -137,8 +140,8 @@ def measure(work: Callable[[], Sequence[float]], device: str, repeats: int, warm
     return {"seconds": seconds, "values": values, "peak": peak_bytes(device)}  # pyright: ignore
 
 
-def profile_of(work: Callable[[], Any], device: str, kernels: int = 10) -> dict[str, Any]:
-    """Where the time of work goes: the kernels that take longest, and the share of it in which the GPU waits."""
+def profile_work(work: Callable[[], Any], device: str, kernels: int = 10) -> dict[str, Any]:
+    """Profile a run: the slowest kernels, and the fraction of time in which the device is idle."""
     from torch.profiler import ProfilerActivity, profile
 
     on_gpu = device == "cuda"
@@ -169,24 +172,24 @@ def profile_of(work: Callable[[], Any], device: str, kernels: int = 10) -> dict[
 
 
 def peak_bytes(device: str = "cpu") -> int:
-    """Most bytes this process has held at once."""
+    """Return the peak memory of this process in bytes."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     rows = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(rows["VmHWM"].split()[0]) * 1024
 
 
-def compete(contenders: Sequence[tuple[str, Sequence[str | Path]]], rounds: int) -> dict[str, Result]:
-    """Start all contenders, let them work in turns, `rounds` times each."""
-    started = [Contender(name, command) for name, command in contenders]
-    replies: dict[str, list[dict[str, Any]]] = {contender.name: [] for contender in started}
+def run_in_turns(runners: Sequence[tuple[str, Sequence[str | Path]]], rounds: int) -> dict[str, Result]:
+    """Start all runners and run each `rounds` times, in turns."""
+    started = [Runner(name, command) for name, command in runners]
+    replies: dict[str, list[dict[str, Any]]] = {runner.name: [] for runner in started}
     for number in range(rounds):
-        for contender in started:
-            replies[contender.name].append(contender.run())
+        for runner in started:
+            replies[runner.name].append(runner.run())
             note = ", ".join(f"{name} {said[-1]['seconds']:.2f} s" for name, said in replies.items() if said)
             print(f"  round {number + 1} of {rounds}: {note}", file=sys.stderr, flush=True)
-    for contender in started:
-        contender.close()
+    for runner in started:
+        runner.close()
     return {
         name: Result([reply["seconds"] for reply in said], said[0]["values"], said[-1]["peak"])
         for name, said in replies.items()
@@ -194,11 +197,11 @@ def compete(contenders: Sequence[tuple[str, Sequence[str | Path]]], rounds: int)
 
 
 def ratios(ours: Result, peer: Result) -> tuple[float, float, float]:
-    """Median, smallest and largest of (peer's seconds / ours), round by round."""
-    each = [theirs / mine for mine, theirs in zip(ours.seconds, peer.seconds, strict=True)]
-    return statistics.median(each), min(each), max(each)
+    """Return the median, minimum and maximum over rounds of the peer's seconds divided by ours."""
+    ratios = [theirs / mine for mine, theirs in zip(ours.seconds, peer.seconds, strict=True)]
+    return statistics.median(ratios), min(ratios), max(ratios)
 
 
 def largest_difference(ours: Result, peer: Result) -> float:
-    """Between the values of both, which have to be the same results of the same inputs."""
+    """Return the largest absolute difference between the values of both, which should agree."""
     return max(abs(a - b) for a, b in zip(ours.values, peer.values, strict=True))

@@ -1,11 +1,10 @@
-"""python benchmarks/plan.py
+"""python benchmarks/estimate_cost.py
 
-The tables of docs/scale.md: what the paper's pre-training takes on 8 and on 64 GPUs, and what memory its fine-tuning
-takes on the paper's 16. Counted here: operations, by
-PyTorch, on networks of full size (the frozen ones without weights, on the meta device; the Q-Former on CPUs), and what
-autograd keeps for the backward pass. Bytes that travel are those of blip2.training.traffic, which a test compares with
-what does travel. Assumed, and named below: how much of its peak a GPU reaches, how fast a network is, how large a
-picture is.
+Print the tables of docs/scale.md: the time of the paper's pre-training on 8 and on 64 GPUs, and the memory of its
+fine-tuning on the paper's 16. Operations and saved activations are counted by PyTorch on networks of full size, the
+frozen ones on the meta device, the Q-Former on the CPU. Communicated bytes are those of benchmarks/traffic.py, which a
+test compares with measured ones. The constants below state what is assumed: utilization of the GPUs, network bandwidth
+and size of an image file.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
+from traffic import step_traffic
 from transformers import (
     Blip2VisionConfig,
     Blip2VisionModel,
@@ -25,45 +25,48 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from blip2.backbones.vision import ImageEncoder, Preprocessing, wrap_transformers
+from blip2.backbones.vision import ImageEncoder, Preprocessing
+from blip2.backbones.vision_loaders import wrap_transformers
 from blip2.config import DataConfig, LanguageConfig, ObjectivesConfig, QFormerConfig, Recipe, VisionConfig
 from blip2.model.qformer import QFormer
 from blip2.model.representation import RepresentationBatch, RepresentationModel
-from blip2.training.traffic import step_traffic
 
 PEAK = {"A100": 312e12, "H100": 989e12}
-"""Half-precision operations a second without sparsity, by the maker's data sheets."""
+"""Peak half-precision operations per second without sparsity, from the data sheets."""
 SHARES = (0.5, 0.4)
-"""Of the peak that training reaches: assumed."""
+"""Fractions of the peak that training reaches (assumed)."""
 NETWORKS = {8: ("NVLink, 200 GB/s", 200e9), 64: ("400 Gbit/s a GPU", 50e9)}
-"""Bytes a second that a process sends: assumed."""
+"""Bytes per second that a process sends (assumed)."""
 LENGTH = 16
-"""Tokens of a caption: assumed, a little more than COCO's."""
-PICTURES, PICTURE_BYTES = 129e6, 30e3
-"""The number is the paper's; 30 kB for a picture of 256 pixels as JPEG is assumed."""
+"""Tokens per caption (assumed, slightly more than COCO's)."""
+IMAGES, IMAGE_BYTES = 129e6, 30e3
+"""Number of images in the paper, and bytes of a JPEG of 256 pixels (assumed)."""
 TOKENS, WIDTH = 257, 1408
 PAIRS = 2
 GIB = 2**30
 LAYERS = 39
-"""Of ViT-g/14, whose 40th is removed (§3.4)."""
+"""Number of layers of ViT-g/14 without the last one (§3.4)."""
 TUNED = {"captions": (364, 256), "answers": (490, 128)}
-"""Of fine-tuning: image size, pairs a step (Tables 7 and 8)."""
+"""Image size and pairs per step of fine-tuning (Tables 7 and 8)."""
 TUNING_GPUS = 16
 
 
 class Count(NamedTuple):
-    """Of one pair in one step."""
+    """The cost of one pair in one step."""
 
     operations: float
     kept: float
-    """Bytes that autograd keeps."""
+    """Bytes that autograd saves for the backward pass."""
 
 
 def count(forward: Any, parameters: set[int], pairs: int = 1, backward: bool = True) -> Count:
-    """Operations of a pass forwards and back, and what is kept between the two but for weights.
+    """Count the operations of a forward and backward pass, and the bytes saved between them except weights.
 
     Args:
-        backward: False leaves the way back out, and its operations.
+        forward: the forward pass.
+        parameters: storages that are not counted; see :func:`weights`.
+        pairs: number of pairs in the pass.
+        backward: whether to run and count the backward pass.
     """
     kept: dict[int, Any] = {}
 
@@ -83,7 +86,7 @@ def count(forward: Any, parameters: set[int], pairs: int = 1, backward: bool = T
 
 
 def weights(network: nn.Module) -> set[int]:
-    """What of a network is not an activation."""
+    """Return the storages of a network's weights."""
     return {p.untyped_storage()._cdata for p in network.parameters()}  # pyright: ignore[reportPrivateUsage]
 
 
@@ -92,7 +95,7 @@ def size(network: nn.Module) -> int:
 
 
 def vit_g() -> tuple[nn.Module, Count]:
-    """EVA-CLIP's ViT-g/14 without its last layer (§3.4), for a picture of 224 pixels."""
+    """EVA-CLIP's ViT-g/14 without its last layer (§3.4), for an image of 224 pixels."""
     with torch.device("meta"):
         network = Blip2VisionModel(Blip2VisionConfig(num_hidden_layers=LAYERS))
         pixels = torch.empty(1, 3, 224, 224)
@@ -123,10 +126,12 @@ def stage_two(tokens: int = TOKENS, trains: bool = False, checkpointing: bool = 
         trains: the image encoder, which asks for gradients of its features.
     """
     model = QFormer(QFormerConfig(bert=None), WIDTH, has_text=False).train()
-    model.checkpointing = checkpointing
+    model.gradient_checkpointing = checkpointing
     norm = nn.LayerNorm(WIDTH)
     features = torch.randn(PAIRS, tokens, WIDTH, requires_grad=trains)
-    return model, count(lambda: model(model.memory(features, norm)).queries.sum(), weights(model), PAIRS, not trains)
+    return model, count(
+        lambda: model(model.project_image(features, norm)).queries.sum(), weights(model), PAIRS, not trains
+    )
 
 
 def trained_block(size: int, checkpointing: bool) -> tuple[float, float]:
@@ -145,10 +150,10 @@ def trained_block(size: int, checkpointing: bool) -> tuple[float, float]:
         encoder = wrap_transformers(Blip2VisionModel(config), Preprocessing(size))
         encoder.requires_grad_(True).train()
         if checkpointing:
-            encoder.recompute_blocks()
+            encoder.gradient_checkpointing_enable()
         pixels = torch.zeros(pairs, 3, size, size)
         with torch.autocast("cpu", torch.bfloat16):
-            return count(lambda: encoder.features(pixels).sum(), weights(encoder), backward=False).kept
+            return count(lambda: encoder.encode(pixels).sum(), weights(encoder), backward=False).kept
 
     one, two = (keep(2, pairs) - keep(1, pairs) for pairs in (1, 2))
     return part * (two - one), part**2 * (2 * one - two)
@@ -279,8 +284,8 @@ def main() -> None:
     print(f"The paper's 6 and 3 days are {100 * stage1 / 6:.0f} % and {100 * stage2 / 3:.0f} % of the peak.")
     view = 2 * TOKENS * WIDTH
     print(
-        f"Pictures {PICTURES * PICTURE_BYTES / 1e12:.1f} TB; features in one view {PICTURES * view / 1e12:.0f} TB in"
-        f" bf16, {PICTURES * (view / 2 + 4 * TOKENS) / 1e12:.0f} TB in int8."
+        f"Images {IMAGES * IMAGE_BYTES / 1e12:.1f} TB; features in one view {IMAGES * view / 1e12:.0f} TB in"
+        f" bf16, {IMAGES * (view / 2 + 4 * TOKENS) / 1e12:.0f} TB in int8."
     )
     tuning(encoder, llms)
     kept = [f"{16 * each.kept / GIB:.2f}" for each in (plain, step)]

@@ -1,0 +1,253 @@
+"""Open the data sources that a recipe may name.
+
+Everything is read through the ``datasets`` library: as memory-mapped tables if the number of rows is known, otherwise
+as streams.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.config import HF_DATASETS_CACHE
+from huggingface_hub.constants import HF_HUB_CACHE
+
+from blip2.config import DataConfig
+from blip2.data.benchmarks import find_shards, is_benchmark, read_benchmark
+from blip2.data.cells import (
+    ANSWER_COLUMNS,
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    IMAGE_ID_COLUMNS,
+    METADATA_COLUMNS,
+    QUESTION_COLUMNS,
+    class_names,
+)
+from blip2.data.folders import list_pairs
+from blip2.data.records import ColumnMapping, Records, RecordStream, next_row
+from blip2.data.shards import (
+    ERROR_COLUMN,
+    KEY_COLUMN,
+    STARTS_SHARD_COLUMN,
+    expand_files,
+    is_url,
+    read_shard,
+    stream_shards,
+    unreadable_source,
+)
+from blip2.data.tables import Table, build_cached_table, read_text_table, table_from_rows
+from blip2.errors import InputError
+from blip2.io import read_json
+
+FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".tar")
+
+LIBRARY_CACHES = (HF_DATASETS_CACHE, HF_HUB_CACHE)
+"""The folders where the datasets library stores datasets of the Hugging Face Hub."""
+
+BENCHMARK_BATCH_ROWS = 50_000
+"""Rows of a benchmark that are converted to a table at a time: as Python objects they take ten times as much memory."""
+
+SCHEMA_PROBE_ROWS = 20
+"""Rows that are read to find the columns of shards, as a sample may lack one. A table is refused if none of its first
+rows, up to this number, can be used."""
+MAX_BROKEN_PROBE_SHARDS = 10
+"""Shards without a readable row, in a row, after which the search for columns ends."""
+
+
+def open_records(source: str, config: DataConfig, rank: int = 0, world_size: int = 1) -> Records | RecordStream:
+    """Open image-text pairs.
+
+    Args:
+        source: a data source, as ``data.train`` of a recipe takes it.
+        rank, world_size: the share of a stream to read. A table is opened whole on every rank.
+
+    Raises:
+        InputError: the source does not exist, cannot be read, is empty, or lacks a column.
+    """
+    streaming = config.streaming
+    if is_benchmark(source):
+        shards = find_shards(source)
+        if shards is None:
+            return _make_records(_benchmark_table(source), source, config, Path(), rank, world_size)
+        source = shards
+    if source.startswith("hub:"):
+        name = source.removeprefix("hub:")
+        dataset = _load(source, datasets.load_dataset, name, split=config.split, streaming=bool(streaming))
+        folders = (*(str(folder) for folder in LIBRARY_CACHES), *([name] if Path(name).is_dir() else []))
+        return _make_records(dataset, source, config, Path(), rank, world_size, folders)
+    path, remote = Path(source), is_url(source)
+    if not remote and path.is_dir():
+        return _open_folder(path, config, rank, world_size)
+    suffix = path.suffix.lower()
+    if suffix not in FILE_SUFFIXES:
+        raise InputError(
+            f"data source {source!r} is neither a folder nor a file ending in {', '.join(FILE_SUFFIXES)}: check the"
+            " path, or write hub:NAME for a dataset on the Hugging Face Hub"
+        )
+    files = expand_files(source)
+    streaming = suffix == ".tar" or remote if streaming is None else streaming
+    if streaming:
+        dataset = stream_shards(files)
+    elif suffix == ".parquet":
+        literal = [file if remote else glob.escape(file) for file in files]  # load_dataset expands patterns again
+        dataset = _load(source, datasets.load_dataset, "parquet", data_files={"train": literal}, split="train")
+    elif suffix == ".tar":
+        column = config.image_column or "image"
+        dataset = _load(source, build_cached_table, files, read=partial(_read_samples, image=column), kind=column)
+    else:
+        dataset = _load(source, build_cached_table, files, read=read_text_table)
+    # A Parquet file may name image files in its own folder; the .json of a tar sample may name none.
+    allowed_folders = {".tar": (), ".parquet": (str(path.parent),)}.get(suffix)
+    return _make_records(dataset, source, config, path.parent, rank, world_size, allowed_folders)
+
+
+def _read_samples(shard: str, image: str) -> Iterator[dict[str, Any]]:
+    """Read the rows of a shard, which must be undamaged. Only the column `image` keeps its bytes."""
+    for row in read_shard(shard):
+        if ERROR_COLUMN in row:
+            raise InputError(row[ERROR_COLUMN])
+        kept = {name: cell for name, cell in row.items() if name == image or not isinstance(cell, bytes)}
+        yield {**kept, KEY_COLUMN: f"{shard} {row[KEY_COLUMN]}"}
+
+
+def _benchmark_table(source: str) -> datasets.Dataset:
+    """Read a benchmark into memory, with the paths of its images and the columns that records use."""
+    columns = ("image", *CAPTION_COLUMNS, *QUESTION_COLUMNS, *ANSWER_COLUMNS, *METADATA_COLUMNS, *IMAGE_ID_COLUMNS)
+    rows = ({name: value for name, value in row.items() if name in columns} for row in read_benchmark(source))
+    parts = []
+    while part := list(islice(rows, BENCHMARK_BATCH_ROWS)):
+        parts.append(_load(source, datasets.Dataset.from_list, part))
+    return datasets.concatenate_datasets(parts)
+
+
+def _open_folder(folder: Path, config: DataConfig, rank: int, world_size: int) -> Records | RecordStream:
+    for saved in (folder, folder / config.split):
+        if (saved / "dataset_info.json").is_file():
+            dataset = _load(str(saved), datasets.load_from_disk, str(saved))
+            return _make_records(dataset, str(saved), config, folder, rank, world_size)
+    splits = folder / "dataset_dict.json"
+    if splits.is_file():
+        content = read_json(splits)
+        names = ", ".join(map(str, content.get("splits", ()))) if isinstance(content, dict) else "unknown"
+        raise InputError(f"data source {folder} has the splits {names}, not {config.split}: name one with data.split")
+    for name in ("metadata.jsonl", "metadata.csv"):
+        if (folder / name).is_file():
+            return open_records(str(folder / name), config, rank, world_size)
+    table = table_from_rows(list_pairs(folder, verbose=rank == 0))
+    return Records(table, ColumnMapping(str(folder), "image", "captions", None, (), folder))
+
+
+def _load(source: str, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function that reads a source, and convert its errors to :class:`InputError`."""
+    try:
+        return load(*args, **kwargs)
+    except StopIteration as error:
+        raise _empty(source) from error
+    except Exception as error:  # the builders of the datasets library raise whatever their parsers raise
+        empty = not isinstance(error, InputError) and "corresponds to no data" in str(error)
+        raise (_empty(source) if empty else unreadable_source(source, error)) from error
+
+
+def _empty(source: str) -> InputError:
+    return InputError(f"data source {source!r} is empty: it has no rows")
+
+
+def _make_records(
+    dataset: Any,
+    source: str,
+    config: DataConfig,
+    root: Path,
+    rank: int,
+    world_size: int,
+    allowed_folders: tuple[str, ...] | None = None,
+) -> Records | RecordStream:
+    """Find the columns of a dataset and wrap it. Arguments are those of :class:`~blip2.data.records.ColumnMapping`."""
+    table = _as_table(dataset)
+    features = (dataset.features or _probe_columns(dataset, source)) if table is None else table.features
+    features = {name: feature for name, feature in features.items() if name not in (KEY_COLUMN, STARTS_SHARD_COLUMN)}
+    if not features:
+        raise _empty(source)
+    image = _find_column(features, config.image_column, IMAGE_COLUMNS, "image", source)
+    question = None
+    if config.question_column or any(name in features for name in QUESTION_COLUMNS):
+        question = _find_column(features, config.question_column, QUESTION_COLUMNS, "question", source)
+    caption = None
+    if question is None:
+        caption = _find_column(features, config.caption_column, CAPTION_COLUMNS, "caption", source)
+    elif config.caption_column or any(name in features for name in ANSWER_COLUMNS):
+        caption = _find_column(features, config.caption_column, ANSWER_COLUMNS, "caption", source)
+    for name, feature in features.items():  # the library must not open files that a column names
+        encoded = _without_decoding(feature)
+        if encoded is not None:
+            dataset = dataset.cast_column(name, encoded)
+            table = _as_table(dataset)
+    metadata = tuple(name for name in METADATA_COLUMNS if name in features)
+    classes = {name: names for name, feature in features.items() if (names := class_names(feature))}
+    # Questions are never grouped, so that their answers are mixed.
+    group = config.group_column if config.group_column in features and question is None else None
+    columns = ColumnMapping(
+        source, image, caption, question, metadata, root, classes, allowed_folders, group, config.group_share
+    )
+    if table is None:
+        if group is not None:
+            raise InputError(
+                f"data.group_column is {group}, but {source!r} is read as a stream, whose records keep their order: set"
+                " data.streaming to false, or leave group_column out and store similar images next to each other"
+            )
+        return RecordStream(dataset, columns, rank, world_size)
+    if len(table) == 0:
+        raise _empty(source)
+    records = Records(table, columns)
+    reasons = [records[i].skip_reason for i in range(min(len(records), SCHEMA_PROBE_ROWS))]
+    if reasons[0] is not None and all(reasons):
+        others = f", and no other of the first {len(reasons)} rows can" if len(reasons) > 1 else ""
+        raise InputError(f"{records[0].key} cannot be used{others}: {reasons[0][1]}")
+    return records
+
+
+def _as_table(dataset: Any) -> Table | None:
+    """Return a dataset with random access as a table; None for a stream."""
+    if isinstance(dataset, Table):
+        return dataset
+    return Table(dataset) if isinstance(dataset, datasets.Dataset) else None
+
+
+def _without_decoding(feature: Any) -> Any:
+    """Return the type of a column with decoding turned off; None if the library does not decode the column."""
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        inner = _without_decoding(feature.feature)
+        return inner and type(feature)(inner)
+    return replace(feature, decode=False) if getattr(feature, "decode", False) else None
+
+
+def _probe_columns(dataset: datasets.IterableDataset, source: str) -> dict[str, Any]:
+    """Return the columns of the first :data:`SCHEMA_PROBE_ROWS` rows of a stream, in order, with None as their type."""
+    names: dict[str, Any] = {}
+    rows, broken, num_rows = iter(dataset), [], 0
+    while num_rows < SCHEMA_PROBE_ROWS and (row := next_row(rows, source)) is not None:
+        if ERROR_COLUMN in row:
+            broken.append(row)
+            if not names and len(broken) == MAX_BROKEN_PROBE_SHARDS:
+                break
+        else:
+            names |= row
+            num_rows += 1
+    if not names and broken:
+        raise InputError(f"data source {source!r} cannot be read: {broken[0][KEY_COLUMN]}: {broken[0][ERROR_COLUMN]}")
+    return dict.fromkeys(names)
+
+
+def _find_column(columns: Any, configured: str | None, candidates: tuple[str, ...], kind: str, source: str) -> str:
+    found = [name for name in ([configured] if configured else candidates) if name in columns]
+    if not found:
+        raise InputError(
+            f"data source {source!r} has no {kind} column{f' {configured!r}' if configured else ''}: its columns are"
+            f" {', '.join(columns)}; name one with data.{kind}_column"
+        )
+    return found[0]

@@ -1,0 +1,89 @@
+"""Scaled dot-product attention: softmax(Q K^T / sqrt(d)) V.
+
+Legend: B batch (or images), N rows of queries, H heads, d width of a head, D = H * d.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from blip2.model.kernels.dropout import dropout
+
+
+def split_heads(x: Float[Tensor, "B M D"], num_heads: int) -> Float[Tensor, "B {num_heads} M d"]:
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Float[Tensor, "B H M d"]) -> Float[Tensor, "B M D"]:
+    return x.transpose(1, 2).flatten(2)
+
+
+def sdpa(
+    query: Float[Tensor, "B H M d"],
+    key: Float[Tensor, "B H K d"],
+    value: Float[Tensor, "B H K d"],
+    mask: Bool[Tensor, "B 1 M K"] | None,
+    p: float,
+) -> Float[Tensor, "B H M d"]:
+    """Return ``dropout(softmax(query @ key.mT / sqrt(d), -1), p) @ value``.
+
+    Args:
+        mask: True where a query may attend to a key; None: everywhere.
+        p: the probability of dropping an attention weight.
+    """
+    if query.device.type != "cpu":
+        return F.scaled_dot_product_attention(query, key, value, mask, p)
+    if not p and query.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(query, key, value, mask)
+    # PyTorch has no fused CPU kernel with dropout, and its fallback stores twice as much for the backward pass. In
+    # bfloat16 the fused kernel takes as long as in float32, and four times as long in the backward pass.
+    scores = (query / math.sqrt(query.shape[-1])) @ key.mT
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    attn_weights = scores.softmax(dim=-1)
+    return (dropout(attn_weights, p) if p else attn_weights).to(value.dtype) @ value
+
+
+def sdpa_shared_kv(
+    query: Float[Tensor, "N Q D"],
+    key: Float[Tensor, "B H P d"],
+    value: Float[Tensor, "B H P d"],
+    row_to_image: Int[Tensor, "N"] | int,
+    p: float,
+) -> Float[Tensor, "N Q D"]:
+    """Return ``sdpa(query, key[row_to_image], value[row_to_image], None, p)``, with the heads merged.
+
+    The queries of all rows with the same image are concatenated, so that its keys and values are read once.
+
+    Args:
+        row_to_image: the image of each row. An int n means that all images repeat n times, in order (N = n * B).
+    """
+    if isinstance(row_to_image, int):
+        return _sdpa_repeated(query, key, value, row_to_image, p)
+    # On other devices, and when compiled, one large product is faster than many small ones.
+    if row_to_image.device.type != "cpu" or torch.compiler.is_compiling():
+        return _sdpa_repeated(query, key[row_to_image], value[row_to_image], 1, p)
+    order, counts = row_to_image.argsort(stable=True), row_to_image.bincount(minlength=len(key)).tolist()
+    groups = zip(query.index_select(0, order).split(counts), key.split(1), value.split(1), counts, strict=True)
+    attn_output = [_sdpa_repeated(q, k, v, count, p) for q, k, v, count in groups if count]
+    return torch.cat(attn_output).index_select(0, order.argsort())
+
+
+def _sdpa_repeated(
+    query: Float[Tensor, "N Q D"],
+    key: Float[Tensor, "B H P d"],
+    value: Float[Tensor, "B H P d"],
+    repeats: int,
+    p: float,
+) -> Float[Tensor, "N Q D"]:
+    num_heads, num_queries = key.shape[1], query.shape[1]
+    q = query.unflatten(0, (repeats, -1)).unflatten(-1, (num_heads, -1))  # [repeats, B, Q, H, d]
+    q = q.permute(1, 3, 0, 2, 4).flatten(2, 3)  # [B, H, repeats * Q, d]
+    out = sdpa(q, key, value, None, p)
+    out = out.unflatten(2, (repeats, num_queries)).permute(2, 0, 3, 1, 4)  # [repeats, B, Q, H, d]
+    return out.flatten(3).flatten(0, 1)
