@@ -233,10 +233,10 @@ def initialize_projection(recipe: Recipe, model: GenerationModel, data: Training
             "language.projection_init is least_squares, which needs a table in data.train, but there are only streams:"
             " set it to random"
         )
-    dataset = copy.copy(dataset)
+    records, dataset = dataset.records, copy.copy(dataset)
     dataset.train = False  # no augmentation
     batch_size = recipe.data.batch_size
-    specs = islice(sequential_batches(dataset.records, batch_size), math.ceil(NUM_PROJECTION_IMAGES / batch_size))
+    specs = islice(sequential_batches(records, batch_size), math.ceil(NUM_PROJECTION_IMAGES / batch_size))
     batches = (loaded.batch for loaded in prefetch(specs, dataset, 0) if isinstance(loaded.batch, GenerationBatch))
     device = model.image_norm.weight.device
     explained = fit_projection(model, (to_device(batch, device) for batch in batches))
