@@ -100,9 +100,7 @@ def test_only_regular_files_are_replaced(tmp_path):
     write_tensors(tmp_path / "link.json", {"a": torch.zeros(1)})
     assert (tmp_path / "link.json").is_symlink() and (tmp_path / "file.json").is_file()
     os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path / "pipe", tmp_path):
-        with pytest.raises(InputError, match="is a folder, a device or a pipe, expected a file: give another output"):
-            write_json(path, {})
-        with pytest.raises(InputError, match="is a folder, a device or a pipe, expected a file: give another output"):
-            write_tensors(path, {"a": torch.zeros(1)})
+    for write in (lambda path: write_json(path, {}), lambda path: write_tensors(path, {"a": torch.zeros(1)})):
+        with pytest.raises(InputError, match=r"cannot be written \(it is a device, a pipe or a socket\): give another"):
+            write(tmp_path / "pipe")
     assert (tmp_path / "pipe").is_fifo()

@@ -316,11 +316,11 @@ def resolve_target(path: str | os.PathLike[str]) -> Path:
     """Return the file to write for a path: links are followed, so that writing replaces the file and not the link.
 
     Raises:
-        InputError: there is a device, a pipe or a folder, which a rename would replace or fail on.
+        InputError: there is a device, a pipe or a socket, which a rename would replace.
     """
     target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        raise InputError(f"{path} is a folder, a device or a pipe, expected a file: give another output")
+    if target.exists() and not target.is_file() and not target.is_dir():
+        raise InputError(f"{path} cannot be written (it is a device, a pipe or a socket): give another output")
     return target
 
 
@@ -330,7 +330,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 
     Raises:
         OSError: it cannot be written.
-        InputError: there is something other than a regular file; see :func:`resolve_target`.
+        InputError: there is a device, a pipe or a socket; see :func:`resolve_target`.
     """
     path = resolve_target(path)
     tmp = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
@@ -360,7 +360,7 @@ def write_tensors(
 
     Raises:
         OSError, SafetensorError: it cannot be written.
-        InputError: there is something other than a regular file; see :func:`resolve_target`.
+        InputError: there is a device, a pipe or a socket; see :func:`resolve_target`.
     """
     from safetensors.torch import save_file
 
