@@ -18,7 +18,7 @@ from blip2.evaluation.run import evaluate
 from blip2.pipelines import GenerationPipeline
 from blip2.recipe import dump_recipe
 from blip2.resumable import ResumableMap
-from blip2.training import trainer as loop
+from blip2.training import trainer
 from blip2.training.metrics import read_metrics
 from conftest import COLOURS, SHAPES, draw
 from fixtures.processes import finish, start, start_two
@@ -95,7 +95,7 @@ def test_evaluation_changes_nothing_in_training(calm, tmp_path):
         evaluation=None,
         training=replace(calm.training, metric_for_best_model=None, save_steps=5),
     )
-    loop.train(plain)
+    trainer.train(plain)
     evaluated = [
         {key: value for key, value in row.items() if not key.startswith("evaluation_")}
         for row in lines(Path(calm.output))
@@ -117,7 +117,7 @@ def test_the_best_is_kept(parts, questions, tmp_path, monkeypatch, values):
             return {BEST: values[len(seen) - 1]}
 
     recipe = asking(parts, tmp_path / "run", questions, training={"save_total_limit": 1, "max_steps": 6})
-    loop.train(recipe, make_evaluator=Evaluation)
+    trainer.train(recipe, make_evaluator=Evaluation)
     wanted = {0.25: 4, 0.75: 2}.get(values[0], 4)
     best = tmp_path / "run" / "best"
     kept = load_file(best / "model.safetensors")["qformer.queries"]
@@ -150,7 +150,7 @@ def test_a_validation_loss_decides(parts, tmp_path):
             "metric_for_best_model": "validation_loss",
         },
     )
-    loop.train(recipe)
+    trainer.train(recipe)
     rows = [row for row in read_metrics(tmp_path / "run") if "validation_loss" in row]
     for row in rows:
         parts_of = [row[f"validation_{name}"] for name in ("itc", "itm", "itg")]
@@ -285,7 +285,7 @@ def test_without_java(parts, questions, tmp_path, monkeypatch, capsys):
 
 def test_the_loop_alone_does_not_evaluate(calm, tmp_path):
     with pytest.raises(InputError, match=r"the recipe has an evaluation, but no evaluator was given: call blip2.train"):
-        loop.train(replace(calm, output=str(tmp_path / "run")))
+        trainer.train(replace(calm, output=str(tmp_path / "run")))
 
 
 def test_data_that_are_not_there(calm, tmp_path):

@@ -27,6 +27,11 @@ GREEDY = {"num_beams": 1, "max_new_tokens": 4}
 QUESTIONS = ("what color?", "what shape?", "is it round?")
 
 
+def greedy_vqa(runs, table):
+    """The arguments of an evaluation of questions, without its output."""
+    return ["evaluate", str(runs["llama"]), "--task", "vqa", "--data", table, "--num-beams", "1", "--device", "cpu"]
+
+
 def evaluate(model, task, data, output, seed=0, **options):
     return evaluate_config(model, EvaluationConfig(task, data, **options), output, seed=seed, device="cpu")
 
@@ -110,20 +115,7 @@ def test_a_killed_evaluation_goes_on_and_two_processes_give_the_same(runs, table
     assert evaluate(runs["llama"], "vqa", table, tmp_path / "killed", **GREEDY) == whole
     assert len(calls) == 2 + 2  # three parts, of which the first was done
 
-    arguments = [
-        "evaluate",
-        str(runs["llama"]),
-        "--task",
-        "vqa",
-        "--data",
-        table,
-        "--num-beams",
-        "1",
-        "--max-new-tokens",
-        "4",
-    ]
-    arguments += ["--device", "cpu", "--output", str(tmp_path / "two")]
-    start_two(arguments, tmp_path)
+    start_two([*greedy_vqa(runs, table), "--max-new-tokens", "4", "--output", str(tmp_path / "two")], tmp_path)
     assert read(tmp_path / "two")[1] == read(tmp_path / "whole")[1]
     one, two = (read(tmp_path / name)[0] for name in ("whole", "two"))
     assert one == two
@@ -145,19 +137,7 @@ def read_late():
 
 
 def test_what_was_done_stays_until_all_have_read_it(runs, table, tmp_path):
-    arguments = [
-        "evaluate",
-        str(runs["llama"]),
-        "--task",
-        "vqa",
-        "--data",
-        table,
-        "--num-beams",
-        "1",
-        "--device",
-        "cpu",
-    ]
-    start_two([*arguments, "--output", str(tmp_path / "late")], tmp_path, read_late)
+    start_two([*greedy_vqa(runs, table), "--output", str(tmp_path / "late")], tmp_path, read_late)
     assert read(tmp_path / "late")[0]["answered"] > 0 and not (tmp_path / "late" / "parts").exists()
 
 

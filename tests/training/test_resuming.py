@@ -19,7 +19,7 @@ from blip2.builder import build, with_absolute_paths
 from blip2.errors import InputError
 from blip2.io import LOCK, lock_folder
 from blip2.pipelines import load
-from blip2.training import trainer as loop
+from blip2.training import trainer
 from blip2.training.metrics import read_metrics
 from blip2.training.monitor import FrozenFiles
 from blip2.training.trainer import train
@@ -160,14 +160,14 @@ def test_what_cannot_go_on(parts, tmp_path, changes, why):
 
 def noting(monkeypatch):
     """Rows of the table that training takes, in their order."""
-    rows, take = [], loop.Trainer.next_batch
+    rows, take = [], trainer.Trainer.next_batch
 
     def note(self):
         taken = take(self)
         rows.extend(int(key.split(" row ")[1].split()[0]) for key in taken.keys)
         return taken
 
-    monkeypatch.setattr(loop.Trainer, "next_batch", note)
+    monkeypatch.setattr(trainer.Trainer, "next_batch", note)
     return rows
 
 
@@ -252,14 +252,14 @@ def test_a_frozen_file_that_is_written_into_stops_the_run(parts, tmp_path, monke
     recipe = parts.recipe(
         tmp_path / "run", vision={"name": str(tmp_path / "vit")}, training={"max_steps": 4, "save_steps": 1}
     )
-    step, file = loop.Trainer.step, tmp_path / "vit" / "model.safetensors"
+    step, file = trainer.Trainer.step, tmp_path / "vit" / "model.safetensors"
 
     def overwriting(self):
         if self.global_step == 2:
             os.utime(file)
         return step(self)
 
-    monkeypatch.setattr(loop.Trainer, "step", overwriting)
+    monkeypatch.setattr(trainer.Trainer, "step", overwriting)
     with pytest.raises(InputError, match=r"vit/model\.safetensors was changed while .* from .*step-00000002") as raised:
         train(recipe)
     message(raised)
@@ -308,14 +308,14 @@ def test_weights_that_are_no_numbers(parts, tmp_path, value):
 
 def test_a_folder_that_is_deleted_while_its_run_trains(parts, tmp_path, capsys, monkeypatch):
     recipe = parts.recipe(tmp_path / "run", training={"max_steps": 4, "save_steps": 2})
-    step = loop.Trainer.step
+    step = trainer.Trainer.step
 
     def deleting(self):
         if self.global_step == 2:
             shutil.rmtree(tmp_path / "run")
         return step(self)
 
-    monkeypatch.setattr(loop.Trainer, "step", deleting)
+    monkeypatch.setattr(trainer.Trainer, "step", deleting)
     folder = train(recipe)
     said = " ".join(capsys.readouterr().err.split())
     assert said.count("was deleted during the run and is recreated without earlier metrics") == 1

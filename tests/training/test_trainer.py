@@ -24,7 +24,7 @@ from blip2.errors import InputError
 from blip2.feature_cache.cache import CachedFeatures
 from blip2.pipelines import load
 from blip2.recipe import dump_recipe
-from blip2.training import trainer as loop
+from blip2.training import trainer
 from blip2.training.interruption import TrainingInterrupted
 from blip2.training.metrics import read_metrics
 from blip2.training.trainer import train
@@ -82,13 +82,13 @@ def test_activation_checkpointing_changes_nothing(parts, tmp_path):
 
 def test_deterministic_operations_are_asked_for_while_a_run_is_under_way(parts, tmp_path, monkeypatch):
     seen = []
-    step = loop.Trainer.step
+    step = trainer.Trainer.step
 
     def note(self):
         seen.append(torch.are_deterministic_algorithms_enabled())
         return step(self)
 
-    monkeypatch.setattr(loop.Trainer, "step", note)
+    monkeypatch.setattr(trainer.Trainer, "step", note)
     for wanted in (True, False):
         train(
             parts.recipe(tmp_path / str(wanted), training={"max_steps": 2, "save_steps": 2, "full_determinism": wanted})
@@ -384,6 +384,18 @@ def test_validation_changes_nothing_in_training(parts, tmp_path):
     assert with_validation == lines(tmp_path / "without")
 
 
+def test_a_validation_of_which_no_record_can_be_used(parts, tmp_path):
+    """A loss of 0 would be the best of all."""
+    table = tmp_path / "broken.jsonl"
+    (tmp_path / "broken.png").write_text("no image")
+    table.write_text('{"image": "broken.png", "caption": "a disc"}\n' * 3)
+    recipe = parts.recipe(
+        tmp_path / "run", data={"validation": str(table)}, training={"max_steps": 1, "eval_steps": 1, "device": "cpu"}
+    )
+    with pytest.raises(InputError, match=r"none of the 3 records of data\.validation can be used: .*broken\.png"):
+        train(recipe)
+
+
 def test_validation_weighs_every_record_equally(parts, tmp_path):
     """Also when the last batch is smaller: with ITG alone one pass over all is the mean of passes over each."""
     rows = [(draw("disc", "red", i), [caption]) for i, caption in enumerate(["a red disc", "a disc", "the red disc"])]
@@ -613,8 +625,8 @@ PICTURE = draw("disc", "red", 0)
 
 
 def test_collapsed_queries_are_said_once(parts, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(loop, "COLLAPSE_MIN_STEP", 2)
-    monkeypatch.setattr(loop, "COLLAPSE_THRESHOLD", -1.0)
+    monkeypatch.setattr(trainer, "COLLAPSE_MIN_STEP", 2)
+    monkeypatch.setattr(trainer, "COLLAPSE_THRESHOLD", -1.0)
     train(parts.recipe(tmp_path / "run", training={"max_steps": 4}))
     said = " ".join(capsys.readouterr().err.split())
     assert (
@@ -624,7 +636,7 @@ def test_collapsed_queries_are_said_once(parts, tmp_path, capsys, monkeypatch):
 
 
 def test_queries_that_differ_are_not_complained_of(parts, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(loop, "COLLAPSE_MIN_STEP", 2)
+    monkeypatch.setattr(trainer, "COLLAPSE_MIN_STEP", 2)
     train(parts.recipe(tmp_path / "run", training={"max_steps": 3}, objectives=ObjectivesConfig(query_diversity=1.0)))
     assert "collapsed" not in capsys.readouterr().err
     rows = read_metrics(tmp_path / "run")

@@ -43,11 +43,11 @@ class CapFiltConfig:
     num_captions: int = 10
     """N, the number of captions to generate per image (§3.4)."""
     decoding: Decoding = NUCLEUS_SAMPLING
-    """How captions are generated."""
+    """Options of the captioner's generation."""
     prompt: str | None = None
     """Text that captions continue; None means the captioner's own."""
     rules: SelectionRules = field(default_factory=SelectionRules)
-    """Which captions are kept."""
+    """Rules that select the captions to keep."""
     seed: int = 0
     """Seed of sampling."""
     batch_size: int = 16

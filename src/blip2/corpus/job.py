@@ -43,7 +43,7 @@ class Job(Protocol):
 
 @dataclass(frozen=True)
 class Engine:
-    """Where a job runs."""
+    """The place where a job runs: this process or a Ray cluster."""
 
     kind: Literal["local", "ray"] = "local"
     """``local``: this process. ``ray``: the cluster at RAY_ADDRESS, or a new one on this machine."""

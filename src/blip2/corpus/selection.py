@@ -25,7 +25,7 @@ class SelectionRules:
     language: str | None = None
     """ISO 639-1 code of the language to keep, such as ``en``; captions of unclear language are kept. None: any."""
     max_word_overlap: float = 1.0
-    """Of two captions that share at least this fraction of their words, the better is kept. 1: equal sets of words."""
+    """Two captions that share at least this fraction of their words are alike: the better stays. 1: equal sets."""
 
     def __post_init__(self) -> None:
         for name in ("keep", "min_words"):

@@ -55,7 +55,7 @@ IMAGE_SUFFIXES = _find_suffixes()
 """Suffixes of all image files that Pillow reads, the common ones first."""
 
 FLOAT_TOLERANCE = 0.05
-"""How far floats of an array may lie outside [0, 1], as resampling overshoots."""
+"""Distance by which floats of an array may lie outside [0, 1], because resampling overshoots."""
 MAX_PIXELS = 120_000_000
 """Larger images are refused before they are decoded: a small file can unpack to gigabytes."""
 MAX_FILE_BYTES = 4 * MAX_PIXELS

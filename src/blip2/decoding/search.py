@@ -41,7 +41,7 @@ PAD = -1
 
 @dataclass(frozen=True)
 class Decoding:
-    """How text is generated; the fields have the names of transformers' ``GenerationConfig``."""
+    """Options of text generation; the fields have the names of transformers' ``GenerationConfig``."""
 
     num_beams: int = 5
     """Number of beams; 1 is greedy search. Not used when sampling."""
