@@ -44,7 +44,7 @@ def main() -> None:
     )
     parser.add_argument("--limit", type=int, help="Number of images per source (default: all).")
     parser.add_argument("--steps", type=int, help="of each training (default: the recipe's)")
-    parser.add_argument("--captions", type=int, default=10, help="written of each picture (default: 10)")
+    parser.add_argument("--captions", type=int, default=10, help="written of each image (default: 10)")
     parser.add_argument("--engine", choices=["local", "ray"], default="local", help="of CapFilt (default: local)")
     options = parser.parse_args()
     output = options.output

@@ -32,7 +32,7 @@ from PIL import Image
 from blip2.data.benchmarks import read_benchmark
 
 SHAPES = {"circle", "rectangle", "triangle"}
-COLOURS = {"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"}
+COLORS = {"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"}
 DESCRIBE = "what does the image show?"
 TYPES = ("shape", "color", "yes or no", "yes or no, negated")
 
@@ -78,7 +78,7 @@ def say(told: list[tuple[str, str]]) -> list[str]:
     """Captions of an image from its questions and answers; those that say what it shows as often as all others."""
     statements = [f"{question} {answer}" for question, answer in told]
     shown = {word for question, answer in told for word in facts(question, answer)}
-    shape, color = shown & SHAPES, shown & COLOURS
+    shape, color = shown & SHAPES, shown & COLORS
     if not (shape and color):
         return statements
     return [*statements, *[f"a {color.pop()} {shape.pop()}."] * len(statements)]
@@ -86,7 +86,7 @@ def say(told: list[tuple[str, str]]) -> list[str]:
 
 def facts(question: str, answer: str) -> set[str]:
     """The shape and the color that a question with its answer says are there, if any."""
-    named = (SHAPES | COLOURS) & {*question.rstrip("?").split(), answer}
+    named = (SHAPES | COLORS) & {*question.rstrip("?").split(), answer}
     if answer not in ("yes", "no"):
         return named
     negated = question_type(question) == "yes or no, negated"
@@ -97,7 +97,7 @@ def write(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
-def table(evaluations: list[Path], picture: Path | None) -> None:
+def table(evaluations: list[Path], image: Path | None) -> None:
     """Print the table, and draw it to `image`."""
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     for row in [*rows("train"), *rows("val")]:
@@ -120,8 +120,8 @@ def table(evaluations: list[Path], picture: Path | None) -> None:
     shares = {name: by_type(given, truth) for name, given in columns.items()}
     for name, each in shares.items():
         print(f"| {name} | {' | '.join(f'{100 * share:.1f}' for share in each.values())} |")
-    if picture is not None:
-        draw(shares, {folder.parent.name: folder.parent for folder in evaluations}, picture)
+    if image is not None:
+        draw(shares, {folder.parent.name: folder.parent for folder in evaluations}, image)
 
 
 def by_type(given: dict[int, str], truth: dict[int, dict[str, Any]]) -> dict[str, float]:

@@ -24,10 +24,10 @@ from blip2.training.trainer import train
 def main() -> None:
     tune_malloc()  # as the command does
     folder, rounds = Path(sys.argv[1]), int(sys.argv[2])
-    pictures = fetch("tuxpaint-stamps")
+    images = fetch("tuxpaint-stamps")
     recipe, precision = load_recipe(find_recipe("tuxpaint-stage1")), faster_precision()
     recipe = replace(recipe, vision=replace(recipe.vision, dtype=precision))
-    count = len((pictures / "train.jsonl").read_text(encoding="utf-8").splitlines())
+    count = len((images / "train.jsonl").read_text(encoding="utf-8").splitlines())
     epoch = count // recipe.data.batch_size
     training = replace(recipe.training, max_steps=2 * epoch, save_steps=10_000, eval_steps=10_000, precision=precision)
     kinds = {

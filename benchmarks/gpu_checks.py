@@ -162,7 +162,7 @@ def stage2_parts(place: Place, language: str) -> tuple[Any, Any]:
 WORDS = ("red", "green", "blue", "small", "large", "round")
 
 
-def pictures(folder: Path, count: int = 24, language: bool = False) -> str:
+def images(folder: Path, count: int = 24, language: bool = False) -> str:
     """A table of images and captions."""
     random = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
@@ -195,10 +195,10 @@ def recipe(place: Place, stage: Any, output: str, **training: Any) -> Recipe:
     if stage == "representation":
         sizes["tokenizer"], sizes["vocabulary"] = bert_tokenizer(place.folder / "bert")
         language = None
-        table = pictures(place.folder / "pictures")
+        table = images(place.folder / "images")
     else:
         language = LanguageConfig(name=str(folder), dtype="fp32")
-        table = pictures(place.folder / "pictures-llm", language=True)
+        table = images(place.folder / "images-llm", language=True)
     return Recipe(
         stage=stage,
         output=str(place.folder / output),

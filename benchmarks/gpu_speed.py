@@ -72,13 +72,13 @@ def representation(place: Place) -> Iterator[Result]:
     yield {**plain, "batch": batch}
     own = [sides["blip2"].ask(**same, repeats=repeats, checkpointing=True)]
     yield {**plain, "name": "stage-1 step, bf16, activation checkpointing", **only(own, plain)}
-    pictures = 2 if place.tiny else 16
-    yield versus_lavis("re-ranking, bf16", turns=2, work="rerank", pictures=pictures, bf16=True)
+    images = 2 if place.tiny else 16
+    yield versus_lavis("re-ranking, bf16", turns=2, work="rerank", images=images, bf16=True)
     for name, runner in sides.items():
         yield {"name": f"stage-1 step, bf16, largest batch, {name}", **runner.ask("largest", repeats=repeats)}
     for side, runner in sides.items():
         yield {"name": f"profile of a stage-1 step, {side}", **runner.ask("profile", what="step", count=batch)}
-    yield {"name": "profile of re-ranking", **sides["blip2"].ask("profile", what="rerank", count=pictures)}
+    yield {"name": "profile of re-ranking", **sides["blip2"].ask("profile", what="rerank", count=images)}
     if place.is_gpu:  # last: compiling takes a while
         own = [sides["blip2"].ask(**same, repeats=repeats, compile=True)]
         yield {**plain, "name": "stage-1 step, bf16, compiled", **only(own, plain)}
@@ -331,21 +331,21 @@ def encoding(place: Place) -> Iterator[Result]:
         return network(pixel_values=pixels).last_hidden_state[0, 0, :2].tolist()
 
     peer = measure(theirs, place.device.type, 1 if place.tiny else 5)
-    yield {"name": "pictures encoded, transformers", "batch": batch, "operations": operations(theirs), **peer}
+    yield {"name": "images encoded, transformers", "batch": batch, "operations": operations(theirs), **peer}
     encoder = wrap_on(place, lambda: wrap_transformers(network, Preprocessing(config.image_size)))
 
     def ours() -> Sequence[float]:
         return encoder.encode(pixels)[0, 0, :2].tolist()
 
     yield {
-        "name": "pictures encoded, blip2",
+        "name": "images encoded, blip2",
         "batch": batch,
         **measure(ours, place.device.type, 1 if place.tiny else 5),
     }
     yield {"name": "profile of encoding", **profile_work(ours, place.device.type)}
     if place.is_gpu:
         encoder.compile_network()
-        yield {"name": "pictures encoded, blip2, compiled", "batch": batch, **measure(ours, place.device.type, 5)}
+        yield {"name": "images encoded, blip2, compiled", "batch": batch, **measure(ours, place.device.type, 5)}
 
 
 SPEED: dict[str, Callable[[Place], Iterator[Result]]] = {

@@ -119,8 +119,8 @@ def main() -> None:
     about = json.loads((folder / "about.json").read_text())
     side: Any = Blip2(about, folder) if name == "blip2" else Lavis(about, folder)
 
-    def rerank(pictures: int, bf16: bool, repeats: int) -> dict[str, Any]:
-        return measure(side.rerank(inputs(about, pictures, TEXTS), bf16), about["device"], repeats)
+    def rerank(images: int, bf16: bool, repeats: int) -> dict[str, Any]:
+        return measure(side.rerank(inputs(about, images, TEXTS), bf16), about["device"], repeats)
 
     def profile(what: str, count: int) -> dict[str, Any]:
         made = side.step(inputs(about, count, count), True) if what == "step" else side.rerank(

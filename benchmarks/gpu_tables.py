@@ -52,7 +52,7 @@ def speed(parts: dict[str, Any], rate: float | None) -> str:
         if name.startswith((PROFILES, "operations of")) or not ("ours" in row or "seconds" in row):
             continue
         seconds = row.get("ours", row.get("seconds"))
-        batch = row.get("batch", row.get("pictures", ""))
+        batch = row.get("batch", row.get("images", ""))
         done = row.get("operations")
         if done is None and name.startswith("stage-1 step") and per_pair and not name.endswith("LAVIS"):
             done = per_pair * batch

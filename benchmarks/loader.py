@@ -27,7 +27,7 @@ SIZE = (640, 480)
 """Of an image, as COCO's are."""
 
 
-def pictures() -> list[bytes]:
+def images() -> list[bytes]:
     """JPEGs with as much in them as photographs have: about 100 kB each."""
     random, files = np.random.default_rng(0), []
     for _ in range(COUNT):
@@ -48,7 +48,7 @@ def rate(work: Callable[[], None]) -> float:
 def main() -> None:
     rounds = int(sys.argv[2])
     torch.manual_seed(0)
-    files, preprocessing = pictures(), Preprocessing(224)
+    files, preprocessing = images(), Preprocessing(224)
     config = CLIPVisionConfig(
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14
     )
@@ -74,7 +74,7 @@ def main() -> None:
                 "ratio": statistics.median(ratios),
                 "lowest": min(ratios),
                 "highest": max(ratios),
-                "of": "pictures/s",
+                "of": "images/s",
                 "bytes": sum(map(len, files)) // COUNT,
             }
         )

@@ -132,8 +132,8 @@ ROWS: dict[str, tuple[str, str, Row]] = {
     "stage1-web": (
         "stage-1 step, captions of 5 to 32 tokens, dropout off", "LAVIS", stage1_step(WEB, LOOSE, fp32=WEB)
     ),
-    "rerank": ("re-ranking, 16 pictures x 128 captions", "LAVIS", reranking),
-    "matching": ("ITM scores of 8 pictures x 8 texts", "transformers", versus_transformers("matching", "opt")),
+    "rerank": ("re-ranking, 16 images x 128 captions", "LAVIS", reranking),
+    "matching": ("ITM scores of 8 images x 8 texts", "transformers", versus_transformers("matching", "opt")),
     "answers-smollm2": (
         "8 answers, SmolLM2-135M's shape: 32 + 12 tokens read, 5 beams, 5 written", "transformers",
         versus_transformers("answers", "llama", (12, 12)),
@@ -150,7 +150,7 @@ ROWS: dict[str, tuple[str, str, Row]] = {
         "the same with cached features", "transformers without", versus_transformers("cached", "opt")
     ),
     "epoch": ("second epoch of tuxpaint-stage1, cached features", "blip2 without", script("epoch")),
-    "loader": ("pictures a core decodes and augments", "those ViT-L encodes on all cores", script("loader")),
+    "loader": ("images a core decodes and augments", "those ViT-L encodes on all cores", script("loader")),
     "memory": ("memory of training on a stream after 10,000 steps", "after 100", script("memory")),
 }  # fmt: skip
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from loader import pictures
+from loader import images
 
 from blip2.backbones.vision import Preprocessing
 from blip2.data.images import read_image, train_transform
@@ -37,11 +37,11 @@ SIDES = ("blip2", "datasets", "webdataset")
 
 def write(folder: Path) -> None:
     """Shards of JPEGs with captions."""
-    files = pictures()
+    files = images()
     for shard in range(SHARDS):
         with tarfile.open(folder / f"{shard:03d}.tar", "w") as tar:
             for number in range(SIZE):
-                members = {"jpg": files[number % len(files)], "txt": b"a picture of colors"}
+                members = {"jpg": files[number % len(files)], "txt": b"a image of colors"}
                 for kind, data in members.items():
                     entry = tarfile.TarInfo(f"{shard:03d}{number:05d}.{kind}")
                     entry.size = len(data)
@@ -131,7 +131,7 @@ def main() -> None:
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             rates[side].append(float(done.stdout.split()[-1]))
     medians = {side: statistics.median(found) for side, found in rates.items()}
-    print(json.dumps({"of": "pictures/s", "workers": WORKERS, "medians": medians, "all": rates}))
+    print(json.dumps({"of": "images/s", "workers": WORKERS, "medians": medians, "all": rates}))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ SWEEPS = {
     "image tokens": [(n, replace(SMALL, tokens=n)) for n in (50, 257, 577)],
     "queries": [(n, replace(SMALL, queries=n)) for n in (8, 32, 64)],
 }
-PICTURES = (64, 128, 256, 512)
+IMAGES = (64, 128, 256, 512)
 
 
 def steps(rounds: int) -> dict[str, list[tuple[int, float, float]]]:
@@ -56,16 +56,14 @@ def features() -> list[tuple[int, float, float]]:
     from blip2.memory import tune_malloc
 
     tune_malloc()  # as the commands of blip2 do
-    pictures = fetch("tuxpaint-stamps")
-    table = (pictures / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    images = fetch("tuxpaint-stamps")
+    table = (images / "train.jsonl").read_text(encoding="utf-8").splitlines()
     encoder, points = load_image_encoder(resolve("package:efficientnet-lite0")), []
-    for count in PICTURES:
+    for count in IMAGES:
         with tempfile.TemporaryDirectory() as folder:
             rows = [json.loads(line) for line in table[:count]]
             source = Path(folder) / "some.jsonl"
-            source.write_text(
-                "".join(json.dumps({**row, "image": str(pictures / row["image"])}) + "\n" for row in rows)
-            )
+            source.write_text("".join(json.dumps({**row, "image": str(images / row["image"])}) + "\n" for row in rows))
             records = open_records(str(source), DataConfig(train=str(source), cached_views=1))
             seconds = []
             for _ in range(2):
@@ -87,7 +85,7 @@ def draw(points: dict[str, list[tuple[int, float, float]]], path: Path) -> None:
     figure, axes = plt.subplots(1, len(points), figsize=(3.4 * len(points), 3.2), layout="constrained")
     for axis, (title, rows) in zip(axes, points.items(), strict=True):
         sizes, first, second = zip(*rows, strict=True)
-        names = ("encoding", "finding again") if title == "pictures" else ("blip2", "LAVIS")
+        names = ("encoding", "finding again") if title == "images" else ("blip2", "LAVIS")
         for values, name, color in zip((first, second), names, ("#1b6ca8", "#b8b8b8"), strict=True):
             axis.plot(sizes, values, marker="o", label=name, color=color)
         axis.set_xlabel(title)
@@ -104,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side (default: 3)")
     options = parser.parse_args()
-    points = {**steps(options.rounds), "pictures": features()}
+    points = {**steps(options.rounds), "images": features()}
     results = HERE / "results.json"
     known = json.loads(results.read_text()) if results.exists() else {}
     results.write_text(json.dumps({**known, "sweep": points}, indent=1) + "\n")

@@ -68,20 +68,20 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(os.cpu_count() or 1, 4)
 
 
-COLOURS = {"red": (220, 30, 30), "green": (30, 170, 60), "blue": (40, 60, 220), "yellow": (240, 220, 40)}
+COLORS = {"red": (220, 30, 30), "green": (30, 170, 60), "blue": (40, 60, 220), "yellow": (240, 220, 40)}
 SHAPES = ("square", "disc", "stripe")
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Folders of tiny models, and of pictures with captions."""
+    """Folders of tiny models, and of images with captions."""
 
     vision: str
     bert: str
     llama: str
     opt: str
     t5: str
-    pictures: str
+    images: str
     """A JSONL file."""
 
     def recipe(self, output: Path, **changes: object) -> Recipe:
@@ -89,7 +89,7 @@ class Parts:
         sections: dict[str, dict[str, object]] = {
             "vision": {"name": self.vision},
             # Most tests measure on what they train on.
-            "data": {"train": self.pictures, "batch_size": 4, "num_workers": 0, "allow_overlap": True},
+            "data": {"train": self.images, "batch_size": 4, "num_workers": 0, "allow_overlap": True},
             "qformer": {
                 "bert": self.bert,
                 "hidden_size": 32,
@@ -182,7 +182,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
         byte_tokenizer(begins, ends).save_pretrained(root / name)
     return Parts(
         *(str(root / name) for name in ("vit", "bert", "llama", "opt", "t5")),
-        pictures=str(save_pictures(root / "pictures")),
+        images=str(save_images(root / "images")),
     )
 
 
@@ -211,7 +211,7 @@ def byte_tokenizer(begins: bool = False, ends: bool = False) -> PreTrainedTokeni
 
 
 def draw(shape: str, color: str, shade: int) -> Image.Image:
-    """A 40 x 40 picture of a shape; `shade` darkens the background a little, so that no two are the same."""
+    """A 40 x 40 image of a shape; `shade` darkens the background a little, so that no two are the same."""
     pixels = np.full((40, 40, 3), 255 - shade, dtype=np.uint8)
     rows, columns = np.mgrid[:40, :40]
     inside = {
@@ -219,21 +219,21 @@ def draw(shape: str, color: str, shade: int) -> Image.Image:
         "disc": (rows - 20) ** 2 + (columns - 20) ** 2 < 150,
         "stripe": abs(rows - 20) < 5,
     }[shape]
-    pixels[inside] = COLOURS[color]
+    pixels[inside] = COLORS[color]
     return Image.fromarray(pixels)
 
 
-def save_pictures(folder: Path, copies: int = 2) -> Path:
-    """24 pictures of shapes and a JSONL file with two captions each."""
+def save_images(folder: Path, copies: int = 2) -> Path:
+    """24 images of shapes and a JSONL file with two captions each."""
     folder.mkdir()
     rows = []
     for shade in range(copies):
         for shape in SHAPES:
-            for color in COLOURS:
+            for color in COLORS:
                 name = f"{color}-{shape}-{shade}.png"
                 draw(shape, color, 10 * shade).save(folder / name)
                 rows.append({"image": name, "captions": [f"a {color} {shape}", f"the {shape} is {color} here"]})
-    table = folder / "pictures.jsonl"
+    table = folder / "images.jsonl"
     table.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return table
 

@@ -33,7 +33,7 @@ def bomb(path):
 
 BROKEN = {
     "empty.jpg": (lambda path: path.write_bytes(b""), "is empty (0 bytes)"),
-    "text.jpg": (lambda path: path.write_text("no picture"), "is not an image"),
+    "text.jpg": (lambda path: path.write_text("no image"), "is not an image"),
     "bomb.png": (bomb, "pixels allowed: make it smaller"),
 }
 
@@ -303,19 +303,19 @@ def test_images_that_cannot_be_used(capsys, runs, broken, tmp_path, command, nam
 
 
 def test_a_question_longer_than_the_llm_can_read(capsys, runs, tmp_path):
-    draw("disc", "red", 0).save(tmp_path / "picture.png")
-    line = only_error(capsys, "ask", str(runs["llama"]), str(tmp_path / "picture.png"), "word " * 10_000)
+    draw("disc", "red", 0).save(tmp_path / "image.png")
+    line = only_error(capsys, "ask", str(runs["llama"]), str(tmp_path / "image.png"), "word " * 10_000)
     assert line.startswith("error: a prompt has 500")
     assert line.endswith("exceed the 2048 positions of the LLM: shorten it")
 
 
 @pytest.mark.parametrize("text", ["", "   "])
 def test_blank_texts(capsys, runs, tmp_path, text):
-    picture = tmp_path / "picture.png"
-    draw("disc", "red", 0).save(picture)
-    line = only_error(capsys, "ask", str(runs["llama"]), str(picture), "what?", text)
+    image = tmp_path / "image.png"
+    draw("disc", "red", 0).save(image)
+    line = only_error(capsys, "ask", str(runs["llama"]), str(image), "what?", text)
     assert line == f"error: question 2 of 2 is {text!r}, expected words"
-    line = only_error(capsys, "match", str(runs["stage1"]), str(picture), text)
+    line = only_error(capsys, "match", str(runs["stage1"]), str(image), text)
     assert line == f"error: text 1 of 1 is {text!r}, expected words"
     line = only_error(capsys, "embed", str(runs["stage1"]), "--text", text, "--output", str(tmp_path / "out"))
     assert line == f"error: text 1 of 1 is {text!r}, expected words"

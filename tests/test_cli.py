@@ -26,8 +26,8 @@ COMMANDS = ("demo", "scenes", "train", "features", "caption", "ask", "match", "e
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
     names = []
     for color in ("red", "green", "blue"):
         draw("disc", color, 0).save(folder / f"{color}.png")
@@ -108,9 +108,9 @@ def test_no_command(capsys):
     assert "COMMAND" in usage_error(capsys)
 
 
-def test_unknown_command_and_option(capsys, runs, pictures):
+def test_unknown_command_and_option(capsys, runs, images):
     assert "invalid choice: 'paint'" in usage_error(capsys, "paint")
-    caption = ("caption", str(runs["llama"]), pictures[0])
+    caption = ("caption", str(runs["llama"]), images[0])
     assert "unrecognized arguments: --color" in usage_error(capsys, *caption, "--color")
     misplaced = ("--vision.name", "x", "train", "demo-stage1")  # which would otherwise train with another encoder
     assert "unrecognized arguments: --vision.name" in usage_error(capsys, *misplaced)
@@ -155,7 +155,7 @@ def test_train_with_an_unknown_key(capsys, recipe_file):
     assert "--data.batchsize" in error(capsys, "train", recipe_file, "--data.batchsize", "3")
 
 
-def test_both_stages_one_after_the_other(capsys, parts, recipe_file, tmp_path, pictures):
+def test_both_stages_one_after_the_other(capsys, parts, recipe_file, tmp_path, images):
     assert main(["train", recipe_file]) == 0
     second = parts.recipe(
         tmp_path / "second", stage="generation", language={"name": parts.llama}, training={"max_steps": 1}
@@ -164,17 +164,17 @@ def test_both_stages_one_after_the_other(capsys, parts, recipe_file, tmp_path, p
     path.write_text(dump_recipe(second))
     assert main(["train", str(path), "--start_from", str(tmp_path / "run")]) == 0
     assert "starting from" in capsys.readouterr().err
-    assert main(["caption", str(tmp_path / "second"), pictures[0]]) == 0
+    assert main(["caption", str(tmp_path / "second"), images[0]]) == 0
 
 
 # -- features ------------------------------------------------------------------------------------------------------
 
 
-def test_features(capsys, parts, recipe_file, tmp_path, pictures):
+def test_features(capsys, parts, recipe_file, tmp_path, images):
     """Made beforehand, found by training."""
-    (tmp_path / "broken.png").write_text("no picture")
+    (tmp_path / "broken.png").write_text("no image")
     held_out = tmp_path / "held_out.jsonl"
-    names = [*pictures, str(tmp_path / "broken.png")]
+    names = [*images, str(tmp_path / "broken.png")]
     held_out.write_text("".join(json.dumps({"image": name, "caption": "a disc"}) + "\n" for name in names))
     keys = ["--data.validation", str(held_out), "--data.cached_views", "2", "--data.cached_dtype=int8"]
     keys += ["--data.features", str(tmp_path / "kept")]
@@ -242,105 +242,104 @@ def output(capsys, *arguments):
     return captured.out
 
 
-def test_caption(capsys, runs, pictures):
+def test_caption(capsys, runs, images):
     model = load(runs["llama"], device="cpu")
     options = ("--num-beams", "1", "--max-new-tokens", "4", "--prompt", "a photo of")
-    expected = model.caption(pictures, "a photo of", Decoding(num_beams=1, max_new_tokens=4))
-    one = output(capsys, "caption", str(runs["llama"]), pictures[0], *options)
+    expected = model.caption(images, "a photo of", Decoding(num_beams=1, max_new_tokens=4))
+    one = output(capsys, "caption", str(runs["llama"]), images[0], *options)
     assert one == f"{escape_control_characters(expected[0])}\n"
-    several = output(capsys, "caption", str(runs["llama"]), *pictures, *options)
+    several = output(capsys, "caption", str(runs["llama"]), *images, *options)
     assert several == "".join(
-        f"{name}\t{escape_control_characters(text)}\n" for name, text in zip(pictures, expected, strict=True)
+        f"{name}\t{escape_control_characters(text)}\n" for name, text in zip(images, expected, strict=True)
     )
 
 
-def test_caption_of_a_sample_follows_the_seed(capsys, runs, pictures):
-    command = ("caption", str(runs["t5"]), *pictures, "--top-p", "0.95", "--temperature", "1.5", "--seed")
+def test_caption_of_a_sample_follows_the_seed(capsys, runs, images):
+    command = ("caption", str(runs["t5"]), *images, "--top-p", "0.95", "--temperature", "1.5", "--seed")
     first = output(capsys, *command, "3")
     assert output(capsys, *command, "3") == first
     assert output(capsys, *command, "4") != first
 
 
-def test_ask(capsys, runs, pictures):
+def test_ask(capsys, runs, images):
     questions = ["what is it?", "which color does it have?"]
-    expected = load(runs["t5"], device="cpu").answer(pictures[0], questions)
+    expected = load(runs["t5"], device="cpu").answer(images[0], questions)
     assert (
-        output(capsys, "ask", str(runs["t5"]), pictures[0], questions[0])
-        == f"{escape_control_characters(expected[0])}\n"
+        output(capsys, "ask", str(runs["t5"]), images[0], questions[0]) == f"{escape_control_characters(expected[0])}\n"
     )
-    both = output(capsys, "ask", str(runs["t5"]), pictures[0], *questions)
+    both = output(capsys, "ask", str(runs["t5"]), images[0], *questions)
     assert both == "".join(
         f"{question}\t{escape_control_characters(text)}\n" for question, text in zip(questions, expected, strict=True)
     )
 
 
-def test_match(capsys, runs, pictures):
+def test_match(capsys, runs, images):
     texts = ["a red disc", "a blue square", "the stripe"]
-    head, *rows = output(capsys, "match", str(runs["stage1"]), pictures[0], *texts).splitlines()
+    head, *rows = output(capsys, "match", str(runs["stage1"]), images[0], *texts).splitlines()
     assert head == "match\tsimilarity\ttext"
     model = load(runs["stage1"], device="cpu")
-    match, similarity = model.match(pictures[0], texts)[0], model.similarity(pictures[0], texts)[0]
+    match, similarity = model.match(images[0], texts)[0], model.similarity(images[0], texts)[0]
     order = match.argsort(descending=True)
     assert rows == [f"{match[i]:.3f}\t{similarity[i]:.3f}\t{texts[i]}" for i in order]
 
 
-def test_embed(capsys, runs, pictures, tmp_path):
+def test_embed(capsys, runs, images, tmp_path):
     path = tmp_path / "vectors.safetensors"
-    command = ("embed", str(runs["stage1"]), *pictures, "--text", "a red disc", "--text", "it", "--output", str(path))
+    command = ("embed", str(runs["stage1"]), *images, "--text", "a red disc", "--text", "it", "--output", str(path))
     assert output(capsys, *command) == f"images [3, 4, 16], texts [2, 16] -> {path}\n"
     found = load_file(path)
     model = load(runs["stage1"], device="cpu")
-    assert torch.equal(found["images"], model.embed_images(pictures))
+    assert torch.equal(found["images"], model.embed_images(images))
     assert torch.equal(found["texts"], model.embed_texts(["a red disc", "it"]))
     with safe_open(path, "pt") as file:
         names = file.metadata()
-    assert json.loads(names["images"]) == pictures
+    assert json.loads(names["images"]) == images
     assert json.loads(names["texts"]) == ["a red disc", "it"]
 
 
-def test_embed_one_kind(capsys, runs, pictures, tmp_path):
+def test_embed_one_kind(capsys, runs, images, tmp_path):
     path = str(tmp_path / "vectors.safetensors")
-    output(capsys, "embed", str(runs["stage1"]), pictures[0], "--output", path)
+    output(capsys, "embed", str(runs["stage1"]), images[0], "--output", path)
     assert set(load_file(path)) == {"images"}
     output(capsys, "embed", str(runs["stage1"]), "--text", "it", "--output", path)
     assert set(load_file(path)) == {"texts"}
 
 
-def test_dtype(capsys, runs, pictures):
-    assert output(capsys, "caption", str(runs["llama"]), pictures[0], "--dtype", "bf16", "--num-beams", "1")
+def test_dtype(capsys, runs, images):
+    assert output(capsys, "caption", str(runs["llama"]), images[0], "--dtype", "bf16", "--num-beams", "1")
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["embed", "STAGE1", "--output", "x.safetensors"], "nothing to embed: give image files, --text, or both"),
-        (["caption", "STAGE1", "PICTURE"], "contains only stage representation: load a model of stage generation"),
-        (["ask", "STAGE1", "PICTURE", "what?"], "contains only stage representation: load a model of stage generation"),
+        (["caption", "STAGE1", "IMAGE"], "contains only stage representation: load a model of stage generation"),
+        (["ask", "STAGE1", "IMAGE", "what?"], "contains only stage representation: load a model of stage generation"),
         (
-            ["match", "LLAMA", "PICTURE", "a disc"],
+            ["match", "LLAMA", "IMAGE", "a disc"],
             "contains only stage generation: load a model of stage representation",
         ),
-        (["embed", "LLAMA", "PICTURE", "--output", "x"], "contains only stage generation: load a model of stage repr"),
-        (["embed", "STAGE1", "PICTURE", "--output", "NOWHERE/x"], "there is no folder for"),
-        (["embed", "STAGE1", "PICTURE", "--output", "FOLDER"], "cannot be written"),
-        (["caption", "NOWHERE", "PICTURE"], "give the folder of a run"),
-        (["caption", "LLAMA", "PICTURE", "--device", "gpu"], "choose cpu, cuda or mps"),
-        (["caption", "LLAMA", "PICTURE", "--top-p", "2"], "top_p is 2.0, expected a probability above 0"),
+        (["embed", "LLAMA", "IMAGE", "--output", "x"], "contains only stage generation: load a model of stage repr"),
+        (["embed", "STAGE1", "IMAGE", "--output", "NOWHERE/x"], "there is no folder for"),
+        (["embed", "STAGE1", "IMAGE", "--output", "FOLDER"], "cannot be written"),
+        (["caption", "NOWHERE", "IMAGE"], "give the folder of a run"),
+        (["caption", "LLAMA", "IMAGE", "--device", "gpu"], "choose cpu, cuda or mps"),
+        (["caption", "LLAMA", "IMAGE", "--top-p", "2"], "top_p is 2.0, expected a probability above 0"),
         (
-            ["caption", "LLAMA", "PICTURE", "--top-p", "0.5", "--temperature", "0"],
+            ["caption", "LLAMA", "IMAGE", "--top-p", "0.5", "--temperature", "0"],
             "temperature is 0.0, expected more than 0",
         ),
-        (["caption", "LLAMA", "PICTURE", "--max-new-tokens", "0"], "max_new_tokens is 0, expected at least 1"),
-        (["caption", "LLAMA", "PICTURE", "--num-beams", "0"], "beams is 0, expected at least 1"),
-        (["caption", "LLAMA", "PICTURE", "--top-p", "0.5", "--seed", "-1"], "--seed is -1, expected 0 to"),
+        (["caption", "LLAMA", "IMAGE", "--max-new-tokens", "0"], "max_new_tokens is 0, expected at least 1"),
+        (["caption", "LLAMA", "IMAGE", "--num-beams", "0"], "beams is 0, expected at least 1"),
+        (["caption", "LLAMA", "IMAGE", "--top-p", "0.5", "--seed", "-1"], "--seed is -1, expected 0 to"),
     ],
 )
-def test_what_cannot_be_done(capsys, runs, pictures, tmp_path, monkeypatch, arguments, expected):
+def test_what_cannot_be_done(capsys, runs, images, tmp_path, monkeypatch, arguments, expected):
     monkeypatch.chdir(tmp_path)
     names = {
         "STAGE1": runs["stage1"],
         "LLAMA": runs["llama"],
-        "PICTURE": pictures[0],
+        "IMAGE": images[0],
         "NOWHERE": tmp_path / "nowhere",
         "FOLDER": tmp_path,
     }

@@ -28,7 +28,7 @@ from conftest import byte_tokenizer, draw
 from fixtures.checkpoints import lavis_state, save_transformers, share_qformer
 from fixtures.tiny import randomize
 
-PICTURES = [draw("disc", "red", 0), draw("square", "blue", 7)]
+IMAGES = [draw("disc", "red", 0), draw("square", "blue", 7)]
 SHORT = {"max_steps": 1, "device": "cpu", "precision": "fp32"}
 SIZES = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
 
@@ -47,14 +47,14 @@ def whole(parts, tmp_path_factory):
 def test_trained_encoder_and_llm_go_along(whole, parts, tmp_path, to):
     convert(whole, tmp_path / "out", to)
     ours, again = blip2.load(whole, device="cpu"), blip2.load(tmp_path / "out", device="cpu")
-    torch.testing.assert_close(again.encode_images(PICTURES), ours.encode_images(PICTURES), atol=1e-5, rtol=1e-5)
-    moved = ours.encode_images(PICTURES) - blip2.load(whole, overrides={"vision.name": parts.vision}).encode_images(
-        PICTURES
+    torch.testing.assert_close(again.encode_images(IMAGES), ours.encode_images(IMAGES), atol=1e-5, rtol=1e-5)
+    moved = ours.encode_images(IMAGES) - blip2.load(whole, overrides={"vision.name": parts.vision}).encode_images(
+        IMAGES
     )
     assert torch.equal(moved, torch.zeros_like(moved))  # the checkpoint's weights, not those of the folder it names
     embeddings = [p.model.language.network.get_input_embeddings().weight[:258] for p in (ours, again)]
     assert torch.equal(*embeddings)
-    assert again.caption(PICTURES) == ours.caption(PICTURES)
+    assert again.caption(IMAGES) == ours.caption(IMAGES)
 
 
 def test_an_embedding_for_the_placeholder(whole, tmp_path):
@@ -90,7 +90,7 @@ def test_other_encoders_are_refused_before_anything_is_written(parts, tmp_path, 
     assert "\n" not in str(error.value)
     assert sorted(tmp_path.iterdir()) == before
     convert(run, tmp_path / "ours", "blip2")  # which holds anything
-    assert blip2.load(tmp_path / "ours", device="cpu").caption(PICTURES) == blip2.load(run, "cpu").caption(PICTURES)
+    assert blip2.load(tmp_path / "ours", device="cpu").caption(IMAGES) == blip2.load(run, "cpu").caption(IMAGES)
 
 
 def test_a_conversion_is_found_from_anywhere(parts, tmp_path, monkeypatch):
@@ -100,7 +100,7 @@ def test_a_conversion_is_found_from_anywhere(parts, tmp_path, monkeypatch):
     Path("opt").symlink_to(parts.opt)
     convert("blip2.pth", "ours", "blip2", {"language.name": "opt"})
     monkeypatch.chdir(tmp_path)
-    assert len(blip2.load("here/ours", device="cpu").caption(PICTURES)) == 2
+    assert len(blip2.load("here/ours", device="cpu").caption(IMAGES)) == 2
 
 
 def test_nothing_is_left_of_a_conversion_that_fails(parts, tmp_path, small_disk):
@@ -192,10 +192,10 @@ def test_a_trained_llm_whose_old_file_holds_its_matrix_twice(parts, tmp_path):
         optimizer={"learning_rate": {"vision.*": "frozen", "*": 1e-2}, "warmup_steps": 0}, training=SHORT,
     )  # fmt: skip
     train(recipe)
-    expected = blip2.load(tmp_path / "run", "cpu").caption(PICTURES)
+    expected = blip2.load(tmp_path / "run", "cpu").caption(IMAGES)
     for to in ("transformers", "vllm"):
         convert(tmp_path / "run", tmp_path / to, to)
-        assert blip2.load(tmp_path / to, "cpu").caption(PICTURES) == expected
+        assert blip2.load(tmp_path / to, "cpu").caption(IMAGES) == expected
         names = open_folder(tmp_path / to)
         assert "language_model.lm_head.weight" not in names
 
@@ -203,11 +203,11 @@ def test_a_trained_llm_whose_old_file_holds_its_matrix_twice(parts, tmp_path):
 def test_a_stage_1_of_transformers_stays_usable(parts, tmp_path):
     """What its layout dropped begins anew, and is said to."""
     save_transformers(tmp_path / "there", None, parts.bert, width=64, heads=1, vision=176)
-    expected = blip2.load(tmp_path / "there", "cpu").match(PICTURES, ["a", "b c"])
+    expected = blip2.load(tmp_path / "there", "cpu").match(IMAGES, ["a", "b c"])
     for to, name in (("blip2", "ours"), ("lavis", "its.pth")):
         convert(tmp_path / "there", tmp_path / name, to)
         again = blip2.load(tmp_path / name, "cpu", overrides={"qformer.tokenizer": parts.bert})
-        torch.testing.assert_close(again.match(PICTURES, ["a", "b c"]), expected, atol=2e-5, rtol=0)
+        torch.testing.assert_close(again.match(IMAGES, ["a", "b c"]), expected, atol=2e-5, rtol=0)
 
 
 def test_a_folder_of_both_stages_keeps_both(parts, tmp_path):
@@ -216,9 +216,9 @@ def test_a_folder_of_both_stages_keeps_both(parts, tmp_path):
     share_qformer(writer, judge, tmp_path / "second")
     convert(tmp_path / "second", tmp_path / "both", "transformers", stage1=tmp_path / "first")
     convert(tmp_path / "both", tmp_path / "ours", "blip2")
-    texts = [blip2.load(tmp_path / name, "cpu").caption(PICTURES) for name in ("ours", "second")]
+    texts = [blip2.load(tmp_path / name, "cpu").caption(IMAGES) for name in ("ours", "second")]
     assert texts[0] == texts[1]
-    scores = [blip2.load(tmp_path / n, "cpu", stage="representation").match(PICTURES, ["a"]) for n in ("ours", "first")]
+    scores = [blip2.load(tmp_path / n, "cpu", stage="representation").match(IMAGES, ["a"]) for n in ("ours", "first")]
     assert torch.equal(*scores)
 
 

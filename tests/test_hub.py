@@ -35,7 +35,7 @@ def measured(parts, tmp_path_factory):
         "device": "cpu",
         "precision": "fp32",
     }
-    train(parts.recipe(run, training=short, data={"validation": parts.pictures}))
+    train(parts.recipe(run, training=short, data={"validation": parts.images}))
     return run
 
 
@@ -86,12 +86,12 @@ def test_front_matter(runs, name, to):
 def test_card_says_what_was_trained_on_what_with_which_recipe(runs, parts, tmp_path, name):
     found = open_checkpoint(str(runs[name]))
     card = model_card(found, "transformers")
-    assert f"Trained on `{parts.pictures}`; no pairs were held out." in card
+    assert f"Trained on `{parts.images}`; no pairs were held out." in card
     assert f"started from the BERT `{parts.bert}`" in card
     losses = "ITC + ITM + ITG" if name == "stage1" else "the language modeling loss of the captions"
     assert f"Training ran for 3 of 3 steps, each with 4 pairs, with AdamW on {losses}." in card
     (recipe,) = blocks(card, "yaml")
-    assert yaml.safe_load(recipe)["data"]["train"] == parts.pictures
+    assert yaml.safe_load(recipe)["data"]["train"] == parts.images
     (tmp_path / "recipe.yaml").write_text(recipe)
     assert load_recipe(tmp_path / "recipe.yaml") == found.recipe
     assert blocks(card, "sh") == ["blip2 train recipe.yaml\n"]
@@ -219,7 +219,7 @@ def test_programs_of_the_card_compile(runs, name, to):
 def run_programs(folder, parts, monkeypatch, capsys):
     """What the programs of a folder's card print, run in the folder as they stand."""
     monkeypatch.chdir(folder)
-    shutil.copy(Path(parts.pictures).parent / "red-disc-0.png", "image.png")
+    shutil.copy(Path(parts.images).parent / "red-disc-0.png", "image.png")
     capsys.readouterr()
     for program in blocks(Path("README.md").read_text(encoding="utf-8"), "python"):
         exec(program, {})
@@ -231,7 +231,7 @@ def test_programs_of_the_card_say_what_blip2_says(parts, runs, tmp_path, monkeyp
     recipe = parts.recipe(
         tmp_path / "run",
         stage="generation",
-        language={"name": parts.llama, "prompt": 'a "picture" of'},
+        language={"name": parts.llama, "prompt": 'a "image" of'},
         start_from=str(runs["stage1"]),
         optimizer={"learning_rate": {**frozen, "*": 1e-3}},
         training={"max_steps": 1, "device": "cpu", "precision": "fp32"},
@@ -240,7 +240,7 @@ def test_programs_of_the_card_say_what_blip2_says(parts, runs, tmp_path, monkeyp
     convert(tmp_path / "run", tmp_path / "mine", "transformers", stage1=runs["stage1"])
     printed = run_programs(tmp_path / "mine", parts, monkeypatch, capsys)
     written, cosine, probability = re.fullmatch(
-        r'a "picture" of(.*)\ncosine: (.*)\nprobability that they match: (.*)\n', printed, re.DOTALL
+        r'a "image" of(.*)\ncosine: (.*)\nprobability that they match: (.*)\n', printed, re.DOTALL
     ).groups()
     (caption,) = load(tmp_path / "run").caption("image.png")
     assert written == caption

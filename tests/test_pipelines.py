@@ -15,7 +15,7 @@ from blip2.pipelines import ANSWER_DECODING, CAPTION_DECODING, QUESTION_TEMPLATE
 from conftest import draw
 from fixtures.tiny import randomize
 
-PICTURES = [draw("disc", "red", 0), draw("square", "blue", 7), draw("stripe", "green", 3)]
+IMAGES = [draw("disc", "red", 0), draw("square", "blue", 7), draw("stripe", "green", 3)]
 TEXTS = ["a red disc", "the square is blue here and there"]
 GREEDY = Decoding(num_beams=1, max_new_tokens=6)
 
@@ -53,8 +53,8 @@ def test_a_run_is_its_last_checkpoint(runs):
     assert first.path.name == "step-00000002"
     assert not torch.equal(first.embed_texts(TEXTS), last.embed_texts(TEXTS))
     again = load(str(last.path), device="cpu")
-    assert torch.equal(again.embed_images(PICTURES), last.embed_images(PICTURES))
-    assert torch.equal(again.match(PICTURES, TEXTS), last.match(PICTURES, TEXTS))
+    assert torch.equal(again.embed_images(IMAGES), last.embed_images(IMAGES))
+    assert torch.equal(again.match(IMAGES, TEXTS), last.match(IMAGES, TEXTS))
 
 
 def test_nothing_drops_out(compare, writer):
@@ -68,7 +68,7 @@ def test_dtype_of_the_frozen_parts(runs):
     assert pipeline.model.vision.dtype == pipeline.model.language.dtype == torch.bfloat16
     assert pipeline.model.projection.weight.dtype == torch.float32
     assert pipeline.recipe.vision.dtype == "bf16"
-    assert len(pipeline.caption(PICTURES, decoding=GREEDY)) == 3
+    assert len(pipeline.caption(IMAGES, decoding=GREEDY)) == 3
 
 
 @pytest.mark.parametrize("name", ["nothing", ""])
@@ -90,23 +90,23 @@ def test_a_frozen_part_that_is_gone(runs, tmp_path, compare):
 
 def test_shapes_of_several_and_of_one(compare):
     queries, width = 4, 16
-    assert compare.embed_images(PICTURES).shape == (3, queries, width)
-    assert compare.embed_images(PICTURES[0]).shape == (1, queries, width)
+    assert compare.embed_images(IMAGES).shape == (3, queries, width)
+    assert compare.embed_images(IMAGES[0]).shape == (1, queries, width)
     assert compare.embed_texts(TEXTS).shape == (2, width)
     assert compare.embed_texts(TEXTS[0]).shape == (1, width)
     for method in (compare.similarity, compare.match):
-        assert method(PICTURES, TEXTS).shape == (3, 2)
-        assert method(PICTURES[0], TEXTS[0]).shape == (1, 1)
+        assert method(IMAGES, TEXTS).shape == (3, 2)
+        assert method(IMAGES[0], TEXTS[0]).shape == (1, 1)
 
 
 def test_embeddings_are_unit_vectors(compare):
-    for embeddings in (compare.embed_images(PICTURES), compare.embed_texts(TEXTS)):
+    for embeddings in (compare.embed_images(IMAGES), compare.embed_texts(TEXTS)):
         torch.testing.assert_close(embeddings.norm(dim=-1), torch.ones(embeddings.shape[:-1]))
 
 
 def test_similarity_is_the_best_query_s_cosine(compare):
-    similarity = compare.similarity(PICTURES, TEXTS)
-    images, texts = compare.embed_images(PICTURES), compare.embed_texts(TEXTS)
+    similarity = compare.similarity(IMAGES, TEXTS)
+    images, texts = compare.embed_images(IMAGES), compare.embed_texts(TEXTS)
     for i in range(3):
         for t in range(2):
             best = max(float(images[i, q] @ texts[t]) for q in range(4))
@@ -116,12 +116,12 @@ def test_similarity_is_the_best_query_s_cosine(compare):
 
 @torch.no_grad()
 def test_match_is_the_model_s_own_pairwise_pass(compare):
-    match = compare.match(PICTURES, TEXTS)
+    match = compare.match(IMAGES, TEXTS)
     model = compare.model
-    for i, picture in enumerate(PICTURES):
+    for i, image in enumerate(IMAGES):
         for t, text in enumerate(TEXTS):
             ids, mask, _ = encode_texts(compare.tokenizer, [text], 32)
-            logits = model.match(model.build_image_memory(compare.encode_images(picture)), ids, mask)
+            logits = model.match(model.build_image_memory(compare.encode_images(image)), ids, mask)
             assert float(match[i, t]) == pytest.approx(float(logits.softmax(dim=1)[0, 1]), abs=1e-6)
     assert ((match >= 0) & (match <= 1)).all()
     assert match.std() > 0
@@ -129,52 +129,52 @@ def test_match_is_the_model_s_own_pairwise_pass(compare):
 
 def test_candidates_are_texts_of_each_image_s_own(compare):
     candidates = torch.tensor([[1, 0], [1, 1], [0, 1]])
-    logits = compare.match_candidates(PICTURES, TEXTS, candidates)
+    logits = compare.match_candidates(IMAGES, TEXTS, candidates)
     assert logits.shape == (3, 2, 2)
-    probability, every = logits.softmax(dim=-1)[..., 1], compare.match(PICTURES, TEXTS)
+    probability, every = logits.softmax(dim=-1)[..., 1], compare.match(IMAGES, TEXTS)
     torch.testing.assert_close(probability, every.gather(1, candidates))
 
 
 def test_results_do_not_depend_on_what_else_is_in_the_batch(compare, monkeypatch):
     together = [
-        compare.embed_images(PICTURES), compare.embed_texts(TEXTS), compare.similarity(PICTURES, TEXTS),
-        compare.match(PICTURES, TEXTS),
+        compare.embed_images(IMAGES), compare.embed_texts(TEXTS), compare.similarity(IMAGES, TEXTS),
+        compare.match(IMAGES, TEXTS),
     ]  # fmt: skip
     one_by_one = [
-        torch.cat([compare.embed_images(picture) for picture in PICTURES]),
+        torch.cat([compare.embed_images(image) for image in IMAGES]),
         torch.cat([compare.embed_texts(text) for text in TEXTS]),
         *(
-            torch.cat([torch.cat([method(picture, text) for text in TEXTS], dim=1) for picture in PICTURES])
+            torch.cat([torch.cat([method(image, text) for text in TEXTS], dim=1) for image in IMAGES])
             for method in (compare.similarity, compare.match)
         ),
     ]
     torch.testing.assert_close(together, one_by_one)
     monkeypatch.setattr(compare, "batch_size", 2)
-    torch.testing.assert_close(compare.embed_images(PICTURES), together[0])
+    torch.testing.assert_close(compare.embed_images(IMAGES), together[0])
     many = TEXTS * 6  # more than one chunk of texts
-    torch.testing.assert_close(compare.match(PICTURES, many), together[3].repeat(1, 6))
+    torch.testing.assert_close(compare.match(IMAGES, many), together[3].repeat(1, 6))
     torch.testing.assert_close(compare.embed_texts(many), together[1].repeat(6, 1))
 
 
 def test_long_texts_are_cut(compare):
     assert compare.embed_texts("a disc " * 5000).shape == (1, 16)
-    assert compare.match(PICTURES[0], "a disc " * 5000).shape == (1, 1)
+    assert compare.match(IMAGES[0], "a disc " * 5000).shape == (1, 1)
 
 
 # -- images --------------------------------------------------------------------------------------------------------
 
 
 def test_images_of_every_kind(compare, tmp_path):
-    picture = PICTURES[0]
-    path, buffer = tmp_path / "picture.png", io.BytesIO()
-    picture.save(path)
-    picture.save(buffer, format="PNG")
-    array = np.asarray(picture)
+    shown = IMAGES[0]
+    path, buffer = tmp_path / "shown.png", io.BytesIO()
+    shown.save(path)
+    shown.save(buffer, format="PNG")
+    array = np.asarray(shown)
     kinds = [
-        path, str(path), buffer.getvalue(), picture, array, array.astype(np.float32) / 255,
+        path, str(path), buffer.getvalue(), shown, array, array.astype(np.float32) / 255,
         torch.from_numpy(array.copy()), np.dstack([array, np.full(array.shape[:2], 255, np.uint8)]),
     ]  # fmt: skip
-    expected = compare.embed_images(picture)
+    expected = compare.embed_images(shown)
     for image in kinds:
         torch.testing.assert_close(compare.embed_images(image), expected)
     torch.testing.assert_close(compare.embed_images(kinds), expected.repeat(len(kinds), 1, 1))
@@ -183,17 +183,17 @@ def test_images_of_every_kind(compare, tmp_path):
 
 
 def test_features_stand_for_images(compare):
-    features = compare.encode_images(PICTURES)
+    features = compare.encode_images(IMAGES)
     assert features.shape == (3, compare.model.vision.num_tokens, compare.model.vision.hidden_size)
-    assert torch.equal(compare.embed_images(features), compare.embed_images(PICTURES))
-    assert torch.equal(compare.match(features, TEXTS), compare.match(PICTURES, TEXTS))
+    assert torch.equal(compare.embed_images(features), compare.embed_images(IMAGES))
+    assert torch.equal(compare.match(features, TEXTS), compare.match(IMAGES, TEXTS))
 
 
 def test_broken_images_are_named(compare, writer, tmp_path):
-    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "text.jpg").write_text("no image")
     for image in (tmp_path / "text.jpg", tmp_path / "missing.jpg"):
         for call in (
-            lambda image=image: compare.embed_images([PICTURES[0], image]),
+            lambda image=image: compare.embed_images([IMAGES[0], image]),
             lambda image=image: compare.similarity(image, TEXTS),
             lambda image=image: compare.match(image, TEXTS),
             lambda image=image: writer.caption(image),
@@ -208,25 +208,25 @@ def test_broken_images_are_named(compare, writer, tmp_path):
 
 
 def test_captions(writer):
-    together = writer.caption(PICTURES, decoding=GREEDY)
+    together = writer.caption(IMAGES, decoding=GREEDY)
     assert len(together) == 3
     assert all(isinstance(caption, str) for caption in together)
-    assert together == [writer.caption(picture, decoding=GREEDY)[0] for picture in PICTURES]
-    assert len(writer.caption(PICTURES)) == 3
+    assert together == [writer.caption(image, decoding=GREEDY)[0] for image in IMAGES]
+    assert len(writer.caption(IMAGES)) == 3
 
 
 def test_captions_look_at_the_image_and_go_on_from_the_prompt(writer):
-    assert len(set(writer.caption(PICTURES, decoding=GREEDY))) > 1
+    assert len(set(writer.caption(IMAGES, decoding=GREEDY))) > 1
     prompts = ["", "a photo of", "zzzz"]
-    assert len({writer.caption(PICTURES[0], prompt, GREEDY)[0] for prompt in prompts}) > 1
+    assert len({writer.caption(IMAGES[0], prompt, GREEDY)[0] for prompt in prompts}) > 1
 
 
 def test_a_prompt_an_image(writer):
     prompts = ["a photo of", "", "one more of the many pictures of"]
-    expected = [writer.caption(p, prompt, GREEDY)[0] for p, prompt in zip(PICTURES, prompts, strict=True)]
-    assert writer.caption(PICTURES, prompts, GREEDY) == expected
+    expected = [writer.caption(p, prompt, GREEDY)[0] for p, prompt in zip(IMAGES, prompts, strict=True)]
+    assert writer.caption(IMAGES, prompts, GREEDY) == expected
     with pytest.raises(InputError) as raised:
-        writer.caption(PICTURES, prompts[:2])
+        writer.caption(IMAGES, prompts[:2])
     assert "3 images and 2 prompts" in message(raised)
 
 
@@ -235,8 +235,8 @@ def test_captions_begin_as_the_model_was_trained(runs):
     assert pipeline.recipe.language is not None
     language = replace(pipeline.recipe.language, prompt="a photo of")
     pipeline.recipe = replace(pipeline.recipe, language=language)
-    assert pipeline.caption(PICTURES) == pipeline.caption(PICTURES, "a photo of")
-    assert pipeline.caption(PICTURES, "", GREEDY) != pipeline.caption(PICTURES, "a photo of", GREEDY)
+    assert pipeline.caption(IMAGES) == pipeline.caption(IMAGES, "a photo of")
+    assert pipeline.caption(IMAGES, "", GREEDY) != pipeline.caption(IMAGES, "a photo of", GREEDY)
 
 
 QUESTIONS = ["what is it?", "is it red or blue, or of another color?", "how many?"]
@@ -244,25 +244,25 @@ QUESTIONS = ["what is it?", "is it red or blue, or of another color?", "how many
 
 def test_several_questions_on_one_image_are_answered_as_one_by_one(writer):
     """They are of different lengths, so that prompts are padded."""
-    together = writer.answer(PICTURES[0], QUESTIONS)
-    assert together == [writer.answer(PICTURES[0], question)[0] for question in QUESTIONS]
+    together = writer.answer(IMAGES[0], QUESTIONS)
+    assert together == [writer.answer(IMAGES[0], question)[0] for question in QUESTIONS]
     # The tiny T5 may answer all questions alike.
     assert writer.model.language.is_encoder_decoder or len(set(together)) > 1
 
 
 def test_one_question_on_several_images(writer):
-    assert writer.answer(PICTURES, QUESTIONS[0]) == [writer.answer(p, QUESTIONS[0])[0] for p in PICTURES]
+    assert writer.answer(IMAGES, QUESTIONS[0]) == [writer.answer(p, QUESTIONS[0])[0] for p in IMAGES]
 
 
 def test_a_question_an_image(writer):
-    expected = [writer.answer(p, q)[0] for p, q in zip(PICTURES, QUESTIONS, strict=True)]
-    assert writer.answer(PICTURES, QUESTIONS) == expected
+    expected = [writer.answer(p, q)[0] for p, q in zip(IMAGES, QUESTIONS, strict=True)]
+    assert writer.answer(IMAGES, QUESTIONS) == expected
 
 
 def test_how_questions_are_put(writer):
     template = SHORT_QUESTION_TEMPLATE if writer.model.language.is_encoder_decoder else QUESTION_TEMPLATE
     prompt = template.format("what is it?")
-    assert writer.answer(PICTURES[0], "what is it?") == writer.generate(PICTURES[0], [prompt], ANSWER_DECODING)
+    assert writer.answer(IMAGES[0], "what is it?") == writer.generate(IMAGES[0], [prompt], ANSWER_DECODING)
     assert (QUESTION_TEMPLATE, SHORT_QUESTION_TEMPLATE) == ("Question: {} Answer:", "Question: {} Short answer:")
     assert (CAPTION_DECODING.num_beams, ANSWER_DECODING.num_beams, ANSWER_DECODING.length_penalty) == (
         5,
@@ -272,28 +272,28 @@ def test_how_questions_are_put(writer):
 
 
 def test_a_question_with_braces(writer):
-    assert len(writer.answer(PICTURES[0], "what is {0} in {}?", GREEDY)) == 1
+    assert len(writer.answer(IMAGES[0], "what is {0} in {}?", GREEDY)) == 1
 
 
 def test_batches_of_prompts(writer, monkeypatch):
-    expected = writer.answer(PICTURES, QUESTIONS)
+    expected = writer.answer(IMAGES, QUESTIONS)
     monkeypatch.setattr(writer, "batch_size", 2)
-    assert writer.answer(PICTURES, QUESTIONS) == expected
-    expected = writer.answer(PICTURES[0], QUESTIONS)
+    assert writer.answer(IMAGES, QUESTIONS) == expected
+    expected = writer.answer(IMAGES[0], QUESTIONS)
     monkeypatch.setattr(writer, "batch_size", 1)
-    assert writer.answer(PICTURES[0], QUESTIONS) == expected
+    assert writer.answer(IMAGES[0], QUESTIONS) == expected
 
 
 def test_prompts_say_which_image_they_are_about(writer, monkeypatch):
     asked = [(1, QUESTIONS[1]), (0, QUESTIONS[0]), (1, QUESTIONS[2]), (2, ""), (1, QUESTIONS[0])]
-    expected = [writer.generate(PICTURES[i], [prompt], GREEDY)[0] for i, prompt in asked]
+    expected = [writer.generate(IMAGES[i], [prompt], GREEDY)[0] for i, prompt in asked]
     image_index, prompts = zip(*asked, strict=True)
-    assert writer.generate(PICTURES, prompts, GREEDY, image_index=image_index) == expected
+    assert writer.generate(IMAGES, prompts, GREEDY, image_index=image_index) == expected
     assert len(set(expected)) > 2
-    beams = [writer.generate(PICTURES[i], [prompt], ANSWER_DECODING, 2) for i, prompt in asked]
+    beams = [writer.generate(IMAGES[i], [prompt], ANSWER_DECODING, 2) for i, prompt in asked]
     monkeypatch.setattr(writer, "batch_size", 2)
-    assert writer.generate(PICTURES, prompts, GREEDY, image_index=image_index) == expected
-    assert writer.generate(PICTURES, prompts, ANSWER_DECODING, 2, image_index) == [
+    assert writer.generate(IMAGES, prompts, GREEDY, image_index=image_index) == expected
+    assert writer.generate(IMAGES, prompts, ANSWER_DECODING, 2, image_index) == [
         text for pair in beams for text in pair
     ]
 
@@ -301,8 +301,8 @@ def test_prompts_say_which_image_they_are_about(writer, monkeypatch):
 def test_an_image_of_several_questions_is_encoded_once(writer):
     rows = []
     hook = writer.model.projection.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
-    writer.answer(PICTURES[0], QUESTIONS, GREEDY)
-    writer.answer(PICTURES, QUESTIONS, GREEDY)
+    writer.answer(IMAGES[0], QUESTIONS, GREEDY)
+    writer.answer(IMAGES, QUESTIONS, GREEDY)
     hook.remove()
     assert rows == [1, 3]
 
@@ -319,16 +319,16 @@ def test_prompts_of_like_length_are_written_together(writer, monkeypatch):
     monkeypatch.setattr(type(language), "generate", note)
     monkeypatch.setattr(writer, "batch_size", 2)
     prompts = ["a", "a much longer one", "b", "another that is longer"]
-    writer.generate([*PICTURES, PICTURES[0]], prompts, GREEDY)
+    writer.generate([*IMAGES, IMAGES[0]], prompts, GREEDY)
     assert widths[0] < widths[1] == max(widths)
     assert widths[0] <= 3
 
 
 def test_images_that_prompts_cannot_be_about(writer):
     with pytest.raises(InputError, match="image_index has 1 entries for 2 prompts: give one per prompt"):
-        writer.generate(PICTURES, ["", ""], GREEDY, image_index=[0])
+        writer.generate(IMAGES, ["", ""], GREEDY, image_index=[0])
     with pytest.raises(InputError, match="image_index contains 3, expected 0 to 2"):
-        writer.generate(PICTURES, ["", ""], GREEDY, image_index=[0, 3])
+        writer.generate(IMAGES, ["", ""], GREEDY, image_index=[0, 3])
 
 
 def test_sampling_follows_the_seed(writer):
@@ -336,7 +336,7 @@ def test_sampling_follows_the_seed(writer):
 
     def sample(seed):
         set_seed(seed)
-        return writer.generate(PICTURES[:2], ["", ""], sampled, num_return_sequences=3)
+        return writer.generate(IMAGES[:2], ["", ""], sampled, num_return_sequences=3)
 
     first = sample(1)
     assert len(first) == 6
@@ -347,7 +347,7 @@ def test_sampling_follows_the_seed(writer):
 
 def test_length_is_limited(writer):
     for limit in (1, 3):
-        (text,) = writer.generate(PICTURES[0], [""], Decoding(num_beams=1, max_new_tokens=limit))
+        (text,) = writer.generate(IMAGES[0], [""], Decoding(num_beams=1, max_new_tokens=limit))
         assert len(text.encode()) <= 4 * limit  # bytes that are no UTF-8 are written as a sign of three
 
 
@@ -357,8 +357,8 @@ def test_length_is_limited(writer):
 @pytest.mark.parametrize(
     ("method", "arguments", "what"),
     [
-        ("caption", [PICTURES], "write captions"),
-        ("answer", [PICTURES, "what?"], "answer questions"),
+        ("caption", [IMAGES], "write captions"),
+        ("answer", [IMAGES, "what?"], "answer questions"),
     ],
 )
 def test_stage_one_cannot_write(compare, method, arguments, what):
@@ -372,10 +372,10 @@ def test_stage_one_cannot_write(compare, method, arguments, what):
 @pytest.mark.parametrize(
     ("method", "arguments"),
     [
-        ("embed_images", [PICTURES]),
+        ("embed_images", [IMAGES]),
         ("embed_texts", [TEXTS]),
-        ("similarity", [PICTURES, TEXTS]),
-        ("match", [PICTURES, TEXTS]),
+        ("similarity", [IMAGES, TEXTS]),
+        ("match", [IMAGES, TEXTS]),
     ],
 )
 def test_stage_two_cannot_compare(writer, method, arguments):
@@ -389,27 +389,27 @@ def test_stage_two_cannot_compare(writer, method, arguments):
 def test_blank_texts(compare, writer, text):
     for call in (
         lambda: compare.embed_texts(["a disc", text]),
-        lambda: compare.similarity(PICTURES, ["a disc", text]),
-        lambda: compare.match(PICTURES, ["a disc", text]),
+        lambda: compare.similarity(IMAGES, ["a disc", text]),
+        lambda: compare.match(IMAGES, ["a disc", text]),
     ):
         with pytest.raises(InputError) as raised:
             call()
         assert message(raised) == f"text 2 of 2 is {text!r}, expected words"
     with pytest.raises(InputError) as raised:
-        writer.answer(PICTURES[0], text)
+        writer.answer(IMAGES[0], text)
     assert message(raised) == f"question 1 of 1 is {text!r}, expected words"
 
 
 def test_nothing_at_all(compare, writer):
     for call, what in (
         (lambda: compare.embed_texts([]), "text"),
-        (lambda: compare.match(PICTURES, []), "text"),
+        (lambda: compare.match(IMAGES, []), "text"),
         (lambda: compare.embed_images([]), "image"),
         (lambda: compare.similarity([], TEXTS), "image"),
         (lambda: compare.match([], TEXTS), "image"),
         (lambda: writer.caption([]), "image"),
         (lambda: writer.answer([], "what is it?"), "image"),
-        (lambda: writer.answer(PICTURES, []), "question"),
+        (lambda: writer.answer(IMAGES, []), "question"),
     ):
         with pytest.raises(InputError) as raised:
             call()
@@ -418,9 +418,9 @@ def test_nothing_at_all(compare, writer):
 
 def test_counts_that_do_not_fit(writer):
     with pytest.raises(InputError, match="there are 3 images and 2 questions: give one question per image"):
-        writer.answer(PICTURES, QUESTIONS[:2])
+        writer.answer(IMAGES, QUESTIONS[:2])
     with pytest.raises(InputError, match="there are 3 images and 2 prompts: give one prompt per image"):
-        writer.generate(PICTURES, ["", ""], GREEDY)
+        writer.generate(IMAGES, ["", ""], GREEDY)
 
 
 def test_public_names_are_the_documented_ones():

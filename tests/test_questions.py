@@ -25,7 +25,7 @@ from blip2.model.qformer import attention_mask
 from blip2.pipelines import load
 from blip2.training.metrics import read_metrics
 from blip2.training.trainer import train
-from conftest import COLOURS, SHAPES, draw
+from conftest import COLORS, SHAPES, draw
 from fixtures.checkpoints import lavis_state, save_transformers
 from fixtures.tiny import QFORMER, randomize, texts
 
@@ -45,11 +45,11 @@ def model(parts):
 
 @pytest.fixture(scope="module")
 def table(parts, tmp_path_factory):
-    """Two questions about each of twelve pictures, one of whose answers was given more often than the other."""
+    """Two questions about each of twelve images, one of whose answers was given more often than the other."""
     folder = tmp_path_factory.mktemp("questions")
     rows = []
     for shape in SHAPES:
-        for color in COLOURS:
+        for color in COLORS:
             draw(shape, color, 0).save(folder / f"{color}-{shape}.png")
             for question, answers in (("what color?", [color] * 8 + ["dark", ""]), ("what shape?", [shape])):
                 rows.append({"image": f"{color}-{shape}.png", "question": question, "answers": answers})
@@ -152,18 +152,18 @@ def test_training_resumes_and_the_model_answers(recipe, run, tmp_path):
     for parameter in pipeline.model.language.parameters():
         if parameter.ndim > 1:
             parameter.data *= 2
-    pictures, questions = [draw("disc", "red", 0), draw("square", "blue", 7)], ["what color?", "is it a disc or not?"]
-    answers = pipeline.answer(pictures, questions, GREEDY)
+    images, questions = [draw("disc", "red", 0), draw("square", "blue", 7)], ["what color?", "is it a disc or not?"]
+    answers = pipeline.answer(images, questions, GREEDY)
     assert pipeline.question_template == PROMPT
-    features = pipeline.encode_images(pictures)
-    for picture in range(2):
-        seen = encode_questions(pipeline.qformer_tokenizer, questions[picture : picture + 1])
-        prompt = pipeline.model.visual_prompt(features[[picture]], seen)
-        ids = pipeline.tokenizer(PROMPT.format(questions[picture]), return_tensors="pt")["input_ids"]
+    features = pipeline.encode_images(images)
+    for image in range(2):
+        seen = encode_questions(pipeline.qformer_tokenizer, questions[image : image + 1])
+        prompt = pipeline.model.visual_prompt(features[[image]], seen)
+        ids = pipeline.tokenizer(PROMPT.format(questions[image]), return_tensors="pt")["input_ids"]
         new = pipeline.model.language.generate(prompt, ids, torch.ones_like(ids).bool(), GREEDY, pipeline.eos_token_id)
-        assert pipeline.tokenizer.decode(new[0], skip_special_tokens=True).strip() == answers[picture]
-    both = pipeline.answer(pictures[0], questions, GREEDY)
-    assert both[0] == answers[0] and pipeline.answer(pictures[0], questions[1], GREEDY) == both[1:]
+        assert pipeline.tokenizer.decode(new[0], skip_special_tokens=True).strip() == answers[image]
+    both = pipeline.answer(images[0], questions, GREEDY)
+    assert both[0] == answers[0] and pipeline.answer(images[0], questions[1], GREEDY) == both[1:]
 
 
 def test_the_text_transformer_comes_from_stage_one(parts, recipe, runs, tmp_path):
@@ -297,7 +297,7 @@ def test_a_question_needs_a_place(parts, tmp_path):
 
 def test_records_without_questions_are_named(parts, recipe, tmp_path):
     with pytest.raises(InputError, match=r"no usable image.*it has no question, and language.prompt has \{\}"):
-        train(recipe(tmp_path / "run", data={"train": parts.pictures, "batch_size": 4, "num_workers": 0}))
+        train(recipe(tmp_path / "run", data={"train": parts.images, "batch_size": 4, "num_workers": 0}))
 
 
 def test_a_question_without_answers_is_left_out(recipe, table, tmp_path):
@@ -325,8 +325,8 @@ def test_other_formats_have_no_place_for_it(run, tmp_path, to):
     with pytest.raises(InputError, match=f"reads questions, which the BLIP-2 of {to} does not support"):
         convert(run, tmp_path / "out.pth", to)
     convert(run, tmp_path / "own", "blip2")
-    picture = draw("disc", "red", 0)
-    answers = [load(path, device="cpu").answer(picture, "what is it?", GREEDY) for path in (run, tmp_path / "own")]
+    image = draw("disc", "red", 0)
+    answers = [load(path, device="cpu").answer(image, "what is it?", GREEDY) for path in (run, tmp_path / "own")]
     assert answers[0] == answers[1]
 
 
@@ -342,7 +342,7 @@ def test_the_tokenizer_of_questions_is_saved(parts, run):
 def both(recipe, parts, table, tmp_path_factory):
     folder = tmp_path_factory.mktemp("both")
     captions = folder / "captions.jsonl"
-    shown = [(color, shape) for color in COLOURS for shape in SHAPES]
+    shown = [(color, shape) for color in COLORS for shape in SHAPES]
     root = Path(table).parent
     rows = [{"image": str(root / f"{color}-{shape}.png"), "caption": f"a {color} {shape}"} for color, shape in shown]
     captions.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -448,7 +448,7 @@ def test_limits_that_the_llm_has_no_positions_for(parts, recipe, tmp_path, name)
         config = BartConfig(vocab_size=258, d_model=32, max_position_embeddings=96, decoder_start_token_id=256, **sizes)
         BartForConditionalGeneration(config).save_pretrained(folder)
         AutoTokenizer.from_pretrained(parts.t5).save_pretrained(folder)
-    data = {"max_length": 100, "train": parts.pictures, "num_workers": 0}
+    data = {"max_length": 100, "train": parts.images, "num_workers": 0}
     made = recipe(tmp_path / "run", language={"name": folder, "prompt": "a "}, data=data,
                   qformer={"use_qformer_text_input": False})  # fmt: skip
     with pytest.raises(InputError, match="the LLM has 96 positions, too few for 4 queries, a prompt of") as error:

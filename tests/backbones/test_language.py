@@ -333,7 +333,7 @@ def test_embedding_scale_of_a_model_that_scales_inside():
     assert llm.embedding_scale() == pytest.approx(4 * rms, rel=0.02)  # estimated from every second token
 
 
-@pytest.mark.parametrize("part", ["vision", "pictures"])
+@pytest.mark.parametrize("part", ["vision", "images"])
 def test_models_that_are_no_language_model(parts, part):
     with pytest.raises(InputError, match="no language model could be loaded from") as caught:
         load_language_model(getattr(parts, part))

@@ -75,7 +75,7 @@ def test_a_loaded_run_computes_with_its_adapters(parts, tuned, name):
 
 
 def test_captioning(parts, tuned):
-    image = next(Path(parts.pictures).parent.glob("*.png"))
+    image = next(Path(parts.images).parent.glob("*.png"))
     assert isinstance(blip2.load(tuned / "llama", device="cpu").caption(image)[0], str)
 
 

@@ -117,8 +117,8 @@ def test_a_recipe_trains_on_what_was_written(done, parts, tmp_path):
     for source, weight in data.sources.items():
         if is_benchmark(source):
             assert weight is None
-            shutil.copytree(Path(parts.pictures).parent, tmp_path / source[:2])
-            sources[str(tmp_path / source[:2] / Path(parts.pictures).name)] = None
+            shutil.copytree(Path(parts.images).parent, tmp_path / source[:2])
+            sources[str(tmp_path / source[:2] / Path(parts.images).name)] = None
             continue
         folder = tmp_path / Path(source).parent.relative_to("/data")
         shutil.copytree(output, folder)
@@ -234,11 +234,11 @@ def test_an_image_without_a_caption_within_the_limits_is_left_out(runs, tmp_path
 
 
 def test_a_table_is_cut_into_shards(runs, parts, clip, tmp_path):
-    metrics = run(runs, parts.pictures, tmp_path / "output", ranker=clip)
+    metrics = run(runs, parts.images, tmp_path / "output", ranker=clip)
     assert [len(read_tar(tmp_path / "output" / f"0000{n}.tar")) for n in range(3)] == [20, 20, 8]
     assert metrics["counts"]["with an original"] == 24
     records = list(open_records(str(tmp_path / "output" / "*.tar"), DataConfig(train="")).read())
-    images = [record.image for record in open_records(parts.pictures, DataConfig(train=""))]
+    images = [record.image for record in open_records(parts.images, DataConfig(train=""))]
     assert [record.image for record in records] == [Path(image).read_bytes() for image in images]
 
 

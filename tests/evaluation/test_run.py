@@ -20,7 +20,7 @@ from blip2.evaluation.retrieval import recall
 from blip2.evaluation.run import evaluate as evaluate_config
 from blip2.io import lock_folder
 from blip2.pipelines import GenerationPipeline, load
-from conftest import COLOURS, SHAPES, draw
+from conftest import COLORS, SHAPES, draw
 from fixtures.processes import start_two
 
 GREEDY = {"num_beams": 1, "max_new_tokens": 4}
@@ -43,7 +43,7 @@ def table(tmp_path_factory):
     rows = []
     for shade in range(4):
         for shape in SHAPES:
-            for color in COLOURS:
+            for color in COLORS:
                 name = f"{color}-{shape}-{shade}.png"
                 draw(shape, color, 10 * shade).save(folder / name)
                 for question, answer in zip(QUESTIONS, (color, shape, "yes" if shape == "disc" else "no"), strict=True):
@@ -142,23 +142,23 @@ def test_what_was_done_stays_until_all_have_read_it(runs, table, tmp_path):
 
 
 def test_captions(runs, parts, tmp_path):
-    metrics = evaluate(runs["t5"], "captioning", parts.pictures, tmp_path, **GREEDY, limit=20)
+    metrics = evaluate(runs["t5"], "captioning", parts.images, tmp_path, **GREEDY, limit=20)
     found, predictions = read(tmp_path)
     assert (metrics["records"], metrics["images"], len(predictions)) == (20, 20, 20)
     pipeline = load(runs["t5"], device="cpu")
-    first = Path(parts.pictures).parent / json.loads(Path(parts.pictures).read_text().splitlines()[0])["image"]
+    first = Path(parts.images).parent / json.loads(Path(parts.images).read_text().splitlines()[0])["image"]
     assert pipeline.caption(first, None, Decoding(**GREEDY)) == [predictions[0]["caption"]]
     assert found["CIDEr"] is not None
 
 
 def test_captions_of_one_image_in_several_rows_are_the_truth_of_one(runs, parts, tmp_path):
-    rows = [json.loads(line) for line in Path(parts.pictures).read_text().splitlines()][:4]
-    file = Path(parts.pictures).parent / "flat.jsonl"
+    rows = [json.loads(line) for line in Path(parts.images).read_text().splitlines()][:4]
+    file = Path(parts.images).parent / "flat.jsonl"
     file.write_text(
         "".join(json.dumps({"image": r["image"], "caption": c}) + "\n" for r in rows for c in r["captions"])
     )
     flat = evaluate(runs["llama"], "captioning", str(file), tmp_path / "flat", **GREEDY)
-    nested = evaluate(runs["llama"], "captioning", parts.pictures, tmp_path / "nested", **GREEDY, limit=4)
+    nested = evaluate(runs["llama"], "captioning", parts.images, tmp_path / "nested", **GREEDY, limit=4)
     assert (flat["records"], flat["images"]) == (8, 4)
     assert flat["CIDEr"] == nested["CIDEr"]
     file.unlink()
@@ -166,12 +166,12 @@ def test_captions_of_one_image_in_several_rows_are_the_truth_of_one(runs, parts,
 
 @pytest.mark.parametrize("fusion", ["itm", "itm+itc"])
 def test_retrieval(runs, parts, tmp_path, fusion):
-    metrics = evaluate(runs["stage1"], "retrieval", parts.pictures, tmp_path, rerank_k=5, fusion=fusion)
-    rows = [json.loads(line) for line in Path(parts.pictures).read_text().splitlines()]
+    metrics = evaluate(runs["stage1"], "retrieval", parts.images, tmp_path, rerank_k=5, fusion=fusion)
+    rows = [json.loads(line) for line in Path(parts.images).read_text().splitlines()]
     texts = [text for row in rows for text in row["captions"]]
     assert (metrics["images"], metrics["texts"]) == (len(rows), len(texts))
     pipeline = load(runs["stage1"], device="cpu")
-    images = [Path(parts.pictures).parent / row["image"] for row in rows]
+    images = [Path(parts.images).parent / row["image"] for row in rows]
     similarity = pipeline.similarity(images, texts)
     positive = torch.zeros_like(similarity, dtype=torch.bool)
     for i in range(len(rows)):
@@ -197,7 +197,7 @@ def test_two_processes_retrieve_as_one(runs, parts, tmp_path):
     (tmp_path / "data").mkdir()
     rows = []
     for i in range(70):
-        color, shape = list(COLOURS)[i % 4], SHAPES[i % 3]
+        color, shape = list(COLORS)[i % 4], SHAPES[i % 3]
         draw(shape, color, i).save(tmp_path / "data" / f"{i}.png")
         rows += [{"image": f"{i}.png", "caption": text} for text in (f"a {color} {shape}", f"number {i}")]
     data = tmp_path / "data" / "some.jsonl"
@@ -315,11 +315,11 @@ def test_a_full_disk(runs, table, small_disk):
 
 def test_tasks_that_do_not_fit(runs, parts, table, tmp_path):
     with pytest.raises(InputError, match=r"row 0 .* has no question, which the task vqa needs"):
-        evaluate(runs["llama"], "vqa", parts.pictures, tmp_path / "a", **GREEDY)
+        evaluate(runs["llama"], "vqa", parts.images, tmp_path / "a", **GREEDY)
     with pytest.raises(InputError, match="contains only stage representation"):
         evaluate(runs["stage1"], "vqa", table, tmp_path / "b", **GREEDY)
     with pytest.raises(InputError, match="contains only stage generation"):
-        evaluate(runs["llama"], "retrieval", parts.pictures, tmp_path / "c")
+        evaluate(runs["llama"], "retrieval", parts.images, tmp_path / "c")
     with pytest.raises(InputError, match=r"the prompt 'what' has no \{\} where the question goes"):
         evaluate(runs["llama"], "vqa", table, tmp_path / "d", prompt="what")
 

@@ -49,12 +49,12 @@ class CountingEncoder(ImageEncoder):
         return self.network(pixels)
 
 
-def pictures(folder: Path, count: int = 5, broken: int | None = None) -> Records:
+def images(folder: Path, count: int = 5, broken: int | None = None) -> Records:
     folder.mkdir(exist_ok=True)
     rows = []
     for i in range(count):
         draw("disc", "red", 20 * i).save(folder / f"{i}.png")
-        rows.append({"image": f"{i}.png", "caption": f"picture {i}"})
+        rows.append({"image": f"{i}.png", "caption": f"image {i}"})
     if broken is not None:
         (folder / f"{broken}.png").write_text("not an image")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -102,7 +102,7 @@ def whole(records: Records, index: int, encoder: ImageEncoder) -> Tensor:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_features_are_those_of_the_encoder(tmp_path: Path, workers: int) -> None:
-    records, encoder = pictures(tmp_path / "pictures"), CountingEncoder()
+    records, encoder = images(tmp_path / "images"), CountingEncoder()
     cache = cached(tmp_path, records, encoder, batch_size=6, num_workers=workers)
     assert (len(cache), cache.num_images, cache.num_encoded, cache.errors) == (5, 5, 5, {})
     assert cache.row_format == RowFormat(3, encoder.num_tokens, encoder.hidden_size, "bf16")
@@ -125,7 +125,7 @@ def test_features_are_those_of_the_encoder(tmp_path: Path, workers: int) -> None
 
 @pytest.mark.parametrize(("dtype", "least", "most"), [("bf16", 0.001, 0.003), ("int8", 0.003, 0.01)])
 def test_the_error_is_the_one_reported(tmp_path: Path, dtype: StoredDtype, least: float, most: float) -> None:
-    records, encoder = pictures(tmp_path / "pictures"), CountingEncoder()
+    records, encoder = images(tmp_path / "images"), CountingEncoder()
     cache = cached(tmp_path, records, encoder, views=1, dtype=dtype)
     exact = torch.stack(
         [encoder.encode(preprocess(read_image(record.image or ""), PREPROCESSING)[None])[0] for record in records]
@@ -159,21 +159,21 @@ def test_what_is_not_finite_is_not_hidden() -> None:
 
 
 def test_found_again(tmp_path: Path) -> None:
-    first = cached(tmp_path, pictures(tmp_path / "pictures"), CountingEncoder())
+    first = cached(tmp_path, images(tmp_path / "images"), CountingEncoder())
     files = sorted(first.folder.iterdir())
     encoder, reported = CountingEncoder(), []
-    again = cached(tmp_path, pictures(tmp_path / "pictures"), encoder, report=lambda *done: reported.append(done))
+    again = cached(tmp_path, images(tmp_path / "images"), encoder, report=lambda *done: reported.append(done))
     assert (encoder.seen, reported, again.num_encoded, again.num_images) == (0, [], 0, 5)
     assert again.folder == first.folder
     assert torch.equal(again.read(3, None), first.read(3, None))
-    # pictures() wrote the files anew, which only gave them another time.
+    # images() wrote the files anew, which only gave them another time.
     assert len(lines(again, "file")) == 10
-    cached(tmp_path, pictures(tmp_path / "pictures"), encoder)
+    cached(tmp_path, images(tmp_path / "images"), encoder)
     assert [path for path in files if not path.exists()] == []
 
 
 def test_unchanged_files_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    records, encoder = pictures(tmp_path / "pictures"), CountingEncoder()
+    records, encoder = images(tmp_path / "images"), CountingEncoder()
     cached(tmp_path, records, encoder)
     monkeypatch.setattr(Path, "read_bytes", None)
     cache = cached(tmp_path, records, encoder)
@@ -214,7 +214,7 @@ def of_layer(encoder: ImageEncoder, layer: str) -> ImageEncoder:
     ids=["weight", "dtype", "size", "std", "shape", "layer", "configuration", "views", "crop", "flip", "int8"],
 )
 def test_made_anew_for_another(tmp_path: Path, encoder: Callable[[], ImageEncoder], settings: dict[str, Any]) -> None:
-    records = pictures(tmp_path / "pictures", 2)
+    records = images(tmp_path / "images", 2)
     first = cached(tmp_path, records, CountingEncoder())
     other = encoder()
     second = cached(tmp_path, records, other, **settings)
@@ -224,7 +224,7 @@ def test_made_anew_for_another(tmp_path: Path, encoder: Callable[[], ImageEncode
 
 
 def test_a_name_changes_nothing(tmp_path: Path) -> None:
-    records = pictures(tmp_path / "pictures", 2)
+    records = images(tmp_path / "images", 2)
     first, second = (
         cached(tmp_path, records, configured(CountingEncoder(), hidden_act="relu", name_or_path=name))
         for name in ("here", "there")
@@ -234,7 +234,7 @@ def test_a_name_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_one_view_does_not_ask_how_others_are_made(tmp_path: Path) -> None:
-    records = pictures(tmp_path / "pictures", 2)
+    records = images(tmp_path / "images", 2)
     first = cached(tmp_path, records, CountingEncoder(), views=1)
     assert (
         cached(tmp_path, records, CountingEncoder(), views=1, min_crop_scale=0.9, horizontal_flip=False).num_encoded
@@ -244,9 +244,9 @@ def test_one_view_does_not_ask_how_others_are_made(tmp_path: Path) -> None:
 
 
 def test_only_a_changed_image_is_made_anew(tmp_path: Path) -> None:
-    first = cached(tmp_path, pictures(tmp_path / "pictures"), CountingEncoder())
-    records, encoder = pictures(tmp_path / "pictures"), CountingEncoder()
-    Image.new("RGB", (40, 40), "blue").save(tmp_path / "pictures" / "4.png")
+    first = cached(tmp_path, images(tmp_path / "images"), CountingEncoder())
+    records, encoder = images(tmp_path / "images"), CountingEncoder()
+    Image.new("RGB", (40, 40), "blue").save(tmp_path / "images" / "4.png")
     second = cached(tmp_path, records, encoder)
     assert (second.folder, second.num_encoded, encoder.seen) == (first.folder, 1, 3)
     assert torch.equal(second.read(4, None), whole(records, 4, encoder))
@@ -255,13 +255,13 @@ def test_only_a_changed_image_is_made_anew(tmp_path: Path) -> None:
 
 
 def test_data_sets_share_what_they_share(tmp_path: Path) -> None:
-    """The same pictures under other paths, in another order, and as bytes; twice within one data set."""
-    records = pictures(tmp_path / "pictures")
+    """The same images under other paths, in another order, and as bytes; twice within one data set."""
+    records = images(tmp_path / "images")
     first = cached(tmp_path, records, CountingEncoder())
     folder = tmp_path / "copies"
     folder.mkdir()
     for i in range(5):
-        shutil.copy(tmp_path / "pictures" / f"{i}.png", folder / f"copy-{i}.png")
+        shutil.copy(tmp_path / "images" / f"{i}.png", folder / f"copy-{i}.png")
     draw("stripe", "green", 0).save(folder / "new.png")
     draw("stripe", "green", 0).save(folder / "new again.png")
     names = ["copy-3.png", "new.png", "copy-1.png", "new again.png", "copy-3.png"]
@@ -288,7 +288,7 @@ def test_data_sets_share_what_they_share(tmp_path: Path) -> None:
 
 
 def test_broken_images_are_remembered(tmp_path: Path) -> None:
-    records, encoder = pictures(tmp_path / "pictures", 5, broken=2), CountingEncoder()
+    records, encoder = images(tmp_path / "images", 5, broken=2), CountingEncoder()
     for seen in (12, 12):
         cache = cached(tmp_path, records, encoder)
         assert (cache.num_images, encoder.seen, list(cache.errors)) == (4, seen, [2])
@@ -301,20 +301,20 @@ def test_broken_images_are_remembered(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_looked_for_again(tmp_path: Path) -> None:
-    records, encoder = pictures(tmp_path / "pictures", 5), CountingEncoder()
-    data = (tmp_path / "pictures" / "2.png").read_bytes()
-    (tmp_path / "pictures" / "2.png").unlink()
+    records, encoder = images(tmp_path / "images", 5), CountingEncoder()
+    data = (tmp_path / "images" / "2.png").read_bytes()
+    (tmp_path / "images" / "2.png").unlink()
     cache = cached(tmp_path, records, encoder)
     assert list(cache.errors) == [2]
     assert re.fullmatch(r"image .*2\.png cannot be read \(No such file or directory\): check its path", cache.errors[2])
-    (tmp_path / "pictures" / "2.png").write_bytes(data)
+    (tmp_path / "images" / "2.png").write_bytes(data)
     cache = cached(tmp_path, records, encoder)
     assert (cache.errors, cache.num_encoded) == ({}, 1)
     assert torch.equal(cache.read(2, None), whole(records, 2, encoder))
 
 
 def test_not_one_image_is_good(tmp_path: Path) -> None:
-    cache = cached(tmp_path, pictures(tmp_path / "pictures", 1, broken=0), CountingEncoder())
+    cache = cached(tmp_path, images(tmp_path / "images", 1, broken=0), CountingEncoder())
     assert (cache.num_images, cache.num_encoded, cache.num_bytes, cache.rms_error, list(cache.errors)) == (
         0,
         0,
@@ -326,11 +326,11 @@ def test_not_one_image_is_good(tmp_path: Path) -> None:
 
 def test_an_image_that_changes_meanwhile(tmp_path: Path) -> None:
     """Its features must not get the name of what it was."""
-    records, encoder = pictures(tmp_path / "pictures"), CountingEncoder()
+    records, encoder = images(tmp_path / "images"), CountingEncoder()
 
     def change(done: int, total: int) -> None:
         if done == 0:
-            draw("stripe", "blue", 0).save(tmp_path / "pictures" / "4.png")
+            draw("stripe", "blue", 0).save(tmp_path / "images" / "4.png")
 
     cache = cached(tmp_path, records, encoder, report=change)
     assert list(cache.errors) == [4]
@@ -343,7 +343,7 @@ def test_an_image_that_changes_meanwhile(tmp_path: Path) -> None:
 
 
 def test_training_reads_features(tmp_path: Path) -> None:
-    records, encoder = pictures(tmp_path / "pictures", 4, broken=1), CountingEncoder()
+    records, encoder = images(tmp_path / "images", 4, broken=1), CountingEncoder()
     cache = cached(tmp_path, records, encoder)
     encoder.seen = 0
     spec = next(sample_batches(records, 4, 0))
@@ -360,7 +360,7 @@ def test_training_reads_features(tmp_path: Path) -> None:
 
 def test_readers_share_the_file(tmp_path: Path) -> None:
     """A copy of the features for each reader would fill the memory."""
-    cache = cached(tmp_path, pictures(tmp_path / "pictures"), CountingEncoder(), views=8)
+    cache = cached(tmp_path, images(tmp_path / "images"), CountingEncoder(), views=8)
     cache.read(0, None)
     data = pickle.dumps(cache)
     assert len(data) < 1500 < cache.num_bytes
@@ -373,7 +373,7 @@ def test_readers_share_the_file(tmp_path: Path) -> None:
 
 def test_progress_is_reported(tmp_path: Path) -> None:
     reported: list[tuple[int, int]] = []
-    records = pictures(tmp_path / "pictures", broken=1)
+    records = images(tmp_path / "images", broken=1)
     options = {"report": lambda done, total: reported.append((done, total)), "batch_size": 6}
     cached(tmp_path, records, CountingEncoder(), **options)
     assert reported == [(0, 5), (2, 5), (4, 5), (5, 5)]
@@ -383,7 +383,7 @@ def test_progress_is_reported(tmp_path: Path) -> None:
 
 
 def test_no_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    records, encoder = pictures(tmp_path / "pictures"), CountingEncoder()
+    records, encoder = images(tmp_path / "images"), CountingEncoder()
     needed = 5 * 3 * encoder.num_tokens * encoder.hidden_size * 2
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, needed - 1))
@@ -393,13 +393,13 @@ def test_no_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, needed))
     assert cached(tmp_path, records, encoder).num_encoded == 5
     # What is there already needs no room.
-    draw("stripe", "green", 0).save(tmp_path / "pictures" / "4.png")
+    draw("stripe", "green", 0).save(tmp_path / "images" / "4.png")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, needed // 5))
     assert cached(tmp_path, records, encoder).num_encoded == 1
 
 
 def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
-    records = pictures(tmp_path / "pictures")
+    records = images(tmp_path / "images")
     (tmp_path / "cache").write_text("")
     with pytest.raises(InputError, match=r"cache cannot hold features \(Not a directory\): set data\.features"):
         cached(tmp_path, records, CountingEncoder())
@@ -410,7 +410,7 @@ def test_what_is_stopped_keeps_what_was_done(tmp_path: Path) -> None:
         if done:
             raise KeyboardInterrupt
 
-    records, encoder = pictures(tmp_path / "pictures"), CountingEncoder()
+    records, encoder = images(tmp_path / "images"), CountingEncoder()
     with pytest.raises(KeyboardInterrupt):
         cached(tmp_path, records, encoder, report=stop, batch_size=6)
     assert encoder.seen == 12
@@ -426,7 +426,7 @@ def test_what_others_made_is_not_there(tmp_path: Path) -> None:
             for path in (tmp_path / "cache").glob("*/*.bin"):
                 os.truncate(path, 0)
 
-    records = pictures(tmp_path / "pictures")
+    records = images(tmp_path / "images")
     with pytest.raises(InputError, match=r"row 0 .* set data\.features to a folder that all machines share"):
         cached(tmp_path, records, CountingEncoder(), report=elsewhere)
 
@@ -435,7 +435,7 @@ def test_what_others_made_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("after", [0, 2, 4, 5])
 def test_a_killed_build_is_gone_on_with(tmp_path: Path, after: int) -> None:
     """Nothing is cleaned up, as in a power cut; what was done is not done again."""
-    records, encoder = pictures(tmp_path / "pictures"), CountingEncoder()
+    records, encoder = images(tmp_path / "images"), CountingEncoder()
     child = os.fork()
     if child == 0:
         try:
@@ -468,7 +468,7 @@ def test_a_killed_build_is_gone_on_with(tmp_path: Path, after: int) -> None:
     ids=["line without its end", "half a line", "half a row", "rows", "all rows", "a line that is being written"],
 )
 def test_what_is_not_whole_is_made_again(tmp_path: Path, torn: Callable[[Path, Path], object], redone: int) -> None:
-    records, encoder = pictures(tmp_path / "pictures"), CountingEncoder()
+    records, encoder = images(tmp_path / "images"), CountingEncoder()
     cache = cached(tmp_path, records, encoder)
     (data,), (index,) = cache.folder.glob("*.bin"), cache.folder.glob("*.index.jsonl")
     torn(data, index)
@@ -482,7 +482,7 @@ def test_what_is_not_whole_is_made_again(tmp_path: Path, torn: Callable[[Path, P
 
 def test_two_runs_at_once(tmp_path: Path) -> None:
     """Two runs that start together both make what is missing, and both go on."""
-    records, encoder = pictures(tmp_path / "pictures"), CountingEncoder()
+    records, encoder = images(tmp_path / "images"), CountingEncoder()
     others: list[CachedFeatures] = []
 
     def overtake(done: int, total: int) -> None:

@@ -25,7 +25,7 @@ from fixtures.checkpoints import lavis_state, save_transformers
 from fixtures.tiny import no_encoder, randomize
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-PICTURES = [draw("disc", "red", 0), draw("square", "blue", 7), draw("stripe", "green", 3)]
+IMAGES = [draw("disc", "red", 0), draw("square", "blue", 7), draw("stripe", "green", 3)]
 TEXTS = ["a red disc", "the square is blue here and there"]
 
 
@@ -170,7 +170,7 @@ def test_with_the_llm_inside(parts, save, tmp_path):
     assert "opt_model.model.decoder.embed_tokens.weight" in state and "opt_model.lm_head.weight" not in state
     loaded = blip2.load(tmp_path / "full.pth", device="cpu", overrides=changes)
     expected = blip2.load(save(lavis_state("opt")), device="cpu", overrides=changes)
-    assert loaded.caption(PICTURES) == expected.caption(PICTURES)
+    assert loaded.caption(IMAGES) == expected.caption(IMAGES)
 
 
 def test_what_else_lies_in_the_file_is_no_matter(parts, save):
@@ -181,8 +181,8 @@ def test_what_else_lies_in_the_file_is_no_matter(parts, save):
         save(state, optimizer={"state": {}}, config={"run": {"lr": 1e-4}}, epoch=3), "cpu", overrides=changes
     )
     bare = blip2.load(save(state, "bare.pth"), "cpu", overrides=changes)
-    assert torch.equal(full.match(PICTURES, TEXTS), bare.match(PICTURES, TEXTS))
-    assert full.match(PICTURES, TEXTS).std() > 0
+    assert torch.equal(full.match(IMAGES, TEXTS), bare.match(IMAGES, TEXTS))
+    assert full.match(IMAGES, TEXTS).std() > 0
 
 
 def test_texts_are_normalized_as_lavis_normalizes_them(parts, save):
@@ -191,11 +191,11 @@ def test_texts_are_normalized_as_lavis_normalizes_them(parts, save):
     assert ours.recipe.data.text_normalization == "lavis"
     signs = ["A Red (disc).", "The square: is *blue*; here!"]
     bare = ["a red disc", "the square is blue here"]
-    assert torch.equal(ours.similarity(PICTURES, signs), ours.similarity(PICTURES, bare))
-    assert torch.equal(ours.match(PICTURES, signs), ours.match(PICTURES, bare))
+    assert torch.equal(ours.similarity(IMAGES, signs), ours.similarity(IMAGES, bare))
+    assert torch.equal(ours.match(IMAGES, signs), ours.match(IMAGES, bare))
     plain = blip2.load(save(lavis_state("1")), "cpu", overrides=changes | {"data.text_normalization": "none"})
-    assert not torch.allclose(plain.similarity(PICTURES, signs), plain.similarity(PICTURES, bare), atol=1e-3)
-    assert torch.equal(plain.similarity(PICTURES, bare), ours.similarity(PICTURES, bare))
+    assert not torch.allclose(plain.similarity(IMAGES, signs), plain.similarity(IMAGES, bare), atol=1e-3)
+    assert torch.equal(plain.similarity(IMAGES, bare), ours.similarity(IMAGES, bare))
 
 
 def test_questions_are_normalized_as_lavis_normalizes_them(parts, save, monkeypatch):
@@ -203,9 +203,9 @@ def test_questions_are_normalized_as_lavis_normalizes_them(parts, save, monkeypa
     seen = []
     generate = ours.generate
     monkeypatch.setattr(ours, "generate", lambda *given, **named: seen.append(given[1]) or generate(*given, **named))
-    ours.answer(PICTURES[0], ["What (Color) is it?", "A Disc."])
+    ours.answer(IMAGES[0], ["What (Color) is it?", "A Disc."])
     assert seen == [["Question: what color is it? Answer:", "Question: a disc Answer:"]]
-    ours.caption(PICTURES[0], "A Photo. Of")
+    ours.caption(IMAGES[0], "A Photo. Of")
     assert seen[1:] == [["A Photo. Of"]]
 
 
@@ -293,7 +293,7 @@ def test_the_file_of_the_encoder_alone(parts, save, tmp_path):
     refuses(without, "contains no image encoder: set vision.name to the one it was trained with, for example")
     named = blip2.load(without, device="cpu", overrides={**changes, "vision.name": str(tmp_path / "eva.pth")})
     inside = blip2.load(save(lavis_state("1"), "whole.pth"), device="cpu", overrides=changes)
-    assert torch.equal(named.encode_images(PICTURES), inside.encode_images(PICTURES))
+    assert torch.equal(named.encode_images(IMAGES), inside.encode_images(IMAGES))
     recipe = parts.recipe(tmp_path / "run", vision={"name": str(tmp_path / "eva.pth")})
     assert build(recipe, torch.device("cpu")).model.vision.hidden_size == 176
     refuses(tmp_path / "eva.pth", "holds an image encoder: name it as vision.name")

@@ -20,7 +20,7 @@ from blip2.interop.weights import open_folder
 from conftest import byte_tokenizer, draw
 from fixtures.checkpoints import FLAVOURS, QUERIES, processor, save_transformers, share_qformer
 
-PICTURES = [draw("disc", "red", 0), draw("square", "blue", 7), draw("stripe", "green", 3)]
+IMAGES = [draw("disc", "red", 0), draw("square", "blue", 7), draw("stripe", "green", 3)]
 TEXTS = ["a red disc", "the square is blue here and there", "a"]
 PROMPTS = {"none": ["", "", ""], "one": ["a photo of"] * 3, "several": ["a", "a photo of something", "what is it?"]}
 
@@ -62,7 +62,7 @@ def same(first, second):
 
 
 def pixels(flavor, bert):
-    return processor(flavor, bert)(images=PICTURES, return_tensors="pt")["pixel_values"]
+    return processor(flavor, bert)(images=IMAGES, return_tensors="pt")["pixel_values"]
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def test_logits(saved, parts, name):
     folder, theirs = saved[name]
     ours = blip2.load(folder, device="cpu")
     images = pixels(name, parts.bert)
-    features = ours.encode_images(PICTURES)
+    features = ours.encode_images(IMAGES)
     vision = theirs.vision_model(images)
     torch.testing.assert_close(ours.model.image_norm(features), vision.last_hidden_state, atol=1e-5, rtol=1e-5)
 
@@ -111,16 +111,16 @@ def test_logits(saved, parts, name):
 def test_scores(saved, parts, head):
     folder, theirs = saved["retrieval"]
     ours = blip2.load(folder, device="cpu")
-    words = processor(None, parts.bert)(images=PICTURES, text=TEXTS, padding=True, return_tensors="pt")
+    words = processor(None, parts.bert)(images=IMAGES, text=TEXTS, padding=True, return_tensors="pt")
     # The class strips the placeholders from the ids, and for ITM expects them in the mask.
     out = theirs(**words, use_image_text_matching_head=head == "itm").logits_per_image
     if head == "itc":
-        torch.testing.assert_close(ours.similarity(PICTURES, TEXTS), out, atol=1e-5, rtol=0)
+        torch.testing.assert_close(ours.similarity(IMAGES, TEXTS), out, atol=1e-5, rtol=0)
     else:
         ids, mask, _ = encode_texts(ours.tokenizer, TEXTS, 40)
-        logits = ours.model.match(ours.model.build_image_memory(ours.encode_images(PICTURES)), ids, mask)
+        logits = ours.model.match(ours.model.build_image_memory(ours.encode_images(IMAGES)), ids, mask)
         torch.testing.assert_close(logits, out, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(ours.match(PICTURES, TEXTS).diagonal(), out.softmax(1)[:, 1], atol=1e-5, rtol=0)
+        torch.testing.assert_close(ours.match(IMAGES, TEXTS).diagonal(), out.softmax(1)[:, 1], atol=1e-5, rtol=0)
     assert out.std() > 0.01
 
 
@@ -132,14 +132,14 @@ def test_generated_tokens(saved, parts, name, prompts, beams):
     ours = blip2.load(folder, device="cpu")
     ours.batch_size = 3
     given = {"text": PROMPTS[prompts], "padding": True} if prompts != "none" else {}
-    inputs = processor(name, parts.bert)(images=PICTURES, return_tensors="pt", **given)
+    inputs = processor(name, parts.bert)(images=IMAGES, return_tensors="pt", **given)
     out = theirs.generate(**inputs, num_beams=beams, max_new_tokens=8, min_new_tokens=1)
     start = inputs["input_ids"].shape[1] if prompts != "none" else QUERIES + 1
     new = out[:, 1:] if name == "t5" else out[:, start:]
     expected = [text.strip() for text in ours.tokenizer.batch_decode(new, skip_special_tokens=True)]
     decoding = Decoding(num_beams=beams, max_new_tokens=8)
-    assert ours.generate(PICTURES, PROMPTS[prompts], decoding) == expected
-    alone = [ours.generate(one, [text], decoding)[0] for one, text in zip(PICTURES, PROMPTS[prompts], strict=True)]
+    assert ours.generate(IMAGES, PROMPTS[prompts], decoding) == expected
+    alone = [ours.generate(one, [text], decoding)[0] for one, text in zip(IMAGES, PROMPTS[prompts], strict=True)]
     assert alone == expected
     assert len(set(expected)) > 1
 
@@ -151,10 +151,10 @@ def test_a_tokenizer_that_begins_with_nothing(parts, tmp_path):
     plain.add_special_tokens({"additional_special_tokens": ["<image>"]})
     plain.save_pretrained(tmp_path / "llama")
     ours = blip2.load(tmp_path / "llama", device="cpu")
-    images = processor("llama", parts.bert)(images=PICTURES, return_tensors="pt")
+    images = processor("llama", parts.bert)(images=IMAGES, return_tensors="pt")
     out = theirs.generate(**images, num_beams=5, max_new_tokens=8, min_new_tokens=1)[:, QUERIES + 1 :]
     expected = [text.strip() for text in plain.batch_decode(out, skip_special_tokens=True)]
-    assert ours.caption(PICTURES, decoding=Decoding(max_new_tokens=8)) == expected
+    assert ours.caption(IMAGES, decoding=Decoding(max_new_tokens=8)) == expected
 
 
 def test_the_llm_s_own_files_are_used_with_the_activation_of_the_checkpoint(parts, tmp_path):
@@ -174,16 +174,16 @@ def test_several_ends(parts, tmp_path):
     save_transformers(tmp_path / "llama", "llama", parts.bert)
     ours = blip2.load(tmp_path / "llama", device="cpu")
     decoding = Decoding(num_beams=1, max_new_tokens=8)
-    whole = ours.generate(PICTURES, [""] * 3, decoding)
+    whole = ours.generate(IMAGES, [""] * 3, decoding)
     ids, mask = encode_prompts(ours.tokenizer, [""] * 3, "left")
-    prompt = ours.model.visual_prompt(ours.encode_images(PICTURES))
+    prompt = ours.model.visual_prompt(ours.encode_images(IMAGES))
     also = int(ours.model.language.generate(prompt, ids, mask, decoding, ours.eos_token_id)[0, 2])
     edit(tmp_path / "llama" / "config.json", text_config__eos_token_id=[256, also])
     theirs = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "llama")
-    images = processor("llama", parts.bert)(images=PICTURES, return_tensors="pt")
+    images = processor("llama", parts.bert)(images=IMAGES, return_tensors="pt")
     out = theirs.generate(**images, max_new_tokens=8, min_new_tokens=1)[:, QUERIES + 1 :]
     expected = [text.strip() for text in ours.tokenizer.batch_decode(out, skip_special_tokens=True)]
-    assert blip2.load(tmp_path / "llama", device="cpu").generate(PICTURES, [""] * 3, decoding) == expected
+    assert blip2.load(tmp_path / "llama", device="cpu").generate(IMAGES, [""] * 3, decoding) == expected
     assert expected != whole
 
 
@@ -200,7 +200,7 @@ def test_there_and_back(saved, tmp_path, name):
     before, after = (json.loads((f / "config.json").read_text()) for f in (folder, tmp_path / "back"))
     assert before == after
     processors = [Blip2Processor.from_pretrained(f) for f in (folder, tmp_path / "back")]
-    inputs = [p(images=PICTURES, text=TEXTS, padding=True, return_tensors="pt") for p in processors]
+    inputs = [p(images=IMAGES, text=TEXTS, padding=True, return_tensors="pt") for p in processors]
     assert all(torch.equal(inputs[0][key], inputs[1][key]) for key in ("pixel_values", "input_ids", "attention_mask"))
 
 
@@ -247,14 +247,14 @@ def test_a_run_of_ours_for_transformers(runs, parts, tmp_path):
     assert not any(info.values())
     processor = Blip2Processor.from_pretrained(tmp_path / "out")
     ours = blip2.load(runs["llama"], device="cpu")
-    inputs = processor(images=PICTURES, text=PROMPTS["several"], padding=True, return_tensors="pt")
+    inputs = processor(images=IMAGES, text=PROMPTS["several"], padding=True, return_tensors="pt")
     assert processor.tokenizer.padding_side == "left"
     out = model.eval().generate(**inputs, num_beams=3, max_new_tokens=8, min_new_tokens=1)
     new = out[:, inputs["input_ids"].shape[1] :]
     expected = [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
-    assert ours.generate(PICTURES, PROMPTS["several"], Decoding(num_beams=3, max_new_tokens=8)) == expected
+    assert ours.generate(IMAGES, PROMPTS["several"], Decoding(num_beams=3, max_new_tokens=8)) == expected
     again = blip2.load(tmp_path / "out", device="cpu")
-    assert again.generate(PICTURES, PROMPTS["several"], Decoding(num_beams=3, max_new_tokens=8)) == expected
+    assert again.generate(IMAGES, PROMPTS["several"], Decoding(num_beams=3, max_new_tokens=8)) == expected
 
 
 @torch.no_grad()
@@ -265,7 +265,7 @@ def test_a_stage_1_of_ours_for_transformers(runs, tmp_path):
     assert not info["missing_keys"] and not info["mismatched_keys"]
     assert {"temp", "cls.predictions.bias"} <= set(info["unexpected_keys"])
     ours, again = blip2.load(runs["stage1"], device="cpu"), blip2.load(tmp_path / "out", device="cpu")
-    torch.testing.assert_close(again.similarity(PICTURES, TEXTS), ours.similarity(PICTURES, TEXTS), atol=1e-4, rtol=0)
+    torch.testing.assert_close(again.similarity(IMAGES, TEXTS), ours.similarity(IMAGES, TEXTS), atol=1e-4, rtol=0)
     here, there = ours.model.state_dict(), again.model.state_dict()
     assert all(torch.equal(here[k], there[k]) for k in here if not k.startswith("vision."))
 
@@ -283,9 +283,9 @@ def test_both_classes_load_one_folder(saved, parts, tmp_path):
         assert all(torch.equal(t, expected[k]) for k, t in loaded.state_dict().items() if k in expected)
     writer = blip2.load(tmp_path / "both", device="cpu")
     judge = blip2.load(tmp_path / "both", device="cpu", stage="representation")
-    assert writer.caption(PICTURES) == blip2.load(second, device="cpu").caption(PICTURES)
-    expected = blip2.load(saved["retrieval"][0], device="cpu").match(PICTURES, TEXTS)
-    assert torch.equal(judge.match(PICTURES, TEXTS), expected)
+    assert writer.caption(IMAGES) == blip2.load(second, device="cpu").caption(IMAGES)
+    expected = blip2.load(saved["retrieval"][0], device="cpu").match(IMAGES, TEXTS)
+    assert torch.equal(judge.match(IMAGES, TEXTS), expected)
     convert(tmp_path / "both", tmp_path / "again", "transformers")
     assert same(tmp_path / "both", tmp_path / "again")
 
@@ -337,7 +337,7 @@ def test_other_image_sizes(saved, tmp_path, size):
     folder, theirs = saved["retrieval"]
     changes = {"vision.image_size": size}
     ours = blip2.load(folder, device="cpu", overrides=changes)
-    features = ours.model.image_norm(ours.encode_images(PICTURES))
+    features = ours.model.image_norm(ours.encode_images(IMAGES))
     images = torch.stack([torch.randn(3, size, size)] * 2)
     expected = theirs.vision_model(images, interpolate_pos_encoding=True).last_hidden_state
     torch.testing.assert_close(ours.model.image_norm(ours.model.vision.encode(images)), expected, atol=1e-5, rtol=1e-5)
@@ -345,7 +345,7 @@ def test_other_image_sizes(saved, tmp_path, size):
     convert(folder, tmp_path / "resized", "transformers", changes)
     again = blip2.load(tmp_path / "resized", device="cpu")
     assert again.model.vision.preprocessing.image_size == size
-    torch.testing.assert_close(again.encode_images(PICTURES), ours.encode_images(PICTURES))
+    torch.testing.assert_close(again.encode_images(IMAGES), ours.encode_images(IMAGES))
 
 
 # -- what can be wrong -------------------------------------------------------------------------------------------------
@@ -487,7 +487,7 @@ def test_a_tokenizer_of_another_model(copy):
 
 def test_placeholders_in_a_prompt(saved):
     with pytest.raises(InputError, match=r"the prompt '<image>a' contains <image>: leave it out, the image"):
-        blip2.load(saved["opt"][0], device="cpu").caption(PICTURES[0], "<image>a")
+        blip2.load(saved["opt"][0], device="cpu").caption(IMAGES[0], "<image>a")
 
 
 def test_two_formats_in_one_folder(copy, runs):

@@ -227,7 +227,7 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, int, dict[str, i
     samples = [sample(number) for number in range(10 * 20)]
     for start, spoil in enumerate(
         (
-            lambda members: {**members, "png": b"no picture"},
+            lambda members: {**members, "png": b"no image"},
             lambda members: {**members, "png": members["png"][:40]},
             lambda members: {"png": members["png"]},
             lambda members: {**members, "txt": b" \n"},
@@ -241,7 +241,7 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, int, dict[str, i
     (folder / "10.tar").write_bytes(b"<html>not found</html>")
     write_shard(folder / "11.tar", [sample(number) for number in range(200, 220)])
     whole = (folder / "11.tar").read_bytes()
-    (folder / "11.tar").write_bytes(whole[: 13 * 2048 + 600])  # within the picture of its 14th sample
+    (folder / "11.tar").write_bytes(whole[: 13 * 2048 + 600])  # within the image of its 14th sample
     return str(folder / "*.tar"), 200 + 1 + 13 + 1, {"image": 3 * EACH, "caption": 2 * EACH, "question": 0, "shard": 2}
 
 
@@ -304,11 +304,9 @@ def test_a_run_stops_when_too_much_is_bad(parts, bad, tmp_path, monkeypatch, eno
 @pytest.mark.parametrize("changes", [{"cached_views": 1}, {"num_workers": 2}])
 def test_a_run_on_a_mixture(parts, shards, tmp_path, changes):
     """Tables and shards; going on is exact, and each step says what it was drawn from."""
-    other = parts.pictures if changes.get("cached_views") else shards
+    other = parts.images if changes.get("cached_views") else shards
     table = tmp_path / "more.jsonl"
-    table.write_text(
-        Path(parts.pictures).read_text().replace('"image": "', f'"image": "{Path(parts.pictures).parent}/')
-    )
+    table.write_text(Path(parts.images).read_text().replace('"image": "', f'"image": "{Path(parts.images).parent}/'))
     data = {"train": {str(table): 2.0, other: 1.0}, "batch_size": 4, **changes}
     recipe = parts.recipe(
         tmp_path / "run",
@@ -334,7 +332,7 @@ def test_losses_are_of_the_source(parts, tmp_path):
         stage="generation",
         language={"name": parts.llama},
         qformer={"bert": None, "dropout": 0.0},
-        data={"train": {parts.pictures: 1.0, str(write_long(tmp_path)): 1.0}, "batch_size": 4},
+        data={"train": {parts.images: 1.0, str(write_long(tmp_path)): 1.0}, "batch_size": 4},
         optimizer={"learning_rate": {"vision.*": "frozen", "language.*": "frozen", "*": 0.0}},
         training={"max_steps": 12, "save_steps": 12},
     )
@@ -347,7 +345,7 @@ def test_losses_are_of_the_source(parts, tmp_path):
 
 
 def write_long(folder: Path) -> Path:
-    """Pictures whose captions are one letter again and again."""
+    """Images whose captions are one letter again and again."""
     rows = []
     for number in range(8):
         (folder / f"{number}.png").write_bytes(png(number))

@@ -69,7 +69,7 @@ def test_gradients_of_the_image_encoder_are_the_slope_of_the_loss(parts, tmp_pat
     configure_trainable(model, recipe.optimizer)
     for part in (model.vision, model.image_norm, model.qformer):
         randomize(part)
-    records = open_records(parts.pictures, recipe.data)
+    records = open_records(parts.images, recipe.data)
     (plan, *_) = sequential_batches(records, 4)
     preparation = BatchDataset(records, build_collator(recipe, built), model.vision.preprocessing, False, 1.0, False)
     batch = preparation[plan].batch
@@ -221,7 +221,7 @@ def test_the_trained_encoder_is_kept_and_loaded(parts, tmp_path, precision):
     found = blip2.load(tmp_path / "run", device="cpu")
     trained = load_image_encoder(parts.vision)
     trained.load_state_dict({name.removeprefix("vision."): t for name, t in kept.items()})
-    image = open_records(parts.pictures, recipe.data)[0].image
+    image = open_records(parts.images, recipe.data)[0].image
     pixels = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(found.model.vision.encode(pixels), trained.encode(pixels), atol=0, rtol=0)
     assert not torch.equal(found.encode_images(read_image(image)), pretrained.encode(pixels[:1]))
@@ -286,7 +286,7 @@ def test_drop_path_is_applied_in_a_run(parts, tmp_path):
                 parts,
                 tmp_path / name,
                 vision={"name": str(tmp_path / "vit"), "drop_path_rate": rate},
-                data={"validation": parts.pictures},
+                data={"validation": parts.images},
                 qformer={"dropout": 0.0},
                 optimizer={"learning_rate": {"*": 1e-12}, "weight_decay": 0.0},
                 training={"max_steps": 2, "save_steps": 2, "eval_steps": 2},

@@ -172,7 +172,7 @@ def noting(monkeypatch):
 
 
 def test_every_record_once_an_epoch_with_another_batch_size(parts, tmp_path, capsys, monkeypatch):
-    """As somebody does who ran out of memory. There are 24 pictures."""
+    """As somebody does who ran out of memory. There are 24 images."""
     rows = noting(monkeypatch)
     recipe = parts.recipe(tmp_path / "run", training={"max_steps": 3, "save_steps": 3})
     train(recipe)
@@ -361,7 +361,7 @@ def test_a_state_of_odd_kinds(parts, tmp_path):
 
 def test_a_run_of_relative_names_is_loaded_from_anywhere(parts, tmp_path, monkeypatch):
     home, here = tmp_path / "home", tmp_path / "here"
-    for source, name in ((parts.vision, "vit"), (parts.bert, "bert"), (str(Path(parts.pictures).parent), "pictures")):
+    for source, name in ((parts.vision, "vit"), (parts.bert, "bert"), (str(Path(parts.images).parent), "images")):
         shutil.copytree(source, here / name)
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
@@ -370,7 +370,7 @@ def test_a_run_of_relative_names_is_loaded_from_anywhere(parts, tmp_path, monkey
         Path("~/run"),
         vision={"name": "vit"},
         qformer={"bert": "./bert"},
-        data={"train": {"pictures/*.jsonl": None}, "validation": "pictures/pictures.jsonl"},
+        data={"train": {"images/*.jsonl": None}, "validation": "images/images.jsonl"},
         training={"max_steps": 1},
     )
     folder = train(recipe)
@@ -378,7 +378,7 @@ def test_a_run_of_relative_names_is_loaded_from_anywhere(parts, tmp_path, monkey
     monkeypatch.chdir("/")
     found = load(home / "run", device="cpu").recipe
     assert (found.vision.name, found.qformer.bert) == (str(here / "vit"), str(here / "bert"))
-    assert found.data.sources == {str(here / "pictures" / "*.jsonl"): None}
+    assert found.data.sources == {str(here / "images" / "*.jsonl"): None}
     train(changed(found, training={"max_steps": 2}), resume=True)
     (here / "vit").rename(here / "moved")
     with pytest.raises(InputError, match=f"there is no folder '{here}/vit' to load the image encoder from") as raised:
@@ -390,7 +390,7 @@ def test_names_that_are_no_paths_stay_as_they_are(parts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "coco").mkdir()
     sources = {
-        "hub:me/pictures": 1.0, "s3://bucket/{000..127}.tar": 1.0, "nowhere/*.tar": 1.0, "package:scenes/train": 1.0,
+        "hub:me/images": 1.0, "s3://bucket/{000..127}.tar": 1.0, "nowhere/*.tar": 1.0, "package:scenes/train": 1.0,
         "coco-karpathy:test:coco": 1.0, "coco/{000..127}.tar": 1.0,
     }  # fmt: skip
     recipe = parts.recipe(

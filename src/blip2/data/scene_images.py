@@ -96,7 +96,7 @@ def save_cutouts(source: Path, kinds: Mapping[str, Sequence[str]], folder: Path,
             image.save(folder / CUTOUTS / kind / f"{number:02}-{path.stem}.png")
     for license in folder.glob("LICEN[CS]E"):
         if (folder / CUTOUTS).is_dir():
-            shutil.copyfile(license, folder / CUTOUTS / "LICENCE")
+            shutil.copyfile(license, folder / CUTOUTS / "LICENSE")
 
 
 def read_cutouts(folder: Path, kinds: Collection[str] | None = None) -> dict[str, tuple[Cutout, ...]]:

@@ -55,7 +55,7 @@ when the training split grows."""
 LOG_EVERY = 1000
 """Number of images between log messages."""
 CARD = "README.md"
-LICENCE = "LICENCE"
+LICENSE = "LICENSE"
 
 Row = dict[str, Any]
 
@@ -230,7 +230,7 @@ def write_scenes(
     A larger split starts with the images of a smaller one.
 
     Args:
-        cutouts: folder with a folder of PNG files for each kind; see :func:`read_cutouts`. Its LICENCE is copied.
+        cutouts: folder with a folder of PNG files for each kind; see :func:`read_cutouts`. Its LICENSE is copied.
         folder: output folder, created if it is missing.
         train, validation, test_images, test_compositions, test_cutouts: number of images of the split.
         twins: number of pairs of images of the split.
@@ -277,8 +277,8 @@ def write_scenes(
         texts.append(_split_table(split, written))
         if split == "train" and shards:
             _write_shards(folder, written.records, shards, group_size)
-    if (cutouts / LICENCE).is_file():
-        shutil.copyfile(cutouts / LICENCE, folder / LICENCE)
+    if (cutouts / LICENSE).is_file():
+        shutil.copyfile(cutouts / LICENSE, folder / LICENSE)
     (folder / CARD).write_text(_card(shown, planner, seed, texts, about), encoding="utf-8")
     return rows
 
