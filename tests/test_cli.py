@@ -292,9 +292,9 @@ def test_embed(capsys, runs, images, tmp_path):
     assert torch.equal(found["images"], model.embed_images(images))
     assert torch.equal(found["texts"], model.embed_texts(["a red disc", "it"]))
     with safe_open(path, "pt") as file:
-        names = file.metadata()
-    assert json.loads(names["images"]) == images
-    assert json.loads(names["texts"]) == ["a red disc", "it"]
+        names = json.loads(file.metadata()["records"])
+    assert names["keys"] == images
+    assert names["texts"] == ["a red disc", "it"]
 
 
 def test_embed_one_kind(capsys, runs, images, tmp_path):

@@ -471,26 +471,13 @@ def run_embed(options: argparse.Namespace) -> None:
     if options.data is not None or options.engine == "ray":
         embed_corpus(options)
         return
-    if not options.images and not options.text:
-        raise InputError("nothing to embed: give image files, --text, or both; or --data for a whole corpus")
-    from safetensors import SafetensorError
+    from blip2.corpus.embed import embed
 
-    from blip2.io import write_tensors
-
-    if not Path(options.output).absolute().parent.is_dir():  # fail before the work
-        raise InputError(f"there is no folder for {options.output}: make it, or give another --output")
-    model = _load(options)
-    out = {}
-    if options.images:
-        out["images"] = model.embed_images(options.images).cpu().contiguous()
-    if options.text:
-        out["texts"] = model.embed_texts(options.text).cpu().contiguous()
-    names = {"images": json.dumps(options.images), "texts": json.dumps(options.text)}
-    try:
-        write_tensors(options.output, out, {key: names[key] for key in out})
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{options.output} cannot be written ({error}): give another --output") from error
-    print_row(", ".join(f"{key} {list(tensor.shape)}" for key, tensor in out.items()) + f" -> {options.output}")
+    tensors = embed(
+        options.model, options.output, options.images, options.text,
+        device=options.device, dtype=options.dtype, overrides=options.overrides,
+    )  # fmt: skip
+    print_row(", ".join(f"{key} {list(tensor.shape)}" for key, tensor in tensors.items()) + f" -> {options.output}")
 
 
 def run_evaluate(options: argparse.Namespace) -> None:

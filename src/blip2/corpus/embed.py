@@ -1,4 +1,4 @@
-"""Embed a corpus: one ``.safetensors`` file per shard.
+"""Embed images and texts into a ``.safetensors`` file, or a corpus into one file per shard.
 
 Legend: I images, Q queries, T texts, C width of the contrastive embeddings.
 """
@@ -6,6 +6,7 @@ Legend: I images, Q queries, T texts, C width of the contrastive embeddings.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,76 @@ from blip2.config import Precision
 from blip2.corpus.job import LOCAL, Engine, Worker, run_job
 from blip2.corpus.models import resolve_checkpoint
 from blip2.corpus.tar_shards import SkippedSample, Unit, list_units, read_batches
+from blip2.errors import InputError
 from blip2.io import atomic_write, convert_os_errors, expand_home, write_json
 from blip2.pipelines import RepresentationPipeline, load
+
+
+def embed(
+    model: str,
+    output: str | Path,
+    images: Sequence[str] = (),
+    texts: Sequence[str] = (),
+    *,
+    device: str | None = None,
+    dtype: Precision | None = None,
+    overrides: dict[str, object] | None = None,
+) -> dict[str, Tensor]:
+    """Embed images and texts with a stage-1 model, and write the embeddings as :func:`write_embeddings` does.
+
+    Args:
+        model: a stage-1 checkpoint of any format that :func:`blip2.pipelines.load` reads.
+        output: the file to write.
+        images: image files.
+        texts: texts.
+        device: device to run on; None means a GPU if there is one.
+        dtype: data type of the frozen image encoder; None means the recipe's.
+        overrides: recipe keys to override.
+
+    Returns:
+        ``images`` [I, Q, C] and ``texts`` [T, C], unit vectors in float32; without images or texts, their key is
+        missing.
+
+    Raises:
+        InputError: there is nothing to embed, the model or an image cannot be read, or `output` cannot be written.
+    """
+    if not images and not texts:
+        raise InputError("nothing to embed: give image files, --text, or both; or --data for a whole corpus")
+    path = expand_home(output)
+    if not path.absolute().parent.is_dir():  # fail before the work
+        raise InputError(f"there is no folder for {path}: make it, or give another --output")
+    pipeline = _load(model, device, dtype, overrides)
+    tensors = {}
+    if images:
+        tensors["images"] = pipeline.embed_images(images).cpu()
+    if texts:
+        tensors["texts"] = pipeline.embed_texts(texts).cpu()
+    write_embeddings(path, tensors, images, texts)
+    return tensors
+
+
+def write_embeddings(path: Path, tensors: Mapping[str, Tensor], keys: Sequence[str], texts: Sequence[str]) -> None:
+    """Write embeddings and the names of their rows to a ``.safetensors`` file.
+
+    The file appears when it is complete, and equal arguments give equal bytes. Its metadata ``records`` is a JSON
+    object with ``keys`` and ``texts``.
+
+    Args:
+        path: the file to write.
+        tensors: ``images`` [I, Q, C] and ``texts`` [T, C], or one of them; ``image_index`` [T] if the texts belong to
+            images.
+        keys: the names of the I images.
+        texts: the T texts.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    # One entry, because safetensors writes several in a random order.
+    records = json.dumps({"keys": list(keys), "texts": list(texts)}, ensure_ascii=False)
+    records = records.encode(errors="backslashreplace").decode()  # JSON escapes for names that are not UTF-8
+    content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"records": records})
+    with convert_os_errors(path), atomic_write(path) as file:
+        file.write(content)
 
 
 def embed_corpus(
@@ -35,9 +104,9 @@ def embed_corpus(
 ) -> dict[str, Any]:
     """Embed the images and captions of a corpus with a stage-1 model.
 
-    Each shard gives a file with ``images`` [I, Q, C], ``texts`` [T, C] and ``image_index`` [T], the row of each text's
-    image. Its metadata ``records`` hold the keys of the images and the texts as JSON. Embeddings are unit vectors in
-    float16. A run that was interrupted resumes where it stopped when it is started again.
+    Each shard gives a file of :func:`write_embeddings` with ``images`` [I, Q, C], ``texts`` [T, C] and ``image_index``
+    [T], the row of each text's image. Embeddings are unit vectors in float16. A run that was interrupted resumes where
+    it stopped when it is started again.
 
     Args:
         model: a stage-1 checkpoint of any format that :func:`blip2.pipelines.load` reads.
@@ -82,10 +151,9 @@ class EmbedJob:
 
     def worker(self) -> Worker:
         """Load the model."""
-        pipeline = load(self.model, self.device, self.dtype, overrides=self.overrides, stage="representation")
-        assert isinstance(pipeline, RepresentationPipeline)
+        pipeline = _load(self.model, self.device, self.dtype, self.overrides)
 
-        def embed(unit: Unit) -> dict[str, Any]:
+        def embed_unit(unit: Unit) -> dict[str, Any]:
             skipped: list[SkippedSample] = []
             images: list[Tensor] = []
             keys: list[str] = []
@@ -101,12 +169,16 @@ class EmbedJob:
             if images:
                 tensors["images"] = torch.cat(images)
             if texts:
-                tensors["texts"] = pipeline.embed_texts(texts).half().cpu().contiguous()
-            records = json.dumps({"keys": keys, "texts": texts}, ensure_ascii=False)
-            records = records.encode(errors="backslashreplace").decode()  # JSON escapes for names that are not UTF-8
-            path = Path(self.output) / f"{unit.name}.safetensors"
-            with convert_os_errors(path), atomic_write(path) as file:
-                file.write(save(tensors, {"records": records}))
+                tensors["texts"] = pipeline.embed_texts(texts).half().cpu()
+            write_embeddings(Path(self.output) / f"{unit.name}.safetensors", tensors, keys, texts)
             return {"images": len(keys), "texts": len(texts), "skipped": skipped}
 
-        return embed
+        return embed_unit
+
+
+def _load(
+    model: str, device: str | None, dtype: Precision | None, overrides: dict[str, object] | None
+) -> RepresentationPipeline:
+    pipeline = load(model, device, dtype, overrides=overrides, stage="representation")
+    assert isinstance(pipeline, RepresentationPipeline)
+    return pipeline
