@@ -29,9 +29,9 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from blip2.corpus.tar_shards import Sample, ShardWriter
 from blip2.data.assets import ASSETS, CATEGORY_COLUMN, Asset, fetch, fetch_asset, pad_to_square, render_svg
 from blip2.data.images import ImageError, read_image
+from blip2.data.shards import ShardWriter
 from blip2.errors import InputError
 from blip2.io import atomic_write, write_json
 
@@ -225,8 +225,7 @@ def main() -> None:
                         at, length = hashes[number]
                         file.seek(at)
                         key = re.sub(r"[^\w-]", "_", f"{drawings[number].source}_{drawings[number].name}")
-                        sample = Sample(key, file.read(length), (), "png")
-                        writer.add(sample, {"captions": [drawings[number].text]})
+                        writer.add(key, "png", file.read(length), {"captions": [drawings[number].text]})
                     writer.close()
     rendered.unlink()
     about = {"images": {name: dict(count) for name, count in counts.items()}, "blank": dict(lost)}

@@ -31,22 +31,23 @@ from blip2.backbones.pretrained import load_pickle
 from blip2.builder import build_image_encoder, build_language_model
 from blip2.checkpoint import open_checkpoint
 from blip2.cli import main
-from blip2.config import DataConfig, LanguageConfig, VisionConfig
+from blip2.config import DataConfig, LanguageConfig, Recipe, VisionConfig
 from blip2.console import Display
-from blip2.corpus.tar_shards import Sample, SkippedSample, Unit, read_unit
+from blip2.corpus.units import Unit, read_unit
 from blip2.data.images import ImageError, read_image
-from blip2.data.shards import ERROR_COLUMN, read_shard
+from blip2.data.shards import ERROR_COLUMN, Sample, SkippedSample, read_shard
 from blip2.data.sources import open_records
 from blip2.errors import InputError, escape_control_characters
 from blip2.interop.checkpoint import load_tokenizer
 from blip2.interop.weights import open_file, open_folder
 from blip2.io import MAX_DEPTH, parse_json, read_json, write_tensors
-from blip2.recipe import load_recipe, override
+from blip2.recipe import load_recipe, load_stored, override
 from fixtures.corpus import write_tar
 
 SOURCE = Path(__file__).parents[1] / "src" / "blip2"
 SECRET = "hunter2-the-secret"
 MINIMAL = {"stage": "representation", "output": "run", "vision": {"name": "vit"}, "data": {"train": "pairs.jsonl"}}
+MINIMAL_MODEL = {key: MINIMAL[key] for key in ("stage", "vision")}
 TINY = {
     "hidden_size": 4,
     "num_hidden_layers": 1,
@@ -82,18 +83,29 @@ def marker(tmp_path, monkeypatch):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """Writes a checkpoint whose recipe is the smallest one, changed."""
+    """Writes a checkpoint whose model and recipe are the smallest ones, changed."""
 
     def write(text=None, **changes):
         folder = tmp_path / "checkpoint"
         folder.mkdir(exist_ok=True)
         save_file({"a": torch.zeros(64)}, folder / "model.safetensors")
-        (folder / "recipe.yaml").write_text(
-            yaml.safe_dump({**MINIMAL, "qformer": TINY, **changes}) if text is None else text
-        )
+        for name, values in (("model.yaml", MINIMAL_MODEL), ("recipe.yaml", MINIMAL)):
+            (folder / name).write_text(yaml.safe_dump({**values, "qformer": TINY, **changes}) if text is None else text)
         return folder
 
     return write
+
+
+def read_stored_recipe(folder):
+    return load_stored(Recipe, folder / "recipe.yaml")
+
+
+def read_stored_model(folder):
+    return open_checkpoint(str(folder)).config
+
+
+READERS = {"recipe.yaml": read_stored_recipe, "model.yaml": read_stored_model}
+"""What reads each file of a checkpoint that is YAML."""
 
 
 # -- recipes -------------------------------------------------------------------------------------------------------
@@ -118,9 +130,10 @@ RECIPES = {
 @pytest.mark.parametrize("changes", RECIPES.values(), ids=list(RECIPES))
 def test_a_recipe_names_no_class(marker, checkpoint, tmp_path, changes):
     folder = checkpoint(**changes)
-    with pytest.raises(InputError) as raised:
-        open_checkpoint(str(folder))
-    assert "recipe.yaml: " in one_line(raised)
+    for name, read in READERS.items():
+        with pytest.raises(InputError) as raised:
+            read(folder)
+        assert f"{name}: " in one_line(raised)
     (tmp_path / "own.yaml").write_text(yaml.safe_dump({**MINIMAL, **changes}))
     assert main(["train", str(tmp_path / "own.yaml")]) == 2
     assert not marker.exists()
@@ -137,9 +150,10 @@ def test_a_recipe_names_no_class(marker, checkpoint, tmp_path, changes):
     ],
 )
 def test_a_recipe_makes_no_object(marker, checkpoint, text):
-    with pytest.raises(InputError) as raised:
-        open_checkpoint(str(checkpoint(text)))
-    one_line(raised)
+    for read in READERS.values():
+        with pytest.raises(InputError) as raised:
+            read(checkpoint(text))
+        one_line(raised)
     assert not marker.exists()
 
 
@@ -176,9 +190,10 @@ BOMBS = {
 
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_yaml_bombs(tmp_path, checkpoint, bomb):
-    with pytest.raises(InputError) as raised:
-        open_checkpoint(str(checkpoint(BOMBS[bomb])))
-    assert len(one_line(raised)) < 500
+    for read in READERS.values():
+        with pytest.raises(InputError) as raised:
+            read(checkpoint(BOMBS[bomb]))
+        assert len(one_line(raised)) < 500
 
 
 @pytest.mark.parametrize(
@@ -188,15 +203,21 @@ def test_a_bomb_within_a_text(checkpoint, section, key):
     """A text where a number or a list is due is never read as YAML in its turn."""
     values = {**MINIMAL, section: {**MINIMAL.get(section, {}), key: BOMBS["aliases"].replace("\n", " ")}}
     with pytest.raises(InputError, match=rf"{section}\.{key} is '") as raised:
-        open_checkpoint(str(checkpoint(**values)))
+        read_stored_recipe(checkpoint(**values))
     assert len(one_line(raised)) < 400
+    with pytest.raises(InputError, match=r"max_length is '") as raised:
+        read_stored_model(checkpoint(max_length=BOMBS["aliases"].replace("\n", " ")))
+    assert len(one_line(raised)) < 500
 
 
 @pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "1e999"])
 def test_numbers_that_are_none(checkpoint, value):
     text = f"stage: representation\noutput: x\nvision: {{name: v}}\ndata: {{train: x, temperature: {value}}}"
     with pytest.raises(InputError, match=r"data\.temperature is .*, expected a finite number"):
-        open_checkpoint(str(checkpoint(text)))
+        read_stored_recipe(checkpoint(text))
+    text = f"stage: representation\nvision: {{name: v, drop_path_rate: {value}}}"
+    with pytest.raises(InputError, match=r"vision\.drop_path_rate is .*, expected a finite number"):
+        read_stored_model(checkpoint(text))
 
 
 def test_a_base_shows_no_file(tmp_path):
@@ -215,9 +236,11 @@ def test_a_base_shows_no_file(tmp_path):
 
 def test_a_base_of_a_checkpoint_is_not_read(tmp_path, checkpoint):
     (tmp_path / "base.yaml").write_text(yaml.safe_dump({"output": SECRET}))
-    with pytest.raises(InputError, match=r"it has a base, '\.\./base\.yaml', expected a recipe without one") as raised:
-        open_checkpoint(str(checkpoint(base="../base.yaml")))
-    one_line(raised)
+    for read, kind in ((read_stored_recipe, "recipe"), (read_stored_model, "model config")):
+        match = rf"it has a base, '\.\./base\.yaml', expected a {kind} without one"
+        with pytest.raises(InputError, match=match) as raised:
+            read(checkpoint(base="../base.yaml"))
+        one_line(raised)
 
 
 def test_bases_in_a_ring_by_other_names(tmp_path):
@@ -251,14 +274,14 @@ def test_files_that_are_no_recipe(tmp_path):
 
 
 @pytest.mark.parametrize("spoil", ["missing", "a folder", "a pipe"])
-def test_a_checkpoint_without_a_recipe(tmp_path, checkpoint, spoil):
+def test_a_checkpoint_without_a_model_config(tmp_path, checkpoint, spoil):
     run = tmp_path / "run" / "checkpoints"
     run.mkdir(parents=True)
-    recipe = checkpoint().rename(run / "step-00000001") / "recipe.yaml"
-    recipe.unlink()
-    recipe.mkdir() if spoil == "a folder" else os.mkfifo(recipe) if spoil == "a pipe" else None
-    for name in (recipe.parent, tmp_path / "run"):
-        with pytest.raises(InputError) as raised:
+    config = checkpoint().rename(run / "step-00000001") / "model.yaml"
+    config.unlink()
+    config.mkdir() if spoil == "a folder" else os.mkfifo(config) if spoil == "a pipe" else None
+    for name in (config.parent, tmp_path / "run"):
+        with pytest.raises(InputError, match=r"model\.yaml") as raised:
             open_checkpoint(str(name))
         one_line(raised)
 
@@ -365,12 +388,13 @@ def test_neither_does_that_of_a_tokenizer(own_code):
 def test_a_checkpoint_cannot_allow_code(own_code, checkpoint):
     folder, marker = own_code("vision")
     named = {"name": str(folder), "trust_remote_code": str(folder)}
-    found = open_checkpoint(str(checkpoint(vision=named))).recipe
-    assert found.vision.trust_remote_code is None
+    for read in READERS.values():
+        assert read(checkpoint(vision=named)).vision.trust_remote_code is None
+    found = read_stored_model(checkpoint(vision=named))
     with pytest.raises(InputError):
         build_image_encoder(found.vision, torch.float32)
     assert not marker.exists()
-    found = open_checkpoint(str(checkpoint(vision=named)), {"vision.trust_remote_code": str(folder)}).recipe
+    found = open_checkpoint(str(checkpoint(vision=named)), {"vision.trust_remote_code": str(folder)}).config
     with suppress(InputError):
         build_image_encoder(found.vision, torch.float32)
     assert marker.exists()

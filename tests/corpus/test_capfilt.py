@@ -4,18 +4,20 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import pytest
 import yaml
 
 from blip2.cli import build_parser
 from blip2.config import DataConfig
 from blip2.corpus import capfilt as module
-from blip2.corpus import tar_shards as shards_module
+from blip2.corpus import units as units_module
 from blip2.corpus.capfilt import CapFiltConfig, capfilt
-from blip2.corpus.job import Engine
+from blip2.corpus.options import Engine
 from blip2.corpus.selection import SelectionRules
-from blip2.corpus.tar_shards import Sample, list_units, read_unit
+from blip2.corpus.units import list_units, read_unit
 from blip2.data.benchmarks import is_benchmark, read_benchmark
+from blip2.data.shards import Sample
 from blip2.data.sources import open_records
 from blip2.decoding.search import Decoding
 from blip2.errors import InputError
@@ -161,7 +163,7 @@ def test_what_is_done_is_not_done_again(done, runs, shards, tmp_path, monkeypatc
     (again / f"00001.tar.{'0' * 32}.tmp").write_bytes(b"half")
     times = {path: path.stat().st_mtime_ns for path in again.glob("0000[03].*")}
     asked = []
-    monkeypatch.setattr(shards_module, "read_unit", lambda unit: asked.append(unit.name) or read_unit(unit))
+    monkeypatch.setattr(units_module, "read_unit", lambda unit: asked.append(unit.name) or read_unit(unit))
     assert run(runs, shards / "*.tar", again) == metrics
     assert asked == ["00001", "00002"]
     assert tars(again) == tars(output)
@@ -249,6 +251,17 @@ def test_shards_of_several_folders_have_names_of_their_own(tmp_path):
     units = list_units(str(tmp_path / "part{0..1}" / "0.tar"), 5)
     assert [unit.name for unit in units] == ["part0-0", "part1-0"]
     assert list(read_unit(units[0])) == [Sample("0", encoded("disc", "red"), ("x",), "png")]
+
+
+def test_shards_in_object_storage_are_units(tmp_path):
+    data = write_tar(tmp_path / "0.tar", {"0.png": encoded("disc", "red"), "0.txt": b"x"}).read_bytes()
+    for number in range(2):
+        fsspec.filesystem("memory").pipe(f"/units/part{number}/0.tar", data)
+    units = list_units("memory://units/part{0..1}/0.tar", 5)
+    assert [(unit.name, unit.source) for unit in units] == [
+        ("part0-0", "memory://units/part0/0.tar"), ("part1-0", "memory://units/part1/0.tar")
+    ]  # fmt: skip
+    assert list(read_unit(units[1])) == [Sample("0", encoded("disc", "red"), ("x",), "png")]
 
 
 def test_settings_that_cannot_be():

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,49 +21,16 @@ import torch
 from PIL.Image import Image
 
 from blip2.config import Precision
-from blip2.corpus.job import LOCAL, Engine, Worker, run_job
+from blip2.corpus.job import Worker, run_job
 from blip2.corpus.models import Captioner, Ranker, open_captioner, open_ranker, resolve_checkpoint
+from blip2.corpus.options import LOCAL, CapFiltConfig, Engine
 from blip2.corpus.report import CapFiltStats, write_capfilt_report
-from blip2.corpus.selection import Caption, Selection, SelectionRules, load_language_detector, select_captions
-from blip2.corpus.tar_shards import Sample, ShardWriter, SkippedSample, Unit, list_units, read_batches
+from blip2.corpus.selection import Caption, Selection, load_language_detector, select_captions
+from blip2.corpus.units import Unit, list_units, read_batches
 from blip2.data.cells import CellError, read_text
-from blip2.decoding.search import Decoding
-from blip2.errors import InputError
+from blip2.data.shards import Sample, ShardWriter, SkippedSample
 from blip2.feature_cache.store import digest
 from blip2.io import atomic_write, convert_os_errors, expand_home, write_json
-
-NUCLEUS_SAMPLING = Decoding(top_p=0.9)
-"""The default decoding: BLIP's nucleus sampling."""
-
-
-@dataclass(frozen=True)
-class CapFiltConfig:
-    """Options of CapFilt."""
-
-    num_captions: int = 10
-    """N, the number of captions to generate per image (§3.4)."""
-    decoding: Decoding = NUCLEUS_SAMPLING
-    """Options of the captioner's generation."""
-    prompt: str | None = None
-    """Text that captions continue; None means the captioner's own."""
-    rules: SelectionRules = field(default_factory=SelectionRules)
-    """Rules that select the captions to keep."""
-    seed: int = 0
-    """Seed of sampling."""
-    batch_size: int = 16
-    """Images per batch."""
-    shard_size: int = 1000
-    """Images per output shard, if the corpus has no shards."""
-
-    def __post_init__(self) -> None:
-        for name, smallest in (("num_captions", 0), ("batch_size", 1), ("shard_size", 1), ("seed", 0)):
-            if getattr(self, name) < smallest:
-                raise InputError(f"{name} is {getattr(self, name)}, expected at least {smallest}")
-        if self.decoding.top_p is None and self.num_captions > 1 and self.decoding.num_beams < self.num_captions:
-            raise InputError(
-                f"{self.decoding.num_beams} beams do not give {self.num_captions} captions: use at least as many beams,"
-                " or sampling"
-            )
 
 
 def capfilt(
@@ -89,7 +56,7 @@ def capfilt(
         config: the options; None means the defaults.
         engine: where the work is done.
         device: device to run on; None means a GPU if there is one.
-        dtype: data type of the frozen parts; None means the recipe's.
+        dtype: data type of the frozen parts; None means the model's own.
 
     Returns:
         The content of ``metrics.json``.
@@ -153,7 +120,7 @@ class CapFiltWorker:
                 for sample, selection in self._select(batch):
                     stats.add(unit.name, sample, selection, self._config.seed)
                     if selection.kept:
-                        shard.add(sample, to_metadata(selection))
+                        shard.add(sample.key, sample.suffix, sample.image, to_metadata(selection))
             shard.close()
         if not stats.num_written:
             path.unlink()  # readers would take an empty shard for a broken one

@@ -16,9 +16,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from blip2.config import Precision
-from blip2.corpus.job import LOCAL, Engine, Worker, run_job
+from blip2.corpus.job import Worker, run_job
 from blip2.corpus.models import resolve_checkpoint
-from blip2.corpus.tar_shards import SkippedSample, Unit, list_units, read_batches
+from blip2.corpus.options import LOCAL, Engine
+from blip2.corpus.units import Unit, list_units, read_batches
+from blip2.data.shards import SkippedSample
 from blip2.errors import InputError
 from blip2.io import atomic_write, convert_os_errors, expand_home, write_json
 from blip2.pipelines import RepresentationPipeline, load

@@ -13,8 +13,9 @@ from typing import Any
 from blip2.builder import choose_device
 from blip2.config import Recipe
 from blip2.console import Display
-from blip2.corpus.job import Engine, Worker, run_units
-from blip2.corpus.tar_shards import Unit
+from blip2.corpus.job import Worker, run_units
+from blip2.corpus.options import Engine
+from blip2.corpus.units import Unit
 from blip2.data.assets import resolve
 from blip2.data.records import Records
 from blip2.data.sources import open_records

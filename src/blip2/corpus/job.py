@@ -15,12 +15,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from blip2.console import Display
-from blip2.corpus.tar_shards import Unit
+from blip2.corpus.options import Engine
+from blip2.corpus.units import Unit
 from blip2.errors import InputError
 from blip2.io import convert_os_errors, lock_folder, parse_json, read_json, read_json_object, to_plain, write_json
 from blip2.resumable import mismatch_message
@@ -39,29 +40,6 @@ class Job(Protocol):
     def worker(self) -> Worker:
         """Load the models; called once per process."""
         ...
-
-
-@dataclass(frozen=True)
-class Engine:
-    """The place where a job runs: this process or a Ray cluster."""
-
-    kind: Literal["local", "ray"] = "local"
-    """``local``: this process. ``ray``: the cluster at RAY_ADDRESS, or a new one on this machine."""
-    num_workers: int | None = None
-    """Number of Ray processes; None means one per GPU, or one per two CPU cores without GPUs."""
-    num_threads: int | None = None
-    """CPU threads per worker; None means all in this process, or an equal share of the cores. Sums may depend on it in
-    the last digit, so runs that are to give equal bytes need the same number."""
-
-    def __post_init__(self) -> None:
-        if self.kind == "local" and self.num_workers is not None:
-            raise InputError("num_workers needs the engine ray: add --engine ray, or leave out --num-workers")
-        for name in ("num_workers", "num_threads"):
-            if (number := getattr(self, name)) is not None and number < 1:
-                raise InputError(f"{name} is {number}, expected at least 1")
-
-
-LOCAL = Engine()
 
 
 def run_job(

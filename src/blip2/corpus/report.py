@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from blip2.corpus.selection import Selection
-from blip2.corpus.tar_shards import Sample, SkippedSample, Unit, read_unit
+from blip2.corpus.units import Unit, read_unit
 from blip2.data.images import read_image
+from blip2.data.shards import Sample, SkippedSample
 from blip2.errors import InputError
 from blip2.evaluation.report import Report, new_figure
 from blip2.feature_cache.store import digest

@@ -6,11 +6,9 @@ training. :mod:`blip2.data.assets` provides the data set as ``package:scenes``.
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import shutil
-import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +40,7 @@ from blip2.data.scene_texts import (
     write_captions,
     write_twins,
 )
+from blip2.data.shards import ShardWriter
 from blip2.errors import InputError
 
 __all__ = ["Facts", "Truth", "make_scenes", "parse_caption", "score_caption", "write_scenes"]
@@ -323,13 +322,12 @@ def _write_shards(folder: Path, records: Sequence[Row], shards: int, group_size:
     (folder / "shards").mkdir()
     bounds = np.linspace(0, -(-len(records) // group_size), shards + 1).round().astype(int) * group_size
     for number, (start, end) in enumerate(pairwise(bounds)):
-        with tarfile.open(folder / "shards" / f"train-{number:05}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        with (folder / "shards" / f"train-{number:05}.tar").open("wb") as file:
+            shard = ShardWriter(file)
             for row in records[start:end]:
-                metadata = json.dumps({name: value for name, value in row.items() if name != "image"}).encode()
-                for suffix, content in (("jpg", (folder / row["image"]).read_bytes()), ("json", metadata)):
-                    member = tarfile.TarInfo(f"{row['key']}.{suffix}")  # with time 0 and no owner
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+                metadata = {name: value for name, value in row.items() if name != "image"}
+                shard.add(row["key"], "jpg", (folder / row["image"]).read_bytes(), metadata)
+            shard.close()
 
 
 # -- the data card -------------------------------------------------------------------------------------------------

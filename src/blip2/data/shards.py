@@ -1,4 +1,4 @@
-"""Read shards, tar files and tables, row by row from any file system that fsspec supports.
+"""Read shards, tar files and tables, row by row from any file system that fsspec supports, and write tar files.
 
 The rows of a damaged shard are used up to the damage; the last row then holds an error (:data:`ERROR_COLUMN`). A
 damaged shard thus has a fixed place in the order of the data, as every sample has: one process meets it once per epoch,
@@ -8,18 +8,21 @@ also after a resume.
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import datasets
 import fsspec
 import pyarrow
 import pyarrow.parquet
 
-from blip2.data.cells import class_names, decode_text, labels_to_names
+from blip2.data.cells import CAPTION_COLUMNS, CellError, class_names, decode_text, labels_to_names, read_texts
 from blip2.data.images import COMMON_SUFFIXES, IMAGE_SUFFIXES, MAX_FILE_BYTES
 from blip2.data.tables import JSON_DECODER, is_text_table, read_text_table
 from blip2.errors import InputError
@@ -270,7 +273,78 @@ def _to_row(sample: Row) -> Row:
             row[extension] = decode_text(content)
         else:
             row[extension] = content
-    images = [extension for extension in row if f".{extension}" in IMAGE_SUFFIXES]
-    if images and "image" not in row:
-        row["image"] = row[next((each for each in images if f".{each}" in COMMON_SUFFIXES), images[0])]
+    image = _find_image(row)
+    if image is not None and "image" not in row:
+        row["image"] = row[image]
     return {**_without_reserved(values), **row} if isinstance(values, dict) else row
+
+
+def _find_image(row: Row) -> str | None:
+    """Return the first column whose name is the suffix of an image file, the common formats first."""
+    images = (column for column in row if f".{column}" in IMAGE_SUFFIXES)
+    return min(images, key=lambda column: f".{column}" not in COMMON_SUFFIXES, default=None)
+
+
+# -- samples of a tar ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An encoded image with its captions."""
+
+    key: str
+    """Key of the sample, unique within its shard."""
+    image: bytes
+    captions: tuple[str, ...]
+    suffix: str
+    """File suffix of the image, such as ``jpg``."""
+
+
+class SkippedSample(NamedTuple):
+    """A sample that cannot be used."""
+
+    key: str
+    reason: str
+    """Category by which skipped samples are counted."""
+    message: str
+
+
+def read_samples(shard: str) -> Iterator[Sample | SkippedSample]:
+    """Read the samples of a tar in order, one at a time; see :func:`read_shard`. A sample may have no captions."""
+    for row in read_shard(shard):
+        key = row.get(KEY_COLUMN, "")
+        name, suffix = f"{key} in {shard}", _find_image(row)
+        if ERROR_COLUMN in row:
+            message = f"{shard} cannot be read to its end ({row[ERROR_COLUMN]}): download it again"
+            yield SkippedSample(shard, "shard broken", message)
+        elif suffix is None or not isinstance(row[suffix], bytes):  # a key of a .json file is no image
+            found = ", ".join(column for column in row if column != KEY_COLUMN)
+            expected = f"{', '.join(COMMON_SUFFIXES)}, or another format that Pillow reads"
+            yield SkippedSample(name, "no image", f"it has {found}, expected an image ({expected})")
+        else:
+            column = next((column for column in CAPTION_COLUMNS if column in row), "")
+            try:
+                captions, _ = read_texts(row.get(column))
+            except CellError as error:
+                yield SkippedSample(name, "caption not read", f"{column} {error}")
+                continue
+            yield Sample(key, row[suffix], captions, suffix)
+
+
+class ShardWriter:
+    """Writes samples to a tar; equal samples give equal bytes."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._tar = tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT)  # noqa: SIM115
+
+    def add(self, key: str, suffix: str, image: bytes, metadata: Mapping[str, Any]) -> None:
+        """Write the unchanged image and a ``.json`` file."""
+        # File names can contain surrogates, which have no UTF-8; their escapes in JSON are the same as Python's.
+        text = json.dumps(metadata, ensure_ascii=False).encode(errors="backslashreplace")
+        for name, data in ((f"{key}.{suffix}", image), (f"{key}.json", text)):
+            entry = tarfile.TarInfo(name)  # without time and owner, for equal bytes
+            entry.size = len(data)
+            self._tar.addfile(entry, BytesIO(data))
+
+    def close(self) -> None:
+        self._tar.close()
