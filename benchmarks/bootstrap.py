@@ -23,7 +23,7 @@ from pathlib import Path
 
 from blip2.config import EvaluationConfig, Precision
 from blip2.corpus.capfilt import CapFiltConfig, capfilt
-from blip2.corpus.job import Engine
+from blip2.corpus.options import Engine
 from blip2.corpus.report import CapFiltStats
 from blip2.decoding.search import Decoding
 from blip2.demo.run import faster_precision, in_precision

@@ -324,14 +324,14 @@ def test_dtype(capsys, runs, images):
         (["embed", "STAGE1", "IMAGE", "--output", "FOLDER"], "cannot be written"),
         (["caption", "NOWHERE", "IMAGE"], "give the folder of a run"),
         (["caption", "LLAMA", "IMAGE", "--device", "gpu"], "choose cpu, cuda or mps"),
-        (["caption", "LLAMA", "IMAGE", "--top-p", "2"], "top_p is 2.0, expected a probability above 0"),
+        (["caption", "LLAMA", "IMAGE", "--top-p", "2"], "--top-p is 2.0, expected 1e-06 to 1"),
         (
             ["caption", "LLAMA", "IMAGE", "--top-p", "0.5", "--temperature", "0"],
-            "temperature is 0.0, expected more than 0",
+            "--temperature is 0.0, expected at least 1e-06",
         ),
-        (["caption", "LLAMA", "IMAGE", "--max-new-tokens", "0"], "max_new_tokens is 0, expected at least 1"),
-        (["caption", "LLAMA", "IMAGE", "--num-beams", "0"], "beams is 0, expected at least 1"),
-        (["caption", "LLAMA", "IMAGE", "--top-p", "0.5", "--seed", "-1"], "--seed is -1, expected 0 to"),
+        (["caption", "LLAMA", "IMAGE", "--max-new-tokens", "0"], "--max-new-tokens is 0, expected at least 1"),
+        (["caption", "LLAMA", "IMAGE", "--num-beams", "0"], "--num-beams is 0, expected at least 1"),
+        (["caption", "LLAMA", "IMAGE", "--top-p", "0.5", "--seed", "-1"], "--seed is -1, expected at least 0"),
     ],
 )
 def test_what_cannot_be_done(capsys, runs, images, tmp_path, monkeypatch, arguments, expected):

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from blip2.corpus.job import LOCAL, Worker, claim_folder, run_job
+from blip2.corpus.job import Worker, claim_folder, run_job
+from blip2.corpus.options import LOCAL
 from blip2.errors import InputError
 from blip2.io import LOCK, atomic_write, convert_os_errors, expand_home, lock_folder, write_json, write_tensors
 

@@ -12,7 +12,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 LAYERS = (
     {"errors", "memory"},
     {"config", "io", "distributed", "console"},
-    {"recipe", "decoding"},
+    {"recipe", "decoding", "options"},
     {"backbones", "model"},  # but for each other they are one layer: the models are made of the encoder and the LLM
     {"data"},
     {"feature_cache", "interop"},
@@ -22,6 +22,7 @@ LAYERS = (
     {"evaluation"},
     {"corpus"},
     {"demo"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 )

@@ -25,9 +25,16 @@ MAX_COUNT, MAX_STEPS = 10**6, 10**9
 """Upper bounds of numbers that have no natural one: beyond any practical use, and small enough not to overflow."""
 
 
-def bounded(default: Any, minimum: int | float, maximum: int | float) -> Any:
-    """Return a dataclass field with a default whose number, or each of whose numbers, is in [minimum, maximum]."""
-    return field(default=default, metadata={"range": (minimum, maximum)})
+def bounded(default: Any, minimum: int | float, maximum: int | float, **metadata: Any) -> Any:
+    """Return a dataclass field with a default whose number, or each of whose numbers, is in [minimum, maximum].
+
+    Args:
+        default: the default.
+        minimum: the smallest number.
+        maximum: the largest number.
+        metadata: more metadata of the field, such as those of :mod:`blip2.options`.
+    """
+    return field(default=default, metadata={"range": (minimum, maximum), **metadata})
 
 
 @dataclass(frozen=True)
@@ -331,21 +338,10 @@ class TrainingConfig:
     """Experiment trackers that get the metrics in addition to metrics.jsonl."""
 
 
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """Evaluation during training, as blip2 evaluate does it. Results go to metrics.jsonl and the trackers as
-    evaluation_..., and with predictions and an HTML report to evaluation/step-... in the run's folder."""
+@dataclass(frozen=True, kw_only=True)
+class DecodingOptions:
+    """Options of text generation. Those that are null have the default of the task."""
 
-    task: Literal["captioning", "vqa", "retrieval"]
-    """Task to evaluate: retrieval for stage representation, captioning or vqa for stage generation."""
-    data: str
-    """Held-out records, in any format of data.train."""
-    eval_steps: int = bounded(1000, 1, MAX_STEPS)
-    """Number of steps between evaluations. The last step is always evaluated."""
-    limit: int | None = bounded(None, 1, 10**12)
-    """Maximum number of records; the first ones are used. null: all."""
-    prompt: str | None = None
-    """Prompt of captions, or of questions if it contains {}. null: the model's own."""
     num_beams: int | None = bounded(None, 1, MAX_COUNT)
     """Beam width; 1 is greedy decoding. null: 5."""
     top_p: float | None = bounded(None, 1e-6, 1)
@@ -356,6 +352,23 @@ class EvaluationConfig:
     """Length penalty of beam search; values below 0 favor short texts. null: 1, for answers -1."""
     max_new_tokens: int | None = bounded(None, 1, MAX_COUNT)
     """Maximum length of a generated text in tokens. null: 30, for answers 10."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(DecodingOptions):
+    """Evaluation during training, as blip2 evaluate does it. Results go to metrics.jsonl and the trackers as
+    evaluation_..., and with predictions and an HTML report to evaluation/step-... in the run's folder."""
+
+    task: Literal["captioning", "vqa", "retrieval"]
+    """Task to evaluate: retrieval for stage representation, captioning or vqa for stage generation."""
+    data: str
+    """Held-out records, in any format of data.train."""
+    eval_steps: int = bounded(1000, 1, MAX_STEPS, option=None)
+    """Number of steps between evaluations. The last step is always evaluated."""
+    limit: int | None = bounded(None, 1, 10**12)
+    """Maximum number of records; the first ones are used. null: all."""
+    prompt: str | None = None
+    """Prompt of captions, or of questions if it contains {}. null: the model's own."""
     rerank_k: int = bounded(128, 0, 10**12)
     """Retrieval: number of candidates in each direction that are re-ranked. 0: no re-ranking."""
     fusion: Literal["itm", "itm+itc"] = "itm"
@@ -397,7 +410,7 @@ class Recipe:
             raise InputError("stage representation has no LLM: leave out language, or set stage to generation")
         if self.stage == "representation" and not (self.objectives.itc or self.objectives.itm or self.objectives.itg):
             raise InputError("all objectives are switched off: give one of objectives.itc, .itm, .itg a weight")
-        _check_ranges(self)
+        check_ranges(self)
         for name, part in (("vision", self.vision), ("language", self.language)):
             if part is not None and part.trust_remote_code not in (None, part.name):
                 raise InputError(
@@ -480,12 +493,16 @@ class Recipe:
             )
 
 
-def _check_ranges(section: Any, prefix: str = "") -> None:
-    """Refuse numbers of a section, and of the sections in it, that are outside their :func:`bounded` ranges."""
+def check_ranges(section: Any, prefix: str = "") -> None:
+    """Refuse numbers of a dataclass, and of the dataclasses in it, that are outside their :func:`bounded` ranges.
+
+    Raises:
+        InputError: the message names the field, after `prefix`.
+    """
     for each in fields(section):
         name, value = f"{prefix}{each.name}", getattr(section, each.name)
         if is_dataclass(value):
-            _check_ranges(value, f"{name}.")
+            check_ranges(value, f"{name}.")
         elif "range" in each.metadata:
             several = isinstance(value, dict | list | tuple)
             for number in (value.values() if isinstance(value, dict) else value) if several else [value]:
@@ -493,13 +510,13 @@ def _check_ranges(section: Any, prefix: str = "") -> None:
                     raise InputError(f"{name} is null, expected a number: give one, or leave the key out")
                 if isinstance(number, bool):
                     raise InputError(f"{name} is {str(number).lower()}, expected a number")
-                expected = _out_of_range(number, *each.metadata["range"]) if isinstance(number, float | int) else None
+                expected = out_of_range(number, *each.metadata["range"]) if isinstance(number, float | int) else None
                 if expected is not None:
                     raise InputError(f"{name} is {number}, expected {expected}")
 
 
-def _out_of_range(number: int | float, minimum: int | float, maximum: int | float) -> str | None:
-    """Return what was expected of a number that is outside its range or NaN; None if it is inside."""
+def out_of_range(number: int | float, minimum: int | float, maximum: int | float) -> str | None:
+    """Return what is expected of a number that is outside its range or NaN; None if it is inside."""
     if minimum <= number <= maximum:
         return None
     if number < minimum and maximum >= 1000:

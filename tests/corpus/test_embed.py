@@ -6,7 +6,7 @@ from safetensors import safe_open
 
 from blip2.cli import main
 from blip2.corpus.embed import embed_corpus
-from blip2.corpus.job import Engine
+from blip2.corpus.options import Engine
 from blip2.pipelines import load
 from fixtures.corpus import encoded, read_tar, write_tar
 

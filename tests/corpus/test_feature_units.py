@@ -5,7 +5,7 @@ import pytest
 
 from blip2.corpus import features
 from blip2.corpus.features import make_features_with_engine
-from blip2.corpus.job import Engine
+from blip2.corpus.options import Engine
 from blip2.errors import InputError
 from blip2.training.features import make_features
 

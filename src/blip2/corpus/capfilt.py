@@ -49,10 +49,11 @@ def capfilt(
     A run that was interrupted resumes where it stopped when it is started again.
 
     Args:
-        captioner: path or hub name of a model; see :func:`blip2.corpus.models.open_captioner`.
-        ranker: path or hub name of a model; see :func:`blip2.corpus.models.open_ranker`.
-        data: a source that ``data.train`` of a recipe may name. Each input shard gives one output shard.
-        output: folder of the results.
+        captioner: stage-2 model of any format, or a captioning model of transformers (BLIP, GIT ...).
+        ranker: stage-1 model of any format, or a dual encoder of transformers (CLIP, SigLIP ...).
+        data: corpus: any source that ``data.train`` of a recipe may name (docs/data.md). Each input shard gives one
+            output shard.
+        output: folder for shards (.tar), metrics.json and report.html.
         config: the options; None means the defaults.
         engine: where the work is done.
         device: device to run on; None means a GPU if there is one.

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from blip2.config import MAX_COUNT, bounded, check_ranges
 from blip2.errors import InputError
 
 MIN_CONFIDENCE = 0.5
@@ -16,27 +17,22 @@ MIN_CONFIDENCE = 0.5
 class SelectionRules:
     """Conditions for a caption to be kept."""
 
-    keep: int = 2
-    """K, the maximum number of captions per image (§3.4)."""
-    min_words: int = 1
-    """Shorter captions are dropped."""
-    max_words: int | None = None
-    """Longer captions are dropped; None means no limit."""
+    keep: int = bounded(2, 1, MAX_COUNT)
+    """K, the maximum number of captions to keep per image (§3.4)."""
+    min_words: int = bounded(1, 1, MAX_COUNT)
+    """Minimum number of words; shorter captions are dropped."""
+    max_words: int | None = bounded(None, 1, MAX_COUNT)
+    """Maximum number of words; longer captions are dropped. null: no limit."""
     language: str | None = None
-    """ISO 639-1 code of the language to keep, such as ``en``; captions of unclear language are kept. None: any."""
-    max_word_overlap: float = 1.0
-    """Two captions that share at least this fraction of their words are alike: the better stays. 1: equal sets."""
+    """ISO 639-1 code of the language to keep, such as en; captions of unclear language are kept. null: any."""
+    max_word_overlap: float = bounded(1.0, 1e-6, 1)
+    """Of captions that share at least this fraction of their words, the best is kept. With 1, they are those of equal
+    words."""
 
     def __post_init__(self) -> None:
-        for name in ("keep", "min_words"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
+        check_ranges(self)
         if self.max_words is not None and self.max_words < self.min_words:
             raise InputError(f"max_words is {self.max_words}, expected at least min_words, {self.min_words}")
-        if not 0 < self.max_word_overlap <= 1:
-            raise InputError(
-                f"max_word_overlap is {self.max_word_overlap}, expected a share of words above 0 and up to 1"
-            )
 
 
 @dataclass(frozen=True)

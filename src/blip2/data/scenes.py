@@ -298,8 +298,13 @@ def make_scenes(
     """Write the data set into a new folder; see :func:`write_scenes`.
 
     Args:
-        cutouts: folder of cut-outs; ``None``: those of ``package:scenes``.
-        kinds: names of the kinds to show; ``None``: all.
+        output: folder to create.
+        seed: seed, which determines the data set.
+        train: number of training images.
+        validation, test_images, test_compositions, test_cutouts, twins: numbers of the other splits.
+        shards: also write the training images as this number of WebDataset shards. None: no shards.
+        cutouts: folder with one subfolder of transparent PNG files for each kind. None: those of package:scenes.
+        kinds: names of the kinds of objects to show. None: all.
 
     Raises:
         InputError: the folder is not empty, or as for :func:`write_scenes`.

@@ -11,7 +11,6 @@ LLM, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -33,49 +32,10 @@ from blip2.decoding.kv_cache import (
     UncachedDecoder,
     per_layer_inputs,
 )
-from blip2.errors import InputError
+from blip2.decoding.options import Decoding
 
 PAD = -1
 """Placeholder for the tokens after the end of a sequence."""
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """Options of text generation; the fields have the names of transformers' ``GenerationConfig``."""
-
-    num_beams: int = 5
-    """Number of beams; 1 is greedy search. Not used when sampling."""
-    max_new_tokens: int = 30
-    """Maximum number of generated tokens."""
-    min_new_tokens: int = 1
-    """Minimum number of generated tokens."""
-    length_penalty: float = 1.0
-    """Beam scores are divided by length to this power: below 0 favors short texts (-1 for answers, §4.1)."""
-    top_p: float | None = None
-    """Sample from the smallest set of tokens with this total probability (nucleus) instead of beam search."""
-    temperature: float = 1.0
-    """Temperature of sampling, by which logits are divided."""
-    repetition_penalty: float = 1.0
-    """Above 1 discourages tokens that were generated already; tokens of the prompt do not count."""
-
-    def __post_init__(self) -> None:
-        for name, minimum in (("num_beams", 1), ("max_new_tokens", 1), ("min_new_tokens", 0)):
-            if getattr(self, name) < minimum:
-                raise InputError(f"{name} is {getattr(self, name)}, expected at least {minimum}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise InputError(f"top_p is {self.top_p}, expected a probability above 0")
-        for name in ("temperature", "repetition_penalty"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} is {getattr(self, name)}, expected more than 0")
-
-    def override(self, options: object) -> Decoding:
-        """Return a copy that takes every field that is an attribute of `options` and is not None from there."""
-        given = {field.name: getattr(options, field.name, None) for field in fields(self)}
-        return replace(self, **{name: value for name, value in given.items() if value is not None})
-
-    def beam_width(self, num_return_sequences: int) -> int:
-        """Return the number of beams for this many sequences per prompt; 1 when sampling."""
-        return 1 if self.top_p is not None else max(self.num_beams, num_return_sequences)
 
 
 GenerateFn = Callable[..., Tensor]

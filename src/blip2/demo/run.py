@@ -168,9 +168,10 @@ def demo(output: Path, quick: bool = False, data: str | None = None, scale: floa
 
     Args:
         output: folder of the runs and the results.
-        quick: train for a few steps only, as a test.
-        data: a folder or table of images with captions to use instead of the scenes.
-        scale: factor for the training steps of the recipes; see :func:`make_plan`.
+        quick: run a short version, in two to three minutes.
+        data: your own images and captions to train on instead of the scenes: a folder or a table.
+        scale: factor by which the training steps of the recipes are multiplied. None: one from 1 to 4 such that the
+            demo takes about 15 minutes on this machine.
 
     Returns:
         The content of ``metrics.json``.

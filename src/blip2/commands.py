@@ -1,0 +1,364 @@
+"""The commands of ``blip2``: one typed function each, from which :mod:`blip2.options` makes the command line.
+
+A function reads its models and libraries when it is called, so that help does not wait for PyTorch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from blip2.config import DecodingOptions, EvaluationConfig, Precision
+from blip2.corpus.options import NUCLEUS_SAMPLING, CapFiltConfig, Engine, Sharding
+from blip2.decoding.options import Decoding, Sampling
+from blip2.errors import InputError, escape_control_characters
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model is loaded."""
+
+    device: str | None = None
+    """Device to run on: cpu, cuda, cuda:1 or mps. null: a GPU if there is one."""
+    dtype: Precision | None = None
+    """Data type of the frozen image encoder and LLM. null: the recipe's."""
+
+
+NUCLEUS = DecodingOptions(top_p=NUCLEUS_SAMPLING.top_p)
+"""The default of ``blip2 capfilt``."""
+
+
+def demo(
+    *, quick: bool = False, output: Path = Path("runs/demo"), scale: float | None = None, data: str | None = None
+) -> None:
+    """Train both stages on generated scenes and report what the models learned.
+
+    The arguments are those of :func:`blip2.demo.run.demo`.
+
+    Example:
+        blip2 demo
+    """
+    from blip2.demo.run import demo
+
+    if scale is not None and not 0 < scale <= 1000:
+        raise InputError(f"--scale is {scale:g}, expected a number above 0 and at most 1000")
+    demo(output, quick, data, scale)
+
+
+def scenes(
+    output: Path,
+    *,
+    seed: int = 0,
+    train: int = 4000,
+    shards: int | None = None,
+    kinds: list[str] | None = None,
+    cutouts: Path | None = None,
+) -> None:
+    """Generate a data set of scenes with captions, questions and exact ground truth (docs/scenes.md).
+
+    The arguments are those of :func:`blip2.data.scenes.make_scenes`.
+
+    Example:
+        blip2 scenes scenes-20000 --train 20000 --seed 1
+    """
+    from blip2.data.scenes import make_scenes
+
+    made = make_scenes(output, seed, train=train, shards=shards, cutouts=cutouts, kinds=kinds)
+    for name, rows in made.items():
+        print_row(f"{output / name}: {rows} rows")
+
+
+def train(recipe: str | None = None, *, resume: bool = False, keys: list[str]) -> None:
+    """Train one stage with a recipe.
+
+    RECIPE is a YAML file, or the name of a recipe shipped with blip2. --resume continues from the last
+    checkpoint of the run. Every key of a recipe can be overridden on the command line.
+
+    Example:
+        blip2 train demo-stage1 --data.batch_size 32
+    """
+    from blip2.recipe import find_recipe, load_recipe
+
+    if recipe is None:
+        raise InputError("no recipe was given: run blip2 train RECIPE; blip2 train --help lists the keys of a recipe")
+    loaded = load_recipe(find_recipe(recipe), keys)
+    from blip2.evaluation.in_training import train
+
+    print_row(train(loaded, resume=resume))
+
+
+def features(recipe: str, *, engine: Engine, keys: list[str]) -> None:
+    """Compute and cache the image features that a recipe trains on.
+
+    The frozen image encoder runs over data.train, in data.cached_views views of each image (1 if the recipe has 0), and
+    over data.validation. Training with data.cached_views then reads the features. The command can be interrupted and
+    started again: it continues where it stopped and encodes only new images. Under torchrun or accelerate launch, each
+    process encodes its share.
+
+    Args:
+        recipe: a YAML file, or the name of a recipe shipped with blip2.
+
+    Example:
+        blip2 features demo-stage1 --data.cached_dtype int8
+    """
+    from blip2.recipe import find_recipe, load_recipe
+
+    loaded = load_recipe(find_recipe(recipe), keys)
+    if engine.kind == "ray":
+        from blip2.corpus.features import make_features_with_engine
+
+        make_features_with_engine(engine, loaded)
+    elif engine.num_threads is not None:
+        raise InputError("--num-threads needs --engine ray: set OMP_NUM_THREADS instead, or leave it out")
+    from blip2.training.features import make_features
+
+    for line in make_features(loaded):
+        print_row(line)
+
+
+def caption(
+    model: str,
+    images: list[str],
+    *,
+    prompt: str | None = None,
+    decoding: DecodingOptions,
+    sampling: Sampling,
+    loading: Loading,
+    overrides: dict[str, object],
+) -> None:
+    """Caption images.
+
+    Args:
+        model: stage-2 model: a run or checkpoint folder, a transformers BLIP-2 folder or hub name, or a LAVIS .pth
+            file.
+        images: image files.
+        prompt: text that each caption continues. null: the model's training prompt.
+
+    Example:
+        blip2 caption runs/demo/stage2 cat.jpg
+    """
+    from blip2.pipelines import CAPTION_DECODING, load
+
+    pipeline = load(model, loading.device, loading.dtype, overrides=overrides, stage="generation")
+    captions = pipeline.caption(images, prompt, _seeded(CAPTION_DECODING, decoding, sampling))
+    for image, text in zip(images, captions, strict=True):
+        print_row(*([image] if len(captions) > 1 else []), text)
+
+
+def ask(
+    model: str,
+    image: str,
+    questions: list[str],
+    *,
+    decoding: DecodingOptions,
+    sampling: Sampling,
+    loading: Loading,
+    overrides: dict[str, object],
+) -> None:
+    """Answer questions about an image.
+
+    Args:
+        model: stage-2 model, as for blip2 caption.
+        image: an image file.
+        questions: one or more questions.
+
+    Example:
+        blip2 ask runs/demo/vqa cat.jpg "What is it?"
+    """
+    from blip2.pipelines import ANSWER_DECODING, load
+
+    pipeline = load(model, loading.device, loading.dtype, overrides=overrides, stage="generation")
+    answers = pipeline.answer(image, questions, _seeded(ANSWER_DECODING, decoding, sampling))
+    for question, text in zip(questions, answers, strict=True):
+        print_row(*([question] if len(answers) > 1 else []), text)
+
+
+def match(model: str, image: str, texts: list[str], *, loading: Loading, overrides: dict[str, object]) -> None:
+    """Rank texts by how well they match an image.
+
+    Args:
+        model: stage-1 model: a run or checkpoint folder, a transformers BLIP-2 folder or hub name, or a LAVIS .pth
+            file.
+        image: an image file.
+        texts: texts to compare with the image.
+
+    Example:
+        blip2 match runs/demo/stage1 cat.jpg "a cat" "a dog"
+    """
+    from blip2.pipelines import load
+
+    pipeline = load(model, loading.device, loading.dtype, overrides=overrides, stage="representation")
+    matches = pipeline.match(image, texts)[0].tolist()
+    similarities = pipeline.similarity(image, texts)[0].tolist()
+    print("match\tsimilarity\ttext")
+    for text, match, similarity in sorted(zip(texts, matches, similarities, strict=True), key=lambda row: -row[1]):
+        print_row(f"{match:.3f}", f"{similarity:.3f}", text)
+
+
+def embed(
+    model: str,
+    images: Sequence[str] = (),
+    *,
+    text: Sequence[str] = (),
+    data: str | None = None,
+    output: Path,
+    sharding: Sharding,
+    engine: Engine,
+    loading: Loading,
+    overrides: dict[str, object],
+) -> None:
+    """Write the embeddings of images and texts to a file, or those of a corpus to a folder.
+
+    Args:
+        model: stage-1 model, as for blip2 match.
+        images: image files.
+        text: a text to embed; repeatable.
+        data: a corpus to embed: any source that data.train of a recipe may name (docs/data.md).
+        output: a .safetensors file with images [I, Q, C] and texts [T, C], or with --data a folder.
+
+    Example:
+        blip2 embed runs/demo/stage1 *.jpg --output cats.safetensors
+    """
+    if data is None and engine.kind == "ray":
+        raise InputError("--engine ray embeds a whole corpus: name it with --data")
+    if data is not None and (images or text):
+        raise InputError("--data embeds a whole corpus: leave out image files and --text, or --data")
+    from blip2.corpus.embed import embed, embed_corpus
+
+    device, dtype = loading.device, loading.dtype
+    if data is None:
+        tensors = embed(model, output, images, text, device=device, dtype=dtype, overrides=overrides)
+        print_row(", ".join(f"{key} {list(tensor.shape)}" for key, tensor in tensors.items()) + f" -> {output}")
+        return
+    metrics = embed_corpus(
+        model, data, output, shard_size=sharding.shard_size, engine=engine,
+        device=device, dtype=dtype, overrides=overrides or None,
+    )  # fmt: skip
+    print(json.dumps({name: metrics[name] for name in ("images", "texts", "skipped")}, indent=1))
+
+
+def capfilt(
+    captioner: str,
+    ranker: str,
+    *,
+    data: str,
+    output: Path,
+    config: CapFiltConfig,
+    decoding: DecodingOptions = NUCLEUS,
+    engine: Engine,
+    loading: Loading,
+) -> None:
+    """Bootstrap the captions of a corpus: generate captions, rank them with the originals, keep the best.
+
+    Captions are sampled, unless --num-beams is given, which uses beam search instead.
+
+    The arguments are those of :func:`blip2.corpus.capfilt.capfilt`.
+
+    Example:
+        blip2 capfilt runs/mine/stage2 runs/mine/stage1 --data 'shards/{00000..00127}.tar' --output bootstrapped
+    """
+    from blip2.corpus.capfilt import capfilt
+
+    if decoding.num_beams is not None:
+        decoding = replace(decoding, top_p=None)
+    chosen = (NUCLEUS_SAMPLING if decoding.num_beams is None else Decoding()).override(decoding)
+    metrics = capfilt(
+        captioner, ranker, data, output, replace(config, decoding=chosen),
+        engine=engine, device=loading.device, dtype=loading.dtype,
+    )  # fmt: skip
+    print(json.dumps({name: metrics[name] for name in ("counts", "dropped", "skipped", "mean_scores")}, indent=1))
+    print(f"report: {output / 'report.html'}")
+
+
+def evaluate(
+    model: str | None = None,
+    *,
+    predictions: str | None = None,
+    config: EvaluationConfig,
+    output: Path,
+    sampling: Sampling,
+    loading: Loading,
+    overrides: dict[str, object],
+) -> None:
+    """Evaluate a model, or a file of predictions, on captioning, VQA or retrieval.
+
+    Args:
+        model: a run or checkpoint folder, a transformers BLIP-2 folder or hub name, or a LAVIS .pth file.
+        predictions: score this file of predictions instead of a MODEL (docs/evaluation.md).
+        output: folder for metrics.json, predictions.json and report.html.
+
+    Example:
+        blip2 evaluate runs/mine/stage2 --task vqa --data vqav2:val:/data/coco --output runs/mine/vqav2
+    """
+    if (model is None) == (predictions is None):
+        found = "both MODEL and" if model else "neither MODEL nor"
+        raise InputError(f"found {found} --predictions, expected one of them: give the one to score")
+    from blip2.evaluation.run import evaluate, evaluate_predictions
+
+    if model is None:
+        assert predictions is not None
+        metrics = evaluate_predictions(predictions, config, output)
+    else:
+        metrics = evaluate(
+            model, config, output, seed=sampling.seed, device=loading.device, dtype=loading.dtype, overrides=overrides
+        )
+    print(json.dumps(metrics, indent=1))
+
+
+def convert(
+    source: str,
+    target: str,
+    *,
+    to: Literal["transformers", "vllm", "lavis", "blip2"],
+    stage1: str | None = None,
+    with_language: bool = False,
+    overrides: dict[str, object],
+) -> None:
+    """Convert a checkpoint to the format of transformers, vLLM, LAVIS or blip2.
+
+    The arguments are those of :func:`blip2.convert.convert`.
+
+    Example:
+        blip2 convert runs/mine/stage2 mine --to transformers
+    """
+    from blip2.convert import convert
+
+    print_row(convert(source, target, to, overrides, stage1, with_language))
+
+
+def push(folder: str, repo_id: str, *, private: bool = False) -> None:
+    """Upload a converted model to the Hugging Face hub.
+
+    The arguments are those of :func:`blip2.hub.push_to_hub`.
+
+    Example:
+        blip2 push mine my-name/my-model
+    """
+    from blip2.hub import push_to_hub
+
+    print_row(push_to_hub(folder, repo_id, private))
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    command.__name__: command
+    for command in (
+        demo, scenes, train, features, caption, ask, match, embed, capfilt, evaluate, convert, push,
+    )
+}  # fmt: skip
+"""The commands by name, in the order of ``blip2 --help``."""
+
+
+def print_row(*cells: object) -> None:
+    """Print cells separated by tabs, with control characters escaped."""
+    print("\t".join(escape_control_characters(cell) for cell in cells))
+
+
+def _seeded(default: Decoding, options: DecodingOptions, sampling: Sampling) -> Decoding:
+    """Return the decoding of a command, after seeding."""
+    from transformers import set_seed
+
+    set_seed(sampling.seed)
+    return default.override(options)

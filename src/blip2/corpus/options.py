@@ -1,0 +1,68 @@
+"""Options of passes over a corpus. The module does not import PyTorch, as the command line is made from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from blip2.config import MAX_COUNT, bounded, check_ranges
+from blip2.corpus.selection import SelectionRules
+from blip2.decoding.options import Decoding, Sampling
+from blip2.errors import InputError
+
+NUCLEUS_SAMPLING = Decoding(num_beams=1, top_p=0.9)
+"""The default decoding of CapFilt: BLIP's nucleus sampling."""
+RULES = SelectionRules()
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The place where a job runs: this process or a Ray cluster."""
+
+    kind: Literal["local", "ray"] = field(default="local", metadata={"option": "engine"})
+    """local: run in this process. ray: run on the Ray cluster at RAY_ADDRESS, or a new one on this machine."""
+    num_workers: int | None = bounded(None, 1, MAX_COUNT)
+    """Number of Ray processes. null: one per GPU, or one per two CPU cores without GPUs."""
+    num_threads: int | None = bounded(None, 1, MAX_COUNT)
+    """CPU threads per worker. Sums may depend on it in the last digit, so runs that are to give equal bytes need the
+    same number. null: all in this process, or an equal share of the cores."""
+
+    def __post_init__(self) -> None:
+        if self.kind == "local" and self.num_workers is not None:
+            raise InputError("num_workers needs the engine ray: add --engine ray, or leave out --num-workers")
+        check_ranges(self)
+
+
+LOCAL = Engine()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharding:
+    """Shards of the output."""
+
+    shard_size: int = bounded(1000, 1, MAX_COUNT)
+    """Images per output shard, if the corpus has no shards."""
+
+
+@dataclass(frozen=True)
+class CapFiltConfig(Sampling, Sharding):
+    """Options of CapFilt."""
+
+    num_captions: int = bounded(10, 0, MAX_COUNT, option="captions")
+    """N, the number of captions to generate per image (§3.4)."""
+    decoding: Decoding = field(default=NUCLEUS_SAMPLING, metadata={"option": None})
+    """Options of the captioner's generation."""
+    prompt: str | None = None
+    """Text that captions continue. null: the captioner's own."""
+    rules: SelectionRules = RULES
+    """Rules that select the captions to keep."""
+    batch_size: int = bounded(16, 1, MAX_COUNT)
+    """Images per batch."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.decoding.top_p is None and self.num_captions > 1 and self.decoding.num_beams < self.num_captions:
+            raise InputError(
+                f"{self.decoding.num_beams} beams do not give {self.num_captions} captions: use at least as many beams,"
+                " or sampling"
+            )

@@ -1,0 +1,145 @@
+"""Options of a command line, made from typed functions and dataclasses.
+
+A keyword-only parameter of a function becomes an option, another one a positional argument, and a dataclass an option
+for each of its fields. Names, types, choices, defaults and ranges are theirs; the help is the docstring of a field, or
+what the section Args says about a parameter. The metadata ``option`` of a field is another name for its option, or None
+if it has none. (docs/tried.md says why this is not jsonargparse.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
+from functools import cache
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+from blip2.config import out_of_range
+from blip2.errors import InputError
+from blip2.io import expand_home
+
+REQUIRED = inspect.Parameter.empty
+"""The default of an option that has none."""
+NO_OPTIONS = ("overrides", "keys")
+"""Parameters that are no options: keys of recipes, which whoever uses :func:`call` has read."""
+
+
+class Option(NamedTuple):
+    """A parameter of a function, or a field of a dataclass."""
+
+    name: str
+    hint: Any  # its type, without None
+    default: Any
+    flag: str | None  # None: a positional argument
+    help: str
+    range: tuple[float, float] | None
+
+
+def add_options(parser: argparse.ArgumentParser, target: Callable[..., Any], defaults: object = None) -> None:
+    """Add the options of a function or dataclass to a parser; `defaults` is an instance of the dataclass, if any."""
+    for option in _options(target):
+        default = option.default if defaults is None else getattr(defaults, option.name)
+        if is_dataclass(option.hint):
+            add_options(parser, option.hint, None if default is REQUIRED else default)
+        elif option.name not in NO_OPTIONS:
+            _add(parser, option, default)
+
+
+def call(target: Callable[..., Any], values: Mapping[str, Any]) -> Any:
+    """Call a function, or make a dataclass, with the values that a parser of :func:`add_options` returned.
+
+    Raises:
+        InputError: a number is outside its range.
+    """
+    arguments = {}
+    for option in _options(target):
+        key = (option.flag or option.name).removeprefix("--").replace("-", "_")
+        value = call(option.hint, values) if is_dataclass(option.hint) else values[key]
+        expected = None if option.range is None or value is None else out_of_range(value, *option.range)
+        if expected is not None:
+            raise InputError(f"{option.flag} is {value}, expected {expected}")
+        arguments[option.name] = expand_home(value) if option.hint is Path and value is not None else value
+    return target(**arguments)
+
+
+def _options(target: Callable[..., Any]) -> Iterator[Option]:
+    hints, texts, fields = get_type_hints(target), _texts(target), getattr(target, "__dataclass_fields__", {})
+    for name, parameter in inspect.signature(target).parameters.items():
+        metadata = fields[name].metadata if fields else {}
+        other = metadata.get("option", name)
+        if other is not None:
+            is_argument = not fields and parameter.kind is not parameter.KEYWORD_ONLY
+            flag = None if is_argument else f"--{other.replace('_', '-')}"
+            members = [each for each in get_args(hints[name]) if each is not NoneType]
+            hint = members[0] if NoneType in get_args(hints[name]) else hints[name]
+            yield Option(name, hint, parameter.default, flag, texts.get(name, ""), metadata.get("range"))
+
+
+def _add(parser: argparse.ArgumentParser, option: Option, default: Any) -> None:
+    is_list, is_required = get_origin(option.hint) in (list, Sequence), default is REQUIRED
+    kind = get_args(option.hint)[0] if is_list else option.hint
+    settings: dict[str, Any] = {"help": _with_default(option.help, default)}
+    if not is_required:
+        settings["default"] = list(default) if is_list and default is not None else default
+    if kind is bool:
+        settings["action"] = "store_true"
+    elif get_origin(kind) is Literal:
+        settings["choices"] = get_args(kind)
+    elif kind in (int, float):
+        settings |= {"type": kind, "metavar": "N" if kind is int else "X"}
+    if option.flag is None:
+        settings["metavar"] = (option.name.removesuffix("s") if is_list else option.name).upper()
+        settings["nargs"] = ("+" if is_required else "*") if is_list else None if is_required else "?"
+        parser.add_argument(option.name, **settings)
+        return
+    if is_list:  # several values after the option, or an option that can be repeated
+        settings |= {"nargs": "+"} if default is None else {"action": "append"}
+    parser.add_argument(option.flag, required=is_required, **settings)
+
+
+# -- help ------------------------------------------------------------------------------------------------------------
+
+
+def _with_default(text: str, default: Any) -> str:
+    """Return a help text that ends with the default; its ending ``null: all.`` says what the default None means."""
+    text, *meaning = re.split(r"\.? (?:null|None): ", text.removesuffix("."), maxsplit=1)
+    shown = f"{default:g}" if isinstance(default, float) else str(default)
+    if default is None or default is REQUIRED or isinstance(default, bool | tuple):
+        shown = meaning[0] if meaning else ""
+    ending = f" (default: {shown})" if shown else ""
+    return re.sub(r":\w+:`([^`]*)`|``", r"\1", f"{text}{ending}.").replace("%", "%%")
+
+
+def _texts(target: Callable[..., Any]) -> dict[str, str]:
+    """Return the help of each parameter of a function, or of each field of a dataclass."""
+    texts = {}
+    if is_dataclass(target):
+        for parent in filter(is_dataclass, reversed(inspect.getmro(target))):
+            for field, doc in pairwise(_definition(parent.__module__, parent.__name__).body):
+                if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr):
+                    texts[ast.unparse(field.target)] = " ".join(ast.literal_eval(doc.value).split())
+        return texts
+    docs = [inspect.getdoc(target) or ""]
+    if other := re.search(r"arguments are those of\s+:func:`([\w.]+)\.(\w+)`", docs[0]):
+        docs.insert(0, ast.get_docstring(_definition(*other.groups())) or "")  # importing it would import PyTorch
+    for doc in docs:
+        section = doc.partition("Args:\n")[2].partition("\n\n")[0]
+        for name, text in re.findall(r"^    (\w+): (.*(?:\n     .*)*)", section, re.MULTILINE):
+            texts[name] = text[0].upper() + " ".join(text.split())[1:]
+    return texts
+
+
+@cache
+def _definition(module: str, name: str) -> Any:
+    """Return the syntax tree of a function or class, without importing its module."""
+    spec = find_spec(module)
+    assert spec is not None and spec.origin is not None
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    return next(node for node in tree.body if getattr(node, "name", None) == name)
