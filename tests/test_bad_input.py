@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from blip2 import checkpoint
 from blip2.cli import main
-from blip2.recipe import dump_recipe
+from blip2.recipe import dump_config
 from blip2.training.metrics import read_metrics
 from blip2.training.trainer import train
 from conftest import byte_tokenizer, draw, save_bert
@@ -71,7 +71,7 @@ def run(parts, tmp_path, capsys):
 
     def run(*options, status=2, **changes):
         path = tmp_path / "recipe.yaml"
-        path.write_text(dump_recipe(parts.recipe(tmp_path / "run", **changes)))
+        path.write_text(dump_config(parts.recipe(tmp_path / "run", **changes)))
         assert main(["train", str(path), *options]) == status
         printed = capsys.readouterr().err
         assert "Traceback" not in printed
@@ -257,7 +257,7 @@ def test_no_checkpoint_to_start_from(run, tmp_path):
 def test_no_space_left_while_saving(parts, small_disk, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     run = small_disk(1000)
-    recipe.write_text(dump_recipe(parts.recipe(run, training={"max_steps": 6, "save_steps": 1, "save_total_limit": 9})))
+    recipe.write_text(dump_config(parts.recipe(run, training={"max_steps": 6, "save_steps": 1, "save_total_limit": 9})))
     assert main(["train", str(recipe)]) == 2
     printed = capsys.readouterr().err
     assert "Traceback" not in printed

@@ -74,7 +74,7 @@ def test_frozen_parts_have_the_dtype_of_the_recipe_and_the_rest_has_fp32(parts, 
         vision={"dtype": dtype},
         language={"name": parts.opt, "dtype": dtype},
     )
-    model = build(recipe, CPU).model
+    model = build(recipe.model, CPU).model
     assert model.vision.dtype == model.language.dtype == choose_dtype(dtype, CPU)
     assert model.vision.is_frozen and model.language.is_frozen
     assert {p.dtype for p in model.qformer.parameters()} == {torch.float32}
@@ -85,7 +85,7 @@ def test_frozen_parts_have_the_dtype_of_the_recipe_and_the_rest_has_fp32(parts, 
 
 
 def test_stage_one(parts, tmp_path):
-    built = build(parts.recipe(tmp_path), CPU)
+    built = build(parts.recipe(tmp_path).model, CPU)
     assert isinstance(built.model, RepresentationModel)
     assert built.eos_token_id is None
     tokenizer, size = built.tokenizer, built.model.qformer.config.vocab_size
@@ -97,7 +97,7 @@ def test_stage_one(parts, tmp_path):
 @pytest.mark.parametrize("stage", ["representation", "generation"])
 def test_it_starts_from_bert(parts, tmp_path, stage):
     language = {"language": {"name": parts.llama}} if stage == "generation" else {}
-    model = build(parts.recipe(tmp_path, stage=stage, **language), CPU).model
+    model = build(parts.recipe(tmp_path, stage=stage, **language).model, CPU).model
     bert = BertModel.from_pretrained(parts.bert, add_pooling_layer=False)
     ours = model.qformer.blocks[1].self_attention.query.weight
     assert torch.equal(ours, bert.encoder.layer[1].attention.self.query.weight)
@@ -108,7 +108,7 @@ def test_it_is_random_without_bert(parts, tmp_path):
     models = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        models.append(build(parts.recipe(tmp_path, qformer=changes), CPU).model)
+        models.append(build(parts.recipe(tmp_path, qformer=changes).model, CPU).model)
     first, same, other = (model.qformer.blocks[0].self_attention.query.weight for model in models)
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
@@ -132,7 +132,7 @@ def test_a_bert_that_does_not_fit(parts, tmp_path, changes, expected):
     names = {"BERT": parts.bert, "LLAMA": parts.llama, "NOWHERE": str(tmp_path / "nowhere")}
     recipe = parts.recipe(tmp_path, qformer={key: names.get(value, value) for key, value in changes.items()})
     with pytest.raises(InputError) as raised:
-        build(recipe, CPU)
+        build(recipe.model, CPU)
     assert expected in message(raised)
 
 
@@ -140,14 +140,14 @@ def test_stage_two_needs_a_bert_that_fits_too(parts, tmp_path):
     wide = save_bert(tmp_path / "wide", hidden_size=48)
     recipe = parts.recipe(tmp_path, stage="generation", qformer={"bert": str(wide)}, language={"name": parts.llama})
     with pytest.raises(InputError, match=r"\(hidden_size 32\): set qformer \{hidden_size: 48\}"):
-        build(recipe, CPU)
+        build(recipe.model, CPU)
 
 
 def test_the_checkpoint_s_tokenizer_is_used(parts, runs, tmp_path):
     """Nothing of BERT is read once there is a checkpoint."""
     folder = next((runs["stage1"] / "checkpoints").iterdir())
     recipe = parts.recipe(tmp_path, qformer={"bert": str(tmp_path / "gone")})
-    tokenizer = build(recipe, CPU, open_native(folder)).tokenizer
+    tokenizer = build(recipe.model, CPU, open_native(folder)).tokenizer
     assert tokenizer.convert_tokens_to_ids("[DEC]") == 57
     assert tokenizer("a red disc")["input_ids"] == load_tokenizer(parts.bert)("a red disc")["input_ids"]
 
@@ -158,7 +158,7 @@ def test_the_checkpoint_s_tokenizer_is_used(parts, runs, tmp_path):
 @pytest.mark.parametrize("name", ["llama", "opt", "t5"])
 def test_stage_two(parts, tmp_path, name):
     recipe = parts.recipe(tmp_path, stage="generation", language={"name": getattr(parts, name)})
-    built = build(recipe, CPU)
+    built = build(recipe.model, CPU)
     assert isinstance(built.model, GenerationModel)
     assert built.eos_token_id == 256
     assert built.model.language.is_encoder_decoder == (name == "t5")
@@ -203,7 +203,7 @@ def test_without_a_padding_token(parts, tmp_path):
     for name in (parts.llama, save_llm(parts.llama, tmp_path / "llm", pad_token=None)):
         recipe = parts.recipe(tmp_path, stage="generation", language={"name": name}, qformer={"dropout": 0.0})
         torch.manual_seed(0)
-        built = build(recipe, CPU)
+        built = build(recipe.model, CPU)
         together.append(float(built.model(prepare(built, images, texts)).losses["lm"]))
         alone = [prepare(built, images[i : i + 1], [text]) for i, text in enumerate(texts)]
         labels = float(sum(batch.num_labels for batch in alone))
@@ -216,7 +216,7 @@ def test_without_a_padding_token(parts, tmp_path):
 def test_without_a_beginning_token(parts, tmp_path):
     """The visual prompt comes first. OPT's tokenizer puts one before every text, Llama's here has none."""
     for name, first in ((parts.llama, "a"), (parts.opt, "</s>")):
-        built = build(parts.recipe(tmp_path, stage="generation", language={"name": name}), CPU)
+        built = build(parts.recipe(tmp_path, stage="generation", language={"name": name}).model, CPU)
         batch = prepare(built, torch.zeros(1, 3, 32, 32), ["a disc"])
         assert built.tokenizer.convert_ids_to_tokens(batch.ids[0].tolist())[0] == first
         assert (batch.labels[0, 0] == -100) == (first == "</s>")
@@ -226,10 +226,10 @@ def test_without_an_end(parts, tmp_path):
     name = save_llm(parts.llama, tmp_path / "llm", eos_token=None)
     recipe = parts.recipe(tmp_path, stage="generation", language={"name": name})
     with pytest.raises(InputError) as raised:
-        build(recipe, CPU)
+        build(recipe.model, CPU)
     assert "has no end-of-text token, so texts would never end: set language.stop_string" in message(raised)
     recipe = parts.recipe(tmp_path, stage="generation", language={"name": name, "stop_string": "\n"})
-    assert build(recipe, CPU).eos_token_id == load_tokenizer(name)("\n")["input_ids"][0]
+    assert build(recipe.model, CPU).eos_token_id == load_tokenizer(name)("\n")["input_ids"][0]
 
 
 @pytest.mark.parametrize(("part", "name"), [("vision", "llama"), ("language", "vision"), ("language", "nowhere")])
@@ -237,7 +237,7 @@ def test_a_part_that_is_not_what_it_should_be(parts, tmp_path, part, name):
     there = getattr(parts, name, str(tmp_path / "nowhere"))
     changes = {"language": {"name": parts.llama}, part: {"name": there}}
     with pytest.raises(InputError) as raised:
-        build(parts.recipe(tmp_path, stage="generation", **changes), CPU)
+        build(parts.recipe(tmp_path, stage="generation", **changes).model, CPU)
     assert there in message(raised)
 
 
@@ -247,11 +247,11 @@ def test_a_folder_without_tokenizer(parts, tmp_path):
     for path in folder.glob("token*"):
         path.unlink()
     with pytest.raises(InputError) as raised:
-        build(parts.recipe(tmp_path, stage="generation", language={"name": str(folder)}), CPU)
+        build(parts.recipe(tmp_path, stage="generation", language={"name": str(folder)}).model, CPU)
     assert "no tokenizer could be loaded" in message(raised)
     assert "name a folder that has a tokenizer.json" in message(raised)
 
 
 def test_a_package_that_there_is_not(parts, tmp_path):
     with pytest.raises(InputError, match="there is no package:vit: choose from package:"):
-        build(parts.recipe(tmp_path, vision={"name": "package:vit"}), CPU)
+        build(parts.recipe(tmp_path, vision={"name": "package:vit"}).model, CPU)

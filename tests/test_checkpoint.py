@@ -26,7 +26,7 @@ def recipe(parts, tmp_path):
 @pytest.fixture
 def built(recipe):
     torch.manual_seed(1)
-    return build(recipe, CPU)
+    return build(recipe.model, CPU)
 
 
 @pytest.fixture
@@ -76,6 +76,8 @@ def test_holds_recipe_versions_and_step(save, recipe):
     folder = save(7, positions=positions)
     assert folder.name == "step-00000007"
     assert load_recipe(folder / "recipe.yaml") == recipe
+    saved = checkpoint.open_native(folder)
+    assert (saved.config, checkpoint.read_recipe(saved)) == (recipe.model, recipe)
     state, optimizer = checkpoint.read_training_state(folder)
     assert state["step"] == 7
     assert state["positions"] == positions
@@ -116,7 +118,7 @@ def test_is_complete_or_absent(save, built, monkeypatch, moment):
     target = {
         "model": (checkpoint, "write_tensors"),
         "optimizer": (torch, "save"),
-        "recipe": (checkpoint, "dump_recipe"),
+        "recipe": (checkpoint, "dump_config"),
         "flush": (os, "fsync"),
         "rename": (type(save.run), "rename"),
     }[moment]
@@ -276,14 +278,48 @@ def test_find(save, tmp_path):
         checkpoint.find_checkpoint(tmp_path / "nothing")
 
 
+def test_a_recipe_is_not_needed(save, built):
+    """The config is enough to use a model; what is in the recipe does not matter then."""
+    folder = save(2)
+    (folder / "recipe.yaml").write_text("no recipe")
+    saved = checkpoint.open_checkpoint(str(folder))
+    with pytest.raises(InputError, match=r"recipe\.yaml: it holds one str, expected keys with values"):
+        checkpoint.read_recipe(saved)
+    (folder / "recipe.yaml").unlink()
+    assert checkpoint.read_recipe(saved) is None
+    checkpoint.load_weights(saved, build(saved.config, CPU, saved).model)
+
+
+def test_a_folder_of_before_configs(save):
+    """The message says what is there, what is missing and what to write."""
+    folder = save(2)
+    (folder / "model.yaml").unlink()
+    for name in (folder, save.run):
+        with pytest.raises(
+            InputError, match=r"holds model\.safetensors, .*recipe\.yaml.*, expected model\.yaml"
+        ) as raised:
+            checkpoint.open_checkpoint(str(name))
+        assert str(folder) in one_line(raised) and "make model.yaml of stage, vision," in str(raised.value)
+
+
+def test_keys_of_a_recipe_in_a_config(save):
+    folder = save(2)
+    with (folder / "model.yaml").open("a") as file:
+        file.write("output: runs/x\n")
+    with pytest.raises(
+        InputError, match=r"model\.yaml: there is no key 'output'; its keys are stage, vision, qformer,"
+    ):
+        checkpoint.open_native(folder)
+
+
 def test_a_trained_encoder_is_kept(parts, recipe, tmp_path):
     """Also for a model in which it is frozen, as it is when a checkpoint is loaded to be used."""
     recipe = replace(recipe, optimizer=replace(recipe.optimizer, learning_rate={"*": 1e-3}))
-    built = build(recipe, CPU)
+    built = build(recipe.model, CPU)
     configure_trainable(built.model, recipe.optimizer)
     shift(built.model)
     folder = checkpoint.save_checkpoint(tmp_path / "run", 1, built.model, recipe, built.tokenizer, {}, {}, 1)
-    other = build(recipe, CPU, checkpoint.open_native(folder))
+    other = build(recipe.model, CPU, checkpoint.open_native(folder))
     checkpoint.load_weights(checkpoint.open_native(folder), other.model)
     own, new = built.model.state_dict(), other.model.state_dict()
     assert all(torch.equal(own[name], new[name]) for name in own)
@@ -295,11 +331,11 @@ def test_tied_weights_of_a_trained_llm(parts, tmp_path):
     recipe = parts.recipe(
         tmp_path / "run", stage="generation", language={"name": parts.opt}, optimizer={"learning_rate": rates}
     )
-    built = build(recipe, CPU)
+    built = build(recipe.model, CPU)
     configure_trainable(built.model, recipe.optimizer)
     shift(built.model)
     folder = checkpoint.save_checkpoint(tmp_path / "run", 1, built.model, recipe, None, {}, {}, 1)
-    other = build(recipe, CPU, checkpoint.open_native(folder))
+    other = build(recipe.model, CPU, checkpoint.open_native(folder))
     checkpoint.load_weights(checkpoint.open_native(folder), other.model)
     own, new = built.model.state_dict(), other.model.state_dict()
     assert all(torch.equal(own[name], new[name]) for name in own if not name.startswith("vision."))
@@ -310,7 +346,7 @@ def second_stage(parts, tmp_path):
     recipe = parts.recipe(
         tmp_path / "second", stage="generation", language={"name": parts.llama}, qformer={"bert": None}
     )
-    return build(recipe, CPU).model
+    return build(recipe.model, CPU).model
 
 
 def test_second_stage_takes_the_qformer_of_the_first(save, built, second_stage):
@@ -342,7 +378,7 @@ def test_previous_stage_without_qformer(save, second_stage):
 def test_previous_stage_whose_encoder_would_be_lost(recipe, second_stage, tmp_path):
     """The second stage's checkpoints would name the encoder as it was before the first stage trained it."""
     trained = replace(recipe, optimizer=replace(recipe.optimizer, learning_rate={"*": 1e-3}))
-    built = build(trained, CPU)
+    built = build(trained.model, CPU)
     configure_trainable(built.model, trained.optimizer)
     folder = checkpoint.save_checkpoint(tmp_path / "run", 1, built.model, trained, built.tokenizer, {}, {}, 1)
     with pytest.raises(InputError, match=r'trained weights of vision, .* give "vision\.\*" a rate'):

@@ -16,7 +16,7 @@ import blip2
 from blip2 import checkpoint
 from blip2.builder import build
 from blip2.cli import main
-from blip2.recipe import dump_recipe
+from blip2.recipe import dump_config
 from conftest import draw
 from fixtures.checkpoints import lavis_state, save_transformers
 
@@ -57,7 +57,7 @@ def place(parts, runs, tmp_path_factory):
             training={"max_steps": 1, "device": "cpu", "precision": "fp32"}, **language,
         )  # fmt: skip
         recipe = replace(recipe, qformer=replace(recipe.qformer, tokenizer=parts.bert))
-        (root / f"{stage}.yaml").write_text(dump_recipe(recipe))
+        (root / f"{stage}.yaml").write_text(dump_config(recipe))
     row = {"image": str(root / "cat.jpg"), "question": "what shape?", "answers": ["disc"]}
     (root / "questions.jsonl").write_text(json.dumps(row) + "\n")
     asks = replace(
@@ -68,7 +68,7 @@ def place(parts, runs, tmp_path_factory):
         language=replace(recipe.language, name="facebook/opt-2.7b", prompt="Question: {} Answer:"),
         data=replace(recipe.data, train=str(root / "questions.jsonl"), validation=None),
     )
-    (root / "vqa.yaml").write_text(dump_recipe(asks))
+    (root / "vqa.yaml").write_text(dump_config(asks))
     frozen_stage_2(parts, runs, root / "runs" / "mine" / "stage2-frozen")
     return root
 
@@ -76,7 +76,7 @@ def place(parts, runs, tmp_path_factory):
 def frozen_stage_2(parts, runs, folder):
     """Save a stage 2 that kept the Q-Former of stage 1 frozen."""
     recipe = parts.recipe(folder, stage="generation", language={"name": parts.opt}, start_from=str(runs["stage1"]))
-    built = build(recipe, torch.device("cpu"))
+    built = build(recipe.model, torch.device("cpu"))
     checkpoint.load_previous_stage(checkpoint.open_checkpoint(str(runs["stage1"])), built.model)
     checkpoint.save_checkpoint(folder, 1, built.model, recipe, None, {}, {}, 1)
 

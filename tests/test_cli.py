@@ -18,7 +18,7 @@ from blip2.cli import main
 from blip2.decoding.search import Decoding
 from blip2.errors import escape_control_characters
 from blip2.pipelines import load
-from blip2.recipe import dump_recipe, load_recipe
+from blip2.recipe import dump_config, load_recipe
 from blip2.training.metrics import read_metrics
 from conftest import draw
 
@@ -125,7 +125,7 @@ def test_unknown_command_and_option(capsys, runs, images):
 @pytest.fixture
 def recipe_file(parts, tmp_path):
     path = tmp_path / "recipe.yaml"
-    path.write_text(dump_recipe(parts.recipe(tmp_path / "run", training={"max_steps": 2, "save_steps": 1})))
+    path.write_text(dump_config(parts.recipe(tmp_path / "run", training={"max_steps": 2, "save_steps": 1})))
     return str(path)
 
 
@@ -161,7 +161,7 @@ def test_both_stages_one_after_the_other(capsys, parts, recipe_file, tmp_path, i
         tmp_path / "second", stage="generation", language={"name": parts.llama}, training={"max_steps": 1}
     )
     path = tmp_path / "second.yaml"
-    path.write_text(dump_recipe(second))
+    path.write_text(dump_config(second))
     assert main(["train", str(path), "--start_from", str(tmp_path / "run")]) == 0
     assert "starting from" in capsys.readouterr().err
     assert main(["caption", str(tmp_path / "second"), images[0]]) == 0

@@ -16,7 +16,7 @@ import yaml
 from blip2 import config
 from blip2.config import LanguageConfig, LoraConfig, Recipe
 from blip2.errors import InputError
-from blip2.recipe import dump_recipe, find_recipe, load_recipe
+from blip2.recipe import dump_config, find_recipe, load_recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 SECTIONS = {
@@ -99,7 +99,7 @@ def test_file_with_overrides(write):
 def test_starts(write, tmp_path, given, starts):
     recipe = load_recipe(write(start_from="runs/y"), ["--start_from", given])
     assert recipe.start_checkpoints == starts
-    (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
+    (tmp_path / "again.yaml").write_text(dump_config(recipe))
     assert load_recipe(tmp_path / "again.yaml") == recipe
     path = write()
     path.write_text(path.read_text() + f"start_from: {given}\n")
@@ -312,10 +312,10 @@ def test_dumped_and_loaded_it_is_the_same(tmp_path, write, stage):
         training=replace(recipe.training, report_to=["tensorboard"], precision="bf16"),
     )
     path = tmp_path / "dumped.yaml"
-    path.write_text(dump_recipe(recipe))
+    path.write_text(dump_config(recipe))
     assert load_recipe(path) == recipe
     assert list(load_recipe(path).optimizer.learning_rate) == ["z.*", "vision.*", "*"]
-    assert set(yaml.safe_load(dump_recipe(recipe))) == {f.name for f in fields(Recipe)}
+    assert set(yaml.safe_load(dump_config(recipe))) == {f.name for f in fields(Recipe)}
 
 
 def test_find_recipe(tmp_path, monkeypatch):
@@ -354,7 +354,7 @@ def test_a_base(tmp_path):
     assert recipe.language == LanguageConfig("opt", prompt="b")
     assert (recipe.output, recipe.vision.name) == ("runs/x", "vit")
     assert (recipe.optimizer.learning_rate, recipe.optimizer.warmup_steps) == ({"*": 5e-6}, 8)
-    assert "base" not in yaml.safe_load(dump_recipe(recipe))
+    assert "base" not in yaml.safe_load(dump_config(recipe))
 
 
 @pytest.mark.parametrize(
@@ -409,7 +409,7 @@ def test_a_mixture(write, tmp_path):
         write(data={"train": {"coco:train:/data/coco": None, "s3://b/{0..9}.tar": 3}, "temperature": 2})
     )
     assert recipe.data.sources == {"coco:train:/data/coco": None, "s3://b/{0..9}.tar": 3.0}
-    (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
+    (tmp_path / "again.yaml").write_text(dump_config(recipe))
     assert load_recipe(tmp_path / "again.yaml") == recipe
     mixed = load_recipe(write(), ["--data.train", '{"a.jsonl": 1, "b.jsonl": null}'])
     assert mixed.data.sources == {"a.jsonl": 1.0, "b.jsonl": None}

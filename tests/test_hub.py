@@ -9,14 +9,14 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from blip2.checkpoint import CHECKPOINTS_FOLDER, open_checkpoint
-from blip2.config import DataConfig, LanguageConfig, VisionConfig
+from blip2.checkpoint import CHECKPOINTS_FOLDER, open_checkpoint, read_recipe
+from blip2.config import LanguageConfig, VisionConfig
 from blip2.convert import convert
 from blip2.data.assets import ASSETS
 from blip2.errors import InputError
 from blip2.hub import UNKNOWN_LICENSE, find_license, model_card, push_to_hub
 from blip2.pipelines import load
-from blip2.recipe import load_recipe
+from blip2.recipe import dump_config, load_recipe, override
 from blip2.training.metrics import read_metrics
 from blip2.training.trainer import train
 
@@ -44,15 +44,13 @@ def foreign(runs):
     """A checkpoint of transformers that the hub has."""
     name = "Salesforce/blip2-opt-2.7b"
     found = open_checkpoint(str(runs["llama"]))
-    recipe = replace(
-        found.recipe,
-        output="",
-        data=DataConfig(train=""),
+    config = replace(
+        found.config,
         vision=VisionConfig(name=name),
         language=LanguageConfig(name=name),
-        qformer=replace(found.recipe.qformer, bert=None),
+        qformer=replace(found.config.qformer, bert=None),
     )
-    return replace(found, name=name, format="transformers", description="transformers' Blip2 with OPT", recipe=recipe)
+    return replace(found, name=name, format="transformers", description="transformers' Blip2 with OPT", config=config)
 
 
 def blocks(card, language):
@@ -93,7 +91,7 @@ def test_card_says_what_was_trained_on_what_with_which_recipe(runs, parts, tmp_p
     (recipe,) = blocks(card, "yaml")
     assert yaml.safe_load(recipe)["data"]["train"] == parts.images
     (tmp_path / "recipe.yaml").write_text(recipe)
-    assert load_recipe(tmp_path / "recipe.yaml") == found.recipe
+    assert load_recipe(tmp_path / "recipe.yaml") == read_recipe(found)
     assert blocks(card, "sh") == ["blip2 train recipe.yaml\n"]
     assert "arXiv:2301.12597" in card
 
@@ -103,9 +101,10 @@ def test_card_says_where_training_started_and_how_large_a_step_was(runs, tmp_pat
     shutil.copytree(runs["llama"] / CHECKPOINTS_FOLDER / folder.name, folder)
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps({**state, "positions": state["positions"] * 8}))
-    found = open_checkpoint(
-        str(folder), {"start_from": "Salesforce/blip2-itm-vit-g", "training.gradient_accumulation_steps": 2}
-    )
+    changes = {"start_from": "Salesforce/blip2-itm-vit-g", "training.gradient_accumulation_steps": 2}
+    recipe = override(load_recipe(folder / "recipe.yaml"), changes)
+    (folder / "recipe.yaml").write_text(dump_config(recipe))
+    found = open_checkpoint(str(folder))
     card = model_card(found, "blip2")
     assert "started from the weights of `Salesforce/blip2-itm-vit-g`" in card
     assert "each with 64 pairs, with" in card
@@ -177,13 +176,13 @@ def test_card_of_another_format_does_not_know_the_data(foreign):
 
 def test_a_license_is_stated_only_if_all_parts_have_it(foreign):
     def parts(vision, language, bert):
-        recipe = replace(
-            foreign.recipe,
+        config = replace(
+            foreign.config,
             vision=VisionConfig(name=vision),
             language=LanguageConfig(name=language),
-            qformer=replace(foreign.recipe.qformer, bert=bert),
+            qformer=replace(foreign.config.qformer, bert=bert),
         )
-        return replace(foreign, format="blip2", recipe=recipe)
+        return replace(foreign, format="blip2", config=config)
 
     # The packages' Apache-2.0 is the hub's apache-2.0.
     same = parts("package:efficientnet-lite0", "google/flan-t5-xl", "google-bert/bert-base-uncased")
@@ -327,7 +326,9 @@ def refusal(folder, repository="me/model", **options):
 def test_files_arrive_byte_for_byte_in_one_commit(hub, folder):
     assert push_to_hub(folder, "me/model") == f"{hub.url}/me/model"
     assert hub.commits == [files(folder)]
-    assert {"README.md", "recipe.yaml", "model.safetensors", "tokenizer/tokenizer.json"} <= set(hub.commits[0])
+    assert {"README.md", "model.yaml", "recipe.yaml", "model.safetensors", "tokenizer/tokenizer.json"} <= set(
+        hub.commits[0]
+    )
     assert [(made["name"], made["organization"], made.get("visibility")) for made in hub.created] == [
         ("model", "me", None)
     ]
@@ -394,7 +395,7 @@ def test_folders_that_are_not_to_be_pushed(hub, folder, tmp_path):
     assert "is not a folder" in refusal(folder / "README.md")
     (folder / "README.md").unlink()
     assert "has no README.md" in refusal(folder)
-    (folder / "recipe.yaml").unlink()
+    (folder / "model.yaml").unlink()
     assert "contains no model" in refusal(folder)
     (folder / "mine.pth").write_bytes(b"")
     assert "has no README.md" in refusal(folder)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from blip2 import checkpoint
-from blip2.recipe import dump_recipe
+from blip2.recipe import dump_config
 from blip2.training.metrics import read_metrics
 from fixtures.processes import finish, start
 from fixtures.runs import TIMES
@@ -48,7 +48,7 @@ def test_killed_at_random_moments(parts, tmp_path):
     recipe = parts.recipe(tmp_path / "calm", data={"num_workers": 2}, training={"max_steps": STEPS, "save_steps": 3})
     assert recipe.qformer.dropout > 0
     path, log = tmp_path / "recipe.yaml", tmp_path / "log"
-    path.write_text(dump_recipe(recipe))
+    path.write_text(dump_config(recipe))
     status, printed = finish(start(["train", str(path)], log), log)
     assert status == 0, printed
 

@@ -102,7 +102,7 @@ def odd_command(random):
 @pytest.fixture(scope="module")
 def folder(runs, parts, tmp_path_factory):
     """What the commands find in the current folder."""
-    from blip2.recipe import dump_recipe
+    from blip2.recipe import dump_config
 
     folder = tmp_path_factory.mktemp("odd")
     for number in range(3):
@@ -121,7 +121,7 @@ def folder(runs, parts, tmp_path_factory):
     data = {"train": str(folder / "table.jsonl"), "batch_size": 2, "num_workers": 0}
     training = {"max_steps": 1, "device": "cpu", "precision": "fp32"}
     recipe = parts.recipe(folder / "run", data=data, training=training)
-    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    (folder / "recipe.yaml").write_text(dump_config(recipe))
     return folder
 
 

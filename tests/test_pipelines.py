@@ -59,7 +59,7 @@ def test_a_run_is_its_last_checkpoint(runs):
 
 def test_nothing_drops_out(compare, writer):
     for pipeline in (compare, writer):
-        assert pipeline.recipe.qformer.dropout > 0
+        assert pipeline.config.qformer.dropout > 0
         assert not any(module.training for module in pipeline.model.modules())
 
 
@@ -67,7 +67,7 @@ def test_dtype_of_the_frozen_parts(runs):
     pipeline = load(runs["llama"], device="cpu", dtype="bf16")
     assert pipeline.model.vision.dtype == pipeline.model.language.dtype == torch.bfloat16
     assert pipeline.model.projection.weight.dtype == torch.float32
-    assert pipeline.recipe.vision.dtype == "bf16"
+    assert pipeline.config.vision.dtype == "bf16"
     assert len(pipeline.caption(IMAGES, decoding=GREEDY)) == 3
 
 
@@ -79,8 +79,8 @@ def test_where_there_is_no_checkpoint(tmp_path, name):
 
 def test_a_frozen_part_that_is_gone(runs, tmp_path, compare):
     shutil.copytree(compare.path, tmp_path / "copy")
-    recipe = tmp_path / "copy" / "recipe.yaml"
-    recipe.write_text(recipe.read_text().replace(compare.recipe.vision.name, "/nowhere/at/all"))
+    config = tmp_path / "copy" / "model.yaml"
+    config.write_text(config.read_text().replace(compare.config.vision.name, "/nowhere/at/all"))
     with pytest.raises(InputError, match="there is no folder '/nowhere/at/all' to load the image encoder from"):
         load(tmp_path / "copy", device="cpu")
 
@@ -232,9 +232,9 @@ def test_a_prompt_an_image(writer):
 
 def test_captions_begin_as_the_model_was_trained(runs):
     pipeline = load(runs["llama"], device="cpu")
-    assert pipeline.recipe.language is not None
-    language = replace(pipeline.recipe.language, prompt="a photo of")
-    pipeline.recipe = replace(pipeline.recipe, language=language)
+    assert pipeline.config.language is not None
+    language = replace(pipeline.config.language, prompt="a photo of")
+    pipeline.config = replace(pipeline.config, language=language)
     assert pipeline.caption(IMAGES) == pipeline.caption(IMAGES, "a photo of")
     assert pipeline.caption(IMAGES, "", GREEDY) != pipeline.caption(IMAGES, "a photo of", GREEDY)
 

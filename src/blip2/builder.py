@@ -1,4 +1,4 @@
-"""Builds models from recipes: loads the pretrained parts by name, checks that they fit, and initializes the rest."""
+"""Builds models from configs: loads the pretrained parts by name, checks that they fit, and initializes the rest."""
 
 from __future__ import annotations
 
@@ -16,7 +16,16 @@ from blip2.backbones.lora import add_adapters
 from blip2.backbones.pretrained import check_finite
 from blip2.backbones.vision import ImageEncoder
 from blip2.backbones.vision_loaders import load_image_encoder
-from blip2.config import IMAGE_TOKEN, LanguageConfig, Precision, QFormerConfig, Recipe, VisionConfig
+from blip2.config import (
+    IMAGE_TOKEN,
+    LanguageConfig,
+    ModelConfig,
+    ObjectivesConfig,
+    Precision,
+    QFormerConfig,
+    Recipe,
+    VisionConfig,
+)
 from blip2.data.assets import resolve
 from blip2.data.benchmarks import SOURCE_PATTERN as BENCHMARK
 from blip2.data.collate import CausalLMCollator, Collator, PrefixLMCollator, Stage1Collator, check_prompt
@@ -79,29 +88,37 @@ def choose_device(requested: str | None) -> torch.device:
     return device
 
 
-def choose_dtype(requested: Precision | None, device: torch.device, trains: bool = False) -> torch.dtype:
-    """Return the requested dtype; by default bfloat16 for a frozen part on a GPU, else float32."""
-    return DTYPES[requested or ("bf16" if device.type == "cuda" and not trains else "fp32")]
+def choose_dtype(requested: Precision | None, device: torch.device) -> torch.dtype:
+    """Return the requested dtype; by default bfloat16 on a GPU, else float32."""
+    return DTYPES[requested or ("bf16" if device.type == "cuda" else "fp32")]
 
 
-def with_absolute_paths(recipe: Recipe) -> Recipe:
-    """Return a recipe that does not depend on the working directory.
+Config = TypeVar("Config", ModelConfig, Recipe)
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Return the config of a model, or a recipe, that does not depend on the working directory.
 
     Outputs, and names of models and data that exist as files or folders, become absolute paths. Names on a hub,
     packages and URLs are not changed.
     """
-    data, language, evaluation, starts = recipe.data, recipe.language, recipe.evaluation, recipe.start_from
+    qformer, language = config.qformer, config.language
+    config = replace(
+        config,
+        vision=_absolute_model(config.vision),
+        qformer=replace(qformer, bert=_absolute_or_none(qformer.bert), tokenizer=_absolute_or_none(qformer.tokenizer)),
+        language=None if language is None else _absolute_model(language),
+    )
+    if isinstance(config, ModelConfig):
+        return config
+    data, evaluation, starts = config.data, config.evaluation, config.start_from
     sources = data.train
     sources = _absolute(sources) if isinstance(sources, str) else {_absolute(key): n for key, n in sources.items()}
     features = None if data.features is None else str(expand_home(data.features).absolute())
-    bert, tokenizer = _absolute_or_none(recipe.qformer.bert), _absolute_or_none(recipe.qformer.tokenizer)
     return replace(
-        recipe,
-        output=str(expand_home(recipe.output).absolute()),
-        vision=_absolute_model(recipe.vision),
+        config,
+        output=str(expand_home(config.output).absolute()),
         data=replace(data, train=sources, validation=_absolute_or_none(data.validation), features=features),
-        qformer=replace(recipe.qformer, bert=bert, tokenizer=tokenizer),
-        language=None if language is None else _absolute_model(language),
         evaluation=None if evaluation is None else replace(evaluation, data=_absolute(evaluation.data)),
         start_from=[_absolute(each) for each in starts] if isinstance(starts, list) else _absolute_or_none(starts),
     )
@@ -134,48 +151,51 @@ def _absolute(name: str) -> str:
 
 
 def build(
-    recipe: Recipe,
+    config: ModelConfig,
     device: torch.device,
     checkpoint: Checkpoint | None = None,
     weights_device: torch.device | None = None,
+    objectives: ObjectivesConfig | None = None,
+    from_bert: bool = True,
 ) -> Built:
-    """Build the model of a recipe: load the pretrained parts and initialize the rest. Trained parts are in float32.
+    """Build a model: load the pretrained parts and initialize the rest. Parts that are not frozen are in float32.
 
     Args:
-        device: device on which the model will run; it determines the dtypes that the recipe leaves open.
+        config: the config of the model.
+        device: device on which the model will run; it determines the dtypes that the config leaves open.
         checkpoint: checkpoint whose weights will be loaded; its tokenizer is used, and BERT is not loaded.
         weights_device: device of the weights. None: `device`.
+        objectives: weights of the losses in training. None: the defaults.
+        from_bert: whether BERT initializes the Q-Former, if ``qformer.bert`` names one and there is no checkpoint.
 
     Raises:
         InputError: a part cannot be loaded, or the parts do not fit each other.
     """
-    weights_device = device if weights_device is None else weights_device
-    trains = recipe.optimizer.trains
-    vision = build_image_encoder(recipe.vision, choose_dtype(recipe.vision.dtype, device, trains("vision")), checkpoint)
-    from_bert = recipe.starts_from_bert and checkpoint is None
-    if recipe.language is None:
-        if from_bert:
-            check_compatible(resolve(recipe.qformer.bert or ""), recipe.qformer)
-        tokenizer = load_text_tokenizer(recipe.qformer, checkpoint)
-        model = RepresentationModel(vision, recipe.qformer, recipe.objectives)
-        if from_bert:
-            initialize_from_bert(resolve(recipe.qformer.bert or ""), model.qformer, model.language_head)
-        return Built(_to_device(model, recipe, weights_device), tokenizer)
-    adapts = recipe.language.lora is not None
-    dtype = choose_dtype(recipe.language.dtype, device, trains("language") and not adapts)
-    language = build_language_model(recipe.language, dtype, checkpoint, device)
-    if recipe.language.lora is not None:
-        add_adapters(language, recipe.language.lora)
-    tokenizer = load_tokenizer(resolve(recipe.language.name), recipe.language.trust_remote_code is not None)
+    weights_device, objectives = weights_device or device, objectives or ObjectivesConfig()
+    vision = build_image_encoder(config.vision, choose_dtype(config.vision.dtype, device), checkpoint)
+    bert = config.qformer.bert if from_bert and checkpoint is None else None
+    if config.language is None:
+        if bert is not None:
+            check_compatible(resolve(bert), config.qformer)
+        tokenizer = load_text_tokenizer(config.qformer, checkpoint)
+        model = RepresentationModel(vision, config.qformer, objectives)
+        if bert is not None:
+            initialize_from_bert(resolve(bert), model.qformer, model.language_head)
+        return Built(_to_device(model, config, weights_device), tokenizer)
+    dtype = choose_dtype(config.language.dtype, device)
+    language = build_language_model(config.language, dtype, checkpoint, device)
+    if config.language.lora is not None:
+        add_adapters(language, config.language.lora)
+    tokenizer = load_tokenizer(resolve(config.language.name), config.language.trust_remote_code is not None)
     question_tokenizer = (
-        load_text_tokenizer(recipe.qformer, checkpoint) if recipe.qformer.use_qformer_text_input else None
+        load_text_tokenizer(config.qformer, checkpoint) if config.qformer.use_qformer_text_input else None
     )
-    model = GenerationModel(vision, recipe.qformer, language, recipe.objectives)
-    if from_bert:
-        initialize_from_bert(resolve(recipe.qformer.bert or ""), model.qformer)
+    model = GenerationModel(vision, config.qformer, language, objectives)
+    if bert is not None:
+        initialize_from_bert(resolve(bert), model.qformer)
         model.initialize_projection()
-    eos_token_id = find_eos_token_id(tokenizer, recipe.language.stop_string, recipe.language.name)
-    model = _to_device(model, recipe, weights_device)
+    eos_token_id = find_eos_token_id(tokenizer, config.language.stop_string, config.language.name)
+    model = _to_device(model, config, weights_device)
     model.language.check()
     return Built(model, tokenizer, eos_token_id, question_tokenizer)
 
@@ -183,17 +203,17 @@ def build(
 Model = TypeVar("Model", RepresentationModel, GenerationModel)
 
 
-def _to_device(model: Model, recipe: Recipe, device: torch.device) -> Model:
+def _to_device(model: Model, config: ModelConfig, device: torch.device) -> Model:
     """Move a model to the device, and check there that its weights are finite."""
     model = model.to(device)
-    sources = {"vision": recipe.vision.name, "language": recipe.language.name if recipe.language else ""}
+    sources = {"vision": config.vision.name, "language": config.language.name if config.language else ""}
     for name, parameter in model.named_parameters():
-        check_finite(name, parameter, sources.get(name.split(".")[0]) or recipe.qformer.bert or "")
+        check_finite(name, parameter, sources.get(name.split(".")[0]) or config.qformer.bert or "")
     return model
 
 
 def build_image_encoder(config: VisionConfig, dtype: torch.dtype, opened: Checkpoint | None = None) -> ImageEncoder:
-    """Load the image encoder of a recipe, which can be part of a BLIP-2 checkpoint.
+    """Load the image encoder of a model, which can be part of a BLIP-2 checkpoint.
 
     Args:
         opened: a checkpoint that is already open; it is used if it contains an image encoder.
@@ -205,7 +225,7 @@ def build_image_encoder(config: VisionConfig, dtype: torch.dtype, opened: Checkp
                 f"vision.num_attention_heads is {config.num_attention_heads}, which is stored in {config.name!r}:"
                 " leave it out"
             )
-        trusts = config.trust_remote_code is not None  # a recipe checks that it is then the name
+        trusts = config.trust_remote_code is not None  # it is then the name
         encoder = load_image_encoder(resolve(config.name), config.layer, config.image_size, dtype, trusts)
     elif container.has_vision:
         encoder = container.with_num_attention_heads(config.num_attention_heads).load_image_encoder(
@@ -223,7 +243,7 @@ def build_image_encoder(config: VisionConfig, dtype: torch.dtype, opened: Checkp
 def build_language_model(
     config: LanguageConfig, dtype: torch.dtype, opened: Checkpoint | None = None, device: torch.device | None = None
 ) -> LanguageModel:
-    """Load the LLM of a recipe, which can be part of a BLIP-2 of transformers.
+    """Load the LLM of a model, which can be part of a BLIP-2 of transformers.
 
     Args:
         opened: a checkpoint that is already open; it is used if it contains an LLM.
@@ -254,7 +274,7 @@ def load_text_tokenizer(config: QFormerConfig, checkpoint: Checkpoint | None) ->
     tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
     if len(tokenizer) != config.vocab_size:
         raise InputError(
-            f"the tokenizer of {name!r} has {len(tokenizer)} tokens with {DECODER_START_TOKEN}, the recipe's"
+            f"the tokenizer of {name!r} has {len(tokenizer)} tokens with {DECODER_START_TOKEN}, the model's"
             f" qformer.vocab_size is {config.vocab_size}: set qformer.vocab_size to {len(tokenizer)}"
         )
     return tokenizer
@@ -293,48 +313,48 @@ def find_eos_token_id(tokenizer: PreTrainedTokenizerBase, stop_string: str | Non
     return tokenizer.eos_token_id
 
 
-def build_collator(recipe: Recipe, built: Built) -> Collator:
-    """Make the collator that turns captions into the batches of the recipe's stage.
+def build_collator(config: ModelConfig, built: Built) -> Collator:
+    """Make the collator that turns captions into the batches of the model's stage.
 
     Raises:
         InputError: the prompt is too long for the LLM.
     """
-    max_length = recipe.data.max_length
-    if recipe.language is None or not isinstance(built.model, GenerationModel):
-        max_length = min(max_length, recipe.qformer.max_position_embeddings)
-        return Stage1Collator(built.tokenizer, max_length, recipe.data.text_normalization)
+    max_length = config.max_length
+    if config.language is None or not isinstance(built.model, GenerationModel):
+        max_length = min(max_length, config.qformer.max_position_embeddings)
+        return Stage1Collator(built.tokenizer, max_length, config.text_normalization)
     assert built.eos_token_id is not None
     language = built.model.language
     language.check(backward=True)
     kind = PrefixLMCollator if language.is_encoder_decoder else CausalLMCollator
-    for prompt in (recipe.language.prompt, recipe.language.question_prompt or ""):
+    for prompt in (config.language.prompt, config.language.question_prompt or ""):
         if prompt.strip() and kind is CausalLMCollator:
             check_prompt(built.tokenizer, prompt)
     collator = kind(
-        built.tokenizer, max_length, recipe.language.prompt, built.eos_token_id, built.question_tokenizer,
-        recipe.language.question_prompt, _max_prompt_tokens(recipe, language), recipe.data.text_normalization,
+        built.tokenizer, max_length, config.language.prompt, built.eos_token_id, built.question_tokenizer,
+        config.language.question_prompt, _max_prompt_tokens(config, language), config.text_normalization,
     )  # fmt: skip
-    longest = max(collator.num_prompt_tokens(each) for each in (recipe.language.prompt, collator.question_prompt or ""))
+    longest = max(collator.num_prompt_tokens(each) for each in (config.language.prompt, collator.question_prompt or ""))
     if collator.max_prompt_tokens is not None and longest > collator.max_prompt_tokens:
         raise InputError(
-            f"the LLM has {language.max_position_embeddings} positions, too few for {recipe.qformer.num_query_tokens}"
+            f"the LLM has {language.max_position_embeddings} positions, too few for {config.qformer.num_query_tokens}"
             f" queries, a prompt of {longest} tokens and data.max_length {max_length}: make data.max_length or"
             " language.prompt shorter, or set language.name to another LLM"
         )
     return collator
 
 
-def _max_prompt_tokens(recipe: Recipe, language: LanguageModel) -> int | None:
+def _max_prompt_tokens(config: ModelConfig, language: LanguageModel) -> int | None:
     """Return the maximum length of a prompt; None if it is unlimited, below 0 if even an empty one does not fit."""
     if language.max_position_embeddings is None:
         return None
-    max_length = recipe.data.max_length
+    max_length = config.max_length
     if not language.is_encoder_decoder:
-        return language.max_position_embeddings - recipe.qformer.num_query_tokens - max_length
+        return language.max_position_embeddings - config.qformer.num_query_tokens - max_length
     # The decoder generates the caption; without a prompt, the encoder reads a prefix of it.
-    max_prompt_tokens = language.max_position_embeddings - recipe.qformer.num_query_tokens
+    max_prompt_tokens = language.max_position_embeddings - config.qformer.num_query_tokens
     if max_length > language.max_position_embeddings or (
-        recipe.language is not None and not recipe.language.prompt and max_length > max_prompt_tokens
+        config.language is not None and not config.language.prompt and max_length > max_prompt_tokens
     ):
         return -1
     return max_prompt_tokens

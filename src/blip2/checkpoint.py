@@ -4,9 +4,12 @@ A checkpoint is a folder ``step-00001000``::
 
     model.safetensors   the trained weights: everything but the frozen image encoder and LLM
     tokenizer/          tokenizer of the Q-Former's text (stage 1, and stage 2 if the Q-Former reads questions)
-    recipe.yaml         the recipe, which names the frozen parts
+    model.yaml          the config of the model, which names the frozen parts
+    recipe.yaml         the recipe of the training run
     state.json          step, position in the data, versions, metrics of a step whose evaluation is pending
     optimizer.pt        optimizer and gradient scaler, to be read with weights_only=True
+
+Only the first three are needed to use the model, or to start another training run from it.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from transformers import PreTrainedTokenizerBase
 from blip2.backbones.frozen import Freezable
 from blip2.backbones.pretrained import check_finite, check_tied_weights, load_pickle
 from blip2.builder import Built
-from blip2.config import QFormerConfig, Recipe
+from blip2.config import ModelConfig, QFormerConfig, Recipe
 from blip2.data.assets import resolve
 from blip2.data.mixtures import is_position
 from blip2.errors import InputError
@@ -39,12 +42,13 @@ from blip2.interop.detect import is_blip2, is_pickle, open_foreign
 from blip2.interop.weights import open_file
 from blip2.io import read_json, write_tensors
 from blip2.model.generation import GenerationModel
-from blip2.recipe import dump_recipe, load_recipe, override
+from blip2.recipe import dump_config, load_stored, override
 
 CHECKPOINTS_FOLDER = "checkpoints"
 BEST_FOLDER = "best"
+WEIGHTS_FILE, CONFIG_FILE, RECIPE_FILE = "model.safetensors", "model.yaml", "recipe.yaml"
 MAX_EXCESS_PARAMETERS = 1 << 26
-"""A recipe whose Q-Former has this many parameters more than its weights file is refused without being built. For
+"""A config whose Q-Former has this many parameters more than its weights file is refused without being built. For
 fewer, the check of names and shapes gives a better message."""
 STATE_FORMAT = 2
 """Version of the format of state.json and optimizer.pt."""
@@ -106,11 +110,11 @@ def save_checkpoint(
         for stale in root.glob("*.tmp"):  # left by a process that was killed
             shutil.rmtree(stale, ignore_errors=True)
         tmp_dir.mkdir()
-        write_tensors(tmp_dir / "model.safetensors", {k: v.contiguous() for k, v in trained_state_dict(model).items()})
+        write_tensors(tmp_dir / WEIGHTS_FILE, {k: v.contiguous() for k, v in trained_state_dict(model).items()})
         torch.save(optimizer, tmp_dir / "optimizer.pt")
         if tokenizer is not None:
             tokenizer.save_pretrained(str(tmp_dir / "tokenizer"))
-        (tmp_dir / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+        write_configs(tmp_dir, recipe.model, recipe)
         versions = {name: version(name) for name in ("blip2", "torch", "transformers")}
         content = {
             "format": STATE_FORMAT,
@@ -142,6 +146,13 @@ def save_checkpoint(
     for old in sorted(root.glob("step-????????"))[:-save_total_limit]:
         shutil.rmtree(old)
     return folder
+
+
+def write_configs(folder: Path, config: ModelConfig, recipe: Recipe | None) -> None:
+    """Write the config of a checkpoint's model to its folder and, if there is one, its recipe."""
+    (folder / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
+    if recipe is not None:
+        (folder / RECIPE_FILE).write_text(dump_config(recipe), encoding="utf-8")
 
 
 def save_best(run: Path, step: int, metadata: dict[str, Any]) -> None:
@@ -226,15 +237,15 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Return whether a folder is a checkpoint of this project."""
-    return (path / "model.safetensors").is_file() and (path / "recipe.yaml").is_file()
+    """Return whether a folder is a checkpoint of this project, or one without its config."""
+    return (path / WEIGHTS_FILE).is_file() and ((path / CONFIG_FILE).exists() or not (path / "config.json").exists())
 
 
 def open_checkpoint(name: str, changes: Mapping[str, object] | None = None) -> Checkpoint:
     """Open a checkpoint of any format: a run or checkpoint of this project, a BLIP-2 of transformers, or a LAVIS file.
 
     Args:
-        changes: values of keys of its recipe to override (``{"vision.image_size": 364}``), or to provide if its format
+        changes: values of keys of its config to override (``{"vision.image_size": 364}``), or to provide if its format
             does not contain them (``{"language.name": "facebook/opt-2.7b"}``).
 
     Raises:
@@ -243,14 +254,14 @@ def open_checkpoint(name: str, changes: Mapping[str, object] | None = None) -> C
     path = Path(resolve(name))
     if is_checkpoint(path) or latest_checkpoint(path) is not None:
         if is_blip2(path):
-            raise InputError(f"{path} holds two formats: a checkpoint of this project (recipe.yaml) and one of"
-                             " transformers (config.json); give each a folder of its own")  # fmt: skip
+            raise InputError(f"{path} holds two formats: a checkpoint of this project ({CONFIG_FILE}) and one"
+                             " of transformers (config.json); give each a folder of its own")  # fmt: skip
     else:
         foreign = open_foreign(name, changes or {})
         if foreign is not None and "qformer.queries" not in foreign.weights:
             raise InputError(f"{name} holds {foreign.description}: name it as vision.name")
         if foreign is not None:
-            return foreign.with_recipe(_change(foreign, changes))
+            return foreign.with_config(_change(foreign, changes))
     return open_native(find_checkpoint(path), changes)
 
 
@@ -258,58 +269,75 @@ def open_native(folder: Path, changes: Mapping[str, object] | None = None) -> Ch
     """Open a checkpoint folder of this project.
 
     Raises:
-        InputError: it is damaged.
+        InputError: it is damaged, or has no config of its model.
     """
-    recipe = load_recipe(folder / "recipe.yaml", is_trusted=False)
+    if not os.path.lexists(folder / CONFIG_FILE):
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        raise InputError(
+            f"checkpoint {folder} holds {found}, expected {CONFIG_FILE} too, the config of the model: copy the whole"
+            f" checkpoint or, if an older blip2 wrote it, make {CONFIG_FILE} of stage, vision, qformer and language in"
+            f" {RECIPE_FILE}, and of max_length and text_normalization in its data"
+        )
+    config = load_stored(ModelConfig, folder / CONFIG_FILE)
     try:
-        weights = open_file(folder / "model.safetensors")
+        weights = open_file(folder / WEIGHTS_FILE)
     except InputError as error:
         raise InputError(f"checkpoint {folder} cannot be read ({error}): use another, or train again") from error
-    _check_sizes(recipe, folder / "model.safetensors")
+    _check_sizes(config, folder / WEIGHTS_FILE)
     tokenizer = folder / "tokenizer"
     checkpoint = Checkpoint(
         name=str(folder),
         format="blip2",
-        description=f"this project's stage {1 if recipe.stage == 'representation' else 2}, {folder.name}",
-        recipe=recipe,
+        description=f"this project's stage {1 if config.stage == 'representation' else 2}, {folder.name}",
+        config=config,
         weights=weights,
         tokenizer=tokenizer if tokenizer.is_dir() else None,
     )
-    return replace(checkpoint, recipe=_change(checkpoint, changes))
+    return replace(checkpoint, config=_change(checkpoint, changes))
 
 
-def _check_sizes(recipe: Recipe, weights: Path) -> None:
-    """Refuse a recipe whose Q-Former is too large for its weights file, before it is built."""
-    qformer, width = recipe.qformer, recipe.qformer.hidden_size
+def read_recipe(checkpoint: Checkpoint) -> Recipe | None:
+    """Return the recipe by which a checkpoint was trained; None if it holds none.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    path = Path(checkpoint.name) / RECIPE_FILE
+    return load_stored(Recipe, path) if checkpoint.format == "blip2" and path.is_file() else None
+
+
+def _check_sizes(config: ModelConfig, weights: Path) -> None:
+    """Refuse a config whose Q-Former is too large for its weights file, before it is built."""
+    qformer, width = config.qformer, config.qformer.hidden_size
     min_parameters = (
         qformer.num_hidden_layers * (4 * width**2 + 2 * width * qformer.intermediate_size)
         + qformer.num_query_tokens * width
     )
-    if recipe.stage == "representation" or qformer.use_qformer_text_input:
+    if config.stage == "representation" or qformer.use_qformer_text_input:
         min_parameters += (qformer.vocab_size + qformer.max_position_embeddings) * width
     size = weights.stat().st_size
     if min_parameters > size + MAX_EXCESS_PARAMETERS:  # a parameter has at least one byte
         raise InputError(
-            f"the recipe in {weights.parent} has a Q-Former of more than {min_parameters:,} parameters, its"
-            f" {weights.name} is of {size:,} bytes: use the recipe that it was made with"
+            f"the {CONFIG_FILE} in {weights.parent} has a Q-Former of more than {min_parameters:,} parameters, its"
+            f" {weights.name} is of {size:,} bytes: use the {CONFIG_FILE} that was written with it"
         )
 
 
-def _change(checkpoint: Checkpoint, changes: Mapping[str, object] | None) -> Recipe:
-    """Return the recipe of a checkpoint with `changes`, which must not change the architecture of its Q-Former."""
-    recipe = override(checkpoint.recipe, changes or {})
-    check_qformer_config(checkpoint, recipe)
-    return recipe
+def _change(checkpoint: Checkpoint, changes: Mapping[str, object] | None) -> ModelConfig:
+    """Return the config of a checkpoint with `changes`, which must not change the architecture of its Q-Former."""
+    config = override(checkpoint.config, changes or {})
+    check_qformer_config(checkpoint, config.qformer)
+    return config
 
 
-def check_qformer_config(checkpoint: Checkpoint, recipe: Recipe) -> None:
-    """Refuse a recipe whose Q-Former differs from that of a checkpoint.
+def check_qformer_config(checkpoint: Checkpoint, qformer: QFormerConfig) -> None:
+    """Refuse a Q-Former that differs from that of a checkpoint.
 
     Raises:
         InputError: a field of ``qformer`` differs on which the result of the weights depends.
     """
     for field in fields(QFormerConfig):
-        old, new = getattr(checkpoint.recipe.qformer, field.name), getattr(recipe.qformer, field.name)
+        old, new = getattr(checkpoint.config.qformer, field.name), getattr(qformer, field.name)
         if old != new and field.name not in ("bert", "tokenizer", "dropout"):
             raise InputError(
                 f"qformer.{field.name} of {checkpoint.name} is {old}, which its weights are for; it cannot be {new}:"
@@ -318,7 +346,7 @@ def check_qformer_config(checkpoint: Checkpoint, recipe: Recipe) -> None:
 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Load the trained weights into a model of the same recipe.
+    """Load the trained weights into a model of the same config.
 
     Raises:
         InputError: the file is damaged, or names or shapes differ; the message lists them.
@@ -379,7 +407,7 @@ def load_previous_stage(checkpoint: Checkpoint, model: nn.Module, names: Collect
         )
     config: QFormerConfig = model.qformer.config  # pyright: ignore
     for key in ("num_attention_heads", "cross_attention_frequency"):  # which are not visible in any shape
-        saved, given = getattr(checkpoint.recipe.qformer, key), getattr(config, key)
+        saved, given = getattr(checkpoint.config.qformer, key), getattr(config, key)
         if saved != given:
             raise InputError(
                 f"checkpoint {checkpoint.name} has qformer.{key} {saved}, the recipe {given}: set it to {saved}"
@@ -412,7 +440,7 @@ def _check_kept(checkpoint: Checkpoint, weights: Mapping[str, Tensor], model: nn
     if unplaced:
         raise InputError(
             f"checkpoint {checkpoint.name} holds {unplaced[0]}, which the model does not have: set"
-            f" {unplaced[0].split('.')[0]} (its name and its lora) to what the checkpoint's recipe.yaml says"
+            f" {unplaced[0].split('.')[0]} (its name and its lora) to what the checkpoint's {CONFIG_FILE} says"
         )
 
 
@@ -469,13 +497,18 @@ def _log_differences(checkpoint: Checkpoint, recipe: Recipe, built: Built, log: 
     """Log settings that differ from the checkpoint's, so that the model's first outputs differ from it too."""
     if checkpoint.has_vision and checkpoint.name not in (recipe.vision.name, str(Path(recipe.vision.name).absolute())):
         log(f"its image encoder is not used, but vision.name {recipe.vision.name}")
-    for section, key in (("qformer", "image_norm_eps"), ("language", "activation"), ("data", "text_normalization")):
-        saved, given = (getattr(getattr(each, section), key, None) for each in (checkpoint.recipe, recipe))
-        if saved != given and getattr(checkpoint.recipe, section) is not None:
-            log(f"its {section}.{key} is {saved}, the recipe's is {given}: results differ slightly at first")
-    saved, given = checkpoint.recipe.vision.position_encoding, built.model.vision.position_encoding
-    if saved not in ("auto", given):
-        log(f"its vision.position_encoding is {saved}, the recipe's is {given}: results differ at first")
+    saved, given = checkpoint.config, recipe.model
+    settings: dict[str, Callable[[ModelConfig], object]] = {
+        "qformer.image_norm_eps": lambda config: config.qformer.image_norm_eps,
+        "language.activation": lambda config: getattr(config.language, "activation", None),
+        "data.text_normalization": lambda config: config.text_normalization,
+    }
+    for key, get in settings.items():
+        if get(saved) != get(given) and not (key.startswith("language.") and saved.language is None):
+            log(f"its {key} is {get(saved)}, the recipe's is {get(given)}: results differ slightly at first")
+    old, new = saved.vision.position_encoding, built.model.vision.position_encoding
+    if old not in ("auto", new):
+        log(f"its vision.position_encoding is {old}, the recipe's is {new}: results differ at first")
 
 
 def _load(weights: Mapping[str, Tensor], model: nn.Module, checkpoint: Checkpoint, expected: set[str]) -> None:
@@ -486,7 +519,7 @@ def _load(weights: Mapping[str, Tensor], model: nn.Module, checkpoint: Checkpoin
         for name, tensor in parameters.items()
         if name in weights and weights[name].shape != tensor.shape
     ]
-    config = "recipe" if checkpoint.format == "blip2" else "configuration"
+    config = "model config" if checkpoint.format == "blip2" else "configuration"
     for what, names in (("other shapes", shapes), ("missing", missing), ("unknown", unknown)):
         if names:
             listed = "; ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

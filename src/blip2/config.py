@@ -1,4 +1,4 @@
-"""Recipes: a tree of frozen dataclasses that describes one training run.
+"""Models and training runs: :class:`ModelConfig` and :class:`Recipe`, two trees of frozen dataclasses.
 
 Every field has a docstring, which is its ``--help``. A recipe is a YAML file with these fields; any of them can be
 overridden on the command line (``--data.batch_size 32``). A key that is not a field is an error.
@@ -7,7 +7,7 @@ overridden on the command line (``--data.batch_size 32``). A key that is not a f
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from types import NoneType
 from typing import Any, Literal, get_args, get_type_hints
@@ -64,7 +64,7 @@ class VisionConfig:
     trust_remote_code: str | None = None
     """Repeat the encoder's name here to run the Python code that is stored with its weights (docs/security.md). null:
     no code is run, and an encoder that needs it is refused. Only a recipe of your own or a command-line option can set
-    it; in a checkpoint's recipe it is ignored."""
+    it; in a checkpoint's files it is ignored."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class LanguageConfig:
     trust_remote_code: str | None = None
     """Repeat the LLM's name here to run the Python code that is stored with its weights (docs/security.md). null: no
     code is run, and an LLM that needs it is refused. Only a recipe of your own or a command-line option can set it; in
-    a checkpoint's recipe it is ignored."""
+    a checkpoint's files it is ignored."""
 
     @property
     def prompt_has_question(self) -> bool:
@@ -167,6 +167,65 @@ class LanguageConfig:
     def question_template(self) -> str | None:
         """The prompt of records with a question; None if the model is trained on captions alone."""
         return self.prompt if self.prompt_has_question else self.question_prompt
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model: its sizes, the names of its frozen parts, and how its texts are prepared.
+
+    It is all that using a checkpoint needs besides the weights, whichever program trained them. A recipe has the one of
+    its model as :attr:`Recipe.model`.
+    """
+
+    stage: Stage
+    """representation: stage 1, a Q-Former that compares images and texts. generation: stage 2, with a frozen LLM."""
+    vision: VisionConfig
+    qformer: QFormerConfig = QFormerConfig()
+    language: LanguageConfig | None = None
+    """The frozen LLM. null: none, in stage representation."""
+    text_normalization: TextNormalization = "none"
+    """Normalization of captions and questions before tokenization, as data.text_normalization of a recipe."""
+    max_length: int = bounded(32, 2, MAX_COUNT)
+    """Maximum length of a caption in tokens in training, as data.max_length of a recipe. Texts that are compared with
+    images may have twice this length."""
+
+    def __post_init__(self) -> None:
+        if self.stage == "generation" and self.language is None:
+            raise InputError("stage generation needs a frozen LLM: set language.name")
+        if self.stage == "representation" and self.language is not None:
+            raise InputError("stage representation has no LLM: leave out language, or set stage to generation")
+        check_ranges(self)
+        for name, part in (("vision", self.vision), ("language", self.language)):
+            if part is not None and part.trust_remote_code not in (None, part.name):
+                raise InputError(
+                    f"{name}.trust_remote_code is {part.trust_remote_code}, expected {part.name}, which is {name}.name:"
+                    " name the model whose code may run, or leave it out"
+                )
+        self._check_prompts()
+        if self.qformer.hidden_size % self.qformer.num_attention_heads:
+            raise InputError(
+                f"qformer.hidden_size {self.qformer.hidden_size} is not a multiple of qformer.num_attention_heads"
+                f" {self.qformer.num_attention_heads}"
+            )
+
+    def _check_prompts(self) -> None:
+        for name in ("prompt", "question_prompt"):
+            if IMAGE_TOKEN in ((self.language and getattr(self.language, name)) or ""):
+                raise InputError(f"language.{name} contains {IMAGE_TOKEN}: leave it out, the image always comes first")
+        question_prompt = None if self.language is None else self.language.question_prompt
+        if self.language is not None and question_prompt is not None and (
+            QUESTION_PLACEHOLDER not in question_prompt or self.language.prompt_has_question
+        ):  # fmt: skip
+            raise InputError(
+                f"language.question_prompt is {question_prompt!r} and language.prompt {self.language.prompt!r},"
+                " expected {} in the first, which is for questions, and none in the second, which is for captions:"
+                " correct them, or leave question_prompt out"
+            )
+        if self.qformer.use_qformer_text_input and not (self.language and self.language.prompt_has_question):
+            raise InputError(
+                "qformer.use_qformer_text_input is for stage generation with questions: put {} into language.prompt"
+                ' where the question goes, as in "Question: {} Answer:"'
+            )
 
 
 @dataclass(frozen=True)
@@ -404,19 +463,10 @@ class Recipe:
     comparison of Figure 5."""
 
     def __post_init__(self) -> None:
-        if self.stage == "generation" and self.language is None:
-            raise InputError("stage generation needs a frozen LLM: set language.name")
-        if self.stage == "representation" and self.language is not None:
-            raise InputError("stage representation has no LLM: leave out language, or set stage to generation")
         if self.stage == "representation" and not (self.objectives.itc or self.objectives.itm or self.objectives.itg):
             raise InputError("all objectives are switched off: give one of objectives.itc, .itm, .itg a weight")
         check_ranges(self)
-        for name, part in (("vision", self.vision), ("language", self.language)):
-            if part is not None and part.trust_remote_code not in (None, part.name):
-                raise InputError(
-                    f"{name}.trust_remote_code is {part.trust_remote_code}, expected {part.name}, which is {name}.name:"
-                    " name the model whose code may run, or leave it out"
-                )
+        _ = self.model  # checks the model
         if self.start_from is not None and not all(self.start_checkpoints or [""]):
             raise InputError(
                 f"start_from is {self.start_from!r}, expected runs or checkpoints: name them, or set it to null"
@@ -424,16 +474,22 @@ class Recipe:
         if not self.data.sources:
             raise InputError("data.train has no source, expected at least one: name a source")
         self._check_evaluation()
-        self._check_prompts()
         if self.training.shard_frozen and self.language is not None and self.language.quantization is not None:
             raise InputError(
                 "a quantized LLM cannot be sharded: leave out one of training.shard_frozen and language.quantization"
             )
-        if self.qformer.hidden_size % self.qformer.num_attention_heads:
-            raise InputError(
-                f"qformer.hidden_size {self.qformer.hidden_size} is not a multiple of qformer.num_attention_heads"
-                f" {self.qformer.num_attention_heads}"
-            )
+
+    @property
+    def model(self) -> ModelConfig:
+        """The config of the model that the recipe trains. Parts that train are in fp32 if no dtype is given."""
+        vision, language = self.vision, self.language
+        if vision.dtype is None and self.optimizer.trains("vision"):
+            vision = replace(vision, dtype="fp32")
+        has_frozen_weights = language is None or language.lora is not None or not self.optimizer.trains("language")
+        if language is not None and language.dtype is None and not has_frozen_weights:
+            language = replace(language, dtype="fp32")
+        data = self.data
+        return ModelConfig(self.stage, vision, self.qformer, language, data.text_normalization, data.max_length)
 
     @property
     def start_checkpoints(self) -> list[str]:
@@ -449,25 +505,6 @@ class Recipe:
         """
         needs_bert = not self.start_checkpoints or self.language is None or self.qformer.use_qformer_text_input
         return self.qformer.bert is not None and needs_bert and len(self.start_checkpoints) < 2
-
-    def _check_prompts(self) -> None:
-        for name in ("prompt", "question_prompt"):
-            if IMAGE_TOKEN in ((self.language and getattr(self.language, name)) or ""):
-                raise InputError(f"language.{name} contains {IMAGE_TOKEN}: leave it out, the image always comes first")
-        question_prompt = None if self.language is None else self.language.question_prompt
-        if self.language is not None and question_prompt is not None and (
-            QUESTION_PLACEHOLDER not in question_prompt or self.language.prompt_has_question
-        ):  # fmt: skip
-            raise InputError(
-                f"language.question_prompt is {question_prompt!r} and language.prompt {self.language.prompt!r},"
-                " expected {} in the first, which is for questions, and none in the second, which is for captions:"
-                " correct them, or leave question_prompt out"
-            )
-        if self.qformer.use_qformer_text_input and not (self.language and self.language.prompt_has_question):
-            raise InputError(
-                "qformer.use_qformer_text_input is for stage generation with questions: put {} into language.prompt"
-                ' where the question goes, as in "Question: {} Answer:"'
-            )
 
     def _check_evaluation(self) -> None:
         task = None if self.evaluation is None else self.evaluation.task

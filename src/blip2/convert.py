@@ -24,9 +24,15 @@ from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Vision
 
 from blip2.backbones.language import load_network, set_activation
 from blip2.backbones.pretrained import init_empty_model, short_message
-from blip2.builder import build_image_encoder, choose_dtype, find_eos_token_id, load_text_tokenizer
-from blip2.checkpoint import open_checkpoint
-from blip2.config import IMAGE_TOKEN, LanguageConfig, Recipe
+from blip2.builder import (
+    build_image_encoder,
+    choose_dtype,
+    find_eos_token_id,
+    load_text_tokenizer,
+    with_absolute_paths,
+)
+from blip2.checkpoint import open_checkpoint, read_recipe, write_configs
+from blip2.config import IMAGE_TOKEN, LanguageConfig
 from blip2.data.assets import resolve
 from blip2.errors import InputError
 from blip2.hub import model_card
@@ -37,7 +43,6 @@ from blip2.interop.vit import to_blip2_vision
 from blip2.interop.weights import Weights
 from blip2.io import apply_umask, expand_home
 from blip2.model.qformer import QFormer
-from blip2.recipe import dump_recipe
 
 log = logging.getLogger("blip2")
 
@@ -58,12 +63,13 @@ def convert(
     """Write a checkpoint in another format.
 
     Args:
-        source: a checkpoint of any format that :func:`blip2.load` reads.
+        source: checkpoint to convert: a run or checkpoint folder, a transformers BLIP-2 folder or hub name, or a LAVIS
+            ``.pth`` file.
         target: folder to create; for ``lavis`` a ``.pth`` file.
         to: ``transformers``: a folder for ``Blip2ForConditionalGeneration`` (stage 2) or
             ``Blip2ForImageTextRetrieval`` (stage 1). ``vllm``: a stage-2 folder with only the weights that vLLM loads.
             ``lavis``: a ``.pth`` file. ``blip2``: the trained weights and the names of the frozen parts.
-        overrides: values of recipe keys; see :func:`blip2.load`.
+        overrides: values of keys of the model's config; see :func:`blip2.load`.
         stage1: with ``transformers``: a stage-1 checkpoint with the same Q-Former, whose text transformer and heads
             are added to a stage 2, so that both classes load the same folder.
         with_language: with ``lavis``: include the LLM, which LAVIS's own files omit.
@@ -85,17 +91,17 @@ def convert(
         raise InputError(f"only the format transformers can include a stage-1 checkpoint, not {to}: leave it out")
     checkpoint = open_checkpoint(str(source), overrides)
     log.info("%s: %s", checkpoint.name, checkpoint.description)
-    if checkpoint.recipe.qformer.use_qformer_text_input and to != "blip2":
+    if checkpoint.config.qformer.use_qformer_text_input and to != "blip2":
         raise InputError(
             f"{checkpoint.name} has a Q-Former that reads questions, which the BLIP-2 of {to} does not support: convert"
             " it to blip2"
         )
-    if to != "blip2" and checkpoint.recipe.vision.position_encoding == "sine2d":
+    if to != "blip2" and checkpoint.config.vision.position_encoding == "sine2d":
         raise InputError(
             f"{checkpoint.name} was trained with vision.position_encoding sine2d, which the BLIP-2 of {to} does not add"
             " to the image features: convert it to blip2"
         )
-    if to != "blip2" and checkpoint.recipe.language is not None and checkpoint.recipe.language.lora is not None:
+    if to != "blip2" and checkpoint.config.language is not None and checkpoint.config.language.lora is not None:
         raise InputError(
             f"{checkpoint.name} has LoRA adapters in its LLM, which {to} does not support: convert it to blip2"
         )
@@ -128,7 +134,7 @@ def convert(
 
 def _transformers(checkpoint: Checkpoint, stage1: Checkpoint | None, to: str) -> Writer:
     """Write a folder in transformers' layout; for vLLM with exactly the weights that its loader accepts."""
-    generates = checkpoint.recipe.stage == "generation"
+    generates = checkpoint.config.stage == "generation"
     if to == "vllm":
         if not generates:
             raise InputError(
@@ -152,12 +158,12 @@ def _transformers(checkpoint: Checkpoint, stage1: Checkpoint | None, to: str) ->
             language = _drop_tied(complete.language_config, complete.weights.select(LANGUAGE_PREFIX))
             complete = replace(complete, weights=complete.weights.drop(LANGUAGE_PREFIX) | language)
     _check_fits(complete)
-    eps = (checkpoint.recipe.qformer.image_norm_eps, complete.vision_config.layer_norm_eps)
+    eps = (checkpoint.config.qformer.image_norm_eps, complete.vision_config.layer_norm_eps)
     if eps[0] != eps[1]:
         log.warning("the norm of the image features has epsilon %g, but this format uses the ViT's, %g", *eps)
     holder = checkpoint.as_stage("representation") if checkpoint.has_stage1 else None
     if holder is not None:
-        text = load_text_tokenizer(holder.recipe.qformer, stage1 or holder)
+        text = load_text_tokenizer(holder.config.qformer, stage1 or holder)
     card = model_card(checkpoint, to, stage1=stage1)
 
     def write(folder: Path) -> None:
@@ -196,7 +202,7 @@ def _check_language(checkpoint: Checkpoint) -> None:
 def _lavis(checkpoint: Checkpoint, with_language: bool) -> Writer:
     complete = _with_vision(checkpoint, allow_clip=True)
     kind = None
-    if checkpoint.recipe.language is not None:
+    if checkpoint.config.language is not None:
         complete = _with_language(complete)
         kind = complete.language_config.model_type
         if kind not in ("opt", "t5"):
@@ -207,7 +213,7 @@ def _lavis(checkpoint: Checkpoint, with_language: bool) -> Writer:
         # Trained weights are included, and so is an LLM that came from a LAVIS file.
         is_trained = not checkpoint.has_language and checkpoint.weights.select(LANGUAGE_PREFIX)
         if not with_language and not is_trained:
-            log.info("the LLM, %s, is omitted, as in LAVIS's own files", checkpoint.recipe.language.name)
+            log.info("the LLM, %s, is omitted, as in LAVIS's own files", checkpoint.config.language.name)
             complete = replace(complete, weights=complete.weights.drop(LANGUAGE_PREFIX))
     _check_fits(complete)
     state = lavis.to_state_dict(complete, is_t5=kind == "t5")
@@ -219,11 +225,11 @@ def _lavis(checkpoint: Checkpoint, with_language: bool) -> Writer:
 def _blip2(checkpoint: Checkpoint) -> Writer:
     frozen = (VISION_PREFIX,) * checkpoint.has_vision + (LANGUAGE_PREFIX,) * checkpoint.has_language
     weights = checkpoint.weights.drop(*frozen)
-    recipe = _with_absolute_paths(checkpoint.recipe)
+    config, recipe = with_absolute_paths(checkpoint.config), read_recipe(checkpoint)
     _check_fits(checkpoint)
     holder = checkpoint.as_stage("representation") if checkpoint.has_stage1 else None
-    text = None if holder is None else load_text_tokenizer(holder.recipe.qformer, holder)
-    inside = "tokenizer" if recipe.language is None else f"tokenizer/{QFORMER_TOKENIZER}"
+    text = None if holder is None else load_text_tokenizer(holder.config.qformer, holder)
+    inside = "tokenizer" if config.language is None else f"tokenizer/{QFORMER_TOKENIZER}"
     card = model_card(checkpoint, "blip2")
 
     def write(folder: Path) -> None:
@@ -231,40 +237,23 @@ def _blip2(checkpoint: Checkpoint) -> Writer:
         save_torch_state_dict(dict(weights), folder, max_shard_size="1TB")
         if text is not None:
             text.save_pretrained(str(folder / inside))
-        (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+        write_configs(folder, config, recipe)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     return write
 
 
-def _with_absolute_paths(recipe: Recipe) -> Recipe:
-    """Return the recipe with absolute paths of local frozen parts, so that they are found from any folder."""
-
-    def absolute(name: str) -> str:
-        path = expand_home(name)
-        return str(path.absolute()) if path.exists() else name
-
-    plain: Any = {"trust_remote_code": None}  # never stored in a checkpoint
-    vision = replace(recipe.vision, name=absolute(recipe.vision.name), **plain)
-    language = (
-        None if recipe.language is None else replace(recipe.language, name=absolute(recipe.language.name), **plain)
-    )
-    paths = {key: getattr(recipe.qformer, key) for key in ("tokenizer", "bert")}
-    qformer = replace(recipe.qformer, **{key: name and absolute(name) for key, name in paths.items()})
-    return replace(recipe, vision=vision, language=language, qformer=qformer)
-
-
 def _check_fits(checkpoint: Checkpoint) -> None:
-    """Check that the weights fit the recipe and the frozen parts, as loading would.
+    """Check that the weights fit the config and the frozen parts, as loading would.
 
     Raises:
         InputError: they do not fit, so that the output could not be loaded.
     """
-    weights, recipe = checkpoint.weights, checkpoint.recipe
+    weights = checkpoint.weights
     vision_width = len(weights["image_norm.weight"])
-    has_text = any(".text_feed_forward." in name for name in weights)
+    has_text = any(".text_feed_forward." in name for name in weights) and "qformer.word_embedding.weight" in weights
     with torch.device("meta"):
-        network = QFormer(recipe.qformer, vision_width, has_text and "qformer.word_embedding.weight" in weights)
+        network = QFormer(checkpoint.config.qformer, vision_width, has_text)
     expected = {f"qformer.{name}": tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.select("qformer.").items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
@@ -296,7 +285,7 @@ def _check_fits(checkpoint: Checkpoint) -> None:
 
 def _with_stage1(checkpoint: Checkpoint, stage1: Checkpoint) -> Checkpoint:
     """Return a stage 2 with the weights that only stage 1 has, if both have the same Q-Former."""
-    if checkpoint.recipe.stage != "generation":
+    if checkpoint.config.stage != "generation":
         raise InputError(f"{checkpoint.name} is itself a stage-1 model: give --stage1 only with a stage-2 model")
     ours, theirs = checkpoint.weights.select("qformer.", "image_norm"), stage1.weights
     different = [name for name in ours if name not in theirs or not torch.equal(ours[name], theirs[name])]
@@ -306,30 +295,30 @@ def _with_stage1(checkpoint: Checkpoint, stage1: Checkpoint) -> Checkpoint:
             f" {min(different)}), but a folder holds only one: convert each to its own folder"
         )
     sizes = {
-        key: getattr(stage1.recipe.qformer, key)
+        key: getattr(stage1.config.qformer, key)
         for key in ("vocab_size", "max_position_embeddings", "image_text_hidden_size")
     }
-    qformer = replace(checkpoint.recipe.qformer, **sizes)
+    qformer = replace(checkpoint.config.qformer, **sizes)
     return replace(
         checkpoint,
         weights=checkpoint.weights | stage1.weights.filter(stage1.is_stage1_only),
-        recipe=replace(checkpoint.recipe, qformer=qformer),
+        config=replace(checkpoint.config, qformer=qformer),
     )
 
 
 def _with_vision(checkpoint: Checkpoint, allow_clip: bool) -> Checkpoint:
     """Return the checkpoint with its image encoder, in the layout of BLIP-2's own or, if allowed, of CLIP."""
-    recipe = checkpoint.recipe
+    vision = checkpoint.config.vision
     trained = () if checkpoint.has_vision else tuple(checkpoint.weights.select("vision."))
-    holder = checkpoint if checkpoint.has_vision else open_foreign(recipe.vision.name)
-    holder = holder and holder.with_num_attention_heads(recipe.vision.num_attention_heads)
+    holder = checkpoint if checkpoint.has_vision else open_foreign(vision.name)
+    holder = holder and holder.with_num_attention_heads(vision.num_attention_heads)
     fits = holder is not None and (allow_clip or isinstance(holder.vision_config, Blip2VisionConfig))
     if holder is not None and holder.has_vision and fits and not trained:
         assert holder.preprocessing is not None
-        config, weights = holder.resize_vision(recipe.vision.image_size)
+        config, weights = holder.resize_vision(vision.image_size)
         preprocessing = replace(holder.preprocessing, image_size=config.image_size)
     else:
-        encoder = build_image_encoder(recipe.vision, choose_dtype(recipe.vision.dtype, CPU))
+        encoder = build_image_encoder(vision, choose_dtype(vision.dtype, CPU))
         state = encoder.state_dict()
         for name in trained:
             state[name.removeprefix("vision.")].copy_(checkpoint.weights[name])
@@ -338,7 +327,7 @@ def _with_vision(checkpoint: Checkpoint, allow_clip: bool) -> Checkpoint:
             config, found = encoder.network.config, encoder.network.state_dict()
             found = {name: tensor for name, tensor in found.items() if not name.startswith("post_layernorm")}
         else:
-            config, found = to_blip2_vision(encoder, recipe.vision.layer)
+            config, found = to_blip2_vision(encoder, vision.layer)
         weights = Weights(found).add_prefix(VISION_PREFIX)
     return replace(
         checkpoint,
@@ -350,7 +339,7 @@ def _with_vision(checkpoint: Checkpoint, allow_clip: bool) -> Checkpoint:
 
 def _with_language(checkpoint: Checkpoint) -> Checkpoint:
     """Return the checkpoint with its LLM."""
-    language: LanguageConfig | None = checkpoint.recipe.language
+    language: LanguageConfig | None = checkpoint.config.language
     assert language is not None
     if checkpoint.has_language:
         config, weights = copy.deepcopy(checkpoint.language_config), checkpoint.weights.select(LANGUAGE_PREFIX)
@@ -383,7 +372,7 @@ def _with_image_token(checkpoint: Checkpoint) -> tuple[Checkpoint, PreTrainedTok
     The embedding is never read, since image features replace it. Each new row of the output matrix is the mean of the
     other rows: its logit is their mean logit, so the placeholder is never generated.
     """
-    language = checkpoint.recipe.language
+    language = checkpoint.config.language
     assert language is not None
     tokenizer = load_tokenizer(resolve(language.name), language.trust_remote_code is not None)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, False)

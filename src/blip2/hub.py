@@ -16,14 +16,14 @@ from huggingface_hub.utils import httpx, validate_repo_id
 from yaml import YAMLError
 
 from blip2.backbones.pretrained import short_message
-from blip2.checkpoint import CHECKPOINTS_FOLDER
+from blip2.checkpoint import CHECKPOINTS_FOLDER, CONFIG_FILE, read_recipe
 from blip2.data.assets import ASSETS, PREFIX
 from blip2.data.dataset import SKIP_REASONS
 from blip2.errors import InputError
 from blip2.interop.checkpoint import QFORMER_TOKENIZER, Checkpoint
 from blip2.interop.detect import is_blip2, is_pickle
 from blip2.io import expand_home, parse_json, read_json
-from blip2.recipe import dump_recipe
+from blip2.recipe import dump_config
 from blip2.training.metrics import METRICS_FILE
 
 LICENSES = {
@@ -56,13 +56,13 @@ def model_card(checkpoint: Checkpoint, to: str, *, stage1: Checkpoint | None = N
         to: format of the folder: ``transformers``, ``vllm``, ``lavis`` or ``blip2``.
         stage1: the stage-1 checkpoint whose heads the folder also contains.
     """
-    recipe = checkpoint.recipe
-    stages = {f"### Stage {1 if c.recipe.language is None else 2}": c for c in (checkpoint, stage1) if c is not None}
+    config = checkpoint.config
+    stages = {f"### Stage {1 if c.config.language is None else 2}": c for c in (checkpoint, stage1) if c is not None}
     parts = list(dict.fromkeys(part for each in stages.values() for part in _parts(each)))
     licenses = {name: find_license(name) for name in dict.fromkeys(name for _, name in parts)}
-    short = dict.fromkeys(Path(part.name).name for part in (recipe.vision, recipe.language) if part is not None)
+    short = dict.fromkeys(Path(part.name).name for part in (config.vision, config.language) if part is not None)
     task = "compares images and texts: its {} queries read the features of a frozen image encoder"
-    if recipe.language is not None:
+    if config.language is not None:
         task = (
             "writes about images: it turns the features of a frozen image encoder into {} soft prompts of a frozen LLM"
         )
@@ -70,7 +70,7 @@ def model_card(checkpoint: Checkpoint, to: str, *, stage1: Checkpoint | None = N
     sections = [
         f"---\n{_front_matter(checkpoint, to, licenses)}\n---",
         f"# BLIP-2: {' and '.join(short)}",
-        f"A Querying Transformer that {task.format(recipe.qformer.num_query_tokens)}.",
+        f"A Querying Transformer that {task.format(config.qformer.num_query_tokens)}.",
         "## Use",
         *_use(checkpoint, to, both=stage1 is not None),
         "## Training",
@@ -90,7 +90,7 @@ def model_card(checkpoint: Checkpoint, to: str, *, stage1: Checkpoint | None = N
 
 
 def _front_matter(checkpoint: Checkpoint, to: str, licenses: dict[str, str | None]) -> str:
-    generates = checkpoint.recipe.language is not None
+    generates = checkpoint.config.language is not None
     stated = {license and license.lower() for license in licenses.values()}
     license = stated.pop() if len(stated) == 1 else None
     license = None if license is None or license.startswith("other") else license
@@ -111,26 +111,27 @@ def _front_matter(checkpoint: Checkpoint, to: str, licenses: dict[str, str | Non
 
 def _parts(checkpoint: Checkpoint) -> Iterable[tuple[str, str]]:
     """Yield (role, name) of everything in a checkpoint that was not trained from scratch."""
-    recipe = checkpoint.recipe
+    config, recipe = checkpoint.config, read_recipe(checkpoint)
     ours = checkpoint.format == "blip2"
     trained = {name.split(".")[0] for name in checkpoint.weights} if ours else set()
-    for role, key, part in (("image encoder", "vision", recipe.vision), ("LLM", "language", recipe.language)):
+    for role, key, part in (("image encoder", "vision", config.vision), ("LLM", "language", config.language)):
         if part is not None:
             yield f"{role}, {'trained further' if key in trained else 'frozen'}", part.name
     if not ours:
         yield "Q-Former", checkpoint.name
-    if recipe.qformer.bert is not None:
-        yield "BERT that the Q-Former started from", recipe.qformer.bert
-    for start in recipe.start_checkpoints:
+    if config.qformer.bert is not None:
+        yield "BERT that the Q-Former started from", config.qformer.bert
+    for start in () if recipe is None else recipe.start_checkpoints:
         if is_pickle(start) or is_blip2(Path(start)) or _hub_name(start):
             yield "checkpoint that training started from", start
 
 
 def _training(checkpoint: Checkpoint) -> list[str]:
-    recipe, data, training = checkpoint.recipe, checkpoint.recipe.data, checkpoint.recipe.training
-    if not data.train:
-        return [f"The weights are those of `{checkpoint.name}` ({checkpoint.description}). That format does not"
-                " record the training data or the recipe."]  # fmt: skip
+    recipe = read_recipe(checkpoint)
+    if recipe is None:
+        return [f"The weights are those of `{checkpoint.name}` ({checkpoint.description}), which does not record the"
+                " training data or the recipe."]  # fmt: skip
+    data, training = recipe.data, recipe.training
     bert = f"the BERT `{recipe.qformer.bert}`" if recipe.qformer.bert else "random weights"
     start = " and ".join(f"the weights of `{name}`" for name in recipe.start_checkpoints) or bert
     sources = ", ".join(
@@ -151,7 +152,7 @@ def _training(checkpoint: Checkpoint) -> list[str]:
         "The complete recipe; save it as `recipe.yaml` and run",
         f"```sh\n{'' if (processes or 1) == 1 else f'torchrun --nproc_per_node {processes} --no-python '}"
         "blip2 train recipe.yaml\n```",
-        f"```yaml\n{dump_recipe(recipe)}```",
+        f"```yaml\n{dump_config(recipe)}```",
     ]
 
 
@@ -200,7 +201,7 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _use(checkpoint: Checkpoint, to: str, both: bool) -> list[str]:
     """Return programs that use a folder, with notes."""
-    language, queries = checkpoint.recipe.language, checkpoint.recipe.qformer.num_query_tokens
+    language, queries = checkpoint.config.language, checkpoint.config.qformer.num_query_tokens
     if to == "vllm":
         return [SERVE]
     if to == "lavis":
@@ -349,7 +350,7 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool = False) -> str:
     """Upload a converted folder to the Hugging Face hub, or to ``$HF_ENDPOINT``, in one commit.
 
     Args:
-        folder: a folder written by :func:`blip2.convert.convert`.
+        folder: a folder written by ``blip2 convert``.
         repo_id: name of the model repository, ``NAME`` or ``OWNER/NAME``; created if it does not exist.
         private: make the repository private.
 
@@ -363,9 +364,9 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool = False) -> str:
     path = expand_home(folder)
     if not path.is_dir():
         raise InputError(f"{path} is not a folder: give one written by blip2 convert")
-    if not any((path / name).is_file() for name in ("config.json", "recipe.yaml")) and not any(path.glob("*.pth")):
+    if not any((path / name).is_file() for name in ("config.json", CONFIG_FILE)) and not any(path.glob("*.pth")):
         raise InputError(
-            f"{path} contains no model (config.json, recipe.yaml or .pth): give a folder written by blip2 convert"
+            f"{path} contains no model (config.json, {CONFIG_FILE} or .pth): give a folder written by blip2 convert"
         )
     if not (path / "README.md").is_file():
         raise InputError(f"{path} has no README.md that describes the model: give a folder written by blip2 convert,"

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from blip2 import checkpoint
 from blip2.builder import Built, build, choose_device
-from blip2.config import IMAGE_TOKEN, Precision, Recipe, Stage
+from blip2.config import IMAGE_TOKEN, ModelConfig, Precision, Stage
 from blip2.data.collate import (
     encode_continuations,
     encode_prompts,
@@ -64,9 +64,10 @@ def load(
         path: folder of a run (its last checkpoint is loaded) or of a checkpoint; folder or hub name of transformers'
             ``Blip2ForConditionalGeneration`` or ``Blip2ForImageTextRetrieval``; or a ``.pth`` file of LAVIS.
         device: ``cpu``, ``cuda``, ``cuda:1`` or ``mps``. None: a GPU if there is one.
-        dtype: data type of the frozen parts. None: the recipe's, which defaults to bf16 on a GPU and fp32 on a CPU.
-        overrides: new values of recipe keys (``{"vision.image_size": 364}``), and values that a ``.pth`` file does not
-            contain (``{"vision.name": "eva_vit_g.pth", "language.name": "facebook/opt-2.7b"}``).
+        dtype: data type of the frozen parts. None: the model's own, which is bf16 on a GPU and fp32 on a CPU
+            unless its config names another.
+        overrides: new values of keys of the model's config (``{"vision.image_size": 364}``), and values that a
+            ``.pth`` file does not contain (``{"vision.name": "eva_vit_g.pth", "language.name": "facebook/opt-2.7b"}``).
         stage: the stage to load from a checkpoint that contains both. None: the one that the checkpoint names.
 
     Returns:
@@ -78,32 +79,32 @@ def load(
     """
     found = checkpoint.open_checkpoint(str(path), overrides).as_stage(stage)
     log.info("%s: %s", found.name, found.description)
-    recipe = found.recipe
-    if found.missing_prefixes and recipe.stage == "representation":
+    config = found.config
+    if found.missing_prefixes and config.stage == "representation":
         missing = " and no ".join(prefix.rstrip(".") for prefix in found.missing_prefixes)
         log.info("the checkpoint has no %s: initialized randomly", missing)
     if dtype is not None:
-        vision = replace(recipe.vision, dtype=dtype)
-        language = None if recipe.language is None else replace(recipe.language, dtype=dtype)
-        recipe = replace(recipe, vision=vision, language=language)
-    built = build(recipe, choose_device(device), found)
+        vision = replace(config.vision, dtype=dtype)
+        language = None if config.language is None else replace(config.language, dtype=dtype)
+        config = replace(config, vision=vision, language=language)
+    built = build(config, choose_device(device), found)
     checkpoint.load_weights(found, built.model)
     built.model.eval()
-    return make_pipeline(built, recipe, Path(found.name))
+    return make_pipeline(built, config, Path(found.name))
 
 
-def make_pipeline(built: Built, recipe: Recipe, path: Path) -> RepresentationPipeline | GenerationPipeline:
+def make_pipeline(built: Built, config: ModelConfig, path: Path) -> RepresentationPipeline | GenerationPipeline:
     """Return a pipeline for a model, which is left as it is.
 
     Args:
         built: the model and its tokenizers.
-        recipe: the recipe of the model.
+        config: the config of the model.
         path: name of the checkpoint in messages.
     """
     if isinstance(built.model, RepresentationModel):
-        return RepresentationPipeline(built.model, built.tokenizer, recipe, path)
+        return RepresentationPipeline(built.model, built.tokenizer, config, path)
     assert built.eos_token_id is not None
-    return GenerationPipeline(built.model, built.tokenizer, recipe, path, built.eos_token_id, built.question_tokenizer)
+    return GenerationPipeline(built.model, built.tokenizer, config, path, built.eos_token_id, built.question_tokenizer)
 
 
 class Pipeline(Generic[Model]):
@@ -115,8 +116,8 @@ class Pipeline(Generic[Model]):
     batch_size = 16
     """Number of images, or of image-text pairs, per forward pass."""
 
-    def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, path: Path) -> None:
-        self.model, self.tokenizer, self.recipe, self.path = model, tokenizer, recipe, path
+    def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, path: Path) -> None:
+        self.model, self.tokenizer, self.config, self.path = model, tokenizer, config, path
 
     @property
     def device(self) -> torch.device:
@@ -146,7 +147,7 @@ class Pipeline(Generic[Model]):
 
     def _refuse(self, task: str, stage: str) -> NoReturn:
         raise InputError(
-            f"{self.path} is of stage {self.recipe.stage}, which cannot {task}: load a model of stage {stage}"
+            f"{self.path} is of stage {self.config.stage}, which cannot {task}: load a model of stage {stage}"
         )
 
     # Each stage overrides the tasks it supports.
@@ -230,10 +231,10 @@ class RepresentationPipeline(Pipeline[RepresentationModel]):
     def tokenize(self, texts: Sequence[str]) -> tuple[Int[Tensor, "T L"], Bool[Tensor, "T L"]]:
         """Return token ids and attention mask of texts for the Q-Former.
 
-        Texts are normalized with ``data.text_normalization``. Long texts are truncated.
+        Texts are normalized with the model's ``text_normalization``. Long texts are truncated.
         """
-        texts = normalize_captions(texts, self.recipe.data.text_normalization)
-        limit = min(self.recipe.qformer.max_position_embeddings, 2 * self.recipe.data.max_length)
+        texts = normalize_captions(texts, self.config.text_normalization)
+        limit = min(self.config.qformer.max_position_embeddings, 2 * self.config.max_length)
         ids, mask, _ = encode_texts(self.tokenizer, texts, limit)
         return ids.to(self.device), mask.to(self.device)
 
@@ -245,12 +246,12 @@ class GenerationPipeline(Pipeline[GenerationModel]):
         self,
         model: GenerationModel,
         tokenizer: PreTrainedTokenizerBase,
-        recipe: Recipe,
+        config: ModelConfig,
         path: Path,
         eos_token_id: int,
         qformer_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        super().__init__(model, tokenizer, recipe, path)
+        super().__init__(model, tokenizer, config, path)
         self.eos_token_id = eos_token_id
         self.qformer_tokenizer = qformer_tokenizer
 
@@ -268,11 +269,11 @@ class GenerationPipeline(Pipeline[GenerationModel]):
             InputError: an image cannot be decoded, the numbers of prompts and images differ, or `prompt` is None for a
                 model that was trained to answer questions.
         """
-        assert self.recipe.language is not None
+        assert self.config.language is not None
         features = self.encode_images(images)
-        if prompt is None and self.recipe.language.prompt_has_question:
+        if prompt is None and self.config.language.prompt_has_question:
             raise InputError(f"{self.path} was trained to answer questions: call answer, or give a prompt to continue")
-        prompt = self.recipe.language.prompt if prompt is None else prompt
+        prompt = self.config.language.prompt if prompt is None else prompt
         prompts = [prompt] * len(features) if isinstance(prompt, str) else list(prompt)
         return self.generate(features, prompts, decoding or CAPTION_DECODING)
 
@@ -307,20 +308,20 @@ class GenerationPipeline(Pipeline[GenerationModel]):
     @property
     def question_template(self) -> str:
         """The prompt of questions: the one that the model was trained with, or else the paper's."""
-        assert self.recipe.language is not None
-        template = self.recipe.language.question_template
+        assert self.config.language is not None
+        template = self.config.language.question_template
         if template is not None:
             return template
         return SHORT_QUESTION_TEMPLATE if self.model.language.is_encoder_decoder else QUESTION_TEMPLATE
 
     def format_questions(self, questions: Sequence[str], template: str | None = None) -> list[str]:
-        """Return the prompts of questions, normalized with ``data.text_normalization``.
+        """Return the prompts of questions, normalized with the model's ``text_normalization``.
 
         Args:
             questions: questions.
             template: prompt in which {} stands for the question. None: :attr:`question_template`.
         """
-        questions = normalize_questions(questions, self.recipe.data.text_normalization)
+        questions = normalize_questions(questions, self.config.text_normalization)
         return format_prompts(self.question_template if template is None else template, questions)
 
     @torch.no_grad()
@@ -439,9 +440,7 @@ class GenerationPipeline(Pipeline[GenerationModel]):
         """Return the normalized questions as tokens for the Q-Former; None without questions."""
         if questions is None:
             return None
-        return encode_questions(
-            self.qformer_tokenizer, normalize_questions(questions, self.recipe.data.text_normalization)
-        )
+        return encode_questions(self.qformer_tokenizer, normalize_questions(questions, self.config.text_normalization))
 
     def _continuations(
         self, texts: Sequence[str], prompts: Sequence[str]
@@ -470,7 +469,7 @@ class GenerationPipeline(Pipeline[GenerationModel]):
         return torch.cat(parts)
 
     def _check_length(self, tokens: int, decoding: Decoding) -> None:
-        language, queries = self.model.language, self.recipe.qformer.num_query_tokens
+        language, queries = self.model.language, self.config.qformer.num_query_tokens
         positions = language.max_position_embeddings
         new = 0 if language.is_encoder_decoder else decoding.max_new_tokens
         if positions is not None and queries + tokens + new > positions:

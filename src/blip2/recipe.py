@@ -1,28 +1,34 @@
-"""Reading, overriding, documenting and writing recipe files."""
+"""Reading, overriding, documenting and writing the files of recipes and of models' configs."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from reprlib import Repr
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from blip2.config import EvaluationConfig, LanguageConfig, LoraConfig, Recipe
+from blip2.config import EvaluationConfig, LanguageConfig, LoraConfig, ModelConfig, Recipe
 from blip2.errors import InputError
 from blip2.io import parse_yaml, read_yaml, to_plain
 
 USAGE = "blip2 train RECIPE [--resume] [--KEY VALUE ...]"
 KEYS_HINT = "blip2 train --help lists all keys"
+KINDS = {
+    Recipe: ("recipe", KEYS_HINT),
+    ModelConfig: ("model config", f"its keys are {', '.join(ModelConfig.__dataclass_fields__)}; {KEYS_HINT}"),
+}
+"""The name of each kind in messages, and where to find its keys."""
 SUFFIXES = (".yaml", ".yml")
 """Suffixes of the files that can be a base."""
+Config = TypeVar("Config", Recipe, ModelConfig)
 
 
 def recipe_help() -> str:
@@ -60,48 +66,66 @@ def find_recipe(name: str) -> Path:
     raise InputError(f"no recipe {name!r}: give a YAML file, or one of those that come with blip2: {', '.join(names)}")
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = (), is_trusted: bool = True) -> Recipe:
-    """Read a recipe file.
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file of the user.
 
     Args:
+        path: the file.
         overrides: command-line arguments that override it (``["--data.batch_size", "32"]``).
-        is_trusted: whether the user wrote it. The recipe of a checkpoint must have no base, which would be another
-            file to read, and its trust_remote_code is ignored.
 
     Raises:
         InputError: it is not YAML, has an unknown key, a value of the wrong type or out of range, or a missing base.
     """
     changes = _overrides(overrides)
-    what = f"recipe {path}"
+    error = _errors(Recipe, path)
     values: dict[str, Any] = {}
-    for file in _with_bases(path) if is_trusted else [path]:
-        above = _read(file)
-        if "base" in above and not is_trusted:
-            raise InputError(
-                f"{what}: it has a base, {_show(above['base'])}, expected a recipe without one: write all keys into it"
-            )
+    for file in _with_bases(path):
+        above = _read(Recipe, file)
         above.pop("base", None)
-        if not is_trusted:  # it must not allow the code of a model that it names
-            for section in above.values():
-                if isinstance(section, dict):
-                    section.pop("trust_remote_code", None)
         _merge(Recipe, values, above)
     for key, text in changes.items():
-        hint = _hint(key)
+        hint = _hint(Recipe, key)
         if hint is None:
-            raise InputError(f"{what}: there is no key --{key}; {KEYS_HINT}")
+            raise error(f"there is no key --{key}")
         _put(values, key, _parsed(hint, text))
-    return _section(Recipe, values, "", what)
+    return _section(Recipe, values, "", error)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def load_stored(kind: type[Config], path: Path) -> Config:
+    """Read the recipe or the model's config of a checkpoint, which can be from anybody.
+
+    It must have no base, which would be another file to read, and its ``trust_remote_code`` is ignored.
+
+    Raises:
+        InputError: it is not YAML, has a base or an unknown key, or a value of the wrong type or out of range.
+    """
+    values, error = _read(kind, path), _errors(kind, path)
+    if "base" in values:
+        raise error(
+            f"it has a base, {_show(values['base'])}, expected a {KINDS[kind][0]} without one: write all keys into it"
+        )
+    for section in values.values():  # it must not allow the code of a model that it names
+        if isinstance(section, dict):
+            section.pop("trust_remote_code", None)
+    return _section(kind, values, "", error)
+
+
+def _errors(kind: type[Config], source: Path | str) -> Callable[[str], InputError]:
+    """Return a function that makes an error from a message about a file, or about a text that names the source."""
+    name, hint = KINDS[kind]
+    what = source if isinstance(source, str) else f"{name} {source}"
+    return lambda message: InputError(f"{what}: {message}; {hint}")
+
+
+def _read(kind: type[Config], path: Path) -> dict[str, Any]:
+    error = _errors(kind, path)
     try:
         values = read_yaml(path)
-    except InputError as error:
-        raise InputError(f"recipe {path}: {error}; expected the keys of a recipe, {KEYS_HINT}") from error
+    except InputError as cause:
+        raise error(f"{cause}; expected keys with values") from cause
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         found = "is empty" if values is None else f"holds one {type(values).__name__}"
-        raise InputError(f"recipe {path}: it {found}, expected the keys of a recipe; {KEYS_HINT}")
+        raise error(f"it {found}, expected keys with values")
     return values
 
 
@@ -109,7 +133,7 @@ def _with_bases(path: Path) -> list[Path]:
     """Return a recipe file preceded by its base, which can have a base too."""
     files = [path]
     seen = {os.path.realpath(path)}  # a file can have several names
-    while (base := _read(files[0]).get("base")) is not None:
+    while (base := _read(Recipe, files[0]).get("base")) is not None:
         # Another file is not read: an error message could show its content.
         if not isinstance(base, str) or not base.endswith(SUFFIXES):
             raise InputError(
@@ -126,33 +150,34 @@ def _with_bases(path: Path) -> list[Path]:
     return files
 
 
-def override(recipe: Recipe, changes: Mapping[str, object]) -> Recipe:
-    """Return a recipe with other values for some keys (``{"vision.name": "eva_vit_g.pth"}``).
+def override(config: Config, changes: Mapping[str, object]) -> Config:
+    """Return a recipe, or the config of a model, with other values for some keys (``{"vision.image_size": 364}``).
 
     Args:
+        config: the recipe or config.
         changes: values by key; a string is parsed as on the command line (``"364"``).
 
     Raises:
         InputError: an unknown key, or a value of the wrong type or out of range.
     """
     if not changes:
-        return recipe
-    values = to_plain(asdict(recipe))
-    given = ", ".join(f"{key} {_show(value)}" for key, value in changes.items())
+        return config
+    kind, values = type(config), to_plain(asdict(config))
+    error = _errors(kind, ", ".join(f"{key} {_show(value)}" for key, value in changes.items()))
     for key, value in changes.items():
-        hint = _hint(key)
+        hint = _hint(kind, key)
         if hint is None:
-            raise InputError(f"{given}: there is no key {key}; {KEYS_HINT}")
+            raise error(f"there is no key {key}")
         _put(values, key, _parsed(hint, value) if isinstance(value, str) else value)
-    return _section(Recipe, values, "", given)
+    return _section(kind, values, "", error)
 
 
-def dump_recipe(recipe: Recipe) -> str:
-    """Return a recipe as YAML with all fields."""
-    return yaml.safe_dump(to_plain(asdict(recipe)), sort_keys=False)
+def dump_config(config: Recipe | ModelConfig) -> str:
+    """Return a recipe, or the config of a model, as YAML with all fields."""
+    return yaml.safe_dump(to_plain(asdict(config)), sort_keys=False)
 
 
-# -- from plain values to a recipe ---------------------------------------------------------------------------------
+# -- from plain values to dataclasses ------------------------------------------------------------------------------
 
 
 def _overrides(arguments: Sequence[str]) -> dict[str, str]:
@@ -180,9 +205,9 @@ def _members(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
-def _hint(key: str) -> Any:
+def _hint(kind: type[Config], key: str) -> Any:
     """Return the type of a key (``data.batch_size``); None if there is no such key."""
-    hint: Any = Recipe
+    hint: Any = kind
     for name in key.split("."):
         section = _section_of(hint)
         hint = get_type_hints(section).get(name) if section is not None else None
@@ -210,19 +235,23 @@ def _merge(kind: Any, below: dict[str, Any], above: Mapping[str, Any]) -> None:
             below[name] = value
 
 
-def _section(kind: Any, values: Any, key: str, what: str) -> Any:
-    """Make a section of a recipe from plain values, which must have exactly the types of its fields.
+def _section(kind: Any, values: Any, key: str, error: Callable[[str], InputError]) -> Any:
+    """Make a dataclass from plain values, which must have exactly the types of its fields.
 
     Nothing in `values` can name a class or a function: unknown fields and values of another type are refused.
+
+    Args:
+        kind: the dataclass.
+        values: the values by field.
+        key: name of the section in messages; empty for the whole.
+        error: makes an error from a message.
     """
     hints = get_type_hints(kind)
     if not isinstance(values, Mapping):
-        raise InputError(
-            f"{what}: {key} is {_show(values)}, expected its keys, such as {next(iter(hints))}; {KEYS_HINT}"
-        )
+        raise error(f"{key} is {_show(values)}, expected its keys, such as {next(iter(hints))}")
     for name in values:
         if name not in hints:
-            raise InputError(f"{what}: there is no key {_show(f'{key}.{name}' if key else name)}; {KEYS_HINT}")
+            raise error(f"there is no key {_show(f'{key}.{name}' if key else name)}")
     arguments: dict[str, Any] = {}
     for field in fields(kind):
         full_key = f"{key}.{field.name}" if key else field.name
@@ -231,17 +260,17 @@ def _section(kind: Any, values: Any, key: str, what: str) -> Any:
         if field.name in values and not (section is not None and values[field.name] is None and required):
             value = values[field.name]
             if section is not None and not (value is None and NoneType in _members(hints[field.name])):
-                arguments[field.name] = _section(section, value, full_key, what)
+                arguments[field.name] = _section(section, value, full_key, error)
             else:
-                arguments[field.name] = _value(hints[field.name], value, full_key, what)
+                arguments[field.name] = _value(hints[field.name], value, full_key, error)
         elif required and section is not None:
-            arguments[field.name] = _section(section, {}, full_key, what)  # raises an error that names the missing key
+            arguments[field.name] = _section(section, {}, full_key, error)  # raises an error that names the missing key
         elif required:
-            raise InputError(f"{what}: {full_key} is missing; {KEYS_HINT}")
+            raise error(f"{full_key} is missing")
     return kind(**arguments)
 
 
-def _value(hint: Any, value: Any, key: str, what: str) -> Any:
+def _value(hint: Any, value: Any, key: str, error: Callable[[str], InputError]) -> Any:
     """Return a value as a type: the value itself, or an int as a float, or a list as a tuple."""
     for member in _members(hint):
         try:
@@ -249,7 +278,7 @@ def _value(hint: Any, value: Any, key: str, what: str) -> Any:
         except TypeError:
             continue
     expected = " or ".join(_name(member) for member in _members(hint))
-    raise InputError(f"{what}: {key} is {_show(value)}, expected {expected}; {KEYS_HINT}")
+    raise error(f"{key} is {_show(value)}, expected {expected}")
 
 
 def _member(hint: Any, value: Any) -> Any:

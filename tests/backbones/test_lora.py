@@ -151,11 +151,11 @@ def test_adapters_are_never_lost(parts, tuned, tmp_path):
     with pytest.raises(InputError, match=r"has LoRA adapters in its LLM, which transformers does not support"):
         convert(tuned / "llama", tmp_path / "converted", "transformers")
     train(plain)
-    path = checkpoint.latest_checkpoint(tmp_path / "plain") / "recipe.yaml"
+    path = checkpoint.latest_checkpoint(tmp_path / "plain") / "model.yaml"
     text = path.read_text()
     assert "  lora: null" in text
     path.write_text(text.replace("  lora: null", "  lora: {r: 2}"))
-    with pytest.raises(InputError, match=r"does not fit the recipe \(missing: language\..*lora_"):
+    with pytest.raises(InputError, match=r"does not fit the model config \(missing: language\..*lora_"):
         blip2.load(tmp_path / "plain", device="cpu")
 
 

@@ -126,7 +126,7 @@ def test_a_table_that_shares_files_with_a_benchmark(benchmarks, tmp_path):
 @pytest.mark.parametrize("key", ["data.validation", "evaluation.data"])
 def test_training_refuses_shared_images(parts, tmp_path, capsys, key):
     from blip2.cli import main
-    from blip2.recipe import dump_recipe
+    from blip2.recipe import dump_config
 
     changes = {"data": {"allow_overlap": False}}
     if key == "data.validation":
@@ -135,10 +135,10 @@ def test_training_refuses_shared_images(parts, tmp_path, capsys, key):
         changes["evaluation"] = {"task": "retrieval", "data": parts.images, "limit": 4, "rerank_k": 0}
     recipe = parts.recipe(tmp_path / "run", training={"max_steps": 1}, **changes)
     path = tmp_path / "recipe.yaml"
-    path.write_text(dump_recipe(recipe))
+    path.write_text(dump_config(recipe))
     assert main(["train", str(path)]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"error: {key} ({parts.images}) and data.train ({parts.images}) share 24 images (")
     assert line.endswith(": remove them from one, or set data.allow_overlap")
-    path.write_text(dump_recipe(replace(recipe, data=replace(recipe.data, allow_overlap=True))))
+    path.write_text(dump_config(replace(recipe, data=replace(recipe.data, allow_overlap=True))))
     assert main(["train", str(path)]) == 0

@@ -16,7 +16,7 @@ from blip2.errors import InputError
 from blip2.evaluation.in_training import train
 from blip2.evaluation.run import evaluate
 from blip2.pipelines import GenerationPipeline
-from blip2.recipe import dump_recipe
+from blip2.recipe import dump_config
 from blip2.resumable import ResumableMap
 from blip2.training import trainer
 from blip2.training.metrics import read_metrics
@@ -214,7 +214,7 @@ def test_killed_in_the_middle_of_an_evaluation(calm, tmp_path, monkeypatch):
 def test_a_sigkill_in_an_evaluation(calm, tmp_path):
     recipe = replace(calm, output=str(tmp_path / "run"))
     path, log = tmp_path / "recipe.yaml", tmp_path / "log"
-    path.write_text(dump_recipe(recipe))
+    path.write_text(dump_config(recipe))
     process = start(["train", str(path)], log)
     first = tmp_path / "run/evaluation/step-00000004/parts/answers/000000.pt"
     done = tmp_path / "run/evaluation/step-00000004/metrics.json"
@@ -241,7 +241,7 @@ def test_two_processes(parts, questions, calm, tmp_path):
     """They share the evaluation, whose results are those of one process on the same weights."""
     recipe = replace(calm, output=str(tmp_path / "run"), data=replace(calm.data, batch_size=2))
     path = tmp_path / "recipe.yaml"
-    path.write_text(dump_recipe(recipe))
+    path.write_text(dump_config(recipe))
     start_two(["train", str(path)], tmp_path)
     rows = read_metrics(tmp_path / "run")
     found = evaluate(tmp_path / "run", recipe.evaluation, tmp_path / "one", device="cpu")

@@ -112,9 +112,9 @@ def test_chance_is_the_mean_over_all_rankings(rows: list[list[int]]) -> None:
 @pytest.fixture(scope="module")
 def pipeline(parts: Parts) -> RepresentationPipeline:
     recipe = parts.recipe(Path("nowhere"))
-    built = build(recipe, torch.device("cpu"))
+    built = build(recipe.model, torch.device("cpu"))
     assert isinstance(built.model, RepresentationModel)
-    pipeline = RepresentationPipeline(randomize(built.model).eval(), built.tokenizer, recipe, Path("nowhere"))
+    pipeline = RepresentationPipeline(randomize(built.model).eval(), built.tokenizer, recipe.model, Path("nowhere"))
     pipeline.batch_size = 2
     return pipeline
 

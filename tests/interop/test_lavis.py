@@ -60,7 +60,7 @@ def test_the_fixture_of_stage_1_gives_its_losses(parts, save, tmp_path):
     clip = CLIPVisionConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=14, patch_size=2)
     CLIPVisionModel(clip).save_pretrained(tmp_path / "clip")
     changes = {"vision.name": str(tmp_path / "clip"), "qformer.num_attention_heads": 4, "qformer.tokenizer": parts.bert}
-    with pytest.raises(InputError, match=r"has 58 tokens with \[DEC\], the recipe's qformer.vocab_size is 201"):
+    with pytest.raises(InputError, match=r"has 58 tokens with \[DEC\], the model's qformer.vocab_size is 201"):
         blip2.load(save(state), device="cpu", overrides=changes)
     # The fixture's vocabulary has no words, only 201 ids.
     tokenizer = _tokenizer_of(201, tmp_path / "words")
@@ -188,7 +188,7 @@ def test_what_else_lies_in_the_file_is_no_matter(parts, save):
 def test_texts_are_normalized_as_lavis_normalizes_them(parts, save):
     changes = {"qformer.tokenizer": parts.bert}
     ours = blip2.load(save(lavis_state("1")), device="cpu", overrides=changes)
-    assert ours.recipe.data.text_normalization == "lavis"
+    assert ours.config.text_normalization == "lavis"
     signs = ["A Red (disc).", "The square: is *blue*; here!"]
     bare = ["a red disc", "the square is blue here"]
     assert torch.equal(ours.similarity(IMAGES, signs), ours.similarity(IMAGES, bare))
@@ -211,7 +211,7 @@ def test_questions_are_normalized_as_lavis_normalizes_them(parts, save, monkeypa
 
 def test_captions_stop_where_lavis_stops(parts, save):
     ours = blip2.load(save(lavis_state("opt")), device="cpu", overrides={"language.name": parts.opt})
-    assert ours.recipe.language.stop_string == "\n" and ours.tokenizer.decode([ours.eos_token_id]) == "\n"
+    assert ours.config.language.stop_string == "\n" and ours.tokenizer.decode([ours.eos_token_id]) == "\n"
     ours = blip2.load(save(lavis_state("t5")), device="cpu", overrides={"language.name": parts.t5})
     assert ours.eos_token_id == ours.tokenizer.eos_token_id
     assert ours.model.language.network.config.dense_act_fn == "gelu"
@@ -295,7 +295,7 @@ def test_the_file_of_the_encoder_alone(parts, save, tmp_path):
     inside = blip2.load(save(lavis_state("1"), "whole.pth"), device="cpu", overrides=changes)
     assert torch.equal(named.encode_images(IMAGES), inside.encode_images(IMAGES))
     recipe = parts.recipe(tmp_path / "run", vision={"name": str(tmp_path / "eva.pth")})
-    assert build(recipe, torch.device("cpu")).model.vision.hidden_size == 176
+    assert build(recipe.model, torch.device("cpu")).model.vision.hidden_size == 176
     refuses(tmp_path / "eva.pth", "holds an image encoder: name it as vision.name")
 
 
@@ -318,14 +318,14 @@ def test_the_heads_of_an_eva_of_another_width_are_asked_for(parts, save, tmp_pat
             with pytest.raises(
                 InputError, match=r"has width 96 and .* heads, .*: set vision.num_attention_heads to the number"
             ):
-                build(recipe, torch.device("cpu"))
+                build(recipe.model, torch.device("cpu"))
             continue
-        vision = build(recipe, torch.device("cpu")).model.vision
+        vision = build(recipe.model, torch.device("cpu")).model.vision
         assert vision.network.config.num_attention_heads == heads
         features.append(vision.encode(torch.ones(1, 3, 28, 28)))
     assert not torch.allclose(*features)  # so that a guess would be wrong in silence
     with pytest.raises(InputError, match=r"vision.num_attention_heads is 3, which is stored in .*: leave it out"):
-        build(parts.recipe(tmp_path / "run", vision={"num_attention_heads": 3}), torch.device("cpu"))
+        build(parts.recipe(tmp_path / "run", vision={"num_attention_heads": 3}).model, torch.device("cpu"))
 
 
 def test_two_names_of_one_matrix_with_other_values_are_refused(parts, save):
@@ -431,7 +431,7 @@ def test_another_encoder_is_not_taken_for_eva(parts, tmp_path):
     torch.save(state, tmp_path / "vit.pth")
     recipe = parts.recipe(tmp_path / "run", vision={"name": str(tmp_path / "vit.pth")})
     with pytest.raises(InputError, match="contains an image encoder that is neither EVA-CLIP nor CLIP: give timm"):
-        build(recipe, torch.device("cpu"))
+        build(recipe.model, torch.device("cpu"))
 
 
 def test_no_file(tmp_path):

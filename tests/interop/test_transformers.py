@@ -165,7 +165,7 @@ def test_the_llm_s_own_files_are_used_with_the_activation_of_the_checkpoint(part
     own.save_pretrained(tmp_path / "llm")
     byte_tokenizer(ends=True).save_pretrained(tmp_path / "llm")
     ours = blip2.load(tmp_path / "there", device="cpu", overrides={"language.name": str(tmp_path / "llm")})
-    assert ours.recipe.language.activation == "gelu"
+    assert ours.config.language.activation == "gelu"
     assert ours.model.language.network.config.dense_act_fn == "gelu"
 
 
@@ -217,14 +217,14 @@ def test_shards_and_half_precision(parts, tmp_path, name, dtype):
 
 def test_text_normalization_goes_with_the_weights(saved, runs, tmp_path, copy):
     """Published checkpoints were trained with LAVIS's; what this project trained without it is loaded without."""
-    assert open_checkpoint(str(saved["opt"][0])).recipe.data.text_normalization == "lavis"
+    assert open_checkpoint(str(saved["opt"][0])).config.text_normalization == "lavis"
     convert(saved["opt"][0], tmp_path / "ours", "blip2")
-    assert open_checkpoint(str(tmp_path / "ours")).recipe.data.text_normalization == "lavis"
-    assert open_checkpoint(str(runs["llama"])).recipe.data.text_normalization == "none"
+    assert open_checkpoint(str(tmp_path / "ours")).config.text_normalization == "lavis"
+    assert open_checkpoint(str(runs["llama"])).config.text_normalization == "none"
     convert(runs["stage1"], tmp_path / "plain", "transformers")
-    assert open_checkpoint(str(tmp_path / "plain")).recipe.data.text_normalization == "none"
-    changed = open_checkpoint(str(tmp_path / "plain"), {"data.text_normalization": "lavis"})
-    assert changed.recipe.data.text_normalization == "lavis"
+    assert open_checkpoint(str(tmp_path / "plain")).config.text_normalization == "none"
+    changed = open_checkpoint(str(tmp_path / "plain"), {"text_normalization": "lavis"})
+    assert changed.config.text_normalization == "lavis"
     edit(copy("t5") / "config.json", text_normalization="upper")
     refuses(tmp_path / "t5", "config.json has text_normalization 'upper', expected one of none, lavis: correct it")
 

@@ -24,7 +24,7 @@ from blip2.config import DataConfig
 from blip2.data.sources import open_records
 from blip2.data.workers import MAX_WORKER_FAILURES, prefetch
 from blip2.errors import InputError
-from blip2.recipe import dump_recipe
+from blip2.recipe import dump_config
 from blip2.training import data_stats
 from blip2.training.metrics import read_metrics
 from blip2.training.trainer import train
@@ -99,7 +99,7 @@ def recipe_of(parts, folder: Path, shards: str) -> Path:
         training={"max_steps": STEPS, "save_steps": 9},
     )
     path = folder / "recipe.yaml"
-    path.write_text(dump_recipe(recipe))
+    path.write_text(dump_config(recipe))
     return path
 
 

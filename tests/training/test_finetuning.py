@@ -64,14 +64,16 @@ def test_gradients_of_the_image_encoder_are_the_slope_of_the_loss(parts, tmp_pat
     torch.manual_seed(0)  # the same weights whatever test ran before
     objectives = ObjectivesConfig(itm=0.0)  # its negatives are drawn, so that it has no slope
     recipe = tune(parts, tmp_path, stage, qformer={"dropout": 0.0}, objectives=objectives)
-    built = build(recipe, CPU)
+    built = build(recipe.model, CPU, objectives=recipe.objectives)
     model = built.model
     configure_trainable(model, recipe.optimizer)
     for part in (model.vision, model.image_norm, model.qformer):
         randomize(part)
     records = open_records(parts.images, recipe.data)
     (plan, *_) = sequential_batches(records, 4)
-    preparation = BatchDataset(records, build_collator(recipe, built), model.vision.preprocessing, False, 1.0, False)
+    preparation = BatchDataset(
+        records, build_collator(recipe.model, built), model.vision.preprocessing, False, 1.0, False
+    )
     batch = preparation[plan].batch
     loss = sum(model(batch).losses.values())
     loss.backward()
@@ -253,8 +255,9 @@ def test_half_precision_has_full_weights(parts, tmp_path):
         train(recipe)
     gpu = torch.device("cuda")
     assert choose_dtype(None, gpu) == torch.bfloat16
-    assert choose_dtype(None, gpu, trains=True) == torch.float32
-    assert choose_dtype("fp16", gpu, trains=True) == torch.float16
+    assert choose_dtype(tune(parts, tmp_path).model.vision.dtype, gpu) == torch.float32
+    assert choose_dtype(tune(parts, tmp_path, vision={"dtype": "fp16"}).model.vision.dtype, gpu) == torch.float16
+    assert parts.recipe(tmp_path).model.vision.dtype is None  # frozen
 
 
 # -- layer-wise decay and drop path --------------------------------------------------------------------------------

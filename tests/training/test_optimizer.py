@@ -25,13 +25,13 @@ FROZEN = {"vision.*": "frozen", "language.*": "frozen"}
 
 @pytest.fixture
 def model(parts, tmp_path):
-    return build(parts.recipe(tmp_path), torch.device("cpu")).model
+    return build(parts.recipe(tmp_path).model, torch.device("cpu")).model
 
 
 @pytest.fixture
 def generator(parts, tmp_path):
     recipe = parts.recipe(tmp_path, stage="generation", language={"name": parts.llama})
-    return build(recipe, torch.device("cpu")).model
+    return build(recipe.model, torch.device("cpu")).model
 
 
 def test_first_matching_pattern_wins(model):

@@ -188,10 +188,10 @@ def test_every_record_once_an_epoch_with_another_batch_size(parts, tmp_path, cap
 
 
 def test_fewer_processes_go_on_within_the_epoch(parts, tmp_path, monkeypatch):
-    from blip2.recipe import dump_recipe
+    from blip2.recipe import dump_config
 
     recipe = parts.recipe(tmp_path / "run", training={"max_steps": 2, "save_steps": 2})
-    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    (tmp_path / "recipe.yaml").write_text(dump_config(recipe))
     start_two(["train", str(tmp_path / "recipe.yaml")], tmp_path)
     state = json.loads((checkpoint.latest_checkpoint(tmp_path / "run") / "state.json").read_text())
     assert len(state["positions"]) == 2
@@ -303,7 +303,7 @@ def test_weights_that_are_no_numbers(parts, tmp_path, value):
     weights[name].view(-1)[-1] = value
     save_file(weights, tmp_path / "vit" / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match="gives features that are not finite: its weights are damaged"):
-        build(changed(recipe, vision={"name": str(tmp_path / "vit")}), torch.device("cpu"))
+        build(changed(recipe, vision={"name": str(tmp_path / "vit")}).model, torch.device("cpu"))
 
 
 def test_a_folder_that_is_deleted_while_its_run_trains(parts, tmp_path, capsys, monkeypatch):
@@ -319,7 +319,7 @@ def test_a_folder_that_is_deleted_while_its_run_trains(parts, tmp_path, capsys, 
     folder = train(recipe)
     said = " ".join(capsys.readouterr().err.split())
     assert said.count("was deleted during the run and is recreated without earlier metrics") == 1
-    assert load(folder, device="cpu").recipe == with_absolute_paths(load(folder, device="cpu").recipe)
+    assert load(folder, device="cpu").config == with_absolute_paths(load(folder, device="cpu").config)
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [3, 4]
     train(changed(recipe, training={"max_steps": 5}), resume=True)
 
@@ -376,7 +376,9 @@ def test_a_run_of_relative_names_is_loaded_from_anywhere(parts, tmp_path, monkey
     folder = train(recipe)
     assert not (here / "~").exists() and folder.is_relative_to(home / "run")
     monkeypatch.chdir("/")
-    found = load(home / "run", device="cpu").recipe
+    found = load(home / "run", device="cpu").config
+    assert (found.vision.name, found.qformer.bert) == (str(here / "vit"), str(here / "bert"))
+    found = checkpoint.read_recipe(checkpoint.open_checkpoint(str(home / "run")))
     assert (found.vision.name, found.qformer.bert) == (str(here / "vit"), str(here / "bert"))
     assert found.data.sources == {str(here / "images" / "*.jsonl"): None}
     train(changed(found, training={"max_steps": 2}), resume=True)

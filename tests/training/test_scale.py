@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from blip2 import checkpoint
 from blip2.config import LoraConfig
 from blip2.errors import InputError
-from blip2.recipe import dump_recipe
+from blip2.recipe import dump_config
 from blip2.training.launch import make_accelerator
 from blip2.training.metrics import read_metrics
 from blip2.training.trainer import train
@@ -34,7 +34,7 @@ LOSSES = ("loss", "itc", "itm", "itg")
 def command(recipe, folder, *options):
     """Arguments of ``blip2`` for a run like `recipe` in another folder."""
     path = folder.with_suffix(".yaml")
-    path.write_text(dump_recipe(replace(recipe, output=str(folder))))
+    path.write_text(dump_config(replace(recipe, output=str(folder))))
     return ["train", str(path), *options]
 
 

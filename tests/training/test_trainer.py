@@ -23,7 +23,7 @@ from blip2.data.sources import open_records
 from blip2.errors import InputError
 from blip2.feature_cache.cache import CachedFeatures
 from blip2.pipelines import load
-from blip2.recipe import dump_recipe
+from blip2.recipe import dump_config
 from blip2.training import trainer
 from blip2.training.interruption import TrainingInterrupted
 from blip2.training.metrics import read_metrics
@@ -256,7 +256,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(parts, tmp_path):
 def command(recipe, folder, *options):
     """Arguments of ``blip2`` for a run like `recipe` in another folder."""
     path = folder.with_suffix(".yaml")
-    path.write_text(dump_recipe(replace(recipe, output=str(folder))))
+    path.write_text(dump_config(replace(recipe, output=str(folder))))
     return ["train", str(path), *options]
 
 
@@ -653,7 +653,7 @@ def test_a_checkpoint_says_what_positions_it_was_trained_with(parts, tmp_path, w
     train(replace(recipe, vision=replace(recipe.vision, position_encoding=wanted)))
     loaded = load(tmp_path / "run", device="cpu")
     found = "none" if wanted == "auto" else wanted  # a ViT has its own
-    assert loaded.recipe.vision.position_encoding == loaded.model.vision.position_encoding == found
+    assert loaded.config.vision.position_encoding == loaded.model.vision.position_encoding == found
     other = load(tmp_path / "run", device="cpu", overrides={"vision.position_encoding": "none"})
     same = torch.equal(loaded.embed_images(IMAGE), other.embed_images(IMAGE))
     assert same is (found == "none")
@@ -666,7 +666,7 @@ def test_a_run_that_is_resumed_keeps_the_positions_it_was_trained_with(parts, tm
 
     train(recipe("sine2d", 1))
     train(recipe("auto", 2), resume=True)  # a test of this encoder, a ViT, would find none
-    assert load(tmp_path / "run", device="cpu").recipe.vision.position_encoding == "sine2d"
+    assert load(tmp_path / "run", device="cpu").config.vision.position_encoding == "sine2d"
 
 
 def test_a_group_column_that_no_source_has_is_refused(parts, tmp_path):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -26,35 +26,6 @@ from blip2.interop.detect import is_pickle
 from blip2.pipelines import GenerationPipeline, RepresentationPipeline, load
 
 
-@runtime_checkable
-class Captioner(Protocol):
-    """A model that captions images."""
-
-    def generate(
-        self, images: Sequence[Image], num_return_sequences: int, uniforms: Float[Tensor, "N longest"]
-    ) -> list[list[str]]:
-        """Generate captions.
-
-        Args:
-            images: the images.
-            num_return_sequences: number of captions per image.
-            uniforms: numbers in [0, 1) that determine the sampled tokens; one row per caption, one number per token.
-
-        Returns:
-            The captions of each image.
-        """
-        ...
-
-
-@runtime_checkable
-class Ranker(Protocol):
-    """A model that compares images with texts."""
-
-    def score(self, images: Sequence[Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
-        """Return the cosine similarity of each image with each of its own texts."""
-        ...
-
-
 def resolve_checkpoint(name: str) -> str:
     """Return an absolute path that does not change: for the folder of a run, its latest checkpoint.
 
@@ -64,46 +35,6 @@ def resolve_checkpoint(name: str) -> str:
     if not path.exists():
         return name
     return str((find_checkpoint(path) if (path / CHECKPOINTS_FOLDER).is_dir() else path).absolute())
-
-
-def open_captioner(
-    name: str, decoding: Decoding, prompt: str | None, device: str | None, dtype: Precision | None
-) -> Captioner:
-    """Load a captioner: a stage-2 run, a BLIP-2 of any format, or a captioning model of transformers (BLIP, GIT ...).
-
-    Args:
-        name: path or hub name of the model.
-        decoding: how captions are generated.
-        prompt: text that captions continue; None means the model's own, if it has one.
-        device: device to run on; None means a GPU if there is one.
-        dtype: data type of the frozen parts; None means the recipe's.
-
-    Raises:
-        InputError: the model does not exist, or does not caption images.
-    """
-    if _is_other_transformers_model(name, CAPTIONING_MODEL):
-        return TransformersCaptioner(name, decoding, prompt, device, dtype)
-    pipeline = load(name, device, dtype, stage="generation")
-    assert isinstance(pipeline, GenerationPipeline)
-    return Blip2Captioner(pipeline, decoding, prompt)
-
-
-def open_ranker(name: str, device: str | None, dtype: Precision | None) -> Ranker:
-    """Load a ranker: a stage-1 run, a BLIP-2 with its heads, or a dual encoder of transformers (CLIP, SigLIP ...).
-
-    Args:
-        name: path or hub name of the model.
-        device: device to run on; None means a GPU if there is one.
-        dtype: data type of the frozen parts; None means the recipe's.
-
-    Raises:
-        InputError: the model does not exist, or does not compare images with texts.
-    """
-    if _is_other_transformers_model(name, IMAGE_TEXT_MODEL):
-        return TransformersRanker(name, device, dtype)
-    pipeline = load(name, device, dtype, stage="representation")
-    assert isinstance(pipeline, RepresentationPipeline)
-    return Blip2Ranker(pipeline)
 
 
 CAPTIONING_MODEL = "captioning model"
@@ -126,7 +57,7 @@ class Blip2Captioner:
     """Captions images with a stage-2 model."""
 
     def __init__(self, pipeline: GenerationPipeline, decoding: Decoding, prompt: str | None) -> None:
-        language = pipeline.recipe.language
+        language = pipeline.config.language
         assert language is not None
         if prompt is None and language.prompt_has_question:
             raise InputError(f"{pipeline.path} was trained to answer questions: give a prompt that captions continue")
@@ -136,6 +67,16 @@ class Blip2Captioner:
     def generate(
         self, images: Sequence[Image], num_return_sequences: int, uniforms: Float[Tensor, "N longest"]
     ) -> list[list[str]]:
+        """Generate captions.
+
+        Args:
+            images: the images.
+            num_return_sequences: number of captions per image.
+            uniforms: numbers in [0, 1) that determine the sampled tokens; one row per caption, one number per token.
+
+        Returns:
+            The captions of each image.
+        """
         prompts = [self._prompt] * len(images)
         texts = self._pipeline.generate(list(images), prompts, self._decoding, num_return_sequences, uniforms=uniforms)
         return _group(texts, num_return_sequences)
@@ -148,6 +89,7 @@ class Blip2Ranker:
         self._pipeline = pipeline
 
     def score(self, images: Sequence[Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
+        """Return the cosine similarity of each image with each of its own texts."""
         image_embeds = self._pipeline.embed_images(list(images))
         text_embeds = self._pipeline.embed_texts([text for group in texts for text in group])
         groups = text_embeds.split([len(group) for group in texts])
@@ -167,6 +109,7 @@ class TransformersCaptioner:
     def generate(
         self, images: Sequence[Image], num_return_sequences: int, uniforms: Float[Tensor, "N longest"]
     ) -> list[list[str]]:
+        """Generate captions; see :meth:`Blip2Captioner.generate`."""
         text = {"text": [self._prompt] * len(images)} if self._prompt else {}
         inputs = _prepare(self._processor(images=list(images), **text, return_tensors="pt"), self._model)
         decoding, num_beams = self._decoding, self._decoding.beam_width(num_return_sequences)
@@ -202,6 +145,7 @@ class TransformersRanker:
 
     @torch.no_grad()
     def score(self, images: Sequence[Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
+        """Return the cosine similarity of each image with each of its own texts."""
         # SigLIP was trained on texts that are padded to one length.
         padding = "max_length" if self._model.config.model_type.startswith("siglip") else True
         inputs = self._processor(
@@ -213,6 +157,50 @@ class TransformersRanker:
         text_embeds = normalize(out.text_embeds.float(), dim=-1)
         groups = text_embeds.split([len(group) for group in texts])
         return [(group @ image).tolist() for group, image in zip(groups, image_embeds, strict=True)]
+
+
+Captioner = Blip2Captioner | TransformersCaptioner
+Ranker = Blip2Ranker | TransformersRanker
+
+
+def open_captioner(
+    name: str, decoding: Decoding, prompt: str | None, device: str | None, dtype: Precision | None
+) -> Captioner:
+    """Load a captioner: a stage-2 run, a BLIP-2 of any format, or a captioning model of transformers (BLIP, GIT ...).
+
+    Args:
+        name: path or hub name of the model.
+        decoding: how captions are generated.
+        prompt: text that captions continue; None means the model's own, if it has one.
+        device: device to run on; None means a GPU if there is one.
+        dtype: data type of the frozen parts; None means the model's own.
+
+    Raises:
+        InputError: the model does not exist, or does not caption images.
+    """
+    if _is_other_transformers_model(name, CAPTIONING_MODEL):
+        return TransformersCaptioner(name, decoding, prompt, device, dtype)
+    pipeline = load(name, device, dtype, stage="generation")
+    assert isinstance(pipeline, GenerationPipeline)
+    return Blip2Captioner(pipeline, decoding, prompt)
+
+
+def open_ranker(name: str, device: str | None, dtype: Precision | None) -> Ranker:
+    """Load a ranker: a stage-1 run, a BLIP-2 with its heads, or a dual encoder of transformers (CLIP, SigLIP ...).
+
+    Args:
+        name: path or hub name of the model.
+        device: device to run on; None means a GPU if there is one.
+        dtype: data type of the frozen parts; None means the model's own.
+
+    Raises:
+        InputError: the model does not exist, or does not compare images with texts.
+    """
+    if _is_other_transformers_model(name, IMAGE_TEXT_MODEL):
+        return TransformersRanker(name, device, dtype)
+    pipeline = load(name, device, dtype, stage="representation")
+    assert isinstance(pipeline, RepresentationPipeline)
+    return Blip2Ranker(pipeline)
 
 
 OPTIONAL_WEIGHTS = r"position_ids|decoder\.(bias|weight)$"

@@ -39,7 +39,7 @@ class Evaluation:
         """Return the metrics with the prefix ``evaluation_``; for a missing one, a text with the reason."""
         folder = Path(self.recipe.output)
         _, metrics = evaluate_pipeline(
-            make_pipeline(built, self.recipe, folder), self.config, self.data,
+            make_pipeline(built, self.recipe.model, folder), self.config, self.data,
             folder / "evaluation" / f"step-{step:08d}", self.recipe.training.seed, overwrite=True,
         )  # fmt: skip
         values: dict[str, float | str] = {}

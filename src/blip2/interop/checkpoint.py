@@ -16,7 +16,7 @@ from blip2.backbones.language import LanguageModel, set_activation
 from blip2.backbones.pretrained import load_pretrained, load_submodule, wrap_load_errors
 from blip2.backbones.vision import ImageEncoder, Preprocessing
 from blip2.backbones.vision_loaders import Layer, check_image_size, interpolate_pos_embed, wrap_transformers
-from blip2.config import Recipe
+from blip2.config import ModelConfig
 from blip2.errors import InputError
 from blip2.interop.weights import Weights
 
@@ -47,8 +47,7 @@ class Checkpoint:
     format: Format
     description: str
     """A short description of the contents, for the log."""
-    recipe: Recipe
-    """The sizes of the parts and the names of the frozen ones. In other formats ``data.train`` is empty."""
+    config: ModelConfig
     weights: Weights
     """All weights. Those of frozen parts have transformers' names after :data:`VISION_PREFIX` and
     :data:`LANGUAGE_PREFIX`."""
@@ -84,11 +83,11 @@ class Checkpoint:
 
     def is_stage1_only(self, name: str) -> bool:
         """Return whether a weight belongs to the heads or to a text transformer that stage 2 does not have."""
-        return name.startswith(STAGE1_ONLY) or (is_text_weight(name) and not self.recipe.qformer.use_qformer_text_input)
+        return name.startswith(STAGE1_ONLY) or (is_text_weight(name) and not self.config.qformer.use_qformer_text_input)
 
     def stage_weights(self) -> Weights:
         """Return the weights of the checkpoint's own stage, including frozen parts."""
-        if self.recipe.stage == "representation":
+        if self.config.stage == "representation":
             return self.weights.drop(*STAGE2_ONLY)
         return self.weights.filter(lambda name: not self.is_stage1_only(name))
 
@@ -110,27 +109,27 @@ class Checkpoint:
         Raises:
             InputError: the checkpoint does not contain that stage.
         """
-        if stage in (None, self.recipe.stage):
+        if stage in (None, self.config.stage):
             return self
         if stage == "generation" or not self.has_stage1:
-            raise InputError(f"{self.name} contains only stage {self.recipe.stage}: load a model of stage {stage}")
+            raise InputError(f"{self.name} contains only stage {self.config.stage}: load a model of stage {stage}")
         tokenizer = None if self.tokenizer is None else self.tokenizer / QFORMER_TOKENIZER
-        return replace(self, recipe=replace(self.recipe, stage=stage, language=None), tokenizer=tokenizer)
+        return replace(self, config=replace(self.config, stage=stage, language=None), tokenizer=tokenizer)
 
-    def with_recipe(self, recipe: Recipe) -> Checkpoint:
-        """Return the checkpoint with another recipe, without the frozen parts that the recipe loads from elsewhere."""
+    def with_config(self, config: ModelConfig) -> Checkpoint:
+        """Return the checkpoint with another config, without the frozen parts that the config names elsewhere."""
         weights, vision, language = self.weights, self.vision_config, self.language_config
-        if self.has_vision and recipe.vision.name != self.name:
+        if self.has_vision and config.vision.name != self.name:
             weights, vision = weights.drop(VISION_PREFIX), None
-        if self.has_language and recipe.language is not None and recipe.language.name != self.name:
+        if self.has_language and config.language is not None and config.language.name != self.name:
             weights, language = weights.drop(LANGUAGE_PREFIX), None
-        return replace(self, recipe=recipe, weights=weights, vision_config=vision, language_config=language)
+        return replace(self, config=config, weights=weights, vision_config=vision, language_config=language)
 
     def with_num_attention_heads(self, num_attention_heads: int | None) -> Checkpoint:
         """Return the checkpoint with the number of heads of its image encoder, which the weights do not determine.
 
         Args:
-            num_attention_heads: the recipe's value. None: that of the configuration.
+            num_attention_heads: the given value. None: that of the configuration.
 
         Raises:
             InputError: the number is unknown, contradicts the configuration or does not divide the width.

@@ -31,8 +31,8 @@ def open_foreign(name: str, overrides: Mapping[str, object] | None = None) -> Ch
 
     Args:
         name: folder in transformers' layout, hub name, or ``.pth`` file.
-        overrides: values of recipe keys that the file does not contain. None: only the frozen parts in the file are
-            needed. See :func:`lavis.read`.
+        overrides: values of keys of the config that the file does not contain. None: only the frozen parts in the
+            file are needed. See :func:`lavis.read`.
 
     Returns:
         The checkpoint. None: there is no such checkpoint of this name.

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Blip2VisionConfig, CLIPVisionConfig
 
 from blip2.backbones.vision import CLIP_MEAN, CLIP_STD, Preprocessing
-from blip2.config import DataConfig, LanguageConfig, QFormerConfig, Recipe, VisionConfig
+from blip2.config import LanguageConfig, ModelConfig, QFormerConfig, VisionConfig
 from blip2.errors import InputError
 from blip2.interop.checkpoint import LANGUAGE_PREFIX, VISION_PREFIX, Checkpoint
 from blip2.interop.key_map import KeyMap, format_names, qformer_block_keys
@@ -78,7 +78,7 @@ def read(path: Path, overrides: Mapping[str, object] | None) -> Checkpoint:
 
     Args:
         path: the file.
-        overrides: values of recipe keys that the file does not contain: ``vision.name`` and, for stage 2,
+        overrides: values of keys of the config that the file does not contain: ``vision.name`` and, for stage 2,
             ``language.name`` if these frozen parts are not in the file, and ``qformer.num_attention_heads`` if a head
             is not 64 wide. A given ``vision.name`` replaces an image encoder in the file. None: only the frozen parts
             in the file are needed, so no value is required.
@@ -113,18 +113,18 @@ def _read(path: Path, state: dict[str, Tensor], overrides: Mapping[str, object] 
     weights = Weights(state).rename_keys(_key_map(is_t5, is_clip), str(path))
     stage = "generation" if "projection.weight" in weights else "representation"
     vision = _vision_config(path, weights) if weights.select(VISION_PREFIX) else None
-    recipe = _recipe(path, weights, stage, is_t5, vision is not None, overrides)
+    config = _config(path, weights, stage, is_t5, vision is not None, overrides)
     frozen = {"image encoder": VISION_PREFIX, "LLM": LANGUAGE_PREFIX}
     included = " and ".join(part for part, prefix in frozen.items() if weights.select(prefix)) or "no frozen parts"
     description = f"LAVIS's stage {'1' if stage == 'representation' else '2 with T5' if is_t5 else '2 with OPT'}"
-    description += f", {recipe.qformer.num_query_tokens} queries, {included} included"
+    description += f", {config.qformer.num_query_tokens} queries, {included} included"
     if replaced:
-        description += f"; its image encoder is replaced by {recipe.vision.name}"
+        description += f"; its image encoder is replaced by {config.vision.name}"
     return Checkpoint(
         name=str(path),
         format="lavis",
         description=description,
-        recipe=recipe,
+        config=config,
         weights=weights,
         vision_config=vision,
         preprocessing=None if vision is None else Preprocessing(vision.image_size, CLIP_MEAN, CLIP_STD),
@@ -135,14 +135,14 @@ def _key_map(is_t5: bool, is_clip: bool) -> KeyMap:
     return QFORMER_KEYS + (T5_KEYS if is_t5 else OPT_KEYS) + (CLIP_KEYS if is_clip else EVA_KEYS)
 
 
-def _recipe(
+def _config(
     path: Path,
     weights: Weights,
     stage: Any,
     is_t5: bool,
     has_vision: bool,
     overrides: Mapping[str, object] | None,
-) -> Recipe:
+) -> ModelConfig:
     values = {"qformer.num_attention_heads": 1} if overrides is None else overrides
     if stage == "representation":
         values = {key: value for key, value in values.items() if key != "language.name"}
@@ -164,11 +164,10 @@ def _recipe(
         raise InputError(f"{path} does not name its LLM: set language.name, for example to"
                          f" {'google/flan-t5-xl' if is_t5 else 'facebook/opt-2.7b'}")  # fmt: skip
     projection = weights.get("image_projection.weight")
-    recipe = Recipe(
+    config = ModelConfig(
         stage=stage,
-        output="",
         vision=VisionConfig(name=str(path), position_encoding="none"),
-        data=DataConfig(train="", text_normalization="lavis"),
+        text_normalization="lavis",
         qformer=QFormerConfig(
             bert=None,
             tokenizer=BERT_TOKENIZER,
@@ -188,7 +187,7 @@ def _recipe(
         # LAVIS's OPT stops at a newline. Its T5 uses the exact GELU, unlike FlanT5's own configuration.
         else LanguageConfig(name="", stop_string=None if is_t5 else "\n", activation="gelu" if is_t5 else None),
     )
-    return override(recipe, values)
+    return override(config, values)
 
 
 def _read_encoder(path: Path, state: dict[str, Tensor]) -> Checkpoint:
@@ -208,12 +207,7 @@ def _read_encoder(path: Path, state: dict[str, Tensor]) -> Checkpoint:
         name=str(path),
         format="lavis",
         description="an image encoder",
-        recipe=Recipe(
-            stage="representation",
-            output="",
-            vision=VisionConfig(name=str(path), position_encoding="none"),
-            data=DataConfig(train=""),
-        ),
+        config=ModelConfig("representation", VisionConfig(name=str(path), position_encoding="none")),
         weights=weights,
         vision_config=vision,
         preprocessing=Preprocessing(vision.image_size, CLIP_MEAN, CLIP_STD),
@@ -336,13 +330,13 @@ def to_state_dict(checkpoint: Checkpoint, is_t5: bool) -> dict[str, Tensor]:
                 )
     state = dict(checkpoint.weights.rename_keys(_key_map(is_t5, is_clip), checkpoint.name, inverse=True))
     merge_in_proj(state) if is_clip else split_qkv_bias(state)
-    add_tied(state, checkpoint.recipe.qformer.max_position_embeddings)
+    add_tied(state, checkpoint.config.qformer.max_position_embeddings)
     return state
 
 
 def compatibility_notes(checkpoint: Checkpoint) -> list[str]:
     """Return notes on what LAVIS's own code or files do not support in a checkpoint."""
-    qformer, vision, language = checkpoint.recipe.qformer, checkpoint.vision_config, checkpoint.recipe.language
+    qformer, vision, language = checkpoint.config.qformer, checkpoint.vision_config, checkpoint.config.language
     notes = []
     if (qformer.hidden_size, qformer.num_hidden_layers, qformer.num_attention_heads) != (768, 12, 12):
         notes.append("LAVIS builds only Q-Formers with the sizes of BERT-base: this file needs a modified LAVIS")
@@ -358,7 +352,7 @@ def compatibility_notes(checkpoint: Checkpoint) -> list[str]:
             notes.append(f"its T5 uses the activation {llm.dense_act_fn}, LAVIS's uses gelu: results differ")
         if llm is not None and llm.model_type == "opt" and language.stop_string != "\n":
             notes.append("its texts end with the LLM's own token; LAVIS's end with a newline")
-    if checkpoint.recipe.data.text_normalization != "lavis":
+    if checkpoint.config.text_normalization != "lavis":
         notes.append(
             "LAVIS lowercases captions and questions and removes punctuation; this model was trained without that"
         )

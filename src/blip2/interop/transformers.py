@@ -21,15 +21,7 @@ from transformers import (
 from blip2.backbones.language import activation_name
 from blip2.backbones.pretrained import wrap_load_errors
 from blip2.backbones.vision_loaders import load_preprocessing
-from blip2.config import (
-    IMAGE_TOKEN,
-    DataConfig,
-    LanguageConfig,
-    QFormerConfig,
-    Recipe,
-    TextNormalization,
-    VisionConfig,
-)
+from blip2.config import IMAGE_TOKEN, LanguageConfig, ModelConfig, QFormerConfig, TextNormalization, VisionConfig
 from blip2.errors import InputError
 from blip2.interop.checkpoint import Checkpoint, load_tokenizer
 from blip2.interop.key_map import KeyMap, qformer_block_keys
@@ -38,7 +30,7 @@ from blip2.io import read_json, write_json
 
 RETRIEVAL_CLASS, GENERATION_CLASS = "Blip2ForImageTextRetrieval", "Blip2ForConditionalGeneration"
 NORMALIZATION_KEY = "text_normalization"
-"""Key of config.json for a ``data.text_normalization`` other than :data:`DEFAULT_NORMALIZATION`. Transformers ignores
+"""Key of config.json for a text normalization other than :data:`DEFAULT_NORMALIZATION`. Transformers ignores
 it."""
 DEFAULT_NORMALIZATION: TextNormalization = "lavis"
 """Text normalization of the published checkpoints."""
@@ -96,7 +88,7 @@ def _read(name: str, folder: Path, settings: dict[str, Any]) -> Checkpoint:
     )
     tokenizer = load_tokenizer(folder)
     check_processor(name, folder, config, tokenizer, generates)
-    recipe = _recipe(name, config, weights, tokenizer, generates)
+    model_config = _config(name, config, weights, tokenizer, generates)
     vision = config.vision_config
     _set_size(name, vision, weights)
     llm = config.text_config.model_type
@@ -109,7 +101,7 @@ def _read(name: str, folder: Path, settings: dict[str, Any]) -> Checkpoint:
         name=name,
         format="transformers",
         description=description,
-        recipe=recipe,
+        config=model_config,
         weights=weights,
         tokenizer=folder,
         vision_config=vision,
@@ -118,7 +110,9 @@ def _read(name: str, folder: Path, settings: dict[str, Any]) -> Checkpoint:
     )
 
 
-def _recipe(name: str, config: Any, weights: Weights, tokenizer: PreTrainedTokenizerBase, generates: bool) -> Recipe:
+def _config(
+    name: str, config: Any, weights: Weights, tokenizer: PreTrainedTokenizerBase, generates: bool
+) -> ModelConfig:
     qformer_config = config.qformer_config
     if qformer_config.hidden_act != "gelu":
         raise InputError(
@@ -159,13 +153,12 @@ def _recipe(name: str, config: Any, weights: Weights, tokenizer: PreTrainedToken
             language = LanguageConfig(
                 name=name, prompt=prompt, stop_string=stop, activation=activation_name(config.text_config)
             )
-        return Recipe(
+        return ModelConfig(
             stage="generation" if generates else "representation",
-            output="",
             vision=VisionConfig(name=name, position_encoding="none"),
-            data=DataConfig(train="", text_normalization=_normalization(name, config)),
             qformer=qformer,
             language=language,
+            text_normalization=_normalization(name, config),
         )
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
@@ -268,12 +261,12 @@ def save_processor(folder: Path, checkpoint: Checkpoint, tokenizer: PreTrainedTo
     Returns:
         The configuration of the model.
     """
-    recipe, vision, llm = checkpoint.recipe, checkpoint.vision_config, checkpoint.language_config
+    sizes, vision, llm = checkpoint.config.qformer, checkpoint.vision_config, checkpoint.language_config
     preprocessing = checkpoint.preprocessing
     assert preprocessing is not None
     size = {"height": preprocessing.image_size, "width": preprocessing.image_size}
     images = BlipImageProcessorPil(size=size, image_mean=list(preprocessing.mean), image_std=list(preprocessing.std))
-    processor = Blip2Processor(images, tokenizer, num_query_tokens=recipe.qformer.num_query_tokens)  # adds <image>
+    processor = Blip2Processor(images, tokenizer, num_query_tokens=sizes.num_query_tokens)  # adds <image>
     processor.save_pretrained(folder)
     # Versions of transformers differ in which of the two files they read; none accepts the PIL-only class name.
     settings = _read_object(folder / "processor_config.json")
@@ -283,16 +276,16 @@ def save_processor(folder: Path, checkpoint: Checkpoint, tokenizer: PreTrainedTo
         folder / "preprocessor_config.json", {**settings["image_processor"], "processor_class": "Blip2Processor"}
     )
     qformer = Blip2QFormerConfig(
-        vocab_size=recipe.qformer.vocab_size,
-        hidden_size=recipe.qformer.hidden_size,
-        num_hidden_layers=recipe.qformer.num_hidden_layers,
-        num_attention_heads=recipe.qformer.num_attention_heads,
-        intermediate_size=recipe.qformer.intermediate_size,
-        hidden_dropout_prob=recipe.qformer.dropout,
-        attention_probs_dropout_prob=recipe.qformer.dropout,
-        max_position_embeddings=recipe.qformer.max_position_embeddings,
-        layer_norm_eps=recipe.qformer.layer_norm_eps,
-        cross_attention_frequency=recipe.qformer.cross_attention_frequency,
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.hidden_size,
+        num_hidden_layers=sizes.num_hidden_layers,
+        num_attention_heads=sizes.num_attention_heads,
+        intermediate_size=sizes.intermediate_size,
+        hidden_dropout_prob=sizes.dropout,
+        attention_probs_dropout_prob=sizes.dropout,
+        max_position_embeddings=sizes.max_position_embeddings,
+        layer_norm_eps=sizes.layer_norm_eps,
+        cross_attention_frequency=sizes.cross_attention_frequency,
         encoder_hidden_size=vision.hidden_size,
         use_qformer_text_input=any(".text_feed_forward." in name for name in checkpoint.weights),
     )
@@ -300,12 +293,12 @@ def save_processor(folder: Path, checkpoint: Checkpoint, tokenizer: PreTrainedTo
         vision_config=vision,
         qformer_config=qformer,
         text_config=llm,
-        num_query_tokens=recipe.qformer.num_query_tokens,
-        image_text_hidden_size=recipe.qformer.image_text_hidden_size,
+        num_query_tokens=sizes.num_query_tokens,
+        image_text_hidden_size=sizes.image_text_hidden_size,
         image_token_index=tokenizer.get_vocab()[IMAGE_TOKEN],
     )
-    if recipe.data.text_normalization != DEFAULT_NORMALIZATION:
-        setattr(config, NORMALIZATION_KEY, recipe.data.text_normalization)
+    if checkpoint.config.text_normalization != DEFAULT_NORMALIZATION:
+        setattr(config, NORMALIZATION_KEY, checkpoint.config.text_normalization)
     if llm is not None:
         start = getattr(llm, "decoder_start_token_id", None)
         GenerationConfig(

@@ -82,11 +82,13 @@ def load_model(
     if resume_from is not None:
         if recipe.vision.position_encoding == "auto":
             # Keep what was detected when the run started: on another machine, the test could have another result.
-            recipe = _with_position_encoding(recipe, resume_from.recipe.vision.position_encoding)
+            recipe = _with_position_encoding(recipe, resume_from.config.vision.position_encoding)
         for line in compare_recipes(resume_from, recipe):
             display.log(line)
     weights_device = torch.device("cpu") if is_sharded(recipe, accelerator) else None
-    built = build(recipe, accelerator.device, resume_from, weights_device)
+    built = build(
+        recipe.model, accelerator.device, resume_from, weights_device, recipe.objectives, recipe.starts_from_bert
+    )
     recipe = _with_position_encoding(recipe, built.model.vision.position_encoding)
     rates = configure_trainable(built.model, recipe.optimizer)
     has_new_projection = resume_from is None
@@ -108,15 +110,21 @@ def compare_recipes(resume_from: Checkpoint, recipe: Recipe) -> list[str]:
         Messages about the keys that have changed, and about changed keys that have no effect on a resumed run.
 
     Raises:
-        InputError: the recipe is of another stage, or its Q-Former does not fit the weights.
+        InputError: the recipe is of another stage, its Q-Former does not fit the weights, or the checkpoint has none.
     """
-    if resume_from.recipe.stage != recipe.stage:
+    if resume_from.config.stage != recipe.stage:
         raise InputError(
-            f"{resume_from.name} is of stage {resume_from.recipe.stage}, and the recipe of stage {recipe.stage}: give"
+            f"{resume_from.name} is of stage {resume_from.config.stage}, and the recipe of stage {recipe.stage}: give"
             " another output, with start_from for the weights"
         )
-    checkpoint.check_qformer_config(resume_from, recipe)
-    old, new = dict(_flatten(asdict(resume_from.recipe))), dict(_flatten(asdict(recipe)))
+    checkpoint.check_qformer_config(resume_from, recipe.qformer)
+    stored = checkpoint.read_recipe(resume_from)
+    if stored is None:
+        raise InputError(
+            f"checkpoint {resume_from.name} has no {checkpoint.RECIPE_FILE}, expected the recipe of its run: copy it"
+            " there, or give another output, with start_from for the weights"
+        )
+    old, new = dict(_flatten(asdict(stored))), dict(_flatten(asdict(recipe)))
     changed = [key for key in old | new if old.get(key) != new.get(key) and key != "output"]
     lines = []
     used = [f"{key} from {old.get(key)} to {new.get(key)}" for key in changed if key not in INITIALIZATION_KEYS]
@@ -175,7 +183,7 @@ def open_data(
         InputError: the data is unusable or does not fit the recipe.
     """
     data, rank, world_size = recipe.data, accelerator.process_index, accelerator.num_processes
-    texts = build_collator(recipe, built)
+    texts = build_collator(recipe.model, built)
     encoder = built.model.vision
     opened: list[OpenedSource] = []
 

@@ -32,7 +32,7 @@ from blip2.distributed import all_gather_objects
 from blip2.errors import InputError
 from blip2.model.generation import GenerationModel
 from blip2.model.losses import LossOutput
-from blip2.recipe import dump_recipe
+from blip2.recipe import dump_config
 from blip2.training.data_stats import DataStats
 from blip2.training.interruption import TrainingInterrupted, catch_signals
 from blip2.training.launch import deterministic_algorithms, lock_run, log_failures, make_accelerator
@@ -212,7 +212,7 @@ class Trainer:
             JsonlLog.truncate(self.folder / SKIPPED_FILE, self.global_step)
             self.best = best_metric(self.folder, recipe.training.metric_for_best_model)
         if recipe.training.report_to:
-            accelerator.init_trackers("blip2", config={"recipe": dump_recipe(recipe)})
+            accelerator.init_trackers("blip2", config={"recipe": dump_config(recipe)})
         saved = checkpoint.latest_checkpoint(self.folder)
         self.display.start(max_steps, self.global_step)
         logs = [JsonlLog(self.folder / name, accelerator.is_main_process) for name in (METRICS_FILE, SKIPPED_FILE)]
@@ -398,7 +398,7 @@ class Trainer:
 
     def _write_recipe(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "recipe.yaml").write_text(dump_recipe(self.recipe), encoding="utf-8")
+        (self.folder / checkpoint.RECIPE_FILE).write_text(dump_config(self.recipe), encoding="utf-8")
 
     def _save(self, pending_metrics: dict[str, float] | None = None) -> Path:
         """Write a checkpoint of the current step.
@@ -417,7 +417,7 @@ class Trainer:
             )
         path = self.folder
         if accelerator.is_main_process:
-            if not (self.folder / "recipe.yaml").exists():
+            if not (self.folder / checkpoint.RECIPE_FILE).exists():
                 self.display.log(f"{self.folder} was deleted during the run and is recreated without earlier metrics")
                 self._write_recipe()
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
