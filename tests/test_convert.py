@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 from transformers import (
     BartConfig,
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 import blip2
+from blip2.checkpoint import open_checkpoint, read_recipe
 from blip2.convert import convert
 from blip2.errors import InputError
 from blip2.interop.weights import open_folder
@@ -55,6 +57,21 @@ def test_trained_encoder_and_llm_go_along(whole, parts, tmp_path, to):
     embeddings = [p.model.language.network.get_input_embeddings().weight[:258] for p in (ours, again)]
     assert torch.equal(*embeddings)
     assert again.caption(IMAGES) == ours.caption(IMAGES)
+
+
+def test_a_conversion_invents_no_recipe(parts, runs, tmp_path):
+    """It writes the model's config, and the recipe only of a model that was trained here."""
+    save_transformers(tmp_path / "theirs", "opt", parts.bert)
+    convert(tmp_path / "theirs", tmp_path / "ours", "blip2")
+    written = {path.name for path in (tmp_path / "ours").iterdir()}
+    assert written == {"README.md", "model.safetensors", "model.yaml"}
+    values = yaml.safe_load((tmp_path / "ours" / "model.yaml").read_text())
+    assert set(values) == {"stage", "vision", "qformer", "language", "text_normalization", "max_length"}
+    assert read_recipe(open_checkpoint(str(tmp_path / "ours"))) is None
+    convert(runs["llama"], tmp_path / "copy", "blip2")
+    run, copy = (open_checkpoint(str(path)) for path in (runs["llama"], tmp_path / "copy"))
+    assert read_recipe(copy) == read_recipe(run) is not None
+    assert copy.config == run.config == read_recipe(run).model
 
 
 def test_an_embedding_for_the_placeholder(whole, tmp_path):

@@ -497,18 +497,16 @@ def _log_differences(checkpoint: Checkpoint, recipe: Recipe, built: Built, log: 
     """Log settings that differ from the checkpoint's, so that the model's first outputs differ from it too."""
     if checkpoint.has_vision and checkpoint.name not in (recipe.vision.name, str(Path(recipe.vision.name).absolute())):
         log(f"its image encoder is not used, but vision.name {recipe.vision.name}")
-    saved, given = checkpoint.config, recipe.model
-    settings: dict[str, Callable[[ModelConfig], object]] = {
-        "qformer.image_norm_eps": lambda config: config.qformer.image_norm_eps,
-        "language.activation": lambda config: getattr(config.language, "activation", None),
-        "data.text_normalization": lambda config: config.text_normalization,
-    }
-    for key, get in settings.items():
-        if get(saved) != get(given) and not (key.startswith("language.") and saved.language is None):
-            log(f"its {key} is {get(saved)}, the recipe's is {get(given)}: results differ slightly at first")
-    old, new = saved.vision.position_encoding, built.model.vision.position_encoding
-    if old not in ("auto", new):
-        log(f"its vision.position_encoding is {old}, the recipe's is {new}: results differ at first")
+    both = [
+        {"qformer": each.qformer, "language": each.language, "data": each} for each in (checkpoint.config, recipe.model)
+    ]
+    for section, key in (("qformer", "image_norm_eps"), ("language", "activation"), ("data", "text_normalization")):
+        saved, given = (getattr(each[section], key, None) for each in both)
+        if saved != given and both[0][section] is not None:
+            log(f"its {section}.{key} is {saved}, the recipe's is {given}: results differ slightly at first")
+    saved, given = checkpoint.config.vision.position_encoding, built.model.vision.position_encoding
+    if saved not in ("auto", given):
+        log(f"its vision.position_encoding is {saved}, the recipe's is {given}: results differ at first")
 
 
 def _load(weights: Mapping[str, Tensor], model: nn.Module, checkpoint: Checkpoint, expected: set[str]) -> None:

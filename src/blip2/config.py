@@ -482,13 +482,11 @@ class Recipe:
     @property
     def model(self) -> ModelConfig:
         """The config of the model that the recipe trains. Parts that train are in fp32 if no dtype is given."""
-        vision, language = self.vision, self.language
-        if vision.dtype is None and self.optimizer.trains("vision"):
-            vision = replace(vision, dtype="fp32")
-        has_frozen_weights = language is None or language.lora is not None or not self.optimizer.trains("language")
-        if language is not None and language.dtype is None and not has_frozen_weights:
-            language = replace(language, dtype="fp32")
-        data = self.data
+        vision, language, data = self.vision, self.language, self.data
+        if self.optimizer.trains("vision"):
+            vision = replace(vision, dtype=vision.dtype or "fp32")
+        if language is not None and language.lora is None and self.optimizer.trains("language"):
+            language = replace(language, dtype=language.dtype or "fp32")
         return ModelConfig(self.stage, vision, self.qformer, language, data.text_normalization, data.max_length)
 
     @property

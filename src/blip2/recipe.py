@@ -238,13 +238,8 @@ def _merge(kind: Any, below: dict[str, Any], above: Mapping[str, Any]) -> None:
 def _section(kind: Any, values: Any, key: str, error: Callable[[str], InputError]) -> Any:
     """Make a dataclass from plain values, which must have exactly the types of its fields.
 
-    Nothing in `values` can name a class or a function: unknown fields and values of another type are refused.
-
-    Args:
-        kind: the dataclass.
-        values: the values by field.
-        key: name of the section in messages; empty for the whole.
-        error: makes an error from a message.
+    Nothing in `values` can name a class or a function: unknown fields and values of another type are refused. `error`
+    makes the error of a message, in which `key` is the name of the dataclass; it is empty for a whole file.
     """
     hints = get_type_hints(kind)
     if not isinstance(values, Mapping):

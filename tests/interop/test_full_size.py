@@ -112,11 +112,11 @@ def test_for_lavis(published, ours):
     """Nothing is left over on the way to LAVIS's names and back."""
     state = {name: tensor for name, tensor in ours.state_dict().items() if not name.startswith("language.")}
     eva = {k for k in state if k.startswith("vision.")}
-    recipe = lavis.Recipe("representation", "", lavis.VisionConfig(""), lavis.DataConfig(""))
+    config = lavis.ModelConfig("representation", lavis.VisionConfig(""))
     is_t5 = "t5" in type(getattr(ours, "language", ours)).__name__.lower()
     for name in [name for name in eva if name.endswith("qkv.bias")]:
         state[name] = torch.zeros(state[name].shape)  # to see that keys have none needs numbers
-    made = lavis.to_state_dict(Checkpoint("ours", "blip2", "", recipe, Weights(state)), is_t5=is_t5)
+    made = lavis.to_state_dict(Checkpoint("ours", "blip2", "", config, Weights(state)), is_t5=is_t5)
     assert len([name for name in made if name.startswith("visual_encoder.")]) == 511
     lavis.merge_qkv_bias(made)
     made = {k: t for k, t in made.items() if "decoder" not in k and "position_ids" not in k}

@@ -12,6 +12,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, T5ForConditionalGene
 import blip2
 from blip2.backbones.vision_loaders import load_image_encoder
 from blip2.builder import build
+from blip2.cli import split_overrides
 from blip2.config import ObjectivesConfig, QFormerConfig
 from blip2.convert import convert
 from blip2.errors import InputError
@@ -122,8 +123,8 @@ def test_names_and_shapes_of_the_real_checkpoint():
     with torch.device("meta"):
         model = RepresentationModel(encoder, QFormerConfig(), ObjectivesConfig())
     weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("vision.")}
-    recipe = lavis.Recipe("representation", "", lavis.VisionConfig(""), lavis.DataConfig(""))
-    checkpoint = Checkpoint("ours", "blip2", "", recipe, Weights(weights))
+    config = lavis.ModelConfig("representation", lavis.VisionConfig(""))
+    checkpoint = Checkpoint("ours", "blip2", "", config, Weights(weights))
     state = lavis.to_state_dict(checkpoint, is_t5=False)
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == expected
     with torch.device("meta"):
@@ -193,7 +194,8 @@ def test_texts_are_normalized_as_lavis_normalizes_them(parts, save):
     bare = ["a red disc", "the square is blue here"]
     assert torch.equal(ours.similarity(IMAGES, signs), ours.similarity(IMAGES, bare))
     assert torch.equal(ours.match(IMAGES, signs), ours.match(IMAGES, bare))
-    plain = blip2.load(save(lavis_state("1")), "cpu", overrides=changes | {"data.text_normalization": "none"})
+    _, given = split_overrides(["match", "blip2.pth", "--text_normalization", "none"])
+    plain = blip2.load(save(lavis_state("1")), "cpu", overrides=changes | given)
     assert not torch.allclose(plain.similarity(IMAGES, signs), plain.similarity(IMAGES, bare), atol=1e-3)
     assert torch.equal(plain.similarity(IMAGES, bare), ours.similarity(IMAGES, bare))
 

@@ -44,8 +44,8 @@ def embed(
         images: image files.
         texts: texts.
         device: device to run on; None means a GPU if there is one.
-        dtype: data type of the frozen image encoder; None means the recipe's.
-        overrides: recipe keys to override.
+        dtype: data type of the frozen image encoder; None means the model's own.
+        overrides: keys of the model's config to override.
 
     Returns:
         ``images`` [I, Q, C] and ``texts`` [T, C], unit vectors in float32; without images or texts, their key is
@@ -117,8 +117,8 @@ def embed_corpus(
         shard_size: images per output file, if the corpus has no shards.
         engine: where the work is done.
         device: device to run on; None means a GPU if there is one.
-        dtype: data type of the frozen image encoder; None means the recipe's.
-        overrides: recipe keys to override.
+        dtype: data type of the frozen image encoder; None means the model's own.
+        overrides: keys of the model's config to override.
 
     Returns:
         The content of ``metrics.json``: the number of images and texts, and of skipped samples by reason.
@@ -128,7 +128,7 @@ def embed_corpus(
     """
     folder = expand_home(output)
     job = EmbedJob(resolve_checkpoint(model), str(folder.absolute()), device, dtype, overrides)
-    metadata = {"pass": "embed", "model": job.model, "data": data, "dtype": dtype, "overrides": overrides}
+    metadata = {"pass": "embed", "model": job.model, "data": data, "dtype": dtype, "overrides": overrides or None}
     totals: dict[str, Any] = {"images": 0, "texts": 0, "skipped": {}}
     for result in run_job(job, list_units(data, shard_size), folder, metadata, engine, "embed"):
         totals["images"] += result["images"]
