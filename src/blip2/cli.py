@@ -21,11 +21,11 @@ from blip2 import __version__
 from blip2.commands import COMMANDS
 from blip2.errors import InputError, escape_control_characters, process_name
 from blip2.memory import tune_malloc
-from blip2.options import add_options, call
+from blip2.options import add_options, call, takes
 from blip2.training.interruption import TrainingInterrupted
 
-OVERRIDE = r"--(vision|language|qformer)\.[a-z_]+"
-"""Options that override a key of a model's recipe."""
+OVERRIDE = r"--((vision|language|qformer)\.[a-z_]+|text_normalization)"
+"""Options that override a key of a model's config."""
 NO_COMMAND = {"-h", "--help", "--version"}
 """Arguments with which no command is needed."""
 
@@ -118,9 +118,8 @@ def _run(argv: Sequence[str]) -> None:
     named = [argument for argument in arguments if argument in COMMANDS][:1]
     parser = build_parser(named if named or NO_COMMAND.issuperset(arguments) else COMMANDS)
     options, rest = parser.parse_known_args(arguments)
-    parameters = inspect.signature(options.run).parameters
-    unknown = [*rest] if "keys" not in parameters else []
-    if "overrides" not in parameters:
+    unknown = [] if takes(options.run, "keys") else [*rest]
+    if not takes(options.run, "overrides"):
         unknown += [f"--{key}" for key in overrides]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -138,11 +137,11 @@ class _EscapingFormatter(logging.Formatter):
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, object]]:
-    """Separate the overrides of recipe keys (``--vision.name eva_vit_g.pth``) from the other arguments.
+    """Separate the overrides of keys of the config (``--vision.name eva_vit_g.pth``) from the other arguments.
 
     The arguments of a command that accepts every key of a recipe are returned unchanged; the recipe parses them.
     """
-    if argv and _takes(argv[0], "keys"):
+    if argv and argv[0] in COMMANDS and takes(COMMANDS[argv[0]], "keys"):
         return list(argv), {}
     arguments: list[str] = []
     overrides: dict[str, object] = {}
@@ -173,42 +172,38 @@ def build_parser(detailed: Collection[str] = COMMANDS.keys()) -> argparse.Argume
     shtab.add_argument_to(parser, "--print-completion", help="Print the completion script for a shell, then exit.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, function in COMMANDS.items():
-        paragraphs = (inspect.getdoc(function) or "").split("\n\n")
-        added = commands.add_parser(name, help=paragraphs[0])
+        added = commands.add_parser(name, help=(inspect.getdoc(function) or "").partition("\n\n")[0])
         added.set_defaults(run=function)
         if name in detailed:
-            _add_details(added, name, paragraphs)
+            _add_details(added, name)
     return parser
 
 
-def _add_details(parser: argparse.ArgumentParser, name: str, paragraphs: Sequence[str]) -> None:
+def _add_details(parser: argparse.ArgumentParser, name: str) -> None:
     """Add the options of a command and what its help says besides."""
-    sections = ("Args:", "Example:", "The arguments are those of")
+    function, sections = COMMANDS[name], ("Args:", "Example:", "The arguments are those of")
+    paragraphs = (inspect.getdoc(function) or "").split("\n\n")
     parser.description = " ".join(each for each in paragraphs if not each.startswith(sections))
     parser.epilog = "example: " + paragraphs[-1].removeprefix("Example:").strip()
-    if _takes(name, "keys"):
-        parser.usage = f"blip2 {name} RECIPE [--KEY VALUE ...]"
-        parser.epilog = f"blip2 train --help lists the keys --- {parser.epilog}"
-    if _takes(name, "overrides"):
+    add_options(parser, function)
+    if takes(function, "keys"):
+        parser.usage = f"{parser.format_usage().removeprefix('usage: ').rstrip()} [--KEY VALUE ...]"
+    if takes(function, "overrides"):
         parser.epilog += (
-            " --- Keys of the model's recipe can be set too: those that a .pth file does not contain"
+            " --- Keys of the model's config can be set too: those that a .pth file does not contain"
             " (--vision.name eva_vit_g.pth --language.name facebook/opt-2.7b), or new values (--vision.image_size 364)."
         )
     if name == "train":
-        parser.format_help = _train_help
-    add_options(parser, COMMANDS[name])
+        help_of_options = parser.format_help
+        parser.format_help = lambda: f"{help_of_options()}\n{_help_of_keys()}\n"
+    elif takes(function, "keys"):
+        parser.epilog = f"blip2 train --help lists the keys --- {parser.epilog}"
 
 
-def _train_help() -> str:
+def _help_of_keys() -> str:
     from blip2.recipe import recipe_help
 
-    _, body, *_, example = (inspect.getdoc(COMMANDS["train"]) or "").split("\n\n")
-    return f"{recipe_help()}\n{body}\n\nexample: {example.removeprefix('Example:').strip()}\n"
-
-
-def _takes(command: str, parameter: str) -> bool:
-    """Return whether a command has a parameter."""
-    return command in COMMANDS and parameter in inspect.signature(COMMANDS[command]).parameters
+    return recipe_help()
 
 
 if __name__ == "__main__":

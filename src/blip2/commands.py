@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,13 +18,20 @@ from blip2.errors import InputError, escape_control_characters
 
 
 @dataclass(frozen=True)
-class Loading:
-    """How a model is loaded."""
+class Device:
+    """Where and in which precision models run."""
 
     device: str | None = None
     """Device to run on: cpu, cuda, cuda:1 or mps. null: a GPU if there is one."""
     dtype: Precision | None = None
-    """Data type of the frozen image encoder and LLM. null: the recipe's."""
+    """Data type of the frozen image encoder and LLM. null: the model's own."""
+
+
+@dataclass(frozen=True)
+class Loading(Device):
+    """How a model is loaded: the keyword arguments of :func:`blip2.load`."""
+
+    overrides: dict[str, object] = field(default_factory=dict)
 
 
 NUCLEUS = DecodingOptions(top_p=NUCLEUS_SAMPLING.top_p)
@@ -74,8 +81,11 @@ def scenes(
 def train(recipe: str | None = None, *, resume: bool = False, keys: list[str]) -> None:
     """Train one stage with a recipe.
 
-    RECIPE is a YAML file, or the name of a recipe shipped with blip2. --resume continues from the last
-    checkpoint of the run. Every key of a recipe can be overridden on the command line.
+    Every key of a recipe can be overridden on the command line.
+
+    Args:
+        recipe: a YAML file, or the name of a recipe shipped with blip2.
+        resume: continue from the last checkpoint of the run.
 
     Example:
         blip2 train demo-stage1 --data.batch_size 32
@@ -127,7 +137,6 @@ def caption(
     decoding: DecodingOptions,
     sampling: Sampling,
     loading: Loading,
-    overrides: dict[str, object],
 ) -> None:
     """Caption images.
 
@@ -142,7 +151,7 @@ def caption(
     """
     from blip2.pipelines import CAPTION_DECODING, load
 
-    pipeline = load(model, loading.device, loading.dtype, overrides=overrides, stage="generation")
+    pipeline = load(model, stage="generation", **vars(loading))
     captions = pipeline.caption(images, prompt, _seeded(CAPTION_DECODING, decoding, sampling))
     for image, text in zip(images, captions, strict=True):
         print_row(*([image] if len(captions) > 1 else []), text)
@@ -156,7 +165,6 @@ def ask(
     decoding: DecodingOptions,
     sampling: Sampling,
     loading: Loading,
-    overrides: dict[str, object],
 ) -> None:
     """Answer questions about an image.
 
@@ -170,13 +178,13 @@ def ask(
     """
     from blip2.pipelines import ANSWER_DECODING, load
 
-    pipeline = load(model, loading.device, loading.dtype, overrides=overrides, stage="generation")
+    pipeline = load(model, stage="generation", **vars(loading))
     answers = pipeline.answer(image, questions, _seeded(ANSWER_DECODING, decoding, sampling))
     for question, text in zip(questions, answers, strict=True):
         print_row(*([question] if len(answers) > 1 else []), text)
 
 
-def match(model: str, image: str, texts: list[str], *, loading: Loading, overrides: dict[str, object]) -> None:
+def match(model: str, image: str, texts: list[str], *, loading: Loading) -> None:
     """Rank texts by how well they match an image.
 
     Args:
@@ -190,7 +198,7 @@ def match(model: str, image: str, texts: list[str], *, loading: Loading, overrid
     """
     from blip2.pipelines import load
 
-    pipeline = load(model, loading.device, loading.dtype, overrides=overrides, stage="representation")
+    pipeline = load(model, stage="representation", **vars(loading))
     matches = pipeline.match(image, texts)[0].tolist()
     similarities = pipeline.similarity(image, texts)[0].tolist()
     print("match\tsimilarity\ttext")
@@ -208,7 +216,6 @@ def embed(
     sharding: Sharding,
     engine: Engine,
     loading: Loading,
-    overrides: dict[str, object],
 ) -> None:
     """Write the embeddings of images and texts to a file, or those of a corpus to a folder.
 
@@ -228,15 +235,11 @@ def embed(
         raise InputError("--data embeds a whole corpus: leave out image files and --text, or --data")
     from blip2.corpus.embed import embed, embed_corpus
 
-    device, dtype = loading.device, loading.dtype
     if data is None:
-        tensors = embed(model, output, images, text, device=device, dtype=dtype, overrides=overrides)
+        tensors = embed(model, output, images, text, **vars(loading))
         print_row(", ".join(f"{key} {list(tensor.shape)}" for key, tensor in tensors.items()) + f" -> {output}")
         return
-    metrics = embed_corpus(
-        model, data, output, shard_size=sharding.shard_size, engine=engine,
-        device=device, dtype=dtype, overrides=overrides or None,
-    )  # fmt: skip
+    metrics = embed_corpus(model, data, output, shard_size=sharding.shard_size, engine=engine, **vars(loading))
     print(json.dumps({name: metrics[name] for name in ("images", "texts", "skipped")}, indent=1))
 
 
@@ -249,7 +252,7 @@ def capfilt(
     config: CapFiltConfig,
     decoding: DecodingOptions = NUCLEUS,
     engine: Engine,
-    loading: Loading,
+    device: Device,
 ) -> None:
     """Bootstrap the captions of a corpus: generate captions, rank them with the originals, keep the best.
 
@@ -265,10 +268,8 @@ def capfilt(
     if decoding.num_beams is not None:
         decoding = replace(decoding, top_p=None)
     chosen = (NUCLEUS_SAMPLING if decoding.num_beams is None else Decoding()).override(decoding)
-    metrics = capfilt(
-        captioner, ranker, data, output, replace(config, decoding=chosen),
-        engine=engine, device=loading.device, dtype=loading.dtype,
-    )  # fmt: skip
+    config = replace(config, decoding=chosen)
+    metrics = capfilt(captioner, ranker, data, output, config, engine=engine, **vars(device))
     print(json.dumps({name: metrics[name] for name in ("counts", "dropped", "skipped", "mean_scores")}, indent=1))
     print(f"report: {output / 'report.html'}")
 
@@ -281,7 +282,6 @@ def evaluate(
     output: Path,
     sampling: Sampling,
     loading: Loading,
-    overrides: dict[str, object],
 ) -> None:
     """Evaluate a model, or a file of predictions, on captioning, VQA or retrieval.
 
@@ -302,9 +302,7 @@ def evaluate(
         assert predictions is not None
         metrics = evaluate_predictions(predictions, config, output)
     else:
-        metrics = evaluate(
-            model, config, output, seed=sampling.seed, device=loading.device, dtype=loading.dtype, overrides=overrides
-        )
+        metrics = evaluate(model, config, output, seed=sampling.seed, **vars(loading))
     print(json.dumps(metrics, indent=1))
 
 

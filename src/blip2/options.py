@@ -46,7 +46,7 @@ def add_options(parser: argparse.ArgumentParser, target: Callable[..., Any], def
     """Add the options of a function or dataclass to a parser; `defaults` is an instance of the dataclass, if any."""
     for option in _options(target):
         default = option.default if defaults is None else getattr(defaults, option.name)
-        if is_dataclass(option.hint):
+        if _is_group(option.hint):
             add_options(parser, option.hint, None if default is REQUIRED else default)
         elif option.name not in NO_OPTIONS:
             _add(parser, option, default)
@@ -61,12 +61,17 @@ def call(target: Callable[..., Any], values: Mapping[str, Any]) -> Any:
     arguments = {}
     for option in _options(target):
         key = (option.flag or option.name).removeprefix("--").replace("-", "_")
-        value = call(option.hint, values) if is_dataclass(option.hint) else values[key]
+        value = call(option.hint, values) if _is_group(option.hint) else values[key]
         expected = None if option.range is None or value is None else out_of_range(value, *option.range)
         if expected is not None:
             raise InputError(f"{option.flag} is {value}, expected {expected}")
         arguments[option.name] = expand_home(value) if option.hint is Path and value is not None else value
     return target(**arguments)
+
+
+def takes(target: Callable[..., Any], name: str) -> bool:
+    """Return whether a function, or a dataclass among its parameters, has a parameter of a name."""
+    return any(each.name == name or (_is_group(each.hint) and takes(each.hint, name)) for each in _options(target))
 
 
 def _options(target: Callable[..., Any]) -> Iterator[Option]:
@@ -120,8 +125,8 @@ def _with_default(text: str, default: Any) -> str:
 def _texts(target: Callable[..., Any]) -> dict[str, str]:
     """Return the help of each parameter of a function, or of each field of a dataclass."""
     texts = {}
-    if is_dataclass(target):
-        for parent in filter(is_dataclass, reversed(inspect.getmro(target))):
+    if isinstance(target, type):
+        for parent in filter(_is_group, reversed(target.__mro__)):
             for field, doc in pairwise(_definition(parent.__module__, parent.__name__).body):
                 if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr):
                     texts[ast.unparse(field.target)] = " ".join(ast.literal_eval(doc.value).split())
@@ -134,6 +139,10 @@ def _texts(target: Callable[..., Any]) -> dict[str, str]:
         for name, text in re.findall(r"^    (\w+): (.*(?:\n     .*)*)", section, re.MULTILINE):
             texts[name] = text[0].upper() + " ".join(text.split())[1:]
     return texts
+
+
+def _is_group(kind: Any) -> bool:
+    return is_dataclass(kind)
 
 
 @cache

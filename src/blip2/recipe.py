@@ -19,7 +19,6 @@ from blip2.config import EvaluationConfig, LanguageConfig, LoraConfig, ModelConf
 from blip2.errors import InputError
 from blip2.io import parse_yaml, read_yaml, to_plain
 
-USAGE = "blip2 train RECIPE [--resume] [--KEY VALUE ...]"
 KEYS_HINT = "blip2 train --help lists all keys"
 KINDS = {
     Recipe: ("recipe", KEYS_HINT),
@@ -35,21 +34,21 @@ def recipe_help() -> str:
     """Return the help of all fields of a recipe."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # slow, so only here
     try:
-        parser = ArgumentParser(prog="blip2 train", usage=USAGE)
+        parser = ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
         parser.add_argument(
             "--base",
             type=str | None,
             help="Only in a recipe file: a recipe in the same folder, whose values are the defaults of this one.",
         )
         parser.add_class_arguments(Recipe, as_group=False)
-        pages = [parser.format_help()]
+        pages = [parser.format_help().strip()]
         # jsonargparse does not list the fields of optional sections.
         sections = ((LanguageConfig, "language"), (LoraConfig, "language.lora"), (EvaluationConfig, "evaluation"))
         for section, name in sections:
             parser = ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
             parser.add_class_arguments(section, name)
             pages.append(parser.format_help().strip())
-        return "\n".join(pages)
+        return "\n\n".join(pages)
     finally:
         set_parsing_settings(docstring_parse_attribute_docstrings=False)
 
