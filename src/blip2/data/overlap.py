@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from blip2.data.benchmarks import check_disjoint
 from blip2.data.records import Records, RecordStream
-from blip2.distributed import all_gather_objects, rank
+from blip2.distributed import on_rank_0
 from blip2.errors import InputError
 
 MAX_HASHED_IMAGES = 10_000
@@ -27,17 +27,7 @@ def check_overlap(train: Sequence[OpenedSource], held_out: Sequence[OpenedSource
     Raises:
         InputError: training and held-out data share images.
     """
-    notes: list[str] = []
-    problem = None
-    if rank() == 0:
-        try:
-            notes = [note for one in held_out for other in train for note in _compare(one, other)]
-        except InputError as error:
-            problem = f"{error}, or set data.allow_overlap"
-    problem, notes = all_gather_objects((problem, notes))[0]
-    if problem is not None:
-        raise InputError(problem)
-    return notes
+    return on_rank_0(lambda: [note for one in held_out for other in train for note in _compare(one, other)])
 
 
 def _compare(held_out: OpenedSource, train: OpenedSource) -> list[str]:
@@ -52,5 +42,8 @@ def _compare(held_out: OpenedSource, train: OpenedSource) -> list[str]:
             return [f"whether {names[0]} and {names[1]} share images is not checked: {name} is {reason}"]
     one, other = held_out[2], train[2]
     assert isinstance(one, Records) and isinstance(other, Records)
-    check_disjoint(one.image_identifiers(), other.image_identifiers(), names)
+    try:
+        check_disjoint(one.image_identifiers(), other.image_identifiers(), names)
+    except InputError as error:
+        raise InputError(f"{error}, or set data.allow_overlap") from error
     return []

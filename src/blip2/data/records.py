@@ -116,16 +116,9 @@ class ColumnMapping:
         present = [name for name in self.metadata if row.get(name) not in (None, "")]
         metadata = {name: parse("caption", name, read_metadata, None) for name in present}
         key = row.get(KEY_COLUMN) or f"{self.source} row {index}" + (f" ({image})" if isinstance(image, str) else "")
-        skip_reason = faults[0] if faults else None
+        fault = faults[0] if faults else None
         return Record(
-            key + refused,
-            image,
-            captions,
-            question or None,
-            metadata,
-            num_blank,
-            skip_reason,
-            starts_shard=starts_shard,
+            key + refused, image, captions, question or None, metadata, num_blank, fault, starts_shard=starts_shard
         )
 
     def captions(self, cell: Any) -> tuple[str, ...]:
@@ -147,7 +140,23 @@ def _lies_in(path: str, folders: tuple[str, ...]) -> bool:
     return False
 
 
-class Records(Sequence[Record]):
+class _WithColumns:
+    """What tables and streams of records have in common."""
+
+    _columns: ColumnMapping
+
+    @property
+    def has_questions(self) -> bool:
+        """Whether the texts are answers to questions."""
+        return self._columns.question is not None
+
+    @property
+    def caption_column(self) -> str | None:
+        """The column that captions or answers are read from."""
+        return self._columns.caption
+
+
+class Records(_WithColumns, Sequence[Record]):
     """Records with random access, in a memory-mapped table."""
 
     def __init__(self, table: Table, columns: ColumnMapping) -> None:
@@ -164,16 +173,6 @@ class Records(Sequence[Record]):
     def select_range(self, first: int, count: int) -> Records:
         """Return `count` consecutive records, starting at the record `first`."""
         return Records(self._table.select_range(first, count), self._columns)
-
-    @property
-    def has_questions(self) -> bool:
-        """Whether the texts are answers to questions."""
-        return self._columns.question is not None
-
-    @property
-    def caption_column(self) -> str | None:
-        """The column that captions or answers are read from."""
-        return self._columns.caption
 
     @property
     def order_params(self) -> dict[str, Any]:
@@ -226,7 +225,7 @@ class Records(Sequence[Record]):
             yield {"image": image, **{name: row.get(name) for name in names}}
 
 
-class RecordStream:
+class RecordStream(_WithColumns):
     """Records with sequential access, from local files or over a network.
 
     Each rank reads its own share: its own shards if there are at least as many shards as ranks, otherwise every N-th
@@ -241,16 +240,6 @@ class RecordStream:
         self._num_read = 0
         self._pending_position: dict[str, Any] | None = None
         """The position to start from, until the first row after it is read."""
-
-    @property
-    def has_questions(self) -> bool:
-        """Whether the texts are answers to questions."""
-        return self._columns.question is not None
-
-    @property
-    def caption_column(self) -> str | None:
-        """The column that captions or answers are read from."""
-        return self._columns.caption
 
     @property
     def order_params(self) -> dict[str, Any]:

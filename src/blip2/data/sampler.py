@@ -91,7 +91,8 @@ def sample_batches(
         "order": order_settings(records, seed),
         "deal": batch_settings(records, batch_size, group_by_length, world_size),
     }
-    windows = _ShuffleWindows(_read_batches(records, batch_size, seed, rank, world_size, position), WINDOW)
+    read: Any = _read_table if isinstance(records, Records) else _read_stream
+    windows = _ShuffleWindows(read(records, batch_size, seed, rank, world_size, position), WINDOW)
     done = position["batch"]
     while True:
         window = windows.next()
@@ -211,12 +212,7 @@ class _ShuffleWindows:
 # -- reading order -------------------------------------------------------------------------------------------------
 
 
-def _read_batches(
-    records: Records | RecordStream, size: int, seed: int, rank: int, world_size: int, position: dict[str, Any]
-) -> Iterator[BatchSpec]:
-    """Yield the records of this process in reading order, each batch with the position *before* it."""
-    read = _read_table if isinstance(records, Records) else _read_stream
-    return read(records, size, seed, rank, world_size, position)  # pyright: ignore[reportArgumentType]
+# Both functions yield the records of this process in reading order, each batch with the position *before* it.
 
 
 def _read_table(

@@ -14,25 +14,16 @@ FACTS = ("objects", "relation", "color", "count", "size", "order")
 """The facts that :func:`score_caption` judges."""
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 COUNT_WORDS = {
-    **{word: n for n, word in enumerate(NUMBER_WORDS)},
-    **{str(n): n for n in range(len(NUMBER_WORDS))},
-    "a": 1,
-    "an": 1,
-    "single": 1,
-    "no": 0,
-    "pair": 2,
-    "couple": 2,
-    "both": 2,
-}
+    **{word: n for n, word in enumerate(NUMBER_WORDS)}, **{str(n): n for n in range(len(NUMBER_WORDS))},
+    "a": 1, "an": 1, "single": 1, "no": 0, "pair": 2, "couple": 2, "both": 2,
+}  # fmt: skip
 SIZE_WORDS = {"small": "small", "little": "small", "tiny": "small", "large": "large", "big": "large", "huge": "large"}
 RELATION_AXES = {
     "left": ("left", 0),
     "right": ("left", 1),
-    "above": ("above", 0),
-    "over": ("above", 0),
-    "atop": ("above", 0),
+    **dict.fromkeys(("above", "over", "atop"), ("above", 0)),
+    **dict.fromkeys(("below", "under", "beneath", "underneath"), ("above", 1)),
 }
-RELATION_AXES |= dict.fromkeys(("below", "under", "beneath", "underneath"), ("above", 1))
 RELATION_PATTERNS = [
     (r"\b(?:directly |just )?(?:to|on|at) (?:the|its) (left|right)(?:hand)?(?: side)? of\b", None),
     (r"\b(left|right) of\b", None),

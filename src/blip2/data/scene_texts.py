@@ -105,47 +105,31 @@ def write_captions(truth: Truth, rng: np.random.Generator) -> list[str]:
 def describe(truth: Truth) -> str:
     """Return the canonical caption, which states the facts of a scene always in the same words and order."""
     template = {"pair": PAIR_TEMPLATES[0], "triple": TRIPLE_TEMPLATES[0]}.get(truth.type, SINGLE_KIND_TEMPLATES[0])
-    a = with_article(truth.color)
-    if truth.type == "pair":
-        x, y = map(with_article, truth.kinds)
-        text = template.format(
-            x=x, relation=RELATION_PHRASES[truth.relation, 0][0], y=y, color_background=f"{a} background"
-        )
-    elif truth.type == "triple":
-        start, end = ENDS[truth.relation]
-        first, second, third = map(with_article, truth.kinds)
-        named = {"a": first, "b": second, "c": third}
-        text = template.format(start=start, end=end, color_background=f"{a} background", **named)
-    else:
-        text = template.format(things=count_words(truth), color_background=f"{a} background")
-    return sentence(text)
+    return _caption(truth, template, False, None)
 
 
-def _caption(truth: Truth, template: str, inverted: bool, rng: np.random.Generator) -> str:
-    color = {"color": truth.color, "color_background": f"{with_article(truth.color)} background"}
+def _caption(truth: Truth, template: str, inverted: bool, rng: np.random.Generator | None) -> str:
+    """Fill in a template. With a generator, some words are drawn; without one, they are always the same."""
+    words = {"color": truth.color, "color_background": f"{with_article(truth.color)} background"}
     kinds = [with_article(kind) for kind in truth.kinds]
+    turn = -1 if inverted else 1
     if truth.type == "pair":
-        if template == PAIR_TEMPLATES[0] and rng.random() < 0.5:
+        if rng is not None and template == PAIR_TEMPLATES[0] and rng.random() < 0.5:
             template, inverted = INVERTED_PAIR_TEMPLATE, not inverted  # this template names the other object first
-        x, y = reversed(kinds) if inverted else kinds
+            turn = -turn
+        words["x"], words["y"] = kinds[::turn]
+        words["place_x"], words["place_y"] = PLACE_PHRASES[truth.relation][::turn]
         phrases = RELATION_PHRASES[truth.relation, int(inverted)]
-        place_x, place_y = reversed(PLACE_PHRASES[truth.relation]) if inverted else PLACE_PHRASES[truth.relation]
-        words = {
-            "x": x,
-            "y": y,
-            "relation": phrases[rng.integers(len(phrases))],
-            "place_x": place_x,
-            "place_y": place_y,
-        }
+        words["relation"] = phrases[0 if rng is None else rng.integers(len(phrases))]
     elif truth.type == "triple":
-        a, b, c = reversed(kinds) if inverted else kinds
-        places, ends = PLACE_PHRASES[truth.relation], ENDS[truth.relation]
-        (place_a, place_c), (start, end) = (places[::-1], ends[::-1]) if inverted else (places, ends)
-        words = {"a": a, "b": b, "c": c, "place_a": place_a, "place_c": place_c, "start": start, "end": end}
+        words["a"], words["b"], words["c"] = kinds[::turn]
+        words["place_a"], words["place_c"] = PLACE_PHRASES[truth.relation][::turn]
+        words["start"], words["end"] = ENDS[truth.relation][::turn]
     else:
-        things = count_words(truth, one=NUMBER_WORDS[1] if truth.type == "count" and rng.random() < 0.5 else "")
-        words = {"things": things, "there": "there is" if truth.count == 1 else "there are"}
-    return sentence(template.format(**color, **words))
+        counts_one = truth.type == "count" and rng is not None and rng.random() < 0.5
+        words["things"] = count_words(truth, one=NUMBER_WORDS[1] if counts_one else "")
+        words["there"] = "there is" if truth.count == 1 else "there are"
+    return sentence(template.format(**words))
 
 
 def count_words(truth: Truth, one: str = "") -> str:

@@ -43,7 +43,7 @@ from blip2.data.scene_texts import (
 from blip2.data.shards import ShardWriter
 from blip2.errors import InputError
 
-__all__ = ["Facts", "Truth", "make_scenes", "parse_caption", "score_caption", "write_scenes"]
+__all__ = ["Facts", "Truth", "make_scenes", "parse_caption", "score_caption"]
 
 log = logging.getLogger("blip2")
 
@@ -140,28 +140,14 @@ def _draw(scene: Scene, placement: Placement, seed: int, split: str, group: int,
     background = draw_background(scene.color, scene.texture, _rng(seed, split, group, 2))
     image = draw_scene(background, [cutout.image for cutout in cutouts], flips, boxes)
     truth = Truth(
-        scene.type,
-        scene.color,
-        scene.texture,
-        scene.kinds,
-        scene.relation,
-        scene.count,
-        scene.size,
-        tuple(cutout.name for cutout in cutouts),
-        tuple(boxes),
-    )
+        scene.type, scene.color, scene.texture, scene.kinds, scene.relation, scene.count, scene.size,
+        tuple(cutout.name for cutout in cutouts), tuple(boxes),
+    )  # fmt: skip
     return truth, encode_jpeg(image)
 
 
 def _write_split(
-    planner: Planner,
-    folder: Path,
-    split: str,
-    seed: int,
-    images: int,
-    train: int,
-    group_size: int,
-    done: Counter[str],
+    planner: Planner, folder: Path, split: str, seed: int, images: int, train: int, group_size: int, done: Counter[str]
 ) -> _SplitRows:
     (folder / "images" / split).mkdir(parents=True)
     out = _SplitRows()
@@ -209,79 +195,6 @@ def _write_split(
     return out
 
 
-def write_scenes(
-    cutouts: Path,
-    folder: Path,
-    seed: int = 0,
-    train: int = 4000,
-    validation: int = 200,
-    test_images: int = 240,
-    test_compositions: int = 240,
-    test_cutouts: int = 240,
-    twins: int = 200,
-    shards: int | None = None,
-    about: str = "",
-    kinds: Sequence[str] | None = None,
-    group_size: int = GROUP_SIZE,
-) -> dict[str, int]:
-    """Write the data set: the same files for the same cut-outs, seed and versions of Pillow and NumPy.
-
-    A larger split starts with the images of a smaller one.
-
-    Args:
-        cutouts: folder with a folder of PNG files for each kind; see :func:`read_cutouts`. Its LICENSE is copied.
-        folder: output folder, created if it is missing.
-        train, validation, test_images, test_compositions, test_cutouts: number of images of the split.
-        twins: number of pairs of images of the split.
-        shards: number of WebDataset shards with a copy of the training images; ``None``: no shards.
-        about: a sentence on the source of the cut-outs, for the data card.
-        kinds: names of the kinds to show; ``None``: all.
-        group_size: number of near twins per group of training images, 1 to 4. With 1 the same number of images shows
-            more different scenes.
-
-    Returns:
-        The number of rows of each file.
-
-    Raises:
-        InputError: the cut-outs cannot be used, or a number is too small.
-    """
-    numbers = dict(zip(SPLITS, (train, validation, test_images, test_compositions, test_cutouts, twins), strict=True))
-    if not 1 <= group_size <= GROUP_SIZE:
-        raise InputError(f"group_size is {group_size}: expected 1 to {GROUP_SIZE} near twins")
-    for name, number in numbers.items():
-        if number < (GROUP_SIZE if name == "train" else 1):
-            raise InputError(f"{name} is {number}: expected {GROUP_SIZE if name == 'train' else 1} or more images")
-    groups = -(-train // group_size)
-    if shards is not None and not 1 <= shards <= groups:
-        raise InputError(f"shards is {shards}: expected 1 to {groups}, the number of groups of training images")
-    if seed < 0:
-        raise InputError(f"seed is {seed}: expected 0 or more")
-    shown = read_cutouts(cutouts, kinds)
-    planner = Planner(shown)
-    folder.mkdir(parents=True, exist_ok=True)
-    done = Counter(all=sum(numbers.values()) + twins)
-    rows: dict[str, int] = {}
-    texts: list[str] = []
-    for split, number in numbers.items():
-        written = _write_split(planner, folder, split, seed, number, train, group_size, done)
-        files = {
-            split: written.records,
-            f"{split}_questions": written.questions,
-            f"{split}_descriptions": written.descriptions,
-        }
-        for name, part in files.items():
-            if part:
-                rows[f"{name}.jsonl"] = len(part)
-                _write_lines(folder / f"{name}.jsonl", part)
-        texts.append(_split_table(split, written))
-        if split == "train" and shards:
-            _write_shards(folder, written.records, shards, group_size)
-    if (cutouts / LICENSE).is_file():
-        shutil.copyfile(cutouts / LICENSE, folder / LICENSE)
-    (folder / CARD).write_text(_card(shown, planner, seed, texts, about), encoding="utf-8")
-    return rows
-
-
 def make_scenes(
     output: Path,
     seed: int = 0,
@@ -294,28 +207,75 @@ def make_scenes(
     shards: int | None = None,
     cutouts: Path | None = None,
     kinds: Sequence[str] | None = None,
+    about: str = "",
+    group_size: int = GROUP_SIZE,
 ) -> dict[str, int]:
-    """Write the data set into a new folder; see :func:`write_scenes`.
+    """Write the data set: the same files for the same cut-outs, seed and versions of Pillow and NumPy.
+
+    A larger split starts with the images of a smaller one.
 
     Args:
         output: folder to create.
         seed: seed, which determines the data set.
         train: number of training images.
-        validation, test_images, test_compositions, test_cutouts, twins: numbers of the other splits.
+        validation, test_images, test_compositions, test_cutouts, twins: numbers of the other splits; twins are pairs.
         shards: also write the training images as this number of WebDataset shards. None: no shards.
-        cutouts: folder with one subfolder of transparent PNG files for each kind. None: those of package:scenes.
+        cutouts: folder with one subfolder of transparent PNG files for each kind, whose LICENSE is copied. None: those
+            of package:scenes.
         kinds: names of the kinds of objects to show. None: all.
+        about: a sentence on the source of the cut-outs, for the data card; empty: their folder.
+        group_size: number of near twins per group of training images, 1 to 4. With 1 the same number of images shows
+            more different scenes.
+
+    Returns:
+        The number of rows of each file.
 
     Raises:
-        InputError: the folder is not empty, or as for :func:`write_scenes`.
+        InputError: the folder is not empty, the cut-outs cannot be used, or a number is too small.
     """
-    from blip2.data.assets import fetch_cutouts  # circular import
-
+    numbers = dict(zip(SPLITS, (train, validation, test_images, test_compositions, test_cutouts, twins), strict=True))
+    if not 1 <= group_size <= GROUP_SIZE:
+        raise InputError(f"group_size is {group_size}: expected 1 to {GROUP_SIZE} near twins")
+    for name, number in numbers.items():
+        if number < (GROUP_SIZE if name == "train" else 1):
+            raise InputError(f"{name} is {number}: expected {GROUP_SIZE if name == 'train' else 1} or more images")
+    groups = -(-train // group_size)
+    if shards is not None and not 1 <= shards <= groups:
+        raise InputError(f"shards is {shards}: expected 1 to {groups}, the number of groups of training images")
+    if seed < 0:
+        raise InputError(f"seed is {seed}: expected 0 or more")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} exists and is not an empty folder: choose another output, or remove it")
-    source, about = fetch_cutouts() if cutouts is None else (cutouts, f"The cut-outs come from {cutouts}.")
-    numbers = (train, validation, test_images, test_compositions, test_cutouts, twins)
-    return write_scenes(source, output, seed, *numbers, shards, about, kinds)
+    if cutouts is None:
+        from blip2.data.assets import fetch_cutouts  # circular import
+
+        cutouts, about = fetch_cutouts()
+    shown = read_cutouts(cutouts, kinds)
+    planner = Planner(shown)
+    output.mkdir(parents=True, exist_ok=True)
+    done = Counter(all=sum(numbers.values()) + twins)
+    rows: dict[str, int] = {}
+    texts: list[str] = []
+    for split, number in numbers.items():
+        written = _write_split(planner, output, split, seed, number, train, group_size, done)
+        files = {
+            split: written.records,
+            f"{split}_questions": written.questions,
+            f"{split}_descriptions": written.descriptions,
+        }
+        for name, part in files.items():
+            if part:
+                rows[f"{name}.jsonl"] = len(part)
+                _write_lines(output / f"{name}.jsonl", part)
+        texts.append(_split_table(split, written))
+        if split == "train" and shards:
+            _write_shards(output, written.records, shards, group_size)
+    if (cutouts / LICENSE).is_file():
+        shutil.copyfile(cutouts / LICENSE, output / LICENSE)
+    (output / CARD).write_text(
+        _card(shown, planner, seed, texts, about or f"The cut-outs come from {cutouts}."), encoding="utf-8"
+    )
+    return rows
 
 
 def _write_lines(path: Path, rows: Iterable[Row]) -> None:

@@ -99,7 +99,7 @@ def open_records(source: str, config: DataConfig, rank: int = 0, world_size: int
         dataset = _load(source, datasets.load_dataset, "parquet", data_files={"train": literal}, split="train")
     elif suffix == ".tar":
         column = config.image_column or "image"
-        dataset = _load(source, build_cached_table, files, read=partial(_read_samples, image=column), kind=column)
+        dataset = _load(source, build_cached_table, files, read=partial(_read_whole_shard, image=column), kind=column)
     else:
         dataset = _load(source, build_cached_table, files, read=read_text_table)
     # A Parquet file may name image files in its own folder; the .json of a tar sample may name none.
@@ -107,7 +107,7 @@ def open_records(source: str, config: DataConfig, rank: int = 0, world_size: int
     return _make_records(dataset, source, config, path.parent, rank, world_size, allowed_folders)
 
 
-def _read_samples(shard: str, image: str) -> Iterator[dict[str, Any]]:
+def _read_whole_shard(shard: str, image: str) -> Iterator[dict[str, Any]]:
     """Read the rows of a shard, which must be undamaged. Only the column `image` keeps its bytes."""
     for row in read_shard(shard):
         if ERROR_COLUMN in row:

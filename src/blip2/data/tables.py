@@ -13,7 +13,7 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -137,10 +137,11 @@ JSON_DECODER = json.JSONDecoder(parse_float=str, parse_int=_parse_int)
 
 def _read_json(text: io.TextIOWrapper) -> Iterator[Row]:
     """Read an array of objects, or one object per line."""
-    number, first = 1, text.readline()
-    while first and not first.strip():
-        number, first = number + 1, text.readline()
-    if first.lstrip().startswith("["):
+    lines = ((number, line) for number, line in enumerate(iter(text.readline, ""), 1) if line.strip())
+    first = next(lines, None)
+    if first is None:
+        return
+    if first[1].lstrip().startswith("["):
         text.seek(0)
         number = 0
         try:
@@ -150,19 +151,17 @@ def _read_json(text: io.TextIOWrapper) -> Iterator[Row]:
             reason = getattr(error, "msg", error)
             raise _TableError(f"is not JSON after entry {number} ({reason}), expected an array of objects") from error
         return
-    while first:
-        if first.strip():
-            try:
-                value = JSON_DECODER.decode(first)
-            except json.JSONDecodeError as error:
-                raise _TableError(
-                    f"line {number} is not JSON ({error.msg} at column {error.colno}), expected one object per line, or"
-                    " an array of objects"
-                ) from error
-            except RecursionError as error:
-                raise _TableError(f"line {number} is nested too deeply, expected an object with texts") from error
-            yield _check_object(value, f"line {number}")
-        number, first = number + 1, text.readline()
+    for number, line in chain([first], lines):
+        try:
+            value = JSON_DECODER.decode(line)
+        except json.JSONDecodeError as error:
+            raise _TableError(
+                f"line {number} is not JSON ({error.msg} at column {error.colno}), expected one object per line, or an"
+                " array of objects"
+            ) from error
+        except RecursionError as error:
+            raise _TableError(f"line {number} is nested too deeply, expected an object with texts") from error
+        yield _check_object(value, f"line {number}")
 
 
 def _check_object(value: Any, where: str) -> Row:
@@ -180,7 +179,9 @@ def _pack(rows: Iterable[Row]) -> Iterator[pyarrow.RecordBatch]:
     while batch := list(islice(rows, BATCH_ROWS)):
         texts, names, data = [], [], []
         for row in batch:
-            members = [{"name": _utf8(n), "data": v} for n, v in row.items() if isinstance(v, bytes)]
+            members = [
+                {"name": n.encode(errors="replace").decode(), "data": v} for n, v in row.items() if isinstance(v, bytes)
+            ]
             texts.append(json.dumps({n: v for n, v in row.items() if not isinstance(v, bytes)} if members else row))
             columns = list(row)
             names.append(None if columns == last else json.dumps(columns))
@@ -188,10 +189,6 @@ def _pack(rows: Iterable[Row]) -> Iterator[pyarrow.RecordBatch]:
             last = columns
         arrays = [pyarrow.array(c, kind) for c, kind in zip((texts, names, data), _SCHEMA.types, strict=True)]
         yield pyarrow.RecordBatch.from_arrays(arrays, schema=_SCHEMA)
-
-
-def _utf8(name: str) -> str:
-    return name.encode(errors="replace").decode()
 
 
 class Table:

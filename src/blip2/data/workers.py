@@ -50,9 +50,7 @@ def prefetch(indices: Iterator[Any], dataset: Dataset[T], num_workers: int) -> I
 
     new = track()
     return _with_restarts(
-        _start(new, dataset, num_workers),
-        lambda: _start(chain(list(in_flight), new), dataset, num_workers),
-        in_flight,
+        _start(new, dataset, num_workers), lambda: _start(chain(list(in_flight), new), dataset, num_workers), in_flight
     )
 
 
@@ -84,7 +82,7 @@ _WORKER_KILLED = re.compile(r"^DataLoader worker \(pid\(?s?\)? [\d, ]+\) (exited
 def _start(indices: Iterator[Any], dataset: Dataset[T], num_workers: int) -> Iterator[T]:
     loader = DataLoader(
         dataset,
-        sampler=_IteratorSampler(indices),
+        sampler=indices,  # an iterator in the place of a sampler: DataLoader only iterates over it
         batch_size=None,
         num_workers=num_workers,
         collate_fn=_identity,
@@ -99,11 +97,6 @@ def _start(indices: Iterator[Any], dataset: Dataset[T], num_workers: int) -> Ite
     if handler is not None and current_thread() is main_thread():
         signal.signal(signal.SIGCHLD, handler)
     return items
-
-
-def _init_worker(worker_id: int) -> None:
-    _ignore_signals()
-    ForkingPickler.register(torch.Tensor, _reduce_tensor)
 
 
 def _reduce_tensor(tensor: torch.Tensor) -> Any:
@@ -128,12 +121,13 @@ def _rebuild_tensor(content: Any, dtype: torch.dtype, shape: torch.Size) -> torc
     return torch.from_numpy(content).view(dtype).reshape(shape)
 
 
-def _ignore_signals() -> None:
-    """Ignore SIGINT, SIGHUP and SIGTERM, which the training process handles.
+def _init_worker(worker_id: int) -> None:
+    """Set how tensors are sent, and ignore SIGINT, SIGHUP and SIGTERM, which the training process handles.
 
     Ctrl-C, a closed terminal and schedulers signal every process of a run, but the training process needs its workers
     to finish a step.
     """
+    ForkingPickler.register(torch.Tensor, _reduce_tensor)
     for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -148,16 +142,6 @@ def _exit_on_sigterm_of(parent: int | None) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
-
-
-class _IteratorSampler:
-    """An iterator in the place of a sampler of DataLoader."""
-
-    def __init__(self, indices: Iterator[Any]) -> None:
-        self.indices = indices
-
-    def __iter__(self) -> Iterator[Any]:
-        return self.indices
 
 
 def _identity(item: Any) -> Any:
