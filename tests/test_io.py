@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from blip2.corpus.job import Worker, claim_folder, run_job
+from blip2.corpus.job import Worker, run_job
 from blip2.corpus.options import LOCAL
 from blip2.errors import InputError
 from blip2.io import LOCK, atomic_write, convert_os_errors, expand_home, lock_folder, write_json, write_tensors
+from blip2.resumable import claim_folder
 
 
 def test_any_text_comes_back(tmp_path: Path) -> None:
@@ -91,7 +92,7 @@ def test_a_pass_has_its_output_alone(tmp_path: Path) -> None:
     assert list(run_job(Nothing(), [], tmp_path, {"pass": "x"}, LOCAL, "x")) == []
     (tmp_path / "about.json").write_text('{"pass": ')
     with pytest.raises(InputError, match=r"about\.json is damaged .*: delete it to resume with the other files"):
-        claim_folder(tmp_path, {"pass": "x"})
+        claim_folder(tmp_path / "about.json", {"pass": "x"}, "pass")
 
 
 def test_only_regular_files_are_replaced(tmp_path):

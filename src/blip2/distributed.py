@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.nn import functional as F
+
+from blip2.errors import InputError
+
+Result = TypeVar("Result")
 
 
 def world_size() -> int:
@@ -38,6 +43,24 @@ def all_gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def on_rank_0(function: Callable[[], Result]) -> Result:
+    """Call a function on rank 0, and return its result in all processes, which must all call this.
+
+    Raises:
+        InputError: in all processes, if the function raises it.
+    """
+    result = problem = None
+    if rank() == 0:
+        try:
+            result = function()
+        except InputError as error:
+            problem = str(error)
+    result, problem = all_gather_objects((result, problem))[0]
+    if problem is not None:
+        raise InputError(problem)
+    return result
 
 
 class _AllGather(torch.autograd.Function):

@@ -19,7 +19,7 @@ from blip2.backbones.pretrained import load_pickle
 from blip2.console import Display
 from blip2.distributed import all_gather_objects, rank, world_size
 from blip2.errors import InputError
-from blip2.io import atomic_write
+from blip2.io import atomic_write, read_json_object, to_plain, write_json
 
 Result = TypeVar("Result")
 
@@ -80,15 +80,28 @@ def _write(file: Path, value: Any) -> None:
         out.write(content.getbuffer())
 
 
-def mismatch_message(folder: Path, found: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> str | None:
-    """Return why a folder belongs to other work; None if it does not.
+def claim_folder(file: Path, metadata: Mapping[str, Any], what: str) -> None:
+    """Mark the folder of a file as the output of some work.
 
     Args:
-        found, expected: the metadata in the folder and that of the current work, as JSON values.
+        file: contains the metadata of the work; the file and its folder are created if necessary.
+        metadata: everything that determines the outputs.
         what: what the folder contains, such as ``evaluation``.
+
+    Raises:
+        InputError: the folder cannot be written, or contains the output of other work.
     """
-    different = sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
-    if not different:
-        return None
-    key = different[0]
-    return f"{folder} holds another {what}: its {key} is {found.get(key)}, not {expected.get(key)}: give another output"
+    folder = file.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            write_json(file, metadata)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written ({error.strerror}): give another output") from error
+    found, expected = read_json_object(file), to_plain(metadata)
+    key = min((key for key in found | expected if found.get(key) != expected.get(key)), default=None)
+    if key is not None:
+        raise InputError(
+            f"{folder} holds another {what}: its {key} is {found.get(key)}, not {expected.get(key)}: give another"
+            " output"
+        )

@@ -23,8 +23,8 @@ from blip2.console import Display
 from blip2.corpus.options import Engine
 from blip2.corpus.units import Unit
 from blip2.errors import InputError
-from blip2.io import convert_os_errors, lock_folder, parse_json, read_json, read_json_object, to_plain, write_json
-from blip2.resumable import mismatch_message
+from blip2.io import convert_os_errors, lock_folder, parse_json, read_json, write_json
+from blip2.resumable import claim_folder
 
 Worker = Callable[[Unit], Mapping[str, Any]]
 """Processes a unit, writes its outputs, and returns a JSON-serializable result with the number of ``images``."""
@@ -60,7 +60,7 @@ def run_job(
             the error.
     """
     with lock_folder(folder):
-        claim_folder(folder, metadata)
+        claim_folder(folder / "about.json", metadata, "pass")
         _remove_stale_tmp(folder)
         remaining = [unit for unit in units if not _stats_file(folder, unit).exists()]
         finished = len(units) - len(remaining)
@@ -76,24 +76,6 @@ def run_job(
         finally:
             display.close()
         return (read_json(_stats_file(folder, unit)) for unit in units)
-
-
-def claim_folder(folder: Path, metadata: Mapping[str, Any]) -> None:
-    """Mark a folder as the output of a job.
-
-    Raises:
-        InputError: the folder cannot be written, or is the output of another job.
-    """
-    file = folder / "about.json"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            write_json(file, metadata)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written ({error.strerror}): give another output") from error
-    problem = mismatch_message(folder, read_json_object(file), to_plain(metadata), "pass")
-    if problem is not None:
-        raise InputError(problem)
 
 
 def _remove_stale_tmp(folder: Path) -> None:

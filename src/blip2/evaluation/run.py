@@ -16,7 +16,7 @@ from accelerate import PartialState
 from blip2.builder import choose_device
 from blip2.checkpoint import trained_state_dict
 from blip2.config import DataConfig, EvaluationConfig, Precision
-from blip2.distributed import all_gather_objects, rank
+from blip2.distributed import all_gather_objects, on_rank_0, rank
 from blip2.errors import InputError
 from blip2.evaluation import tasks
 from blip2.evaluation.data import EvalData
@@ -26,7 +26,7 @@ from blip2.evaluation.tasks import EvalResult, decoding_for
 from blip2.feature_cache.digests import hash_weights
 from blip2.io import convert_os_errors, expand_home, read_json_object, to_plain, write_json
 from blip2.pipelines import GenerationPipeline, RepresentationPipeline, load
-from blip2.resumable import ResumableMap, mismatch_message
+from blip2.resumable import ResumableMap, claim_folder
 from blip2.training.launch import lock_run
 
 EVALUATE_MODEL: dict[str, Any] = {"captioning": tasks.caption, "vqa": tasks.answer, "retrieval": tasks.retrieve}
@@ -60,8 +60,8 @@ def evaluate(
         output: folder of the results. A folder with the results of another model, task, data or options is refused.
         seed: seed of sampling.
         device: device to run on; None means a GPU if there is one.
-        dtype: data type of the frozen parts; None means the recipe's.
-        overrides: recipe keys to override.
+        dtype: data type of the frozen parts; None means the model's own.
+        overrides: keys of the model's config to override.
 
     Returns:
         The metrics.
@@ -161,10 +161,7 @@ def _run_once(
     A training run, which sets `overwrite`, holds the lock of its folder and reports write errors itself.
     """
     with nullcontext() if overwrite else convert_os_errors(folder), nullcontext() if overwrite else lock_run(folder):
-        problem = _claim(folder, metadata, overwrite) if rank() == 0 else None
-        problem = all_gather_objects(problem)[0]
-        if problem is not None:
-            raise InputError(problem)
+        on_rank_0(lambda: _claim(folder, metadata, overwrite))
         if (folder / METRICS).exists():
             metrics = read_json_object(folder / METRICS)
             return {name: value for name, value in metrics.items() if name not in metadata}
@@ -182,21 +179,13 @@ def _run_once(
         return result.metrics
 
 
-def _claim(folder: Path, metadata: dict[str, Any], overwrite: bool) -> str | None:
-    """Mark a folder as the output of an evaluation; return an error message if that is impossible."""
+def _claim(folder: Path, metadata: dict[str, Any], overwrite: bool) -> None:
+    """Mark a folder as the output of an evaluation, or raise :class:`InputError` if that is impossible."""
     file = folder / "evaluation.json"
-    try:
-        if overwrite and file.exists() and _read_or_none(file) != metadata:
+    if overwrite and file.exists() and _read_or_none(file) != metadata:
+        with convert_os_errors(folder):
             shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            write_json(file, metadata)
-    except OSError as error:
-        return f"{folder} cannot be written ({error.strerror}): give another output"
-    try:
-        return mismatch_message(folder, read_json_object(file), metadata, "evaluation")
-    except InputError as error:
-        return str(error)
+    claim_folder(file, metadata, "evaluation")
 
 
 def _read_or_none(file: Path) -> dict[str, Any] | None:

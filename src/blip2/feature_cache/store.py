@@ -142,10 +142,7 @@ class StoreWriter:
 
     def _open(self) -> tuple[IO[bytes], IO[bytes]]:
         if self._files is None:
-            self._files = (
-                self._path.with_suffix(".bin").open("xb"),
-                self._path.with_suffix(".index.jsonl").open("xb"),
-            )
+            self._files = (self._path.with_suffix(".bin").open("xb"), self._path.with_suffix(".index.jsonl").open("xb"))
         return self._files
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from blip2.builder import choose_device
 from blip2.config import Recipe
-from blip2.distributed import all_gather_objects, rank
+from blip2.distributed import on_rank_0
 from blip2.errors import InputError, process_name
 from blip2.io import lock_folder
 from blip2.training.interruption import TrainingInterrupted
@@ -73,16 +73,8 @@ def lock_run(folder: Path) -> Iterator[None]:
     Raises:
         InputError: in all processes, if another run has locked the folder or it cannot be written.
     """
-    problem = None
     with contextlib.ExitStack() as stack:
-        if rank() == 0:
-            try:
-                stack.enter_context(lock_folder(folder))
-            except InputError as error:
-                problem = str(error)
-        problem = all_gather_objects(problem)[0]
-        if problem is not None:
-            raise InputError(problem)
+        on_rank_0(lambda: stack.enter_context(lock_folder(folder)))
         yield
 
 

@@ -38,12 +38,7 @@ from blip2.training.interruption import TrainingInterrupted, catch_signals
 from blip2.training.launch import deterministic_algorithms, lock_run, log_failures, make_accelerator
 from blip2.training.metrics import METRICS_FILE, SKIPPED_FILE, JsonlLog, format_progress
 from blip2.training.monitor import FrozenFiles, SystemMonitor
-from blip2.training.optimizer import (
-    build_optimizer,
-    optimizer_state_by_name,
-    restore_optimizer,
-    update_learning_rate,
-)
+from blip2.training.optimizer import build_optimizer, optimizer_state_by_name, restore_optimizer, update_learning_rate
 from blip2.training.setup import (
     check_held_out,
     configure_model,
