@@ -9,7 +9,6 @@ import gc
 import json
 import os
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -190,10 +189,11 @@ def bert_tokenizer(folder: Path) -> tuple[str, int]:
 def recipe(place: Place, stage: Any, output: str, **training: Any) -> Recipe:
     """A small run of a stage, with dropout, on the device."""
     folder = checkpoint(place, "opt")
-    sizes: dict[str, Any] = {"bert": None, "hidden_size": 64, "layers": 4, "heads": 2, "intermediate_size": 128,
-                             "queries": 8, "image_text_hidden_size": 16, "dropout": 0.1}  # fmt: skip
+    sizes: dict[str, Any] = {"bert": None, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2,
+                             "intermediate_size": 128, "num_query_tokens": 8, "image_text_hidden_size": 16,
+                             "dropout": 0.1}  # fmt: skip
     if stage == "representation":
-        sizes["tokenizer"], sizes["vocabulary"] = bert_tokenizer(place.folder / "bert")
+        sizes["tokenizer"], sizes["vocab_size"] = bert_tokenizer(place.folder / "bert")
         language = None
         table = images(place.folder / "images")
     else:
@@ -207,7 +207,7 @@ def recipe(place: Place, stage: Any, output: str, **training: Any) -> Recipe:
         data=DataConfig(train=table, batch_size=4, num_workers=0),
         language=language,
         optimizer=OptimizerConfig(warmup_steps=2),
-        training=TrainingConfig(**{"steps": 8, "save_steps": 100, "device": place.device.type, **training}),
+        training=TrainingConfig(**{"max_steps": 8, "save_steps": 100, "device": place.device.type, **training}),
     )
 
 
@@ -290,7 +290,7 @@ def resume(place: Place) -> Iterator[Row]:
             ends = []
             for is_stopped in (False, True):
                 name = f"{stage}-{precision}-{'stopped' if is_stopped else 'whole'}"
-                plan = recipe(place, stage, name, precision=precision, deterministic=True)
+                plan = recipe(place, stage, name, precision=precision, full_determinism=True)
                 if is_stopped:
                     stopper = threading.Thread(target=stop_at, args=(Path(plan.output) / "metrics.jsonl", 3))
                     stopper.start()
@@ -373,7 +373,7 @@ def quantization(place: Place) -> Iterator[Row]:
     import blip2
     from blip2.training.trainer import train
 
-    plan = recipe(place, "generation", "whole", precision="fp32", steps=6)
+    plan = recipe(place, "generation", "whole", precision="fp32", max_steps=6)
     language = place.folder / "llm"
     save_language_model(checkpoint(place, "opt"), language)
     assert plan.language is not None
@@ -409,30 +409,29 @@ def processes(place: Place) -> Iterator[Row]:
 
     from blip2.training.sharding import ignore_frozen_in_ddp, move_trainable, shard_frozen
 
-    with tempfile.NamedTemporaryFile() as store:
-        backend = "nccl" if place.is_gpu else "gloo"
-        dist.init_process_group(backend, init_method=f"file://{store.name}", rank=0, world_size=1)
-        try:
-            for name, make in {
-                "stage 1": lambda: stage1_parts(place), "stage 2": lambda: stage2_parts(place, "opt")
-            }.items():  # fmt: skip
-                model, batch = make()
-                model.to(place.device)
-                plain = one_step(model, batch, place.device)
-                ignore_frozen_in_ddp(model)
-                wrapped = DistributedDataParallel(model, device_ids=[place.device.index or 0] if place.is_gpu else None)
-                found = one_step(wrapped, batch, place.device)
-                unwrapped = {key.removeprefix("module."): value for key, value in found.gradients.items()}
-                yield from compared(f"DDP, {name}", Outcome(found.losses, unwrapped), plain, 1e-6, 1e-5)
-                del wrapped
-            model, batch = stage2_parts(place, "opt")  # pyright: ignore[reportPossiblyUnboundVariable]
-            model.cpu()
-            move_trainable(model, place.device)
-            count = shard_frozen(model, {"vision": "encode", "language": "hidden_states"}, place.device)
-            yield Row("weights sharded by FSDP2", float(count))
-            yield from compared("FSDP2, stage 2", one_step(model, batch, place.device), plain, 1e-6, 1e-5)  # pyright: ignore
-        finally:
-            dist.destroy_process_group()
+    backend = "nccl" if place.is_gpu else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{place.folder / 'store'}", rank=0, world_size=1)
+    try:
+        for name, make in {
+            "stage 1": lambda: stage1_parts(place), "stage 2": lambda: stage2_parts(place, "opt")
+        }.items():  # fmt: skip
+            model, batch = make()
+            model.to(place.device)
+            plain = one_step(model, batch, place.device)
+            ignore_frozen_in_ddp(model)
+            wrapped = DistributedDataParallel(model, device_ids=[place.device.index or 0] if place.is_gpu else None)
+            found = one_step(wrapped, batch, place.device)
+            unwrapped = {key.removeprefix("module."): value for key, value in found.gradients.items()}
+            yield from compared(f"DDP, {name}", Outcome(found.losses, unwrapped), plain, 1e-6, 1e-5)
+            del wrapped
+        model, batch = stage2_parts(place, "opt")  # pyright: ignore[reportPossiblyUnboundVariable]
+        model.cpu()
+        move_trainable(model, place.device)
+        count = shard_frozen(model, {"vision": "encode", "language": "hidden_states"}, place.device)
+        yield Row("weights sharded by FSDP2", float(count))
+        yield from compared("FSDP2, stage 2", one_step(model, batch, place.device), plain, 1e-6, 1e-5)  # pyright: ignore
+    finally:
+        dist.destroy_process_group()
 
 
 def memory(place: Place) -> Iterator[Row]:
@@ -441,7 +440,7 @@ def memory(place: Place) -> Iterator[Row]:
 
     steps = 60 if place.tiny else 300
     for stage in ("representation", "generation"):
-        plan = recipe(place, stage, f"memory-{stage}", steps=steps)
+        plan = recipe(place, stage, f"memory-{stage}", max_steps=steps)
         with by_step(Path(plan.output), lambda: torch.cuda.memory_reserved() if place.is_gpu else 0, 0.02) as seen:
             train(plan)
         early = max(held for step, held in seen.items() if step <= max(steps // 6, min(seen)))

@@ -192,7 +192,7 @@ def both(place: Place, language: str) -> tuple[Any, Any]:
         """The same weights in modules of their own."""
         return copy.deepcopy(network, {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())})
 
-    encoder = wrap_on(place, lambda: wrap_transformers(shared(theirs.vision_model), Preprocessing(vision.image_size)))
+    encoder = wrap_transformers(shared(theirs.vision_model), Preprocessing(vision.image_size))
     qformer = QFormerConfig(
         bert=None, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * width,
         num_query_tokens=queries,
@@ -206,12 +206,6 @@ def both(place: Place, language: str) -> tuple[Any, Any]:
     theirs.vision_model.post_layernorm.requires_grad_(True)
     theirs.language_model.requires_grad_(False)
     return theirs, ours
-
-
-def wrap_on(place: Place, make: Callable[[], Any]) -> Any:
-    """An image encoder is tried with a blank image when it is made, which has to lie where its weights are."""
-    with place.device:
-        return make()
 
 
 def generation(place: Place, language: str) -> Iterator[Result]:
@@ -296,7 +290,7 @@ def generation(place: Place, language: str) -> Iterator[Result]:
     @torch.no_grad()
     def our_captions() -> list[float]:
         with torch.autocast(device.type, torch.bfloat16):
-            new = ours.generate(some, none, none.bool(), decoding, END)
+            new = ours.language.generate(ours.visual_prompt(some), none, none.bool(), decoding, END)
         return nn.functional.pad(new, (0, longest - new.shape[1]), value=END).flatten().tolist()
 
     @torch.no_grad()
@@ -332,7 +326,7 @@ def encoding(place: Place) -> Iterator[Result]:
 
     peer = measure(theirs, place.device.type, 1 if place.tiny else 5)
     yield {"name": "images encoded, transformers", "batch": batch, "operations": operations(theirs), **peer}
-    encoder = wrap_on(place, lambda: wrap_transformers(network, Preprocessing(config.image_size)))
+    encoder = wrap_transformers(network, Preprocessing(config.image_size))
 
     def ours() -> Sequence[float]:
         return encoder.encode(pixels)[0, 0, :2].tolist()

@@ -89,10 +89,11 @@ def build(case: Case) -> Any:
     from blip2.config import ObjectivesConfig
     from blip2.model.representation import RepresentationModel
 
-    encoder = ImageEncoder(
-        nn.Conv2d(3, case.width, 1), lambda pixels: pixels.new_zeros(len(pixels), case.tokens, case.width),
+    encoder = ImageEncoder(  # never used: the features are given
+        nn.Conv2d(3, case.width, 1),
+        lambda pixels: pixels.mean((1, 2, 3))[:, None, None].expand(-1, case.tokens, case.width),
         Preprocessing(14),
-    )  # fmt: skip
+    )
     return RepresentationModel(encoder, config_of(case), ObjectivesConfig())
 
 

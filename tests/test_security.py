@@ -385,6 +385,21 @@ def test_neither_does_that_of_a_tokenizer(own_code):
     assert marker.exists()
 
 
+@pytest.mark.parametrize("key", ["vocab", "vocab_file", "merges_file"])
+def test_a_tokenizer_names_no_file(parts, tmp_path, key):
+    """transformers would read it as the vocabulary."""
+    (tmp_path / "private.txt").write_text("secret\n")
+    shutil.copytree(parts.llama, tmp_path / "llm")
+    path = tmp_path / "llm" / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {key: str(tmp_path / "private.txt")}))
+    with pytest.raises(InputError, match=f"private.txt' as {key}, expected files of its own folder") as raised:
+        load_tokenizer(tmp_path / "llm")
+    one_line(raised)
+    path.write_text(json.dumps(settings | {key: "/home/someone-else/.cache/vocab.txt"}))  # nothing is read there
+    load_tokenizer(tmp_path / "llm")
+
+
 def test_a_checkpoint_cannot_allow_code(own_code, checkpoint):
     folder, marker = own_code("vision")
     named = {"name": str(folder), "trust_remote_code": str(folder)}
@@ -426,6 +441,7 @@ def spoiled(parts, tmp_path, **settings):
         ({"num_hidden_layers": 10**9}, "has num_hidden_layers 1000000000, more than the 2000 allowed"),
         ({"attn_implementation": "flash_attention_2"}, "no language model could be loaded"),
         ({"hidden_size": "notes.X"}, "no language model could be loaded"),
+        ({"hidden_size": 10**9}, "has a config.json with other sizes than its weights"),
     ],
 )
 def test_what_a_configuration_may_say(parts, tmp_path, settings, why):

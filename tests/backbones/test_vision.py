@@ -16,8 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.models.blip_2.modeling_blip_2 import Blip2VisionEmbeddings
 
-from blip2.backbones.vision import CLIP_MEAN, CLIP_STD
-from blip2.backbones.vision_loaders import interpolate_pos_embed, load_image_encoder, load_preprocessing
+from blip2.backbones.vision import CLIP_MEAN, CLIP_STD, Preprocessing
+from blip2.backbones.vision_loaders import (
+    interpolate_pos_embed,
+    load_image_encoder,
+    load_preprocessing,
+    wrap_transformers,
+)
 from blip2.data.images import preprocess
 from blip2.errors import InputError
 from fixtures.tiny import randomize
@@ -506,6 +511,21 @@ def test_an_unknown_processor_has_to_state_mean_and_std(tmp_path, settings, mess
         return
     with pytest.raises(InputError, match=message):
         load_preprocessing(str(tmp_path), hf.ViTConfig(), 28)
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '"a"', "[" * 100_000])
+def test_a_damaged_processor_is_refused(tmp_path, text):
+    (tmp_path / "preprocessor_config.json").write_text(text)
+    with pytest.raises(InputError, match=r"no image processor could be loaded from .* a preprocessor_config.json"):
+        load_preprocessing(str(tmp_path), hf.ViTConfig(), 28)
+
+
+def test_encoders_are_tested_where_their_weights_are():
+    """Within another default device the test images have to be made on the CPU, and then moved."""
+    network = hf.ViTModel(hf.ViTConfig(**SIZES))
+    with torch.device("meta"):
+        encoder = wrap_transformers(network, Preprocessing(28))
+    assert encoder.encode(pixels(28)).shape == (2, encoder.num_tokens, encoder.hidden_size)
 
 
 def test_the_use_of_clip_s_mean_is_logged(saved, caplog):

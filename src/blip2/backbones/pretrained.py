@@ -6,6 +6,7 @@ folder never runs unless the caller allows it for that model, and nothing is ask
 
 from __future__ import annotations
 
+import os
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -22,9 +23,12 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    AutoProcessor,
+    AutoTokenizer,
     Blip2VisionConfig,
     Blip2VisionModel,
 )
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging
 
 from blip2.errors import InputError
@@ -56,6 +60,11 @@ def wrap_load_errors(name: str, what: str, files: str = "config.json and model.s
             raise InputError(
                 f"the {what} {name!r} needs Python code from its folder (auto_map), which is not run: name a model that"
                 f" transformers supports natively{allow}"
+            ) from error
+        if "ignore_mismatched_sizes" in str(error):
+            raise InputError(
+                f"the {what} {name!r} has a config.json with other sizes than its weights: one of the two belongs to"
+                " another model"
             ) from error
         if _is_path(name) and not expand_home(name).exists():
             raise InputError(
@@ -104,6 +113,8 @@ def load_pretrained(auto_class: Any, name: str | Path, *, trust_remote_code: boo
         Exception: any error of transformers; see :func:`wrap_load_errors`.
     """
     _check_folder(Path(name))
+    if auto_class in (AutoTokenizer, AutoProcessor):
+        _check_tokenizer_config(name)
     return auto_class.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
 
 
@@ -116,6 +127,17 @@ def _check_folder(folder: Path) -> None:
                 check_regular_file(path, path.stat(), max_bytes)
         if path.name.endswith(".index.json") and path.is_file():
             read_shard_index(path)
+
+
+def _check_tokenizer_config(name: str | Path) -> None:
+    """Refuse a tokenizer_config.json that names a file of this machine, which transformers would read."""
+    for key, value in get_tokenizer_config(name).items():
+        is_file = key in ("vocab", "merges") or (key.endswith("_file") and key != "special_tokens_map_file")
+        if is_file and isinstance(value, str) and os.path.exists(value):  # noqa: PTH110  (Path.exists raises for odd names)
+            raise InputError(
+                f"the tokenizer_config.json of {str(name)!r} names the file {value!r} as {key}, expected files of its"
+                " own folder under their usual names: remove that entry"
+            )
 
 
 def read_shard_index(index: Path) -> dict[str, str]:

@@ -89,10 +89,11 @@ class ImageEncoder(Freezable):
     def _probe(self) -> tuple[int, int]:
         """Run the network on two different images, check the features and return P and E."""
         size = self.preprocessing.image_size
-        images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-        images[1] = 1 - images[1] * torch.linspace(0, 1, size)
-        network_class = type(self.network).__name__
         device = next(self.network.parameters()).device
+        images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0), device="cpu")
+        images[1] = 1 - images[1] * torch.linspace(0, 1, size, device="cpu")
+        images = images.to(device)
+        network_class = type(self.network).__name__
         try:
             with torch.no_grad(), self.autocast_context(device):
                 output: Any = self._forward_features(images.to(self.dtype))

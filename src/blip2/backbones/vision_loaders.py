@@ -25,6 +25,7 @@ from blip2.backbones.pretrained import (
     load_pretrained,
     load_safetensors,
     short_message,
+    wrap_load_errors,
 )
 from blip2.backbones.vision import MAX_IMAGE_SIZE, ImageEncoder, Preprocessing
 from blip2.errors import InputError
@@ -221,10 +222,15 @@ def load_preprocessing(name: str, config: Any, image_size: int | None) -> Prepro
         InputError: the processor's files do not determine mean and standard deviation, or it does more to pixels than
             to scale and shift each channel.
     """
-    try:
-        settings, _ = ImageProcessingMixin.get_image_processor_dict(name)
-    except OSError:
-        settings = {}
+    with wrap_load_errors(name, "image processor", "preprocessor_config.json"):
+        try:
+            settings, _ = ImageProcessingMixin.get_image_processor_dict(name)
+        except OSError as error:
+            if "valid JSON" in str(error):
+                raise
+            settings = {}
+        if not isinstance(settings, dict):
+            raise TypeError(f"it holds a {type(settings).__name__}")
     if image_size is None:
         image_size = _get_image_size(settings, config)
     if not settings:
