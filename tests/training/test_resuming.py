@@ -155,6 +155,16 @@ def test_what_cannot_go_on(parts, tmp_path, changes, why):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()} == files
 
 
+def test_a_checkpoint_without_its_recipe(parts, tmp_path):
+    recipe = parts.recipe(tmp_path / "run", training={"max_steps": 1})
+    folder = train(recipe)
+    (folder / "recipe.yaml").unlink()
+    with pytest.raises(InputError, match=r"has no recipe\.yaml, expected the recipe of its run: copy") as raised:
+        train(changed(recipe, training={"max_steps": 2}), resume=True)
+    assert str(folder) in message(raised)
+    assert load(folder, device="cpu").config.qformer == recipe.qformer  # using the model needs none
+
+
 # -- the place in the data -----------------------------------------------------------------------------------------
 
 
