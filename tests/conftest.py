@@ -22,6 +22,7 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="blip2-tests-")
 os.environ["HF_DATASETS_CACHE"] = f"{os.environ['HF_HOME']}/datasets"
 
 import huggingface_hub
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -61,6 +62,12 @@ pytest_plugins = ["fixtures.corpus"]
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
+# Tests of properties try a few examples, the same in every run and as many as is quick. HYPOTHESIS_PROFILE=thorough or
+# --hypothesis-profile=thorough tries 10,000 new ones in each test, and begins with those that failed last.
+patient = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.register_profile("quick", patient, derandomize=True, max_examples=15)
+hypothesis.settings.register_profile("thorough", patient, max_examples=10_000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
 def pytest_xdist_auto_num_workers() -> int:

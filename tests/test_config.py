@@ -1,17 +1,17 @@
 import ast
 import inspect
 import math
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, fields, is_dataclass, replace
 from functools import reduce
 from pathlib import Path
-from random import Random
 from typing import get_args, get_type_hints
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from blip2 import config
 from blip2.config import LanguageConfig, LoraConfig, Recipe
@@ -432,13 +432,11 @@ ODD = (
     "-1", "0", "1", "2147483648", "9223372036854775808", "1e308", ".inf", "-.inf", ".nan", '""', "null", "true", '"1"',
     "[]", "{}", "1e-300", "0.5", "-0.5", '"abc"',
 )  # fmt: skip
-FIRST, LAST = (int(number) for number in os.environ.get("BLIP2_ODD_NUMBERS", "0-120").split("-"))
-"""BLIP2_ODD_NUMBERS=0-10000 tries so many."""
 
 
-def odd_recipe(random, folder):
+def odd_recipe(draw, folder):
     """A recipe with odd values at one or two of its numbers; what is odd, and the file."""
-    chosen = random.sample(list(RANGES), random.choice((1, 1, 2)))
+    chosen = draw(st.lists(st.sampled_from(list(RANGES)), min_size=1, max_size=2, unique=True))
     values = {"stage": "representation", "output": "run", "vision": {"name": "v"}, "data": {"train": "d"}}
     values["evaluation"] = {"task": "retrieval", "data": "d"}
     if any(name.startswith("language") for name in chosen):
@@ -452,7 +450,7 @@ def odd_recipe(random, folder):
             section = section.setdefault(each, {})
         several = {"data.train": {"a": place}, "optimizer.learning_rate": {"*": place}, "optimizer.betas": [0.9, place]}
         section[key] = several.get(name, place)
-        odd[name] = random.choice(ODD)
+        odd[name] = draw(st.sampled_from(ODD))
     text = yaml.safe_dump(values)
     for number, value in enumerate(odd.values()):
         text = text.replace(f"'@{number}@'", value)
@@ -461,22 +459,28 @@ def odd_recipe(random, folder):
 
 
 def test_odd_numbers_are_taken_or_named(tmp_path):
-    refused = 0
-    for number in range(FIRST, LAST):
-        odd, path = odd_recipe(Random(number), tmp_path)
+    refused = []
+
+    @settings(max_examples=max(120, settings().max_examples))
+    @given(data=st.data())
+    def check(data):
+        odd, path = odd_recipe(data.draw, tmp_path)
+        refused.append(False)
         try:
             recipe = load_recipe(path)
         except InputError as error:
             assert "\n" not in str(error), odd
-            refused += 1
-            continue
+            refused[-1] = True
+            return
         for name in odd:
             *sections, key = name.split(".")
             found = getattr(reduce(getattr, sections, recipe), key)
             found = found.values() if isinstance(found, dict) else found
             for each in found if isinstance(found, Iterable) else [found]:
                 assert each is None or each == "frozen" or (type(each) in (int, float) and math.isfinite(each)), odd
-    assert LAST - FIRST > refused > (LAST - FIRST) / 3
+
+    check()
+    assert len(refused) >= 100 and len(refused) > sum(refused) > len(refused) / 3
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,14 @@ Legend: B batch of this process, N batch of all processes, Q queries, C contrast
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+
+from blip2.model.kernels.recompute import recompute
 
 IGNORE_INDEX = -100
 """Label of positions without loss."""
@@ -138,9 +139,9 @@ def language_modeling(
             one optimizer step, so that the gradient is that of one mean over all labels of the step.
     """
     rows = max(MAX_LOGITS_PER_CHUNK // head(hidden_states[:0]).shape[-1], 1)
-    chunks = list(zip(hidden_states.split(rows), labels.split(rows), strict=True))
+    chunks = list(zip(torch.split(hidden_states, rows), torch.split(labels, rows), strict=True))
     if len(chunks) > 1 and torch.is_grad_enabled():
-        sums = [cast(Tensor, checkpoint(_lm_sums, head, *chunk, use_reentrant=False)) for chunk in chunks]
+        sums = [recompute(_lm_sums, head, *chunk) for chunk in chunks]
     else:
         sums = [_lm_sums(head, *chunk) for chunk in chunks]
     cross_entropy, uniform_cross_entropy, num_correct = torch.stack(sums).sum(dim=0)
@@ -175,7 +176,8 @@ def query_cosines(queries: Float[Tensor, "B Q D"]) -> Float[Tensor, "B Q*(Q-1)"]
         cosines = unit @ unit.mT
     num_queries = queries.shape[1]
     # Remove the diagonal: every (Q + 1)-th element of the flattened matrix, beginning with the first.
-    return cosines.flatten(1)[:, 1:].unflatten(1, (num_queries - 1, num_queries + 1))[..., :-1].flatten(1)
+    between = torch.unflatten(cosines.flatten(1)[:, 1:], 1, (num_queries - 1, num_queries + 1))[..., :-1]
+    return between.flatten(1)
 
 
 def query_diversity(queries: Float[Tensor, "B Q D"]) -> Float[Tensor, ""]:

@@ -18,7 +18,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from blip2.config import QFormerConfig
 from blip2.model.attention import CrossAttention, SelfAttention
@@ -26,6 +25,7 @@ from blip2.model.image_memory import CrossAttentionKV, ImageMemory
 from blip2.model.kernels.dropout import Dropout
 from blip2.model.kernels.linear import Linear, NormalizedFeatures, mlp
 from blip2.model.kernels.packing import PackedTokens
+from blip2.model.kernels.recompute import recompute
 from blip2.model.kernels.sdpa import split_heads
 
 MaskKind = Literal["unimodal", "causal", "bidirectional"]
@@ -180,7 +180,7 @@ class QFormer(nn.Module):
         settings: Any = torch._dynamo.config  # pyright: ignore[reportPrivateUsage]
         settings.recompile_limit = max(settings.recompile_limit, 64)
         for block in self.blocks:
-            block.compile(dynamic=True)
+            block.compile(dynamic=True)  # pyright: ignore[reportUnknownMemberType]  # its arguments have no types
 
     @property
     def decoder_start_token_id(self) -> int:
@@ -243,8 +243,9 @@ class QFormer(nn.Module):
             raise ValueError("give the Q-Former an image memory, text ids, or both")
         num_queries = 0 if memory is None else self.config.num_query_tokens
         num_rows = 0 if memory is None else len(memory)
-        queries = None if memory is None else self.queries
-        text = text_mask = None
+        queries: Tensor | None = None if memory is None else self.queries
+        text: Tensor | None = None
+        text_mask: Tensor | None = None
         if input_ids is not None:
             num_rows = len(input_ids)
             # The diagonal of the mask is False for padding.
@@ -265,7 +266,7 @@ class QFormer(nn.Module):
             keep = output_layout if block is self.blocks[-1] else tokens
             inputs = (queries, text, mask, image_kv, tokens, keep)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                queries, text = checkpoint(block, *inputs, use_reentrant=False)
+                queries, text = recompute(block, *inputs)
             else:
                 queries, text = block(*inputs)
         out = output_layout.pad(output_layout.cat(queries, text))

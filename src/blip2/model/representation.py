@@ -143,12 +143,12 @@ class RepresentationModel(nn.Module):
             batch_size: number of pairs per pass of the Q-Former.
         """
         lengths = mask.sum(dim=1)
-        rows = []
+        rows: list[Tensor] = []
         for features, texts in zip(encode_images(self.vision, images), candidates, strict=True):
             memory = self.qformer.project_image(features[None], self.image_norm)
             order = lengths[texts].argsort()
-            logits = []
-            for chunk in texts[order].split(batch_size):
+            logits: list[Tensor] = []
+            for chunk in torch.split(texts[order], batch_size):
                 longest = int(lengths[chunk].max())
                 logits.append(self.match(memory.repeat(len(chunk)), ids[chunk, :longest], mask[chunk, :longest]))
             rows.append(torch.cat(logits)[order.argsort()])

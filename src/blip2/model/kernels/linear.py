@@ -43,6 +43,11 @@ def _use_onednn(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+def _apply(function: Any, *args: Tensor | None) -> Tensor:
+    """Apply a ``torch.autograd.Function``, whose ``apply`` has no types."""
+    return function.apply(*args)
+
+
 class _OneDNNLinear(torch.autograd.Function):
     """x W^T + b and the gradient of x by oneDNN; the gradient of W by MKL, which is as fast."""
 
@@ -72,7 +77,7 @@ def linear(
     if not _use_onednn(x, weight):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled():
-        return _OneDNNLinear.apply(x, weight, bias)
+        return _apply(_OneDNNLinear, x, weight, bias)
     return _onednn(x, weight, bias, "none", [], "")
 
 
@@ -131,7 +136,7 @@ def mlp(x: Float[Tensor, "*shape I"], fc1: nn.Linear, fc2: nn.Linear) -> Float[T
     if not torch.is_grad_enabled():
         return fc2(linear_gelu(x, fc1.weight, fc1.bias))
     hidden = fc1(x)
-    return _GeluLinear.apply(hidden, fc2.weight.to(hidden.dtype), fc2.bias.to(hidden.dtype))
+    return _apply(_GeluLinear, hidden, fc2.weight.to(hidden.dtype), fc2.bias.to(hidden.dtype))
 
 
 # -- LayerNorm and projections ----------------------------------------------------------------------------------------

@@ -66,12 +66,12 @@ class PackedTokens:
     def split(self, x: Float[Tensor, "_ D"]) -> tuple[Float[Tensor, "_ Q D"] | None, Float[Tensor, "_ D"] | None]:
         """Undo :meth:`cat`. A part that this layout does not have is None."""
         if self.indices is None:
-            return x.unflatten(0, (-1, self.num_query_tokens)), None
+            return torch.unflatten(x, 0, (-1, self.num_query_tokens)), None
         if not self.num_query_tokens:
             return None, x
         num_rows = self.num_rows if self._has_all_queries(x) else 1
         num_queries = num_rows * self.num_query_tokens
-        return x[:num_queries].unflatten(0, (num_rows, self.num_query_tokens)), x[num_queries:]
+        return torch.unflatten(x[:num_queries], 0, (num_rows, self.num_query_tokens)), x[num_queries:]
 
     def expand_queries(self, x: Float[Tensor, "_ E"]) -> Float[Tensor, "M E"]:
         """Return `x` with N rows of queries, if it has one row that stands for all."""
@@ -85,7 +85,7 @@ class PackedTokens:
         if self.indices is not None:
             # Unlike index_copy, index_put does not store x for the backward pass.
             x = x.new_zeros(self.num_rows * self.seq_len, x.shape[1]).index_put_((self.indices,), x)
-        return x.unflatten(0, (self.num_rows, self.seq_len))
+        return torch.unflatten(x, 0, (self.num_rows, self.seq_len))
 
     def unpad(self, x: Float[Tensor, "N S E"]) -> Float[Tensor, "M E"]:
         """Undo :meth:`pad`."""

@@ -16,7 +16,7 @@ from blip2.model.kernels.dropout import dropout
 
 
 def split_heads(x: Float[Tensor, "B M D"], num_heads: int) -> Float[Tensor, "B {num_heads} M d"]:
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    return torch.unflatten(x, -1, (num_heads, -1)).transpose(1, 2)
 
 
 def merge_heads(x: Float[Tensor, "B H M d"]) -> Float[Tensor, "B M D"]:
@@ -68,8 +68,10 @@ def sdpa_shared_kv(
     # On other devices, and when compiled, one large product is faster than many small ones.
     if row_to_image.device.type != "cpu" or torch.compiler.is_compiling():
         return _sdpa_repeated(query, key[row_to_image], value[row_to_image], 1, p)
-    order, counts = row_to_image.argsort(stable=True), row_to_image.bincount(minlength=len(key)).tolist()
-    groups = zip(query.index_select(0, order).split(counts), key.split(1), value.split(1), counts, strict=True)
+    order = row_to_image.argsort(stable=True)
+    counts: list[int] = row_to_image.bincount(minlength=len(key)).numpy().tolist()
+    queries = torch.split(query.index_select(0, order), counts)
+    groups = zip(queries, torch.split(key, 1), torch.split(value, 1), counts, strict=True)
     attn_output = [_sdpa_repeated(q, k, v, count, p) for q, k, v, count in groups if count]
     return torch.cat(attn_output).index_select(0, order.argsort())
 
@@ -82,8 +84,8 @@ def _sdpa_repeated(
     p: float,
 ) -> Float[Tensor, "N Q D"]:
     num_heads, num_queries = key.shape[1], query.shape[1]
-    q = query.unflatten(0, (repeats, -1)).unflatten(-1, (num_heads, -1))  # [repeats, B, Q, H, d]
+    q = torch.unflatten(torch.unflatten(query, 0, (repeats, -1)), -1, (num_heads, -1))  # [repeats, B, Q, H, d]
     q = q.permute(1, 3, 0, 2, 4).flatten(2, 3)  # [B, H, repeats * Q, d]
     out = sdpa(q, key, value, None, p)
-    out = out.unflatten(2, (repeats, num_queries)).permute(2, 0, 3, 1, 4)  # [repeats, B, Q, H, d]
+    out = torch.unflatten(out, 2, (repeats, num_queries)).permute(2, 0, 3, 1, 4)  # [repeats, B, Q, H, d]
     return out.flatten(3).flatten(0, 1)
