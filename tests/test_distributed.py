@@ -16,6 +16,7 @@ from blip2 import distributed
 from blip2.backbones.vision import ImageEncoder, Preprocessing
 from blip2.config import ObjectivesConfig
 from blip2.distributed import all_gather, all_gather_padded, gather_rows, rank_consistent_uniforms
+from blip2.errors import InputError
 from blip2.model.representation import Negatives, RepresentationBatch, RepresentationModel
 from fixtures.tiny import QFORMER, randomize, texts
 
@@ -109,6 +110,7 @@ def work(rank: int, folder: Path) -> None:
 
     results["gathered"] = all_gather(torch.full((2, 1), rank)), all_gather_padded(torch.full((1, 2 + rank), rank), 9)
     results["process"] = distributed.rank(), distributed.world_size()
+    results["of rank 0"] = distributed.all_gather_objects((distributed.on_rank_0(distributed.rank), refusal()))
     results["chances"] = all_gather(rank_consistent_uniforms(7, 2, 3).T).T
     both: list = [None, None]
     dist.all_gather_object(both, fetch_and_learn(rank))
@@ -119,6 +121,17 @@ def work(rank: int, folder: Path) -> None:
         torch.save(results, folder / "results.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def refusal() -> str:
+    """What a process is told of an error on rank 0."""
+
+    def refuse() -> None:
+        raise InputError(f"refused by rank {distributed.rank()}")
+
+    with pytest.raises(InputError) as error:
+        distributed.on_rank_0(refuse)
+    return str(error.value)
 
 
 def fetch_and_learn(rank: int) -> tuple[Tensor, Tensor, list[int]]:
@@ -199,9 +212,14 @@ def test_only_what_was_drawn_travels_and_its_gradient_comes_home(results):
     assert gradient1.tolist() == [0, 1 + 100, 10]
 
 
+def test_what_rank_0_does_is_known_to_all(results):
+    assert results["of rank 0"] == [(0, "refused by rank 0")] * 2
+
+
 def test_one_process_gathers_nothing():
     tensor = torch.ones(2, 3)
     assert all_gather(tensor) is tensor
     assert all_gather_padded(tensor, 0) is tensor
     assert gather_rows(torch.arange(4), torch.tensor([2, 0, 2])).tolist() == [2, 0, 2]
+    assert (distributed.on_rank_0(distributed.rank), refusal()) == (0, "refused by rank 0")
     assert (distributed.rank(), distributed.world_size()) == (0, 1)

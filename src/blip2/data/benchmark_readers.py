@@ -47,6 +47,11 @@ class ImageFolder:
             )
         return str(self.folder / name)
 
+    def row(self, name: str, image_id: int | str, dataset: str, **values: Any) -> Row:
+        """Return a row for an image; `dataset` is that of its key. Raises as :meth:`path`."""
+        key = f"{dataset}/{image_id}"
+        return {"image": self.path(name, image_id), "image_id": image_id, "image_key": key, **values}
+
 
 # -- captions ------------------------------------------------------------------------------------------------------
 
@@ -83,25 +88,14 @@ def read_karpathy_coco(split: str, annotations: Path, images: ImageFolder) -> It
             continue
         if folder != images.folder.name:
             raise InputError(f"{annotations} has image {image_id} of {split} in {folder}, expected COCO's own split")
-        yield {
-            "image": images.path(file, image_id),
-            "image_id": image_id,
-            "image_key": f"coco/{image_id}",
-            "captions": [sentence["raw"] for sentence in sentences],
-        }
+        yield images.row(file, image_id, "coco", captions=[sentence["raw"] for sentence in sentences])
 
 
 def read_flickr30k(split: str, annotations: Path, images: ImageFolder) -> Iterator[Row]:
     """Read Flickr30K: a split by Karpathy, or all images from Flickr30K's own file of captions."""
     captions = _read_token_file(annotations) if split == "all" else _read_karpathy_flickr30k(split, annotations)
     for file, sentences in captions:
-        image_id = file.removesuffix(".jpg")
-        yield {
-            "image": images.path(file, image_id),
-            "image_id": image_id,
-            "image_key": f"flickr30k/{image_id}",
-            "captions": sentences,
-        }
+        yield images.row(file, file.removesuffix(".jpg"), "flickr30k", captions=sentences)
 
 
 def _read_karpathy_flickr30k(split: str, path: Path) -> Iterator[tuple[str, list[str]]]:
@@ -169,13 +163,8 @@ def read_questions(
         if first and dataset == "VQAv2":
             _refuse_vqa_v1(path, number, image_id)
         first = False
-        row = {
-            "image": images.path(f"COCO_{subset}_{image_id:0>12}.jpg", image_id),
-            "image_id": image_id,
-            "image_key": f"coco/{image_id}",
-            "question": question,
-            "question_id": number,
-        }
+        file = f"COCO_{subset}_{image_id:0>12}.jpg"
+        row = images.row(file, image_id, "coco", question=question, question_id=number)
         if annotations:
             annotation = known.pop(number, None)
             if annotation is None:
@@ -237,14 +226,8 @@ def read_gqa(split: str, questions: Path, images: ImageFolder) -> Iterator[Row]:
     """Read GQA's balanced questions; ``question_type`` is the structural type."""
     for number, entry in stream_json(questions):
         question, image_id, answer = require_keys(questions, entry, "question", "imageId", "answer")
-        row = {
-            "image": images.path(f"{image_id}.jpg", image_id),
-            "image_id": image_id,
-            "image_key": f"{'visual-genome' if str(image_id).isdecimal() else 'gqa'}/{image_id}",
-            "question": question,
-            "question_id": number,
-            "answers": [answer],
-        }
+        dataset, file = "visual-genome" if str(image_id).isdecimal() else "gqa", f"{image_id}.jpg"
+        row = images.row(file, image_id, dataset, question=question, question_id=number, answers=[answer])
         yield row | ({"question_type": entry["types"]["structural"]} if "types" in entry else {})
 
 
@@ -287,8 +270,7 @@ def _visual_genome_row(
     images = next((each for each in folders if each.folder.name == folder), None)
     if images is None:
         raise InputError(f"{path} has image {image_id} in {folder}, expected VG_100K or VG_100K_2")
-    key = f"visual-genome/{image_id}"
-    return {"image": images.path(file, image_id), "image_id": image_id, "image_key": key, "coco_id": coco_id}
+    return images.row(file, image_id, "visual-genome", coco_id=coco_id)
 
 
 def read_easy_vqa(split: str, questions: Path, images: ImageFolder) -> Iterator[Row]:
@@ -299,14 +281,8 @@ def read_easy_vqa(split: str, questions: Path, images: ImageFolder) -> Iterator[
             raise InputError(f"{questions} entry {number} is {entry!r}, expected a question, an answer and an image")
         question, answer, image_id = entry
         if part == "test" or (split == "val") == (image_id % 10 == VAL_LAST_DIGIT):
-            yield {
-                "image": images.path(f"{image_id}.png", image_id),
-                "image_id": image_id,
-                "image_key": f"easy-vqa/{part}/{image_id}",
-                "question": question,
-                "question_id": number,
-                "answers": [answer],
-            }
+            file, dataset = f"{image_id}.png", f"easy-vqa/{part}"
+            yield images.row(file, image_id, dataset, question=question, question_id=number, answers=[answer])
 
 
 # -- web datasets ----------------------------------------------------------------------------------------------------

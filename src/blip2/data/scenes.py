@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -266,7 +266,8 @@ def make_scenes(
         for name, part in files.items():
             if part:
                 rows[f"{name}.jsonl"] = len(part)
-                _write_lines(output / f"{name}.jsonl", part)
+                lines = "".join(json.dumps(row) + "\n" for row in part)
+                (output / f"{name}.jsonl").write_text(lines, encoding="utf-8")
         texts.append(_split_table(split, written))
         if split == "train" and shards:
             _write_shards(output, written.records, shards, group_size)
@@ -276,10 +277,6 @@ def make_scenes(
         _card(shown, planner, seed, texts, about or f"The cut-outs come from {cutouts}."), encoding="utf-8"
     )
     return rows
-
-
-def _write_lines(path: Path, rows: Iterable[Row]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def _write_shards(folder: Path, records: Sequence[Row], shards: int, group_size: int) -> None:
