@@ -244,6 +244,32 @@ class ObjectivesConfig:
     """Weight of the mean squared cosine similarity between the output queries of an image, in both stages. It is not in
     the paper; without it, the queries of small runs collapse into one vector (docs/queries.md)."""
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each loss by its name. ``lm``, the loss of stage generation, always has the weight 1."""
+        return {"lm": 1.0, **{name: value for name, value in vars(self).items() if name != "label_smoothing"}}
+
+    @property
+    def stage1(self) -> dict[str, float]:
+        """The weights of the objectives of stage representation, at least one of which must be switched on.
+
+        ``query_diversity`` is not among them: without another loss it trains nothing useful.
+        """
+        return {name: weight for name, weight in self.weights.items() if name not in ("lm", "query_diversity")}
+
+    def weight(self, loss: str) -> float:
+        """Return the weight of a loss.
+
+        Raises:
+            ValueError: the loss has no weight. This is an error in the code of the model, not in a recipe.
+        """
+        if loss not in self.weights:
+            raise ValueError(
+                f"the model returns a loss named {loss}, which has no weight: add a field {loss} to ObjectivesConfig in"
+                " blip2/config.py"
+            )
+        return self.weights[loss]
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -463,8 +489,9 @@ class Recipe:
     comparison of Figure 5."""
 
     def __post_init__(self) -> None:
-        if self.stage == "representation" and not (self.objectives.itc or self.objectives.itm or self.objectives.itg):
-            raise InputError("all objectives are switched off: give one of objectives.itc, .itm, .itg a weight")
+        if self.stage == "representation" and not any(self.objectives.stage1.values()):
+            names = ", ".join(f"objectives.{name}" for name in self.objectives.stage1)
+            raise InputError(f"all objectives are switched off: give one of {names} a weight above 0")
         check_ranges(self)
         _ = self.model  # checks the model
         if self.start_from is not None and not all(self.start_checkpoints or [""]):

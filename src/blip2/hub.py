@@ -138,7 +138,7 @@ def _training(checkpoint: Checkpoint) -> list[str]:
         f"`{name}`" + (f" ({find_license(name)})" if name.startswith(PREFIX) else "") for name in data.sources
     )
     held_out = f"`{data.validation}` was held out" if data.validation else "no pairs were held out"
-    weights = {name.upper(): getattr(recipe.objectives, name) for name in ("itc", "itm", "itg")}
+    weights = {name.upper(): weight for name, weight in recipe.objectives.stage1.items()}
     losses = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in weights.items() if weight)
     if recipe.language is not None:
         losses = "the language modeling loss of the captions"

@@ -43,6 +43,8 @@ def test_truncate_where_there_is_nothing(tmp_path):
 def test_note():
     values = {"lm": 1.23456, "loss": 9.0, "lm_accuracy": 0.5, "images_per_second": 12.34}
     assert format_progress(values) == "lm 1.235  lm_accuracy 0.500  12.3 images/s"
+    values = {"itc_r1": 0.5, "query_diversity": 0.25, "itm": 2.0, "images_per_second": 1.0}
+    assert format_progress(values) == "itm 2.000  query_diversity 0.250  itc_r1 0.500  1.0 images/s"
 
 
 def test_lines_where_there_is_no_terminal(capsys):

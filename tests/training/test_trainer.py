@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -22,12 +22,15 @@ from blip2.data.images import preprocess, read_image
 from blip2.data.sources import open_records
 from blip2.errors import InputError
 from blip2.feature_cache.cache import CachedFeatures
+from blip2.model.losses import LossOutput
+from blip2.model.representation import RepresentationModel
 from blip2.pipelines import load
 from blip2.recipe import dump_config
 from blip2.training import trainer
 from blip2.training.interruption import TrainingInterrupted
 from blip2.training.metrics import read_metrics
 from blip2.training.trainer import train
+from blip2.training.validation import best_metric, is_better
 from conftest import draw
 from fixtures.processes import finish, start, start_two
 from fixtures.runs import assert_same_run, cut_short, lines
@@ -352,6 +355,36 @@ def test_weights_of_the_objectives(parts, tmp_path):
     (row,) = read_metrics(tmp_path / "run")
     assert "itc" not in row
     assert row["loss"] == pytest.approx(2 * row["itm"] + 0.5 * row["itg"], rel=1e-6)
+
+
+def test_a_loss_without_a_weight_is_an_error(parts, tmp_path, monkeypatch):
+    forward = RepresentationModel.forward
+
+    def with_one_more(self, *args, **kwargs):
+        losses, metrics = forward(self, *args, **kwargs)
+        return LossOutput({**losses, "pixels": losses["itc"]}, metrics)
+
+    monkeypatch.setattr(RepresentationModel, "forward", with_one_more)
+    with pytest.raises(ValueError, match="a loss named pixels, which has no weight: add a field pixels to Objectives"):
+        train(parts.recipe(tmp_path / "run", training={"max_steps": 1}))
+
+
+@pytest.mark.parametrize("loss", ["loss", "itc", "itm", "itg", "lm", "query_diversity"])
+def test_the_smallest_loss_is_the_best(tmp_path, loss):
+    name = f"validation_{loss}"
+    assert is_better(0.1, 0.2, name)
+    assert not is_better(0.2, 0.1, name)
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": 1, "{name}": {value}}}\n' for value in (0.3, 0.1, 0.2)))
+    assert best_metric(tmp_path, name) == 0.1
+
+
+def test_every_weight_of_a_loss_has_a_direction():
+    """The only field of the objectives that is not the weight of a loss is the label smoothing."""
+    names = {field.name for field in fields(ObjectivesConfig)} - {"label_smoothing"}
+    assert set(ObjectivesConfig().weights) == names | {"lm"}
+    assert all(is_better(0.1, 0.2, f"validation_{name}") for name in names)
+    for name in ("validation_itc_r1", "validation_itm_accuracy", "validation_lm_accuracy", "evaluation_accuracy"):
+        assert is_better(0.2, 0.1, name)
 
 
 def test_validation_is_the_same_whenever_it_is_measured(parts, tmp_path):

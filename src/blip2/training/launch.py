@@ -42,9 +42,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     precision = recipe.training.precision or ("bf16" if device.type == "cuda" else "fp32")
     # Parameters without a gradient: the head of a loss that is switched off, the layers of an image encoder after the
     # one whose output is used, and the text output of the last block if the Q-Former reads questions.
-    losses = recipe.objectives
     all_parameters_used = not (recipe.optimizer.trains("vision") or recipe.qformer.use_qformer_text_input) and (
-        recipe.stage == "generation" or (losses.itc > 0 and losses.itm > 0 and losses.itg > 0)
+        recipe.stage == "generation" or all(recipe.objectives.stage1.values())
     )
     if precision == "fp16" and device.type == "cpu":
         raise InputError("training.precision fp16 needs a GPU: use bf16 or fp32 on a CPU")

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from blip2.config import ObjectivesConfig
 from blip2.errors import InputError
 from blip2.io import atomic_write, parse_json
 
@@ -64,5 +65,6 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 def format_progress(values: dict[str, float]) -> str:
     """Format the metrics that are shown next to the progress bar."""
-    shown = [name for name in ("itc", "itm", "itg", "lm", "itc_r1", "itm_accuracy", "lm_accuracy") if name in values]
+    names = (*ObjectivesConfig().weights, "itc_r1", "itm_accuracy", "lm_accuracy")
+    shown = [name for name in names if name in values]
     return "  ".join([*(f"{name} {values[name]:.3f}" for name in shown), f"{values['images_per_second']:.1f} images/s"])

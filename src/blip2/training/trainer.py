@@ -357,8 +357,8 @@ class Trainer:
         return sums
 
     def _weighted_sum(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
-        weights = vars(self.recipe.objectives)
-        return torch.stack([weights.get(name, 1.0) * loss for name, loss in losses.items()]).sum()
+        weight = self.recipe.objectives.weight
+        return torch.stack([weight(name) * loss for name, loss in losses.items()]).sum()
 
     def _mean_over_processes(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
         """Average metrics over all processes; the counts of :class:`DataStats` are in the same all-reduce."""

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from blip2.builder import Built
-from blip2.config import Recipe
+from blip2.config import ObjectivesConfig, Recipe
 from blip2.console import Display
 from blip2.data.collate import StageBatch
 from blip2.data.dataset import BatchDataset, SkippedRecord, to_device
@@ -26,8 +26,8 @@ from blip2.model.generation import GenerationModel
 from blip2.model.representation import RepresentationModel
 from blip2.training.metrics import METRICS_FILE, read_metrics
 
-LOWER_IS_BETTER = ("loss", "_itc", "_itm", "_itg", "_lm", "_perplexity")
-"""Suffixes of the validation metrics for which lower is better."""
+LOWER_IS_BETTER = ("_loss", *(f"_{name}" for name in ObjectivesConfig().weights), "_perplexity", "_query_similarity")
+"""Suffixes of the validation metrics for which lower is better: every loss, and some metrics."""
 
 
 @runtime_checkable
@@ -110,8 +110,7 @@ def validate(
             " records"
         )
     means = {name: total / total_pairs for name, total in zip(names, totals, strict=True)}
-    weights = vars(recipe.objectives)
-    loss = float(sum(weights.get(name, 1.0) * means[name] for name in sorted(losses)))
+    loss = float(sum(recipe.objectives.weight(name) * means[name] for name in sorted(losses)))
     return {f"validation_{name}": mean for name, mean in {"loss": loss, **means}.items()}
 
 
