@@ -56,10 +56,10 @@ def build(about: dict[str, Any], folder: Path) -> Any:
     qformer, stage1 = import_lavis(Path(about["package"]))
     sizes = about["qformer"]
     config = qformer.BertConfig(
-        vocab_size=sizes["vocabulary"],
+        vocab_size=sizes["vocab_size"],
         hidden_size=sizes["hidden_size"],
-        num_hidden_layers=sizes["layers"],
-        num_attention_heads=sizes["heads"],
+        num_hidden_layers=sizes["num_hidden_layers"],
+        num_attention_heads=sizes["num_attention_heads"],
         intermediate_size=sizes["intermediate_size"],
         hidden_dropout_prob=about["dropout"],
         attention_probs_dropout_prob=about["dropout"],
@@ -67,12 +67,12 @@ def build(about: dict[str, Any], folder: Path) -> Any:
     config.encoder_width = about["width"]
     config.add_cross_attention = True
     config.cross_attention_freq = sizes["cross_attention_frequency"]
-    config.query_length = sizes["queries"]
+    config.query_length = sizes["num_query_tokens"]
     model = stage1.Blip2Qformer.__new__(stage1.Blip2Qformer)
     nn.Module.__init__(model)
     model.visual_encoder, model.ln_vision = nn.Identity(), nn.LayerNorm(about["width"])
     model.Qformer = qformer.BertLMHeadModel(config)
-    model.query_tokens = nn.Parameter(torch.zeros(1, sizes["queries"], sizes["hidden_size"]))
+    model.query_tokens = nn.Parameter(torch.zeros(1, sizes["num_query_tokens"], sizes["hidden_size"]))
     for name in ("vision_proj", "text_proj"):
         setattr(model, name, nn.Linear(sizes["hidden_size"], sizes["image_text_hidden_size"]))
     model.itm_head = nn.Linear(sizes["hidden_size"], 2)
@@ -104,7 +104,7 @@ def stepper(model: Any, about: dict[str, Any], features: torch.Tensor, texts: Te
     """A training step, at a rate of zero; gives back its losses."""
     # Both sides take the hardest negatives, so that they compare the same pairs.
     torch.multinomial = lambda weights, count: weights.argmax(dim=-1, keepdim=True)
-    tokenizer = SimpleNamespace(bos_token_id=about["qformer"]["vocabulary"] - 1, pad_token_id=0)
+    tokenizer = SimpleNamespace(bos_token_id=about["qformer"]["vocab_size"] - 1, pad_token_id=0)
     model.tokenizer = type("Tokenizer", (), {**vars(tokenizer), "__call__": lambda self, text, **options: texts})()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98))
     model.train()

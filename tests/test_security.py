@@ -40,7 +40,7 @@ from blip2.data.sources import open_records
 from blip2.errors import InputError, escape_control_characters
 from blip2.interop.checkpoint import load_tokenizer
 from blip2.interop.weights import open_file, open_folder
-from blip2.io import MAX_DEPTH, parse_json, read_json, write_tensors
+from blip2.io import MAX_DEPTH, parse_json, parse_yaml, read_json, write_tensors
 from blip2.recipe import load_recipe, load_stored, override
 from fixtures.corpus import write_tar
 
@@ -194,6 +194,12 @@ def test_yaml_bombs(tmp_path, checkpoint, bomb):
         with pytest.raises(InputError) as raised:
             read(checkpoint(BOMBS[bomb]))
         assert len(one_line(raised)) < 500
+
+
+@pytest.mark.parametrize("text", ["a: 1\nb: {a: 1}\na: 2", "b:\n- {x: 1, 'x': 1}"])
+def test_no_key_is_dropped_silently(text):
+    with pytest.raises(InputError, match=r"it has a key twice in the mapping of line \d: remove one"):
+        parse_yaml(text)
 
 
 @pytest.mark.parametrize(

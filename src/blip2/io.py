@@ -151,8 +151,8 @@ def parse_yaml(text: str) -> Any:
     """Parse a YAML text.
 
     Raises:
-        InputError: it is not YAML, or exceeds :data:`MAX_YAML`, :data:`MAX_NODES`, :data:`MAX_DEPTH` or
-            :data:`MAX_DIGITS`.
+        InputError: it is not YAML, has a key twice, or exceeds :data:`MAX_YAML`, :data:`MAX_NODES`,
+            :data:`MAX_DEPTH` or :data:`MAX_DIGITS`.
     """
     if len(text) > MAX_YAML:
         raise InputError(f"it has more than the {MAX_YAML:,} characters allowed")
@@ -224,6 +224,9 @@ def _check_size(root: yaml.Node) -> None:
             raise InputError(f"it has a tag in line {node.start_mark.line + 1}, which would create an object")
         if isinstance(node, yaml.MappingNode):
             stack += [(child, depth + 1) for pair in node.value for child in pair]
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if len(set(keys)) < len(keys):
+                raise InputError(f"it has a key twice in the mapping of line {node.start_mark.line + 1}: remove one")
         elif isinstance(node, yaml.SequenceNode):
             stack += [(child, depth + 1) for child in node.value]
         elif node.tag.endswith((":int", ":float")) and len(node.value) > MAX_DIGITS:

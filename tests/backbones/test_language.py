@@ -333,6 +333,16 @@ def test_embedding_scale_of_a_model_that_scales_inside():
     assert llm.embedding_scale() == pytest.approx(4 * rms, rel=0.02)  # estimated from every second token
 
 
+def test_an_llm_without_token_embeddings_is_refused(monkeypatch):
+    def missing(_):
+        raise NotImplementedError("not auto-handled")
+
+    network = GemmaForCausalLM(GemmaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, vocab_size=9))
+    monkeypatch.setattr(GemmaForCausalLM, "get_input_embeddings", missing)
+    with pytest.raises(InputError, match=r"the LLM, a GemmaForCausalLM, has no token embeddings: set language.name"):
+        LanguageModel(network)
+
+
 @pytest.mark.parametrize("part", ["vision", "images"])
 def test_models_that_are_no_language_model(parts, part):
     with pytest.raises(InputError, match="no language model could be loaded from") as caught:

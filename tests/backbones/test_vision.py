@@ -462,6 +462,11 @@ def zeroed() -> nn.Module:
     return network
 
 
+def vivit() -> nn.Module:
+    """Return an encoder of videos, with a convolution over time."""
+    return hf.VivitModel(hf.VivitConfig(**SIZES, num_frames=2, tubelet_size=[2, 14, 14]))
+
+
 def not_finite() -> nn.Module:
     network = hf.ViTModel(hf.ViTConfig(**SIZES))
     network.layers[0].mlp.fc1.weight.data[0, 0] = torch.nan
@@ -472,6 +477,7 @@ def not_finite() -> nn.Module:
     ("make", "size", "message"),
     [
         (sam, 32, r"cannot take images of 32 x 32 .* set vision.image_size to its own size"),
+        (vivit, None, r"a VivitModel, cannot take images of 28 x 28"),
         (zeroed, None, "gives the same features for different images: its weights are damaged"),
         (not_finite, None, "gives features that are not finite: its weights are damaged"),
     ],

@@ -172,6 +172,8 @@ def test_object_storage(suffix: str, write: Callable[[str], bytes], pattern: str
     ("source", "why"),
     [
         ("memory://nowhere/*.tar", r"no file 'memory://nowhere/\*\.tar'"),
+        ("memory://nowhere/{0..1000000}.tar", r"\{0\.\.1000000\} in .* is more than 1,000,000 files"),
+        ("memory://nowhere/{0.." + "9" * 5000 + "}.tar", r"is more than 1,000,000 files"),
         ("memory://nowhere/0.tar", r"cannot be read: memory://nowhere/0\.tar"),
         ("nosuch://bucket/*.tar", r"cannot be read: .*[Pp]rotocol"),
         ("nosuch://bucket/0.tar", r"cannot be read: .*[Pp]rotocol"),

@@ -67,7 +67,12 @@ class LanguageModel(Freezable):
         self._attn_implementation: str = self.network.config._attn_implementation
         self._generate_fn: GenerateFn | None = None
         self.freeze()
-        embedding: Any = self.network.get_input_embeddings()
+        try:
+            embedding: Any = self.network.get_input_embeddings()
+        except NotImplementedError as error:
+            raise InputError(
+                f"the LLM, a {type(network).__name__}, has no token embeddings: set language.name to another"
+            ) from error
         self.hidden_size: int = embedding.weight.shape[1]
         self.vocab_size: int = embedding.weight.shape[0]
         self._has_plain_lm_head = self._detect_plain_lm_head()

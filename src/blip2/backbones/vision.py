@@ -70,7 +70,7 @@ class ImageEncoder(Freezable):
         self.layer = layer
         self.network = network
         convert_linears(network)
-        if not blocks:  # a CNN: convolutions are fast in this memory format
+        if not blocks and all(p.ndim < 5 for p in network.parameters()):  # a CNN: this memory format is fast
             network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.blocks = tuple(blocks)  # a ModuleList would register the parameters a second time
         if not 0 < preprocessing.image_size <= MAX_IMAGE_SIZE:

@@ -42,6 +42,9 @@ MAX_TEXT_BYTES = 1 << 24
 MAX_HEADER_BYTES = 1 << 14
 """Maximum size of the header of a tar member: a long name, attributes."""
 
+MAX_RANGE = 10**6
+"""Maximum number of files of a ``{000..127}``."""
+
 TEXT_EXTENSIONS = ("txt", "text", "json")
 
 Row = dict[str, Any]
@@ -63,6 +66,8 @@ def expand_files(pattern: str) -> list[str]:
     span = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if span:
         first, last = span[1], span[2]
+        if len(last) > 9 or int(last) - int(first) >= MAX_RANGE:
+            raise InputError(f"{span[0]} in {pattern!r} is more than {MAX_RANGE:,} files: give a shorter range")
         return [
             file
             for number in range(int(first), int(last) + 1)
