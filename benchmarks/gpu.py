@@ -92,7 +92,7 @@ def found_packages() -> dict[str, str]:
     """The environment in which the packages that `gpu_pack.py` put into .gpu are found, if there are any."""
     paths = [str(HERE), str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
     wheels = ROOT / ".gpu"
-    if wheels.is_dir() and find_spec("jsonargparse") is None:
+    if wheels.is_dir() and find_spec("datasets") is None:
         import peers
 
         paths.insert(0, str(peers.unpack(wheels, wheels / "site")))
