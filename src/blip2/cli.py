@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         _run(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as in `blip2 caption ... >&-`
+            sys.stdout.flush()
     except InputError as error:
         return _fail(error, 2)
     except KeyboardInterrupt:
