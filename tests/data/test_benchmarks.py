@@ -558,12 +558,15 @@ def test_the_docs_list_every_dataset_and_file() -> None:
 # -- errors ------------------------------------------------------------------------------------------------------
 
 REFUSED = {
-    "coco": ("'coco' is not written NAME:SPLIT:FOLDER", None),
-    "cocoo:test:{}": ("names no known dataset: choose from coco, coco-karpathy, flickr30k", None),
+    "coco": ("'coco' is not of the form NAME:SPLIT:FOLDER", None),
+    "cocoo:test:{}": ("names the unknown dataset cocoo: choose from coco, coco-karpathy, flickr30k", None),
     "coco:test:{}": ("coco has no split 'test': choose from train, val", make_coco),
     "coco:train+train:{}": ("names a split twice", make_coco),
-    "vqav2:train+test-dev:{}": ("vqav2's split test-dev has no published answers: read it alone", make_vqav2),
-    "coco:val:{}/nowhere": ("nowhere is not a folder: give the one with the files of COCO captions", make_coco),
+    "vqav2:train+test-dev:{}": (
+        "the split test-dev of vqav2 has no published answers: read this split alone",
+        make_vqav2,
+    ),
+    "coco:val:{}/nowhere": ("nowhere is not a folder: give the folder with the files of COCO captions", make_coco),
 }
 
 
@@ -583,14 +586,16 @@ def test_missing_files_are_reported_with_path_and_homepage(name: str, split: str
         folder = MAKE[name](tmp_path / file.replace("/", "_"))
         (folder / file).rename(folder / "elsewhere")
         kind = "folder of images" if file.endswith("/") else "file"
-        message = f"needs the {kind} {folder / file}, which does not exist: get it from {BENCHMARKS[name].homepage}"
+        message = (
+            f"needs the {kind} {folder / file}, which does not exist: download it from {BENCHMARKS[name].homepage}"
+        )
         with pytest.raises(InputError, match=re.escape(message)):
             read_benchmark(f"{name}:{split}:{folder}")
 
 
 def test_a_list_of_urls_is_refused(tmp_path: Path) -> None:
     (tmp_path / "Train_GCC-training.tsv").write_text("a very typical bus station\thttp://example.org/a.jpg\n")
-    message = "found only Train_GCC-training.tsv, a list of URLs: download its images with img2dataset"
+    message = "found only Train_GCC-training.tsv, which may be a list of URLs: download"
     for ask in (read_benchmark, find_shards):
         with pytest.raises(InputError, match=re.escape(message)):
             ask(f"cc3m:train:{tmp_path}")
@@ -664,7 +669,11 @@ QUESTIONS = "v2_OpenEnded_mscoco_{}2014_questions.json"
 ANNOTATIONS = "v2_mscoco_{}2014_annotations.json"
 T = ANNOTATIONS.format("train")
 MISMATCHED: dict[str, tuple[str, Callable[[Path], None], str]] = {
-    "version 1": ("vqav2:train", version_1, "image 487025 4870250, expected 487025000 to 487025999"),
+    "version 1": (
+        "vqav2:train",
+        version_1,
+        "has question 4870250 about image 487025, expected a question id from 487025000 to 487025999",
+    ),
     "OK-VQA's answers": ("vqav2:train", ok_vqa_annotations, "holds answers of OK-VQA, expected VQAv2"),
     "VQA's answers": ("ok-vqa:train", vqa_under_ok_vqa_s_names, "holds answers of VQA, expected OK-VQA"),
     "captions": ("vqav2:train", captions_for_questions, "has info, images, licenses, annotations, expected questions"),
@@ -672,7 +681,7 @@ MISMATCHED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "another split's annotations": (
         "vqav2:train",
         copy(ANNOTATIONS.format("val"), T),
-        "holds val2014, expected train2014: it is a file of another split",
+        "holds val2014, expected train2014: download the file of train2014",
     ),
     "another split's questions": (
         "vqav2:val",
@@ -718,12 +727,12 @@ MISMATCHED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "names without captions": (
         "nocaps:val",
         edit("nocaps_val_4500_captions.json", lambda c: c.pop("annotations")),
-        "has no captions: it is a file of another kind",
+        "has no captions: download the file that docs/data.md names",
     ),
     "a caption of nothing": (
         "coco:train",
         edit("annotations/captions_train2014.json", lambda c: c["annotations"][0].update(image_id=5)),
-        "has a caption of image 5, which is not among its images",
+        "has a caption of image 5, but does not list that image",
     ),
     "an image without caption": (
         "coco:train",
@@ -743,7 +752,7 @@ MISMATCHED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "another split of COCO's images": (
         "coco-karpathy:test",
         edit("dataset_coco.json", lambda c: c["images"][0].update(filepath="val2017")),
-        "has image 391895 of test in val2017, expected COCO's own split",
+        "has image 391895 of test in val2017, expected val2014",
     ),
     "no row of the split": (
         "coco-karpathy:val",

@@ -65,7 +65,7 @@ def test_read_texts(cell: object, texts: tuple[str, ...], num_blank: int) -> Non
         ("a \ud83d cat", r"holds half of a surrogate pair (\ud83d) after 'a '"),
         ("a\0b", "holds the character NUL after 'a'"),
         ("a cat".encode("utf-16-le"), "holds the character NUL"),
-        ("<image>\nWhat is it?", "holds <image>, expected words alone"),
+        ("<image>\nWhat is it?", "holds <image>, expected text only"),
         (object, "holds a value of type type"),
     ],
 )
@@ -100,7 +100,7 @@ def test_read_image_cell(cell: object, image: object) -> None:
         (["a.png", "b.png"], "holds a list of 2 images, expected one"),
         ("https://x.org/a.png", "holds the URL 'https://x.org/a.png', expected the path of a file: download"),
         ("s3://bucket/a.png", "holds the URL"),
-        ("file:///a.png", "holds the URL 'file:///a.png', expected the path of a file: write the path alone"),
+        ("file:///a.png", "holds the URL 'file:///a.png', expected the path of a file: leave out file://"),
         ("data:image/png;base64,AAAA", "holds the data URL"),
         ("~/a.png", "whose ~ only a shell expands"),
         ({"coco_url": "x", "id": 1}, "holds an object with the keys coco_url, id, expected a path"),
@@ -183,9 +183,7 @@ def test_unusable_rows_have_a_skip_reason(tmp_path: Path, streaming: bool) -> No
 
 def test_a_table_without_a_usable_row_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"image": "a.png", "caption": [["a"]]}\n' * 3)
-    with pytest.raises(
-        InputError, match=r"a\.jsonl row 0 .* no other of the first 3 rows can: caption holds a list of 1"
-    ):
+    with pytest.raises(InputError, match=r"none of the first 3 rows of .*a\.jsonl row 0 .*: caption holds a list of 1"):
         read(tmp_path / "a.jsonl")
 
 
@@ -256,7 +254,7 @@ def test_text_files_in_other_encodings(tmp_path: Path, caplog: pytest.LogCapture
     assert [record.captions for record in found] == [("a dog",), ("a cat",), (), ()]
     assert "0xe9" in skip_reason(found[2]) and "NUL" in skip_reason(found[3])
     (message,) = caplog.messages
-    assert "left out 4 files, which are neither images that Pillow reads nor the .txt of one: " in message
+    assert "left out 4 files, which are neither images that Pillow reads nor the .txt file of an image: " in message
     assert all(part in message for part in ("1 .heic", "1 .mp4", "1 .txt", "1 without a suffix"))
 
 

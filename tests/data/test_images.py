@@ -228,9 +228,14 @@ NOT_A_NUMBER = Image.fromarray(np.array([[0, np.nan]], dtype=np.float32))
 @pytest.mark.parametrize(
     ("name", "data", "found", "advice"),
     [
-        ("missing.jpg", None, "No such file", "check its path"),
+        ("missing.jpg", None, "No such file", "check its path and permissions"),
         ("empty.jpg", b"", "0 bytes", "copy or download it again"),
-        ("text.jpg", b"Not Found", "not an image (it begins as no image does)", "save it as PNG or JPEG"),
+        (
+            "text.jpg",
+            b"Not Found",
+            "not an image (it does not begin like an image)",
+            "replace it by a PNG or JPEG file",
+        ),
         ("cut.jpg", file_bytes(NOISE, "JPEG")[:1500], "damaged", "copy or download it again"),
         ("cut.png", file_bytes(NOISE, "PNG")[:1500], "damaged", "copy or download it again"),
         ("nan.tif", file_bytes(NOT_A_NUMBER, "TIFF"), "not finite", "replace them"),
@@ -314,7 +319,7 @@ def test_broken_arrays(array: np.ndarray, found: str) -> None:
         (None, "None"), (7, "7"), (["a.png", "b.png"], "a list of 2"), ({"bytes": b"", "path": None}, "a dict of 2"),
         ((n for n in range(3)), "<generator object"), (io.StringIO("a"), "<_io.StringIO object"),
         ("https://x.org/a.png", "the URL 'https://x.org/a.png', expected the path of a file: download the image first"),
-        ("file:///a.png", "the URL 'file:///a.png', expected the path of a file: write the path alone"),
+        ("file:///a.png", "the URL 'file:///a.png', expected the path of a file: leave out file://"),
     ],
 )  # fmt: skip
 def test_other_objects_are_refused(given: object, found: str) -> None:

@@ -41,7 +41,7 @@ def test_shared_paths(tmp_path):
     a = tmp_path / "a"
     assert str(raised.value) == (
         f"data.validation ({one}) and data.train ({train}) share 3 images ({a}/3.png, {a}/7.png, {a}/1999.png),"
-        " expected none: remove them from one, or set data.allow_overlap"
+        " expected none: remove these images from one of the two, or set data.allow_overlap to true"
     )
     assert check(train, write(tmp_path / "c", ["1.png"], make=False)) == []
 
@@ -61,7 +61,7 @@ def test_embedded_images_are_compared_by_their_bytes(tmp_path, monkeypatch):
         check(train, held_out)
     monkeypatch.setattr(overlap, "MAX_HASHED_IMAGES", 2)
     assert check(train, held_out) == [
-        f"whether data.validation ({held_out}) and data.train ({train}) share images is not checked: data.train"
+        f"data.validation ({held_out}) and data.train ({train}) are not checked for shared images, because data.train"
         f" ({train}) is a table that holds 3 images"
     ]
 
@@ -71,7 +71,7 @@ def test_a_stream_is_reported_as_not_compared(tmp_path):
     stream = open_records(train, DataConfig(train, streaming=True))
     held_out = open_records(train, DataConfig(train))
     (line,) = check_overlap([("data.train", train, stream)], [("evaluation.data", train, held_out)])
-    assert line.startswith(f"whether evaluation.data ({train}) and data.train ({train}) share images is not checked")
+    assert line.startswith(f"evaluation.data ({train}) and data.train ({train}) are not checked for shared images")
     assert line.endswith("is a stream")
 
 
@@ -139,6 +139,6 @@ def test_training_refuses_shared_images(parts, tmp_path, capsys, key):
     assert main(["train", str(path)]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"error: {key} ({parts.images}) and data.train ({parts.images}) share 24 images (")
-    assert line.endswith(": remove them from one, or set data.allow_overlap")
+    assert line.endswith(": remove these images from one of the two, or set data.allow_overlap to true")
     path.write_text(dump_config(replace(recipe, data=replace(recipe.data, allow_overlap=True))))
     assert main(["train", str(path)]) == 0

@@ -340,9 +340,9 @@ def test_resume_from_a_position(tmp_path: Path, write: Callable[[Path], Path], d
 def test_reading_a_stream_again_starts_from_its_beginning(tmp_path: Path) -> None:
     stream = open_stream(shards(tmp_path, 2))
     all_records = list(stream.read())
-    list(stream.read({"number": 8, "state": stream.position()["state"]}))
+    list(stream.read({"num_read": 8, "state_dict": stream.position()["state_dict"]}))
     assert list(stream.read()) == all_records
-    assert stream.position()["number"] == 8
+    assert stream.position()["num_read"] == 8
 
 
 @pytest.mark.parametrize(("count", "world_size"), [(2, 2), (3, 2), (1, 2), (4, 3)])
@@ -406,9 +406,9 @@ ONE_ROW = '{"image": "a.png", "words": "x", "caption": "y"}\n'
         (nothing("no"), {}, r"'.*no' is neither a folder nor a file ending in \.jsonl, .*: check the path"),
         (text("rows.xlsx", "x"), {}, r"rows\.xlsx' is neither a folder nor a file ending in \.jsonl, "),
         (text("rows.jsonl", '{"image": "a.png", "words": "x"}\n'), {},
-         r"has no caption column: its columns are image, words; name one with data\.caption_column"),
+         r"has no caption column: its columns are image, words; name one of them with data\.caption_column"),
         (text("rows.csv", "url,caption\na,b\n"), {},
-         r"has no image column: its columns are url, caption; name one with data\.image_column"),
+         r"has no image column: its columns are url, caption; name one of them with data\.image_column"),
         (text("rows.jsonl", ONE_ROW), {"caption_column": "alt"}, r"no caption column 'alt': .* image, words, caption"),
         (text("rows.jsonl", ONE_ROW), {"image_column": "photo"}, r"no image column 'photo': .* image, words, caption"),
         (text("rows.jsonl", ""), {}, r"rows\.jsonl' is empty: it has no rows"),
@@ -419,7 +419,7 @@ ONE_ROW = '{"image": "a.png", "words": "x", "caption": "y"}\n'
         (text("rows.json", "[]"), {}, r"rows\.json' is empty: it has no rows"),
         (text("rows.csv", "image,caption\n"), {}, r"rows\.csv' is empty: it has no rows"),
         (empty_folder, {}, r"inside holds no images \(\.jpg, .*\) and no metadata\.jsonl"),
-        (no_captions, {}, r"images holds 3 images but no captions: put a \.txt next to each image"),
+        (no_captions, {}, r"images holds 3 images but no captions: put a \.txt file next to each image"),
         (text("rows.jsonl", ONE_ROW + '{"image": oops'), {}, r"read: rows\.jsonl line 2 is not JSON \(Exp"),
         (text("rows.jsonl", ONE_ROW + '{"image": oops'), {"streaming": True}, r"read: rows\.jsonl line 2 is not JSON"),
         (text("rows.parquet", "no"), {}, r"rows\.parquet' cannot be read: .*[Pp]arquet"),

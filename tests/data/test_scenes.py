@@ -498,7 +498,7 @@ def test_trim() -> None:
     image.paste((255, 0, 0, 255), (5, 2, 9, 8))
     image.putpixel((0, 0), (0, 0, 0, 3))  # nearly nothing
     assert trim(image).size == (4, 6)
-    with pytest.raises(ImageError, match="nothing of it is visible"):
+    with pytest.raises(ImageError, match="it has no visible part"):
         trim(Image.new("RGBA", (4, 4)))
     with pytest.raises(ImageError, match="no transparent background"):
         trim(Image.new("RGB", (4, 4)))
@@ -526,7 +526,9 @@ def test_cutouts_are_collected(tmp_path: Path, caplog: pytest.LogCaptureFixture)
 
 
 def test_bad_cutouts(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="holds no cut-outs: each kind needs a folder of PNG files"):
+    with pytest.raises(
+        InputError, match="holds no cut-outs, expected a subfolder of PNG files with a transparent background"
+    ):
         make_scenes(tmp_path / "out", cutouts=tmp_path)
     (tmp_path / "cat").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "cat" / "a.png")
@@ -536,7 +538,7 @@ def test_bad_cutouts(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"a\.png cannot be used \(it is not an image"):
         read_cutouts(tmp_path)
     (tmp_path / "cat").rename(tmp_path / "Big cats")
-    with pytest.raises(InputError, match="Big cats is not a name of a kind"):
+    with pytest.raises(InputError, match="Big cats is not named after a kind"):
         read_cutouts(tmp_path)
 
 
@@ -550,11 +552,11 @@ def test_too_few_kinds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
-        ({"train": 3}, "train is 3: expected 4 or more images"),
-        ({"twins": 0}, "twins is 0: expected 1 or more"),
-        ({"shards": 0}, "shards is 0: expected 1 to 1000"),
-        ({"train": 8, "shards": 3}, "shards is 3: expected 1 to 2"),
-        ({"seed": -1}, "seed is -1: expected 0 or more"),
+        ({"train": 3}, "train is 3, expected 4 or more"),
+        ({"twins": 0}, "twins is 0, expected 1 or more"),
+        ({"shards": 0}, "shards is 0, expected 1 to 1000"),
+        ({"train": 8, "shards": 3}, "shards is 3, expected 1 to 2"),
+        ({"seed": -1}, "seed is -1, expected 0 or more"),
     ],
 )
 def test_bad_numbers(cutouts: Path, tmp_path: Path, numbers: dict[str, int], message: str) -> None:
@@ -621,7 +623,9 @@ def test_some_kinds_can_be_chosen(cutouts: Path, tmp_path: Path) -> None:
     make_scenes(tmp_path / "few", cutouts=cutouts, **SIZES, kinds=few)
     shown = {kind for row in rows(tmp_path / "few" / "train.jsonl") for kind in row["truth"]["kinds"]}
     assert shown <= set(few) and len(shown) > 1
-    with pytest.raises(InputError, match=r"has no cut-outs of unicorn: name kinds that have a folder there"):
+    with pytest.raises(
+        InputError, match=r"has no cut-outs of unicorn: choose kinds that have a subfolder in this folder"
+    ):
         make_scenes(tmp_path / "none", cutouts=cutouts, kinds=["unicorn"])
 
 

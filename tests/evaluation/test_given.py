@@ -210,15 +210,15 @@ def test_the_miniature(score, coco):
     [
         (
             lambda content: content.update(data_subtype="train2014"),
-            "v2_mscoco_val2014_annotations.json holds train2014, expected val2014: it is a file of another split",
+            "v2_mscoco_val2014_annotations.json holds train2014, expected val2014: download the file of val2014",
         ),
         (
             lambda content: [a.update(raw_answer="dogs") for e in content["annotations"] for a in e["answers"]],
-            "holds answers of OK-VQA, expected VQAv2: it is a file of another dataset",
+            "holds answers of OK-VQA, expected VQAv2: download the file of VQAv2",
         ),
         (
             lambda content: content["annotations"][0].update(image_id=4200, question_id=42000),
-            "expected 4200000 to 4200999: it is a file of VQAv1 or another dataset",
+            "expected a question id from 4200000 to 4200999: it is a file of VQAv1 or another dataset",
         ),
         (lambda content: content["annotations"][2].update(answers=[]), "question 73000 has no answers in"),
         (lambda content: content["annotations"].pop(), "has no annotation in"),
@@ -262,7 +262,7 @@ def test_one_answer_beside_several_is_found_before_anything_is_answered(score, r
     file.write_text("".join(json.dumps(row) + "\n" for row in (ROWS[0], {**ROWS[1], "answers": ["2"]}, ROWS[2])))
     if model:
         monkeypatch.setattr(tasks, "_encode_images", lambda *_: pytest.fail("an image was looked at"))
-        with pytest.raises(InputError, match=r"has questions 1 with one answer .* 2 with several answers"):
+        with pytest.raises(InputError, match=r"scored together: 1 with one answer .* 2 with several answers"):
             evaluate(runs["llama"], EvaluationConfig("vqa", str(file)), tmp_path / "out", device="cpu")
     else:
         line = score(ANSWERS, data=str(file), status=2)

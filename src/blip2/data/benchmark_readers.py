@@ -1,9 +1,14 @@
-"""Read the files that publishers of datasets distribute, as their archives unpack.
+"""Read datasets from the files that their publishers distribute, as the archives unpack.
 
-Rows come in the order of the file, and texts are unchanged. Files are streamed; only the captions of a file in COCO's
-format and the answers of VQAv2 and OK-VQA are held in memory.
+The public readers get the name of a split and the files that :data:`blip2.data.benchmarks.BENCHMARKS` lists for the
+split, and yield the rows that :func:`blip2.data.benchmarks.read_benchmark` describes. The readers raise
+:class:`~blip2.errors.InputError` if a file is damaged or of another dataset, or if an image is missing.
 
-Images are not opened. Their folder is listed once, before the first row; a row whose image is not in it is an error.
+Rows come in the order of the file, and texts are unchanged. Files are streamed; only captions in COCO's format,
+Flickr30K's own file of captions, answers of VQAv2 and OK-VQA, and Visual Genome's list of images are held in memory.
+
+Images are not opened. A folder of images is listed once, before the first row; a row whose image is not in the folder
+is an error.
 """
 
 from __future__ import annotations
@@ -24,11 +29,11 @@ log = logging.getLogger("blip2")
 Row = dict[str, Any]
 
 VAL_LAST_DIGIT = 9
-"""The validation split of easy-VQA is the training images whose id ends with this digit."""
+"""The validation split of easy-VQA consists of the training images whose id ends with this digit."""
 
 
 class ImageFolder:
-    """A folder of images, listed once."""
+    """A folder of images, whose files are listed once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -37,18 +42,22 @@ class ImageFolder:
     def path(self, name: str, image_id: int | str) -> str:
         """Return the path of an image.
 
+        Args:
+            name: the file name of the image.
+            image_id: the publisher's number or name of the image, for the error message.
+
         Raises:
             InputError: the image is not in the folder.
         """
         if name not in self._names:
             raise InputError(
-                f"image {image_id} has no file {self.folder / name} ({len(self._names)} others are there): unpack the"
-                " images again, completely"
+                f"image {image_id} has no file {self.folder / name} (the folder has {len(self._names)} other files):"
+                " unpack the archive of the images again"
             )
         return str(self.folder / name)
 
     def row(self, name: str, image_id: int | str, dataset: str, **values: Any) -> Row:
-        """Return a row for an image; `dataset` is that of its key. Raises as :meth:`path`."""
+        """Return a row for an image with the key ``DATASET/IMAGE_ID`` and further `values`. Raises as :meth:`path`."""
         key = f"{dataset}/{image_id}"
         return {"image": self.path(name, image_id), "image_id": image_id, "image_key": key, **values}
 
@@ -57,7 +66,17 @@ class ImageFolder:
 
 
 def read_captions(split: str, annotations: Path, images: ImageFolder, prefix: str) -> Iterator[Row]:
-    """Read COCO's captions, or NoCaps, which has COCO's format and a domain for each image."""
+    """Read captions in COCO's format. NoCaps has the same format and a domain for each image.
+
+    Args:
+        split: unused; all readers have the parameter.
+        annotations: the JSON file with ``images`` and ``annotations``.
+        images: the folder of the image files.
+        prefix: the first part of the image keys, ``PREFIX/ID``.
+
+    Yields:
+        A row per image: ``image`` (a path), ``image_id``, ``image_key``, ``captions`` and, if there is one, ``domain``.
+    """
     rows: dict[Any, Row] = {}
     captions: list[tuple[Any, str]] = []
     for name, entry in stream_json(annotations):
@@ -68,31 +87,51 @@ def read_captions(split: str, annotations: Path, images: ImageFolder, prefix: st
         elif name == "annotations":
             captions.append(require_keys(annotations, entry, "image_id", "caption"))
     if not rows or not captions:
-        raise InputError(f"{annotations} has no {'captions' if rows else 'images'}: it is a file of another kind")
+        raise InputError(
+            f"{annotations} has no {'captions' if rows else 'images'}: download the file that docs/data.md names"
+        )
     for image_id, caption in captions:
         if image_id not in rows:
-            raise InputError(f"{annotations} has a caption of image {image_id}, which is not among its images")
+            raise InputError(
+                f"{annotations} has a caption of image {image_id}, but does not list that image: download the file"
+                " again"
+            )
         rows[image_id]["captions"].append(caption)
     for image_id, row in rows.items():
         if not row["captions"]:
-            raise InputError(f"{annotations} has no caption of image {image_id}: download it again")
+            raise InputError(f"{annotations} has no caption of image {image_id}: download the file again")
         yield row | {"image": images.path(row["image"], image_id)}
 
 
 def read_karpathy_coco(split: str, annotations: Path, images: ImageFolder) -> Iterator[Row]:
-    """Read a split of COCO by Karpathy."""
+    """Read one of Karpathy's splits of COCO.
+
+    Args:
+        split: ``train``, ``restval``, ``val`` or ``test``.
+        annotations: Karpathy's JSON file, which contains all splits.
+        images: the folder with COCO's images of the split.
+    """
     for entry in stream_array(annotations, "images"):
         names = ("split", "filepath", "filename", "cocoid", "sentences")
         part, folder, file, image_id, sentences = require_keys(annotations, entry, *names)
         if part != split:
             continue
         if folder != images.folder.name:
-            raise InputError(f"{annotations} has image {image_id} of {split} in {folder}, expected COCO's own split")
+            raise InputError(
+                f"{annotations} has image {image_id} of {split} in {folder}, expected {images.folder.name}: download"
+                " Karpathy's file again"
+            )
         yield images.row(file, image_id, "coco", captions=[sentence["raw"] for sentence in sentences])
 
 
 def read_flickr30k(split: str, annotations: Path, images: ImageFolder) -> Iterator[Row]:
-    """Read Flickr30K: a split by Karpathy, or all images from Flickr30K's own file of captions."""
+    """Read Flickr30K.
+
+    Args:
+        split: one of Karpathy's splits (``train``, ``val``, ``test``), or ``all``.
+        annotations: Karpathy's JSON file; for ``all``, Flickr30K's own file of captions.
+        images: the folder of the image files.
+    """
     captions = _read_token_file(annotations) if split == "all" else _read_karpathy_flickr30k(split, annotations)
     for file, sentences in captions:
         yield images.row(file, file.removesuffix(".jpg"), "flickr30k", captions=sentences)
@@ -102,13 +141,15 @@ def _read_karpathy_flickr30k(split: str, path: Path) -> Iterator[tuple[str, list
     for entry in stream_array(path, "images"):
         part, file, sentences = require_keys(path, entry, "split", "filename", "sentences")
         if "cocoid" in entry:
-            raise InputError(f"{path} holds COCO's images, expected Flickr30K's: it is a file of another dataset")
+            raise InputError(
+                f"{path} holds COCO's images, expected Flickr30K's: download Karpathy's dataset_flickr30k.json"
+            )
         if part == split:
             yield file, [sentence["raw"] for sentence in sentences]
 
 
 def _read_token_file(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Read lines of an image file name, ``#`` and a number, a tab and a caption."""
+    """Yield each file name with its captions, from lines that consist of ``FILE.jpg#NUMBER``, a tab and a caption."""
     captions: dict[str, list[str]] = {}
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -116,7 +157,10 @@ def _read_token_file(path: Path) -> Iterator[tuple[str, list[str]]]:
             name, tab, caption = line.partition("\t")
             image, sign, _ = name.rpartition("#")
             if not tab or not sign:
-                raise InputError(f"{path} line {number} is {line[:60]!r}, expected FILE.jpg#0, a tab and a caption")
+                raise InputError(
+                    f"{path} line {number} is {line[:60]!r}, expected FILE.jpg#0, a tab and a caption: download the"
+                    " file again"
+                )
             captions.setdefault(image, []).append(caption)
     yield from captions.items()
 
@@ -127,6 +171,12 @@ def read_regions(
     """Read Visual Genome's region descriptions: a row per image, whose captions are the phrases of its regions.
 
     Images without regions are left out.
+
+    Args:
+        split: unused; all readers have the parameter.
+        annotations: the JSON file of the regions.
+        image_data: the JSON file with the URL and the COCO id of each image.
+        first, second: the folders VG_100K and VG_100K_2.
     """
     known = _read_visual_genome_images(image_data)
     for _, entry in stream_json(annotations):
@@ -151,9 +201,17 @@ class _Annotation(NamedTuple):
 def read_questions(
     split: str, path: Path, images: ImageFolder, annotations: Path | None = None, *, dataset: str
 ) -> Iterator[Row]:
-    """Read VQAv2 or OK-VQA. Rows of splits without annotations have no answers.
+    """Read VQAv2 or OK-VQA.
 
-    The ``answers`` of OK-VQA are stemmed, as its evaluation needs them; its ``raw_answers`` are not.
+    The ``answers`` of OK-VQA are stemmed, because OK-VQA's evaluation compares stemmed answers. The ``raw_answers`` of
+    OK-VQA are not stemmed.
+
+    Args:
+        split: unused; all readers have the parameter.
+        path: the JSON file of the questions.
+        images: the folder of COCO's images, whose name is COCO's name of the split, such as ``val2014``.
+        annotations: the JSON file of the answers. None: the answers are not published, and the rows have none.
+        dataset: ``VQAv2`` or ``OK-VQA``.
     """
     subset = images.folder.name  # train2014, val2014, test2015
     known = _read_annotations(annotations, subset, dataset) if annotations else {}
@@ -169,13 +227,13 @@ def read_questions(
             annotation = known.pop(number, None)
             if annotation is None:
                 raise InputError(
-                    f"question {number} of {path} has no annotation in {annotations}: they are of different splits or"
-                    " datasets"
+                    f"question {number} of {path} has no annotation in {annotations}, which is of another split or"
+                    " dataset: download both files of one split"
                 )
             if annotation.image_id != image_id:
                 raise InputError(
-                    f"question {number} is about image {image_id} in {path}, but image {annotation.image_id} in"
-                    f" {annotations}: they are of different datasets"
+                    f"question {number} is about image {image_id} in {path}, but about image {annotation.image_id} in"
+                    f" {annotations}, which is of another dataset: download both files of one dataset"
                 )
             row |= {"question_type": annotation.question_type, "answer_type": annotation.answer_type}
             row["answers"] = list(annotation.answers)
@@ -184,7 +242,7 @@ def read_questions(
     if known:
         raise InputError(
             f"{annotations} has {len(known)} annotations without a question in {path} (the first: question"
-            f" {next(iter(known))}): they are of different splits or datasets"
+            f" {next(iter(known))}), which is of another split or dataset: download both files of one split"
         )
 
 
@@ -194,14 +252,14 @@ def _read_annotations(path: Path, subset: str, dataset: str) -> dict[int, _Annot
         names = ("question_id", "image_id", "question_type", "answer_type", "answers")
         number, image_id, question_type, answer_type, answers = require_keys(path, entry, *names)
         if not answers:
-            raise InputError(f"question {number} has no answers in {path}: download it again")
+            raise InputError(f"question {number} has no answers in {path}: download the file again")
         if number in found:
-            raise InputError(f"question {number} has two annotations in {path}: download it again")
+            raise InputError(f"question {number} has two annotations in {path}: download the file again")
         require_keys(path, answers[0], "answer")
-        raw = "raw_answer" in answers[0]  # only OK-VQA's have it
+        raw = "raw_answer" in answers[0]  # only in OK-VQA
         if raw != (dataset == "OK-VQA"):
             other = "OK-VQA" if raw else "VQA"
-            raise InputError(f"{path} holds answers of {other}, expected {dataset}: it is a file of another dataset")
+            raise InputError(f"{path} holds answers of {other}, expected {dataset}: download the file of {dataset}")
         if not found and dataset == "VQAv2":
             _refuse_vqa_v1(path, number, image_id)
         found[number] = _Annotation(
@@ -217,13 +275,19 @@ def _read_annotations(path: Path, subset: str, dataset: str) -> dict[int, _Annot
 def _refuse_vqa_v1(path: Path, number: Any, image_id: Any) -> None:
     if str(number)[:-3] != str(image_id):  # VQAv2 appends three digits to the image number, VQAv1 one
         raise InputError(
-            f"{path} numbers a question of image {image_id} {number}, expected {image_id}000 to {image_id}999: it is a"
-            " file of VQAv1 or another dataset"
+            f"{path} has question {number} about image {image_id}, expected a question id from {image_id}000 to"
+            f" {image_id}999: it is a file of VQAv1 or another dataset, so download the file of VQAv2"
         )
 
 
 def read_gqa(split: str, questions: Path, images: ImageFolder) -> Iterator[Row]:
-    """Read GQA's balanced questions; ``question_type`` is the structural type."""
+    """Read GQA's balanced questions. The ``question_type`` of a row is GQA's structural type of the question.
+
+    Args:
+        split: unused; all readers have the parameter.
+        questions: the JSON file of the questions and answers.
+        images: the folder of the image files.
+    """
     for number, entry in stream_json(questions):
         question, image_id, answer = require_keys(questions, entry, "question", "imageId", "answer")
         dataset, file = "visual-genome" if str(image_id).isdecimal() else "gqa", f"{image_id}.jpg"
@@ -234,7 +298,14 @@ def read_gqa(split: str, questions: Path, images: ImageFolder) -> Iterator[Row]:
 def read_visual_genome_questions(
     split: str, annotations: Path, image_data: Path, first: ImageFolder, second: ImageFolder
 ) -> Iterator[Row]:  # fmt: skip
-    """Read Visual Genome's questions, which have one answer each."""
+    """Read Visual Genome's questions, which have one answer each.
+
+    Args:
+        split: unused; all readers have the parameter.
+        annotations: the JSON file of the questions and answers.
+        image_data: the JSON file with the URL and the COCO id of each image.
+        first, second: the folders VG_100K and VG_100K_2.
+    """
     known = _read_visual_genome_images(image_data)
     for _, entry in stream_json(annotations):
         image_id, questions = _require_image_entry(annotations, entry, "qas")
@@ -245,14 +316,17 @@ def read_visual_genome_questions(
 
 
 def _require_image_entry(path: Path, entry: Any, name: str) -> tuple[int, list[Any]]:
-    """Return an entry's image number, whose key is ``id`` or ``image_id`` depending on the version, and its list."""
+    """Return the image id of an entry, and the list under the key `name`.
+
+    The image id has the key ``id`` or ``image_id``, depending on the version of the file.
+    """
     number = "image_id" if isinstance(entry, dict) and "image_id" in entry else "id"
     image_id, values = require_keys(path, entry, number, name)
     return image_id, values
 
 
 def _read_visual_genome_images(path: Path) -> dict[int, tuple[str, str, int | None]]:
-    """Return the folder, the file and the number in COCO, if it has one, of each image."""
+    """Map each image id to its folder, its file name and its COCO id (None if it is not a COCO image)."""
     found = {}
     for _, entry in stream_json(path):
         image_id, url, coco_id = require_keys(path, entry, "image_id", "url", "coco_id")
@@ -265,20 +339,31 @@ def _visual_genome_row(
     image_id: int, known: dict[int, tuple[str, str, int | None]], path: Path, folders: tuple[ImageFolder, ImageFolder]
 ) -> Row:
     if image_id not in known:
-        raise InputError(f"image {image_id} is not in {path}: the files are of different versions")
+        raise InputError(f"image {image_id} is not in {path}, which is of another version: download all files again")
     folder, file, coco_id = known[image_id]
     images = next((each for each in folders if each.folder.name == folder), None)
     if images is None:
-        raise InputError(f"{path} has image {image_id} in {folder}, expected VG_100K or VG_100K_2")
+        raise InputError(
+            f"{path} has image {image_id} in {folder}, expected VG_100K or VG_100K_2: download the file again"
+        )
     return images.row(file, image_id, "visual-genome", coco_id=coco_id)
 
 
 def read_easy_vqa(split: str, questions: Path, images: ImageFolder) -> Iterator[Row]:
-    """Read easy-VQA, which has no validation split: val is a tenth of its training images, and train the others."""
+    """Read easy-VQA, which has no validation split of its own.
+
+    Args:
+        split: ``train`` (nine tenths of the training images), ``val`` (the other tenth) or ``test``.
+        questions: the JSON file of the questions and answers.
+        images: the folder of the image files.
+    """
     part = questions.parent.name
     for number, (_, entry) in enumerate(stream_json(questions)):
         if not isinstance(entry, list) or len(entry) != 3:
-            raise InputError(f"{questions} entry {number} is {entry!r}, expected a question, an answer and an image")
+            raise InputError(
+                f"{questions} entry {number} is {entry!r}, expected a question, an answer and an image number: download"
+                " the file again"
+            )
         question, answer, image_id = entry
         if part == "test" or (split == "val") == (image_id % 10 == VAL_LAST_DIGIT):
             file, dataset = f"{image_id}.png", f"easy-vqa/{part}"
@@ -289,25 +374,34 @@ def read_easy_vqa(split: str, questions: Path, images: ImageFolder) -> Iterator[
 
 
 def read_shards(split: str, shards: list[Path]) -> Iterator[Row]:
-    """Read WebDataset shards of img2dataset or ``blip2 capfilt``; ``image`` is the bytes of the image file.
+    """Read WebDataset shards that img2dataset or ``blip2 capfilt`` wrote.
 
     Samples whose captions cannot be read are left out with a warning.
+
+    Args:
+        split: unused; all readers have the parameter.
+        shards: the tar files.
+
+    Yields:
+        A row per image: ``image`` (the bytes of the image file), ``image_id``, ``image_key`` and ``captions``.
     """
     for shard in shards:
         for row in read_shard(str(shard)):
             if ERROR_COLUMN in row:
-                raise InputError(f"{shard} cannot be read to its end ({row[ERROR_COLUMN]}): download it again")
+                raise InputError(
+                    f"{shard} cannot be read to its end ({row[ERROR_COLUMN]}): copy, download or create the shard again"
+                )
             key, column = row.pop(KEY_COLUMN), next((name for name in CAPTION_COLUMNS if name in row), None)
             if not isinstance(row.get("image"), bytes) or column is None:
                 found = ", ".join(row) or "nothing"
                 raise InputError(
-                    f"{shard} has a sample {key} of {found}, expected an image and a txt, or a json with"
-                    " captions: run img2dataset with --caption_col, or blip2 capfilt"
+                    f"{shard} has a sample, {key}, that consists of {found}, expected an image and a txt, or an image"
+                    " and a json with captions: run img2dataset with --caption_col, or blip2 capfilt"
                 )
             try:
                 captions, _ = read_texts(row[column])
             except CellError as error:
-                log.warning("left out %s of %s: %s %s", key, shard, column, error)
+                log.warning("left out sample %s of %s: %s %s", key, shard, column, error)
                 continue
             image_key = f"{shard}/{key}"
             yield {"image": row["image"], "image_id": key, "image_key": image_key, "captions": list(captions)}

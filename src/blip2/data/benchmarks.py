@@ -27,11 +27,13 @@ class Benchmark:
 
     title: str
     homepage: str
-    """The page to download the files from."""
+    """The page from which the files can be downloaded."""
     splits: dict[str, tuple[str, ...]]
-    """The files of each split, relative to the folder of the dataset; a trailing slash marks a folder of images."""
+    """The files of each split, relative to the folder of the dataset. A trailing slash marks a folder of images, and
+    ``*.tar`` all WebDataset shards."""
     read: Callable[..., Iterator[Row]]
-    """Reads a split, given its name and its files: paths and :class:`~blip2.data.benchmark_readers.ImageFolder`."""
+    """Reads a split. The arguments are the name of the split and then, for each entry of `splits`, a path, an
+    :class:`~blip2.data.benchmark_readers.ImageFolder` or a list of the paths of shards."""
     unlabeled_splits: tuple[str, ...] = ()
     """Splits whose answers are not published."""
 
@@ -49,17 +51,19 @@ def read_benchmark(source: str) -> Iterator[Row]:
 
     Returns:
         Dicts with ``image``, an absolute path (for web datasets: the bytes of the file); ``image_id``, the publisher's
-        number or name; and ``image_key``, which is equal for equal images in all datasets. Images of Visual Genome also
-        have ``coco_id``, which is None for images that are not from COCO. The other keys are
+        number or name of the image; and ``image_key``, which is the same for images with the same ``image_id`` from
+        the same publisher, even in different datasets, such as VQAv2 and COCO captions. The rows of ``vg-regions`` and
+        ``vg-qa`` also have ``coco_id``, which is None for images that are not from COCO. The other keys are
 
         - for captions: ``captions``, a list; ``domain`` for NoCaps;
         - for questions: ``question``, ``question_id``, ``question_type`` and ``answer_type`` if they are published, and
-          ``answers``: ten for VQAv2 and OK-VQA, otherwise one. OK-VQA also has ``raw_answers``. The test splits of
-          VQAv2 have no ``answers``.
+          ``answers``, a list of ten answers for VQAv2 and OK-VQA, and of one answer for other datasets. OK-VQA also has
+          ``raw_answers``. The test splits of VQAv2 have no ``answers``.
 
     Raises:
-        InputError: immediately: the name or the split is unknown, or a file or folder is missing. While reading: an
-            image is missing, a file is damaged or belongs to another dataset or split, or annotations do not match.
+        InputError: when the function is called: the name or the split is unknown, or a file or folder is missing. When
+            the rows are read: an image is missing, a file is damaged or of another dataset or split, or the annotations
+            do not match the questions.
     """
     benchmark, splits, folder = _parse(source)
     reads = [partial(benchmark.read, split, *_files(benchmark, split, folder, source)) for split in splits]
@@ -73,14 +77,19 @@ def _read_splits(source: str, reads: list[partial[Iterator[Row]]]) -> Iterator[R
             empty = False
             yield row
         if empty:
-            raise InputError(f"{source} has no rows of split {read.args[0]}: its files are of another kind or dataset")
+            raise InputError(
+                f"{source} has no rows of split {read.args[0]}: download the files that docs/data.md names"
+            )
 
 
 def find_shards(source: str) -> str | None:
-    """Return the pattern of a web dataset's shards for :func:`blip2.data.sources.open_records`, else None.
+    """Return the glob pattern of the shards of a web dataset, or None for datasets that have no shards.
+
+    Args:
+        source: ``NAME:SPLIT:FOLDER``.
 
     Raises:
-        InputError: as :func:`read_benchmark` raises it immediately.
+        InputError: the name or the split is unknown, or the folder has no shards.
     """
     benchmark, splits, folder = _parse(source)
     if benchmark.splits[splits[0]] != SHARD_PATTERNS:
@@ -90,7 +99,7 @@ def find_shards(source: str) -> str | None:
 
 
 def describe_benchmarks() -> str:
-    """Describe all names, splits and expected files, with one paragraph per dataset, for ``--help``."""
+    """Return a text with one paragraph per dataset: the name, the homepage, the splits and the files of each split."""
     paragraphs = []
     for name, benchmark in BENCHMARKS.items():
         width = max(map(len, benchmark.splits))
@@ -104,11 +113,12 @@ def check_disjoint(
     other: Iterable[Row | str | int],
     names: tuple[str, str] = ("the training data", "the evaluation data"),
 ) -> None:
-    """Check that two sets of rows share no image. Memory is needed only for the image keys of the first.
+    """Check that two sets of rows share no image. Only the image keys of the first set are held in memory.
 
     Args:
-        one, other: rows of :func:`read_benchmark`; other rows, of which ``image`` is compared; or image ids.
-        names: the names of both sets in the message.
+        one, other: rows with ``image`` and, if they are known, ``image_key`` and ``coco_id``, which are compared as
+            well; or image ids.
+        names: the names of the two sets in the error message.
 
     Raises:
         InputError: the sets share images.
@@ -122,7 +132,8 @@ def check_disjoint(
     if shared:
         first = ", ".join(list(shared)[:3]) + (", ..." if len(shared) > 3 else "")
         raise InputError(
-            f"{names[0]} and {names[1]} share {len(shared)} images ({first}), expected none: remove them from one"
+            f"{names[0]} and {names[1]} share {len(shared)} images ({first}), expected none: remove these images from"
+            " one of the two"
         )
 
 
@@ -136,31 +147,33 @@ def _image_keys(row: Row | str | int) -> list[str]:
 def _parse(source: str) -> tuple[Benchmark, list[str], Path]:
     match = SOURCE_PATTERN.fullmatch(source)
     if match is None:
-        raise InputError(f"source {source!r} is not written NAME:SPLIT:FOLDER, as in coco-karpathy:test:/data/coco")
+        raise InputError(
+            f"source {source!r} is not of the form NAME:SPLIT:FOLDER: write it as in coco-karpathy:test:/data/coco"
+        )
     name, joined, location = match.groups()
     if name not in BENCHMARKS:
-        raise InputError(f"source {source!r} names no known dataset: choose from {', '.join(BENCHMARKS)}")
+        raise InputError(f"source {source!r} names the unknown dataset {name}: choose from {', '.join(BENCHMARKS)}")
     benchmark = BENCHMARKS[name]
     splits = joined.split("+")
     for split in splits:
         if split not in benchmark.splits:
             raise InputError(f"{name} has no split {split!r}: choose from {', '.join(benchmark.splits)}, joined with +")
     if len(set(splits)) < len(splits):
-        raise InputError(f"source {source!r} names a split twice: name each once")
+        raise InputError(f"source {source!r} names a split twice: name each split once")
     if len(splits) > 1 and (hidden := set(splits) & set(benchmark.unlabeled_splits)):
         raise InputError(
-            f"{name}'s split {hidden.pop()} has no published answers: read it alone, not joined with others"
+            f"the split {hidden.pop()} of {name} has no published answers: read this split alone, without others"
         )
     folder = Path(resolve(location)).absolute()
     if not folder.is_dir():
         raise InputError(
-            f"source {source!r}: {folder} is not a folder: give the one with the files of {benchmark.title}"
+            f"source {source!r}: {folder} is not a folder: give the folder with the files of {benchmark.title}"
         )
     return benchmark, splits, folder
 
 
 def _files(benchmark: Benchmark, split: str, folder: Path, source: str) -> list[Any]:
-    """Return the files of a split, all of which must exist."""
+    """Return the files of a split as arguments of its reader. All files must exist."""
     files: list[Any] = []
     for name in benchmark.splits[split]:
         path = folder / name
@@ -183,16 +196,17 @@ def _shards(benchmark: Benchmark, folder: Path, source: str) -> list[Path]:
     shards = sorted(folder.glob(SHARD_PATTERNS[0]))
     if not shards:
         lists = [path.name for path in sorted(folder.iterdir()) if path.suffix in (".tsv", ".json", ".parquet", ".txt")]
-        found = f"only {lists[0]}, a list of URLs" if lists else "none"
+        found = f"only {lists[0]}, which may be a list of URLs" if lists else "none"
         raise InputError(
-            f"{source} needs WebDataset shards (.tar) in {folder}, found {found}: download its images with"
-            f" img2dataset --output_format webdataset; {_download_hint(benchmark)}"
+            f"{source} needs WebDataset shards (.tar) in {folder}, found {found}: download the list of URLs from"
+            f" {benchmark.homepage} and the images with img2dataset --output_format webdataset; docs/data.md lists the"
+            " commands"
         )
     return shards
 
 
 def _download_hint(benchmark: Benchmark) -> str:
-    return f"get it from {benchmark.homepage}, docs/data.md lists the commands"
+    return f"download it from {benchmark.homepage}; docs/data.md lists the commands"
 
 
 SHARD_PATTERNS = ("*.tar",)
@@ -214,7 +228,7 @@ BENCHMARKS = {
         partial(readers.read_captions, prefix="coco"),
     ),
     "coco-karpathy": Benchmark(
-        "COCO captions as Karpathy split them",
+        "COCO captions in Karpathy's splits",
         _KARPATHY,
         {
             "train": ("dataset_coco.json", "train2014/"),
@@ -223,7 +237,7 @@ BENCHMARKS = {
         readers.read_karpathy_coco,
     ),
     "flickr30k": Benchmark(
-        "Flickr30K as Karpathy split it; all of it",
+        "Flickr30K, in Karpathy's splits or all of it",
         _KARPATHY + " and https://shannon.cs.illinois.edu/DenotationGraph/",
         {
             **dict.fromkeys(("train", "val", "test"), ("dataset_flickr30k.json", "flickr30k-images/")),
@@ -274,7 +288,7 @@ BENCHMARKS = {
         readers.read_gqa,
     ),
     "easy-vqa": Benchmark(
-        "easy-VQA; val is a tenth of its training images",
+        "easy-VQA, in which val is a tenth of the training images",
         "https://pypi.org/project/easy-vqa/",
         {
             split: (f"easy_vqa/data/{part}/questions.json", f"easy_vqa/data/{part}/images/")
@@ -291,4 +305,4 @@ BENCHMARKS = {
         ("laion", "LAION-400M", "https://laion.ai/blog/laion-400-open-dataset/"),
     )
 }
-"""The datasets by the NAME that a source gives."""
+"""The datasets, by the NAME in ``NAME:SPLIT:FOLDER``."""

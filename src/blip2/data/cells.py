@@ -1,4 +1,4 @@
-"""Parse the cells of tables: texts and images exactly as they are written, or the reason why a cell cannot be used."""
+"""Parse the cells of tables into texts and images. :class:`CellError` says why a cell cannot be used."""
 
 from __future__ import annotations
 
@@ -22,28 +22,29 @@ QUESTION_COLUMNS = ("question",)
 IMAGE_ID_COLUMNS = ("image_key", "coco_id")
 METADATA_COLUMNS = ("image_id", "question_id", "question_type", "answer_type", "domain")
 TEXT_KEYS = ("answer", "raw")
-"""Keys that hold the text of an object: VQAv2's answers and COCO's sentences on the Hugging Face Hub."""
+"""Keys under which an object holds its text: ``answer`` in VQAv2's answers and ``raw`` in COCO's sentences, as they are
+published on the Hugging Face Hub."""
 
 
 class CellError(InputError):
-    """A cell that cannot be used. The message is written to follow the name of its column."""
+    """A cell that cannot be used. The message continues a sentence that begins with the name of the column."""
 
 
 # -- texts -----------------------------------------------------------------------------------------------------------
 
 
 def detect_encoding(start: bytes) -> str:
-    """Return the encoding given by the byte order mark at the start of a file; UTF-8 if there is none."""
+    """Return the encoding according to the byte order mark in the first bytes of a file; UTF-8 if there is none."""
     if start.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return "utf-32"
     return "utf-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 
 def decode_text(data: bytes) -> str:
-    """Decode a text file.
+    """Decode the bytes of a text file, in the encoding of the byte order mark or else in UTF-8.
 
-    Bytes that cannot be decoded become lone surrogates, as in file names in Python. :func:`read_text` refuses these,
-    so an undecodable text costs one record and not the whole file.
+    Bytes that cannot be decoded become lone surrogates, as in Python's file names. :func:`read_text` refuses lone
+    surrogates, so that such bytes make one record unusable and not the whole file.
     """
     encoding = detect_encoding(data[:4])
     if encoding == "utf-8-sig":
@@ -55,14 +56,14 @@ def decode_text(data: bytes) -> str:
 
 
 def read_text(value: Any) -> str:
-    """Return a value as text with whitespace collapsed; empty for None.
+    """Return a value as text with whitespace collapsed; the empty string for None.
 
     Args:
         value: text, a number, bytes in UTF-8 (or with a byte order mark), or None.
 
     Raises:
-        CellError: the value has another type, or contains NUL, bytes that are not UTF-8, a lone surrogate or the
-            placeholder of the image.
+        CellError: the value has another type or is not finite, or the text contains NUL, bytes that are not UTF-8, a
+            lone surrogate or the placeholder of the image (:data:`~blip2.config.IMAGE_TOKEN`).
     """
     if value is None:
         return ""
@@ -70,15 +71,18 @@ def read_text(value: Any) -> str:
         value = decode_text(bytes(value))
     number = isinstance(value, int | float | Decimal) and not isinstance(value, bool) and math.isfinite(value)
     if not number and not isinstance(value, str):
-        raise CellError(f"holds {describe(value)}, expected text")
+        raise CellError(f"holds {describe(value)}, expected text: correct the row, or name another column")
     text = str(value)
     if match := _INVALID_CHARACTERS.search(text):
         before = text[max(0, match.start() - 20) : match.start()]
         raise CellError(
-            f"holds {_describe_character(match[0])} after {before!r}, expected text: correct it, or save it as UTF-8"
+            f"holds {_describe_character(match[0])} after {before!r}, expected text: correct the row, or save the file"
+            " as UTF-8"
         )
     if IMAGE_TOKEN in text:
-        raise CellError(f"holds {IMAGE_TOKEN}, expected words alone, as the image comes first: take it out")
+        raise CellError(
+            f"holds {IMAGE_TOKEN}, expected text only, because the image always comes first: remove the placeholder"
+        )
     return " ".join(text.split())
 
 
@@ -94,13 +98,13 @@ def _describe_character(character: str) -> str:
 
 
 def read_texts(cell: Any) -> tuple[tuple[str, ...], int]:
-    """Return the texts of a cell, and the number of blank entries that were left out.
+    """Return the texts of a cell, and the number of blank texts in a list that were left out.
 
     Args:
         cell: a value for :func:`read_text`, an object with one of :data:`TEXT_KEYS`, or a list of these.
 
     Raises:
-        CellError: the cell holds another value.
+        CellError: the cell has another type, or :func:`read_text` refuses a text.
     """
     cell = _unwrap_text(cell)
     if not isinstance(cell, list | tuple):
@@ -123,7 +127,7 @@ def _unwrap_text(value: Any) -> Any:
 
 
 def read_metadata(cell: Any) -> Any:
-    """Return the value of a metadata column: numbers unchanged, anything else as :func:`read_text` returns it.
+    """Return the value in a metadata column: a number unchanged, any other value as :func:`read_text` returns it.
 
     Raises:
         CellError: the cell holds neither a number nor text.
@@ -147,7 +151,7 @@ def describe(value: Any) -> str:
 
 
 def class_names(feature: Any) -> list[str] | None:
-    """Return the class names of a column of class labels (``datasets.ClassLabel``) or of lists of them, else None."""
+    """Return the class names of a column of class labels (``datasets.ClassLabel``) or of lists of labels, else None."""
     feature = feature.feature if isinstance(feature, datasets.List | datasets.LargeList) else feature
     return feature.names if isinstance(feature, datasets.ClassLabel) else None
 
@@ -163,7 +167,7 @@ def labels_to_names(cell: Any, names: list[str]) -> Any:
     if cell is None or cell == -1:
         return None
     if not isinstance(cell, int) or not 0 <= cell < len(names):
-        raise CellError(f"holds the class {cell}, expected a number from 0 to {len(names) - 1}")
+        raise CellError(f"holds the class {cell}, expected a number from 0 to {len(names) - 1}: correct the row")
     return names[cell]
 
 
@@ -174,25 +178,27 @@ def read_image_cell(cell: Any) -> str | bytes | None:
     """Return the path or the encoded bytes of the image in a cell; None if the cell is empty.
 
     Args:
-        cell: a path, bytes, an object with ``bytes`` or ``path`` (Hugging Face's images), or a list of one of these.
+        cell: a path, bytes, an object with ``bytes`` or ``path`` (Hugging Face's images), or a list with one of these.
 
     Raises:
         CellError: the cell holds another value, several images, or a URL.
     """
     if isinstance(cell, list | tuple):
         if len(cell) > 1:
-            raise CellError(f"holds a list of {len(cell)} images, expected one: write a row for each")
+            raise CellError(f"holds a list of {len(cell)} images, expected one image: write a row for each image")
         return read_image_cell(cell[0]) if cell else None
     if isinstance(cell, Mapping):
         if not {"bytes", "path"} & set(cell):
-            raise CellError(f"holds {describe(cell)}, expected a path, or an object with bytes or path")
+            raise CellError(
+                f"holds {describe(cell)}, expected a path, or an object with bytes or path: name another column"
+            )
         return read_image_cell(cell.get("bytes") or cell.get("path"))
     if isinstance(cell, bytes | bytearray | memoryview):
         return bytes(cell) or None
     if cell is None or cell == "":
         return None
     if isinstance(cell, bool | float) or not isinstance(cell, str | int):
-        raise CellError(f"holds {describe(cell)}, expected the path or the bytes of an image")
+        raise CellError(f"holds {describe(cell)}, expected the path or the bytes of an image: name another column")
     if problem := describe_invalid_path(str(cell)):
         raise CellError(f"holds {problem}")
     return str(cell)

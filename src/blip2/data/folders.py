@@ -1,4 +1,4 @@
-"""Folders of images in which each image has a ``.txt`` of the same name, with one caption per line."""
+"""Folders of images in which each image has a ``.txt`` file of the same name, with one caption per line."""
 
 from __future__ import annotations
 
@@ -21,30 +21,32 @@ def list_pairs(folder: Path, verbose: bool = True) -> Iterator[dict[str, Any]]:
     """Return a row for each image below a folder, sorted by path.
 
     Args:
-        verbose: log the number of files that are left out.
+        folder: the folder of the images and captions, which may have subfolders.
+        verbose: whether to log a warning if files are left out.
 
     Returns:
-        Rows with ``image``, the path relative to the folder, and ``captions``, a list.
+        Rows with ``image``, the path relative to the folder, and ``captions``, the list of the lines of the .txt file,
+        in which blank lines are kept.
 
     Raises:
-        InputError: the folder has no images, or no captions.
+        InputError: the folder has no images, or no image has a .txt file.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
         raise InputError(
             f"folder {folder} holds no images ({', '.join(COMMON_SUFFIXES)}, and others that Pillow reads) and no"
-            f" metadata.jsonl{_count_suffixes(files, ', but ')}"
+            f" metadata.jsonl{_count_suffixes(files, ', but ')}: give a folder with images"
         )
     texts = {path.with_suffix(".txt") for path in images} & set(files)
     if not texts:
         raise InputError(
-            f"folder {folder} holds {len(images)} images but no captions: put a .txt next to each image, or a"
-            " metadata.jsonl with file_name and caption"
+            f"folder {folder} holds {len(images)} images but no captions: put a .txt file next to each image, or add a"
+            " metadata.jsonl with the keys file_name and caption"
         )
     others = [path for path in files if path not in texts and path.suffix.lower() not in IMAGE_SUFFIXES]
     if others and verbose:
-        reason = "which are neither images that Pillow reads nor the .txt of one"
+        reason = "which are neither images that Pillow reads nor the .txt file of an image"
         log.warning("%s: left out %d files, %s%s", folder, len(others), reason, _count_suffixes(others, ": "))
     return _read_pairs(folder, images, texts)
 
@@ -52,7 +54,7 @@ def list_pairs(folder: Path, verbose: bool = True) -> Iterator[dict[str, Any]]:
 def _read_pairs(folder: Path, images: list[Path], texts: set[Path]) -> Iterator[dict[str, Any]]:
     for path in images:
         text = path.with_suffix(".txt")
-        # str.splitlines splits at further characters, which a caption may contain.
+        # Not str.splitlines, which also splits at other characters, such as \f, that a caption may contain.
         lines = decode_text(read_regular_file(text, MAX_TEXT_BYTES)) if text in texts else ""
         lines = lines.replace("\r\n", "\n").replace("\r", "\n")
         yield {"image": str(path.relative_to(folder)), "captions": lines.split("\n")}

@@ -1,7 +1,7 @@
 """Decode images safely, augment them (paper §3.4) and normalize them.
 
-Every image is converted to 8-bit RGB: EXIF orientation is applied, transparency is placed on white, 16-bit and float
-values are scaled, CMYK and palettes are converted, and of an animation the first frame is taken.
+Every image is converted to 8-bit RGB: EXIF orientation is applied, transparent images are placed on white, 16-bit and
+float values are scaled, CMYK and palettes are converted, and only the first frame of an animation is read.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from blip2.errors import InputError
 from blip2.io import read_regular_file
 
 ImageLike = str | os.PathLike[str] | bytes | bytearray | io.BufferedIOBase | Image.Image | np.ndarray | Tensor
-"""A path, the bytes of a file, a binary file, a PIL image, or an array [H, W], [H, W, 3 or 4].
+"""A path, the bytes of a file, an open binary file, a PIL image, or an array or tensor of pixels.
 
-Arrays of floats are in [0, 1], of uint8 in [0, 255] and of uint16 in [0, 65535]. For other integers, white is 255, or
-65535 if a value is larger.
+Arrays and tensors have the shape [H, W], [H, W, 1], [H, W, 3] (RGB) or [H, W, 4] (RGB and alpha). The range of floats
+is [0, 1], that of uint8 [0, 255] and that of uint16 [0, 65535]. For other integers, white is 255, or 65535 if a value
+is larger than 255.
 """
 
 COMMON_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -52,21 +53,22 @@ def _find_suffixes() -> tuple[str, ...]:
 
 
 IMAGE_SUFFIXES = _find_suffixes()
-"""Suffixes of all image files that Pillow reads, the common ones first."""
+"""Suffixes of all image files that Pillow reads; the suffixes in :data:`COMMON_SUFFIXES` come first."""
 
 FLOAT_TOLERANCE = 0.05
-"""Distance by which floats of an array may lie outside [0, 1], because resampling overshoots."""
+"""Maximum distance of the floats of an array from [0, 1]. Resampling can produce values slightly outside."""
 MAX_PIXELS = 120_000_000
-"""Larger images are refused before they are decoded: a small file can unpack to gigabytes."""
+"""Maximum number of pixels of an image. Larger images are refused before they are decoded, because a small file can
+decode to gigabytes."""
 MAX_FILE_BYTES = 4 * MAX_PIXELS
-"""Maximum size of an image file: that of the largest image without compression."""
+"""Maximum size of an image file in bytes: four uncompressed bytes for each of :data:`MAX_PIXELS`."""
 MAX_SCANNED_PIXELS = 20 * MAX_PIXELS
-"""Maximum number of pixels of a JPEG times its scans. A progressive JPEG usually has about ten scans; a small file can
-have thousands, and decoding takes as long for each of them."""
+"""Maximum product of the number of pixels and the number of scans of a JPEG. A progressive JPEG usually has about ten
+scans, but a small file can have thousands, and decoding takes time for every scan."""
 
 
 START_OF_SCAN = b"\xff\xda"
-"""The marker at the start of each scan of a JPEG, which never occurs in compressed data."""
+"""The marker at the start of each scan of a JPEG. These two bytes never occur in compressed data."""
 
 
 class ImageError(InputError):
@@ -91,21 +93,24 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
 def unreadable_image(path: str | os.PathLike[str], error: OSError | ValueError) -> ImageError:
     """Return the error for an image file that cannot be read."""
     reason = getattr(error, "strerror", None) or error
-    return ImageError(f"image {os.fspath(path)} cannot be read ({reason}): check its path")
+    return ImageError(f"image {os.fspath(path)} cannot be read ({reason}): check its path and permissions")
 
 
 def describe_invalid_path(name: str) -> str | None:
-    """Describe a text that was given as the path of an image and is not a path; return None if it may be one."""
-    if ":" not in name and not name.startswith("~/"):  # nearly every path
+    """Describe a text that cannot be the path of an image; return None if the text may be a path.
+
+    The description follows "is" or "holds" in an error message.
+    """
+    if ":" not in name and not name.startswith("~/"):  # true of nearly every path
         return None
     if name.startswith("file://"):
-        return f"the URL {name[:80]!r}, expected the path of a file: write the path alone"
+        return f"the URL {name[:80]!r}, expected the path of a file: leave out file://"
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", name):
         return f"the URL {name[:80]!r}, expected the path of a file: download the image first"
     if name.startswith("data:"):
         return f"the data URL {name[:30]!r}, expected the path of a file: decode its base64 to bytes"
     if name.startswith("~/"):
-        return f"{name[:80]!r}, whose ~ only a shell expands, expected the path of a file: write it from / on"
+        return f"{name[:80]!r}, whose ~ only a shell expands, expected the path of a file: write the absolute path"
     return None
 
 
@@ -114,11 +119,15 @@ def read_image(image: ImageLike | Any, name: str | None = None) -> Image.Image:
 
     Args:
         image: an :data:`ImageLike`.
-        name: the name of a file or of bytes in messages; None: the path or the number of bytes.
+        name: the name of an image given as a path or as bytes, for error messages. None: the path or the number of
+            bytes.
+
+    Returns:
+        A PIL image in mode RGB.
 
     Raises:
         ImageError: the file does not exist, is empty, is not an image, is damaged or has more than :data:`MAX_PIXELS`;
-            or the object is not an image.
+            or `image` is not an :data:`ImageLike`, or is an array of another shape or range.
     """
     if isinstance(image, Tensor):
         image = image.detach().cpu()
@@ -146,16 +155,19 @@ def read_image(image: ImageLike | Any, name: str | None = None) -> Image.Image:
 
 @contextmanager
 def open_image(data: bytes, name: str, show_bytes: bool = True) -> Iterator[Image.Image]:
-    """Open the image in the bytes of a file without decoding it. Only this function passes such bytes to Pillow.
+    """Open an image file, given as bytes, as a PIL image in a context, without decoding the pixels.
+
+    All bytes of image files that reach Pillow go through this function.
 
     Args:
-        name: the name of the image in messages.
-        show_bytes: whether a message may show the first bytes. False for a file that a table names, as it can be any
-            file.
+        data: the bytes of the file.
+        name: the name of the image in error messages.
+        show_bytes: whether an error message may show the first bytes of the file. False for files that a table names,
+            because a table can name any file.
 
     Raises:
-        ImageError: the bytes are not an image, are damaged, or hold too large an image. Errors of decoding, within the
-            context, are converted as well.
+        ImageError: the bytes are not an image, are damaged, or have more than :data:`MAX_PIXELS`. Errors that Pillow
+            raises within the context, while the image is decoded, are converted to ImageError as well.
     """
     try:
         with warnings.catch_warnings():
@@ -164,9 +176,9 @@ def open_image(data: bytes, name: str, show_bytes: bool = True) -> Iterator[Imag
                 _check(opened, name, data.count(START_OF_SCAN) if opened.format in ("JPEG", "MPO") else 1)
                 yield opened
     except UnidentifiedImageError as error:
-        start = f"begins with {data[:12]!r}" if show_bytes else "begins as no image does"
-        start = "begins with <, as a web page does" if data[:1] == b"<" else start
-        raise ImageError(f"{name} is not an image (it {start}): save it as PNG or JPEG") from error
+        start = f"begins with {data[:12]!r}" if show_bytes else "does not begin like an image"
+        start = "begins with <, like a web page" if data[:1] == b"<" else start
+        raise ImageError(f"{name} is not an image (it {start}): replace it by a PNG or JPEG file") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} has more than the {MAX_PIXELS:,} pixels allowed: make it smaller") from error
     except ImageError:
@@ -190,7 +202,7 @@ def _path_or_bytes(image: Any) -> str | os.PathLike[str] | bytes:
         )
         raise ImageError(
             f"an image is {found}, expected a path, the bytes of a file, a PIL image, or an array [H, W, 3]: give one"
-            " of these, or a list of them"
+            " of these, or a list of these"
         )
     if isinstance(image, str) and (problem := describe_invalid_path(image)):
         raise ImageError(f"an image is {problem}")
@@ -207,10 +219,10 @@ def _check(image: Image.Image, name: str, scans: int = 1) -> None:
     if scans * pixels > MAX_SCANNED_PIXELS:
         raise ImageError(
             f"{name} has {scans} scans of {image.width} x {image.height} pixels, more than the"
-            f" {MAX_SCANNED_PIXELS // pixels} allowed at this size: save it again as a plain JPEG"
+            f" {MAX_SCANNED_PIXELS // pixels} allowed at this size: save it as a JPEG that is not progressive"
         )
     if image.format == "EPS":
-        raise ImageError(f"{name} is PostScript, a program, which is never run: save it as PNG or JPEG")
+        raise ImageError(f"{name} is a PostScript program, which is not run: save it as PNG or JPEG")
 
 
 def _damaged(name: str, error: Exception) -> ImageError:
@@ -236,7 +248,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _transparent_value(image: Image.Image) -> Any:
-    """Return the value of transparent pixels, in the range of the decoded pixels; None if there is none.
+    """Return the value that marks transparent pixels, in the range of the decoded pixels; None if no value does.
 
     Pillow reports the value in the range of the file, but scales the pixels of gray PNGs with 2 or 4 bits and of color
     PNGs with 16 bits to 8 bits.
@@ -252,7 +264,10 @@ def _transparent_value(image: Image.Image) -> Any:
 
 
 def _check_range(array: np.ndarray) -> np.ndarray:
-    """Return the array, and refuse values of a normalized image, which would be read as a nearly black image."""
+    """Return the array, or raise ImageError if its values are out of range.
+
+    A normalized image, for example, has such values, and would be read as a nearly black image.
+    """
     if array.dtype.kind not in "if" or array.size == 0 or not np.isfinite(array).all():
         return array
     low, high = float(array.min()), float(array.max())
@@ -260,7 +275,7 @@ def _check_range(array: np.ndarray) -> np.ndarray:
     if low < -tolerance or (array.dtype.kind == "f" and high > 1 + tolerance):
         raise ImageError(
             f"the array given as an image holds {array.dtype} from {low:g} to {high:g}, expected floats in [0, 1] or"
-            " integers in [0, 255]: undo its normalization, or convert it"
+            " integers in [0, 255]: undo the normalization of the array, or convert it"
         )
     return array
 
@@ -274,7 +289,7 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
     if array.dtype.kind not in "buif":
         raise ImageError(f"{name} holds {array.dtype}, expected integers or floats: convert it")
     if array.dtype != np.uint8:
-        # In blocks of rows: all of a large image in float64 would take gigabytes.
+        # Blocks of rows are converted one by one, because a large image in float64 would take gigabytes.
         num_rows = max((1 << 20) // (array.shape[1] * array.shape[2]), 1)
         blocks = [slice(start, start + num_rows) for start in range(0, len(array), num_rows)]
         if array.dtype.kind == "f" and not all(np.isfinite(array[block]).all() for block in blocks):
@@ -289,7 +304,7 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
 
 
 def _white_value(array: np.ndarray) -> float:
-    """Return the value of white, inferred from the dtype and the largest value: neither files nor arrays state it."""
+    """Infer the value of white, which neither files nor arrays state, from the dtype and the largest value."""
     if array.dtype.kind == "u" and array.dtype.itemsize == 2:
         return 65535.0
     highest = float(array.max())
@@ -299,7 +314,7 @@ def _white_value(array: np.ndarray) -> float:
 
 
 def preprocess(image: Image.Image, preprocessing: Preprocessing) -> Float[Tensor, "3 H W"]:
-    """Resize the whole image to a square (bicubic) and normalize it, for evaluation."""
+    """Preprocess an image for evaluation: resize the whole image to a square (bicubic), and normalize it."""
     size = preprocessing.image_size
     return _normalize(image.resize((size, size), Image.Resampling.BICUBIC), preprocessing)
 
@@ -311,12 +326,14 @@ def train_transform(
     min_crop_scale: float = 0.5,
     flip: bool = True,
 ) -> Float[Tensor, "3 H W"]:
-    """Take a random resized crop, flip it at random (§3.4), and normalize it, for training.
+    """Preprocess an image for training: crop it at random, resize it, flip it at random (§3.4), and normalize it.
 
     Args:
-        rng: the source of all randomness.
-        min_crop_scale: the smallest area of a crop as a fraction of the image; the aspect ratio is in [3/4, 4/3].
-        flip: mirror half of the images.
+        preprocessing: the size (H = W = ``image_size``) and the normalization.
+        rng: the random number generator for the crop and the flip.
+        min_crop_scale: the minimum area of the crop as a fraction of the image, in (0, 1]. The aspect ratio of the crop
+            is in [3/4, 4/3].
+        flip: whether to mirror the crop horizontally with probability 1/2.
     """
     size = preprocessing.image_size
     box = _sample_crop(image.width, image.height, rng, min_crop_scale)
@@ -329,7 +346,7 @@ def train_transform(
 def _sample_crop(
     width: int, height: int, rng: np.random.Generator, min_scale: float
 ) -> tuple[float, float, float, float]:
-    """Draw a crop as (left, top, right, bottom); the whole image if ten draws do not fit in it."""
+    """Draw a crop as (left, top, right, bottom). If none of ten crops fits into the image, return the whole image."""
     for _ in range(10):
         area = width * height * rng.uniform(min_scale, 1.0)
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))

@@ -13,14 +13,15 @@ from blip2.errors import InputError
 
 
 def stream_json(path: Path, chunk_size: int = 1 << 20) -> Iterator[tuple[str, Any]]:
-    """Iterate over the members of a JSON file.
+    """Iterate over the elements of the array, or the members of the object, in a JSON file.
 
     Args:
+        path: the JSON file.
         chunk_size: the minimum number of characters that are read at a time.
 
     Returns:
-        Pairs of a name and a value. For an array: each element, with the name "". For an object: each member; if its
-        value is an array, each element of that array instead, with the name of the member.
+        Pairs of a name and a value. For an array: each element, with the name "". For an object: each member; if the
+        value of a member is an array, each element of that array instead, with the name of the member.
 
     Raises:
         InputError: the file is not JSON.
@@ -29,7 +30,7 @@ def stream_json(path: Path, chunk_size: int = 1 << 20) -> Iterator[tuple[str, An
         try:
             yield from iter_members(file, json.JSONDecoder(), chunk_size)
         except json.JSONDecodeError as error:
-            raise _damaged(path, error.msg) from error  # its position refers to the current chunk
+            raise _damaged(path, error.msg) from error  # without error.pos, a position in the chunk
         except (_SyntaxError, UnicodeDecodeError, RecursionError) as error:
             raise _damaged(path, str(error)) from error
 
@@ -38,10 +39,12 @@ def stream_array(path: Path, name: str, subset: str | None = None) -> Iterator[A
     """Iterate over the elements of one array of a JSON object.
 
     Args:
-        subset: the expected value of ``data_subtype``, if the file has that member; None accepts any.
+        path: the JSON file.
+        name: the name of the array.
+        subset: the expected value of the member ``data_subtype``, if the object has that member. None: any value.
 
     Raises:
-        InputError: the file is not JSON, lacks the array, has no elements in it, or belongs to another subset.
+        InputError: the file is not JSON, the array is missing or empty, or ``data_subtype`` is not `subset`.
     """
     others: dict[str, None] = {}
     empty = True
@@ -50,23 +53,30 @@ def stream_array(path: Path, name: str, subset: str | None = None) -> Iterator[A
             empty = False
             yield value
         elif member == "data_subtype" and subset not in (None, value):
-            raise InputError(f"{path} holds {value}, expected {subset}: it is a file of another split")
+            raise InputError(f"{path} holds {value}, expected {subset}: download the file of {subset}")
         elif len(others) < 9:
             others[member] = None
     if empty:
-        raise InputError(f"{path} has {_list_names(others)}, expected {name}: it is a file of another kind")
+        raise InputError(
+            f"{path} has {_list_names(others)}, expected {name}: download the file that docs/data.md names"
+        )
 
 
 def require_keys(path: Path, entry: Any, *names: str) -> tuple[Any, ...]:
-    """Return the values of an entry for these keys.
+    """Return the values of an object for some keys.
+
+    Args:
+        path: the file that contains the object, for the error message.
+        entry: the object.
+        names: the keys.
 
     Raises:
-        InputError: the entry lacks a key.
+        InputError: the entry is not an object, or lacks a key.
     """
     if not isinstance(entry, dict) or any(name not in entry for name in names):
         found = _list_names(entry) if isinstance(entry, dict) else f"a {type(entry).__name__}"
         raise InputError(
-            f"{path} has an entry with {found}, expected {', '.join(names)}: it is a file of another kind or dataset"
+            f"{path} has an entry with {found}, expected {', '.join(names)}: download the file that docs/data.md names"
         )
     return tuple(entry[name] for name in names)
 
@@ -77,18 +87,23 @@ def _list_names(names: dict[str, Any]) -> str:
 
 
 def _damaged(path: Path, reason: str) -> InputError:
-    return InputError(f"{path} is damaged or not JSON ({reason}): download or unpack it again")
+    return InputError(f"{path} is damaged or not JSON ({reason}): download or unpack the file again")
 
 
 class _SyntaxError(ValueError):
-    """An unexpected character, or the end of the text."""
+    """An unexpected character, or an unexpected end of the text."""
 
 
 # -- parsing ---------------------------------------------------------------------------------------------------------
 
 
 def iter_members(file: TextIOBase, decoder: json.JSONDecoder, chunk_size: int = 1 << 20) -> Iterator[tuple[str, Any]]:
-    """Iterate over the members of an open JSON file, as :func:`stream_json` does, with values decoded by `decoder`.
+    """Iterate over the members of an open JSON file, as :func:`stream_json` does.
+
+    Args:
+        file: the file, opened as text.
+        decoder: decodes the values.
+        chunk_size: the minimum number of characters that are read at a time.
 
     Raises:
         ValueError: the text is not JSON.
@@ -116,7 +131,7 @@ def _iter_elements(parser: _Parser, name: str) -> Iterator[tuple[str, Any]]:
 
 
 class _Parser:
-    """Reads the values and punctuation of a JSON text, of which one chunk is held in memory."""
+    """Reads the values and the punctuation of a JSON text, and holds one chunk of the text in memory."""
 
     def __init__(self, file: TextIOBase, chunk_size: int, decoder: json.JSONDecoder) -> None:
         self._file = file
@@ -128,14 +143,14 @@ class _Parser:
         self._skip_whitespace = re.compile(r"\s*").match
 
     def _read_more(self) -> None:
-        # Read at least as much as is held, so that a long value is not decoded from its start too often.
+        # Double the text in memory, so that a long value is not decoded from its start too often.
         new = self._file.read(max(self._chunk_size, len(self._text) - self._position))
         self._text = self._text[self._position :] + new
         self._position = 0
         self._ended = not new
 
     def peek(self) -> str:
-        """Return the next character that is not whitespace; empty at the end."""
+        """Return the next character that is not whitespace; the empty string at the end of the text."""
         while True:
             match = self._skip_whitespace(self._text, self._position)
             self._position = match.end() if match else self._position
@@ -146,7 +161,7 @@ class _Parser:
             self._read_more()
 
     def expect(self, characters: str) -> None:
-        """Skip the next character, which must be one of these."""
+        """Skip the next character, which must be one of `characters`."""
         character = self.peek()
         if not character:
             raise _SyntaxError("it ends too early")
@@ -155,7 +170,7 @@ class _Parser:
         self._position += 1
 
     def separate(self, brackets: str) -> Iterator[None]:
-        """Skip the brackets and commas of an array or object, and yield where each of its members begins."""
+        """Skip the brackets and commas of an array or object, and yield at the start of each member."""
         start, end = brackets
         self.expect(start)
         more = self.peek() != end

@@ -1,4 +1,4 @@
-"""Facts in free-text captions of scenes, and their scores against the truth."""
+"""Parse the facts that free-text captions of scenes state, and compare the facts with the truth."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RELATION_PATTERNS = [
     (r"\blower than\b|\bat the bottom of\b", "below"),
     (r"\b(above|below|under|beneath|underneath|over|atop)\b", None),
 ]
-"""Patterns of relations between two objects, with the relation if it is not a group of the pattern."""
+"""Patterns of relations between two objects, each with the relation, or with None if a group matches the relation."""
 PLACE_PATTERNS = [
     (r"\bin the (?:middle|center|centre)\b|\bbetween\b|\bin between\b", "middle"),
     (
@@ -39,7 +39,7 @@ PLACE_PATTERNS = [
         None,
     ),
 ]
-"""Patterns of the place of one object in the image."""
+"""Patterns of the place of one object in the image, each with the place, or with None if a group matches the place."""
 SIDE_POSITIONS = {"left": ("left", 0), "right": ("left", 2), "top": ("above", 0), "bottom": ("above", 2)}
 
 
@@ -50,21 +50,22 @@ class Facts:
     kinds: tuple[str, ...]
     """The kinds that are named, in the order of their first mention."""
     relation: tuple[str, str, str] | None = None
-    """(first, ``left`` or ``above``, second)."""
+    """(A, ``left`` or ``above``, B) for two kinds: A is to the left of B, or above B."""
     color: str | None = None
     """Color of the background."""
     count: int | None = None
-    """Number of objects if one kind is named."""
+    """Number of objects; None unless exactly one kind is named."""
     size: str | None = None
     order: tuple[str, tuple[str, ...]] | None = None
-    """Three kinds: ``left`` and the kinds from left to right, or ``above`` and the kinds from top to bottom."""
+    """(``left``, the kinds from left to right) or (``above``, the kinds from top to bottom) for three kinds."""
 
 
 def parse_caption(text: str, kinds: Collection[str] = KINDS) -> Facts:
-    """Parse the facts that a caption states, ignoring punctuation, case and other words.
+    """Parse the facts that a caption states. Punctuation, case and words that state no facts are ignored.
 
     Args:
-        kinds: the known nouns.
+        text: the caption.
+        kinds: the nouns to find. Plurals and :data:`~blip2.data.scene_kinds.SYNONYMS` are found as well.
     """
     words = " ".join(re.findall(r"[a-z0-9]+", text.lower().replace("grey", "gray")))
     nouns = {form: kind for kind in kinds for form in (kind, plural(kind))}
@@ -80,10 +81,19 @@ def parse_caption(text: str, kinds: Collection[str] = KINDS) -> Facts:
 
 
 def score_caption(text: str, truth: Truth, kinds: Collection[str] = KINDS) -> dict[str, bool | None]:
-    """Return whether a caption states each fact of an image correctly; ``None`` if the image has no such fact.
+    """Judge whether a caption states each fact of an image correctly.
 
-    Facts are scored independently: a caption that names one wrong object can still have the correct relation. An order
-    is correct if at most one place has a wrong kind.
+    Facts are judged independently: a caption that names one wrong object can still state the correct relation. An order
+    is correct if at most one of the three places has a wrong kind.
+
+    Args:
+        text: the caption.
+        truth: the facts of the image.
+        kinds: the nouns to find in the caption, in addition to those of the image.
+
+    Returns:
+        For each of :data:`FACTS`: True if the caption states the fact correctly, False if not, None if the image has no
+        such fact.
     """
     facts = parse_caption(text, {*kinds, *truth.kinds})
     scores: dict[str, bool | None] = dict.fromkeys(FACTS)
@@ -105,7 +115,7 @@ def score_caption(text: str, truth: Truth, kinds: Collection[str] = KINDS) -> di
 
 
 def _parse_color(words: str, nouns: Collection[str]) -> tuple[str | None, str]:
-    """Return the color of the background, and the words without it and without phrases about the whole image."""
+    """Return the color of the background, and the words without phrases about the background or the whole image."""
     colors = "|".join(COLORS)
     ground = r"(?:background|backdrop|ground|surface|wall)"
     between = r"(?:(?:is|was|in|of|color|a|all|very|light|dark|bright|plain|solid|mostly) )*"
@@ -126,7 +136,7 @@ def _parse_color(words: str, nouns: Collection[str]) -> tuple[str | None, str]:
 
 
 def _parse_count_and_size(tokens: list[str], nouns: dict[str, str]) -> tuple[int | None, str | None]:
-    """Return the count and the size of the one kind that is named."""
+    """Return the count and the size of objects in a caption that names one kind."""
     counts: list[int] = []
     sizes: set[str] = set()
     singular = False
@@ -155,7 +165,7 @@ def _parse_count_and_size(tokens: list[str], nouns: dict[str, str]) -> tuple[int
 
 
 def _find_mentions(words: str, nouns: dict[str, str]) -> list[tuple[str, str]]:
-    """Return nouns, relations and places in order, as ("noun", kind), ("relation", word) and ("place", word)."""
+    """Return ("noun", kind), ("relation", word) and ("place", word) for the phrases of a caption, in their order."""
     found: list[tuple[int, str, str]] = []
     taken = [False] * len(words)
     patterns = [(p, m, "relation") for p, m in RELATION_PATTERNS] + [(p, m, "place") for p, m in PLACE_PATTERNS]
@@ -172,7 +182,7 @@ def _find_mentions(words: str, nouns: dict[str, str]) -> list[tuple[str, str]]:
 
 
 def _explicit_relations(mentions: list[tuple[str, str]]) -> set[tuple[str, str, str]]:
-    """Return the relations between two nouns, as (first, axis, second)."""
+    """Return the relations between two kinds, as in :attr:`Facts.relation`."""
     out = set()
     for i, (sort, word) in enumerate(mentions):
         if sort != "relation":
@@ -193,7 +203,7 @@ def _explicit_relations(mentions: list[tuple[str, str]]) -> set[tuple[str, str, 
 
 
 def _explicit_places(mentions: list[tuple[str, str]]) -> dict[str, str]:
-    """Return the place of each noun: the one after it, or the one before it if a place is mentioned first."""
+    """Return the place of each kind: the place after the noun, or before the noun if a caption begins with a place."""
     mentions = [mark for mark in mentions if mark[0] != "relation"]
     places_first = bool(mentions) and mentions[0][0] == "place"
     out: dict[str, str] = {}
@@ -206,7 +216,7 @@ def _explicit_places(mentions: list[tuple[str, str]]) -> dict[str, str]:
 
 
 def _parse_relation(mentions: list[tuple[str, str]]) -> tuple[str, str, str] | None:
-    """Return the relation of two kinds; ``None`` if it is absent or contradictory."""
+    """Return the relation of two kinds; None if the caption states no relation or contradictory ones."""
     stated = _explicit_relations(mentions)
     if not stated:
         kinds = list(dict.fromkeys(word for sort, word in mentions if sort == "noun"))
@@ -219,7 +229,7 @@ def _parse_relation(mentions: list[tuple[str, str]]) -> tuple[str, str, str] | N
 
 
 def _parse_order(words: str, mentions: list[tuple[str, str]]) -> tuple[str, tuple[str, ...]] | None:
-    """Return the order of three kinds; ``None`` if it is absent or contradictory."""
+    """Return the order of three kinds; None if the caption states no order or contradictory places."""
     kinds = tuple(dict.fromkeys(word for sort, word in mentions if sort == "noun"))
     direction = re.search(r"\b(left|top|right|bottom) to (?:the )?(left|top|right|bottom)\b", words)
     if direction and direction[1] != direction[2]:
@@ -229,7 +239,7 @@ def _parse_order(words: str, mentions: list[tuple[str, str]]) -> tuple[str, tupl
     placed = _explicit_places(mentions)
     axes = {SIDE_POSITIONS[place][0] for place in placed.values() if place in SIDE_POSITIONS}
     at = {kind: SIDE_POSITIONS[place][1] if place in SIDE_POSITIONS else 1 for kind, place in placed.items()}
-    if len(at) == 2 and len(kinds) == 3:  # the third kind is at the place that is left
+    if len(at) == 2 and len(kinds) == 3:  # the third kind is at the remaining place
         at[next(kind for kind in kinds if kind not in at)] = 3 - sum(at.values())
     if len(axes) == 1 and sorted(at.values()) == [0, 1, 2]:
         return axes.pop(), tuple(sorted(kinds, key=at.__getitem__))

@@ -1,4 +1,4 @@
-"""Scene images: cut-outs at separate places on a background of one color."""
+"""Draw the images of scenes: cut-outs that do not overlap, on a background in shades of one color."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ log = logging.getLogger("blip2")
 IMAGE_SIZE = 224
 """Height and width of a scene in pixels."""
 MARGIN = 6
-"""Width of the empty border in pixels."""
+"""Width of the empty border of a scene in pixels."""
 JPEG_QUALITY = 92
 """Quality of the JPEG files."""
 TEXTURE_CONTRAST = {"white": 0.05, "yellow": 0.06}
-"""Relative contrast of a texture, for colors that need less than the default: a dark yellow is orange."""
+"""Relative contrast of textures in the colors that need less than the default: a dark yellow would be orange."""
 TEXTURES = ("stripes", "checks", "dots", "noise")
 MIN_ALPHA = 24
-"""Minimum alpha of a pixel that belongs to an object."""
+"""Minimum alpha, in [0, 255], of a pixel that belongs to an object."""
 OBJECT_SIZES = {
     "pair": (68.0, 90.0),
     "count": (60.0, 72.0),
@@ -37,14 +37,14 @@ OBJECT_SIZES = {
     "small": (50.0, 60.0),
     "large": (98.0, 112.0),
 }
-"""Range in pixels of the longer side of an object, by the type of the scene or the named size."""
+"""Minimum and maximum length in pixels of the longer side of an object, by the size or else the type of the scene."""
 MAX_CUTOUT_SIZE = 168
 """Maximum height and width of a loaded cut-out in pixels."""
 JITTER = 2.0
-"""Maximum difference between near twins: pixels in position, and percent in scale."""
+"""Maximum random shift in pixels, and maximum random change of scale in percent, of each object in each image."""
 
 CUTOUTS = "cutouts"
-"""Name of the folder of cut-outs in the folder of a package; it has a folder for each kind."""
+"""Name of the folder of cut-outs in the folder of an asset. The folder of cut-outs has a subfolder for each kind."""
 
 Box = tuple[int, int, int, int]
 
@@ -56,29 +56,35 @@ class Cutout:
     name: str
     """``KIND/FILE`` below the folder of cut-outs, without the suffix."""
     image: Image.Image
-    """RGBA, cropped to the visible part."""
+    """The object in mode RGBA, cropped to the visible part."""
 
 
 def trim(image: Image.Image) -> Image.Image:
-    """Crop an image with an alpha channel to its visible part.
+    """Crop an image with an alpha channel to the visible part, whose alpha is at least :data:`MIN_ALPHA`.
+
+    Returns:
+        The cropped image in mode RGBA.
 
     Raises:
-        ImageError: nothing is visible, or there is no transparent background.
+        ImageError: the image has no visible part, or no transparent background.
     """
     image = image.convert("RGBA")
     alpha = image.getchannel("A").point([255 * (value >= MIN_ALPHA) for value in range(256)])
     box = alpha.getbbox()
     if box is None or alpha.getextrema()[0]:
-        raise ImageError("it has no transparent background" if box else "nothing of it is visible")
+        raise ImageError("it has no transparent background" if box else "it has no visible part")
     return image.crop(box)
 
 
 def save_cutouts(source: Path, kinds: Mapping[str, Sequence[str]], folder: Path, draw: Callable[[Path], bytes]) -> None:
-    """Save cut-outs for scenes as ``cutouts/KIND/NUMBER-NAME.png``, with the license of the folder.
+    """Save cut-outs for scenes as ``cutouts/KIND/NUMBER-NAME.png`` in a folder, with a copy of the folder's license.
 
     Args:
-        kinds: files of each kind below ``source``, without suffix; missing and unusable files are skipped.
-        draw: renders an SVG file as a PNG file.
+        source: the folder of the original images, PNG or SVG.
+        kinds: for each kind, the paths of its images below `source`, without suffix. Files that are missing or cannot
+            be used are skipped.
+        folder: the folder to write to, which may contain a file LICENSE or LICENCE.
+        draw: renders an SVG file, and returns the PNG file.
     """
     for kind, names in kinds.items():
         for number, name in enumerate(names):
@@ -103,22 +109,29 @@ def read_cutouts(folder: Path, kinds: Collection[str] | None = None) -> dict[str
     """Read the cut-outs of each kind, ``KIND/*.png`` below a folder, in sorted order.
 
     Args:
-        kinds: kinds to read; ``None``: all.
+        folder: the folder with one subfolder for each kind.
+        kinds: the kinds to read; None: all.
+
+    Returns:
+        The cut-outs by kind, at most :data:`MAX_CUTOUT_SIZE` pixels high and wide.
 
     Raises:
-        InputError: there are no cut-outs, a folder has no valid name of a kind, or a file cannot be read or has no
-            transparent background.
+        InputError: there are no cut-outs, one of `kinds` has no folder, the name of a subfolder is not a lower-case
+            noun, or a file cannot be read or has no transparent background.
     """
     cutouts: dict[str, tuple[Cutout, ...]] = {}
     missing = sorted(kind for kind in kinds or () if not (folder / kind).is_dir())
     if missing:
-        raise InputError(f"{folder} has no cut-outs of {', '.join(missing)}: name kinds that have a folder there")
+        raise InputError(
+            f"{folder} has no cut-outs of {', '.join(missing)}: choose kinds that have a subfolder in this folder"
+        )
     for path in sorted(folder.glob("*/*.png")):
         if kinds is not None and path.parent.name not in kinds:
             continue
         if not re.fullmatch("[a-z]{2,}", path.parent.name):
             raise InputError(
-                f"{path.parent} is not a name of a kind: expected one noun in lower-case letters, rename it"
+                f"the folder {path.parent} is not named after a kind, expected one noun in lower-case letters (a to z):"
+                " rename the folder"
             )
         try:
             with open_image(read_bytes(path), "it") as opened:
@@ -131,7 +144,10 @@ def read_cutouts(folder: Path, kinds: Collection[str] | None = None) -> dict[str
             Cutout(f"{path.parent.name}/{path.stem}", image),
         )
     if not cutouts:
-        raise InputError(f"{folder} holds no cut-outs: each kind needs a folder of PNG files with alpha")
+        raise InputError(
+            f"{folder} holds no cut-outs, expected a subfolder of PNG files with a transparent background for each"
+            " kind: add subfolders, or give another folder"
+        )
     return cutouts
 
 
@@ -143,9 +159,9 @@ class Placement:
     """Random numbers that determine the places of objects, shared by near twins."""
 
     numbers: tuple[float, ...]
-    """Uniform in [0, 1]."""
+    """Eight random numbers, uniform in [0, 1)."""
     centers: tuple[tuple[float, float], ...]
-    """Centers of three objects of one kind, which do not overlap."""
+    """Centers (x, y) in pixels at which three objects of one kind do not overlap."""
 
     @staticmethod
     def draw(rng: np.random.Generator) -> Placement:
@@ -167,13 +183,18 @@ def place_objects(
     placement: Placement,
     rng: np.random.Generator,
 ) -> list[Box]:
-    """Return the box of each object, from left to right or from top to bottom.
+    """Return the box of each object, in the order of `sizes`. Boxes do not overlap.
 
     Args:
-        sizes: width and height of each cut-out.
-        scales: size of each object within the range of its type, in [0, 1].
-        type, relation, size: fields of the scene's :class:`~blip2.data.scene_texts.Truth`.
-        rng: generator of the small differences between near twins.
+        sizes: (width, height) of each cut-out in pixels; from left to right or from top to bottom if there is a
+            relation.
+        scales: size of each object in [0, 1], from the minimum to the maximum of :data:`OBJECT_SIZES`.
+        type, relation, size: as in :class:`~blip2.data.scene_texts.Truth`.
+        placement: the random numbers that near twins share.
+        rng: the random number generator for the small differences between near twins.
+
+    Returns:
+        (left, top, right, bottom) of each object in pixels; right and bottom are exclusive.
     """
     numbers, n = placement.numbers, len(sizes)
     low, high = OBJECT_SIZES[size or type]
@@ -211,7 +232,15 @@ GRID_Y, GRID_X = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE].astype(np.float32)
 
 
 def draw_background(color: str, texture: str, rng: np.random.Generator) -> np.ndarray:
-    """Return pixels [H, W, 3] in shades of one color."""
+    """Return a background in shades of one color.
+
+    Args:
+        color: a key of :data:`~blip2.data.scene_kinds.COLORS`.
+        texture: ``plain`` or one of :data:`TEXTURES`.
+
+    Returns:
+        RGB pixels of dtype uint8 and shape [H, W, 3], where H = W = :data:`IMAGE_SIZE`.
+    """
     middle = np.array(COLORS[color], dtype=np.float32)
     shade = middle * rng.uniform(0.95, 1.04) + rng.uniform(-7, 7, 3) * (color not in ("gray", "white"))
     if texture == "plain":
@@ -222,7 +251,7 @@ def draw_background(color: str, texture: str, rng: np.random.Generator) -> np.nd
 
 
 def _pattern(texture: str, rng: np.random.Generator) -> np.ndarray:
-    """Return the texture [H, W] in [0, 1]."""
+    """Return a texture of shape [H, W] with values in [0, 1]."""
     period, angle = rng.uniform(14, 34), rng.uniform(0, np.pi)
     x_at, y_at = rng.uniform(0, period, 2)
     x, y = GRID_X + x_at, GRID_Y + y_at
@@ -241,7 +270,14 @@ def _pattern(texture: str, rng: np.random.Generator) -> np.ndarray:
 def draw_scene(
     background: np.ndarray, cutouts: Sequence[Image.Image], flips: Sequence[bool], boxes: Sequence[Box]
 ) -> Image.Image:
-    """Draw cut-outs on a background, each with a soft dark rim that makes it visible on any color."""
+    """Draw cut-outs on a background, with soft dark rims that make them visible on any color.
+
+    Args:
+        background: RGB pixels of dtype uint8 and shape [H, W, 3].
+        cutouts: images in mode RGBA.
+        flips: whether each cut-out is mirrored horizontally.
+        boxes: (left, top, right, bottom) of each cut-out in pixels.
+    """
     image = Image.fromarray(background)
     rim = Image.new("L", image.size)
     objects = []

@@ -1,4 +1,4 @@
-"""The kinds of objects in scenes: the cut-outs of each noun, and its spelling."""
+"""The kinds of objects in scenes: the nouns, the spelling of the nouns, and the cut-outs of each kind."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ _EMOJI = """
 
 
 def _parse(table: str, separator: str | None) -> dict[str, tuple[str, ...]]:
-    """Parse ``KIND: NAME NAME ...``; a line that is indented further continues the one before it."""
+    """Parse ``KIND: NAME NAME ...``; a line that is indented further continues the previous line."""
     entries = (entry.partition(": ") for entry in table.replace("\n        ", " ").strip().split("\n"))
     return {kind.strip(): tuple(name.strip() for name in names.split(separator)) for kind, _, names in entries}
 
@@ -130,7 +130,7 @@ def _parse(table: str, separator: str | None) -> dict[str, tuple[str, ...]]:
 STAMPS = _parse(_STAMPS, None)
 """Stamps of Tux Paint for each kind: paths below its folder of stamps, without the suffix."""
 EMOJI = {kind: (kind.upper(),) for kind in STAMPS} | _parse(_EMOJI, ",")
-"""Characters of OpenMoji for each kind, by their Unicode names: that of the kind itself unless the table has others."""
+"""Unicode names of OpenMoji's characters for each kind: the name of the kind itself, unless the table lists others."""
 
 KINDS = tuple(sorted({*STAMPS, *EMOJI}))
 """The nouns that captions and questions use."""
@@ -151,7 +151,7 @@ SYNONYMS = {
     "sailboat": "boat",
     "ship": "boat",
 }
-"""Synonyms in free captions, mapped to kinds."""
+"""Synonyms that free-text captions may contain, mapped to kinds."""
 IRREGULAR = {"deer": "deer", "fish": "fish", "sheep": "sheep", "snowman": "snowmen"}
 
 COLORS = {
@@ -164,7 +164,7 @@ COLORS = {
     "gray": (128, 128, 128),
     "white": (246, 246, 246),
 }
-"""Background colors with their mean RGB values."""
+"""Background colors with their mean RGB values, in [0, 255]."""
 
 
 FEW_KINDS = (
@@ -184,5 +184,5 @@ def plural(kind: str) -> str:
 
 
 def with_article(words: str) -> str:
-    """Prepend the indefinite article."""
+    """Prepend the indefinite article to words."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"

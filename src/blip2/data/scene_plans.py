@@ -14,15 +14,15 @@ from blip2.data.scene_kinds import COLORS
 from blip2.errors import InputError
 
 TYPE_PROBABILITIES = {"pair": 0.55, "count": 0.20, "single": 0.10, "triple": 0.15}
-"""Probability of each type of group."""
+"""Probability of each type of scene."""
 GROUP_SIZE = 4
 """Number of near twins in a group."""
 HELD_OUT_PAIRS_OF_256 = 31
-"""Number of pairs of kinds out of 256 that are held out."""
+"""A pair of kinds is held out if the first byte of the hash of the pair is less than this number."""
 HELD_OUT_COUNTS_OF_256 = 90
-"""Number of kinds out of 256 of which one count (2 or 3) is held out."""
+"""A count (2 or 3) of a kind is held out if the first byte of the hash of the kind is less than this number."""
 MIN_CUTOUTS_TO_HOLD_OUT = 3
-"""Kinds with at least this many cut-outs hold out the last one."""
+"""Minimum number of cut-outs of a kind whose last cut-out is held out."""
 TWIN_TYPES = ("order", "relation", "color", "count")
 """Facts in which the two images of a pair of twins differ."""
 
@@ -33,12 +33,12 @@ class Scene:
 
     type: str
     kinds: tuple[str, ...]
-    """Kinds in order; one for counts and single objects."""
+    """Kinds from left to right or from top to bottom; one kind for the types ``count`` and ``single``."""
     cutouts: tuple[Cutout, ...]
-    """The cut-out of each object. Counts have three, of which the first ``count`` are shown."""
+    """The cut-out of each object. Scenes of type ``count`` have three, of which the first ``count`` are shown."""
     flips: tuple[bool, ...]
     scales: tuple[float, ...]
-    """Size of each object within the range of its type, in [0, 1]."""
+    """Size of each object: 0 and 1 are the minimum and the maximum in :data:`~blip2.data.scene_images.OBJECT_SIZES`."""
     color: str
     texture: str
     relation: str = ""
@@ -52,7 +52,7 @@ class Scene:
 
 
 def pair_of(one: str, other: str) -> tuple[str, str]:
-    """Return an unordered pair of kinds."""
+    """Return two kinds in alphabetical order."""
     return (one, other) if one < other else (other, one)
 
 
@@ -62,7 +62,7 @@ def is_held_out(one: str, other: str) -> bool:
 
 
 def held_out_count(kind: str) -> int:
-    """Return the count of a kind that training never shows, or 0 if there is none."""
+    """Return the count of a kind that training never shows (2 or 3), or 0 if no count of the kind is held out."""
     digest = hashlib.sha256(f"{kind}|count".encode()).digest()
     return 2 + digest[1] % 2 if digest[0] < HELD_OUT_COUNTS_OF_256 else 0
 
@@ -73,7 +73,14 @@ def draw_type(rng: np.random.Generator) -> str:
 
 
 class Planner:
-    """Draws scenes with and without held-out combinations."""
+    """Draws scenes with and without held-out combinations.
+
+    Args:
+        cutouts: the cut-outs of each kind.
+
+    Raises:
+        InputError: there are too few kinds or cut-outs to hold some out.
+    """
 
     def __init__(self, cutouts: Mapping[str, tuple[Cutout, ...]]) -> None:
         self.kinds = tuple(sorted(cutouts))
@@ -89,8 +96,9 @@ class Planner:
         if len(self.kinds) < 8 or len(self.held_out_cutouts) < 4 or not self.held_out_pairs or not self.held_out_counts:
             raise InputError(
                 f"there are {len(self.kinds)} kinds of cut-outs, {len(self.held_out_cutouts)} of them with"
-                f" {MIN_CUTOUTS_TO_HOLD_OUT} or more cut-outs, {len(self.held_out_pairs)} pairs and"
-                f" {len(self.held_out_counts)} counts to hold out: expected 8, 4, 1 and 1 at least, so add kinds"
+                f" {MIN_CUTOUTS_TO_HOLD_OUT} or more cut-outs, {len(self.held_out_pairs)} pairs of kinds and"
+                f" {len(self.held_out_counts)} counts to hold out, expected at least 8, 4, 1 and 1: add kinds of"
+                f" cut-outs, {MIN_CUTOUTS_TO_HOLD_OUT} or more of each"
             )
 
     # -- scenes
@@ -98,7 +106,15 @@ class Planner:
     def scene(
         self, type: str, kinds: Sequence[str], rng: np.random.Generator, count: int = 0, held_out_cutouts: bool = False
     ) -> Scene:
-        """Draw a scene of the given kinds, in this order."""
+        """Draw a scene of the given type and kinds.
+
+        Args:
+            type: a key of :data:`TYPE_PROBABILITIES`.
+            kinds: the kinds from left to right or from top to bottom.
+            rng: the random number generator.
+            count: the number of objects, for the type ``count``.
+            held_out_cutouts: whether to show held-out cut-outs instead of those of training.
+        """
         copies = 3 if type == "count" else 1
         source = self.held_out_cutouts if held_out_cutouts else self.train_cutouts
         cutouts = [source[kind][int(rng.integers(len(source[kind])))] for kind in kinds for _ in range(copies)]
@@ -126,12 +142,18 @@ class Planner:
         return self.scene(type, kinds, rng, count)
 
     def vary(self, scene: Scene, rng: np.random.Generator, held_out_cutouts: bool = False) -> Scene:
-        """Draw another scene of the same kinds, or of the same kind and count."""
+        """Draw another scene of the same type, kinds and count.
+
+        Args:
+            scene: the scene with the kinds.
+            rng: the random number generator.
+            held_out_cutouts: whether to show held-out cut-outs instead of those of training.
+        """
         kinds = rng.permutation(scene.kinds).tolist()
         return self.scene(scene.type, kinds, rng, scene.count if scene.type == "count" else 0, held_out_cutouts)
 
     def held_out(self, rng: np.random.Generator, count: bool) -> Scene:
-        """Draw a scene with a held-out pair of kinds, or with a held-out count of a kind."""
+        """Draw a scene with a held-out pair of kinds or, if `count`, with a held-out count of a kind."""
         if count:
             n = int(rng.choice(sorted({n for _, n in self.held_out_counts})))  # each count equally often
             kinds = [kind for kind, count in self.held_out_counts if count == n]
@@ -162,7 +184,7 @@ class Planner:
         return replace(scene, relation="above" if scene.relation == "left" else "left")
 
     def swapped(self, scene: Scene, rng: np.random.Generator) -> Scene:
-        """Exchange two objects."""
+        """Exchange the places of two objects."""
         order = list(range(len(scene.kinds)))
         i, j = (0, 1) if len(order) == 2 else rng.permutation(len(order))[:2].tolist()
         order[i], order[j] = order[j], order[i]
@@ -175,7 +197,7 @@ class Planner:
         )
 
     def with_other_kind(self, scene: Scene, rng: np.random.Generator) -> Scene:
-        """Replace one object by one of another kind."""
+        """Replace one object by an object of another kind."""
         at = int(rng.integers(len(scene.kinds)))
         rest = [kind for i, kind in enumerate(scene.kinds) if i != at]
         candidates = [
@@ -188,7 +210,12 @@ class Planner:
         return replace(scene, kinds=tuple(kinds), cutouts=tuple(cutouts))
 
     def twins(self, twin_type: str, rng: np.random.Generator) -> tuple[Scene, Scene]:
-        """Draw two scenes of held-out combinations that differ in one fact."""
+        """Draw two scenes of held-out combinations that differ in one fact.
+
+        Args:
+            twin_type: the fact in which the scenes differ, one of :data:`TWIN_TYPES`.
+            rng: the random number generator.
+        """
         first = self.held_out(rng, count=twin_type == "count")
         if twin_type == "count":
             pair = [replace(first, count=n) for n in rng.permutation([2, 3]).tolist()]

@@ -1,4 +1,4 @@
-"""The truth of a scene, and the captions and questions that are generated from it."""
+"""The truth of a scene, and the captions and questions that are generated from the truth."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RELATION_PHRASES = {
     ("above", 0): ("above",),
     ("above", 1): ("below", "under"),
 }
-"""Phrases of a relation, by its axis and by whether the second object is named first (1) or not (0)."""
+"""Phrases of a relation, by (``left`` or ``above``, 0 if the first object is named first and 1 if the second is)."""
 PLACE_PHRASES = {"left": ("on the left", "on the right"), "above": ("at the top", "at the bottom")}
 DIRECTIONS = {"left": ("left", "right"), "above": ("above", "below")}
 ENDS = {"left": ("left", "right"), "above": ("top", "bottom")}
@@ -26,22 +26,22 @@ CAPTIONS_PER_IMAGE = 4
 
 @dataclass(frozen=True)
 class Truth:
-    """All facts about an image that captions and questions can state. No value is null, so all rows have one schema."""
+    """All facts about an image. Facts that the image does not have are empty or 0, so that all rows have one schema."""
 
     type: str
     """``pair``, ``count``, ``single`` or ``triple``."""
     color: str
-    """Name of the background's color."""
+    """Name of the color of the background."""
     texture: str
     """Name of the texture of the background."""
     kinds: tuple[str, ...]
-    """Kinds from left to right or from top to bottom; one for counts and single objects."""
+    """Kinds from left to right or from top to bottom; one kind for the types ``count`` and ``single``."""
     relation: str
-    """``left`` or ``above``: relation of each kind to the next one; empty for one kind."""
+    """``left`` or ``above``: relation of each kind to the next kind; empty if there is one kind."""
     count: int
-    """Number of objects of the one kind; 0 for several kinds."""
+    """Number of objects if there is one kind; 0 if there are several kinds."""
     size: str
-    """``small`` or ``large`` for single objects, otherwise empty."""
+    """``small`` or ``large`` for the type ``single``, otherwise empty."""
     cutouts: tuple[str, ...] = ()
     """Name of the cut-out of each object."""
     boxes: tuple[tuple[int, int, int, int], ...] = ()
@@ -52,13 +52,13 @@ class Truth:
 
     @staticmethod
     def from_json(row: dict[str, Any]) -> Truth:
-        """Create a truth from the ``truth`` of a row."""
+        """Create the truth of a scene from the column ``truth`` of its row."""
         lists = {name: tuple(row[name]) for name in ("kinds", "cutouts")}
         return Truth(**{**row, **lists, "boxes": tuple(tuple(box) for box in row["boxes"])})
 
 
 def sentence(text: str) -> str:
-    """Capitalize a text and add a full stop."""
+    """Capitalize the first letter of a text and add a period."""
     return f"{text[0].upper()}{text[1:]}."
 
 
@@ -74,7 +74,7 @@ PAIR_TEMPLATES = (
     "{x} can be seen {relation} {y} against {color_background}",
     "{place_x} is {x}, {place_y} is {y}, and the background is {color}",
 )
-"""Templates of captions of pairs in which ``x`` is the subject."""
+"""Templates of captions of pairs. Each template names ``x`` before ``y``."""
 INVERTED_PAIR_TEMPLATE = "{relation} {y} is {x}, on {color_background}"
 SINGLE_KIND_TEMPLATES = (
     "{things} on {color_background}",
@@ -95,7 +95,10 @@ TRIPLE_TEMPLATES = (
 
 
 def write_captions(truth: Truth, rng: np.random.Generator) -> list[str]:
-    """Generate four captions with different templates; with several objects, two name the first before the last."""
+    """Generate :data:`CAPTIONS_PER_IMAGE` captions with different templates.
+
+    If there are several kinds, half of the captions name the kinds in reverse order.
+    """
     templates = {"pair": PAIR_TEMPLATES, "triple": TRIPLE_TEMPLATES}.get(truth.type, SINGLE_KIND_TEMPLATES)
     chosen = rng.choice(len(templates), CAPTIONS_PER_IMAGE, replace=False)
     inverted = rng.permutation([False, False, True, True])
@@ -103,13 +106,13 @@ def write_captions(truth: Truth, rng: np.random.Generator) -> list[str]:
 
 
 def describe(truth: Truth) -> str:
-    """Return the canonical caption, which states the facts of a scene always in the same words and order."""
+    """Return the canonical caption, which always states the facts of a scene in the same words and order."""
     template = {"pair": PAIR_TEMPLATES[0], "triple": TRIPLE_TEMPLATES[0]}.get(truth.type, SINGLE_KIND_TEMPLATES[0])
     return _caption(truth, template, False, None)
 
 
 def _caption(truth: Truth, template: str, inverted: bool, rng: np.random.Generator | None) -> str:
-    """Fill in a template. With a generator, some words are drawn; without one, they are always the same."""
+    """Fill in a template. If `rng` is given, some words are drawn at random; otherwise the words are fixed."""
     words = {"color": truth.color, "color_background": f"{with_article(truth.color)} background"}
     kinds = [with_article(kind) for kind in truth.kinds]
     turn = -1 if inverted else 1
@@ -136,7 +139,8 @@ def count_words(truth: Truth, one: str = "") -> str:
     """Return a phrase for objects of one kind: ``two cats``, ``a small cat``.
 
     Args:
-        one: word before a single object; empty: an article.
+        truth: the truth of a scene with one kind.
+        one: if this is not empty, a single object is ``one cat``, otherwise ``a cat``.
     """
     noun = truth.kinds[0] if truth.count == 1 else plural(truth.kinds[0])
     noun = f"{truth.size} {noun}".strip()
@@ -157,14 +161,20 @@ class Question:
     type: str
     """``what``, ``color``, ``count``, ``where``, ``size`` or ``yesno``."""
     fact: str
-    """Fact that a yes-no question asks for: ``existence``, ``relation``, ``color`` or ``count``; the type for other
-    questions."""
+    """Fact that a yes-no question asks about: ``existence``, ``relation``, ``color`` or ``count``. For other questions,
+    the same as `type`."""
     image: int
-    """Index of the image."""
+    """Index of the image in its split."""
 
 
 def make_questions(truth: Truth, image: int, rng: np.random.Generator) -> list[Question]:
-    """Generate the questions of an image other than yes-no questions (:class:`YesNoQuestions`)."""
+    """Generate all questions about an image except yes-no questions, which :class:`YesNoQuestions` generates.
+
+    Args:
+        truth: the truth of the image.
+        image: the index of the image in its split.
+        rng: the random number generator.
+    """
 
     def question(kind: str, text: str, answer: str) -> Question:
         return Question(f"{text}?", answer, kind, kind, image)
@@ -203,16 +213,18 @@ def make_questions(truth: Truth, image: int, rng: np.random.Generator) -> list[Q
 class YesNoQuestions:
     """Generates yes-no questions whose words do not reveal the answer.
 
-    A question about a fact of one image, with the answer yes, is stored and asked again for a later image with the
-    answer no. Everything that is named therefore occurs equally often with both answers. Questions about relations and
-    counts name the kinds of the image itself, and their answers alternate.
+    A question about existence or color with the answer yes is stored, and asked again about a later image for which the
+    answer is no. Every kind and every color is therefore named equally often with both answers. Questions about
+    relations and counts name the kinds of the image itself; of every two consecutive questions, one has the answer yes.
+
+    Args:
+        allowed_counts: for each kind of object, the counts that a question may ask about ("Are there two cats?").
     """
 
     MAX_WAITING = 12
-    """Maximum number of stored questions per fact."""
+    """If this number of questions about a fact is stored, a stored one is asked whenever its answer would be no."""
 
     def __init__(self, allowed_counts: dict[str, list[int]]) -> None:
-        """``allowed_counts``: counts of each kind that may be named."""
         self._allowed_counts = allowed_counts
         self._waiting: dict[str, list[tuple[str, Question]]] = {}
         self._unpaired: dict[str, Question] = {}
@@ -233,7 +245,7 @@ class YesNoQuestions:
         return out
 
     def unpaired(self) -> set[Question]:
-        """Return the questions without a counterpart of the opposite answer, which have to be removed."""
+        """Return the questions that have no counterpart with the opposite answer, and therefore have to be removed."""
         waiting = {question for kept in self._waiting.values() for _, question in kept}
         return waiting | set(self._unpaired.values())
 
@@ -250,7 +262,10 @@ class YesNoQuestions:
         return question
 
     def _add(self, fact: str, image: int, texts: tuple[str, str], rng: np.random.Generator) -> Question:
-        """Choose one of two texts, whose answers are yes and no; one of each two consecutive questions is yes."""
+        """Choose one of two texts, whose answers are yes and no.
+
+        Of every two consecutive questions about a fact, one has the answer yes.
+        """
         before = self._unpaired.pop(fact, None)
         yes = before.answer == "no" if before else bool(rng.integers(2))
         question = Question(texts[0] if yes else texts[1], "yes" if yes else "no", "yesno", fact, image)
@@ -282,10 +297,12 @@ class YesNoQuestions:
 
 
 def write_twins(truths: tuple[Truth, Truth], twin_type: str, rng: np.random.Generator) -> tuple[str, str]:
-    """Generate captions of two images that differ only in the word or order that distinguishes the images.
+    """Generate a caption for each of two twins. The captions differ only in the fact in which the images differ.
 
     Args:
-        twin_type: ``order``, ``relation``, ``color`` or ``count``.
+        truths: the truths of the two images.
+        twin_type: the fact in which the images differ: ``order``, ``relation``, ``color`` or ``count``.
+        rng: the random number generator.
     """
     templates = SINGLE_KIND_TEMPLATES if twin_type == "count" else PAIR_TEMPLATES
     if twin_type == "relation":

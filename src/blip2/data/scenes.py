@@ -49,8 +49,8 @@ log = logging.getLogger("blip2")
 
 SPLITS = ("train", "validation", "test_images", "test_compositions", "test_cutouts", "twins")
 REUSED_GROUPS = 1000
-"""Number of training groups whose content validation, test_images and test_cutouts reuse, so that they do not change
-when the training split grows."""
+"""Number of groups of training images that determine the combinations of kinds in validation, test_images and
+test_cutouts. The number is fixed, so that these splits do not change when the training split grows."""
 LOG_EVERY = 1000
 """Number of images between log messages."""
 CARD = "README.md"
@@ -78,7 +78,7 @@ class _SplitRows:
 
 
 def _rng(seed: int, split: str, *numbers: int) -> np.random.Generator:
-    """Return the generator of a split and further numbers, such as the group and the image in it."""
+    """Return the random number generator for a split and further numbers, such as that of a group and of an image."""
     return np.random.default_rng([seed, SPLITS.index(split), *numbers])
 
 
@@ -114,14 +114,17 @@ def _groups(planner: Planner, split: str, seed: int, images: int, train: int, gr
 
 
 def _with_held_cutouts(planner: Planner, seen: Sequence[Scene], rng: np.random.Generator) -> Scene:
-    """Draw a type, and one of its scenes whose kinds all have a held-out cut-out; of any type if there is none."""
+    """Draw a type, and one of the scenes of this type in which all kinds have a held-out cut-out.
+
+    If no scene of this type has such kinds, draw a scene of any type.
+    """
     candidates = [scene for scene in seen if all(kind in planner.held_out_cutouts for kind in scene.kinds)]
     type = draw_type(rng)
     candidates = [scene for scene in candidates if scene.type == type] or candidates
     if not candidates:
         raise InputError(
-            f"none of the first {len(seen)} images of training shows kinds that hold a cut-out out: expected one at"
-            " least, so make train larger"
+            f"none of the first {len(seen)} training images shows only kinds that have a held-out cut-out, expected at"
+            " least one: increase train"
         )
     return candidates[int(rng.integers(len(candidates)))]
 
@@ -130,7 +133,7 @@ def _with_held_cutouts(planner: Planner, seen: Sequence[Scene], rng: np.random.G
 
 
 def _draw(scene: Scene, placement: Placement, seed: int, split: str, group: int, member: int) -> tuple[Truth, bytes]:
-    """Draw an image; return its truth and the JPEG file."""
+    """Draw the image of a scene; return the truth and the JPEG file."""
     cutouts, flips = scene.cutouts[: scene.num_objects], scene.flips[: scene.num_objects]
     sizes = [cutout.image.size for cutout in cutouts]
     rng = _rng(seed, split, group, 1, member)
@@ -210,42 +213,50 @@ def make_scenes(
     about: str = "",
     group_size: int = GROUP_SIZE,
 ) -> dict[str, int]:
-    """Write the data set: the same files for the same cut-outs, seed and versions of Pillow and NumPy.
+    """Write a data set of scenes.
 
-    A larger split starts with the images of a smaller one.
+    The same cut-outs, seed and versions of Pillow and NumPy give the same files. If a split is made larger, its first
+    images stay the same.
 
     Args:
         output: folder to create.
-        seed: seed, which determines the data set.
+        seed: random seed; another seed gives another data set.
         train: number of training images.
-        validation, test_images, test_compositions, test_cutouts, twins: numbers of the other splits; twins are pairs.
+        validation, test_images, test_compositions, test_cutouts: numbers of images in these splits.
+        twins: number of pairs of images in the split twins.
         shards: also write the training images as this number of WebDataset shards. None: no shards.
-        cutouts: folder with one subfolder of transparent PNG files for each kind, whose LICENSE is copied. None: those
-            of package:scenes.
-        kinds: names of the kinds of objects to show. None: all.
-        about: a sentence on the source of the cut-outs, for the data card; empty: their folder.
-        group_size: number of near twins per group of training images, 1 to 4. With 1 the same number of images shows
+        cutouts: folder with one subfolder of PNG files with a transparent background for each kind of object. A LICENSE
+            file next to the subfolders is copied to the output. None: the cut-outs of package:scenes.
+        kinds: names of the kinds of objects to show. None: all that have cut-outs.
+        about: a sentence that names the source of the cut-outs, for the data card. Empty: a sentence that names the
+            folder of the cut-outs. Unused if `cutouts` is None.
+        group_size: number of near twins per group of training images, 1 to 4. With 1, the same number of images shows
             more different scenes.
 
     Returns:
-        The number of rows of each file.
+        The number of rows in each JSONL file, by the name of the file.
 
     Raises:
-        InputError: the folder is not empty, the cut-outs cannot be used, or a number is too small.
+        InputError: `output` exists and is not an empty folder, the cut-outs cannot be used, or a number is out of
+            range.
     """
     numbers = dict(zip(SPLITS, (train, validation, test_images, test_compositions, test_cutouts, twins), strict=True))
     if not 1 <= group_size <= GROUP_SIZE:
-        raise InputError(f"group_size is {group_size}: expected 1 to {GROUP_SIZE} near twins")
+        raise InputError(f"group_size is {group_size}, expected 1 to {GROUP_SIZE}: choose such a number")
     for name, number in numbers.items():
         if number < (GROUP_SIZE if name == "train" else 1):
-            raise InputError(f"{name} is {number}: expected {GROUP_SIZE if name == 'train' else 1} or more images")
+            raise InputError(
+                f"{name} is {number}, expected {GROUP_SIZE if name == 'train' else 1} or more: increase it"
+            )
     groups = -(-train // group_size)
     if shards is not None and not 1 <= shards <= groups:
-        raise InputError(f"shards is {shards}: expected 1 to {groups}, the number of groups of training images")
+        raise InputError(
+            f"shards is {shards}, expected 1 to {groups}, the number of groups of training images: choose such a number"
+        )
     if seed < 0:
-        raise InputError(f"seed is {seed}: expected 0 or more")
+        raise InputError(f"seed is {seed}, expected 0 or more: choose such a seed")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output} exists and is not an empty folder: choose another output, or remove it")
+        raise InputError(f"{output} exists and is not an empty folder: choose another output, or delete this one")
     if cutouts is None:
         from blip2.data.assets import fetch_cutouts  # circular import
 
@@ -280,7 +291,7 @@ def make_scenes(
 
 
 def _write_shards(folder: Path, records: Sequence[Row], shards: int, group_size: int) -> None:
-    """Write tar files of ``KEY.jpg`` and ``KEY.json``; each group is within one file."""
+    """Write tar files of ``KEY.jpg`` and ``KEY.json``. All images of a group are in the same tar file."""
     (folder / "shards").mkdir()
     bounds = np.linspace(0, -(-len(records) // group_size), shards + 1).round().astype(int) * group_size
     for number, (start, end) in enumerate(pairwise(bounds)):

@@ -1,8 +1,8 @@
 """Tables whose rows may differ in columns and types: CSV, TSV, JSON, JSON Lines, and shards read as a table.
 
 Arrow needs one type for each column, and libraries that infer it change values (``007`` to 7, a date to a timestamp).
-Each row is therefore stored as one JSON text, which is parsed when the row is read, with its bytes in a column of their
-own. The table is a memory-mapped dataset of the ``datasets`` library and is built once for all processes.
+Each row is therefore stored as one JSON text, which is parsed when the row is read; values that are bytes are stored in
+a separate column. The table is a memory-mapped dataset of the ``datasets`` library and is built once for all processes.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from blip2.io import atomic_write
 Row = dict[str, Any]
 TEXT_TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl")
 CACHE_VERSION = 1
-"""Version of the cached tables; a change of the number rebuilds them."""
+"""Version of the format of cached tables. If the number is changed, all tables are built again."""
 MAX_CELL_CHARACTERS = 1 << 28
 """Maximum number of characters in a cell of a CSV file."""
 BATCH_ROWS = 1000
-"""Rows of an Arrow record batch."""
+"""Number of rows in an Arrow record batch."""
 _ROW, _NAMES, _BYTES = "row", "names", "bytes"
 _SCHEMA = pyarrow.schema(
     {
@@ -50,12 +50,15 @@ _SCHEMA = pyarrow.schema(
 
 
 def is_text_table(file: str) -> bool:
-    """Return whether :func:`read_text_table` reads files with this name."""
+    """Return whether :func:`read_text_table` can read a file, according to the suffix of its name."""
     return file.lower().endswith(TEXT_TABLE_SUFFIXES)
 
 
 def read_text_table(file: str) -> Iterator[Row]:
-    """Read the rows of a CSV, TSV, JSON or JSON Lines file, with every value as it is written.
+    """Read the rows of a CSV, TSV, JSON or JSON Lines file.
+
+    Cells of CSV and TSV files are texts, except integers in :data:`~blip2.data.cells.METADATA_COLUMNS`. In JSON files,
+    integers of up to 18 digits are numbers, and all other numbers become texts, as they are written.
 
     Args:
         file: a path or a URL.
@@ -75,17 +78,20 @@ def read_text_table(file: str) -> Iterator[Row]:
             yield from _read_json(text) if newline else _read_delimited(text, quoted=suffix == ".csv")
             text.detach()
     except UnicodeDecodeError as error:
-        raise InputError(f"{file} begins as {error.encoding} and cannot be decoded ({error.reason})") from error
+        raise InputError(
+            f"{file} has the byte order mark of {error.encoding}, but is not in this encoding ({error.reason}): save"
+            " the file as UTF-8"
+        ) from error
     except _TableError as error:
         raise InputError(f"{Path(file).name} {error}") from error
 
 
 class _TableError(Exception):
-    """An error in a table. The message is written to follow the name of the file."""
+    """An error in a table. The message continues a sentence that begins with the name of the file."""
 
 
 def _read_delimited(text: io.TextIOWrapper, quoted: bool) -> Iterator[Row]:
-    """Read cells as texts. In metadata columns, integers become numbers if their digits stay the same."""
+    """Read cells as texts. In metadata columns, integers become numbers if that does not change their digits."""
     lines = _csv_cells(text) if quoted else ((n, line.rstrip("\r\n").split("\t")) for n, line in enumerate(text, 1))
     names: list[str] | None = None
     for number, cells in lines:
@@ -94,7 +100,9 @@ def _read_delimited(text: io.TextIOWrapper, quoted: bool) -> Iterator[Row]:
         if names is None:
             names = cells
             if repeated := {name for name in names if name and names.count(name) > 1}:
-                raise _TableError(f"has the column {', '.join(sorted(repeated))} more than once: rename one")
+                raise _TableError(
+                    f"has the column {', '.join(sorted(repeated))} more than once: give each column its own name"
+                )
         elif len(cells) != len(names):
             advice = (
                 "write texts with commas in quotation marks" if quoted else "remove tabs and line breaks from texts"
@@ -115,7 +123,8 @@ def _csv_cells(text: io.TextIOWrapper) -> Iterator[tuple[int, list[str]]]:
             cells = next(reader, None)
         except csv.Error as error:
             raise _TableError(
-                f"line {number} is not CSV ({error}): double the quotation marks inside a text"
+                f"line {number} is not CSV ({error}): enclose texts with commas or line breaks in quotation marks, and"
+                " double the quotation marks inside a text"
             ) from error
         if cells is None:
             return
@@ -127,12 +136,12 @@ def _parse_id(cell: str) -> int | str:
 
 
 def _parse_int(digits: str) -> int | str:
-    """Parse an integer; -0 and integers that may exceed 64 bits stay as they are written."""
+    """Parse an integer. -0 and integers that may exceed 64 bits are returned as texts."""
     return int(digits) if len(digits) < 19 and digits != "-0" else digits
 
 
 JSON_DECODER = json.JSONDecoder(parse_float=str, parse_int=_parse_int)
-"""Decodes JSON, with numbers that have a decimal point or an exponent as they are written."""
+"""Decodes JSON. Numbers with a decimal point or an exponent become texts, as they are written."""
 
 
 def _read_json(text: io.TextIOWrapper) -> Iterator[Row]:
@@ -149,7 +158,9 @@ def _read_json(text: io.TextIOWrapper) -> Iterator[Row]:
                 yield _check_object(value, f"entry {number}")
         except ValueError as error:
             reason = getattr(error, "msg", error)
-            raise _TableError(f"is not JSON after entry {number} ({reason}), expected an array of objects") from error
+            raise _TableError(
+                f"is not JSON after entry {number} ({reason}), expected an array of objects: correct the file"
+            ) from error
         return
     for number, line in chain([first], lines):
         try:
@@ -157,16 +168,20 @@ def _read_json(text: io.TextIOWrapper) -> Iterator[Row]:
         except json.JSONDecodeError as error:
             raise _TableError(
                 f"line {number} is not JSON ({error.msg} at column {error.colno}), expected one object per line, or an"
-                " array of objects"
+                " array of objects: correct the file"
             ) from error
         except RecursionError as error:
-            raise _TableError(f"line {number} is nested too deeply, expected an object with texts") from error
+            raise _TableError(
+                f"line {number} is nested too deeply, expected an object with texts: correct the line"
+            ) from error
         yield _check_object(value, f"line {number}")
 
 
 def _check_object(value: Any, where: str) -> Row:
     if not isinstance(value, dict):
-        raise _TableError(f'{where} is a {type(value).__name__}, expected an object such as {{"image": ..., ...}}')
+        raise _TableError(
+            f'{where} is a {type(value).__name__}, expected an object: write it as {{"image": ..., "caption": ...}}'
+        )
     return value
 
 
@@ -174,7 +189,10 @@ def _check_object(value: Any, where: str) -> Row:
 
 
 def _pack(rows: Iterable[Row]) -> Iterator[pyarrow.RecordBatch]:
-    """Convert rows to record batches of :data:`_SCHEMA`. Column names are stored only in rows where they change."""
+    """Convert rows to record batches of :data:`_SCHEMA`.
+
+    The column names are stored only in rows whose columns differ from those of the row before.
+    """
     rows, last = iter(rows), None
     while batch := list(islice(rows, BATCH_ROWS)):
         texts, names, data = [], [], []
@@ -195,14 +213,15 @@ class Table:
     """Rows with random access.
 
     Args:
-        dataset: a dataset with typed columns, or one of :data:`_SCHEMA`, as :func:`build_cached_table` writes it.
+        dataset: a dataset with typed columns, or a dataset with the columns of :data:`_SCHEMA`, as
+            :func:`build_cached_table` writes them.
     """
 
     def __init__(self, dataset: datasets.Dataset) -> None:
         self.dataset = dataset
         self._packed = dataset.column_names == _SCHEMA.names
         self.features: dict[str, Any] = dict(dataset.features)
-        """The type of each column, in order; None if it may differ from row to row."""
+        """The type of each column, in order; None for columns whose type may differ from row to row."""
         if self._packed:
             listed = [json.loads(names) for names in dataset.unique(_NAMES) if names is not None]
             self.features = {name: None for names in listed for name in names}
@@ -213,30 +232,33 @@ class Table:
         return len(self.dataset)
 
     def select_range(self, first: int, count: int) -> Table:
-        """Return `count` consecutive rows, starting at the row `first`."""
+        """Return a table of `count` consecutive rows, starting at the row `first`."""
         table = copy(self)
         table.dataset = self.dataset.select(range(first, first + count))
         return table
 
     def select_columns(self, names: Sequence[str]) -> Table:
-        """Return the table with these columns only; the others are then not read from disk."""
+        """Return a table without columns other than `names`, which are then not read from disk.
+
+        A table that stores rows as JSON texts is returned unchanged.
+        """
         if self._packed:
             return self
         return Table(self.dataset.select_columns([name for name in self.features if name in names]))
 
     def row(self, index: int) -> Row:
-        """Return a row, including its image."""
+        """Return one row with the cells of all columns."""
         row = self.dataset[index]
         return _unpack(**row) if self._packed else row
 
     def read_column(self, name: str, indices: Sequence[int] | slice) -> list[Any]:
-        """Return the cells of a column of texts at `indices`, without reading images."""
+        """Return the cells of one column at `indices`, without reading images. The cells must not be bytes."""
         if not self._packed:
             return self.dataset.select_columns([name])[indices][name]
         return [json.loads(row).get(name) for row in self.dataset.select_columns([_ROW])[indices][_ROW]]
 
     def iter_rows(self, names: Sequence[str]) -> Iterator[Row]:
-        """Iterate over all rows with these columns, in order."""
+        """Iterate over all rows, in order. Only the columns `names` are certain to be in the rows."""
         dataset = self.select_columns(names).dataset
         for start in range(0, len(self), BATCH_ROWS):
             batch = dataset[start : start + BATCH_ROWS]
@@ -251,14 +273,17 @@ def _unpack(row: str, names: str | None = None, bytes: list[Row] | None = None) 
 
 
 def build_cached_table(files: Sequence[str], read: Callable[[str], Iterator[Row]], kind: str = "") -> Table:
-    """Build a table of the rows of files in the cache of the datasets library; it is rebuilt if a file changes.
+    """Build a table of the rows of files in the cache of the datasets library, or open the table if it is there.
+
+    The table is built again if the size or the time of modification of a file has changed.
 
     Args:
-        read: reads the rows of a file.
-        kind: a part of the cache key, for readers that read the same files in different ways.
+        files: the paths or URLs of the files.
+        read: the function that reads the rows of a file.
+        kind: a part of the cache key, for functions that read the same files in different ways.
 
     Raises:
-        InputError: the files have different columns, or `read` raises it.
+        InputError: CSV or TSV files have different columns, or `read` raises the error.
     """
     if len(files) > 1:
         _check_headers([file for file in files if file.lower().endswith((".csv", ".tsv"))])
@@ -269,7 +294,7 @@ def build_cached_table(files: Sequence[str], read: Callable[[str], Iterator[Row]
         key.update(json.dumps([str(path), file, stat and stat.st_size, stat and stat.st_mtime_ns]).encode())
     cached = Path(HF_DATASETS_CACHE) / "blip2" / f"{key.hexdigest()}.arrow"
     cached.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{cached}.lock"):  # one process builds it for all
+    with FileLock(f"{cached}.lock"):  # one process builds the table for all
         if not cached.exists():
             with atomic_write(cached) as out, pyarrow.ipc.new_stream(out, _SCHEMA) as writer:
                 for batch in _pack(row for file in files for row in read(file)):
@@ -284,11 +309,11 @@ def _check_headers(files: Sequence[str]) -> None:
         first = first or names
         if names and set(names) != set(first):
             raise InputError(
-                f"{file} has the columns {', '.join(names)}, expected {', '.join(first)} as in the others: give it as a"
-                " separate source"
+                f"{file} has the columns {', '.join(names)}, expected {', '.join(first)} as in the other files: rename"
+                " the columns, or give this file as a separate source"
             )
 
 
 def table_from_rows(rows: Iterable[Row]) -> Table:
-    """Return rows as a table in memory."""
+    """Return a table of rows that is held in memory."""
     return Table(datasets.Dataset(pyarrow.Table.from_batches(_pack(rows), _SCHEMA)))

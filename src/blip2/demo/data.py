@@ -31,36 +31,41 @@ MIN_IMAGES = 20
 
 @dataclass(frozen=True)
 class DemoData:
-    """Data sources of the demo."""
+    """Data sources of the demo: values of ``data.train`` and ``data.validation``, and files for the evaluation."""
 
     train: str
     """Captions for stage 1."""
     generation: str
     """Captions for stage 2."""
     questions: str | None
-    """Questions with answers, if there are any."""
+    """Questions with answers, for the fine-tuning; None for a user's images."""
     validation: str
     """Held-out captions for the validation curves of stage 1."""
     generation_validation: str
     """Held-out captions for the validation curves of stage 2."""
     questions_validation: str | None
-    """Held-out questions for the validation curves of the fine-tuning on questions."""
+    """Held-out questions for the validation curves of the fine-tuning; None for a user's images."""
     held_out: Path | None
-    """JSONL file of images with captions for the evaluation of captions and retrieval; None if not available."""
+    """JSONL file of held-out images with captions, for the evaluation of captions and retrieval; None if Tux Paint's
+    stamps cannot be downloaded."""
     scenes: Path | None
-    """Folder of the scenes; None for a user's images."""
+    """Folder of the scenes data set; None for a user's images."""
     credit: str
     """Source and license of the images, for the report."""
 
 
 def scenes_data(output: Path, quick: bool) -> DemoData:
-    """Return the scenes as training data, with Tux Paint's held-out stamps for evaluation.
+    """Return the data of a demo that trains on ``package:scenes-20`` and is also evaluated on Tux Paint's stamps.
 
-    Stamps that occur in scenes are left out, because training shows them.
+    Stamps that are cut-outs of scenes are left out of the evaluation, because training shows them. If the stamps
+    cannot be downloaded, ``held_out`` is None.
 
     Args:
         output: folder for the files of the demo.
-        quick: train on the smaller validation split.
+        quick: train on the validation split, which is smaller than the training split.
+
+    Raises:
+        InputError: the cut-outs of the scenes cannot be downloaded.
     """
     scenes = fetch("scenes-20")
     split, held = ("validation", "test_images") if quick else ("train", "validation")
@@ -97,29 +102,36 @@ def scenes_data(output: Path, quick: bool) -> DemoData:
 def user_data(source: str, output: Path) -> DemoData:
     """Split a user's images with captions: nine tenths for training, one tenth held out.
 
-    The split depends only on the names of the images.
+    The split depends only on the paths of the images.
 
     Args:
-        source: a folder or table that ``data.train`` of a recipe may name.
+        source: a value of ``data.train``: a folder of images with captions, or a table with paths of images.
         output: folder for the files of the demo.
 
     Raises:
-        InputError: the source cannot be read, is a stream, or has too few images with a caption.
+        InputError: the source cannot be read, is a stream, contains the bytes of the images, or has fewer than
+            :data:`MIN_IMAGES` images with a caption.
     """
     records = open_records(source, DataConfig(train=source, streaming=False))
     if not isinstance(records, Records):
-        raise InputError(f"--data {source} is a stream, expected a folder or a table of images with captions")
+        raise InputError(
+            f"--data {source} is a stream, expected images with captions on disk: give a folder of images with a .txt"
+            " file for each image, or a table with the paths of the images"
+        )
     if records.has_embedded_images:
         raise InputError(
-            f"--data {source} holds its images inside the table, expected image files: give a folder of images with a"
-            " .txt file for each, or a table with their paths"
+            f"--data {source} contains the bytes of the images, expected image files: give a folder of images with a"
+            " .txt file for each image, or a table with the paths of the images"
         )
     rows: list[dict[str, object]] = []
     for record in records:
         if isinstance(record.image, str) and record.captions:
             rows.append({"image": str(Path(record.image).resolve()), "captions": list(record.captions)})
     if len(rows) < MIN_IMAGES:
-        raise InputError(f"--data {source} has {len(rows)} images with a caption, expected at least {MIN_IMAGES}")
+        raise InputError(
+            f"--data {source} has {len(rows)} images with a caption, expected at least {MIN_IMAGES}: add images or"
+            " captions"
+        )
     ranked = sorted(rows, key=lambda row: hashlib.sha256(str(row["image"]).encode()).digest())
     count = max(2, round(HELD_OUT * len(rows)))
     held_out, train = output / "held_out.jsonl", output / "train.jsonl"
@@ -131,7 +143,7 @@ def user_data(source: str, output: Path) -> DemoData:
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read rows, and make the paths of their images absolute."""
+    """Read the rows of a file, and prepend the folder of the file to the paths of the images."""
     return [row | {"image": str(path.parent / row["image"])} for row in read_rows(path)]
 
 

@@ -32,7 +32,7 @@ MAJORITY = "most frequent answer"
 FACTS = ("objects", "color", "relation", "count", "all")
 ANSWERS = ("what", "color", "count", "where", "yesno", "all")
 MAX_IMAGES = 24
-"""Number of images in the report."""
+"""Maximum number of images whose generated captions the report shows."""
 
 Rows = list[list[str]]
 
@@ -44,17 +44,19 @@ class DemoResults:
     records: list[Record]
     """Images with captions; empty for scenes."""
     features: Float[Tensor, "I P E"]
+    """Output of the image encoder: P tokens of width E for each of I images."""
     captions: dict[str, list[str]]
-    """Generated captions by the name of the model."""
+    """Generated captions of the images, by the name of the model or baseline."""
     retrieval: RetrievalResult | None = None
     folder: Path = Path()
-    """Folder of the scenes."""
+    """Folder of the scenes data set."""
     rows: list[dict[str, Any]] = field(default_factory=list)
-    """Rows of the scenes, with their exact content."""
+    """Rows of the evaluated scenes, each with its ``truth``."""
     questions: dict[int, list[tuple[str, str, str, float]]] = field(default_factory=dict)
-    """(question, answer, reference answer, probability of the answer) of some scenes, by index."""
+    """For some scenes, by index in `rows`: a list of (question, generated answer, reference answer, probability of the
+    generated answer)."""
     twins: dict[str, Float[Tensor, "N 2 2"]] = field(default_factory=dict)
-    """Scores of each pair's images (rows) with its texts (columns), by ``itc`` or ``itm``."""
+    """Scores of the two images (rows) with the two texts (columns) of N pairs of twins, for ``itc`` and ``itm``."""
     twin_rows: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -66,7 +68,11 @@ def _percent(value: float | None) -> str:
 
 
 def tables(metrics: dict[str, Any]) -> list[tuple[tuple[str, ...], Rows]]:
-    """Return the columns and rows of all tables, in percent."""
+    """Return all tables of the results as (column titles, rows of cells). All numbers are in percent.
+
+    Args:
+        metrics: the content of ``metrics.json``.
+    """
     out: list[tuple[tuple[str, ...], Rows]] = []
     if "scenes" in metrics:
         titles = {"compositions": "held-out compositions", "images": "new images", "cutouts": "held-out cut-outs"}
@@ -108,16 +114,22 @@ def _retrieval_table(title: str, numbers: dict[str, Any]) -> tuple[tuple[str, ..
 
 TABLES_TEXT = (
     "In percent. Held-out compositions show combinations of kinds, or counts of a kind, that training never shows; new"
-    " images show the compositions of training in other arrangements. A fact of a caption is correct if the caption"
-    " states it and it is true: all objects and no other, the color of the background, the relation between two"
-    " objects, the count. Twins are pairs of images whose texts differ in one word or in the order of two words; group:"
-    " both images prefer their text and both texts their image. R@k: the match is among the k best. Token F1: words"
-    " shared by the caption and the reference; content F1: without articles and other function words."
+    " images show the compositions of training in other arrangements. Correct facts: share of captions that name all"
+    " objects and no others, the color of the background, the relation between two objects, the count, or all facts of"
+    " the image correctly. Twins are pairs of images whose texts differ in one word or in the order of two words;"
+    " group: both images prefer their own text and both texts prefer their own image. R@k: the match is among the k"
+    " best. Token F1: overlap of the words of the caption and the reference; content F1: the same without articles and"
+    " other function words; exact: the same words in the same order."
 )
 
 
 def print_tables(metrics: dict[str, Any], output: Path) -> None:
-    """Print the tables and the paths of the results."""
+    """Print the tables, the paths of the results and commands to try.
+
+    Args:
+        metrics: the content of ``metrics.json``.
+        output: folder of the demo.
+    """
     console = Console()
     for columns, rows in tables(metrics):
         console.print(plain_table(columns, rows, right=True))
@@ -151,16 +163,16 @@ def write_demo_report(
     scenes: DemoResults | None,
     images: DemoResults | None,
 ) -> None:
-    """Write the report.
+    """Write the HTML report of the demo. At least one of `scenes` and `images` is given.
 
     Args:
         path: the HTML file to write.
-        metrics: the metrics of the demo.
-        recipes: the recipes by the name of the run.
-        demo_data: the data sources.
-        representation: the stage-1 model.
-        scenes: results on scenes, if the demo uses them.
-        images: results on images with captions, if there are any.
+        metrics: the content of ``metrics.json``.
+        recipes: the recipe of each run, by the name of the run.
+        demo_data: the data sources of the demo.
+        representation: the pipeline of the stage-1 model.
+        scenes: results on scenes; None if the demo trained on a user's images.
+        images: results on the images of ``demo_data.held_out``; None if there is no such file.
     """
     report = Report(
         "What blip2 demo learned",
@@ -212,9 +224,9 @@ def _references(results: DemoResults) -> list[str]:
 def _add_scenes(report: Report, results: DemoResults) -> None:
     report.section(
         "Captions and answers",
-        "Held-out compositions: no training image shows these kinds together. Each card shows the reference caption,"
-        " the caption of the model, the caption without stage 1, and questions with the model's answer and its"
-        " probability.",
+        "Held-out compositions: no training image shows these kinds together, or this number of the kind. Each card"
+        " shows the reference caption, the caption of the model, the caption of the model without stage 1, and"
+        " questions with the answer of the model and the probability of the answer.",
     )
     cards = []
     for i, (image, reference) in enumerate(zip(_images(results), _references(results), strict=True)):
@@ -238,7 +250,7 @@ def _add_twins(report: Report, results: DemoResults) -> None:
     report.section(
         "Twins",
         "Pairs of images whose texts differ in one word or in the order of two words. Each card shows the probability"
-        " (ITM) that the image matches its own text, and that it matches the other text.",
+        " (ITM) that the image matches its own text, and the probability that the image matches the other text.",
     )
     step = max(len(results.twin_rows) // 2 // 6, 1)
     matched = results.twins["itm"].sigmoid()
@@ -255,7 +267,8 @@ def _add_twins(report: Report, results: DemoResults) -> None:
 
 def _add_records(report: Report, results: DemoResults) -> None:
     report.section(
-        "Captions", "Held-out images with the reference, the caption of the model, and the caption without stage 1."
+        "Captions",
+        "Held-out images with the reference caption, the caption of the model and that of the model without stage 1.",
     )
     captions = zip(results.captions["stage 2"], results.captions[WITHOUT_STAGE1], strict=True)
     report.cards(

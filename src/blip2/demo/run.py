@@ -1,8 +1,8 @@
 """Train both stages, fine-tune on questions, and evaluate on held-out images.
 
-Stage 1 trains a Q-Former, initialized from MiniLM, on the features of EfficientNet-Lite0. Stage 2 connects it to
-SmolLM2-135M and learns captions, and is then fine-tuned on questions as in §4.3 of the paper. Stage 2 is also trained
-without stage 1, for the comparison in the paper's Figure 5.
+Stage 1 trains a Q-Former, initialized from MiniLM, on the features of EfficientNet-Lite0. Stage 2 connects the Q-Former
+to SmolLM2-135M and trains on captions; the resulting model is then fine-tuned on questions as in §4.3 of the paper.
+For comparison, as in Figure 5 of the paper, stage 2 is also trained without stage 1.
 """
 
 from __future__ import annotations
@@ -64,22 +64,23 @@ GREEDY_ANSWER = Decoding(num_beams=1, max_new_tokens=4)
 RERANK_K = 16
 """Number of candidates that the matching head re-ranks in each direction."""
 EVAL_SIZES = {"compositions": (160, 300), "images": (80, 100), "cutouts": (80, 100)}
-"""Number of images and of questions that are evaluated for each held-out split, the first of the files."""
+"""For each test split, the numbers of images and questions that are evaluated: the first ones in the files."""
 PLAN = "plan.json"
 TARGET_MINUTES = 15
-"""Duration of a demo on scenes, if the machine is fast enough."""
+"""Duration in minutes for which :func:`fitting_scale` chooses the factor, for a demo on scenes."""
 MAX_SCALE = 4.0
-"""Maximum factor for the training steps, unless a factor is given."""
+"""Maximum factor for the number of training steps that :func:`fitting_scale` returns."""
 REFERENCE_RATE = 165e9
-"""FLOP/s in fp32 of the machine on which the next three constants were measured: two CPU threads without AVX-512."""
+"""FLOP/s of fp32 matrix multiplication on the reference machine, on which the next three constants were measured: two
+CPU threads without AVX-512."""
 TRAINING_SECONDS = 880
-"""Seconds of training on that machine, with the steps of the recipes."""
+"""Seconds of training on the reference machine, with the numbers of steps in the recipes."""
 EVALUATION_SECONDS = 300
-"""Seconds of everything else on that machine."""
+"""Seconds of all other work on the reference machine."""
 FIXED_SHARE = 0.35
-"""Share of the time on that machine that does not depend on the speed of matrix products."""
+"""Share of the time on the reference machine that does not depend on the speed of matrix multiplication, in [0, 1]."""
 BATCH_SIZE = 48
-"""Number of texts that are generated together."""
+"""Number of texts that are generated in one batch."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ class Run:
     recipe: str
     folder: str
     start_from: tuple[str, ...] = ()
-    """Names of the runs whose weights it starts from; for each weight, the first run that has it is used."""
+    """Names of the runs whose weights initialize this run. A weight that several of these runs have is taken from the
+    first."""
 
 
 RUNS = {
@@ -98,7 +100,7 @@ RUNS = {
     WITHOUT_STAGE1: Run("demo-stage2", "stage2-without-stage1"),
     VQA: Run("demo-vqa", "vqa", ("stage 2", "stage 1")),
 }
-"""The runs in order. The last is left out if there are no questions."""
+"""The runs by name, in the order of training. The run on questions is left out if there are no questions."""
 
 
 @dataclass
@@ -121,23 +123,29 @@ class DemoPlan:
 
     precision: Precision
     scale: float
-    """Factor for the training steps of the recipes."""
+    """Factor by which the numbers of training steps in the recipes are multiplied."""
 
 
 def make_plan(output: Path, scale: float | None = None) -> DemoPlan:
-    """Read the plan in `output`, so that an interrupted demo resumes with its settings, or make a new one.
+    """Return the plan of the interrupted demo in `output`, or else make and save a new plan.
 
     Args:
         output: folder of the demo.
-        scale: factor for the training steps of the recipes; None means the factor between 1 and :data:`MAX_SCALE` that
-            takes about :data:`TARGET_MINUTES` on this machine.
+        scale: factor for the number of training steps, which also replaces the factor of a saved plan. None: the factor
+            of the saved plan, or that of :func:`fitting_scale` in a new plan.
+
+    Raises:
+        InputError: the saved plan cannot be read.
     """
     path = output / PLAN
     if path.is_file():
         try:
             saved = DemoPlan(**read_json(path))
         except TypeError as error:
-            raise InputError(f"{path} cannot be read ({error}): remove it, or give another output") from error
+            raise InputError(
+                f"{path} is not the plan of a demo, which is an object with the keys precision and scale: delete this"
+                " file, or give another output"
+            ) from error
         if scale is None or scale == saved.scale:
             return saved
         plan = replace(saved, scale=scale)
@@ -151,10 +159,11 @@ def make_plan(output: Path, scale: float | None = None) -> DemoPlan:
 
 
 def fitting_scale(rate: float) -> float:
-    """Return the factor for the training steps that takes :data:`TARGET_MINUTES`.
+    """Return the factor for the number of training steps with which a demo takes about :data:`TARGET_MINUTES` on this
+    machine, in [1, :data:`MAX_SCALE`].
 
     Args:
-        rate: FLOP/s of matrix products on this machine.
+        rate: measured throughput of matrix multiplication in FLOP/s.
     """
     slowness = FIXED_SHARE + (1 - FIXED_SHARE) * REFERENCE_RATE / rate
     seconds = 60 * TARGET_MINUTES / slowness - EVALUATION_SECONDS
@@ -162,30 +171,32 @@ def fitting_scale(rate: float) -> float:
 
 
 def demo(output: Path, quick: bool = False, data: str | None = None, scale: float | None = None) -> dict[str, Any]:
-    """Train, evaluate, print the results, and write ``metrics.json`` and ``report.html``.
+    """Train the models of the demo, evaluate them, print the results, and write ``metrics.json`` and ``report.html``.
 
-    An interrupted demo resumes where it stopped when it is started again.
+    A demo that was interrupted resumes where it stopped if it is run again with the same `output`.
 
     Args:
         output: folder of the runs and the results.
-        quick: run a short version, in two to three minutes.
-        data: your own images and captions to train on instead of the scenes: a folder or a table.
-        scale: factor by which the training steps of the recipes are multiplied. None: one from 1 to 4 such that the
-            demo takes about 15 minutes on this machine.
+        quick: run a short version, which takes two to three minutes.
+        data: your own images with captions, to train on instead of the scenes: a folder of images with a .txt file for
+            each image, or a table with the paths of the images.
+        scale: factor by which the numbers of training steps in the recipes are multiplied. None: from 1 to 4, such
+            that the demo takes about 15 minutes, or longer on a slow machine.
 
     Returns:
         The content of ``metrics.json``.
 
     Raises:
-        InputError: a package is missing, `data` cannot be used, or `output` holds other results.
+        InputError: a package is not installed or cannot be downloaded, `data` cannot be used, or `output` contains runs
+            that cannot be resumed.
     """
-    new_figure(1.0, 1.0)  # fails early if the extra is missing
+    new_figure(1.0, 1.0)  # fails early if matplotlib is not installed
     for name in ("efficientnet-lite0", "minilm", "smollm2-135m-instruct"):
         fetch(name)
     demo_data = scenes_data(output, quick) if data is None else user_data(data, output)
     timer = StageTimer()
     plan = make_plan(output, scale)
-    log.info("training in %s, %g times the steps of the recipes", plan.precision, plan.scale)
+    log.info("training in %s, with %g times the number of steps in the recipes", plan.precision, plan.scale)
     recipes = demo_recipes(output, demo_data, plan, quick)
     for name, recipe in recipes.items():
         with timer.measure(f"training {name}"):
@@ -209,7 +220,14 @@ def demo(output: Path, quick: bool = False, data: str | None = None, scale: floa
 
 
 def demo_recipes(output: Path, demo_data: DemoData, plan: DemoPlan, quick: bool) -> dict[str, Recipe]:
-    """Return the recipe of each of :data:`RUNS`, without the last if there are no questions."""
+    """Return the recipes of :data:`RUNS` by name, without the run on questions if `demo_data` has no questions.
+
+    Args:
+        output: folder of the demo, in which each run gets a folder.
+        demo_data: the data sources.
+        plan: the precision and the factor for the number of training steps.
+        quick: train each model for six steps.
+    """
     generation = (demo_data.generation, demo_data.generation_validation)
     sources = {
         "stage 1": (demo_data.train, demo_data.validation),
@@ -224,7 +242,7 @@ def demo_recipes(output: Path, demo_data: DemoData, plan: DemoPlan, quick: bool)
             continue
         recipe = load_recipe(find_recipe(run.recipe))
         data = replace(recipe.data, train=source, validation=validation)
-        if demo_data.scenes is None:  # crops and flips may contradict a user's captions
+        if demo_data.scenes is None:  # random crops could contradict the captions of scenes
             data = replace(data, cached_views=4)
         steps = 6 if quick else max(1, round(plan.scale * recipe.training.max_steps))
         recipes[name] = replace(
@@ -237,7 +255,11 @@ def demo_recipes(output: Path, demo_data: DemoData, plan: DemoPlan, quick: bool)
 
 
 def in_precision(recipe: Recipe, precision: Precision, steps: int | None = None) -> Recipe:
-    """Return a copy of a recipe with all parts in one precision, and with other training steps if given."""
+    """Return a copy of a recipe that trains in `precision` and also loads the frozen models in `precision`.
+
+    Args:
+        steps: the number of training steps; None: that of the recipe.
+    """
     return replace(
         recipe,
         vision=replace(recipe.vision, dtype=precision),
@@ -247,7 +269,10 @@ def in_precision(recipe: Recipe, precision: Precision, steps: int | None = None)
 
 
 def matrix_rates() -> dict[Precision, float]:
-    """Measure the FLOP/s of matrix products with the shapes of SmolLM2's."""
+    """Measure the throughput of matrix multiplication in bf16 and fp32, in FLOP/s.
+
+    The matrices have the shapes of those in SmolLM2's MLP.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtypes: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
     matrices = {
@@ -266,7 +291,11 @@ def matrix_rates() -> dict[Precision, float]:
 
 
 def faster_precision(rates: dict[Precision, float] | None = None) -> Precision:
-    """Return bf16 if matrix products are faster in it on this machine, else fp32."""
+    """Return the precision in which this machine multiplies matrices faster; always bf16 on a GPU.
+
+    Args:
+        rates: the throughput in each precision, in FLOP/s; None: that of :func:`matrix_rates`.
+    """
     if torch.cuda.is_available():
         return "bf16"
     rates = rates or matrix_rates()
@@ -293,14 +322,21 @@ class Evaluator:
             self.generators[name] = pipeline
 
     def encode(self, images: Sequence[Image.Image]) -> Float[Tensor, "I P E"]:
-        """Encode images; the features serve all models, which share the image encoder."""
+        """Encode images. All models can use the features, because they have the same image encoder."""
         pipeline = self.generators["stage 2"]
         return pipeline.encode_pixels(
             torch.stack([preprocess(image, pipeline.model.vision.preprocessing) for image in images])
         )
 
     def images(self, path: Path) -> tuple[dict[str, Any], DemoResults]:
-        """Evaluate retrieval and captions on images with captions."""
+        """Evaluate retrieval and captions on held-out images with captions.
+
+        Args:
+            path: JSONL file of the images and captions.
+
+        Returns:
+            The numbers for ``metrics.json``, and the outputs of the models for the report.
+        """
         held_out = open_records(str(path), DataConfig(train=str(path)))
         assert isinstance(held_out, Records)
         records = list(held_out)[: 24 if self.quick else None]
@@ -319,7 +355,17 @@ class Evaluator:
         return numbers, DemoResults(records, features, captions, retrieval)
 
     def scenes(self, folder: Path) -> tuple[dict[str, Any], DemoResults]:
-        """Evaluate all tasks on scenes with held-out compositions, new images and held-out cut-outs."""
+        """Evaluate the models on scenes.
+
+        Captions and answers are evaluated on held-out compositions, new images and held-out cut-outs; retrieval,
+        matching and twins are evaluated on held-out compositions only.
+
+        Args:
+            folder: folder of the scenes data set.
+
+        Returns:
+            The numbers for ``metrics.json``, and the outputs of the models for the report.
+        """
         numbers: dict[str, dict[str, Any]] = {}
         numbers["compositions"], results = self._captions_and_answers(folder, "compositions")
         features = results.features
@@ -337,7 +383,7 @@ class Evaluator:
         return numbers, results
 
     def _captions_and_answers(self, folder: Path, split: str) -> tuple[dict[str, Any], DemoResults]:
-        """Evaluate captions and answers on a split; on compositions, the baselines as well."""
+        """Evaluate captions and answers on a test split; on the split ``compositions``, also those of the baselines."""
         num_images, num_questions = EVAL_SIZES[split]
         rows = read_rows(folder / f"test_{split}.jsonl")[: 16 if self.quick else num_images]
         features = self.encode([read_image(folder / row["image"]) for row in rows])
@@ -387,7 +433,7 @@ class Evaluator:
         image_index: list[int],
         answers: list[str],
     ) -> dict[int, list[tuple[str, str, str, float]]]:
-        """Return up to four questions of each of the first 24 images, with answers and their probabilities."""
+        """Return :attr:`DemoResults.questions`: up to four questions about each of the first 24 images."""
         pipeline = self.generators[VQA]
         chosen = [i for i, image in enumerate(image_index) if image < 24 and image_index[:i].count(image) < 4]
         questions, texts = [rows[i]["question"] for i in chosen], [answers[i] for i in chosen]
@@ -412,7 +458,10 @@ class Evaluator:
 
     @torch.no_grad()
     def _queries(self, features: Float[Tensor, "I P E"]) -> dict[str, float]:
-        """Return the mean cosine similarity between an image's output queries, for models without question input."""
+        """Return the mean cosine similarity between the output queries of an image, by model.
+
+        The model for questions is left out, because its queries also depend on a question.
+        """
         features = features[:64]
         model = self.representation.model
         z = {"stage 1": model.qformer(model.build_image_memory(features)).queries}
