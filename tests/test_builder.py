@@ -249,7 +249,7 @@ def test_a_folder_without_tokenizer(parts, tmp_path):
     with pytest.raises(InputError) as raised:
         build(parts.recipe(tmp_path, stage="generation", language={"name": str(folder)}).model, CPU)
     assert "no tokenizer could be loaded" in message(raised)
-    assert "name a folder that has a tokenizer.json" in message(raised)
+    assert "give a folder that contains tokenizer.json" in message(raised)
 
 
 def test_a_package_that_there_is_not(parts, tmp_path):

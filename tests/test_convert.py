@@ -265,7 +265,7 @@ def test_other_frozen_parts_take_the_place_of_those_inside(parts, tmp_path):
 
 def test_image_sizes_that_no_patches_fill(parts, tmp_path):
     save_transformers(tmp_path / "there", "opt", parts.bert)
-    with pytest.raises(InputError, match="image_size 30 is not a multiple of the encoder's patch size 7: use 28 or 35"):
+    with pytest.raises(InputError, match=r"image_size 30 is not a multiple of .* patch size 7: set .* 28 or 35"):
         convert(tmp_path / "there", tmp_path / "out", "transformers", {"vision.image_size": 30})
 
 

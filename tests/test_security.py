@@ -555,7 +555,7 @@ def test_an_encoder_for_images_of_any_size(parts, tmp_path):
     folder = tmp_path / "vit"
     shutil.copytree(parts.vision, folder)
     (folder / "preprocessor_config.json").write_text(json.dumps({"size": 8 * 10**6}))
-    with pytest.raises(InputError, match="is for images of 8000000 pixels, expected 1 to 8192"):
+    with pytest.raises(InputError, match="is for images of 8000000 pixels per side, expected 1 to 8192"):
         build_image_encoder(VisionConfig(str(folder)), torch.float32)
 
 

@@ -189,7 +189,7 @@ class Bent(hf.LlamaForCausalLM):
 @pytest.mark.parametrize(
     ("bend", "backward", "message"),
     [
-        (lambda x: 3 * x, False, r"a Bent, cannot be used .* given as tokens, is not .* set language.name to another"),
+        (lambda x: 3 * x, False, r"a Bent, cannot be used .* given as tokens differ .* set language.name to another"),
         (lambda x: x.mean(dim=1, keepdim=True).expand_as(x), False, "given as tokens"),
         (lambda x: x * torch.nan, False, "its logits are not finite: its weights are damaged"),
         (lambda x: x[:, :, :-1], False, "RuntimeError"),

@@ -131,7 +131,7 @@ def test_blip2_s_own_encoder_was_published_without_its_last_layer(saved, size):
 
 def test_a_vit_of_one_layer(tmp_path):
     hf.ViTModel(hf.ViTConfig(**{**SIZES, "num_hidden_layers": 1})).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"has one layer, and second-last leaves it out: set vision.layer to"):
+    with pytest.raises(InputError, match=r"has one layer, so it has no second-last: set vision.layer to"):
         load_image_encoder(str(tmp_path))
     assert load_image_encoder(str(tmp_path), layer="last").hidden_size == 32
 
@@ -382,8 +382,8 @@ def no_weights(folder: str, parts: Any) -> str:
     [
         (no_config, "no image encoder could be loaded from"),
         (no_weights, r"no image encoder could be loaded from .*model\.safetensors"),
-        (lambda folder, parts: parts.bert, "is a BertModel, which has no vision part"),
-        (lambda folder, parts: parts.llama, "is a LlamaModel, which has no vision part"),
+        (lambda folder, parts: parts.bert, "is a BertModel, which has no image encoder"),
+        (lambda folder, parts: parts.llama, "is a LlamaModel, which has no image encoder"),
         (lambda folder, parts: f"{folder}/nowhere", "there is no folder .* to load the image encoder from"),
     ],
 )
@@ -396,7 +396,7 @@ def test_models_that_are_no_image_encoder(saved, parts, tmp_path, spoil, message
 
 @pytest.mark.parametrize("name", ["CLIP", "SigLIP 2", "DINOv2"])
 def test_a_size_that_the_patches_do_not_divide(saved, name):
-    with pytest.raises(InputError, match=r"image_size 30 is not a multiple .* patch size 14: use 28 or 42"):
+    with pytest.raises(InputError, match=r"image_size 30 is not a multiple .* patch size 14: set .* to 28 or 42"):
         load_image_encoder(saved(name)[1], image_size=30)
 
 
@@ -440,7 +440,7 @@ def test_a_grid_whose_width_comes_last(tmp_path, layer):
 
 def test_a_grid_whose_width_is_ambiguous(tmp_path):
     randomize(sam(hidden_size=8, num_attention_heads=2, window_size=0)).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"\[2, 8, 8, 8\] of which it is not clear .* set vision.image_size to"):
+    with pytest.raises(InputError, match=r"\[2, 8, 8, 8\], and it is not clear .* set vision.image_size to"):
         load_image_encoder(str(tmp_path))
 
 
@@ -476,10 +476,10 @@ def not_finite() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "size", "message"),
     [
-        (sam, 32, r"cannot take images of 32 x 32 .* set vision.image_size to its own size"),
-        (vivit, None, r"a VivitModel, cannot take images of 28 x 28"),
-        (zeroed, None, "gives the same features for different images: its weights are damaged"),
-        (not_finite, None, "gives features that are not finite: its weights are damaged"),
+        (sam, 32, r"cannot encode images of 32 x 32 .* set vision.image_size to the size that"),
+        (vivit, None, r"a VivitModel, cannot encode images of 28 x 28"),
+        (zeroed, None, "returns the same features for different images: copy or download"),
+        (not_finite, None, "returns features that are not finite: copy or download its weights"),
     ],
 )
 def test_unusable_encoders_are_refused_when_they_are_loaded(tmp_path, make, size, message):
@@ -503,7 +503,7 @@ def test_pixels_are_those_of_the_model_s_own_processor(tmp_path, name):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"image_processor_type": "Unheard", "size": 28}, "state image_mean, image_std and image_processor_type there"),
+        ({"image_processor_type": "Unheard", "size": 28}, "add image_mean, image_std and a known image_processor_type"),
         ({"image_processor_type": "Unheard", **MEANS, "do_flip_channel_order": True}, "do_flip_channel_order"),
         ({"image_processor_type": "Unheard", **MEANS}, None),
         ({"image_processor_type": "Unheard", "do_normalize": False}, None),
@@ -522,7 +522,7 @@ def test_an_unknown_processor_has_to_state_mean_and_std(tmp_path, settings, mess
 @pytest.mark.parametrize("text", ["[1]", "{", '"a"', "[" * 100_000])
 def test_a_damaged_processor_is_refused(tmp_path, text):
     (tmp_path / "preprocessor_config.json").write_text(text)
-    with pytest.raises(InputError, match=r"no image processor could be loaded from .* a preprocessor_config.json"):
+    with pytest.raises(InputError, match=r"no image processor could be loaded from .* preprocessor_config.json"):
         load_preprocessing(str(tmp_path), hf.ViTConfig(), 28)
 
 
@@ -537,6 +537,5 @@ def test_encoders_are_tested_where_their_weights_are():
 def test_the_use_of_clip_s_mean_is_logged(saved, caplog):
     load_image_encoder(saved("ViT")[1])
     assert (
-        "has no preprocessor_config.json: its pixels are normalized with CLIP's mean and standard deviation"
-        in caplog.text
+        "has no preprocessor_config.json: images are normalized with CLIP's mean and standard deviation" in caplog.text
     )

@@ -292,7 +292,7 @@ def test_the_file_of_the_encoder_alone(parts, save, tmp_path):
     torch.save(whole, tmp_path / "eva.pth")
     without = save({k: t for k, t in lavis_state("1").items() if "visual_encoder" not in k})
     changes = {"qformer.tokenizer": parts.bert}
-    refuses(without, "contains no image encoder: set vision.name to the one it was trained with, for example")
+    refuses(without, "contains no image encoder: set vision.name to the image encoder that it was trained with, for")
     named = blip2.load(without, device="cpu", overrides={**changes, "vision.name": str(tmp_path / "eva.pth")})
     inside = blip2.load(save(lavis_state("1"), "whole.pth"), device="cpu", overrides=changes)
     assert torch.equal(named.encode_images(IMAGES), inside.encode_images(IMAGES))
@@ -392,15 +392,15 @@ class Evil:
 
 def test_a_file_that_carries_code(save, tmp_path):
     path = save({"query_tokens": Evil()})
-    refuses(path, r"blip2.pth is refused: loading it would run (posix|nt|os).system, and")
+    refuses(path, r"blip2.pth is not loaded, because loading it would run (posix|nt|os).system: save")
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(Evil()))
-    refuses(tmp_path / "plain.pth", "plain.pth is (refused|damaged)")
+    refuses(tmp_path / "plain.pth", "plain.pth (is not loaded|cannot be read)")
 
 
 def test_a_truncated_file(save):
     path = save(lavis_state("1"))
     path.write_bytes(path.read_bytes()[:1000])
-    refuses(path, r"blip2.pth is damaged \(.*\): copy or download it again")
+    refuses(path, r"blip2.pth cannot be read \(.*\): check its permissions, or copy or download it again")
 
 
 @pytest.mark.parametrize(
@@ -413,7 +413,7 @@ def test_a_truncated_file(save):
 def test_parts_that_are_not_there(parts, save, stage, left_out):
     state = {name: tensor for name, tensor in lavis_state(stage).items() if left_out not in name}
     named = {"language__name": parts.opt} if stage == "opt" else {"qformer__tokenizer": parts.bert}
-    refuses(save(state), r"has no |is not a complete BLIP-2|does not fit|ties it|missing|correct", **named)
+    refuses(save(state), r"has no |is not a complete BLIP-2|does not fit|missing|correct", **named)
 
 
 def test_odd_shapes_and_names(parts, save):
@@ -447,7 +447,7 @@ def test_files_of_other_models(save):
     refuses(save(instruct), r"is an InstructBLIP checkpoint \(it has llm_proj\)")
     refuses(
         save({**lavis_state("1"), "extra.weight": torch.zeros(2)}),
-        "has 1 weight that belong.* to no part of BLIP-2: ext",
+        "has 1 weight unknown in BLIP-2: ext",
     )
 
 
@@ -468,7 +468,7 @@ def test_an_output_matrix_that_is_not_tied(save):
     state["Qformer.cls.predictions.decoder.weight"] = torch.zeros(58, 64)
     refuses(
         save(state),
-        "decoder.weight differs from Qformer.bert.embeddings.word_embeddings.weight, to which",
+        "word_embeddings.weight is missing or differs from Qformer.cls.predictions.decoder.weight, but",
     )
 
 
@@ -494,6 +494,6 @@ def test_a_bias_of_keys_is_refused(parts, tmp_path):
     convert(tmp_path / "there", tmp_path / "out.pth", "lavis")
     model.vision_model.encoder.layers[1].self_attn.qkv.bias.data[200] = 1
     model.save_pretrained(tmp_path / "there")
-    with pytest.raises(InputError, match=r"visual_encoder.blocks.1.attn.qkv.bias has a nonzero key bias"):
+    with pytest.raises(InputError, match=r"a nonzero key bias \(visual_encoder.blocks.1.attn.qkv.bias in"):
         convert(tmp_path / "there", tmp_path / "other.pth", "lavis")
     assert not (tmp_path / "other.pth").exists()

@@ -135,7 +135,7 @@ def test_what_the_layout_cannot_hold(name):
 def test_patches_that_are_not_square():
     network = hf.ViTModel(hf.ViTConfig(**{**SIZES, "patch_size": [14, 7]}))
     encoder = ImageEncoder(network, lambda images: network(images).last_hidden_state, Preprocessing(28))
-    with pytest.raises(InputError, match="patches of 14 x 7 pixels give 9 tokens of a square of 28"):
+    with pytest.raises(InputError, match="patches of 14 x 7 pixels give 9 tokens for 28 x 28 pixels"):
         to_blip2_vision(encoder, None)
 
 
@@ -229,11 +229,11 @@ def test_timm_s_last_layer_without_a_norm(timm, monkeypatch):
         ("VisionTransformer", {"qk_norm": True}, "norms in other places"),
         ("VisionTransformer", {"scale_mlp_norm": True}, "norms in other places"),
         ("VisionTransformer", {"patch_size": (14, 7)}, "patches of 14 x 7 pixels give 9 tokens"),
-        ("VisionTransformer", {"act_layer": "mish"}, r"activation Mish\(\) is none of gelu"),
+        ("VisionTransformer", {"act_layer": "mish"}, r"activation Mish\(\) is not one of gelu"),
         ("VisionTransformer", {"norm_layer": "rmsnorm"}, "RmsNorm"),
         ("VisionTransformer", {"block_fn": "ResPostBlock"}, "ResPostBlock"),
         ("VisionTransformer", {"mlp_layer": "SwiGLU"}, "gates"),
-        ("VisionTransformer", {"dynamic_img_size": True, "dynamic_img_pad": True}, "26 tokens of a square of 30"),
+        ("VisionTransformer", {"dynamic_img_size": True, "dynamic_img_pad": True}, "26 tokens for 30 x 30 pixels"),
         ("VisionTransformer", {"layer": "last"}, "a final norm"),
         ("VisionTransformerDistilled", {}, "a distillation token"),
         ("Beit", {"use_rel_pos_bias": True}, "relative positions"),

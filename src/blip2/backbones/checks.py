@@ -1,9 +1,9 @@
-"""Run an LLM on a few tokens when it is loaded, so that unsupported LLMs fail then and not during a run.
+"""Run an LLM on a few tokens when it is loaded, so that an unsupported LLM fails at once and not during a run.
 
 LLMs differ in the inputs that they accept (embeddings, attention mask, positions) and in what they cache (keys and
-values, recurrent states), and no list of model types says which support what. So each LLM is run for about ten short
-passes, on the device and in the data type in which it is used. After the same tokens its predictions have to be the
-same in every use:
+values, recurrent states), and a list of the supported model types would never be complete. So each LLM is run for about
+ten short passes, on the device and in the data type in which it is used. After the same tokens, the predictions of the
+LLM have to be the same in every use:
 
 - training: sequences of different lengths in a batch, after a soft visual prompt that is given as embeddings;
 - a single sequence given entirely as tokens;
@@ -12,8 +12,8 @@ same in every use:
 The functions of :mod:`blip2.decoding.search` that generate text are tried from the fastest to the slowest, and the
 first one that agrees with training is used.
 
-Shapes: B prompts, N rows (a prompt with one of two continuations), T text tokens, U tokens of a continuation, Q visual
-prompt tokens, L width of the LLM, V vocabulary.
+Shapes: B prompts, N rows (a prompt with one of two continuations), n some of these rows, T text tokens, U tokens of a
+continuation, Q visual prompt tokens, L width of the LLM, V vocabulary.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ NUM_VISUAL_TOKENS, NUM_NEW_TOKENS = 3, 3
 TEXT_LENGTHS = (0, 4)
 """Number of text tokens of each prompt."""
 TOLERANCES = {torch.float32: (0.01, 4e-6), torch.float16: (0.05, 2e-3), torch.bfloat16: (0.15, 0.015)}
-"""Allowed difference between two results: relative to the difference between rows, and to the size of the logits."""
+"""Allowed difference between two results by data type: as a share of the difference between rows, plus a share of the
+size of the log-probabilities (see :meth:`Probe.agrees`)."""
 
 TrainingForward = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Maps visual prompts, token ids, attention mask and labels to the logits of the labels, as in training."""
@@ -71,10 +72,17 @@ class Probe:
     prompts: PromptBatch
     continuations: Int[Tensor, "2 U"]
     expected: Float[Tensor, "N U V"] = field(default_factory=lambda: torch.empty(0))
-    """Log-probabilities; rows are (first prompt, first continuation), (first, second), (second, first) ..."""
+    """Log-probabilities in training, for each token of a continuation. The rows are: first prompt with first
+    continuation, first prompt with second continuation, second prompt with first continuation, second with second."""
 
     def agrees(self, logits: Float[Tensor, "n V"], rows: Sequence[int], step: int) -> bool:
-        """Return whether logits for a token of some rows are those of training."""
+        """Return whether logits agree with those of training.
+
+        Args:
+            logits: logits of one token for some of the rows.
+            rows: the indices of these rows in `expected`.
+            step: the index of the token in the continuation.
+        """
         expected = self.expected[list(rows), step]
         variation = _rms(self.expected - self.expected.mean(dim=(0, 1)))
         size = _rms(self.expected - self.expected.mean(dim=-1, keepdim=True))
@@ -88,7 +96,7 @@ def select_generate_fn(network: Any, training_forward: TrainingForward) -> Gener
 
     Args:
         network: an LLM in evaluation mode.
-        training_forward: its forward pass in training.
+        training_forward: the forward pass of the LLM in training.
 
     Raises:
         InputError: the LLM cannot be trained with a soft visual prompt, or cannot generate text after one.
@@ -101,10 +109,10 @@ def select_generate_fn(network: Any, training_forward: TrainingForward) -> Gener
             raise _unsupported(network, "its predictions depend on tokens that come later: it is an encoder")
         raise _unsupported(
             network,
-            "its prediction for a sequence, given as tokens, is not that for the same sequence as embeddings in a"
-            " batch",
+            "its predictions for a sequence that is given as tokens differ from those for the embeddings of the same"
+            " tokens in a batch",
         )
-    reason = "its predictions while generating are not those in training"
+    reason = "its predictions during generation differ from those in training"
     candidates: list[tuple[GenerateFn, Callable[[], bool]]] = [
         (generate_with_transformers, lambda: _agrees_with_transformers(probe, (0, 1))),
         (generate_by_length, lambda: all(_agrees_with_transformers(probe, (row,)) for row in (0, 1))),
@@ -123,6 +131,10 @@ def select_generate_fn(network: Any, training_forward: TrainingForward) -> Gener
 
 def check_gradient(network: Any, training_forward: TrainingForward) -> None:
     """Check that an LLM propagates a gradient to the visual prompt.
+
+    Args:
+        network: an LLM in evaluation mode.
+        training_forward: the forward pass of the LLM in training.
 
     Raises:
         InputError: there is no gradient, or it is zero or not finite.
@@ -152,7 +164,7 @@ def _make_probe(network: Any, training_forward: TrainingForward) -> Probe:
     try:
         embed = network.get_input_embeddings()
         if has_per_layer_embeddings(network):
-            visual_ids = torch.full_like(visual_ids, get_pad_token_id(network))  # as per_layer_inputs has it
+            visual_ids = torch.full_like(visual_ids, get_pad_token_id(network))  # as in per_layer_inputs
         prompts = PromptBatch(embed(visual_ids[None]), embed(ids), ids, mask, torch.zeros_like(ids[:, 0]))
         probe = Probe(network, visual_ids[None], prompts, torch.stack([first, second]))
         inputs = _training_inputs(probe)
@@ -188,7 +200,7 @@ def _training_inputs(probe: Probe) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _regular_tokens(network: Any, count: int) -> list[int]:
-    """Return tokens from all over the vocabulary that are not special tokens of the configuration."""
+    """Return `count` tokens, evenly spread over the vocabulary, that are not special tokens of the LLM's config."""
     special: set[int] = set()
     for config in (network.config, text_config(network.config)):
         for name, value in config.to_dict().items():
@@ -204,7 +216,10 @@ def _regular_tokens(network: Any, count: int) -> list[int]:
 
 @torch.no_grad()
 def _forward_single(probe: Probe, count: int) -> Float[Tensor, "U V"]:
-    """Return logits of the first tokens of the first continuation after the shorter prompt, given as tokens only."""
+    """Return the logits of the first `count` tokens of the first continuation, after the visual prompt alone.
+
+    The visual prompt is given as token ids instead of embeddings.
+    """
     network, previous = probe.network, probe.continuations[:1, : count - 1]
     kwargs: dict[str, Any] = {"input_ids": probe.visual_ids}
     if network.config.is_encoder_decoder:
@@ -221,7 +236,10 @@ def _forward_single(probe: Probe, count: int) -> Float[Tensor, "U V"]:
 
 @torch.no_grad()
 def _agrees_step_by_step(probe: Probe, decoder_class: type[IncrementalDecoder]) -> bool:
-    """Return whether incremental decoding agrees with training, with a shared visual prompt and with one per prompt."""
+    """Return whether incremental decoding agrees with training.
+
+    Decoding runs twice: with one visual prompt that all prompts share, and with one visual prompt for each prompt.
+    """
     first, second = probe.continuations
     device = first.device
     for is_shared in (True, False):
@@ -244,7 +262,10 @@ def _agrees_step_by_step(probe: Probe, decoder_class: type[IncrementalDecoder]) 
 
 
 def _agrees_with_transformers(probe: Probe, rows: Sequence[int]) -> bool:
-    """Return whether transformers' ``generate`` agrees with training, with one beam and with two that change places."""
+    """Return whether transformers' ``generate`` agrees with training, with one beam and with two beams.
+
+    The two beams change places during generation.
+    """
     device = probe.continuations.device
     eos_token_id = next(token for token in range(3 * NUM_NEW_TOKENS) if not (probe.continuations == token).any())
     for num_beams in (1, 2):
@@ -268,17 +289,18 @@ def _agrees_with_transformers(probe: Probe, rows: Sequence[int]) -> bool:
 class ForcedLogitsProcessor(LogitsProcessor):
     """A logits processor that forces transformers' ``generate`` to return given sequences, and records the logits.
 
-    With two beams both sequences are generated, the first one being more likely at first and less likely later.
+    With two beams, both sequences are generated. The first sequence is the more likely one at the first token and the
+    less likely one afterwards, so that the beams change places.
 
     Args:
-        sequences: one sequence per beam.
+        sequences: two sequences. With one beam, only the first sequence is generated.
         num_beams: number of beams, 1 or 2.
     """
 
     def __init__(self, sequences: Int[Tensor, "2 U"], num_beams: int) -> None:
         self._sequences, self._num_beams = sequences, num_beams
         self.steps: list[tuple[Int[Tensor, "N"], Float[Tensor, "N V"]]] = []
-        """For each generated token, which of the sequences each row has, and the logits."""
+        """For each generated token: the index of the sequence in each row, and the logits of each row."""
 
     def __call__(self, input_ids: Int[Tensor, "N T"], scores: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
         step = len(self.steps)
@@ -316,5 +338,5 @@ def _describe(error: Exception) -> str:
 def _unsupported(network: Any, reason: str) -> InputError:
     return InputError(
         f"the LLM, a {type(network).__name__}, cannot be used after a soft visual prompt ({reason}): set language.name"
-        " to another, see docs/models.md"
+        " to another LLM, see docs/models.md"
     )

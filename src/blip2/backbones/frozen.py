@@ -16,15 +16,17 @@ FreezableT = TypeVar("FreezableT", bound="Freezable")  # the tests' run-time typ
 class Freezable(nn.Module):
     """A pretrained model that is frozen until a recipe gives one of its parameters a learning rate.
 
-    While frozen it stays in ``eval()`` even if the model around it is in training mode (no dropout in a frozen LLM, no
-    update of batch statistics in a frozen CNN), and computes in the data type of its weights regardless of autocast.
+    While frozen, the model stays in ``eval()`` even if the model that contains it is in training mode (no dropout in a
+    frozen LLM, no update of batch statistics in a frozen CNN), and it computes in the data type of its weights
+    regardless of autocast.
     """
 
     adapter_key: str = ""
-    """Substring of the names of adapter parameters, which alone are trained and saved; empty without adapters."""
+    """Substring of the names of the adapter parameters, which are the only parameters of a model with adapters that are
+    trained and saved. An empty string: the model has no adapters."""
 
     blocks: Sequence[nn.Module] = ()
-    """The repeated blocks that hold nearly all of its weights, in order."""
+    """The repeated blocks that contain nearly all weights of the model, in order."""
 
     @property
     def is_frozen(self) -> bool:
@@ -42,10 +44,10 @@ class Freezable(nn.Module):
         return super().train(mode and not self.is_frozen)
 
     def gradient_checkpointing_enable(self) -> bool:
-        """Store only the inputs of each block for the backward pass, which computes its activations again.
+        """Store only the inputs of each block; the backward pass computes the activations of the block again.
 
-        The results are the same, including dropout. It applies to frozen models too, since gradients pass through a
-        frozen LLM; transformers' own ``gradient_checkpointing_enable`` skips modules that are in ``eval()``.
+        The results are the same, including dropout. Frozen models are included, because gradients pass through a frozen
+        LLM; transformers' own ``gradient_checkpointing_enable`` skips modules that are in ``eval()``.
 
         Returns:
             Whether the model has blocks. Without blocks this method does nothing.

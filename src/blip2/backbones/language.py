@@ -2,10 +2,10 @@
 
 Both kinds read a soft visual prompt before the embeddings of the text. A decoder-only LLM reads prompt and caption as
 one sequence; an encoder-decoder reads the prompt, or the prefix of the caption, in its encoder and generates the rest
-in its decoder.
+of the text in its decoder.
 
-Shapes: B batch, I images, N generated sequences, Q queries, T text tokens, U target tokens, L width of the LLM, V
-vocabulary.
+Shapes: B batch, I images, N generated sequences, Q queries, T text tokens, U target tokens, M positions with a label, L
+width of the LLM, S width of the input of :meth:`LanguageModel.lm_head`, V vocabulary.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from blip2.model.kernels.linear import convert_linears
 from blip2.model.losses import IGNORE_INDEX
 
 POSITION_KEYS = ("max_position_embeddings", "max_target_positions", "n_positions", "max_seq_len", "n_ctx")
-"""Names of the number of positions in configurations of transformers."""
+"""Names under which configurations of transformers store the maximum number of positions."""
 
 
 class LanguageModel(Freezable):
@@ -54,6 +54,9 @@ class LanguageModel(Freezable):
 
     Args:
         network: a ``...ForCausalLM`` or an encoder-decoder ``...ForConditionalGeneration`` of transformers.
+
+    Raises:
+        InputError: the LLM has no token embeddings, or is an encoder-decoder without a ``decoder_start_token_id``.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -61,7 +64,7 @@ class LanguageModel(Freezable):
         self.network: Any = network
         convert_linears(network)
         self.is_encoder_decoder: bool = bool(self.network.config.is_encoder_decoder)
-        # Decoding alone determines how text is generated, not the generation_config.json of the weights.
+        # The options in Decoding determine how text is generated, not the generation_config.json of the LLM.
         start = get_decoder_start_token_id(self.network) if self.is_encoder_decoder else None
         self.network.generation_config = GenerationConfig(decoder_start_token_id=start)
         self._attn_implementation: str = self.network.config._attn_implementation
@@ -71,7 +74,7 @@ class LanguageModel(Freezable):
             embedding: Any = self.network.get_input_embeddings()
         except NotImplementedError as error:
             raise InputError(
-                f"the LLM, a {type(network).__name__}, has no token embeddings: set language.name to another"
+                f"the LLM, a {type(network).__name__}, has no token embeddings: set language.name to another LLM"
             ) from error
         self.hidden_size: int = embedding.weight.shape[1]
         self.vocab_size: int = embedding.weight.shape[0]
@@ -97,7 +100,10 @@ class LanguageModel(Freezable):
 
     @torch.no_grad()
     def embedding_scale(self) -> float:
-        """Return the root mean square of the token embeddings, including a scale that some LLMs apply to them."""
+        """Return the root mean square of the token embeddings, measured on up to 8,192 tokens.
+
+        If the LLM multiplies its embeddings by a scale, the scale is included.
+        """
         step = max(self.vocab_size // 4096, 1)
         ids = torch.arange(0, self.vocab_size, step, device=self.network.device)
         return float(self.embed(ids[None]).float().square().mean().sqrt())
@@ -109,14 +115,15 @@ class LanguageModel(Freezable):
         mask: Bool[Tensor, "B T"],
         labels: Int[Tensor, "B U"],
     ) -> tuple[Float[Tensor, "M S"], Int[Tensor, "M"]]:
-        """Return the inputs of :meth:`lm_head` and the labels at the M positions that have a label.
+        """Run the LLM, and return the inputs of :meth:`lm_head` and the labels at the M positions that have a label.
 
         Args:
             visual: the soft visual prompt, which comes before the text.
-            ids, mask: token ids and attention mask of the text, padded on the right: the whole text for a decoder-only
-                LLM, the encoder's input for an encoder-decoder.
-            labels: for a decoder-only LLM the ids that are to be predicted (U = T), for an encoder-decoder the
-                decoder's targets; -100 elsewhere.
+            ids: token ids, padded on the right: the whole text for a decoder-only LLM, the text that the encoder reads
+                for an encoder-decoder.
+            mask: True for text tokens, False for padding.
+            labels: token ids to predict: a copy of `ids` for a decoder-only LLM (U = T), the targets of the decoder for
+                an encoder-decoder. -100 at positions without a label.
         """
         inputs_embeds, attention_mask = self._concat_inputs(visual, ids, mask)
         has_label = labels != IGNORE_INDEX
@@ -126,7 +133,7 @@ class LanguageModel(Freezable):
         if self.is_encoder_decoder:
             kwargs["decoder_input_ids"] = self._shift_right(labels)
         else:
-            # The token in column t is predicted one position before it.
+            # The token in column t is predicted in column t - 1.
             logits_to_keep = visual.shape[1] + columns - 1
             has_label, labels = has_label[:, columns], labels[:, columns]
         with self.autocast_context(inputs_embeds.device), self._without_lm_head():
@@ -135,24 +142,27 @@ class LanguageModel(Freezable):
         return hidden_states[has_label], labels[has_label]
 
     def _shift_right(self, labels: Int[Tensor, "B U"]) -> Int[Tensor, "B U"]:
-        """Return the decoder's input for `labels`: its start token, then all labels but the last."""
+        """Return the decoder's input for `labels`: the decoder's start token, then all labels but the last."""
         start = torch.full_like(labels[:, :1], self.network.generation_config.decoder_start_token_id)
         previous = labels[:, :-1].masked_fill(labels[:, :-1] == IGNORE_INDEX, get_pad_token_id(self.network))
         return torch.cat([start, previous], dim=1)
 
     def lm_head(self, hidden_states: Float[Tensor, "M S"]) -> Float[Tensor, "M V"]:
-        """Return the logits of the outputs of :meth:`hidden_states`."""
+        """Compute logits from the first output of :meth:`hidden_states`."""
         with self.autocast_context(hidden_states.device):
             return self._lm_head(hidden_states)
 
     @property
     def _lm_head(self) -> Any:
-        """The output layer, or the identity if the LLM changes the layer's output (see :meth:`hidden_states`)."""
+        """The output layer; or the identity, if :meth:`hidden_states` returns logits (see :meth:`_without_lm_head`)."""
         return self.network.get_output_embeddings() if self._has_plain_lm_head else nn.Identity()
 
     @contextmanager
     def _without_lm_head(self) -> Iterator[None]:
-        """Let the network return the input of its output layer, if the logits are that layer's output."""
+        """Bypass the output layer within a context, so that the network returns the input of that layer.
+
+        An LLM that processes the output of its output layer further is not changed: it returns logits.
+        """
         if not self._has_plain_lm_head:
             yield
             return
@@ -165,7 +175,7 @@ class LanguageModel(Freezable):
 
     @torch.no_grad()
     def _detect_plain_lm_head(self) -> bool:
-        """Return whether logits are the output of the output layer without further changes, by bypassing that layer."""
+        """Return whether logits are the unchanged output of the output layer, by running the LLM without that layer."""
         layer: Any = self.network.get_output_embeddings()
         if not isinstance(layer, nn.Linear) or layer.weight.is_meta:
             return False
@@ -175,7 +185,7 @@ class LanguageModel(Freezable):
         setattr(layer, "forward", lambda hidden_states: inputs.append(hidden_states) or hidden_states)  # noqa: B010
         try:
             logits = self.network(input_ids=ids, use_cache=False, **decoder_inputs).logits
-        except Exception:  # for example a bias of vocabulary size is added
+        except Exception:  # for example because a bias is added to the logits
             return False
         finally:
             del layer.forward
@@ -197,17 +207,18 @@ class LanguageModel(Freezable):
 
         Args:
             visual: soft visual prompts.
-            ids, mask: token ids and attention mask of the prompts' texts, padded on either side. T may be 0.
+            ids: token ids of the texts of the prompts, padded on either side. T may be 0.
+            mask: True for text tokens, False for padding.
             decoding: how to generate.
             eos_token_id: token that ends a sequence; it also pads the result.
             num_return_sequences: number of sequences per prompt; N = B * num_return_sequences.
-            image_index: the row of `visual` that each prompt begins with; None: one each (I = B). A decoder-only LLM
-                computes a visual prompt once, however many prompts begin with it.
-            uniforms: random numbers in [0, 1) for sampling (see :func:`blip2.decoding.search.sample_top_p`); None:
-                PyTorch's own random numbers.
+            image_index: the row of `visual` with which each prompt begins, in [0, I). None: prompt i begins with row i
+                (I = B). A decoder-only LLM computes each visual prompt once, even if several prompts begin with it.
+            uniforms: random numbers in [0, 1) for sampling (see :func:`blip2.decoding.search.sample_top_p`). None:
+                the numbers are drawn from PyTorch's generator.
 
         Returns:
-            New tokens only, the sequences of a prompt in consecutive rows.
+            Token ids of the new tokens, without the prompts. The sequences of a prompt are in consecutive rows.
         """
         prompts = self.prepare_prompts(visual, ids, mask, image_index)
         with self.autocast_context(prompts.text_embeds.device):
@@ -233,7 +244,10 @@ class LanguageModel(Freezable):
 
     @property
     def generate_fn(self) -> GenerateFn:
-        """The fastest function with which the LLM generates what training predicts (:mod:`blip2.backbones.checks`)."""
+        """The fastest function for text generation whose predictions equal those of the LLM in training.
+
+        It is determined at the first access; see :mod:`blip2.backbones.checks`.
+        """
         if self._generate_fn is None:
             with self._checking():
                 self._generate_fn = select_generate_fn(self.network, self._training_forward)
@@ -258,7 +272,7 @@ class LanguageModel(Freezable):
 
     @contextmanager
     def _checking(self) -> Iterator[None]:
-        """Disable dropout, and restore training mode and PyTorch's random state afterwards."""
+        """Disable dropout within a context, and restore training mode and PyTorch's random state at its end."""
         device = self.network.device
         training = [module for module in self.network.modules() if module.training]
         self.network.eval()
@@ -272,13 +286,13 @@ class LanguageModel(Freezable):
 
     @property
     def max_position_embeddings(self) -> int | None:
-        """Maximum number of tokens, including the visual prompt; None if the configuration has no limit."""
+        """Maximum number of tokens, including the visual prompt; None if the configuration states no limit."""
         config = text_config(self.network.config)
         values = (getattr(config, key, None) for key in POSITION_KEYS)
         return next((value for value in values if isinstance(value, int) and value > 0), None)
 
     def eos_token_ids(self, eos_token_id: int) -> list[int]:
-        """Return all tokens that end a sequence: those of the configuration if `eos_token_id` is one of them."""
+        """Return `eos_token_id`, and all end tokens of the configuration if `eos_token_id` is one of them."""
         own = getattr(text_config(self.network.config), "eos_token_id", None)
         if not isinstance(own, list) or eos_token_id not in own:
             return [eos_token_id]
@@ -287,7 +301,7 @@ class LanguageModel(Freezable):
     def _concat_inputs(
         self, visual: Float[Tensor, "B Q L"], ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "B Q+T L"], Int[Tensor, "B Q+T"]]:
-        """Return the embeddings of visual prompt and text, and their attention mask."""
+        """Return the embeddings of visual prompt and text in one sequence, and the attention mask of the sequence."""
         text_embeds = self.embed(ids)
         self._select_attn_implementation(text_embeds)
         attention_mask = torch.cat([mask.new_ones(visual.shape[:2]), mask], dim=1).long()
@@ -310,14 +324,15 @@ def load_language_model(
     device: torch.device | None = None,
     trust_remote_code: bool = False,
 ) -> LanguageModel:
-    """Load any ``AutoModelForCausalLM`` or ``AutoModelForSeq2SeqLM``, frozen.
+    """Load a pretrained LLM, frozen: any ``AutoModelForCausalLM`` or ``AutoModelForSeq2SeqLM`` of transformers.
 
     Args:
         name: a folder or hub name in transformers' format.
         dtype: data type of the weights and of the computation. The paper uses float16 for OPT, bfloat16 for FlanT5.
-        activation: activation of the feed-forwards; None: the LLM's own.
-        quantization: number of bits of the linear layers, except for the output layer.
-        device: device of a quantized LLM, which cannot be moved afterwards.
+        activation: transformers' name of the activation of the feed-forwards. None: the LLM's own activation.
+        quantization: precision of the weights of all linear layers except the output layer. None: not quantized.
+        device: device of a quantized LLM, which cannot be moved afterwards. None: the CPU. Other LLMs are loaded on the
+            CPU.
         trust_remote_code: whether Python code from the model's folder may run.
 
     Raises:
@@ -327,8 +342,8 @@ def load_language_model(
         return LanguageModel(load_network(name, dtype, activation, trust_remote_code=trust_remote_code))
     if find_spec("bitsandbytes") is None:
         raise InputError(
-            f"language.quantization {quantization} needs bitsandbytes: pip install 'blip2[quantization]', or set it to"
-            " null"
+            f"language.quantization {quantization} needs bitsandbytes: pip install 'blip2[quantization]', or leave out"
+            " language.quantization"
         )
     bits = {"load_in_4bit": True} if quantization == "4bit" else {"load_in_8bit": True}
     quantization_config = BitsAndBytesConfig(**bits, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
@@ -337,7 +352,8 @@ def load_language_model(
     network = load_network(name, dtype, activation, load_kwargs, trust_remote_code)
     for module in network.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # after a pass without gradients this kernel has none
+            # After a pass without gradients, this kernel does not propagate gradients in later passes.
+            module.support_avx512bf16_for_cpu = False
     return LanguageModel(network)
 
 
@@ -348,10 +364,10 @@ def load_network(
     load_kwargs: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """Load the network of :func:`load_language_model`.
+    """Load the network of an LLM; see :func:`load_language_model` for the arguments that are not listed here.
 
     Args:
-        dtype: data type of the weights, or ``auto`` for that of the files.
+        dtype: data type of the weights, or ``auto`` for the data type in the files.
         load_kwargs: further arguments of ``from_pretrained``.
     """
     config = load_config(name, "language model", trust_remote_code)
@@ -377,8 +393,8 @@ def load_network(
 def extract_text_model(network: Any) -> Any:
     """Return the LLM of a model that has an image encoder of its own (Gemma 3, Llama 4, Mistral 3 ...).
 
-    The LLM shares the model's weights. A model without image encoder is returned unchanged, and so is one whose LLM is
-    not a class of its own in transformers (Qwen-VL).
+    The LLM shares the weights of the model. A model without an image encoder is returned unchanged, and so is a model
+    whose LLM has no class of its own in transformers (Qwen-VL).
     """
     full_config = network.config
     config = text_config(full_config)
@@ -394,16 +410,16 @@ def extract_text_model(network: Any) -> Any:
     if any(tensor.is_meta for tensor in (*llm.parameters(), *llm.buffers())):
         return network
     eos_token_id = getattr(full_config, "eos_token_id", None)
-    if eos_token_id is not None:  # unlike the text configuration's it includes the end of a turn
+    if eos_token_id is not None:  # unlike the text configuration, it has the end-of-turn token
         config.eos_token_id = eos_token_id
     return llm.eval()
 
 
 def get_decoder_start_token_id(network: Any) -> int:
-    """Return the token that the decoder's input of an encoder-decoder begins with.
+    """Return the id of the token with which the input of an encoder-decoder's decoder begins.
 
     Raises:
-        InputError: no configuration of the LLM has it.
+        InputError: no configuration of the LLM contains the id.
     """
     configs = (network.generation_config, network.config, network.config.get_text_config(decoder=True))
     for key in ("decoder_start_token_id", "bos_token_id"):
@@ -417,7 +433,7 @@ def get_decoder_start_token_id(network: Any) -> int:
 
 
 def activation_name(config: Any) -> str | None:
-    """Return the activation of an LLM's feed-forwards, or None if its configuration does not have it."""
+    """Return the name of the activation of an LLM's feed-forwards, or None if the configuration does not contain it."""
     key = _activation_key(config)
     return None if key is None else getattr(config, key)
 
@@ -427,16 +443,25 @@ def _activation_key(config: Any) -> str | None:
 
 
 def set_activation(config: Any, activation: str | None) -> None:
-    """Replace the activation of an LLM's feed-forwards in its configuration; None changes nothing.
+    """Replace the activation of an LLM's feed-forwards in the configuration of the LLM.
+
+    Args:
+        config: the configuration, changed in place.
+        activation: transformers' name of the new activation. None: nothing is changed.
 
     Raises:
-        InputError: transformers has no such activation, or the configuration has no activation.
+        InputError: transformers has no such activation, or the configuration does not contain an activation.
     """
     if activation is None:
         return
     if activation not in ACT2FN:
-        raise InputError(f"language.activation is {activation!r}, expected one that transformers has, such as gelu")
+        raise InputError(
+            f"language.activation is {activation!r}, expected the name of an activation in transformers, such as gelu"
+        )
     key = _activation_key(config)
     if key is None:
-        raise InputError(f"an LLM of type {config.model_type} has no activation to set: leave out language.activation")
+        raise InputError(
+            f"the configuration of an LLM of type {config.model_type} contains no activation that could be replaced:"
+            " leave out language.activation"
+        )
     setattr(config, key, activation)

@@ -16,13 +16,17 @@ ADAPTER_KEY = ".lora_"
 
 
 def add_adapters(language: LanguageModel, config: LoraConfig) -> None:
-    """Add low-rank adapters to an LLM. They are in float32 and frozen, and their output is zero at first.
+    """Add low-rank adapters to an LLM. The adapters are in float32 and frozen, and their output is zero at first.
 
     The names of the LLM's own parameters change: ``q_proj.weight`` becomes ``q_proj.base_layer.weight``.
 
+    Args:
+        language: the LLM, changed in place.
+        config: size, dropout and target modules of the adapters.
+
     Raises:
-        InputError: PEFT is not installed, has no default target modules for this LLM, or finds no module of the given
-            names.
+        InputError: PEFT is not installed, PEFT has no default target modules for this LLM, or the LLM has no module
+            with a name in ``config.target_modules``.
     """
     try:
         import peft

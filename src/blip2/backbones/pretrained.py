@@ -1,7 +1,7 @@
-"""Load pretrained models and weights, and turn everything that can be wrong with them into one error.
+"""Load pretrained models and weights, and turn every error in their files into an :class:`InputError`.
 
 This is the only module that calls ``from_pretrained`` of transformers or ``torch.load``. Python code in a model's
-folder never runs unless the caller allows it for that model, and nothing is asked on the terminal.
+folder runs only if the caller allows it for that model, and nothing is asked on the terminal.
 """
 
 from __future__ import annotations
@@ -37,17 +37,18 @@ from blip2.io import MAX_JSON, check_regular_file, expand_home, read_json
 CODE_KEYS = {"image encoder": "vision.trust_remote_code", "language model": "language.trust_remote_code"}
 """The recipe key that allows custom code, for each kind of model."""
 MAX_LAYERS = 2000
-"""Largest number of layers of a model: transformers creates them all before it looks at the weights."""
+"""Maximum number of layers of a model. transformers creates all layers that a config.json asks for before it reads the
+weights, which could exhaust the memory."""
 
 
 @contextmanager
 def wrap_load_errors(name: str, what: str, files: str = "config.json and model.safetensors") -> Iterator[None]:
-    """Convert every exception that is raised while a model is loaded to an :class:`InputError`.
+    """Convert every exception that is raised within this context, while a model is loaded, to an :class:`InputError`.
 
     Args:
         name: folder or hub name of the model.
         what: kind of object that is loaded, for the message.
-        files: files that it is loaded from, for the message.
+        files: names of the files from which the object is loaded, for the message.
     """
     try:
         yield
@@ -58,30 +59,31 @@ def wrap_load_errors(name: str, what: str, files: str = "config.json and model.s
             key = CODE_KEYS.get(what.removesuffix(" tokenizer"))
             allow = f", or set {key} to {name} if you trust its author" if key else ""
             raise InputError(
-                f"the {what} {name!r} needs Python code from its folder (auto_map), which is not run: name a model that"
-                f" transformers supports natively{allow}"
+                f"the {what} {name!r} needs Python code from its folder (auto_map), which is not run: choose a model"
+                f" that transformers supports without such code{allow}"
             ) from error
         if "ignore_mismatched_sizes" in str(error):
             raise InputError(
-                f"the {what} {name!r} has a config.json with other sizes than its weights: one of the two belongs to"
-                " another model"
+                f"the {what} {name!r} has a config.json with other sizes than its weights: copy or download config.json"
+                " and weights of the same model"
             ) from error
         if _is_path(name) and not expand_home(name).exists():
             raise InputError(
-                f"there is no folder {name!r} to load the {what} from: check the path, or copy it there"
+                f"there is no folder {name!r} to load the {what} from: check the path, or copy the {what} there"
             ) from error
         raise InputError(
-            f"no {what} could be loaded from {name!r} ({short_message(error)}): name a folder that has a {files}, or a"
-            " hub name when there is a network"
+            f"no {what} could be loaded from {name!r} ({short_message(error)}): give a folder that contains {files}, or"
+            " a name on the Hugging Face hub if there is a network connection"
         ) from error
 
 
 def check_finite(name: str, tensor: Tensor, source: str) -> None:
-    """Check that a weight has no NaN and no infinity.
+    """Check that a weight has no NaN and no infinite numbers.
 
     Args:
         name: name of the weight, for the message.
-        source: file or folder that it was loaded from, for the message.
+        tensor: the weight.
+        source: file or folder from which the weight was loaded, for the message.
 
     Raises:
         InputError: the weight has NaN or infinite numbers.
@@ -91,7 +93,9 @@ def check_finite(name: str, tensor: Tensor, source: str) -> None:
     extremes = torch.stack(torch.aminmax(tensor.detach())).float()  # both are NaN if any value is
     if not extremes.isfinite().all():
         found = "NaN" if extremes.isnan().any() else "infinite numbers"
-        raise InputError(f"{name} in {source!r} holds {found}: use another checkpoint, or copy or download it again")
+        raise InputError(
+            f"the weight {name} in {source!r} contains {found}: copy or download {source!r} again, or use another one"
+        )
 
 
 def _is_path(name: str) -> bool:
@@ -106,7 +110,13 @@ def short_message(error: BaseException) -> str:
 
 
 def load_pretrained(auto_class: Any, name: str | Path, *, trust_remote_code: bool = False, **options: Any) -> Any:
-    """Call ``auto_class.from_pretrained(name)`` of transformers, which never asks whether custom code may run.
+    """Call ``from_pretrained`` of transformers. The user is not asked on the terminal whether custom code may run.
+
+    Args:
+        auto_class: the class, such as ``AutoTokenizer``.
+        name: folder or hub name of the model.
+        trust_remote_code: whether Python code from the model's folder may run.
+        options: further arguments of ``from_pretrained``.
 
     Raises:
         InputError: a file of the folder is a pipe, a device or too large, or names files outside the folder.
@@ -119,7 +129,7 @@ def load_pretrained(auto_class: Any, name: str | Path, *, trust_remote_code: boo
 
 
 def _check_folder(folder: Path) -> None:
-    """Check the files of a folder before transformers reads them, which it does without any limit."""
+    """Check the files of a folder before transformers reads them, because transformers has no limits of size."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.suffix in (".json", ".jsonl", ".txt", ".model", ".jinja", ".bin", ".safetensors") and path.exists():
             max_bytes = None if path.suffix in (".bin", ".safetensors") else MAX_JSON
@@ -136,15 +146,18 @@ def _check_tokenizer_config(name: str | Path) -> None:
         if is_file and isinstance(value, str) and os.path.exists(value):  # noqa: PTH110  (Path.exists raises for odd names)
             raise InputError(
                 f"the tokenizer_config.json of {str(name)!r} names the file {value!r} as {key}, expected files of its"
-                " own folder under their usual names: remove that entry"
+                f" own folder under their usual names: remove the entry {key}"
             )
 
 
 def read_shard_index(index: Path) -> dict[str, str]:
     """Read the index of a sharded checkpoint.
 
+    Args:
+        index: the index file, such as model.safetensors.index.json.
+
     Returns:
-        The file name of each weight. All files are in the folder of the index.
+        A mapping from the names of weights to names of files. All files are in the folder of the index.
 
     Raises:
         InputError: the index is damaged, or names files in other folders.
@@ -152,7 +165,9 @@ def read_shard_index(index: Path) -> dict[str, str]:
     content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise InputError(f"{index} is damaged (it has no weight_map): copy or download it again")
+        raise InputError(
+            f"{index} is damaged (it has no weight_map from weights to file names): copy or download it again"
+        )
     outside = next((file for file in weight_map.values() if file != Path(file).name or "\\" in file), None)
     if outside is not None:
         raise InputError(
@@ -170,7 +185,7 @@ def load_config(name: str, what: str, trust_remote_code: bool = False) -> Any:
         trust_remote_code: whether Python code from the model's folder may run.
 
     Raises:
-        InputError: there is no configuration, it needs custom code that is not allowed, or it is out of bounds.
+        InputError: there is no configuration, or custom code or a value in it is not allowed.
     """
     with wrap_load_errors(name, what):
         config = load_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
@@ -211,7 +226,7 @@ def load_model(
         auto_class: class whose ``from_pretrained`` loads the model.
         name: folder or hub name.
         what: kind of model, for messages.
-        dtype: data type of the weights, or ``auto`` for that of the files.
+        dtype: data type of the weights, or ``auto`` for the data type in the files.
         optional: regular expression for the names of weights that may be missing.
         config: configuration to use instead of the model's own.
         load_kwargs: further arguments of ``from_pretrained``, such as ``device_map``.
@@ -233,11 +248,11 @@ def load_model(
 
 
 def load_submodule(config: Any, weights: Mapping[str, Tensor], name: str, what: str, optional: str = "(?!)") -> Any:
-    """Create a transformers model from the weights of a larger checkpoint, in their data types and without a copy.
+    """Create a transformers model from the weights of a larger checkpoint, without copying the weights.
 
     Args:
-        config: configuration of the model, which also determines its class.
-        weights: weights under the model's own names.
+        config: configuration of the model, which also determines the class of the model.
+        weights: the weights of the model in one data type, under the names that they have in this class.
         name: name of the checkpoint, for messages.
         what: kind of model, for messages.
         optional: regular expression for the names of weights that may be missing.
@@ -256,14 +271,15 @@ def load_submodule(config: Any, weights: Mapping[str, Tensor], name: str, what: 
         )  # fmt: skip
     for key, found, expected in sorted(info["mismatched_keys"])[:1]:
         raise InputError(
-            f"{name}: {key} of the {what} is {tuple(found)}, its config.json says {tuple(expected)}: one of the two"
-            " belongs to another model"
+            f"{name}: the weight {key} of the {what} has the shape {tuple(found)}, but its config.json says"
+            f" {tuple(expected)}: copy or download config.json and weights of the same model"
         )
     unexpected = sorted(set(info["unexpected_keys"]))
     if unexpected:
         raise InputError(
             f"{name} has {len(unexpected)} weights that its {what}, a {model_class.__name__}, does not have, such as"
-            f" {unexpected[0]}: its config.json belongs to another model"
+            f" {unexpected[0]}: its config.json is that of another model; copy the config.json that belongs to the"
+            " weights"
         )
     _check_missing(model, info, optional, name, what)
     check_tied_weights(weights, model.state_dict(), name)
@@ -285,21 +301,25 @@ def init_empty_model(config: Any) -> Any:
 
 
 def load_safetensors(path: Path) -> dict[str, Tensor]:
-    """Load all tensors of a safetensors file."""
+    """Load all tensors of a safetensors file.
+
+    Raises:
+        InputError: there is no such file, or it is damaged.
+    """
     with wrap_load_errors(str(path), "weights", path.name):
         check_regular_file(path, path.stat())
         return load_file(path)
 
 
 def load_pickle(path: Path, mmap: bool = True) -> Any:
-    """Load a file of :func:`torch.save` without executing anything in it.
+    """Load a file that :func:`torch.save` wrote, without executing code that the file contains.
 
     Args:
         path: the file.
-        mmap: whether to map the tensors from the file, which must not change afterwards.
+        mmap: whether to map the tensors from the file, which then must not change afterwards.
 
     Raises:
-        InputError: there is no such file, it is damaged, or it has objects whose loading would execute code.
+        InputError: there is no such file, it is damaged, or it contains objects whose loading would execute code.
     """
     if not path.is_file():
         raise InputError(f"there is no file {path}: check its path")
@@ -317,10 +337,12 @@ def load_pickle(path: Path, mmap: bool = True) -> Any:
         function = re.search(r"GLOBAL ([\w.]+)", str(error))
         if function:
             raise InputError(
-                f"{path} is refused: loading it would run {function[1]}, and weights need no code; save only its state"
-                " dict, with tensors, numbers and strings"
+                f"{path} is not loaded, because loading it would run {function[1]}: save only the state dict of the"
+                " model, with tensors, numbers and strings"
             ) from error
-        raise InputError(f"{path} is damaged ({short_message(error)}): copy or download it again") from error
+        raise InputError(
+            f"{path} cannot be read ({short_message(error)}): check its permissions, or copy or download it again"
+        ) from error
 
 
 def _check_uncompressed(path: Path) -> None:
@@ -330,19 +352,19 @@ def _check_uncompressed(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         is_compressed = any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())
     if is_compressed:
-        raise InputError(f"{path} is compressed, which torch.save never does: save it again with torch.save")
+        raise InputError(f"{path} is compressed, which torch.save never does: save its content again with torch.save")
 
 
 def check_tied_weights(weights: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str) -> None:
-    """Check that weights of a file that share one parameter of the model (tied weights) have the same values.
+    """Check that weights of a checkpoint that share one parameter of the model (tied weights) have the same values.
 
     Args:
-        weights: weights of the file.
+        weights: weights of the checkpoint.
         state: state dict of the model, under the same names.
-        name: name of the file, for the message.
+        name: name of the checkpoint, for the message.
 
     Raises:
-        InputError: tied weights differ, so that one of them would be lost.
+        InputError: tied weights differ, so that the values of one of them would be lost.
     """
     first_key: dict[int, str] = {}
     for key in weights:
@@ -352,9 +374,9 @@ def check_tied_weights(weights: Mapping[str, Tensor], state: Mapping[str, Tensor
         dtype = state[key].dtype
         if tied != key and not torch.equal(weights[tied].to(dtype), weights[key].to(dtype)):
             raise InputError(
-                f"{name} has different values for {tied} and {key}, which are one matrix in a model of its"
-                " configuration: set tie_word_embeddings to false in the config.json of the LLM, or name the LLM"
-                " that it was made with"
+                f"{name} has different values for {tied} and {key}, which are one matrix according to the configuration"
+                " of the LLM: set tie_word_embeddings to false in the config.json of the LLM, or set language.name to"
+                " the LLM that the weights were trained with"
             )
 
 
@@ -362,14 +384,14 @@ def _check_missing(model: Any, info: Mapping[str, Any], optional: str, name: str
     missing = {key for key in info["missing_keys"] if not re.search(optional, key)}
     if missing:
         raise InputError(
-            f"the weights in {name!r} are not those of a {type(model).__name__}: {len(missing)} are missing, such as"
-            f" {min(missing)}; name the folder of a complete {what}"
+            f"the weights in {name!r} are not those of a {type(model).__name__} ({len(missing)} are missing, such as"
+            f" {min(missing)}): copy or download the complete {what}"
         )
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence transformers' report of missing and unexpected weights, which this module checks itself."""
+    """Silence transformers' report of missing and unexpected weights, which this module checks instead."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

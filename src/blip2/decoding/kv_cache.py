@@ -1,10 +1,10 @@
-"""Token-by-token decoding with a frozen LLM, whose key-value cache is shared between sequences.
+"""Token-by-token decoding with a frozen LLM and a key-value cache that sequences share.
 
-Each prompt is computed once however many sequences continue it, and each soft visual prompt once however many prompts
-begin with it.
+Each prompt is computed once, even if several sequences continue it, and each soft visual prompt is computed once, even
+if several prompts begin with it.
 
-Shapes: I images, B prompts, N rows (each row is one sequence), Q queries, T text tokens, L width of the LLM, V
-vocabulary.
+Shapes: I images, B prompts, N rows (each row is one sequence), M selected rows, Q queries, T text tokens, S = Q + T, C
+columns, L width of the LLM, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 ALIBI_MODEL_TYPES = {"bloom", "mpt"}
-"""LLMs that encode distances between tokens (ALiBi) and so need no position ids."""
+"""Types of LLMs that encode distances between tokens (ALiBi) and therefore need no position ids."""
 CACHE_GROWTH = 16
 """Number of tokens by which the buffers of a key-value cache grow, so that they are rarely copied."""
 
@@ -39,16 +39,16 @@ class PromptBatch:
     attention_mask: Bool[Tensor, "B T"]
     """True for text, False for padding."""
     image_index: Int[Tensor, "B"]
-    """Row of `visual_prompts` that each prompt begins with."""
+    """Row of `visual_prompts` with which each prompt begins, in [0, I)."""
 
     def inputs_embeds(self) -> tuple[Float[Tensor, "B S L"], Bool[Tensor, "B S"]]:
-        """Return the embeddings of visual prompt and text (S = Q + T), and their attention mask."""
+        """Return the embeddings of visual prompt and text in one sequence, and the attention mask of the sequence."""
         visual = self.visual_prompts[self.image_index]
         visual_mask = self.attention_mask.new_ones(visual.shape[:2])
         return torch.cat([visual, self.text_embeds], dim=1), torch.cat([visual_mask, self.attention_mask], dim=1)
 
     def select(self, rows: Int[Tensor, "N"]) -> PromptBatch:
-        """Return some of the prompts, without the columns that are padding in all of them."""
+        """Return a batch of the prompts with the indices `rows`, without columns that contain only padding."""
         length = int(self.attention_mask[rows].sum(dim=1).max()) if len(rows) else 0
         images, image_index = self.image_index[rows].unique(return_inverse=True)
         text_embeds, input_ids, attention_mask = (
@@ -60,16 +60,19 @@ class PromptBatch:
 def per_layer_inputs(
     network: Any, num_visual_tokens: int, input_ids: Int[Tensor, "B T"], inputs_embeds: Float[Tensor, "B S L"]
 ) -> dict[str, Tensor]:
-    """Return the inputs that an LLM needs besides ``inputs_embeds`` because each of its layers embeds the tokens.
+    """Return the inputs that an LLM needs besides ``inputs_embeds`` if each of its layers embeds the tokens.
 
-    That is ``per_layer_inputs`` of Gemma 3n and Gemma 4 E2B and E4B. The visual prompt counts as padding there, as
-    images do in transformers' own models.
+    Such LLMs are Gemma 3n and Gemma 4 E2B and E4B. Their layers embed the tokens of the visual prompt as padding, as
+    transformers' own models do with images.
 
     Args:
         network: the LLM.
         num_visual_tokens: number of embeddings before those of `input_ids`.
         input_ids: token ids of the text.
         inputs_embeds: embeddings of visual prompt and text.
+
+    Returns:
+        The keyword argument ``per_layer_inputs`` of the LLM's ``forward``; an empty dict for other LLMs.
     """
     if not has_per_layer_embeddings(network):
         return {}
@@ -81,7 +84,7 @@ def per_layer_inputs(
 
 
 def text_config(config: Any) -> Any:
-    """Return the text part of a configuration, which is all of it unless the LLM has an image encoder of its own."""
+    """Return the text part of an LLM's configuration. It is the whole configuration if the LLM reads only text."""
     return config if config.is_encoder_decoder else config.get_text_config()
 
 
@@ -103,8 +106,9 @@ def forward_without_cache(
 
     Args:
         network: the LLM.
-        logits_to_keep: columns whose logits are returned, in rising order and not all of them; None: all columns.
-        kwargs: arguments of the LLM's ``forward``; those that it does not have are left out.
+        logits_to_keep: indices of the C columns whose logits are returned: strictly increasing, and fewer than all
+            columns. None: all columns.
+        kwargs: arguments of the LLM's ``forward``. Arguments that it does not accept are left out.
     """
     accepted = set(inspect.signature(network.forward).parameters) | {"per_layer_inputs"}
     kwargs = {name: value for name, value in {**kwargs, "use_cache": False}.items() if name in accepted}
@@ -116,10 +120,11 @@ def forward_without_cache(
 
 
 def supports_kv_cache(network: Any) -> bool:
-    """Return whether keys and values may be all that an LLM caches.
+    """Return whether an LLM is expected to work with the key-value cache of this module.
 
-    This is false for recurrent LLMs (Mamba and its hybrids), for those with generation hooks of their own, and for
-    those that do not accept position ids. :mod:`blip2.backbones.checks` verifies the result by running the LLM.
+    This is false for LLMs that cache anything besides keys and values (Mamba and its hybrids), for LLMs that override
+    the generation hooks of transformers, and for LLMs that need position ids but do not accept them as an argument.
+    :mod:`blip2.backbones.checks` verifies the result by running the LLM.
     """
     config = network.config
     required = {"attention_mask", "past_key_values", "use_cache"}
@@ -129,7 +134,7 @@ def supports_kv_cache(network: Any) -> bool:
             return False
     else:
         required |= {"input_ids", "inputs_embeds"}
-        if config.model_type not in ALIBI_MODEL_TYPES:  # others would number tokens by column, including padding
+        if config.model_type not in ALIBI_MODEL_TYPES:  # without them, LLMs number tokens by column
             required |= {"position_ids"}
     hooks = (
         "generate",
@@ -147,23 +152,24 @@ def supports_kv_cache(network: Any) -> bool:
 
 
 class IncrementalDecoder(ABC):
-    """An LLM that has computed a batch of prompts, one per row, and continues them one token at a time."""
+    """An LLM that has processed a batch of prompts, one per row, and continues the rows one token at a time."""
 
     logits: Float[Tensor, "N V"]
     """Logits of the next token of each row."""
     decoder_start_token_id: int | None = None
-    """The token that each generated sequence begins with, for encoder-decoders."""
+    """The token with which each generated sequence of an encoder-decoder begins; None for a decoder-only LLM."""
 
     def __init__(self, network: Any, prompts: PromptBatch) -> None:
         self.network = network
-        self._prompt_index = torch.arange(len(prompts.text_embeds), device=prompts.text_embeds.device)  # of each row
+        self._prompt_index = torch.arange(len(prompts.text_embeds), device=prompts.text_embeds.device)  # per row
 
     def step(self, tokens: Int[Tensor, "M"], rows: Int[Tensor, "M"]) -> None:
-        """Append a token to each of the given rows, which become the rows of the batch.
+        """Select rows of the batch, append a token to each selected row, and compute the logits of the next token.
 
         Args:
-            tokens: the token to append to each row.
-            rows: indices of the current rows. A row that is missing is dropped, a row that repeats is duplicated.
+            tokens: the token to append to each selected row.
+            rows: indices of the selected rows. A row that is not selected is dropped, and a row that is selected
+                several times is duplicated.
         """
         prompt_index = self._prompt_index[rows]
         if not torch.equal(prompt_index, self._prompt_index):
@@ -183,7 +189,10 @@ class IncrementalDecoder(ABC):
 
     @abstractmethod
     def _reorder_suffix(self, rows: Int[Tensor, "N"]) -> None:
-        """Select rows that have the same prompts as the current ones, so that only generated tokens differ."""
+        """Select rows of the batch. Row i of the result must have the same prompt as row i has now.
+
+        The selection then changes only what was computed for the generated tokens.
+        """
 
 
 class CausalLMDecoder(IncrementalDecoder):
@@ -194,7 +203,7 @@ class CausalLMDecoder(IncrementalDecoder):
         parameters = inspect.signature(network.forward).parameters
         self._accepts_position_ids = "position_ids" in parameters
         self._accepts_logits_to_keep = "logits_to_keep" in parameters
-        # The cache keeps all tokens even for an LLM with a sliding window, since some tokens in it may be padding.
+        # The cache keeps all tokens even for an LLM with a sliding window, because the window may contain padding.
         self._cache: Any = DynamicCache()
         if len(prompts.visual_prompts) < len(prompts.text_embeds):
             self._prefill_shared_visual_prompts(prompts)
@@ -247,7 +256,7 @@ class CausalLMDecoder(IncrementalDecoder):
         self.logits = out.logits[torch.arange(len(last)), last].float()
 
     def _move_padding_to_the_left(self) -> None:
-        """Make prompts and generated tokens contiguous: some LLMs attend to a number of columns back (a window)."""
+        """Make prompts and generated tokens contiguous, because a sliding window is a fixed number of columns."""
         if self._attention_mask.all():
             return
         order = self._attention_mask.long().argsort(dim=1, stable=True)
@@ -359,7 +368,7 @@ class PreallocatedCacheLayer(DynamicLayer):
         self._set_length(self._prompt_length)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append keys and values [N, heads, tokens, width] of new tokens and return those of all tokens."""
+        """Append keys and values [N, heads, tokens, width] of new tokens, and return keys and values of all tokens."""
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
         if end > self._buffers[0].shape[-2]:
@@ -375,7 +384,11 @@ class PreallocatedCacheLayer(DynamicLayer):
         self._set_length(length)
 
     def reorder_suffix(self, rows: Int[Tensor, "N"]) -> None:
-        """Select rows that have the same prompts as the current ones: only keys and values after the prompts move."""
+        """Select rows in the part of the cache after the prompts.
+
+        Row i of the result must have the same prompt as row i has now, so the prompts' part of the cache stays as it
+        is.
+        """
         suffix = slice(self._prompt_length, self.get_seq_length())
         for buffer in self._buffers:
             buffer[..., suffix, :] = buffer[rows, :, suffix]

@@ -1,11 +1,11 @@
 """Generate text with a frozen LLM: beam search, greedy search and nucleus sampling (paper §4.1, §4.2).
 
 The sequences are those of transformers' ``generate``, with less computation: a prompt is computed once instead of once
-per beam, a soft visual prompt once however many prompts begin with it, and a prompt whose sequences are complete leaves
-the batch.
+per beam, a soft visual prompt is computed once even if several prompts begin with it, and a prompt whose sequences are
+complete leaves the batch.
 
-Shapes: I images, B prompts, N rows (each row is one sequence), T text tokens, K beams, U new tokens, L width of the
-LLM, V vocabulary.
+Shapes: I images, B prompts, n prompts whose search is not done, N rows (each row is one sequence), T text tokens, K
+beams, k candidates, U new tokens, L width of the LLM, V vocabulary, eos number of tokens that end a sequence.
 """
 
 from __future__ import annotations
@@ -59,13 +59,14 @@ def generate(
         prompts: the prompts.
         decoding: how to generate.
         eos_token_ids: tokens that end a sequence; the first of them pads the result.
-        num_return_sequences: number of sequences per prompt.
-        uniforms: random numbers for sampling, one per token; see :func:`sample_top_p`.
-        decoder_class: how the LLM is run; None: with a key-value cache.
+        num_return_sequences: number of sequences per prompt (N = B * num_return_sequences).
+        uniforms: random numbers in [0, 1) for sampling, one per token of each sequence; see :func:`sample_top_p`. None:
+            the numbers are drawn from PyTorch's generator.
+        decoder_class: the class that runs the LLM. None: the class with a key-value cache.
 
     Returns:
-        New tokens only, the sequences of a prompt in consecutive rows. U is the length of the longest sequence,
-        including its end.
+        Token ids of the new tokens, without the prompts. The sequences of a prompt are in consecutive rows. U is the
+        length of the longest sequence, including the token that ends it.
     """
     decoder = (decoder_class or cached_decoder_class(network))(network, prompts)
     eos = torch.tensor(eos_token_ids, device=prompts.text_embeds.device)
@@ -90,7 +91,7 @@ def generate_without_cache(
     num_return_sequences: int = 1,
     uniforms: Float[Tensor, "N max_new_tokens"] | None = None,
 ) -> Int[Tensor, "N U"]:
-    """Like :func:`generate`, but compute each sequence again for each token: much slower, works with every LLM."""
+    """Like :func:`generate`, but compute the whole sequence for each new token: much slower, works with every LLM."""
     return generate(network, prompts, decoding, eos_token_ids, num_return_sequences, uniforms, UncachedDecoder)
 
 
@@ -103,7 +104,7 @@ def generate_by_length(
     num_return_sequences: int = 1,
     uniforms: Float[Tensor, "N max_new_tokens"] | None = None,
 ) -> Int[Tensor, "N U"]:
-    """Like :func:`generate_with_transformers`, one batch for each prompt length, so that there is no padding."""
+    """Like :func:`generate_with_transformers`, but with a batch for each prompt length, so that there is no padding."""
     lengths = prompts.attention_mask.sum(dim=1)
     sequences: list[Tensor] = [lengths] * len(lengths)
     for length in lengths.unique():
@@ -130,10 +131,10 @@ def generate_with_transformers(
     uniforms: Float[Tensor, "N max_new_tokens"] | None = None,
     logits_processors: Sequence[LogitsProcessor] = (),
 ) -> Int[Tensor, "N U"]:
-    """Like :func:`generate`, with transformers' own ``generate``: slower, works with most LLMs.
+    """Like :func:`generate`, but call transformers' own ``generate``: slower, works with most LLMs.
 
     Args:
-        logits_processors: processors that are applied before all others.
+        logits_processors: processors that are applied before the processors for the options in `decoding`.
     """
     inputs_embeds, mask = prompts.inputs_embeds()
     extra = per_layer_inputs(network, prompts.visual_prompts.shape[1], prompts.input_ids, inputs_embeds)
@@ -158,7 +159,8 @@ def generate_with_transformers(
         pad_token_id=eos_token_ids[0],
         decoder_start_token_id=network.generation_config.decoder_start_token_id,
     )
-    # Not in the GenerationConfig, with which transformers would take padding of the prompt for padding of new tokens.
+    # The penalty is not in the GenerationConfig, because transformers would then exempt the first new tokens, one for
+    # each padding token of the prompt.
     processors = LogitsProcessorList(logits_processors)
     if decoding.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(decoding.repetition_penalty))
@@ -182,10 +184,21 @@ def beam_search(
 ) -> Int[Tensor, "N U"]:
     """Return the best sequences of each prompt that beam search finds.
 
-    The score of a sequence of n tokens is log P / n ** length_penalty. A sequence is finished if it ends while it is
-    among the K best. The search for a prompt is done when it has K finished sequences and its best active one, if it
-    ended here, would not be among them; or when no active sequence can enter the best `num_return_sequences`, since P
-    only decreases.
+    The score of a sequence with U tokens and probability P is log P / U ** length_penalty. A sequence that ends is
+    finished if it is among the K most probable candidates of its step. The search for a prompt stops in either case:
+
+    - The prompt has K finished sequences, and the most probable active sequence would not be among the K best if it
+      ended now.
+    - No active sequence can still become one of the best `num_return_sequences`, because P only decreases.
+
+    Args:
+        decoder: the LLM after the prompts; one row per prompt.
+        decoding: number of beams, maximum length, length penalty and repetition penalty.
+        eos_token_ids: tokens that end a sequence.
+        num_return_sequences: number of sequences to return per prompt, at most K.
+
+    Returns:
+        The sequences of a prompt in consecutive rows, best first. :data:`PAD` follows the end of a sequence.
     """
     batch_size, max_length = len(decoder.logits), decoding.max_new_tokens
     num_beams, device = decoding.beam_width(num_return_sequences), decoder.logits.device
@@ -203,7 +216,7 @@ def beam_search(
         )
         vocab_size = token_log_probs.shape[1]
         totals = (log_probs[..., None] + token_log_probs.view(n, k, -1)).flatten(1)  # [n, k * V]
-        # Enough candidates that K of them are active even if all ends are among them.
+        # Enough candidates that K of them are active, even if all tokens that end a sequence are among them.
         totals, best = totals.topk(min((1 + len(eos_token_ids)) * num_beams, totals.shape[1]))
         parents, tokens = best // vocab_size, best % vocab_size
         candidates = gather_beams(sequences, parents)
@@ -239,9 +252,15 @@ def sample(
     num_return_sequences: int,
     uniforms: Float[Tensor, "N max_new_tokens"] | None = None,
 ) -> Int[Tensor, "N U"]:
-    """Generate sequences token by token: the most likely token each time, or one sampled from the nucleus."""
+    """Generate sequences token by token, by greedy search or by sampling from the nucleus if ``decoding.top_p`` is set.
+
+    See :func:`generate` for the arguments. `decoder` has one row per prompt.
+
+    Returns:
+        The sequences of a prompt in consecutive rows. :data:`PAD` follows the end of a sequence.
+    """
     device = decoder.logits.device
-    rows = torch.arange(len(decoder.logits), device=device).repeat_interleave(num_return_sequences)  # of the decoder
+    rows = torch.arange(len(decoder.logits), device=device).repeat_interleave(num_return_sequences)  # decoder rows
     sequences = torch.full((len(rows), decoding.max_new_tokens), PAD, device=device)
     active = torch.arange(len(rows), device=device)  # sequences that have not ended
     for step in range(decoding.max_new_tokens):
@@ -270,7 +289,15 @@ def process_logits(
     decoding: Decoding,
     eos_token_ids: Int[Tensor, "eos"],
 ) -> Float[Tensor, "N V"]:
-    """Apply repetition penalty and minimum length to logits, or log-probabilities, of the next token."""
+    """Apply repetition penalty and minimum length to the logits or log-probabilities of the next token.
+
+    Args:
+        logits: logits or log-probabilities of each row.
+        generated: the tokens that were generated so far.
+        decoder_start_token_id: the token before `generated`, for an encoder-decoder.
+        decoding: repetition penalty and minimum length.
+        eos_token_ids: tokens that end a sequence, which get -inf until the minimum length is reached.
+    """
     if decoding.repetition_penalty != 1:
         # As in transformers, decoder_start_token_id counts as a generated token.
         start = (
@@ -293,11 +320,11 @@ def sample_top_p(
 
     Args:
         logits: logits or log-probabilities.
-        top_p: total probability of the nucleus.
-        temperature: divisor of the logits.
-        uniforms: random numbers in [0, 1), which determine the tokens independently of the other rows: the cumulative
-            distribution of the nucleus, most likely token first, is inverted at them. None: PyTorch's own random
-            numbers.
+        top_p: total probability of the nucleus, in (0, 1].
+        temperature: divisor of the logits, above 0.
+        uniforms: a random number in [0, 1) for each row, which determines the token of the row independently of the
+            other rows: it is the point at which the cumulative distribution of the nucleus, most likely token first, is
+            inverted. None: the numbers are drawn from PyTorch's generator.
     """
     probs, order = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
     preceding = probs.cumsum(dim=-1) - probs
@@ -316,11 +343,11 @@ def sample_top_p(
 class SampledTokenLogitsProcessor(LogitsProcessor):
     """A logits processor that makes transformers' ``generate`` sample with given random numbers.
 
-    It samples a token with :func:`sample_top_p` and excludes all others.
+    For each row, the processor samples a token with :func:`sample_top_p` and excludes all other tokens.
 
     Args:
         uniforms: random numbers in [0, 1), one for each token of each sequence.
-        decoding: the nucleus and the temperature.
+        decoding: the options ``top_p`` (not None) and ``temperature``.
     """
 
     def __init__(self, uniforms: Float[Tensor, "N max_new_tokens"], decoding: Decoding) -> None:
@@ -335,5 +362,5 @@ class SampledTokenLogitsProcessor(LogitsProcessor):
 
 
 def gather_beams(values: Tensor, beams: Int[Tensor, "n k"]) -> Tensor:
-    """Return a tensor with ``values[i, beams[i, j]]`` at [i, j]."""
+    """Return a tensor whose element [i, j] is ``values[i, beams[i, j]]``."""
     return values[torch.arange(len(values), device=values.device)[:, None], beams]

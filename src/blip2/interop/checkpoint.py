@@ -1,4 +1,4 @@
-"""A checkpoint of any format, with its weights under this project's names."""
+"""A checkpoint of any format, whose weights have this project's names."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def is_text_weight(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint of any format, under this project's names."""
+    """A checkpoint of any format, whose weights have this project's names."""
 
     name: str
     """Folder, file or hub name."""
@@ -49,22 +49,22 @@ class Checkpoint:
     """A short description of the contents, for the log."""
     config: ModelConfig
     weights: Weights
-    """All weights. Those of frozen parts have transformers' names after :data:`VISION_PREFIX` and
-    :data:`LANGUAGE_PREFIX`."""
+    """All weights. The names of weights of frozen parts are :data:`VISION_PREFIX` or :data:`LANGUAGE_PREFIX`, followed
+    by transformers' name."""
     tokenizer: Path | None = None
-    """Folder of the tokenizer: the Q-Former's in stage 1, the LLM's in stage 2."""
+    """Folder of the tokenizer: the Q-Former's in stage 1, the LLM's in stage 2. None: the checkpoint has none."""
     vision_config: Any = None
-    """Configuration of the image encoder, if the weights contain one."""
+    """Configuration of the image encoder. None: the weights contain no image encoder."""
     language_config: Any = None
-    """Configuration of the LLM, if the weights contain one."""
+    """Configuration of the LLM. None: the weights contain no LLM."""
     preprocessing: Preprocessing | None = None
-    """Preprocessing for the image encoder, if the weights contain one."""
+    """Preprocessing for the image encoder. None: the weights contain no image encoder."""
 
     @property
     def missing_prefixes(self) -> tuple[str, ...]:
-        """Name prefixes of the stage-1 weights that are missing because transformers' format does not hold them.
+        """Name prefixes of missing stage-1 weights for which transformers' format has no place.
 
-        These weights keep their initial values.
+        A model that loads the checkpoint keeps its initial values of these weights.
         """
         return tuple(part for part in ("temperature", "language_head.") if not self.weights.select(part))
 
@@ -82,7 +82,7 @@ class Checkpoint:
         return "matching_head.weight" in self.weights
 
     def is_stage1_only(self, name: str) -> bool:
-        """Return whether a weight belongs to the heads or to a text transformer that stage 2 does not have."""
+        """Return whether a weight belongs to a head or to a text transformer that the stage-2 model does not have."""
         return name.startswith(STAGE1_ONLY) or (is_text_weight(name) and not self.config.qformer.use_qformer_text_input)
 
     def stage_weights(self) -> Weights:
@@ -92,11 +92,11 @@ class Checkpoint:
         return self.weights.filter(lambda name: not self.is_stage1_only(name))
 
     def trained_weights(self) -> Weights:
-        """Return the weights that the checkpoint's own stage trains."""
+        """Return the weights of the checkpoint's own stage, without frozen parts."""
         return self.stage_weights().drop(*self._frozen)
 
     def all_trained_weights(self) -> Weights:
-        """Return the weights that either stage trains, as far as they are present."""
+        """Return all weights of the checkpoint, of both stages if it contains both, without frozen parts."""
         return self.weights.drop(*self._frozen)
 
     @property
@@ -104,10 +104,13 @@ class Checkpoint:
         return (VISION_PREFIX,) * self.has_vision + (LANGUAGE_PREFIX,) * self.has_language
 
     def as_stage(self, stage: Literal["representation", "generation"] | None) -> Checkpoint:
-        """Return the checkpoint as one of a given stage; None keeps its own stage.
+        """Return this checkpoint as a checkpoint of a given stage.
+
+        Args:
+            stage: the stage. None: the checkpoint's own stage.
 
         Raises:
-            InputError: the checkpoint does not contain that stage.
+            InputError: the checkpoint does not contain the stage.
         """
         if stage in (None, self.config.stage):
             return self
@@ -117,7 +120,11 @@ class Checkpoint:
         return replace(self, config=replace(self.config, stage=stage, language=None), tokenizer=tokenizer)
 
     def with_config(self, config: ModelConfig) -> Checkpoint:
-        """Return the checkpoint with another config, without the frozen parts that the config names elsewhere."""
+        """Return this checkpoint with another config.
+
+        The weights of an embedded image encoder or LLM are dropped if `config` loads that part from somewhere else: if
+        the ``name`` of the part in `config` is not the name of this checkpoint.
+        """
         weights, vision, language = self.weights, self.vision_config, self.language_config
         if self.has_vision and config.vision.name != self.name:
             weights, vision = weights.drop(VISION_PREFIX), None
@@ -126,10 +133,11 @@ class Checkpoint:
         return replace(self, config=config, weights=weights, vision_config=vision, language_config=language)
 
     def with_num_attention_heads(self, num_attention_heads: int | None) -> Checkpoint:
-        """Return the checkpoint with the number of heads of its image encoder, which the weights do not determine.
+        """Return this checkpoint with the number of heads of its image encoder, which the weights do not determine.
 
         Args:
-            num_attention_heads: the given value. None: that of the configuration.
+            num_attention_heads: the number that the user has set. None: the number in the configuration of the image
+                encoder.
 
         Raises:
             InputError: the number is unknown, contradicts the configuration or does not divide the width.
@@ -141,19 +149,29 @@ class Checkpoint:
         if known is None or width % known:
             raise InputError(
                 f"the image encoder of {self.name} has width {width} and {known or 'an unknown number of'} heads,"
-                " expected a divisor of the width: set vision.num_attention_heads to the number that it was trained"
-                " with"
+                " expected a divisor of the width: set vision.num_attention_heads to the number of heads that it was"
+                " trained with"
             )
         if num_attention_heads not in (None, known):
             raise InputError(
-                f"vision.num_attention_heads is {num_attention_heads}, the image encoder of {self.name} has {known}:"
-                " leave it out"
+                f"vision.num_attention_heads is {num_attention_heads}, but the image encoder of {self.name} has"
+                f" {known} heads: leave out vision.num_attention_heads"
             )
         config.num_attention_heads = known
         return replace(self, vision_config=config)
 
     def load_image_encoder(self, layer: Layer | None, image_size: int | None, dtype: torch.dtype) -> ImageEncoder:
-        """Return the frozen image encoder for images of `image_size` pixels (None: its own size)."""
+        """Create the image encoder of this checkpoint, frozen.
+
+        Args:
+            layer: the layer whose output is used; see :func:`load_image_encoder`.
+            image_size: height and width of the images in pixels. None: the encoder's own size.
+            dtype: data type of the weights and of the computation.
+
+        Raises:
+            InputError: the weights are incomplete, or the encoder has no such layer or cannot encode images of this
+                size.
+        """
         assert self.vision_config is not None and self.preprocessing is not None
         network = load_submodule(
             copy.deepcopy(self.vision_config),
@@ -164,13 +182,17 @@ class Checkpoint:
         )
         preprocessing = replace(self.preprocessing, image_size=image_size or self.preprocessing.image_size)
         if layer == "last":
-            raise InputError(f"the image encoder of {self.name} has no last layer any more: leave out vision.layer")
+            raise InputError(f"the last layer of the image encoder in {self.name} was removed: leave out vision.layer")
         if not isinstance(self.vision_config, Blip2VisionConfig):
-            layer = "last"  # of the remaining layers
+            layer = "last"  # the last of the remaining layers
         return wrap_transformers(network, preprocessing, layer)
 
     def resize_vision(self, image_size: int | None) -> tuple[Any, Weights]:
-        """Return the configuration and weights of the image encoder for images of another size (None: its own)."""
+        """Return the configuration and the weights of the image encoder, with resized position embeddings.
+
+        Args:
+            image_size: height and width of the images in pixels. None: the encoder's own size.
+        """
         config, weights = copy.deepcopy(self.vision_config), self.weights.select(VISION_PREFIX)
         if image_size not in (None, config.image_size):
             check_image_size(image_size, config.patch_size)
@@ -185,7 +207,7 @@ class Checkpoint:
         return config, weights
 
     def load_language_model(self, dtype: torch.dtype, activation: str | None = None) -> LanguageModel:
-        """Return the frozen LLM."""
+        """Create the LLM of this checkpoint, frozen; see :func:`blip2.backbones.language.load_language_model`."""
         config = copy.deepcopy(self.language_config)
         set_activation(config, activation)
         weights = to_dtype(self.weights.strip_prefix(LANGUAGE_PREFIX), dtype)
@@ -193,7 +215,7 @@ class Checkpoint:
 
 
 def to_dtype(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the weights in a data type. Each is read and converted before the next, to save memory."""
+    """Convert the floating-point weights to a data type, one weight at a time to save memory."""
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
 
 
@@ -205,10 +227,13 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTr
         trust_remote_code: whether to run Python code in the folder.
 
     Raises:
-        InputError: the tokenizer is missing, damaged or slow, or needs code that is not trusted.
+        InputError: the tokenizer is missing, damaged or not a fast one, or needs code that is not trusted.
     """
     with wrap_load_errors(str(folder), "tokenizer", "tokenizer.json"):
         tokenizer = load_pretrained(AutoTokenizer, folder, trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast:
-        raise InputError(f"the tokenizer of {str(folder)!r} has no tokenizer.json: save it as a fast tokenizer first")
+        raise InputError(
+            f"the tokenizer of {str(folder)!r} is slow (it has no tokenizer.json), expected a fast one: save it as a"
+            " fast tokenizer of transformers first"
+        )
     return tokenizer

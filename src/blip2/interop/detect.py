@@ -31,11 +31,11 @@ def open_foreign(name: str, overrides: Mapping[str, object] | None = None) -> Ch
 
     Args:
         name: folder in transformers' layout, hub name, or ``.pth`` file.
-        overrides: values of keys of the config that the file does not contain. None: only the frozen parts in the
-            file are needed. See :func:`lavis.read`.
+        overrides: values for config keys that a ``.pth`` file does not contain, by key. None: only the frozen parts in
+            the file are needed. See :func:`lavis.read`.
 
     Returns:
-        The checkpoint. None: there is no such checkpoint of this name.
+        The checkpoint. None: `name` is not a BLIP-2 checkpoint of transformers or LAVIS.
 
     Raises:
         InputError: the checkpoint is damaged or incomplete.
@@ -53,12 +53,12 @@ def open_foreign(name: str, overrides: Mapping[str, object] | None = None) -> Ch
 
 
 def is_pickle(name: str) -> bool:
-    """Return whether a name is that of a file written by :func:`torch.save`."""
+    """Return whether a name has the suffix of a file that was written by :func:`torch.save`."""
     return not name.startswith("timm:") and Path(name).suffix in PICKLE_SUFFIXES and not expand_home(name).is_dir()
 
 
 def is_blip2(folder: Path) -> bool:
-    """Return whether a folder contains a BLIP-2 in transformers' layout."""
+    """Return whether a folder contains a BLIP-2 checkpoint in transformers' layout."""
     try:
         return read_json(folder / "config.json").get("model_type") == "blip-2"
     except (InputError, AttributeError):
@@ -66,11 +66,18 @@ def is_blip2(folder: Path) -> bool:
 
 
 def _fetch(name: str) -> Path | None:
-    """Download a BLIP-2 from the hub and return its folder; None if the hub has none of that name."""
+    """Download a BLIP-2 checkpoint from the hub.
+
+    Returns:
+        The local folder of the checkpoint. None: the hub has no BLIP-2 checkpoint of this name, or cannot be reached.
+    """
     try:
         folder = Path(snapshot_download(name, allow_patterns="config.json"))
         return Path(snapshot_download(name, allow_patterns=HUB_FILES)) if is_blip2(folder) else None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError, RepositoryNotFoundError):
         return None
     except (HfHubHTTPError, OSError) as error:
-        raise InputError(f"{name!r} cannot be fetched from the hub ({short_message(error)}): check its name") from error
+        raise InputError(
+            f"{name!r} cannot be downloaded from the hub ({short_message(error)}): check the name, your access to the"
+            " model (hf auth login) and the free disk space"
+        ) from error

@@ -17,10 +17,10 @@ KeyMap = tuple[tuple[str, str], ...]
 
 
 def qformer_block_keys(block: str, attention: str) -> KeyMap:
-    """Return the rows for a Q-Former block. Both foreign formats derive their names from BERT.
+    """Return the rows for a Q-Former block. Transformers and LAVIS both derive their names from BERT.
 
     Args:
-        block: name of a block in the other format.
+        block: name of a block in the other format, with ``{}`` for the number of the block.
         attention: name of the submodule that holds the query, key and value projections.
     """
     ours = "qformer.blocks.{}"
@@ -37,16 +37,16 @@ def qformer_block_keys(block: str, attention: str) -> KeyMap:
 
 
 def rename_keys(names: Iterable[str], key_map: KeyMap, source: str, inverse: bool = False) -> dict[str, str]:
-    """Return a mapping from each of `names` to its name in the other format.
+    """Return a mapping from the names of weights to their new names.
 
     Args:
         names: names of weights.
         key_map: the table.
-        source: where the names are from, for the error message.
-        inverse: rename from this project's names to the other format's.
+        source: name of the checkpoint with these weights, for the error message.
+        inverse: whether to rename from this project's names to those of the other format. False: the other direction.
 
     Raises:
-        InputError: the table does not contain some names, or maps two names to one.
+        InputError: the table does not contain some names, or maps two names to the same name.
     """
     rows = [_compile(*(row[::-1] if inverse else row)) for row in key_map]
     renamed: dict[str, str] = {}
@@ -59,15 +59,15 @@ def rename_keys(names: Iterable[str], key_map: KeyMap, source: str, inverse: boo
             renamed[name] = other
     if unknown:
         raise InputError(
-            f"{source} has {_format_count(unknown)} that belong to no part of BLIP-2: {format_names(unknown)}; is it"
-            " another model?"
+            f"{source} has {_format_count(unknown)} unknown in BLIP-2: {format_names(unknown)}; give a BLIP-2"
+            " checkpoint without other weights"
         )
     counts = Counter(renamed.values())
     duplicates = [name for name, new in renamed.items() if counts[new] > 1]
     if duplicates:
         raise InputError(
-            f"{source} has {_format_count(duplicates)} of the same meaning: {format_names(duplicates)}; keep one of"
-            " each"
+            f"{source} has {_format_count(duplicates)} with several names for the same parameter:"
+            f" {format_names(duplicates)}; keep one name of each"
         )
     return renamed
 
@@ -86,7 +86,7 @@ def _apply(pattern: re.Pattern[str], form: str, name: str) -> str | None:
 
 
 def format_names(names: Iterable[str], limit: int = 4) -> str:
-    """Return the first `limit` names in order, and the number of the others."""
+    """Return a text with the first `limit` names in alphabetical order and the number of the remaining names."""
     names = sorted(names)
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 

@@ -62,9 +62,9 @@ CLIP_KEYS: KeyMap = (
     ("visual_encoder.transformer.resblocks.{}.mlp.c_proj", f"{LAYER}.mlp.fc2"),
 )
 UNUSED_ENCODER_PREFIXES = ("norm.", "fc_norm.", "head.", "mask_token", "ln_post.", "proj")
-"""Name prefixes of weights in a file of EVA-CLIP or CLIP that BLIP-2 does not use."""
+"""Name prefixes of the weights of EVA-CLIP and CLIP that BLIP-2 does not use."""
 IMAGE_NORM_EPS = 1e-5
-"""Epsilon of ``ln_vision``."""
+"""Epsilon of ``ln_vision``, LAVIS's LayerNorm of the image features."""
 BERT_TOKENIZER = "google-bert/bert-base-uncased"
 """Hub name of the tokenizer of LAVIS's Q-Former."""
 EVA_HEAD_DIM, CLIP_HEAD_DIM = 88, 64
@@ -78,10 +78,10 @@ def read(path: Path, overrides: Mapping[str, object] | None) -> Checkpoint:
 
     Args:
         path: the file.
-        overrides: values of keys of the config that the file does not contain: ``vision.name`` and, for stage 2,
+        overrides: values for config keys that the file does not contain, by key: ``vision.name`` and, for stage 2,
             ``language.name`` if these frozen parts are not in the file, and ``qformer.num_attention_heads`` if a head
-            is not 64 wide. A given ``vision.name`` replaces an image encoder in the file. None: only the frozen parts
-            in the file are needed, so no value is required.
+            is not 64 wide. If ``vision.name`` is given, the image encoder in the file is not used. None: only the
+            frozen parts in the file are needed, so no value is required.
 
     Raises:
         InputError: the file is damaged, contains code or another model, or a required value is missing.
@@ -96,7 +96,8 @@ def _read(path: Path, state: dict[str, Tensor], overrides: Mapping[str, object] 
         return _read_encoder(path, state)
     if "query_tokens" not in state:
         raise InputError(
-            f"{path} is not a BLIP-2 checkpoint (it has no query_tokens, but {format_names(state, 3)}): give one"
+            f"{path} is not a BLIP-2 checkpoint (it has no query_tokens, but {format_names(state, 3)}): give a BLIP-2"
+            " checkpoint"
         )
     if any(name.startswith("llm_") for name in state):
         raise InputError(f"{path} is an InstructBLIP checkpoint (it has llm_proj), whose Q-Former also reads the"
@@ -153,12 +154,15 @@ def _config(
     positions = weights.get("qformer.position_embedding.weight")
     width = queries[2]
     if width % 64 and "qformer.num_attention_heads" not in values:
-        raise InputError(f"{path}: the width of its Q-Former is {width}, not a multiple of 64, the width of a head in"
-                         " BERT: set qformer.num_attention_heads")  # fmt: skip
+        raise InputError(
+            f"{path}: the width of its Q-Former is {width}, not a multiple of 64, the width of a head in BERT: set"
+            " qformer.num_attention_heads to the number of heads that it was trained with"
+        )
     if overrides is not None and not has_vision and "vision.name" not in values:
         raise InputError(
-            f"{path} contains no image encoder: set vision.name to the one it was trained with, for example to LAVIS's"
-            " eva_vit_g.pth, or to Salesforce/blip2-itm-vit-g, of which only the image encoder is loaded"
+            f"{path} contains no image encoder: set vision.name to the image encoder that it was trained with, for"
+            " example to LAVIS's eva_vit_g.pth, or to Salesforce/blip2-itm-vit-g, of which only the image encoder is"
+            " loaded"
         )
     if overrides is not None and stage == "generation" and "language.name" not in values:
         raise InputError(f"{path} does not name its LLM: set language.name, for example to"
@@ -219,10 +223,10 @@ def _blocks(weights: Mapping[str, Tensor]) -> int:
 
 
 def _vision_config(path: Path, weights: Weights) -> Any:
-    """Return the configuration of an image encoder from its weights.
+    """Return the configuration of an image encoder, inferred from the weights.
 
-    Weights do not determine the number of heads: it is that of ViT-g's or ViT-L's head width, or 0 for unknown. CLIP's
-    last block has been removed already.
+    The weights do not determine the number of heads. It is computed from the width of a head in EVA-CLIP ViT-g or CLIP
+    ViT-L, and is 0 if this width does not divide the width of the encoder.
     """
     patches = weights[f"{VISION_PREFIX}embeddings.patch_embedding.weight"]  # [E, 3, p, p]
     is_clip = f"{VISION_PREFIX}pre_layrnorm.weight" in weights
@@ -247,7 +251,11 @@ def _vision_config(path: Path, weights: Weights) -> Any:
 
 
 def drop_tied(state: dict[str, Tensor], path: Path) -> None:
-    """Remove tied copies (the output matrix of ITG) and the buffer of position ids."""
+    """Remove the copies of tied weights (the output layer of ITG) and the buffer of position ids.
+
+    Raises:
+        InputError: the copy of a tied weight has other values.
+    """
     state.pop("Qformer.bert.embeddings.position_ids", None)
     for tied, first in (
         ("Qformer.cls.predictions.decoder.weight", "Qformer.bert.embeddings.word_embeddings.weight"),
@@ -255,11 +263,14 @@ def drop_tied(state: dict[str, Tensor], path: Path) -> None:
     ):
         copy = state.pop(tied, None)
         if copy is not None and (first not in state or not torch.equal(copy, state[first])):
-            raise InputError(f"{path}: {tied} differs from {first}, to which LAVIS ties it: save the checkpoint again")
+            raise InputError(
+                f"{path}: {first} is missing or differs from {tied}, but both are the same parameter in LAVIS: save the"
+                " checkpoint again with LAVIS"
+            )
 
 
 def add_tied(state: dict[str, Tensor], num_positions: int) -> None:
-    """Add the tied copies and the buffer of position ids that LAVIS stores."""
+    """Add the copies of tied weights and the buffer of position ids that LAVIS stores."""
     state["Qformer.bert.embeddings.position_ids"] = torch.arange(num_positions)[None]
     if "Qformer.cls.predictions.bias" in state:
         state["Qformer.cls.predictions.decoder.weight"] = state["Qformer.bert.embeddings.word_embeddings.weight"]
@@ -274,16 +285,16 @@ def merge_qkv_bias(state: dict[str, Tensor]) -> None:
 
 
 def split_qkv_bias(state: dict[str, Tensor]) -> None:
-    """The inverse of :func:`merge_qkv_bias`.
+    """Split each qkv bias into a query bias and a value bias, the inverse of :func:`merge_qkv_bias`.
 
     Raises:
-        InputError: the key part of a bias is not zero; EVA has no key bias.
+        InputError: the key part of a qkv bias is not zero. EVA has no key bias.
     """
     for name in [name for name in state if name.endswith(".attn.qkv.bias")]:
         query, key, value = state.pop(name).chunk(3)
         if key.any():
-            raise InputError(f"{name} has a nonzero key bias, but LAVIS's image encoder has no key bias: train with"
-                             " EVA-CLIP or CLIP ViT-L for LAVIS")  # fmt: skip
+            raise InputError(f"the image encoder has a nonzero key bias ({name} in LAVIS's names), but LAVIS supports"
+                             " no key bias: convert to the format transformers instead")  # fmt: skip
         state[name.replace("qkv.bias", "q_bias")] = query.clone()
         state[name.replace("qkv.bias", "v_bias")] = value.clone()
 
@@ -297,7 +308,7 @@ def split_in_proj(state: dict[str, Tensor]) -> None:
 
 
 def merge_in_proj(state: dict[str, Tensor]) -> None:
-    """The inverse of :func:`split_in_proj`."""
+    """Merge query, key and value projections into CLIP's joint input projection."""
     for name in [name for name in state if ".attn.q_proj." in name]:
         parts = [state.pop(name.replace("q_proj", f"{part}_proj")) for part in ("q", "k", "v")]
         state[name.replace("q_proj.", "in_proj_")] = torch.cat(parts)
@@ -309,15 +320,20 @@ def merge_in_proj(state: dict[str, Tensor]) -> None:
 def to_state_dict(checkpoint: Checkpoint, is_t5: bool) -> dict[str, Tensor]:
     """Return the weights of a checkpoint under LAVIS's names.
 
+    Args:
+        checkpoint: the checkpoint.
+        is_t5: whether the LLM is a T5. False: an OPT, or there is no LLM.
+
     Raises:
-        InputError: LAVIS does not have its image encoder.
+        InputError: LAVIS does not support the image encoder of the checkpoint.
     """
     is_clip = f"{VISION_PREFIX}pre_layrnorm.weight" in checkpoint.weights
     preprocessing = checkpoint.preprocessing
     if preprocessing is not None and (preprocessing.mean, preprocessing.std) != (CLIP_MEAN, CLIP_STD):
         raise InputError(
             f"the image encoder of {checkpoint.name} expects pixels normalized with mean {preprocessing.mean} and"
-            f" standard deviation {preprocessing.std}; LAVIS always uses CLIP's: convert it to transformers"
+            f" standard deviation {preprocessing.std}, but LAVIS always uses CLIP's: convert to the format"
+            " transformers instead"
         )
     if checkpoint.vision_config is not None:
         inferred = _vision_config(Path(checkpoint.name), checkpoint.weights)
@@ -326,7 +342,8 @@ def to_state_dict(checkpoint: Checkpoint, is_t5: bool) -> dict[str, Tensor]:
             if value != expected:
                 raise InputError(
                     f"the image encoder of {checkpoint.name} has {key} {value}, but LAVIS, which supports only EVA-CLIP"
-                    f" and CLIP ViT-L, would use {expected or 'no known value'}: convert it to transformers"
+                    f" and CLIP ViT-L, would use {expected or 'no known value'}: convert to the format transformers"
+                    " instead"
                 )
     state = dict(checkpoint.weights.rename_keys(_key_map(is_t5, is_clip), checkpoint.name, inverse=True))
     merge_in_proj(state) if is_clip else split_qkv_bias(state)
@@ -335,7 +352,7 @@ def to_state_dict(checkpoint: Checkpoint, is_t5: bool) -> dict[str, Tensor]:
 
 
 def compatibility_notes(checkpoint: Checkpoint) -> list[str]:
-    """Return notes on what LAVIS's own code or files do not support in a checkpoint."""
+    """Return a note for each property of a checkpoint that LAVIS's own code or files do not support."""
     qformer, vision, language = checkpoint.config.qformer, checkpoint.vision_config, checkpoint.config.language
     notes = []
     if (qformer.hidden_size, qformer.num_hidden_layers, qformer.num_attention_heads) != (768, 12, 12):
@@ -343,22 +360,25 @@ def compatibility_notes(checkpoint: Checkpoint) -> list[str]:
     if (vision.hidden_size, vision.num_hidden_layers) not in TRUNCATED_VITS:
         notes.append("LAVIS builds only EVA-CLIP ViT-g and CLIP ViT-L: this file needs a modified LAVIS")
     if (qformer.layer_norm_eps, qformer.cross_attention_frequency) != (1e-12, 2):
-        notes.append("LAVIS's Q-Former has norms with epsilon 1e-12 and cross-attention in every second block")
+        notes.append(
+            "LAVIS's Q-Former always has norms with epsilon 1e-12 and cross-attention in every second block, unlike"
+            " this model: results differ"
+        )
     if checkpoint.missing_prefixes and language is None:
-        notes.append("the temperature or the language head is missing; LAVIS initializes it randomly")
+        notes.append("the temperature or the language head is missing: LAVIS uses its initial values")
     if language is not None:
         llm = checkpoint.language_config
         if llm is not None and llm.model_type == "t5" and llm.dense_act_fn != "gelu":
-            notes.append(f"its T5 uses the activation {llm.dense_act_fn}, LAVIS's uses gelu: results differ")
+            notes.append(f"the T5 of this model has the activation {llm.dense_act_fn}, LAVIS uses gelu: results differ")
         if llm is not None and llm.model_type == "opt" and language.stop_string != "\n":
-            notes.append("its texts end with the LLM's own token; LAVIS's end with a newline")
+            notes.append("LAVIS ends a text at a newline, but the texts of this model do not end with a newline")
     if checkpoint.config.text_normalization != "lavis":
         notes.append(
             "LAVIS lowercases captions and questions and removes punctuation; this model was trained without that"
         )
     if qformer.image_norm_eps != IMAGE_NORM_EPS:
         notes.append(
-            f"the norm of its image features has epsilon {qformer.image_norm_eps}, LAVIS's always {IMAGE_NORM_EPS}:"
-            " results differ in the sixth digit"
+            f"the norm of the image features has epsilon {qformer.image_norm_eps} in this model and always"
+            f" {IMAGE_NORM_EPS} in LAVIS: results differ in the sixth digit"
         )
     return notes

@@ -30,8 +30,8 @@ from blip2.io import read_json, write_json
 
 RETRIEVAL_CLASS, GENERATION_CLASS = "Blip2ForImageTextRetrieval", "Blip2ForConditionalGeneration"
 NORMALIZATION_KEY = "text_normalization"
-"""Key of config.json for a text normalization other than :data:`DEFAULT_NORMALIZATION`. Transformers ignores
-it."""
+"""Key of config.json for a text normalization other than :data:`DEFAULT_NORMALIZATION`. The transformers library
+ignores this key."""
 DEFAULT_NORMALIZATION: TextNormalization = "lavis"
 """Text normalization of the published checkpoints."""
 KEY_MAP: KeyMap = (
@@ -59,11 +59,11 @@ def read(name: str, folder: Path) -> Checkpoint:
     """Read a folder in transformers' layout.
 
     Args:
-        name: the folder or the hub name it was downloaded from, for messages.
+        name: the folder, or the hub name from which it was downloaded, for messages.
         folder: the folder.
 
     Raises:
-        InputError: it contains another model, or its files are damaged or contradict each other.
+        InputError: the folder contains another model, or its files are damaged or contradict each other.
     """
     with wrap_parse_errors(name):
         return _read(name, folder, _read_object(folder / "config.json"))
@@ -77,8 +77,8 @@ def _read(name: str, folder: Path, settings: dict[str, Any]) -> Checkpoint:
         found = (settings.get(part) or {}).get("model_type", expected)
         if found != expected:
             raise InputError(
-                f"{name}: its {part} is of type {found}, expected {expected}, which transformers would silently assume:"
-                " give a checkpoint with the expected type"
+                f"{name}: the {part} in its config.json is of type {found}, expected {expected}, which transformers"
+                " would silently assume: give a checkpoint with this type"
             )
     with wrap_load_errors(name, "configuration"):
         config: Any = Blip2Config.from_dict(settings)
@@ -116,8 +116,8 @@ def _config(
     qformer_config = config.qformer_config
     if qformer_config.hidden_act != "gelu":
         raise InputError(
-            f"{name}: its Q-Former has the activation {qformer_config.hidden_act}, expected gelu: give another"
-            " checkpoint"
+            f"{name}: its Q-Former has the activation {qformer_config.hidden_act}, expected gelu: give a checkpoint"
+            " whose Q-Former has gelu"
         )
     positions = weights.get("qformer.position_embedding.weight")
     shapes = {
@@ -127,7 +127,8 @@ def _config(
     for key, (configured, found) in shapes.items():
         if configured != found:
             raise InputError(
-                f"{name}: its config.json has {key} {configured}, but its weights have {found}: correct the wrong one"
+                f"{name}: its config.json has {key} {configured}, but its weights have {found}: correct config.json, or"
+                " copy or download the weights that belong to it"
             )
     try:
         qformer = QFormerConfig(
@@ -149,7 +150,7 @@ def _config(
         language = None
         if generates:
             prompt, stop = _prompt(config.text_config, tokenizer), _stop(name, config.text_config, tokenizer)
-            # Recorded, since the LLM's own files may differ: FlanT5's have gelu_new, but LAVIS trained with gelu.
+            # Recorded because the LLM's own files may differ: those of FlanT5 have gelu_new, but LAVIS used gelu.
             language = LanguageConfig(
                 name=name, prompt=prompt, stop_string=stop, activation=activation_name(config.text_config)
             )
@@ -165,18 +166,18 @@ def _config(
 
 
 def _normalization(name: str, config: Any) -> TextNormalization:
-    """Return the text normalization of training: LAVIS's, unless :func:`save_processor` recorded another."""
+    """Return the text normalization of training: LAVIS's, unless :func:`save_processor` recorded another one."""
     found: Any = getattr(config, NORMALIZATION_KEY, DEFAULT_NORMALIZATION)
     if found not in get_args(TextNormalization):
         raise InputError(
             f"{name}: its config.json has {NORMALIZATION_KEY} {found!r}, expected one of"
-            f" {', '.join(get_args(TextNormalization))}: correct it, or leave it out"
+            f" {', '.join(get_args(TextNormalization))}: correct or remove {NORMALIZATION_KEY}"
         )
     return found
 
 
 def _prompt(text_config: Any, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the prompt that transformers uses without text: a BOS token, even if the tokenizer adds none."""
+    """Return the prompt that transformers uses if the user gives none: a BOS token, even if the tokenizer adds none."""
     start = getattr(text_config, "bos_token_id", None)
     if text_config.is_encoder_decoder or start is None or tokenizer("")["input_ids"]:
         return ""
@@ -185,7 +186,7 @@ def _prompt(text_config: Any, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _stop(name: str, text_config: Any, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return the text of the end token if it is not the tokenizer's EOS, such as the newline of the paper's OPT."""
+    """Return the text of the end token, such as the newline of the paper's OPT; None if it is the tokenizer's EOS."""
     ends = getattr(text_config, "eos_token_id", None)
     ends = list(ends) if isinstance(ends, list | tuple) else [ends]
     end: Any = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
@@ -194,21 +195,31 @@ def _stop(name: str, text_config: Any, tokenizer: PreTrainedTokenizerBase) -> st
     stop = str(tokenizer.decode([end]))
     if tokenizer(stop, add_special_tokens=False)["input_ids"] != [end]:
         raise InputError(f"{name}: its texts end with token {end}, {stop!r}, which its tokenizer never produces:"
-                         " correct text_config.eos_token_id")  # fmt: skip
+                         " correct text_config.eos_token_id in its config.json")  # fmt: skip
     return stop
 
 
 def _set_size(name: str, vision: Any, weights: Weights) -> None:
-    """Set the image size to that of the position embeddings, whatever the configuration says."""
+    """Set the image size in a configuration to the size for which the weights have position embeddings."""
     key = "vision.network.embeddings.position_embedding"
     if key not in weights:
-        raise InputError(f"{name} has no image encoder ({key} is missing): download its weights again")
+        raise InputError(
+            f"{name} has no image encoder (vision_model.embeddings.position_embedding is missing): copy or download its"
+            " weights again"
+        )
     grid = round((weights[key].shape[1] - 1) ** 0.5)
     vision.image_size = grid * vision.patch_size
 
 
 def check_processor(name: str, folder: Path, config: Any, tokenizer: PreTrainedTokenizerBase, generates: bool) -> None:
-    """Check the processor for what transformers silently ignores, such as a wrong number of image placeholders.
+    """Check settings of the processor that transformers does not check, such as the number of image placeholders.
+
+    Args:
+        name: name of the checkpoint, for messages.
+        folder: folder with the files of the processor.
+        config: configuration of the model.
+        tokenizer: tokenizer of the checkpoint.
+        generates: whether the checkpoint generates text (stage 2), so that prompts contain image placeholders.
 
     Raises:
         InputError: the processor contradicts the configuration or BLIP-2's preprocessing.
@@ -224,13 +235,13 @@ def check_processor(name: str, folder: Path, config: Any, tokenizer: PreTrainedT
     with wrap_load_errors(name, "image processor", "processor_config.json"):
         try:
             images, _ = ImageProcessingMixin.get_image_processor_dict(str(folder))
-        except OSError:  # without one, CLIP's defaults apply
+        except OSError:  # without an image processor, CLIP's defaults apply
             images = {}
     for key, expected in (("do_resize", True), ("do_rescale", True), ("do_normalize", True), ("resample", 3)):
         if images.get(key, expected) != expected:
             raise InputError(
                 f"{name}: its image processor has {key} {images[key]}, expected {expected}, as in BLIP-2's training:"
-                " correct it"
+                f" correct {key} in processor_config.json or preprocessor_config.json"
             )
     index = config.image_token_index
     if not generates or index is None:
@@ -239,27 +250,32 @@ def check_processor(name: str, folder: Path, config: Any, tokenizer: PreTrainedT
     if found is None:
         raise InputError(
             f"{name}: its tokenizer has no {IMAGE_TOKEN}, which is token {index} in its config.json: copy the"
-            " tokenizer that belongs to it"
+            " tokenizer that belongs to the model"
         )
     if found != index:
         raise InputError(
             f"{name}: {IMAGE_TOKEN} is token {found} of its tokenizer, but {index} in its config.json: set"
-            f" image_token_index to {found}"
+            f" image_token_index to {found} in config.json"
         )
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     found = read_json(path)
     if not isinstance(found, dict):
-        raise InputError(f"{path} contains no JSON object: copy or download it again")
+        raise InputError(f"{path} contains a {type(found).__name__}, expected a JSON object: copy or download it again")
     return found
 
 
 def save_processor(folder: Path, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> Blip2Config:
-    """Save the processor, the tokenizer and the generation configuration of a checkpoint with its frozen parts.
+    """Save the processor, the tokenizer and the generation configuration of a checkpoint.
+
+    Args:
+        folder: the folder to write into.
+        checkpoint: a checkpoint that contains its frozen parts.
+        tokenizer: the tokenizer of the checkpoint. The image placeholder is added to it.
 
     Returns:
-        The configuration of the model.
+        The configuration of the model, for :func:`save_config`.
     """
     sizes, vision, llm = checkpoint.config.qformer, checkpoint.vision_config, checkpoint.language_config
     preprocessing = checkpoint.preprocessing
@@ -309,7 +325,13 @@ def save_processor(folder: Path, checkpoint: Checkpoint, tokenizer: PreTrainedTo
 
 
 def save_config(folder: Path, config: Any, weights: Mapping[str, Tensor]) -> None:
-    """Save config.json with the model's class and the data type of the weights, float32 if there are several."""
+    """Save config.json with the class of the model and the data type of the weights.
+
+    Args:
+        folder: the folder to write into.
+        config: the configuration that :func:`save_processor` returned.
+        weights: the weights under transformers' names. If they have several data types, float32 is stored.
+    """
     config.architectures = [GENERATION_CLASS if "language_projection.weight" in weights else RETRIEVAL_CLASS]
     dtypes = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
     config.dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32

@@ -1,9 +1,9 @@
 """Convert image encoders to the layout of transformers' ``Blip2VisionModel``.
 
-This layout is a plain pre-norm ViT with a CLS token and learned position embeddings. Many encoders compute the same
-under other names. Besides renaming, the conversion merges the query, key and value projections into one matrix,
-multiplies DINOv2's layer scales into the preceding matrices and interpolates the position embeddings to the image size
-in use. The features stay the same.
+This layout is a plain pre-norm ViT with a CLS token and learned position embeddings. Many image encoders compute the
+same function with other names of their weights. Besides renaming, the conversion merges the query, key and value
+projections into one matrix, multiplies DINOv2's layer scales into the preceding matrices and interpolates the position
+embeddings to the image size in use. The features stay the same.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ SUPPORTED_TIMM_MODULES = {
     "VisionTransformer", "Eva", "PatchEmbed", "Conv2d", "Sequential", "ModuleList", "Block", "EvaBlock", "LayerNorm",
     "LayerNormFp32", "Attention", "EvaAttention", "Linear", "Mlp", "LayerScale", "Identity", "Dropout", "DropPath",
 }  # fmt: skip
-"""Modules of timm that compute the same as those of the layout; others may have weights with the same names."""
+"""Modules of timm that compute the same as the modules of the layout. Other modules may compute something else with
+weights of the same names."""
 ACTIVATIONS = ("gelu", "quick_gelu", "gelu_pytorch_tanh", "relu", "silu")
 
 
@@ -101,12 +102,12 @@ def to_blip2_vision(encoder: ImageEncoder, layer: Layer | None) -> tuple[Blip2Vi
 
     Args:
         encoder: an encoder returned by :func:`load_image_encoder`.
-        layer: the layer it was loaded with.
+        layer: the layer that was given to :func:`load_image_encoder`.
 
     Returns:
-        The configuration, and the weights without ``post_layernorm``, whose place the trained norm of the features
-        (``image_norm``) takes. With an identity there, the model gives the features of `encoder`. Tensors keep their
-        data types and may share memory with the encoder.
+        The configuration and the weights. There is no ``post_layernorm`` in the weights, because the trained norm of
+        the features (``image_norm``) takes its place; a model with an identity as ``post_layernorm`` returns the
+        features of `encoder`. Tensors keep their data types and may share memory with the encoder.
 
     Raises:
         InputError: the layout does not support the encoder.
@@ -127,7 +128,8 @@ def to_blip2_vision(encoder: ImageEncoder, layer: Layer | None) -> tuple[Blip2Vi
     grid = size // patch
     if encoder.num_tokens != grid**2 + 1:
         raise _unsupported_error(
-            network, f"patches of {height} x {patch} pixels give {encoder.num_tokens} tokens of a square of {size}"
+            network,
+            f"patches of {height} x {patch} pixels give {encoder.num_tokens} tokens for {size} x {size} pixels",
         )
     if getattr(network, "no_embed_class", False):  # timm: the CLS token has no position embedding
         state[POSITIONS] = F.pad(state[POSITIONS], (0, 0, 1, 0))
@@ -158,7 +160,7 @@ def _unsupported_error(network: nn.Module, reason: str) -> InputError:
 
 
 def _find_unsupported(network: Any, layer: Layer | None, bgr: bool) -> str | None:
-    """Return a feature of the encoder that the layout does not support, if any."""
+    """Return a feature of the encoder that the layout does not support; None if the layout supports all features."""
     kind = _class_name(network)
     types = {
         name: type(m).__name__ for name, m in network.named_modules() if not f"{name}.".startswith(UNUSED_PREFIXES)
@@ -187,7 +189,7 @@ def _find_unsupported(network: Any, layer: Layer | None, bgr: bool) -> str | Non
 
 
 def _settings(network: Any) -> dict[str, Any]:
-    """Return the settings that weights do not determine: number of heads, activation and epsilon of the norms."""
+    """Return the settings that the weights do not determine: number of heads, activation and epsilon of the norms."""
     if _class_name(network).startswith("transformers."):
         config = network.config
         found = {(config.num_attention_heads, config.hidden_act, config.layer_norm_eps)}
@@ -198,7 +200,7 @@ def _settings(network: Any) -> dict[str, Any]:
             for norm in (block.norm1, block.norm2)
         }
     if len(found) != 1:
-        raise _unsupported_error(network, f"its blocks have {len(found)} different settings")
+        raise _unsupported_error(network, "its blocks differ in their number of heads, activation or norms")
     heads, activation, eps = found.pop()
     if activation is None:
         raise _unsupported_error(
@@ -208,7 +210,7 @@ def _settings(network: Any) -> dict[str, Any]:
 
 
 def _activation(function: nn.Module) -> str | None:
-    """Return transformers' name of an activation, found by comparing values."""
+    """Return transformers' name of an activation, found by comparing values; None if no name in ACTIVATIONS fits."""
     x = torch.linspace(-8, 8, 1001)
     return next((name for name in ACTIVATIONS if torch.allclose(function(x.clone()), ACT2FN[name](x), atol=1e-6)), None)
 
@@ -221,7 +223,7 @@ def _merge_qkv(state: dict[str, Tensor]) -> None:
 
 
 def _fold_scales(state: dict[str, Tensor]) -> None:
-    """Multiply layer scales into the matrix and the bias before them."""
+    """Multiply each layer scale into the matrix and the bias of the preceding linear layer."""
     for name in [name for name in state if name.endswith(".scale")]:
         scale = state.pop(name).float()
         matrix = name.replace("self_attn.scale", "self_attn.projection").replace("mlp.scale", "mlp.fc2")
@@ -231,7 +233,7 @@ def _fold_scales(state: dict[str, Tensor]) -> None:
 
 
 def _complete(state: dict[str, Tensor], config: Blip2VisionConfig, network: nn.Module) -> None:
-    """Add zero biases that the encoder does not have, and check that all other weights are present."""
+    """Add zeros for the biases that the encoder does not have, and check that all other weights are present."""
     if config.hidden_size % config.num_attention_heads:
         raise _unsupported_error(
             network, f"{config.num_attention_heads} heads do not divide its width {config.hidden_size}"

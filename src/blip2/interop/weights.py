@@ -1,7 +1,8 @@
 """Read weights from files one tensor at a time.
 
-A file may be larger than the memory. A tensor is read when it is requested and its memory is released with it, so that
-a model that is loaded in another data type or onto another device is never in memory twice.
+A file may be larger than the memory. A tensor is read when it is requested, and its memory is released when the caller
+no longer uses the tensor. A model that is loaded in another data type or onto another device is therefore never in
+memory twice.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Weights(Mapping[str, Tensor]):
     """A mapping from names to tensors, each of which is mapped from its file when it is requested.
 
     Args:
-        sources: for each name, the file and the name in that file, or the tensor itself.
+        sources: for each name, a pair of a file and the tensor's name in that file, or the tensor itself.
     """
 
     def __init__(self, sources: Mapping[str, tuple[Path, str] | Tensor]) -> None:
@@ -51,7 +52,7 @@ class Weights(Mapping[str, Tensor]):
         return Weights({new: self.sources[old] for old, new in renamed.items()})
 
     def filter(self, keep: Callable[[str], bool]) -> Weights:
-        """Return the weights for whose names `keep` is true."""
+        """Return the weights for whose names `keep` returns True."""
         return Weights({name: source for name, source in self.sources.items() if keep(name)})
 
     def select(self, *prefixes: str) -> Weights:
@@ -59,7 +60,7 @@ class Weights(Mapping[str, Tensor]):
         return self.filter(lambda name: name.startswith(prefixes))
 
     def drop(self, *prefixes: str) -> Weights:
-        """Return the weights whose names begin with none of `prefixes`."""
+        """Return the weights whose names do not begin with any of `prefixes`."""
         return self.filter(lambda name: not name.startswith(prefixes))
 
     def strip_prefix(self, prefix: str) -> Weights:
@@ -70,12 +71,12 @@ class Weights(Mapping[str, Tensor]):
         return Weights({prefix + name: source for name, source in self.sources.items()})
 
     def __or__(self, other: Mapping[str, Tensor]) -> Weights:
-        """Return the union of both; `other` wins where both have a name."""
+        """Return the weights of both mappings. If both have the same name, the weight of `other` is taken."""
         return Weights({**self.sources, **(other.sources if isinstance(other, Weights) else other)})
 
 
 def open_folder(folder: Path) -> Weights:
-    """Open all weights of a folder in transformers' layout: a file or shards, safetensors in preference to pickles.
+    """Open all weights of a folder in transformers' layout: one file or shards, preferably in safetensors format.
 
     Raises:
         InputError: there are no weights, a file is damaged, or a shard is missing.
@@ -86,7 +87,9 @@ def open_folder(folder: Path) -> Weights:
         index = folder / f"{name}.index.json"
         if index.is_file():
             return _open_shards(folder, index)
-    raise InputError(f"{folder} has no {SINGLE[0]} and no {SINGLE[0]}.index.json: copy or download its weights too")
+    raise InputError(
+        f"{folder} contains no weights ({' or '.join(SINGLE)}, or shards with an index): copy or download them too"
+    )
 
 
 def _open_shards(folder: Path, index: Path) -> Weights:
@@ -102,13 +105,16 @@ def _open_shards(folder: Path, index: Path) -> Weights:
     absent = [name for name, home in homes.items() if name not in opened[home]]
     if absent:
         raise InputError(
-            f"{folder}: {format_names(absent)} are not in the shards that {index.name} says: download it again"
+            f"the shards in {folder} do not contain {format_names(absent)}, which {index.name} lists: copy or download"
+            " the shards and their index again"
         )
     return Weights({name: opened[home].sources[name] for name, home in homes.items()})
 
 
 def open_file(path: Path) -> Weights:
-    """Open all weights of a safetensors file or of a file of :func:`torch.save`, without executing anything in it.
+    """Open all weights of a safetensors file, or of a file that :func:`torch.save` wrote.
+
+    Code that the file contains is not executed.
 
     Raises:
         InputError: the file is damaged, or contains anything but tensors, numbers and strings.
@@ -124,22 +130,26 @@ def _wrap_read_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is damaged ({error}): copy or download it again") from error
+        raise InputError(
+            f"{path} cannot be read ({error}): check its permissions, or copy or download it again"
+        ) from error
 
 
 @contextmanager
 def wrap_parse_errors(name: str) -> Iterator[None]:
-    """Convert any error while the parts of a checkpoint are identified into an :class:`InputError`."""
+    """Convert any error that is raised within this context, while a checkpoint is read, to an :class:`InputError`."""
     try:
         yield
     except InputError:
         raise
     except KeyError as error:
-        raise InputError(f"{name} has no {error.args[0]}, which a BLIP-2 has: copy or download it again") from error
+        raise InputError(
+            f"{name} has no {error.args[0]}, which every BLIP-2 checkpoint has: copy or download it again"
+        ) from error
     except Exception as error:  # sizes and settings can be wrong in any way
         raise InputError(
-            f"{name} is not a complete BLIP-2 ({type(error).__name__}: {' '.join(str(error).split())[:200]}): copy or"
-            " download it again"
+            f"{name} is not a complete BLIP-2 checkpoint ({type(error).__name__}:"
+            f" {' '.join(str(error).split())[:200]}): copy or download it again"
         ) from error
 
 
@@ -147,7 +157,9 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     state = content["model"] if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping) else content
     valid = isinstance(state, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
     if not valid or not state:
-        raise InputError(f"{path} contains no state dict (names with tensors): give a file of weights")
+        raise InputError(
+            f"{path} contains no state dict (a mapping from names to tensors): give a file with the weights of a model"
+        )
     for name, tensor in state.items():  # the strides of a pickled view can claim any number of rows
         if tensor.layout == torch.strided and not tensor.is_meta and tensor.nbytes > tensor.untyped_storage().nbytes():
             raise InputError(

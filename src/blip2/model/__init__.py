@@ -1,1 +1,1 @@
-"""The networks of the paper: pure PyTorch on tensors, nothing here knows files, data sets or the command line."""
+"""The networks of the paper: pure PyTorch on tensors, without files, data sets or the command line."""

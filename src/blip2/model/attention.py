@@ -1,10 +1,10 @@
 """Self-attention and cross-attention of the Q-Former (paper §3.1).
 
-Both compute LayerNorm(x + O softmax(Q K^T / sqrt(d)) V) with several heads, as in BERT. Q are projections of x; K and V
-are projections of [queries; text] in self-attention and of image features in cross-attention.
+Both kinds of attention compute LayerNorm(x + O softmax(Q K^T / sqrt(d)) V) with several heads, as in BERT. Q is a
+projection of x; K and V are projections of [queries; text] in self-attention and of image features in cross-attention.
 
 Legend: B images, N rows of [queries; text], Q queries, T text tokens, S = Q + T, P image tokens, D width of the
-Q-Former, E width of the image encoder, H heads, d = D / H.
+Q-Former, E width of the image encoder, H heads, d = D / H, _ any number.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ from blip2.model.kernels.sdpa import merge_heads, sdpa, sdpa_shared_kv, split_he
 
 
 class Attention(nn.Module):
-    """The projections, residual connection and LayerNorm that both kinds of attention have."""
+    """The projections, residual connection and LayerNorm that both kinds of attention have.
+
+    Args:
+        config: sizes of the Q-Former.
+        source_width: width of the input of the key and value projections: D in self-attention, E in cross-attention.
+    """
 
     def __init__(self, config: QFormerConfig, source_width: int) -> None:
         super().__init__()
@@ -52,14 +57,15 @@ class SelfAttention(Attention):
         tokens: PackedTokens,
         keep: PackedTokens,
     ) -> tuple[Float[Tensor, "N Q D"] | None, Float[Tensor, "_ D"] | None]:
-        """Return the outputs of queries and text.
+        """Return the outputs of the queries and of the text tokens in `keep`; None for a part that `keep` lacks.
 
         Args:
-            queries: [N, Q, D], or [1, Q, D] if all rows have the same queries.
-            text: the text tokens of all rows, without padding.
-            mask: True where a token may attend to another; None: everywhere.
+            queries: [N, Q, D], or [1, Q, D] if all rows have the same queries. None: there is only text.
+            text: the text tokens of all rows as one list, without padding. None: there are only queries.
+            mask: True where a token (third dimension) may attend to a token (fourth dimension). None: every token may
+                attend to every token of its row.
             tokens: the layout of `queries` and `text`.
-            keep: the tokens to compute outputs of: `tokens`, or a selection from it.
+            keep: the layout of the tokens whose outputs are computed: `tokens`, or a selection from `tokens`.
         """
         x = tokens.cat(queries, text)
         source = to_autocast_dtype(x)
@@ -77,14 +83,20 @@ class CrossAttention(Attention):
     """Cross-attention of the queries to image features."""
 
     def project_image(self, features: NormalizedFeatures) -> CrossAttentionKV:
-        """Return keys and values of image features [B, P, E]."""
+        """Project image features [B, P, E] to keys and values."""
         k, v = (split_heads(features.project(part), self.num_heads) for part in (self.key, self.value))
         return CrossAttentionKV(k, v)
 
     def forward(
         self, queries: Float[Tensor, "N Q D"], image_kv: tuple[CrossAttentionKV, ...]
     ) -> Float[Tensor, "N Q D"]:  # fmt: skip
-        """Return the outputs of the queries, whose rows attend to the rows of `image_kv` in order."""
+        """Return the outputs of the queries.
+
+        Args:
+            queries: the queries of each row.
+            image_kv: groups of keys and values. The rows of `queries` attend to the rows of the first group, then to
+                those of the second, and so on; all groups together have N rows.
+        """
         groups = self.query(queries).split([kv.num_rows for kv in image_kv])
         p = self.dropout.active_p
         outputs = [

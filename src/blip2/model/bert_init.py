@@ -1,7 +1,8 @@
 """Initialization of a Q-Former from a BERT checkpoint (paper §3.1).
 
-All weights of BERT are copied. The feed-forwards of the queries start as copies of those of the text; cross-attentions
-and queries keep their random initialization.
+The weights of BERT's embeddings, blocks and prediction head are copied. The feed-forwards of the queries and those of
+the text both start as copies of BERT's feed-forwards. Cross-attentions and learned queries, which BERT does not have,
+keep their random initialization.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from blip2.errors import InputError
 from blip2.model.qformer import QFormer
 from blip2.model.representation import LanguageHead
 
-# Names in BERT and in the Q-Former; {} is the number of a layer. A tensor of BERT may be copied twice.
+# Pairs (name in BERT, name in the Q-Former); {} stands for the number of a layer. The feed-forwards appear twice.
 NAMES = (
     ("bert.embeddings.word_embeddings", "word_embedding"),
     ("bert.embeddings.position_embeddings", "position_embedding"),
@@ -40,14 +41,22 @@ HEAD_NAMES = (
 
 
 def check_compatible(name: str, config: QFormerConfig) -> None:
-    """Check that the BERT `name` has the sizes of `config`.
+    """Check that a BERT checkpoint has the sizes of a Q-Former.
+
+    Args:
+        name: folder or hub name of the BERT checkpoint.
+        config: sizes of the Q-Former. ``vocab_size`` has to be one more than BERT's, for the token [DEC].
 
     Raises:
-        InputError: it has not; the message has the lines to put into the recipe.
+        InputError: the model cannot be loaded, is not a BERT, or has other sizes. For other sizes, the message contains
+            the settings to put into the recipe.
     """
     bert = load_config(name, "BERT")
     if bert.model_type != "bert":
-        raise InputError(f"{name!r} is a {bert.model_type} model; the Q-Former starts from a model of type bert")
+        raise InputError(
+            f"{name!r} is a {bert.model_type} model; the Q-Former starts from a model of type bert: set qformer.bert to"
+            " a BERT, for example google-bert/bert-base-uncased"
+        )
     expected = {
         "hidden_size": bert.hidden_size,
         "num_hidden_layers": bert.num_hidden_layers,
@@ -65,17 +74,19 @@ def check_compatible(name: str, config: QFormerConfig) -> None:
 
 @torch.no_grad()
 def initialize_from_bert(name: str, qformer: QFormer, head: LanguageHead | None = None) -> list[str]:
-    """Copy the weights of a BERT checkpoint into a Q-Former and, if given, its language head.
+    """Copy the weights of a BERT checkpoint into a Q-Former and into a language head.
 
     Args:
         name: folder or hub name of a BERT with the sizes of ``qformer.config``.
+        qformer: the Q-Former, changed in place.
+        head: the language head, changed in place. None: BERT's prediction head is not copied.
 
     Returns:
-        Names of BERT tensors that the checkpoint lacks (sentence encoders have no prediction head). What would be
-        copied from them keeps its random initialization.
+        Names of the tensors of BERT's prediction head that the checkpoint lacks, sorted. (Sentence encoders have no
+        prediction head.) The corresponding parameters of `head` keep their random initialization.
 
     Raises:
-        InputError: there is no such model, or its sizes differ.
+        InputError: the model cannot be loaded, is not a BERT, or has other sizes than `qformer`.
     """
     check_compatible(name, qformer.config)
     bert, missing = load_model(BertForMaskedLM, name, "BERT", optional=r"^cls\.")

@@ -1,7 +1,7 @@
 """Stage 2: vision-to-language generative learning from a frozen LLM (paper §3.3).
 
-Legend: B batch, I images, N prompts, Q queries, T text tokens, U target tokens, W tokens of a question, D Q-Former
-width, L width of the LLM.
+Legend: B batch, I images, N prompts, Q queries, T text tokens, U target tokens, W tokens of a question, P image tokens,
+D Q-Former width, E image encoder width, L width of the LLM.
 """
 
 from __future__ import annotations
@@ -26,25 +26,27 @@ class Questions(NamedTuple):
     """Questions on which the queries are conditioned (Figure 7)."""
 
     ids: Int[Tensor, "N W"]
-    """Tokens of the Q-Former: [CLS] ... [SEP], padded on the right."""
+    """Token ids of the Q-Former's tokenizer: [CLS] ... [SEP], padded on the right."""
     mask: Bool[Tensor, "N W"]
     """True for text tokens, False for padding."""
 
 
 @dataclass(frozen=True)
 class GenerationBatch:
-    """Images, the text that the LLM reads, and the text that it learns to generate."""
+    """Images, the texts that the LLM reads, and the texts that the LLM has to generate."""
 
     images: Shaped[Tensor, "B ..."]
     """Pixels [B, 3, H, W], or cached features [B, P, E] of the frozen encoder."""
     ids: Int[Tensor, "B T"]
-    """Decoder-only: prompt and caption. Encoder-decoder: the prefix, which its encoder reads."""
+    """Token ids of the LLM's input, padded on the right. Decoder-only LLM: prompt and caption. Encoder-decoder LLM: the
+    text that the encoder reads, which is the prompt or the prefix of the caption."""
     mask: Bool[Tensor, "B T"]
     """True for text tokens, False for padding."""
     labels: Int[Tensor, "B U"]
-    """Decoder-only: `ids` in the caption. Encoder-decoder: the suffix. :data:`IGNORE_INDEX` elsewhere."""
+    """Token ids to predict. Decoder-only LLM: `ids` at the tokens of the caption (U = T). Encoder-decoder LLM: the text
+    that the decoder generates. All other positions have :data:`IGNORE_INDEX`."""
     questions: Questions | None = None
-    """For a Q-Former with ``use_qformer_text_input``."""
+    """One question per image, for a Q-Former with ``use_qformer_text_input``; otherwise None."""
 
     @property
     def num_labels(self) -> int:
@@ -81,8 +83,8 @@ class GenerationModel(nn.Module):
     def initialize_projection(self) -> None:
         """Initialize the projection so that its output has the scale of the LLM's token embeddings.
 
-        The scale of Z follows from the weights of its last LayerNorm: call this again after loading a Q-Former from
-        stage 1.
+        The scale of Z follows from the weights of the Q-Former's last LayerNorm. Call this method again after loading
+        the weights of a Q-Former from stage 1.
         """
         norm = self.qformer.blocks[-1].query_feed_forward.norm
         z_scale = math.sqrt(float((norm.weight.square() + norm.bias.square()).mean()))
@@ -100,8 +102,10 @@ class GenerationModel(nn.Module):
 
         Args:
             images: pixels [I, 3, H, W] or features [I, P, E].
-            questions: N questions that the queries attend to, for one prompt each; None: one prompt per image (N = I).
-            image_index: the image of each question; None: one question per image. Each image is encoded once.
+            questions: N questions, which the queries attend to; the result has one prompt per question. None: the
+                result has one prompt per image (N = I).
+            image_index: index in [0, I) of the image of each question. An image is encoded once, even if several
+                questions have the same image. None: question i has image i (N = I).
         """
         return self.projection(self.query_outputs(images, questions, image_index))
 
@@ -111,7 +115,7 @@ class GenerationModel(nn.Module):
         questions: Questions | None = None,
         image_index: Int[Tensor, "N"] | None = None,
     ) -> Float[Tensor, "N Q D"]:
-        """Return Z, before the projection; see :meth:`visual_prompt` for the arguments."""
+        """Return Z, the outputs of the queries before the projection; see :meth:`visual_prompt` for the arguments."""
         memory = self.qformer.project_image(encode_images(self.vision, images), self.image_norm)
         if questions is None:
             return self.qformer(memory).queries
@@ -123,16 +127,17 @@ class GenerationModel(nn.Module):
     def forward(self, batch: GenerationBatch, num_labels: float | None = None, seed: int | None = None) -> LossOutput:
         """Return the language-modeling loss ``lm`` of captions, given images and prompts.
 
-        For an encoder-decoder it is the prefix language-modeling loss of §3.3: `ids` holds the prefix of each text and
-        `labels` its suffix.
+        For an encoder-decoder LLM without a prompt, this is the prefix language-modeling loss of §3.3: ``batch.ids``
+        has the prefix of each caption and ``batch.labels`` the rest of the caption.
 
         Args:
+            batch: images and texts of this process.
             num_labels: see :func:`language_modeling`.
-            seed: not used, because nothing is sampled here.
+            seed: not used, because this stage samples nothing.
 
         Returns:
-            The loss, ``query_diversity`` if the recipe enables it, and the metrics ``lm_perplexity``, ``lm_accuracy``
-            (share of tokens predicted correctly) and those of :func:`query_statistics`.
+            The losses ``lm`` and, if the recipe enables it, ``query_diversity``; and the metrics ``lm_perplexity``,
+            ``lm_accuracy`` (share of tokens predicted correctly) and those of :func:`query_statistics`.
         """
         queries = self.query_outputs(batch.images, batch.questions)
         visual_prompt = self.projection(queries)

@@ -1,8 +1,9 @@
 """Image features as the Q-Former reads them: with positions, and as keys and values.
 
-Cross-attention treats the image features as a set: positions reach the queries only through the tokens themselves. The
-tokens of a ViT hold them, because position embeddings were added to its patches. Those of a CNN do not, which is why
-DETR (Carion et al., 2020, §3.2) adds a fixed 2-D sine encoding; so does this project (``vision.position_encoding``).
+Cross-attention treats the image features as a set, so the position of an image token has to be encoded in the features
+of the token. The features of a ViT encode positions, because position embeddings were added to the patches. The
+features of a CNN do not. DETR (Carion et al., 2020, §3.2) therefore adds a fixed 2-D sine encoding to the features of a
+CNN, and so does this project (``vision.position_encoding``).
 
 Legend: B images, N rows that attend to them, Q queries, P image tokens, E width of the image encoder, D width of the
 Q-Former, H heads, d = D / H.
@@ -31,7 +32,7 @@ class CrossAttentionKV(NamedTuple):
     keys: Float[Tensor, "B H P d"]
     values: Float[Tensor, "B H P d"]
     row_to_image: Int[Tensor, "N"] | int = 1
-    """The image of each row. An int n means that all images repeat n times, in order (N = n * B)."""
+    """Index of the image of each row. An int n means that all images repeat n times, in order (N = n * B)."""
 
     @property
     def num_rows(self) -> int:
@@ -39,7 +40,7 @@ class CrossAttentionKV(NamedTuple):
 
     @property
     def row_keys(self) -> Float[Tensor, "N H P d"]:
-        """A copy of its image's keys for each row."""
+        """The keys of the image of each row, copied."""
         if isinstance(self.row_to_image, int):
             return self.keys.repeat(self.row_to_image, 1, 1, 1)
         return self.keys[self.row_to_image]
@@ -49,25 +50,31 @@ class CrossAttentionKV(NamedTuple):
 class ImageMemory:
     """Keys and values of image features in all cross-attentions, for N rows that attend to them.
 
-    They depend on the image alone, not on queries or text. So they are computed once per image and shared by all
-    passes that use it: ITC, ITG and the three parts of ITM, all candidates in re-ranking, all questions about an image.
+    Keys and values depend on the image alone, not on queries or text. They are therefore computed once per image and
+    shared by all passes over the image: ITC, ITG and the three parts of ITM, all candidates in re-ranking, all
+    questions about the image.
     """
 
     layer_kv: tuple[tuple[CrossAttentionKV, ...], ...]
-    """For each block with cross-attention, in order: one or more groups of rows, one after the other."""
+    """One entry per block with cross-attention, in order. An entry has one or more groups of rows; the N rows are those
+    of the first group, then those of the second, and so on."""
 
     def __len__(self) -> int:
-        """Return N."""
+        """Return N, the number of rows."""
         return sum(kv.num_rows for kv in self.layer_kv[0])
 
     def select(self, row_to_image: Int[Tensor, "N"]) -> ImageMemory:
-        """Return rows that attend to the images of these indices. This memory has one row per image."""
+        """Return a memory of N rows, whose row i attends to image ``row_to_image[i]``. Keys and values are not copied.
+
+        Args:
+            row_to_image: indices in [0, len(self)), which may repeat. This memory must have one row per image.
+        """
         return ImageMemory(
             tuple(tuple(CrossAttentionKV(k, v, row_to_image) for k, v, _ in layer) for layer in self.layer_kv)
         )
 
     def repeat(self, repeats: int) -> ImageMemory:
-        """Return all rows `repeats` times: 0, 1, 2, 0, 1, 2 ..."""
+        """Return a memory that has all rows `repeats` times, in the order 0, 1, 2, 0, 1, 2 ..."""
         return ImageMemory(
             tuple(
                 tuple(
@@ -79,33 +86,35 @@ class ImageMemory:
         )
 
     def cat(self, other: ImageMemory) -> ImageMemory:
-        """Return the rows of this memory, then those of `other`."""
+        """Return a memory that has the rows of this memory, followed by the rows of `other`."""
         return ImageMemory(tuple(a + b for a, b in zip(self.layer_kv, other.layer_kv, strict=True)))
 
 
 # -- positions -------------------------------------------------------------------------------------------------------
 
 POSITION_VARIANCE = 1e-3
-"""Smallest ratio of the variance between the tokens of a blank image to that of noise at which tokens hold positions.
+"""Smallest ratio of variances for which :func:`encodes_positions` returns True.
 
-CNNs and Swin are below 1e-5, ViTs with position embeddings above 1e-2, also with random weights."""
+The ratio is the variance between the tokens of a blank image, divided by the variance between the tokens of an image of
+noise. It is below 1e-5 for CNNs and Swin, and above 1e-2 for ViTs with position embeddings, even with random weights.
+"""
 
 
 @lru_cache(maxsize=8)
 def sine_position_encoding(num_tokens: int, width: int, device: torch.device) -> Float[Tensor, "P E"]:
     """Return a fixed 2-D sine encoding of the positions in a square grid of tokens.
 
-    For a token in row r of n, half of the channels hold sin(2 pi f (r + 1/2) / n) and the cosine, for frequencies f
-    that fall geometrically from n / 2 to 1 / 4; the other half hold the same of its column.
+    For a token in row r of n rows, half of the channels are the sines and cosines of 2 pi f (r + 1/2) / n, where the
+    frequencies f decrease geometrically from n / 2 to 1 / 4. The other half are the same functions of the column.
 
     Args:
-        num_tokens: P, a square number, or a square number of grid tokens after a few others ([CLS], registers), which
-            get zeros.
-        width: E. Channels that do not fill a group of four are zero.
+        num_tokens: P. The grid is the last n * n tokens, row by row, where n is the integer square root of P. The
+            encoding of tokens before the grid ([CLS], registers) is zero.
+        width: E. If E is not a multiple of 4, the last E % 4 channels are zero.
         device: the device of the result.
 
     Returns:
-        float32, in [-1, 1].
+        The encoding in float32, with values in [-1, 1].
     """
     side = math.isqrt(num_tokens)
     count = width // 4
@@ -120,17 +129,20 @@ def sine_position_encoding(num_tokens: int, width: int, device: torch.device) ->
 def add_position_encoding(features: Float[Tensor, "B P E"]) -> Float[Tensor, "B P E"]:
     """Normalize each token to mean 0 and variance 1 along E, and add :func:`sine_position_encoding`.
 
-    The normalization gives the encoding the same weight for every encoder, at any scale of its features.
+    Without the normalization, the weight of the encoding would depend on the scale of the features, which differs
+    between image encoders.
     """
     _, tokens, width = features.shape
     return F.layer_norm(features, (width,)) + sine_position_encoding(tokens, width, features.device)
 
 
 def encode_images(encoder: ImageEncoder, images: Shaped[Tensor, "B ..."]) -> Float[Tensor, "B P E"]:
-    """Return the features that the Q-Former reads: those of the encoder, with a position encoding if it needs one.
+    """Return the features that the Q-Former reads.
 
     Args:
-        images: pixels [B, 3, H, W], or cached features [B, P, E], which have no position encoding.
+        encoder: the image encoder. If its ``position_encoding`` is ``sine2d``, :func:`add_position_encoding` is applied
+            to the features.
+        images: pixels [B, 3, H, W], or cached features [B, P, E] to which no position encoding has been added.
     """
     features = encoder.encode(images)
     return add_position_encoding(features) if encoder.position_encoding == "sine2d" else features
@@ -138,10 +150,11 @@ def encode_images(encoder: ImageEncoder, images: Shaped[Tensor, "B ..."]) -> Flo
 
 @torch.no_grad()
 def encodes_positions(encoder: ImageEncoder) -> bool:
-    """Return whether the tokens of an image encoder hold their positions.
+    """Return whether the features of an image encoder encode the positions of the tokens.
 
-    On a blank image of the mean color all patches are equal, and so is zero padding, so that tokens differ only by
-    position embeddings. Their variance is compared with that on an image of noise (:data:`POSITION_VARIANCE`).
+    All pixels of a blank image of the mean color are zero, like the padding of convolutions, so its tokens differ only
+    by position embeddings. The variance between its tokens is compared with the variance between the tokens of an image
+    of noise (:data:`POSITION_VARIANCE`).
     """
     size = encoder.preprocessing.image_size
     parameter = next(encoder.parameters())

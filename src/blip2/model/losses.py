@@ -1,6 +1,7 @@
 """The losses of stage 1 and stage 2 as pure functions of tensors (paper §3.2, §3.3).
 
-Legend: B batch of this process, N batch of all processes, Q queries, C contrastive width, V vocabulary.
+Legend: B batch of this process, N batch of all processes, I images, T texts, Q queries, C contrastive width, M rows or
+positions with a label, D width of the hidden states, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from blip2.model.kernels.recompute import recompute
 IGNORE_INDEX = -100
 """Label of positions without loss."""
 MAX_LOGITS_PER_CHUNK = 2**24
-"""Logits that are in memory at once: 64 MiB in float32, some of which PyTorch stores twice."""
+"""Maximum number of logits that are computed at a time (64 MiB in float32)."""
 
 
 class LossOutput(NamedTuple):
-    """The output of a stage: losses, which the training loop weights and sums, and metrics."""
+    """The output of a stage in training: losses and metrics by name. The training loop weights and sums the losses."""
 
     losses: dict[str, Float[Tensor, ""]]
     metrics: dict[str, Float[Tensor, ""]]
@@ -35,7 +36,12 @@ class LossOutput(NamedTuple):
 def image_text_similarity(images: Float[Tensor, "I Q C"], texts: Float[Tensor, "T C"]) -> Float[Tensor, "I T"]:
     """Return the similarity of each image with each text: the largest among the image's queries (§3.2, ITC).
 
-    Both are unit vectors along C, so that the result is a cosine in [-1, 1].
+    Args:
+        images: unit vectors, one per query.
+        texts: unit vectors.
+
+    Returns:
+        Cosines in [-1, 1].
     """
     return torch.einsum("iqc,tc->iqt", images, texts).amax(dim=1)
 
@@ -50,10 +56,11 @@ def image_text_contrastive(
 
     Args:
         logits_per_image: similarity / temperature of this process's images with all texts.
-        logits_per_text: the same of this process's texts with all images.
-        positive: True where image and text belong together. Several in a row (an image sampled twice) share the target
-            equally, so that pairs of one image are not each other's negatives.
-        label_smoothing: share of the target that is distributed evenly over all candidates.
+        logits_per_text: similarity / temperature of this process's texts with all images.
+        positive: True in row i and column j if image i of this process belongs to text j of all processes (or text i
+            to image j). Several positives in a row (an image that was sampled twice) share the target equally, so they
+            are not each other's negatives.
+        label_smoothing: share of the target, in [0, 1], that is distributed evenly over all candidates.
     """
     target = positive / positive.sum(dim=1, keepdim=True)
     target = target * (1 - label_smoothing) + label_smoothing / positive.shape[1]
@@ -63,7 +70,11 @@ def image_text_contrastive(
 def recall_at_1(
     logits_per_image: Float[Tensor, "B N"], logits_per_text: Float[Tensor, "B N"], positive: Bool[Tensor, "B N"]
 ) -> Float[Tensor, ""]:
-    """Return the share of images whose best text is a positive and of texts whose best image is one, averaged."""
+    """Return recall@1 within the batch, averaged over both directions.
+
+    It is the mean of two shares: of images whose most similar text is a positive, and of texts whose most similar image
+    is a positive. See :func:`image_text_contrastive` for the arguments.
+    """
     best = [logits.argmax(dim=1, keepdim=True) for logits in (logits_per_image, logits_per_text)]
     return torch.cat([positive.gather(1, column) for column in best]).float().mean()
 
@@ -74,27 +85,29 @@ def recall_at_1(
 def sample_hard_negatives(
     similarity: Float[Tensor, "B N"], positive: Bool[Tensor, "B N"], uniforms: Float[Tensor, "B"] | None = None
 ) -> Int[Tensor, "B"]:
-    """Sample one negative per row, with a probability that grows with its similarity (§3.2, ITM).
+    """Sample one negative per row, with a higher probability for negatives of higher similarity (§3.2, ITM).
 
-    As in ALBEF and BLIP, probabilities are proportional to the softmax of the similarities plus 1e-4, so that no
-    negative is impossible, and zero where `positive`.
+    As in ALBEF and BLIP, the probability of a negative is proportional to softmax(similarity) + 1e-4, so that every
+    negative can be sampled. The probability of positives is zero.
 
     Args:
-        uniforms: the random number in [0, 1) of each row; None: drawn here.
+        similarity: similarity / temperature.
+        positive: True for the columns that are not negatives of the row.
+        uniforms: a random number in [0, 1) for each row. None: the numbers are drawn from PyTorch's generator.
 
     Returns:
-        The sampled columns. A row without any negative (a batch of one) gets an arbitrary column, to be ignored.
+        The sampled columns. For a row without negatives (a batch of one) the column has no meaning and must be ignored.
     """
-    # Similarities that are not finite spoil the loss, which the training loop reports; sampling must not fail before.
+    # Similarities that are not finite make the loss not finite, which the training loop reports: do not fail here.
     weights = (similarity.float().softmax(dim=1).nan_to_num() + 1e-4).masked_fill(positive, 0.0)
     weights = weights.masked_fill(positive.all(dim=1, keepdim=True), 1.0)
     if uniforms is None:
         uniforms = torch.rand(len(weights), device=weights.device)
-    # The first column whose cumulative weight exceeds that share of the row's total.
+    # The first column whose cumulative weight exceeds uniforms * total weight of the row.
     cumulative = weights.cumsum(dim=1)
     columns = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
     columns = columns.clamp(max=weights.shape[1] - 1)
-    # A GPU sums in no fixed order: a column without weight that rounding led to is replaced by the most similar one.
+    # GPUs sum in varying order, so rounding can select a column of weight 0. The most similar negative replaces it.
     possible = weights.gather(1, columns) > 0
     return torch.where(possible, columns, weights.argmax(dim=1, keepdim=True)).squeeze(1)
 
@@ -102,7 +115,13 @@ def sample_hard_negatives(
 def image_text_matching(
     logits: Float[Tensor, "M 2"], labels: Int[Tensor, "M"], valid: Bool[Tensor, "M"]
 ) -> Float[Tensor, ""]:
-    """Return the ITM loss: two-class cross-entropy, averaged over the `valid` rows (§3.2). Class 1 is "matched"."""
+    """Return the ITM loss: two-class cross-entropy, averaged over the rows where `valid` is True (§3.2).
+
+    Args:
+        logits: logits of the classes 0, "not matched", and 1, "matched".
+        labels: the class of each row.
+        valid: False for rows to ignore. At least one row must be valid.
+    """
     losses = F.cross_entropy(logits, labels, reduction="none")
     return (losses * valid).sum() / valid.sum()
 
@@ -115,9 +134,9 @@ class LMOutput(NamedTuple):
 
     loss: Float[Tensor, ""]
     perplexity: Float[Tensor, ""]
-    """Without label smoothing and gradient, as `accuracy`."""
+    """exp of the mean cross-entropy without label smoothing; has no gradient."""
     accuracy: Float[Tensor, ""]
-    """Share of tokens predicted correctly."""
+    """Share of tokens predicted correctly; has no gradient."""
 
 
 def language_modeling(
@@ -129,14 +148,16 @@ def language_modeling(
 ) -> LMOutput:
     """Return next-token cross-entropy in nats, summed over M positions and divided by `num_labels` (§3.2, §3.3).
 
-    Logits are computed for a chunk of positions at a time, and recomputed in the backward pass if there are several
-    chunks, so that at most :data:`MAX_LOGITS_PER_CHUNK` are in memory.
+    Logits are computed for a chunk of at most :data:`MAX_LOGITS_PER_CHUNK` logits at a time. If there are several
+    chunks, the backward pass computes the logits of each chunk again, so that they are never all in memory.
 
     Args:
-        hidden_states: those of positions that have a label.
-        head: computes logits from hidden states.
-        num_labels: the divisor; None: M. The training loop gives the average M over the micro-batches and processes of
-            one optimizer step, so that the gradient is that of one mean over all labels of the step.
+        hidden_states: hidden states of the positions that have a label.
+        head: function that computes logits from hidden states.
+        labels: token ids.
+        num_labels: the divisor. None: M. The training loop passes the mean of M over the micro-batches and processes of
+            an optimizer step, so that every label of the step has the same weight in the gradient.
+        label_smoothing: share of the target, in [0, 1], that is distributed evenly over the vocabulary.
     """
     rows = max(MAX_LOGITS_PER_CHUNK // head(hidden_states[:0]).shape[-1], 1)
     chunks = list(zip(torch.split(hidden_states, rows), torch.split(labels, rows), strict=True))
@@ -159,7 +180,8 @@ def _lm_sums(
     hidden_states: Float[Tensor, "M D"],
     labels: Int[Tensor, "M"],
 ) -> Float[Tensor, "3"]:
-    """Return sums over positions: cross-entropy with the labels, with uniform targets, and correct predictions."""
+    """Return three sums over positions: cross-entropy with the labels, cross-entropy with a uniform target, and the
+    number of correct predictions."""
     log_probs = head(hidden_states).float().log_softmax(dim=-1)
     cross_entropy = F.nll_loss(log_probs, labels, reduction="sum")
     num_correct = (log_probs.detach().argmax(dim=-1) == labels).sum()
@@ -170,7 +192,7 @@ def _lm_sums(
 
 
 def query_cosines(queries: Float[Tensor, "B Q D"]) -> Float[Tensor, "B Q*(Q-1)"]:
-    """Return the cosines between all pairs of different output queries of each image, in float32."""
+    """Return the cosine of each ordered pair of different output queries of an image, in float32."""
     with torch.autocast(queries.device.type, enabled=False):
         unit = F.normalize(queries.float(), dim=-1)
         cosines = unit @ unit.mT
@@ -183,8 +205,8 @@ def query_cosines(queries: Float[Tensor, "B Q D"]) -> Float[Tensor, "B Q*(Q-1)"]
 def query_diversity(queries: Float[Tensor, "B Q D"]) -> Float[Tensor, ""]:
     """Return the mean squared cosine between the output queries of an image, in [0, 1]; 0 for a single query.
 
-    ITC rewards the best query alone and ITM averages over all of them, so that nothing in the paper's objectives keeps
-    queries apart. This loss, which is not the paper's, is smallest where they are orthogonal.
+    Nothing in the paper's objectives keeps the queries apart: ITC uses only the most similar query, and ITM averages
+    over all queries. This loss, which is not in the paper, is smallest if the queries are orthogonal.
     """
     if queries.shape[1] == 1:
         return queries.sum() * 0.0
@@ -193,12 +215,13 @@ def query_diversity(queries: Float[Tensor, "B Q D"]) -> Float[Tensor, ""]:
 
 @torch.no_grad()
 def query_statistics(queries: Float[Tensor, "B Q D"]) -> dict[str, Float[Tensor, ""]]:
-    """Return how much the output queries Z of an image differ; an empty dict for a single query.
+    """Measure how much the output queries Z of an image differ.
 
     Returns:
-        ``query_similarity``: mean cosine between the queries of an image; 1 if they have collapsed into one vector.
-        ``query_variance``: share of the variance of Z that lies between the queries of an image and not between
-        images, in [0, 1]; 0 if they have collapsed.
+        Two statistics, or an empty dict if there is a single query. ``query_similarity``: mean cosine between the
+        queries of an image; 1 if the queries have collapsed into one vector. ``query_variance``: share of the variance
+        of Z, in [0, 1], that lies between the queries of an image and not between images; 0 if the queries have
+        collapsed.
     """
     if queries.shape[1] == 1:
         return {}

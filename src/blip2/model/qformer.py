@@ -3,10 +3,10 @@
 Two transformers that share their self-attention: one reads the image through a fixed set of learned queries
 (cross-attention in every second block), the other reads or writes text. The same weights serve all objectives;
 only the self-attention mask differs (Figure 2 right), and all masks are made in :func:`attention_mask`.
-tests/reference/qformer.py has the same model without anything that is there for speed.
+tests/reference/qformer.py has the same model without the code that is there only for speed.
 
-Legend: B batch, Q queries, T text tokens, S = Q + T, P image tokens, D width of the Q-Former, E width of the image
-encoder.
+Legend: B batch, N rows of an image memory, Q queries, T text tokens, S = Q + T, P image tokens, D width of the
+Q-Former, E width of the image encoder, _ any number.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MaskKind = Literal["unimodal", "causal", "bidirectional"]
 def attention_mask(
     kind: MaskKind, num_queries: int, text_mask: Bool[Tensor, "B T"]
 ) -> Bool[Tensor, "B {num_queries}+T {num_queries}+T"]:
-    """Return a self-attention mask over [queries; text], one of the three of Figure 2 (right). True means may attend.
+    """Return one of the three self-attention masks of Figure 2 (right), over [queries; text]. True means may attend.
 
     ::
 
@@ -72,8 +72,13 @@ def itc_itg_mask(
 ) -> Bool[Tensor, "B {num_queries}+2*T {num_queries}+2*T"]:
     """Return one mask for [queries; text of ITC; text of ITG], so that both objectives share one pass.
 
-    Queries do not attend to text under either mask, so that their outputs serve both. The first copy of the text has
-    the rows of the unimodal mask, the second those of the causal one, and the copies do not attend to each other.
+    Queries do not attend to text in the mask of either objective, so their outputs serve both objectives. The first
+    copy of the text attends as in the unimodal mask, the second copy as in the causal mask. The two copies do not
+    attend to each other.
+
+    Args:
+        num_queries: Q, may be 0.
+        text_mask: True for text tokens, False for padding.
     """
     num_rows, length = text_mask.shape
     both = num_queries + length
@@ -86,7 +91,7 @@ def itc_itg_mask(
 
 
 class QFormerOutput(NamedTuple):
-    """The outputs of both transformers. Q or T is 0 if that input is not given; padding is zero."""
+    """The outputs of both transformers. Q is 0 without images, T is 0 without text; outputs at padding are zero."""
 
     queries: Float[Tensor, "B Q D"]
     """Z of the paper."""
@@ -108,7 +113,14 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One block of Figure 2: shared self-attention, cross-attention of the queries, a feed-forward for each stream."""
+    """One block of Figure 2: shared self-attention, cross-attention of the queries, and two feed-forwards.
+
+    Args:
+        config: sizes of the Q-Former.
+        image_width: E, the width of the image features.
+        has_cross_attention: whether the queries attend to the image in this block.
+        has_text: whether the block has a feed-forward for text besides that for the queries.
+    """
 
     def __init__(self, config: QFormerConfig, image_width: int, has_cross_attention: bool, has_text: bool) -> None:
         super().__init__()
@@ -126,7 +138,11 @@ class Block(nn.Module):
         tokens: PackedTokens,
         keep: PackedTokens,
     ) -> tuple[Float[Tensor, "B Q D"] | None, Float[Tensor, "_ D"] | None]:
-        """Return the outputs of queries and text; see :meth:`SelfAttention.forward` for the arguments."""
+        """Return the outputs of queries and text.
+
+        See :meth:`SelfAttention.forward` and :meth:`CrossAttention.forward` for the arguments. `image_kv` is None if
+        the block has no cross-attention or there are no queries.
+        """
         queries, text = self.self_attention(queries, text, mask, tokens, keep)
         if queries is not None:
             if self.cross_attention is not None and image_kv is not None:
@@ -141,10 +157,10 @@ class QFormer(nn.Module):
     """The Querying Transformer of §3.1.
 
     Args:
-        config: sizes. The last id of ``config.vocab_size`` is the [DEC] token.
+        config: sizes. The last token id, ``config.vocab_size - 1``, is the [DEC] token.
         image_width: E, the width of the image features.
-        has_text: if False, there is no text transformer (embeddings and text feed-forwards), which stage 2 does not
-            use unless the queries are conditioned on a question (§3.3).
+        has_text: whether to create the text transformer (text embeddings and text feed-forwards). Stage 2 needs it only
+            if the queries are conditioned on a question (Figure 7).
     """
 
     def __init__(self, config: QFormerConfig, image_width: int, has_text: bool = True) -> None:
@@ -153,7 +169,7 @@ class QFormer(nn.Module):
         self.config = config
         self.image_width = image_width
         self.gradient_checkpointing = False
-        """Store only the inputs of each block, and recompute the rest in the backward pass."""
+        """Whether to store only the inputs of each block, and to compute the rest again in the backward pass."""
         self.queries = nn.Parameter(torch.empty(1, config.num_query_tokens, width))
         self.word_embedding = nn.Embedding(config.vocab_size, width) if has_text else None
         self.position_embedding = nn.Embedding(config.max_position_embeddings, width) if has_text else None
@@ -175,8 +191,8 @@ class QFormer(nn.Module):
             nn.init.zeros_(module.bias)
 
     def compile_blocks(self) -> None:
-        """Compile each block in place, with dynamic shapes: a new length of text does not compile it again."""
-        # All blocks share one cache of graphs: with and without cross-attention, in training and in evaluation.
+        """Compile each block in place with dynamic shapes, so that a new length of text needs no new compilation."""
+        # All blocks share one cache of graphs, with and without cross-attention, for training and for evaluation.
         settings: Any = torch._dynamo.config  # pyright: ignore[reportPrivateUsage]
         settings.recompile_limit = max(settings.recompile_limit, 64)
         for block in self.blocks:
@@ -188,11 +204,11 @@ class QFormer(nn.Module):
         return self.config.vocab_size - 1
 
     def project_image(self, features: Float[Tensor, "B P E"], norm: nn.LayerNorm) -> ImageMemory:
-        """Return keys and values of image features in all cross-attentions.
+        """Compute the keys and values of image features in all cross-attentions.
 
         Args:
             features: the output of the image encoder.
-            norm: the LayerNorm of the features, which the model that owns this Q-Former trains.
+            norm: the LayerNorm that is applied to the features first. It belongs to the model around this Q-Former.
         """
         normalized = NormalizedFeatures.create(features, norm)
         attentions = [block.cross_attention for block in self.blocks if block.cross_attention is not None]
@@ -200,7 +216,14 @@ class QFormer(nn.Module):
 
     @torch.no_grad()
     def attention_maps(self, memory: ImageMemory) -> Float[Tensor, "N layers Q P"]:
-        """Return the attention weights of each cross-attention, averaged over the heads. They sum to 1 over P."""
+        """Return the attention weights of all cross-attentions, averaged over the heads.
+
+        Args:
+            memory: N rows.
+
+        Returns:
+            The weights of each row, cross-attention and query, which sum to 1 over the P image tokens.
+        """
         maps: list[Tensor] = []
 
         def save_map(attention: nn.Module, inputs: tuple[Tensor, tuple[CrossAttentionKV, ...]]) -> None:
@@ -229,18 +252,21 @@ class QFormer(nn.Module):
         """Run queries and text through all blocks.
 
         Args:
-            memory: B rows; None runs the text transformer alone, without queries.
-            input_ids: text tokens; None runs the queries alone.
-            attention_mask: from :func:`attention_mask`; None: all attend to all.
-            position_ids: positions of the text tokens; None: 0..T-1. Queries have no position.
-            output_tokens: the text tokens whose output is needed. The last block computes no others; theirs are zero.
-                False, if only Z is needed: the output has no text (T = 0).
+            memory: keys and values of the images, B rows. None: only the text transformer runs, without queries.
+            input_ids: token ids of the texts. None: only the queries run.
+            attention_mask: a mask over [queries; text], made by :func:`attention_mask` or :func:`itc_itg_mask`. A text
+                token that may not attend to itself is padding. None: all attend to all.
+            position_ids: positions of the text tokens. None: 0 to T - 1. Queries have no position.
+            output_tokens: True for the text tokens whose output is needed. The last block computes only these; the
+                outputs of the other text tokens are zero. A single True selects all text tokens; with a single False
+                the output has no text (T = 0).
 
         Raises:
-            ValueError: `memory` and `input_ids` are both None, or this Q-Former has no text transformer.
+            ValueError: `memory` and `input_ids` are both None, or this Q-Former has no text transformer for
+                `input_ids`.
         """
         if memory is None and input_ids is None:
-            raise ValueError("give the Q-Former an image memory, text ids, or both")
+            raise ValueError("memory and input_ids are both None: give the Q-Former an image memory, text ids, or both")
         num_queries = 0 if memory is None else self.config.num_query_tokens
         num_rows = 0 if memory is None else len(memory)
         queries: Tensor | None = None if memory is None else self.queries
@@ -275,9 +301,11 @@ class QFormer(nn.Module):
     def _embed_text(
         self, input_ids: Int[Tensor, "B T"], position_ids: Int[Tensor, "T"] | None, text_mask: Bool[Tensor, "B T"]
     ) -> Float[Tensor, "_ D"]:
-        """Return the embeddings of all tokens that are not padding."""
+        """Return the embeddings of all text tokens that are not padding."""
         if self.word_embedding is None or self.position_embedding is None:
-            raise ValueError("this Q-Former was built without its text transformer (has_text=False)")
+            raise ValueError(
+                "this Q-Former was built without its text transformer: use has_text=True, or give no input_ids"
+            )
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
         positions = position_ids.expand(len(input_ids), -1)[text_mask]

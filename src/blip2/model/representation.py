@@ -1,7 +1,8 @@
 """Stage 1: vision-language representation learning from a frozen image encoder (paper §3.2).
 
 Legend: B batch of this process, N batch of all processes, Q queries, T text tokens, L tokens of the longest text of all
-processes, P image tokens, D Q-Former width, E image encoder width, C contrastive width, V vocabulary.
+processes, M text tokens with a label, P image tokens, D Q-Former width, E image encoder width, C contrastive width, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ from blip2.model.qformer import QFormer, QFormerOutput, attention_mask, itc_itg_
 
 
 class Negatives(NamedTuple):
-    """Hard negatives of a batch, as indices into the batch of all processes."""
+    """Hard negatives of this process's batch: a wrong image for each text, and a wrong text for each image.
+
+    They are indices into the batch of all processes, in [0, N).
+    """
 
     image_for_text: Int[Tensor, "B"]
     text_for_image: Int[Tensor, "B"]
@@ -48,7 +52,7 @@ class RepresentationBatch:
     images: Shaped[Tensor, "B ..."]
     """Pixels [B, 3, H, W], or cached features [B, P, E] of the frozen encoder."""
     ids: Int[Tensor, "B T"]
-    """Text tokens: [CLS] ... [SEP], padded on the right."""
+    """Token ids of the texts: [CLS] ... [SEP], padded on the right."""
     mask: Bool[Tensor, "B T"]
     """True for text tokens, False for padding."""
     image_ids: Int[Tensor, "B"]
@@ -78,7 +82,7 @@ class LanguageHead(nn.Module):
 
 
 def cls_mask(mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
-    """Return True for the first token of each text, [CLS]."""
+    """Return a mask that is True at the first token of each text, [CLS]."""
     return torch.arange(mask.shape[1], device=mask.device).expand(mask.shape) == 0
 
 
@@ -99,26 +103,44 @@ class RepresentationModel(nn.Module):
         self.text_projection = nn.Linear(config.hidden_size, config.image_text_hidden_size)
         self.matching_head = nn.Linear(config.hidden_size, 2)
         self.language_head = LanguageHead(config)
-        # Cosines are divided by it; it is learned as it is, not as a logarithm.
+        # Cosines are divided by the temperature. The parameter is the temperature itself, not its logarithm.
         self.temperature = nn.Parameter(torch.tensor(0.07))
 
     # -- encoding ------------------------------------------------------------------------------------------------------
 
     def build_image_memory(self, images: Shaped[Tensor, "B ..."]) -> ImageMemory:
-        """Return the keys and values of images: pixels [B, 3, H, W] or features [B, P, E]."""
+        """Encode images, and compute their keys and values in all cross-attentions.
+
+        Args:
+            images: pixels [B, 3, H, W] or features [B, P, E].
+        """
         return self.qformer.project_image(encode_images(self.vision, images), self.image_norm)
 
     def embed_images(self, memory: ImageMemory) -> Float[Tensor, "B Q C"]:
-        """Return images in the contrastive space: one unit vector per query."""
+        """Embed images in the contrastive space: one unit vector per query."""
         return self._project(self.image_projection, self.qformer(memory).queries)
 
     def embed_texts(self, ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B C"]:
-        """Return texts in the contrastive space: unit vectors, projected from the output at [CLS]."""
+        """Embed texts in the contrastive space.
+
+        Args:
+            ids: token ids: [CLS] ... [SEP], padded on the right.
+            mask: True for text tokens, False for padding.
+
+        Returns:
+            One unit vector per text: the normalized projection of the output at [CLS].
+        """
         text = self.qformer(None, ids, attention_mask("unimodal", 0, mask), output_tokens=cls_mask(mask)).text
         return self._project(self.text_projection, text[:, 0])
 
     def match(self, memory: ImageMemory, ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B 2"]:
-        """Return the logits (not matched, matched) of pairs, averaged over the queries (§3.2, ITM)."""
+        """Return the ITM logits (not matched, matched) of image-text pairs, averaged over the queries (§3.2).
+
+        Args:
+            memory: the image of each pair, one row per pair.
+            ids: the token ids of the text of each pair: [CLS] ... [SEP], padded on the right.
+            mask: True for text tokens, False for padding.
+        """
         bidirectional = attention_mask("bidirectional", self.qformer.config.num_query_tokens, mask)
         queries = self.qformer(memory, ids, bidirectional, output_tokens=False).queries
         return self.matching_head(queries).float().mean(dim=1)
@@ -132,15 +154,16 @@ class RepresentationModel(nn.Module):
         candidates: Int[Tensor, "I K"],
         batch_size: int = 64,
     ) -> Float[Tensor, "I K 2"]:
-        """Return the logits (not matched, matched) of each image with its K candidate texts, for re-ranking (§4.4).
+        """Return the ITM logits (not matched, matched) of I images with K candidate texts each, for re-ranking (§4.4).
 
         Keys and values of an image are computed once, and texts of similar length are batched together.
 
         Args:
             images: pixels [I, 3, H, W] or features [I, P, E].
-            ids, mask: all texts.
-            candidates: the texts of each image, as indices.
-            batch_size: number of pairs per pass of the Q-Former.
+            ids: token ids of T texts: [CLS] ... [SEP], padded on the right to L tokens.
+            mask: True for text tokens, False for padding.
+            candidates: the candidate texts of each image, as indices in [0, T).
+            batch_size: maximum number of pairs per pass of the Q-Former.
         """
         lengths = mask.sum(dim=1)
         rows: list[Tensor] = []
@@ -172,16 +195,16 @@ class RepresentationModel(nn.Module):
         """Return the losses that the recipe enables: ``itc``, ``itm``, ``itg``, ``query_diversity``.
 
         Args:
-            batch: the pairs of this process. A batch of one works: it has nothing to contrast, so that its ITC loss is
-                zero and ITM has the matched pair alone.
+            batch: the pairs of this process. A batch of one pair is allowed: without other pairs in any process, the
+                ITC loss is zero and the ITM loss is that of the matched pair.
             num_labels: see :func:`language_modeling`.
-            negatives: hard negatives to use instead of sampled ones.
-            seed: the seed of sampling them, equal in all processes: the samples do not depend on the number of
-                processes. None: each process samples with its own random numbers.
+            negatives: the hard negatives. None: they are sampled.
+            seed: seed for sampling the hard negatives, equal in all processes. The sampled negatives then do not depend
+                on the number of processes. None: each process uses PyTorch's random number generator.
 
         Returns:
-            The losses and the metrics ``itc_r1`` (see :func:`recall_at_1`), ``itc_temperature``, ``itm_accuracy``,
-            ``itg_perplexity`` and those of :func:`query_statistics`.
+            The losses, and the metrics of the enabled losses: ``itc_r1`` (see :func:`recall_at_1`),
+            ``itc_temperature``, ``itm_accuracy``, ``itg_perplexity``, and always those of :func:`query_statistics`.
         """
         enabled = self.objectives
         losses: dict[str, Tensor] = {}
@@ -216,7 +239,7 @@ class RepresentationModel(nn.Module):
         # -- ITG: image-grounded text generation -----------------------------------------------------------------------
         if enabled.itg:
             has_label = batch.mask[:, 1:]
-            hidden_states = out.text[:, batch.ids.shape[1] : -1][has_label]  # [M, D]: logits are computed here alone
+            hidden_states = out.text[:, batch.ids.shape[1] : -1][has_label]  # [M, D]: the only tokens with logits
             assert self.qformer.word_embedding is not None
             head = partial(self.language_head, word_embedding=self.qformer.word_embedding.weight)
             labels = batch.ids[:, 1:][has_label]
@@ -225,7 +248,10 @@ class RepresentationModel(nn.Module):
         return LossOutput(losses, metrics)
 
     def _encode_for_itc_and_itg(self, memory: ImageMemory, batch: RepresentationBatch) -> QFormerOutput:
-        """Run both objectives in one pass over [queries; text; text that begins with [DEC]], or ITC alone."""
+        """Run the Q-Former once for ITC and ITG, over [queries; text; text with [DEC] in place of [CLS]].
+
+        Without ITG, the second copy of the text is left out.
+        """
         num_queries, length = self.qformer.config.num_query_tokens, batch.ids.shape[1]
         position_ids, cls = torch.arange(length, device=batch.ids.device), cls_mask(batch.mask)
         if not self.objectives.itg:
@@ -234,19 +260,22 @@ class RepresentationModel(nn.Module):
         decoder_ids = batch.ids.clone()
         decoder_ids[:, 0] = self.qformer.decoder_start_token_id
         ids, mask = torch.cat([batch.ids, decoder_ids], dim=1), itc_itg_mask(num_queries, batch.mask)
-        # ITC reads the output at [CLS], ITG that of each token whose successor is a label.
+        # ITC reads the output at [CLS]; ITG reads the output at each token that is followed by a token to predict.
         output_tokens = torch.cat([cls, F.pad(batch.mask[:, 1:], (0, 1))], dim=1)
         return self.qformer(memory, ids, mask, position_ids.repeat(2), output_tokens)
 
     def _all_gather(self, tensor: Shaped[Tensor, "B *rest"]) -> Shaped[Tensor, "N *rest"]:
-        """Gather the batches of all processes in training. In evaluation each process uses its own (N = B)."""
+        """Gather the batches of all processes in training. In evaluation each process uses its own batch (N = B)."""
         return all_gather(tensor) if self.training else tensor
 
     def _all_gather_padded(self, tensor: Shaped[Tensor, "B T"], padding: int | bool) -> Shaped[Tensor, "N L"]:
         return all_gather_padded(tensor, padding) if self.training else tensor
 
     def _find_positives(self, batch: RepresentationBatch, all_ids: Int[Tensor, "N L"]) -> Bool[Tensor, "B N"]:
-        """Return True for pairs with the same image or the same text: a caption may be right for several images."""
+        """Return True where a pair of this process and a pair of any process have the same image or the same text.
+
+        Pairs with the same text count because a caption may be right for several images.
+        """
         local_ids = F.pad(batch.ids, (0, all_ids.shape[1] - batch.ids.shape[1]))
         same_image = batch.image_ids[:, None] == self._all_gather(batch.image_ids)
         return same_image | (local_ids[:, None] == all_ids).all(dim=2)
@@ -287,9 +316,10 @@ class RepresentationModel(nn.Module):
         positive: Bool[Tensor, "B N"],
         negatives: Negatives,
     ) -> tuple[Float[Tensor, "3*B 2"], Int[Tensor, "3*B"], Bool[Tensor, "3*B"]]:
-        """Return logits, labels and validity of B pairs, B images with a wrong text, B texts with a wrong image.
+        """Return ITM logits, labels and validity of B pairs, B images with a wrong text, B texts with a wrong image.
 
-        All go through the Q-Former in one pass. Negatives of a pair without any negative are not valid.
+        All 3 * B rows go through the Q-Former in one pass. A row with a wrong text or image is not valid if the batch
+        of all processes has no negative for the pair.
         """
         local = torch.arange(len(features), device=features.device)
         if self.training and world_size() > 1:

@@ -1,5 +1,5 @@
-"""Faster forms of plain formulas. Each function states the formula that it computes, and a test compares both.
+"""Faster implementations of plain formulas. Docstrings state the formulas, and tests compare both results.
 
-``linear`` has matrix products, the two-layer MLP and a LayerNorm folded into a projection; ``sdpa`` attention;
-``packing`` the layout of text without padding; ``dropout`` dropout; ``recompute`` gradient checkpointing.
+``linear``: linear layers, the two-layer MLP, and a LayerNorm folded into a projection. ``sdpa``: attention.
+``packing``: the layout of text without padding. ``dropout``: dropout. ``recompute``: gradient checkpointing.
 """

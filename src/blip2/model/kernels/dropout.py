@@ -11,7 +11,13 @@ from torch.nn import functional as F
 def dropout(x: Float[Tensor, "*shape"], p: float) -> Float[Tensor, "*shape"]:
     """Return ``mask * x / (1 - p)``, where each element of mask is 0 with probability `p` and otherwise 1.
 
-    On CPUs ``torch.nn.functional.dropout`` stores a mask of the dtype of `x`.
+    On CPUs the mask that is stored for the backward pass takes one byte per element;
+    ``torch.nn.functional.dropout`` would store the mask in the dtype of `x`. On other devices this function calls
+    ``torch.nn.functional.dropout``.
+
+    Args:
+        x: the input.
+        p: probability of dropping an element, in [0, 1).
     """
     if x.device.type != "cpu":
         return F.dropout(x, p)
@@ -20,7 +26,7 @@ def dropout(x: Float[Tensor, "*shape"], p: float) -> Float[Tensor, "*shape"]:
 
 
 class Dropout(nn.Module):
-    """Apply :func:`dropout` in training mode."""
+    """Apply :func:`dropout` with probability `p` in training mode."""
 
     def __init__(self, p: float) -> None:
         super().__init__()

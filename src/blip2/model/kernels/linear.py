@@ -1,9 +1,9 @@
-"""Linear layers and what is fused with them.
+"""Linear layers, and operations that are fused with linear layers: GELU, MLP and LayerNorm.
 
-On CPUs PyTorch computes products in float32 by MKL, and by oneDNN only in compiled code. On processors with AVX-512
-oneDNN is a quarter faster (docs/performance.md), so it is called directly here.
+On CPUs PyTorch computes float32 matrix products with MKL, and with oneDNN only in compiled code. On processors with
+AVX-512, oneDNN is a quarter faster (docs/performance.md), so this module calls oneDNN directly.
 
-Legend: I input width, O output width.
+Legend: B batch, P image tokens, I input width, O output width.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 MIN_MULTIPLICATIONS = 2**24
-"""Smallest product for which oneDNN is used. It compiles a program for each new size, which takes a millisecond."""
+"""Smallest number of multiplications for which oneDNN is used, because oneDNN spends a millisecond on each new size."""
 
 
 def _find_onednn() -> Any:
-    """Return oneDNN's linear layer, or None if this PyTorch lacks it or this processor does not gain from it."""
+    """Return oneDNN's linear layer, or None if this PyTorch does not have it or this processor has no AVX-512."""
     if "AVX512" not in torch.backends.cpu.get_cpu_capability() or not torch.backends.mkldnn.is_available():
         return None
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
@@ -49,7 +49,7 @@ def _apply(function: Any, *args: Tensor | None) -> Tensor:
 
 
 class _OneDNNLinear(torch.autograd.Function):
-    """x W^T + b and the gradient of x by oneDNN; the gradient of W by MKL, which is as fast."""
+    """Compute x W^T + b and the gradient of x with oneDNN, and the gradient of W with MKL, which is as fast for W."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -82,21 +82,24 @@ def linear(
 
 
 class Linear(nn.Linear):
-    """``torch.nn.Linear`` by :func:`linear`."""
+    """A ``torch.nn.Linear`` that computes its output with :func:`linear`."""
 
     def forward(self, input: Float[Tensor, "*shape I"]) -> Float[Tensor, "*shape O"]:
         return linear(input, self.weight, self.bias)
 
 
 def convert_linears(network: nn.Module) -> None:
-    """Make each ``torch.nn.Linear`` of a network, but no subclass of it, a :class:`Linear` with the same parameters."""
+    """Turn each ``torch.nn.Linear`` in a network into a :class:`Linear` with the same parameters.
+
+    Instances of subclasses of ``torch.nn.Linear`` are left unchanged.
+    """
     for module in network.modules():
         if type(module) is nn.Linear:
             module.__class__ = Linear
 
 
 def to_autocast_dtype(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Cast `x` to the dtype that autocast uses, once for several projections of it."""
+    """Cast `x` to the dtype of autocast, if autocast is enabled, so that several projections of `x` share one cast."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
@@ -107,7 +110,10 @@ def to_autocast_dtype(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 def linear_gelu(
     x: Float[Tensor, "*shape I"], weight: Float[Tensor, "O I"], bias: Float[Tensor, "O"]
 ) -> Float[Tensor, "*shape O"]:
-    """Return ``gelu(linear(x, weight, bias))``, with the exact GELU. Without gradients oneDNN computes both at once."""
+    """Return ``gelu(linear(x, weight, bias))``, with the exact GELU.
+
+    If gradients are disabled and oneDNN is used, linear layer and GELU are one operation.
+    """
     if torch.is_grad_enabled() or not _use_onednn(x, weight):
         return F.gelu(linear(x, weight, bias))
     return _onednn(x, weight, bias, "gelu", [], "none")
@@ -126,7 +132,7 @@ class _GeluLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad_output = grad_outputs[0].flatten(0, -2)
         grad_input = torch.ops.aten.gelu_backward(linear(grad_output, weight.T).view_as(x), x)
-        # Unlike for other weights, oneDNN is a tenth faster for the gradient of this one.
+        # For this weight, unlike for others, oneDNN computes the gradient a tenth faster than MKL.
         grad_weight = linear(grad_output.T, F.gelu(x).flatten(0, -2).T)
         return grad_input, grad_weight, grad_output.sum(dim=0)
 
@@ -146,14 +152,15 @@ def mlp(x: Float[Tensor, "*shape I"], fc1: nn.Linear, fc2: nn.Linear) -> Float[T
 class NormalizedFeatures:
     """The input of several projections of ``norm(features)``.
 
-    If the features need no gradient, they are normalized without the scale g and shift b of the norm, which go into
-    each projection: W (g * x + b) + c = (W * g) x + (W b + c). The gradients of g and b then come from that of the
-    weights, and none is computed for x.
+    If the features need no gradient in training, `x` is normalized without the scale g and the shift b of the norm.
+    Instead, :meth:`project` applies g and b to the weight W and the bias c of each projection:
+    W (g * x + b) + c = (W * g) x + (W b + c). The gradients of g and b are then computed from the gradients of the
+    weights and biases, and no gradient is computed for `x`.
     """
 
     x: Float[Tensor, "B P I"]
     norm: nn.LayerNorm | None
-    """The norm whose scale and shift :meth:`project` applies; None: `x` has them already."""
+    """The norm whose scale and shift :meth:`project` applies. None: scale and shift are already applied."""
 
     @classmethod
     def create(cls, features: Float[Tensor, "B P I"], norm: nn.LayerNorm) -> NormalizedFeatures:

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: the backward pass computes a function again instead of storing what is inside of it."""
+"""Gradient checkpointing: the backward pass computes a function again, instead of storing intermediate results."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ Result = TypeVar("Result")
 
 
 def recompute(function: Callable[..., Result], *args: object) -> Result:
-    """Return ``function(*args)``, and store nothing but `args` for the backward pass."""
+    """Return ``function(*args)``, storing only `args` for the backward pass, which calls `function` again."""
     return cast(Result, checkpoint(function, *args, use_reentrant=False))

@@ -1,6 +1,7 @@
 """Scaled dot-product attention: softmax(Q K^T / sqrt(d)) V.
 
-Legend: B batch (or images), N rows of queries, H heads, d width of a head, D = H * d.
+Legend: B batch (images in cross-attention), N rows of Q queries, M queries, K keys, P image tokens, H heads, d width of
+a head, D = H * d.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ def sdpa(
     """Return ``dropout(softmax(query @ key.mT / sqrt(d), -1), p) @ value``.
 
     Args:
-        mask: True where a query may attend to a key; None: everywhere.
-        p: the probability of dropping an attention weight.
+        mask: True where a query may attend to a key. None: every query may attend to every key.
+        p: the probability of dropping an attention weight, in [0, 1).
     """
     if query.device.type != "cpu":
         return F.scaled_dot_product_attention(query, key, value, mask, p)
@@ -58,10 +59,15 @@ def sdpa_shared_kv(
 ) -> Float[Tensor, "N Q D"]:
     """Return ``sdpa(query, key[row_to_image], value[row_to_image], None, p)``, with the heads merged.
 
-    The queries of all rows with the same image are concatenated, so that its keys and values are read once.
+    The queries of all rows with the same image are concatenated, so that the keys and values of an image are read once.
 
     Args:
-        row_to_image: the image of each row. An int n means that all images repeat n times, in order (N = n * B).
+        query: the queries of N rows, before the heads are split.
+        key: the keys of B images.
+        value: the values of B images.
+        row_to_image: the image of each row, an index in [0, B). An int n means that all images repeat n times, in order
+            (N = n * B).
+        p: the probability of dropping an attention weight, in [0, 1).
     """
     if isinstance(row_to_image, int):
         return _sdpa_repeated(query, key, value, row_to_image, p)
