@@ -51,7 +51,7 @@ class ImageFolder:
         """
         if name not in self._names:
             raise InputError(
-                f"image {image_id} has no file {self.folder / name} (the folder has {len(self._names)} other files):"
+                f"image {image_id} has no file {self.folder / name} (other files in the folder: {len(self._names)}):"
                 " unpack the archive of the images again"
             )
         return str(self.folder / name)
