@@ -67,14 +67,14 @@ def test_answers(score, tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (ANSWERS[:2], "FILE lacks 1 question_id (7) of 3: the score needs them all"),
-        ([*ANSWERS, ANSWERS[0]], "FILE has 1 question_id (4) more than once: keep one prediction for each"),
+        (ANSWERS[:2], "FILE: 1 missing question_id (7), expected all 3 ids of the data: add the missing entries"),
+        ([*ANSWERS, ANSWERS[0]], "FILE: 1 repeated question_id (4): keep one entry for each id"),
         (
             [*ANSWERS, {"question_id": 5, "answer": "no"}],
-            "FILE has 1 question_id (5) not in the data: check that the split is the same",
+            "FILE: 1 unknown question_id (5), expected only ids of the data: check that both are of the same split",
         ),
-        ([{"image_id": 4, "caption": "a dog"}], 'FILE has 1 entry (0) in another format, the first {"image_id": 4'),
-        ({"4": "yes"}, "FILE holds one dict, expected a list"),
+        ([{"image_id": 4, "caption": "a dog"}], 'FILE: 1 entry (0) in another format, the first is {"image_id": 4'),
+        ({"4": "yes"}, "FILE holds one dict, expected a list: write the predictions as ["),
     ],
 )
 def test_files_that_do_not_fit(score, rows, message):
@@ -101,7 +101,9 @@ def test_captions_of_other_images(score, tmp_path):
     file.write_text("".join(json.dumps({"image": f"{i}.png", "caption": "a dog"}) + "\n" for i in range(3)))
     rows = [{"image_id": i, "caption": "a dog"} for i in range(3)]
     line = score(rows, "--limit", "2", task="captioning", data=str(file), status=2)
-    assert line == "error: FILE has 1 image_id (2) not in the data: check that the split is the same"
+    assert line == (
+        "error: FILE: 1 unknown image_id (2), expected only ids of the data: check that both are of the same split"
+    )
 
 
 def test_ids_that_are_names(score, tmp_path):
@@ -116,7 +118,8 @@ def test_captions_without_java(score, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     metrics = score([{"image_id": 3, "caption": "a dog"}], task="captioning", data=str(file))
     assert metrics["CIDEr"] is None
-    assert metrics["missing"]["CIDEr"].startswith("Java is not installed, which the official metrics need: apt install")
+    reason = "the official metrics need Java, which is not installed: apt install"
+    assert metrics["missing"]["CIDEr"].startswith(reason)
 
 
 # -- lemmas ----------------------------------------------------------------------------------------------------------
@@ -235,8 +238,8 @@ def test_an_image_that_has_no_file(score, coco):
     (coco / "val2014" / "COCO_val2014_000000000073.jpg").unlink()
     line = score(OF_COCO, data=f"vqav2:val:{coco}", status=2)
     assert line == (
-        f"error: image 73 has no file {coco}/val2014/COCO_val2014_000000000073.jpg (1 others are there): unpack the"
-        " images again, completely"
+        f"error: image 73 has no file {coco}/val2014/COCO_val2014_000000000073.jpg (other files in the folder: 1):"
+        " unpack the archive of the images again"
     )
 
 
