@@ -390,7 +390,7 @@ def test_another_image_encoder_in_the_configuration(copy):
     """transformers takes it for a Blip2VisionModel in silence."""
     folder = copy("opt")
     edit(folder / "config.json", vision_config__model_type="siglip_vision_model")
-    refuses(folder, "its vision_config is of type siglip_vision_model, expected blip_2_vision_model, which")
+    refuses(folder, "the vision_config in its config.json is of type siglip_vision_model, expected blip_2_vision_model")
 
 
 def test_another_llm_in_the_configuration(copy):

@@ -94,7 +94,7 @@ def check_finite(name: str, tensor: Tensor, source: str) -> None:
     if not extremes.isfinite().all():
         found = "NaN" if extremes.isnan().any() else "infinite numbers"
         raise InputError(
-            f"the weight {name} in {source!r} contains {found}: copy or download {source!r} again, or use another one"
+            f"the weight {name} in {source!r} contains {found}: use another model, or copy or download this one again"
         )
 
 

@@ -1,4 +1,4 @@
-"""How text is generated. The module does not import PyTorch, as the command line is made from it."""
+"""Options of text generation. This module does not import PyTorch, because the command line is built from it."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ class Decoding:
     min_new_tokens: int = bounded(1, 0, MAX_COUNT)
     """Minimum number of generated tokens."""
     length_penalty: float = 1.0
-    """Beam scores are divided by length to this power: below 0 favors short texts (-1 for answers, §4.1)."""
+    """Length penalty of beam search: the score of a text is log-probability / length ** penalty. Values below 0 favor
+    short texts (-1 for answers, §4.1)."""
     top_p: float | None = None
-    """Sample from the smallest set of tokens with this total probability (nucleus) instead of beam search."""
+    """Sample from the smallest set of tokens with this total probability (nucleus sampling). None: beam search."""
     temperature: float = 1.0
     """Temperature of sampling, by which logits are divided."""
     repetition_penalty: float = bounded(1.0, 1e-6, MAX_COUNT)
-    """Above 1 discourages tokens that were generated already; tokens of the prompt do not count."""
+    """Values above 1 make tokens that were already generated less likely; tokens of the prompt do not count."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
         check_ranges(DecodingOptions(**{field.name: getattr(self, field.name) for field in fields(DecodingOptions)}))
 
     def override(self, options: DecodingOptions) -> Decoding:
-        """Return a copy that takes every option that is not None from `options`."""
+        """Return a copy in which the options that are not None in `options` replace those of this object."""
         given = {field.name: getattr(options, field.name) for field in fields(DecodingOptions)}
         return replace(self, **{name: value for name, value in given.items() if value is not None})
 
     def beam_width(self, num_return_sequences: int) -> int:
-        """Return the number of beams for this many sequences per prompt; 1 when sampling."""
+        """Return the number of beams: at least `num_return_sequences` in beam search, and 1 when sampling."""
         return 1 if self.top_p is not None else max(self.num_beams, num_return_sequences)
 
 
@@ -45,4 +46,4 @@ class Sampling:
     """The randomness of text generation."""
 
     seed: int = bounded(0, 0, 2**32 - 1)
-    """Seed of sampling."""
+    """Seed of the random numbers for sampling."""
