@@ -118,7 +118,9 @@ def test_a_gpu_where_there_is_none(run):
 def test_an_output_that_cannot_be(run, tmp_path):
     (tmp_path / "file").write_text("")
     line = last_error(run("--output", str(tmp_path / "file" / "run")))
-    assert line.endswith("cannot be made a folder (Not a directory): give another output")
+    assert line.endswith(
+        f"cannot create the folder of the run, {tmp_path / 'file' / 'run'} (Not a directory): give another output"
+    )
 
 
 # -- data ----------------------------------------------------------------------------------------------------------
@@ -192,7 +194,8 @@ def test_a_caption_of_ten_thousand_words(run, parts, table, tmp_path, stage):
     lines = run(status=0, data={"train": source}, training={"max_steps": 3}, **changes)
     assert (
         sum(
-            "longer than data.max_length (32) and was truncated; further ones are only counted" in line
+            "longer than data.max_length (32) tokens and was truncated; further truncated captions are only counted"
+            in line
             for line in lines
         )
         == 1
@@ -280,7 +283,7 @@ def test_weights_that_are_not_finite(run, parts, tmp_path):
     weights["image_norm.weight"][:] = float("inf")
     save_file(weights, folder / "model.safetensors")
     line = last_error(run("--resume", training={"max_steps": 2}))
-    assert "image_norm.weight in" in line and "contains infinite numbers" in line
+    assert "image_norm.weight in" in line and "holds infinite numbers" in line
 
 
 # -- using what was trained ----------------------------------------------------------------------------------------

@@ -112,11 +112,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(parts, tmp_path, name, dtype)
     [
         (
             {"language.*": "frozen", "*": 1e-3},
-            r"language has adapters, and optimizer\.learning_rate freezes them",
+            r"language has adapters, but optimizer\.learning_rate freezes the adapters",
         ),
         (
             {"language.*": 1e-4, "*": 1e-3},
-            r"gives language\.network\..* a rate in addition to them: begin",
+            r"also trains language\.network\..*, which is not an adapter: begin",
         ),
     ],
 )

@@ -265,7 +265,7 @@ def test_shards_in_object_storage_are_units(tmp_path):
 
 
 def test_settings_that_cannot_be():
-    with pytest.raises(InputError, match="2 beams do not give 3 captions"):
+    with pytest.raises(InputError, match="--num-beams is 2, expected at least the number of captions, 3: raise"):
         CapFiltConfig(num_captions=3, decoding=Decoding(num_beams=2))
-    with pytest.raises(InputError, match="num_workers needs the engine ray"):
+    with pytest.raises(InputError, match="--num-workers needs the engine ray"):
         Engine(num_workers=2)

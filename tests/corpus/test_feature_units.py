@@ -29,5 +29,5 @@ def rows(folder: Path) -> bytes:
 
 def test_a_stream_has_no_cached_features(parts, tmp_path, shards):
     recipe = parts.recipe(tmp_path / "run", data={"train": str(shards / "*.tar"), "num_workers": 0})
-    with pytest.raises(InputError, match="need a table or a folder, not a stream"):
+    with pytest.raises(InputError, match="need a table or a folder, but the data is read as a stream"):
         make_features_with_engine(Engine(), recipe)

@@ -66,7 +66,7 @@ def test_language_where_it_can_be_told():
     ("wrong", "says"),
     [
         ({"keep": 0}, "keep is 0, expected at least 1"),
-        ({"min_words": 3, "max_words": 2}, "max_words is 2"),
+        ({"min_words": 3, "max_words": 2}, "--max-words is 2, expected at least --min-words, which is 3"),
         ({"max_word_overlap": 0.0}, "max_word_overlap is 0.0"),
     ],
 )

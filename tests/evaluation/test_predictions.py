@@ -31,7 +31,10 @@ def test_what_the_servers_take(
 )
 def test_ids_that_the_servers_refuse(format: PredictionFormat, key: object, tmp_path: Path) -> None:
     path = tmp_path / "results.json"
-    with pytest.raises(InputError, match=r"^1 \w+ \(.+\) cannot be written .+ expected (whole number|text)$"):
+    with pytest.raises(
+        InputError,
+        match=r" cannot be written: 1 \w+ \(.+\) of the wrong type, expected (whole number|text); convert these ids",
+    ):
         write_predictions(path, format, {key: "yes"})
     assert not path.exists()
 
@@ -40,7 +43,7 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     path.mkdir()
     with pytest.raises(
-        InputError, match=r"^.*results\.json cannot be written \(Is a directory\): choose another path$"
+        InputError, match=r"^.*results\.json cannot be written \(Is a directory\): check .* or choose another path$"
     ):
         write_predictions(path, "answer", {1: "yes"})
     assert list(tmp_path.iterdir()) == [path]
@@ -66,17 +69,25 @@ def answers(*ids: int) -> list[dict[str, object]]:
 @pytest.mark.parametrize(
     ("found", "expected", "message"),
     [
-        ([1, 2], [1, 2, 3], "lacks 1 question_id (3) of 3: the score needs them all"),
-        ([], range(9), "lacks 9 question_id (0, 1, 2, 3, 4, ...) of 9: the score needs them all"),
-        ([1, 2, 1, 2, 2, 3], [1, 2, 3], "has 2 question_id (1, 2) more than once: keep one prediction for each"),
-        ([1, 4, 5], [1], "has 2 question_id (4, 5) not in the data: check that the split is the same"),
+        ([1, 2], [1, 2, 3], "1 missing question_id (3), expected all 3 ids of the data: add the missing entries"),
+        (
+            [],
+            range(9),
+            "9 missing question_id (0, 1, 2, 3, 4, ...), expected all 9 ids of the data: add the missing entries",
+        ),
+        ([1, 2, 1, 2, 2, 3], [1, 2, 3], "2 repeated question_id (1, 2): keep one entry for each id"),
+        (
+            [1, 4, 5],
+            [1],
+            "2 unknown question_id (4, 5), expected only ids of the data: check that both are of the same split",
+        ),
     ],
 )
 def test_missing_doubled_and_unknown_ids(found: list[int], expected: list[int], message: str, tmp_path: Path) -> None:
     path = save(tmp_path, answers(*found))
     with pytest.raises(InputError) as error:
         read_predictions(path, "answer", expected)
-    assert str(error.value) == f"{path} {message}"
+    assert str(error.value) == f"{path}: {message}"
 
 
 def test_ids_in_another_order_are_the_same(tmp_path: Path) -> None:
@@ -85,19 +96,19 @@ def test_ids_in_another_order_are_the_same(tmp_path: Path) -> None:
 
 def test_ids_of_a_dict() -> None:
     check_ids("the captions", "image_id", {1: "a", 2: "b"}, {2: "c", 1: "d"})
-    with pytest.raises(InputError, match=r"^the captions lacks 1 image_id \('x'\) of 1"):
+    with pytest.raises(InputError, match=r"^the captions: 1 missing image_id \('x'\), expected all 1 ids"):
         check_ids("the captions", "image_id", {}, {"x": 1})
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ({"1": "yes"}, "holds one dict, expected a list [{\"question_id\": whole number"),
-        (["yes"], 'has 1 entry (0) in another format, the first "yes": expected'),
-        ([{"image_id": 1, "caption": "a dog"}], 'has 1 entry (0) in another format, the first {"image_id": 1'),
-        ([*answers(1), {"question_id": "2", "answer": "yes"}], 'has 1 entry (1) in another format, the first {"'),
-        ([{"question_id": 2, "answer": 3}] * 7, "has 7 entry (0, 1, 2, 3, 4, ...) in another format"),
-        ([{"question_id": True, "answer": "no"}], "has 1 entry (0) in another format"),
+        ({"1": "yes"}, "holds one dict, expected a list: write the predictions as [{\"question_id\": whole number"),
+        (["yes"], '1 entry (0) in another format, the first is "yes": write the predictions as [{"question_id"'),
+        ([{"image_id": 1, "caption": "a dog"}], '1 entry (0) in another format, the first is {"image_id": 1'),
+        ([*answers(1), {"question_id": "2", "answer": "yes"}], '1 entry (1) in another format, the first is {"'),
+        ([{"question_id": 2, "answer": 3}] * 7, "7 entries (0, 1, 2, 3, 4, ...) in another format"),
+        ([{"question_id": True, "answer": "no"}], "1 entry (0) in another format"),
     ],
 )  # fmt: skip
 def test_files_of_another_kind(rows: object, message: str, tmp_path: Path) -> None:

@@ -320,13 +320,13 @@ def test_tasks_that_do_not_fit(runs, parts, table, tmp_path):
         evaluate(runs["stage1"], "vqa", table, tmp_path / "b", **GREEDY)
     with pytest.raises(InputError, match="contains only stage generation"):
         evaluate(runs["llama"], "retrieval", parts.images, tmp_path / "c")
-    with pytest.raises(InputError, match=r"the prompt 'what' has no \{\} where the question goes"):
+    with pytest.raises(InputError, match=r"the prompt 'what' has no \{\}, which stands for the question: add \{\}"):
         evaluate(runs["llama"], "vqa", table, tmp_path / "d", prompt="what")
 
 
 def test_two_questions_of_one_id(runs, tmp_path):
     row = {"image": "a.png", "question": "what?", "answers": ["a disc"], "question_id": 7}
-    with pytest.raises(InputError, match="question_id 7 and 0 others occur more than once in the data"):
+    with pytest.raises(InputError, match="1 question ids occur more than once in the data, the first is 7: give each"):
         evaluate(runs["llama"], "vqa", write(tmp_path / "data", [row, row]), tmp_path / "out", **GREEDY)
 
 

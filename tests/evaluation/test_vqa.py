@@ -154,9 +154,9 @@ def test_exact_match() -> None:
 @pytest.mark.parametrize(
     ("predictions", "message"),
     [
-        ({}, r"^the predictions lacks 2 question_id \(1, 2\) of 2"),
-        ({1: "yes"}, r"^the predictions lacks 1 question_id \(2\) of 2"),
-        ({1: "yes", 2: "no", 5: "no"}, r"^the predictions has 1 question_id \(5\) not in the data"),
+        ({}, r"^the predictions: 2 missing question_id \(1, 2\), expected all 2 ids"),
+        ({1: "yes"}, r"^the predictions: 1 missing question_id \(2\), expected all 2 ids"),
+        ({1: "yes", 2: "no", 5: "no"}, r"^the predictions: 1 unknown question_id \(5\), expected only ids of the data"),
     ],
 )
 def test_predictions_of_other_questions(score: Any, predictions: dict[int, str], message: str) -> None:
@@ -166,7 +166,9 @@ def test_predictions_of_other_questions(score: Any, predictions: dict[int, str],
 
 
 def test_the_wrong_score() -> None:
-    with pytest.raises(InputError, match="has 1 answers, expected ten: one answer is scored by score_exact"):
+    with pytest.raises(
+        InputError, match="has 1 answers, expected at least two: use score_exact for questions with one answer"
+    ):
         score_answers({1: "yes"}, {1: Question(("yes",))})
     with pytest.raises(InputError, match="question 1 has 10 answers, expected one"):
         score_exact({1: "yes"}, {1: Question(("yes",) * 10)})

@@ -251,7 +251,7 @@ def test_going_on_equals_never_stopping(parts, tmp_path, variant, stage):
 def test_half_precision_has_full_weights(parts, tmp_path):
     """bf16 has no number between 1 and 1.0078, and a step of 1e-5 would be lost in it."""
     recipe = tune(parts, tmp_path / "run", vision={"dtype": "bf16"})
-    with pytest.raises(InputError, match=r"vision\..* trains at 0.001 but is in bfloat16: set the dtype of vision to"):
+    with pytest.raises(InputError, match=r"vision\..* trains at 0.001 but is in bfloat16: set vision\.dtype to fp32"):
         train(recipe)
     gpu = torch.device("cuda")
     assert choose_dtype(None, gpu) == torch.bfloat16

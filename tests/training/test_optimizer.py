@@ -66,9 +66,12 @@ def test_an_unfrozen_part_leaves_eval_and_a_frozen_one_stays(model):
 @pytest.mark.parametrize(
     ("rates", "message"),
     [
-        ({"qformer.*": 1e-3}, 'no pattern of optimizer.learning_rate matches temperature: end the list with "*"'),
-        ({"qformers.*": 1e-3, "*": 1e-3}, "optimizer.learning_rate has qformers.*, which match no parameter"),
-        ({"*": "frozen"}, "every parameter is frozen by optimizer.learning_rate: give some of them a rate"),
+        ({"qformer.*": 1e-3}, 'no pattern of optimizer.learning_rate matches temperature: add "*" as the last pattern'),
+        (
+            {"qformers.*": 1e-3, "*": 1e-3},
+            "patterns of optimizer.learning_rate match no parameter (qformers.*): correct",
+        ),
+        ({"*": "frozen"}, "optimizer.learning_rate freezes every parameter: give at least one pattern a rate"),
     ],
 )
 def test_rates_that_cannot_be_meant(model, rates, message):
@@ -81,7 +84,7 @@ def test_rates_that_cannot_be_meant(model, rates, message):
 def test_half_precision_cannot_train(model):
     model.vision.bfloat16()
     configure_trainable(model, OptimizerConfig(learning_rate={**FROZEN, "*": 1e-3}))
-    with pytest.raises(InputError, match=r"vision\..* trains at 0.001 but is in bfloat16: set the dtype of vision"):
+    with pytest.raises(InputError, match=r"vision\..* trains at 0.001 but is in bfloat16: set vision\.dtype to fp32"):
         configure_trainable(model, OptimizerConfig(learning_rate={"*": 1e-3}))
 
 

@@ -140,7 +140,7 @@ def test_adapters_that_come_and_go(parts, tmp_path, capsys):
         ({"qformer": {"cross_attention_frequency": 1}}, r"qformer\.cross_attention_frequency of .* is 2"),
         (
             {"stage": "generation"},
-            "is of stage representation, and the recipe of stage generation: give another output",
+            "is of stage representation, but the recipe is of stage generation: give another output",
         ),
     ],
 )
@@ -303,7 +303,7 @@ def test_weights_that_are_no_numbers(parts, tmp_path, value):
         lambda: train(changed(recipe, training={"max_steps": 2}), resume=True),
     ):
         with pytest.raises(
-            InputError, match=rf"qformer\.queries in '.*step-00000001' contains {found}: use another"
+            InputError, match=rf"qformer\.queries in '.*step-00000001' holds {found}: use another"
         ) as raised:
             use()
         message(raised)
@@ -312,7 +312,7 @@ def test_weights_that_are_no_numbers(parts, tmp_path, value):
     name = next(name for name in weights if name.endswith("projection.weight"))
     weights[name].view(-1)[-1] = value
     save_file(weights, tmp_path / "vit" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match="returns features that are not finite: copy or download its weights"):
+    with pytest.raises(InputError, match="gives features that are not finite: its weights are damaged"):
         build(changed(recipe, vision={"name": str(tmp_path / "vit")}).model, torch.device("cpu"))
 
 

@@ -159,7 +159,7 @@ def test_what_cannot_be_dealt_out(parts, tmp_path):
     status, printed = finish(process, log)
     other.join(60)
     assert status == 2
-    said = "training.shard_frozen finds no frozen blocks to shard"
+    said = "training.shard_frozen is true, but there are no frozen blocks to shard"
     assert f"error in process 0 of 2 on {socket.gethostname()}: {said}" in printed
     failures = (tmp_path / "dealt" / "failures.log").read_text()
     assert failures.count(said) == 2

@@ -3,8 +3,8 @@
 A captioner generates N captions of every image, a ranker compares them and the original captions with the image, and
 the best K are kept. Training then draws one of them at each step.
 
-Sampling for an image depends only on the seed and the bytes of the image. The last digit of a network's output may
-depend on the batch, so batches never cross units and are the same for every engine.
+Sampling for an image depends only on the seed and the bytes of the image. The last digits of the outputs of a network
+may depend on the batch, so a batch never contains images of two units, and all engines form the same batches.
 """
 
 from __future__ import annotations
@@ -46,24 +46,26 @@ def capfilt(
 ) -> dict[str, Any]:
     """Bootstrap the captions of a corpus; write shards, ``metrics.json`` and ``report.html`` to a folder.
 
-    A run that was interrupted resumes where it stopped when it is started again.
+    If an interrupted run is started again, it resumes where it stopped.
 
     Args:
         captioner: stage-2 model of any format, or a captioning model of transformers (BLIP, GIT ...).
         ranker: stage-1 model of any format, or a dual encoder of transformers (CLIP, SigLIP ...).
-        data: corpus: any source that ``data.train`` of a recipe may name (docs/data.md). Each input shard gives one
-            output shard.
+        data: the corpus: any source that ``data.train`` of a recipe may name (docs/data.md). There is one output shard
+            for each input shard.
         output: folder for shards (.tar), metrics.json and report.html.
-        config: the options; None means the defaults.
+        config: the options. None: the defaults.
         engine: where the work is done.
-        device: device to run on; None means a GPU if there is one.
-        dtype: data type of the frozen parts; None means the model's own.
+        device: device to run on. None: a GPU if there is one.
+        dtype: data type of the frozen parts, or of all weights of a model of transformers. None: as the config of the
+            model says, else bf16 on a GPU and fp32 on a CPU.
 
     Returns:
-        The content of ``metrics.json``.
+        The content of ``metrics.json``: the settings, counts of images and captions, and mean scores.
 
     Raises:
-        InputError: a model or the data cannot be read, or `output` holds other results.
+        InputError: a model or the data cannot be read, or `output` cannot be written or holds the results of another
+            model, data set or setting.
     """
     config, folder = config or CapFiltConfig(), expand_home(output)
     load_language_detector(config.rules.language)  # fails early if the extra is missing
@@ -112,7 +114,11 @@ class CapFiltWorker:
         self._language_of = load_language_detector(config.rules.language)
 
     def __call__(self, unit: Unit) -> dict[str, Any]:
-        """Write the shard of a unit, unless it is empty; return its :class:`CapFiltStats` as a dict."""
+        """Write the output shard of a unit, unless no image has a kept caption.
+
+        Returns:
+            The result of :meth:`CapFiltStats.to_dict` for the unit.
+        """
         stats, skipped = CapFiltStats(), list[SkippedSample]()
         path = self._folder / f"{unit.name}.tar"
         with convert_os_errors(path), atomic_write(path) as file:
@@ -124,7 +130,7 @@ class CapFiltWorker:
                         shard.add(sample.key, sample.suffix, sample.image, to_metadata(selection))
             shard.close()
         if not stats.num_written:
-            path.unlink()  # readers would take an empty shard for a broken one
+            path.unlink()  # readers would report an empty shard as damaged
         stats.add_skipped(skipped)
         return stats.to_dict()
 
@@ -149,7 +155,7 @@ class CapFiltWorker:
             yield sample, select_captions(captions, config.rules, self._language_of)
 
     def _uniforms(self, sample: Sample) -> np.ndarray:
-        """Return numbers in [0, 1), one per generated token, that depend on the seed and the bytes of the image."""
+        """Return numbers in [0, 1), one per token to generate, that depend only on the seed and the image's bytes."""
         generator = np.random.default_rng([self._config.seed, int(digest(sample.image), 16)])
         return generator.random((self._config.num_captions, self._config.decoding.max_new_tokens))
 
@@ -163,7 +169,12 @@ def _normalize(texts: Iterable[str]) -> Iterator[str]:
 
 
 def to_metadata(selection: Selection) -> dict[str, Any]:
-    """Return the content of the ``.json`` file of an image."""
+    """Return the metadata of an image, which is stored as the ``.json`` member of its sample in the output shard.
+
+    Returns:
+        Three lists of equal length: the kept ``captions``, their ``scores``, rounded to 6 decimals, and for each
+        caption whether it is an ``original`` caption.
+    """
     return {
         "captions": [caption.text for caption in selection.kept],
         "scores": [round(caption.score, 6) for caption in selection.kept],

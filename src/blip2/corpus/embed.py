@@ -1,4 +1,4 @@
-"""Embed images and texts into a ``.safetensors`` file, or a corpus into one file per shard.
+"""Write the embeddings of images and texts to a ``.safetensors`` file, or those of a corpus to one file per shard.
 
 Legend: I images, Q queries, T texts, C width of the contrastive embeddings.
 """
@@ -41,24 +41,26 @@ def embed(
     Args:
         model: a stage-1 checkpoint of any format that :func:`blip2.pipelines.load` reads.
         output: the file to write.
-        images: image files.
-        texts: texts.
-        device: device to run on; None means a GPU if there is one.
-        dtype: data type of the frozen image encoder; None means the model's own.
+        images: paths of the images.
+        texts: the texts.
+        device: device to run on. None: a GPU if there is one.
+        dtype: data type of the frozen image encoder. None: as the config of the model says, else bf16 on a GPU and fp32
+            on a CPU.
         overrides: keys of the model's config to override.
 
     Returns:
-        ``images`` [I, Q, C] and ``texts`` [T, C], unit vectors in float32; without images or texts, their key is
-        missing.
+        ``images`` [I, Q, C] and ``texts`` [T, C], unit vectors in float32. If there are no images or no texts, the key
+        is missing.
 
     Raises:
-        InputError: there is nothing to embed, the model or an image cannot be read, or `output` cannot be written.
+        InputError: there are no images and no texts, the model or an image cannot be read, or `output` cannot be
+            written.
     """
     if not images and not texts:
-        raise InputError("nothing to embed: give image files, --text, or both; or --data for a whole corpus")
+        raise InputError("there is nothing to embed: give image files, --text or both, or --data for a whole corpus")
     path = expand_home(output)
     if not path.absolute().parent.is_dir():  # fail before the work
-        raise InputError(f"there is no folder for {path}: make it, or give another --output")
+        raise InputError(f"the folder of {path} does not exist: create that folder, or give another --output")
     pipeline = _load(model, device, dtype, overrides)
     tensors = {}
     if images:
@@ -72,20 +74,20 @@ def embed(
 def write_embeddings(path: Path, tensors: Mapping[str, Tensor], keys: Sequence[str], texts: Sequence[str]) -> None:
     """Write embeddings and the names of their rows to a ``.safetensors`` file.
 
-    The file appears when it is complete, and equal arguments give equal bytes. Its metadata ``records`` is a JSON
-    object with ``keys`` and ``texts``.
+    The file is written atomically, and equal arguments give equal bytes. The entry ``records`` of its metadata is a
+    JSON object with ``keys`` and ``texts``.
 
     Args:
         path: the file to write.
-        tensors: ``images`` [I, Q, C] and ``texts`` [T, C], or one of them; ``image_index`` [T] if the texts belong to
-            images.
+        tensors: ``images`` [I, Q, C], ``texts`` [T, C] or both, and, if the texts belong to images, ``image_index``
+            [T], the row of the image of each text.
         keys: the names of the I images.
         texts: the T texts.
 
     Raises:
         InputError: the file cannot be written.
     """
-    # One entry, because safetensors writes several in a random order.
+    # One entry, because safetensors writes several entries in random order.
     records = json.dumps({"keys": list(keys), "texts": list(texts)}, ensure_ascii=False)
     records = records.encode(errors="backslashreplace").decode()  # JSON escapes for names that are not UTF-8
     content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"records": records})
@@ -106,9 +108,9 @@ def embed_corpus(
 ) -> dict[str, Any]:
     """Embed the images and captions of a corpus with a stage-1 model.
 
-    Each shard gives a file of :func:`write_embeddings` with ``images`` [I, Q, C], ``texts`` [T, C] and ``image_index``
-    [T], the row of each text's image. Embeddings are unit vectors in float16. A run that was interrupted resumes where
-    it stopped when it is started again.
+    One file is written for each shard, as by :func:`write_embeddings`, with ``images`` [I, Q, C], ``texts`` [T, C] and
+    ``image_index`` [T], the row of the image of each text. Embeddings are unit vectors in float16. If an interrupted
+    run is started again, it resumes where it stopped.
 
     Args:
         model: a stage-1 checkpoint of any format that :func:`blip2.pipelines.load` reads.
@@ -116,15 +118,18 @@ def embed_corpus(
         output: folder of the results.
         shard_size: images per output file, if the corpus has no shards.
         engine: where the work is done.
-        device: device to run on; None means a GPU if there is one.
-        dtype: data type of the frozen image encoder; None means the model's own.
+        device: device to run on. None: a GPU if there is one.
+        dtype: data type of the frozen image encoder. None: as the config of the model says, else bf16 on a GPU and fp32
+            on a CPU.
         overrides: keys of the model's config to override.
 
     Returns:
-        The content of ``metrics.json``: the number of images and texts, and of skipped samples by reason.
+        The content of ``metrics.json``: the settings, the number of ``images`` and ``texts``, and the number of
+        ``skipped`` samples by reason.
 
     Raises:
-        InputError: the model or the data cannot be read, or `output` holds other results.
+        InputError: the model or the data cannot be read, or `output` cannot be written or holds the results of another
+            model, data set or setting.
     """
     folder = expand_home(output)
     job = EmbedJob(resolve_checkpoint(model), str(folder.absolute()), device, dtype, overrides)

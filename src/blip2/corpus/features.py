@@ -1,7 +1,7 @@
 """Compute the cached features of a recipe's data with an :class:`~blip2.corpus.job.Engine`.
 
-A unit is a range of records. The workers add features to the feature cache, where
-:func:`blip2.training.features.make_features` finds them and has nothing left to encode.
+A unit is a range of records. The workers add the features of its images to the feature cache. If
+:func:`blip2.training.features.make_features` is called afterwards, it finds all features there.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def _list_units(recipe: Recipe) -> Iterator[Unit]:
 def _open(recipe: Recipe, source: str) -> Records:
     records = open_records(resolve(source), recipe.data)
     if not isinstance(records, Records):
-        raise InputError("cached features need a table or a folder, not a stream: set data.streaming to false")
+        raise InputError(
+            "cached features need a table or a folder, but the data is read as a stream: set data.streaming to false"
+        )
     return records
 
 
@@ -63,7 +65,7 @@ class FeatureJob:
     recipe: Recipe
 
     def worker(self) -> Worker:
-        """Load the encoder; the records of each source are opened once."""
+        """Load the image encoder. The worker opens the records of each source only once."""
         device = choose_device(self.recipe.training.device)
         encoder = load_encoder(self.recipe, device)
         views = {(key, source): views for key, source, views in feature_sources(self.recipe)}

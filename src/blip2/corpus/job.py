@@ -1,9 +1,9 @@
 """Run a job on every unit of a corpus, in this process or on a Ray cluster.
 
-The worker of a :class:`Job` loads the models once per process and then handles one unit after another. Its outputs are
-written atomically, and ``NAME.stats.json``, which marks the unit as finished, is written last. An interrupted job
-therefore resumes where it stopped, the unit of a worker that died is done again by another worker, and both engines
-write the same bytes.
+The worker of a :class:`Job` loads the models once per process and then processes one unit after another. The outputs of
+a unit are written atomically, and ``NAME.stats.json``, which marks the unit as finished, is written last. An
+interrupted job therefore resumes where it stopped. If a worker dies, another worker repeats the unfinished unit. Both
+engines write the same bytes.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from blip2.io import convert_os_errors, lock_folder, parse_json, read_json, writ
 from blip2.resumable import claim_folder
 
 Worker = Callable[[Unit], Mapping[str, Any]]
-"""Processes a unit, writes its outputs, and returns a JSON-serializable result with the number of ``images``."""
+"""Processes a unit, writes the outputs, and returns a JSON-serializable result with the number of ``images``."""
 STATS = ".stats.json"
 ERROR = "error"
-"""Key under which a Ray worker returns an error message instead of raising the error."""
+"""Key under which a worker on Ray returns an error message instead of raising the error."""
 
 
 @runtime_checkable
 class Job(Protocol):
-    """A job on the units of a corpus. It is sent to other machines, so it holds names and options, not models."""
+    """A job on the units of a corpus. Jobs are sent to other machines, so they hold names and options, not models."""
 
     def worker(self) -> Worker:
-        """Load the models; called once per process."""
+        """Load the models, and return a worker. This method is called once per process."""
         ...
 
 
 def run_job(
     job: Job, units: Sequence[Unit], folder: Path, metadata: Mapping[str, Any], engine: Engine, label: str
 ) -> Iterator[dict[str, Any]]:
-    """Run a job on all units that are not finished, then yield the results of all units in order.
+    """Run a job on all units that are not finished.
 
     Args:
         job: the job.
@@ -55,9 +55,12 @@ def run_job(
         engine: where the job runs.
         label: label of the progress bar.
 
+    Returns:
+        An iterator over the results of all units, in order.
+
     Raises:
-        InputError: the folder cannot be written or holds the outputs of another job, Ray is missing, or a worker raised
-            the error.
+        InputError: the folder cannot be written or holds the outputs of another job, Ray is not installed, or a worker
+            raised an InputError.
     """
     with lock_folder(folder):
         claim_folder(folder / "about.json", metadata, "pass")
@@ -96,12 +99,15 @@ class _RecordedJob:
     folder: Path
 
     def worker(self) -> Worker:
-        """Return a worker that returns the number of images alone, as whole results may be large."""
+        """Return a worker that writes each result to a file, and returns only the number of images.
+
+        Whole results may be too large to be sent between processes.
+        """
         process = self.job.worker()
 
         def record(unit: Unit) -> Mapping[str, Any]:
             file = _stats_file(self.folder, unit)
-            if not file.exists():  # it exists if a worker died right after it wrote the file
+            if not file.exists():  # it exists if a worker died right after writing the file
                 result = process(unit)
                 with convert_os_errors(file):
                     write_json(file, result)
@@ -114,10 +120,10 @@ class _RecordedJob:
 
 
 def run_units(job: Job, units: Sequence[Unit], engine: Engine) -> Iterator[Mapping[str, Any]]:
-    """Yield a worker's result for each unit, in order of completion.
+    """Yield the result of each unit, in order of completion.
 
     Raises:
-        InputError: Ray is missing, or a worker raised the error.
+        InputError: Ray is not installed, or a worker raised an InputError.
     """
     return _run_on_ray(job, units, engine) if engine.kind == "ray" else _run_locally(job, units, engine)
 
@@ -135,17 +141,17 @@ def _run_locally(job: Job, units: Sequence[Unit], engine: Engine) -> Iterator[Ma
 
 
 def _run_on_ray(job: Job, units: Sequence[Unit], engine: Engine) -> Iterator[Mapping[str, Any]]:
-    """Run on Ray Data actors with one worker each; Ray applies backpressure and restarts actors that die."""
+    """Run units on Ray Data actors, each with one worker. Ray applies backpressure, and restarts actors that die."""
     try:
         import ray
         import ray.data
     except ImportError as error:
-        raise InputError("--engine ray needs the extra blip2[ray]: pip install 'blip2[ray]'") from error
+        raise InputError("--engine ray needs Ray Data, which is not installed: pip install 'blip2[ray]'") from error
     if not units:
         return
     start_ray = not ray.is_initialized()
     if start_ray:
-        # "local" never joins the cluster of another run on this machine, which would shut down with that run.
+        # "local" starts a cluster of its own: the cluster of another run on this machine would shut down with that run.
         ray.init(os.environ.get("RAY_ADDRESS", "local"), logging_level=logging.WARNING, log_to_driver=False)
     try:
         context = ray.data.DataContext.get_current()
@@ -156,7 +162,7 @@ def _run_on_ray(job: Job, units: Sequence[Unit], engine: Engine) -> Iterator[Map
         num_workers = min(engine.num_workers or gpus or max(1, cores // 2), len(units))
         share = cores // num_workers or cores / num_workers  # Ray takes whole cores or a fraction of one
         num_threads = engine.num_threads or max(1, int(share))
-        # Items become blocks at once; a read task would take a core away from the workers.
+        # from_items makes blocks immediately; a read task would take a core from the workers.
         items = [{"unit": json.dumps(asdict(unit))} for unit in units]
         rows = ray.data.from_items(items, override_num_blocks=min(len(units), 4096)).map_batches(
             _Actor,

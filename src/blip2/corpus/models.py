@@ -1,6 +1,6 @@
 """Captioners and rankers for CapFilt: models of this project and of transformers.
 
-Legend: N captions.
+Legend: N captions of all images, longest: maximum number of generated tokens.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from blip2.pipelines import GenerationPipeline, RepresentationPipeline, load
 
 
 def resolve_checkpoint(name: str) -> str:
-    """Return an absolute path that does not change: for the folder of a run, its latest checkpoint.
+    """Return the absolute path of a checkpoint. For the folder of a run, this is its latest checkpoint.
 
-    Names of the hub are returned unchanged.
+    A name that is not a path, such as a name on a hub, is returned unchanged.
     """
     path = Path(name)
     if not path.exists():
@@ -42,7 +42,7 @@ IMAGE_TEXT_MODEL = "image-text model"
 
 
 def _is_other_transformers_model(name: str, kind: str) -> bool:
-    """Return whether a name refers to a transformers model other than BLIP-2."""
+    """Return whether `name` is a model of transformers other than BLIP-2."""
     path = Path(name)
     if is_pickle(name) or (path.is_dir() and not (path / "config.json").is_file()):
         return False
@@ -60,7 +60,9 @@ class Blip2Captioner:
         language = pipeline.config.language
         assert language is not None
         if prompt is None and language.prompt_has_question:
-            raise InputError(f"{pipeline.path} was trained to answer questions: give a prompt that captions continue")
+            raise InputError(
+                f"{pipeline.path} was trained to answer questions: give a prompt for the captions to continue"
+            )
         self._pipeline, self._decoding = pipeline, decoding
         self._prompt = language.prompt if prompt is None else prompt
 
@@ -72,7 +74,8 @@ class Blip2Captioner:
         Args:
             images: the images.
             num_return_sequences: number of captions per image.
-            uniforms: numbers in [0, 1) that determine the sampled tokens; one row per caption, one number per token.
+            uniforms: random numbers in [0, 1) that determine the sampled tokens: one row per caption, the captions of
+                an image in consecutive rows, and one number per token.
 
         Returns:
             The captions of each image.
@@ -89,7 +92,7 @@ class Blip2Ranker:
         self._pipeline = pipeline
 
     def score(self, images: Sequence[Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
-        """Return the cosine similarity of each image with each of its own texts."""
+        """Return the cosine similarity of each image with each text in the group of `texts` that belongs to it."""
         image_embeds = self._pipeline.embed_images(list(images))
         text_embeds = self._pipeline.embed_texts([text for group in texts for text in group])
         groups = text_embeds.split([len(group) for group in texts])
@@ -97,7 +100,7 @@ class Blip2Ranker:
 
 
 class TransformersCaptioner:
-    """Captions images with any ``AutoModelForImageTextToText`` that needs no chat template."""
+    """Captions images with any ``AutoModelForImageTextToText`` that does not need a chat template."""
 
     def __init__(
         self, name: str, decoding: Decoding, prompt: str | None, device: str | None, dtype: Precision | None
@@ -115,7 +118,7 @@ class TransformersCaptioner:
         decoding, num_beams = self._decoding, self._decoding.beam_width(num_return_sequences)
         options: dict[str, Any] = {"do_sample": False, "num_beams": num_beams}
         if decoding.top_p is not None:
-            # The logits processor leaves one token, so that transformers' own sampling has no effect.
+            # The logits processor leaves only one possible token, so that sampling by transformers has no effect.
             options = {"do_sample": True, "num_beams": 1, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
             options["logits_processor"] = [SampledTokenLogitsProcessor(uniforms, decoding)]
         elif num_beams > 1:
@@ -128,7 +131,7 @@ class TransformersCaptioner:
         return _group(texts, num_return_sequences)
 
     def _remove_prompt(self, text: str) -> str:
-        """Remove the prompt, which some models repeat."""
+        """Remove the prompt from the beginning of a caption, where some models repeat it."""
         text = text.strip()
         return text[len(self._prompt) :].strip() if text.lower().startswith(self._prompt.lower()) else text
 
@@ -141,12 +144,15 @@ class TransformersRanker:
         text = getattr(self._model.config, "text_config", None)
         self._max_length = getattr(text, "max_position_embeddings", None)
         if self._max_length is None or not hasattr(self._model, "get_text_features"):
-            raise InputError(f"{name} does not compare images with texts: give a model such as CLIP or SigLIP")
+            raise InputError(
+                f"{name} does not compare images with texts: give a dual encoder such as CLIP or SigLIP, or a stage-1"
+                " model"
+            )
 
     @torch.no_grad()
     def score(self, images: Sequence[Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
-        """Return the cosine similarity of each image with each of its own texts."""
-        # SigLIP was trained on texts that are padded to one length.
+        """Return the cosine similarity of each image with each text in the group of `texts` that belongs to it."""
+        # SigLIP was trained on texts that were all padded to the same length.
         padding = "max_length" if self._model.config.model_type.startswith("siglip") else True
         inputs = self._processor(
             images=list(images), text=[text for group in texts for text in group], return_tensors="pt",
@@ -171,9 +177,10 @@ def open_captioner(
     Args:
         name: path or hub name of the model.
         decoding: how captions are generated.
-        prompt: text that captions continue; None means the model's own, if it has one.
-        device: device to run on; None means a GPU if there is one.
-        dtype: data type of the frozen parts; None means the model's own.
+        prompt: text that the captions continue. None: the prompt of the model's config, if there is one.
+        device: device to run on. None: a GPU if there is one.
+        dtype: data type of the frozen parts, or of all weights of a model of transformers. None: as the config of the
+            model says, else bf16 on a GPU and fp32 on a CPU.
 
     Raises:
         InputError: the model does not exist, or does not caption images.
@@ -190,8 +197,9 @@ def open_ranker(name: str, device: str | None, dtype: Precision | None) -> Ranke
 
     Args:
         name: path or hub name of the model.
-        device: device to run on; None means a GPU if there is one.
-        dtype: data type of the frozen parts; None means the model's own.
+        device: device to run on. None: a GPU if there is one.
+        dtype: data type of the frozen image encoder, or of all weights of a model of transformers. None: as the config
+            of the model says, else bf16 on a GPU and fp32 on a CPU.
 
     Raises:
         InputError: the model does not exist, or does not compare images with texts.
@@ -204,7 +212,7 @@ def open_ranker(name: str, device: str | None, dtype: Precision | None) -> Ranke
 
 
 OPTIONAL_WEIGHTS = r"position_ids|decoder\.(bias|weight)$"
-"""Weights that files may lack because they are computed or tied to others."""
+"""Weights that may be missing from files, because they are computed or tied to other weights."""
 
 
 def _load(auto: Any, name: str, kind: str, device: str | None, dtype: Precision | None) -> tuple[Any, Any]:
@@ -214,7 +222,7 @@ def _load(auto: Any, name: str, kind: str, device: str | None, dtype: Precision 
         processor = load_pretrained(AutoProcessor, name)
     if kind == CAPTIONING_MODEL and getattr(processor, "chat_template", None):
         raise InputError(
-            f"{name} needs a chat template, which is not supported: give a captioning model such as BLIP, BLIP-2 or GIT"
+            f"{name} has a chat template, which is not supported: give a captioning model such as BLIP, BLIP-2 or GIT"
         )
     model: Any = load_model(auto, name, kind, choose_dtype(dtype, target), OPTIONAL_WEIGHTS)[0]
     return processor, model.to(target).eval()
@@ -224,5 +232,5 @@ def _prepare(inputs: Any, model: Any) -> Any:
     """Move the inputs to the model's device and data type."""
     inputs = inputs.to(model.device)
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    inputs.pop("token_type_ids", None)  # given by BERT's tokenizer, but unknown to these models
+    inputs.pop("token_type_ids", None)  # the BERT tokenizer returns it, but these models do not accept it
     return inputs

@@ -1,4 +1,4 @@
-"""Options of passes over a corpus. The module does not import PyTorch, as the command line is made from it."""
+"""Options of passes over a corpus. The command line is made from this module, so it does not import PyTorch."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ class Engine:
     """The place where a job runs: this process or a Ray cluster."""
 
     kind: Literal["local", "ray"] = field(default="local", metadata={"option": "engine"})
-    """local: run in this process. ray: run on the Ray cluster at RAY_ADDRESS, or a new one on this machine."""
+    """local: run in this process. ray: run on the Ray cluster whose address is in the environment variable RAY_ADDRESS,
+    or on a new Ray cluster on this machine."""
     num_workers: int | None = bounded(None, 1, MAX_COUNT)
-    """Number of Ray processes. null: one per GPU, or one per two CPU cores without GPUs."""
+    """Number of Ray processes. null: one per GPU; if there is no GPU, one per two CPU cores."""
     num_threads: int | None = bounded(None, 1, MAX_COUNT)
-    """CPU threads per worker. Sums may depend on it in the last digit, so runs that are to give equal bytes need the
-    same number. null: all in this process, or an equal share of the cores."""
+    """CPU threads per worker. This number can change the last digits of floating-point results: use the same number for
+    runs whose outputs must be bit-identical. null: without Ray, PyTorch's default; with Ray, an equal share of the
+    cores."""
 
     def __post_init__(self) -> None:
         if self.kind == "local" and self.num_workers is not None:
-            raise InputError("num_workers needs the engine ray: add --engine ray, or leave out --num-workers")
+            raise InputError("--num-workers needs the engine ray: add --engine ray, or leave out --num-workers")
         check_ranges(self)
 
 
@@ -41,7 +43,7 @@ class Sharding:
     """Shards of the output."""
 
     shard_size: int = bounded(1000, 1, MAX_COUNT)
-    """Images per output shard, if the corpus has no shards."""
+    """Number of images per output shard, for a corpus that has no shards."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class CapFiltConfig(Sampling, Sharding):
     decoding: Decoding = field(default=NUCLEUS_SAMPLING, metadata={"option": None})
     """Options of the captioner's generation."""
     prompt: str | None = None
-    """Text that captions continue. null: the captioner's own."""
+    """Text that the captions continue. null: the prompt of the captioner's config."""
     rules: SelectionRules = RULES
     """Rules that select the captions to keep."""
     batch_size: int = bounded(16, 1, MAX_COUNT)
@@ -63,6 +65,6 @@ class CapFiltConfig(Sampling, Sharding):
         check_ranges(self)
         if self.decoding.top_p is None and self.num_captions > 1 and self.decoding.num_beams < self.num_captions:
             raise InputError(
-                f"{self.decoding.num_beams} beams do not give {self.num_captions} captions: use at least as many beams,"
-                " or sampling"
+                f"--num-beams is {self.decoding.num_beams}, expected at least the number of captions,"
+                f" {self.num_captions}: raise --num-beams, lower --captions, or leave out --num-beams to sample"
             )

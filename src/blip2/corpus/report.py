@@ -29,7 +29,7 @@ ORIGINS = ("original", "generated")
 
 
 class CapFiltStats:
-    """Statistics of one unit or of all units; their size does not grow with the corpus."""
+    """Statistics of one unit or of all units. Merged statistics do not grow with the corpus."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
@@ -42,7 +42,7 @@ class CapFiltStats:
             for decision in ("kept", "dropped")
         }
         self.examples: list[dict[str, Any]] = []
-        """Examples for the report, drawn by a digest, so that they do not depend on the order of the units."""
+        """Examples for the report, selected by a digest, so that the order of the units does not matter."""
 
     @property
     def num_written(self) -> int:
@@ -50,7 +50,14 @@ class CapFiltStats:
         return self._counts["written"]
 
     def add(self, unit: str, sample: Sample, selection: Selection, seed: int) -> None:
-        """Add an image whose captions were ranked."""
+        """Add an image whose captions were ranked.
+
+        Args:
+            unit: name of the unit of the image.
+            sample: the image.
+            selection: its kept and dropped captions.
+            seed: determines which images become examples.
+        """
         dropped = tuple(caption for caption, _ in selection.dropped)
         self._counts["images"] += 1
         self._counts["written"] += bool(selection.kept)
@@ -65,7 +72,7 @@ class CapFiltStats:
                 self._histograms[name][min(max(index, 0), len(BINS) - 2)] += 1
         self._dropped.update(reason for _, reason in selection.dropped)
         if not selection.kept:
-            self.add_skipped([SkippedSample(sample.key, "no caption left", "no caption is within the limits")])
+            self.add_skipped([SkippedSample(sample.key, "no caption left", "the rules keep none of its captions")])
             return
         example = {
             "order": digest(f"{seed} {unit} {sample.key}".encode()),
@@ -83,7 +90,7 @@ class CapFiltStats:
             self._listed.append([sample.key, sample.message])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the statistics for JSON."""
+        """Return the statistics as JSON-serializable values, which :meth:`merge` takes."""
         return {
             "images": self._counts["images"],
             "counts": dict(self._counts),
@@ -95,7 +102,7 @@ class CapFiltStats:
         }
 
     def merge(self, other: Mapping[str, Any]) -> None:
-        """Add the statistics that another object returned by :meth:`to_dict`."""
+        """Add the result of :meth:`to_dict` of other statistics."""
         self._counts.update(other["counts"])
         self._dropped.update(other["dropped"])
         self._skipped.update(other["skipped"])
@@ -108,7 +115,7 @@ class CapFiltStats:
         self.examples = sorted([*self.examples, *examples], key=lambda example: example["order"])[:MAX_EXAMPLES]
 
     def metrics(self) -> dict[str, Any]:
-        """Return the counts, the mean scores and the first skipped images."""
+        """Return ``counts``, ``dropped`` and ``skipped`` by reason, ``skipped_first`` and ``mean_scores``, for JSON."""
         return {
             "counts": dict(sorted(self._counts.items())),
             "dropped": dict(sorted(self._dropped.items())),
@@ -122,7 +129,14 @@ class CapFiltStats:
         return round(float(counts @ (BINS[1:] + BINS[:-1]) / 2 / counts.sum()), 4) if counts.any() else None
 
     def plot(self) -> Any:
-        """Plot the scores of kept and dropped captions, in one panel each for original and generated captions."""
+        """Plot the scores of kept and dropped captions, in a panel for original and a panel for generated captions.
+
+        Returns:
+            The matplotlib figure.
+
+        Raises:
+            InputError: matplotlib is not installed.
+        """
         used = np.flatnonzero(sum(self._histograms.values()))
         first, last = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, len(BINS) - 1)
         figure = new_figure(8.0, 3.0)
@@ -139,7 +153,14 @@ class CapFiltStats:
 
 
 def write_capfilt_report(folder: Path, metrics: Mapping[str, Any], stats: CapFiltStats, units: Sequence[Unit]) -> None:
-    """Write ``report.html`` with counts, scores, and example images with their captions."""
+    """Write ``report.html`` with counts, scores, and example images with their captions.
+
+    Args:
+        folder: the folder of the report and of the output shards.
+        metrics: the content of ``metrics.json``.
+        stats: the merged statistics of all units.
+        units: the units of the corpus.
+    """
     report = Report(
         "Bootstrapped captions",
         f"{len(units)} shards of {metrics['data']}; captions by {metrics['captioner']}, ranked by {metrics['ranker']}.",

@@ -1,4 +1,4 @@
-"""Select the captions of an image that are kept."""
+"""Select the captions of an image to keep."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from blip2.config import MAX_COUNT, bounded, check_ranges
 from blip2.errors import InputError
 
 MIN_CONFIDENCE = 0.5
-"""Probability above which the detected language of a caption counts; short captions rarely reach it."""
+"""A detected language is used only if its probability is above this; that of short captions is often lower."""
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,19 @@ class SelectionRules:
     max_words: int | None = bounded(None, 1, MAX_COUNT)
     """Maximum number of words; longer captions are dropped. null: no limit."""
     language: str | None = None
-    """ISO 639-1 code of the language to keep, such as en; captions of unclear language are kept. null: any."""
+    """ISO 639-1 code of the language to keep, such as en. Captions whose language is unclear are kept too. null: all
+    languages are kept."""
     max_word_overlap: float = bounded(1.0, 1e-6, 1)
-    """Of captions that share at least this fraction of their words, the best is kept. With 1, they are those of equal
-    words."""
+    """Two captions are duplicates if the number of different words that both have, divided by the number of different
+    words that either has, is at least this. Only the best of several duplicates is kept."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
         if self.max_words is not None and self.max_words < self.min_words:
-            raise InputError(f"max_words is {self.max_words}, expected at least min_words, {self.min_words}")
+            raise InputError(
+                f"--max-words is {self.max_words}, expected at least --min-words, which is {self.min_words}: raise"
+                " --max-words or lower --min-words"
+            )
 
 
 @dataclass(frozen=True)
@@ -48,22 +52,22 @@ class Caption:
 
 @dataclass(frozen=True)
 class Selection:
-    """The kept and dropped captions of an image, the best first."""
+    """The kept and dropped captions of an image, each in the order of falling scores."""
 
     kept: tuple[Caption, ...]
     dropped: tuple[tuple[Caption, str], ...]
-    """Each dropped caption with the reason."""
+    """Each dropped caption with the reason for dropping it."""
 
 
 def select_captions(
     captions: Sequence[Caption], rules: SelectionRules, language_of: Callable[[str], str | None]
 ) -> Selection:
-    """Rank captions by score, and keep the best that the rules allow. Ties keep their order.
+    """Rank captions by score, and keep the best captions that meet the rules. Ties keep their order.
 
     Args:
         captions: the captions of an image.
         rules: conditions for a caption to be kept.
-        language_of: returns the language of a text; None if it is unclear.
+        language_of: returns the ISO 639-1 code of the language of a text, or None if the language is unclear.
     """
     kept: list[Caption] = []
     dropped: list[tuple[Caption, str]] = []
@@ -87,26 +91,29 @@ def select_captions(
 
 
 def word_overlap(one: str, other: str) -> float:
-    """Return the Jaccard similarity of the words of two texts, ignoring order, case and punctuation."""
+    """Return the Jaccard similarity of the sets of words of two texts, in [0, 1], ignoring case and punctuation."""
     first, second = (set(re.findall(r"\w+", text.casefold())) or {text} for text in (one, other))
     return len(first & second) / len(first | second)
 
 
 def load_language_detector(language: str | None) -> Callable[[str], str | None]:
-    """Return a function that detects the language of a text, or returns None if it is unclear.
+    """Return a function that detects the language of a text.
 
     Args:
-        language: the language to keep. If None, nothing is loaded, and the function always returns None.
+        language: ISO 639-1 code of the language to keep. None: nothing is loaded, and the function always returns None.
+
+    Returns:
+        A function that returns the ISO 639-1 code of the language of a text, or None if the language is unclear.
 
     Raises:
-        InputError: py3langid is missing, or does not know the language.
+        InputError: py3langid is not installed, or does not know `language`.
     """
     if language is None:
         return lambda text: None
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError as error:
-        raise InputError("--language needs the extra blip2[capfilt]: pip install 'blip2[capfilt]'") from error
+        raise InputError("--language needs py3langid, which is not installed: pip install 'blip2[capfilt]'") from error
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
     if language not in identifier.nb_classes:
         raise InputError(f"the language {language!r} is not known: give an ISO 639-1 code such as en")

@@ -1,7 +1,6 @@
 """Read a corpus as units of work, and each unit as samples.
 
-A unit is the work that yields one output shard: one input ``.tar``, or a range of records of any other source that
-``data.train`` of a recipe may name.
+A unit is the input of one output shard: an input shard (``.tar``), or a range of records of a source without shards.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ from blip2.data.sources import open_records
 
 @dataclass(frozen=True)
 class Unit:
-    """The work that yields one output shard."""
+    """The input of one output shard."""
 
     name: str
-    """Name of the output files, without a suffix."""
+    """Name of the output files, without suffix."""
     source: str
-    """Path or URL of a ``.tar``, or a source that ``data.train`` may name."""
+    """Path or URL of a ``.tar``, or any other source that ``data.train`` of a recipe may name."""
     start: int = 0
     """Index of the first record."""
     count: int | None = None
-    """Number of records; None means a whole ``.tar``."""
+    """Number of records. None: the source is a ``.tar``, and the unit is all of it."""
 
 
 def list_units(source: str, shard_size: int) -> list[Unit]:
@@ -46,14 +45,14 @@ def list_units(source: str, shard_size: int) -> list[Unit]:
         shard_size: number of records in a unit, if the source has no shards.
 
     Raises:
-        InputError: the source has no records, or two shards have the same name.
+        InputError: the source cannot be read or has no records.
     """
     source = resolve(source)
     shards = find_shards(source) if is_benchmark(source) else source
     if shards is not None and shards.lower().endswith(".tar"):
         files = expand_files(shards)
         names = [Path(file).stem for file in files]
-        if len(set(names)) < len(names):  # shards of several folders
+        if len(set(names)) < len(names):  # shards in several folders
             root = Path(os.path.commonpath(files))
             names = ["-".join(Path(file).relative_to(root).with_suffix("").parts) for file in files]
         return [Unit(name, _absolute(file)) for name, file in zip(names, files, strict=True)]
@@ -65,13 +64,13 @@ def list_units(source: str, shard_size: int) -> list[Unit]:
 
 
 def _absolute(file: str) -> str:
-    """Return an absolute path, because workers may have another current folder; URLs stay as they are."""
+    """Return an absolute path, because workers may have another current folder. URLs are returned unchanged."""
     return file if is_url(file) else str(Path(file).absolute())
 
 
 @lru_cache(1)
 def open_corpus(source: str) -> Records:
-    """Open a corpus that has no shards."""
+    """Open a corpus that has no shards. The last one is kept open."""
     records = open_records(source, DataConfig(train=source, streaming=False))
     assert isinstance(records, Records)
     return records
@@ -85,7 +84,13 @@ def read_unit(unit: Unit) -> Iterator[Sample | SkippedSample]:
 
 
 def read_batches(unit: Unit, batch_size: int, skipped: list[SkippedSample]) -> Iterator[list[tuple[Sample, Image]]]:
-    """Read the samples of a unit in batches with their decoded images; append unusable samples to `skipped`."""
+    """Yield the samples of a unit with their decoded images, in batches.
+
+    Args:
+        unit: the unit.
+        batch_size: number of samples per batch; the last batch may be smaller.
+        skipped: a list to which samples that cannot be used are appended.
+    """
 
     def decode() -> Iterator[tuple[Sample, Image]]:
         for sample in read_unit(unit):

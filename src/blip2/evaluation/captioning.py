@@ -34,7 +34,7 @@ def words(text: str) -> list[str]:
 
 
 def token_f1(prediction: str, reference: str) -> float:
-    """Compute the harmonic mean of the precision and the recall of the words of a caption, in [0, 1]."""
+    """Compute the harmonic mean of the precision and the recall of the words of `prediction`, in [0, 1]."""
     predicted, expected = Counter(words(prediction)), Counter(words(reference))
     shared = sum((predicted & expected).values())
     if not shared:
@@ -52,7 +52,16 @@ def content_f1(prediction: str, reference: str) -> float:
 
 
 def score_captions(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Compute the means over all captions of ``token_f1``, ``content_f1`` and ``exact`` (same words), in [0, 1]."""
+    """Compute simple caption metrics.
+
+    Args:
+        predictions: the captions to score, at least one.
+        references: one reference for each caption.
+
+    Returns:
+        The means over all captions of :func:`token_f1`, :func:`content_f1` and ``exact`` (1 if the captions have the
+        same words in the same order, else 0), by name, in [0, 1].
+    """
     pairs = list(zip(predictions, references, strict=True))
     return {
         "token_f1": sum(token_f1(a, b) for a, b in pairs) / len(pairs),
@@ -69,7 +78,7 @@ class MissingMetric:
     """A metric that could not be computed."""
 
     reason: str
-    """One line with the missing dependency and how to get it, or with the error."""
+    """One line that names the missing dependency and the way to install it, or the error."""
 
 
 @dataclass(frozen=True)
@@ -89,22 +98,24 @@ def official_scores(
 
     All metrics need Java, and SPICE needs a download as well. A metric that cannot be computed is a
     :class:`MissingMetric` with the reason; there is no substitute. CIDEr weights words by their rarity in the
-    references of all given images: it depends on the set of images, and is 0 for a single image.
+    references of all given images, so that it depends on the set of images, and is 0 for a single image.
 
     Args:
-        predictions: one caption for each image, by the image's id; may be blank.
-        references: the reference captions of each image, by the image's id.
-        timeout: time limit of each Java program in seconds; it is terminated afterwards.
+        predictions: one caption for each image, by image id. A caption may be blank.
+        references: the reference captions of each image, by image id.
+        timeout: time limit of each Java program in seconds, after which the program is terminated.
 
     Raises:
         InputError: there are no images, an image has no caption or no reference, or a caption has no image.
     """
     if not references:
-        raise InputError("there are no captions to score, expected at least one")
+        raise InputError("there are no captions to score, expected at least one: give references")
     check_ids("the captions", "image_id", predictions, references)
     blank = [key for key, texts in references.items() if not any(text.strip() for text in texts)]
     if blank:
-        raise InputError(f"{len(blank)} images have no reference caption, the first is {blank[0]!r}: leave them out")
+        raise InputError(
+            f"{len(blank)} images have no reference caption, the first is {blank[0]!r}: leave out these images"
+        )
     try:
         tokens = _tokenize([text for key in references for text in (predictions[key], *references[key])], timeout)
     except _RunError as failure:
@@ -141,13 +152,16 @@ def scores_by_domain(
     Args:
         predictions: as for :func:`official_scores`.
         references: as for :func:`official_scores`.
-        domains: ``in-domain``, ``near-domain`` or ``out-domain`` for each image, by the image's id.
+        domains: ``in-domain``, ``near-domain`` or ``out-domain`` for each image, by image id.
         timeout: as for :func:`official_scores`.
+
+    Returns:
+        The scores of each domain by its name, and ``overall``.
 
     Raises:
         InputError: as for :func:`official_scores`, or an image has no domain.
     """
-    check_ids("the table of domains", "image_id", domains, references)
+    check_ids("the domains", "image_id", domains, references)
     check_ids("the captions", "image_id", predictions, references)
     groups: dict[str, list[Any]] = {}
     for key in references:
@@ -160,7 +174,7 @@ def scores_by_domain(
 
 
 class _RunError(Exception):
-    """A program could not be run; the message gives the reason in one line."""
+    """A program could not be run, or failed. The message gives the reason in one line."""
 
 
 def _tokenize(texts: Sequence[str], timeout: float) -> list[str]:
@@ -168,13 +182,15 @@ def _tokenize(texts: Sequence[str], timeout: float) -> list[str]:
     try:
         from pycocoevalcap.tokenizer import ptbtokenizer
     except ImportError as error:
-        raise _RunError("the official metrics need the extra captioning: pip install 'blip2[captioning]'") from error
+        raise _RunError("the official metrics need pycocoevalcap: pip install 'blip2[captioning]'") from error
     jar = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
     command = ["java", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
     out = _run("the tokenizer", command, "".join(f"{' '.join(text.splitlines())}\n" for text in texts), timeout)
     lines = out.split("\n")[:-1]
     if len(lines) != len(texts):
-        raise _RunError(f"the tokenizer gave {len(lines)} lines for {len(texts)} captions")
+        raise _RunError(
+            f"the tokenizer printed {len(lines)} lines for {len(texts)} captions: try another version of Java"
+        )
     return [" ".join(word for word in line.split() if word not in ptbtokenizer.PUNCTUATIONS) for line in lines]
 
 
@@ -189,11 +205,11 @@ def _score_in_java(
         score = float(_run(name, [sys.executable, "-P", str(script), name], data, timeout))
     except _RunError as failure:
         return MissingMetric(str(failure))
-    return score if math.isfinite(score) else MissingMetric(f"{name} gave {score}")
+    return score if math.isfinite(score) else MissingMetric(f"{name} is {score}, expected a finite number")
 
 
 def _check_corenlp() -> None:
-    """Check that SPICE's parser is installed; otherwise pycocoevalcap would download it."""
+    """Check that the parser of SPICE is installed, because pycocoevalcap would download a missing parser."""
     from pycocoevalcap import spice
 
     folder = Path(spice.__file__).parent / "lib"
@@ -203,9 +219,9 @@ def _check_corenlp() -> None:
 
 
 def _run(name: str, command: list[str], text: str, timeout: float) -> str:
-    """Run a program on `text` and return its output; the whole process group is killed afterwards in any case."""
+    """Run a program with the input `text`, and return its output. Its whole process group is killed at the end."""
     if shutil.which("java") is None:
-        raise _RunError("Java is not installed, which the official metrics need: apt install default-jre-headless")
+        raise _RunError("the official metrics need Java, which is not installed: apt install default-jre-headless")
     # METEOR hangs on characters that its default encoding lacks.
     options = f"{os.environ.get('JAVA_TOOL_OPTIONS', '')} -Dfile.encoding=UTF-8"
     process = subprocess.Popen(
@@ -220,7 +236,9 @@ def _run(name: str, command: list[str], text: str, timeout: float) -> str:
         try:
             out, stderr = process.communicate(text.encode(errors="replace"), timeout=timeout)
         except subprocess.TimeoutExpired as error:
-            raise _RunError(f"{name} did not finish within {timeout:g} s and was terminated") from error
+            raise _RunError(
+                f"{name} did not finish within {timeout:g} s and was terminated: score fewer images"
+            ) from error
         finally:
             with suppress(OSError):  # it has already exited
                 os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()

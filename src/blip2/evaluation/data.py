@@ -17,8 +17,8 @@ class EvalData:
     """The records of one source, without their images.
 
     Args:
-        config: ``train`` names the source; column names are as for training.
-        limit: number of records to use, the first ones; None means all.
+        config: ``train`` names the source. The names of columns have the same meaning as in training.
+        limit: only this number of records is used, from the first on. None: all records.
 
     Raises:
         InputError: the source cannot be read, is a stream, or has a row that cannot be used.
@@ -28,11 +28,11 @@ class EvalData:
         self.source, *others = config.sources
         if others:
             raise InputError(
-                f"an evaluation takes one data set, and data names {1 + len(others)}: evaluate each separately"
+                f"an evaluation takes one data set, but data names {1 + len(others)}: evaluate each data set separately"
             )
         dataset = open_records(resolve(self.source), replace(config, streaming=False))
         if not isinstance(dataset, Records):
-            raise InputError(f"{self.source} is a stream, expected a table or folder to evaluate on")
+            raise InputError(f"{self.source} is a stream, expected a table or a folder: give a table or a folder")
         self.dataset = dataset
         self.records: list[Record] = []
         """The records without their images."""
@@ -44,40 +44,43 @@ class EvalData:
             self.records.append(replace(record, image=None))
         unusable = [record for record in self.records if record.skip_reason is not None]
         if unusable and unusable[0].skip_reason is not None:
-            others = f" (and {len(unusable) - 1} others like it)" if len(unusable) > 1 else ""
+            others = f", nor can {len(unusable) - 1} other records" if len(unusable) > 1 else ""
             raise InputError(
-                f"{unusable[0].key} cannot be used{others}: {unusable[0].skip_reason[1]}; scores cover all records, so"
-                " correct or remove it"
+                f"{unusable[0].key} cannot be used{others}: {unusable[0].skip_reason[1]}; every record is scored, so"
+                " correct or remove unusable records"
             )
 
     def __len__(self) -> int:
         return len(self.records)
 
     def image(self, index: int) -> str | bytes | None:
-        """Return the path or the encoded bytes of a record's image, or None if it has no image."""
+        """Return the path or the encoded bytes of the image of a record; None if the record has no image."""
         return self.dataset[index].image
 
     def group_by_image(self) -> list[list[int]]:
-        """Return the record indices of each image, in order of first occurrence."""
+        """Return the indices of the records of each image, in the order in which the images first occur."""
         groups: dict[Any, list[int]] = {}
         for i, record in enumerate(self.records):
             groups.setdefault(record.metadata.get("image_id", self.image_ids[i]), []).append(i)
         return list(groups.values())
 
     def question_ids(self) -> list[Any]:
-        """Return the ``question_id`` of each record, or its index if it has none.
+        """Return the ``question_id`` of each record, or the index of the record if there is no ``question_id``.
 
         Raises:
             InputError: a record has no question, or two records have the same id.
         """
         without = next((record.key for record in self.records if record.question is None), None)
         if without is not None:
-            raise InputError(f"{without} has no question, which the task vqa needs: choose another task")
+            raise InputError(
+                f"{without} has no question, which the task vqa needs: add a column of questions, or choose another"
+                " task"
+            )
         ids = [record.metadata.get("question_id", i) for i, record in enumerate(self.records)]
         repeated = [key for key, count in Counter(ids).items() if count > 1]
         if repeated:
             raise InputError(
-                f"question_id {repeated[0]!r} and {len(repeated) - 1} others occur more than once in the data, expected"
-                " one id for each question"
+                f"{len(repeated)} question ids occur more than once in the data, the first is {repeated[0]!r}: give"
+                " each question its own question_id"
             )
         return ids

@@ -17,8 +17,8 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
     """Train with :func:`blip2.training.trainer.train`, and evaluate as the recipe says.
 
     Raises:
-        InputError: as for :func:`blip2.training.trainer.train`, or the evaluation's data cannot be read or do not fit
-            its task.
+        InputError: as for :func:`blip2.training.trainer.train`, or the data of the evaluation cannot be read or does
+            not fit the task.
     """
     return trainer.train(recipe, resume, Evaluation)
 
@@ -36,7 +36,10 @@ class Evaluation:
         self.records = self.data.dataset
 
     def __call__(self, built: Built, step: int) -> dict[str, float | str]:
-        """Return the metrics with the prefix ``evaluation_``; for a missing one, a text with the reason."""
+        """Return the metrics, by name with the prefix ``evaluation_``.
+
+        The value of a metric that could not be computed is a text with the reason.
+        """
         folder = Path(self.recipe.output)
         _, metrics = evaluate_pipeline(
             make_pipeline(built, self.recipe.model, folder), self.config, self.data,
@@ -44,7 +47,7 @@ class Evaluation:
         )  # fmt: skip
         values: dict[str, float | str] = {}
         for name, value in metrics.items():
-            if isinstance(value, dict) and not name.startswith("by_"):  # tables by type stay in the folder
+            if isinstance(value, dict) and not name.startswith("by_"):  # scores by type are only in the folder
                 prefix = "" if name == "missing" else f"{name}_"
                 values |= {f"{prefix}{key}": each for key, each in value.items()}
             elif isinstance(value, float):

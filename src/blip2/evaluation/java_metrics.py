@@ -1,9 +1,9 @@
 """Run METEOR or SPICE of pycocoevalcap in a separate process.
 
-pycocoevalcap waits for Java without a time limit, and forever after an error. :mod:`blip2.evaluation.captioning`
-therefore runs this file as a script and terminates it together with Java on timeout. The script reads
-``[references, predictions]`` from stdin as JSON, each a list with the tokenized captions of every image, and prints the
-score.
+pycocoevalcap waits for Java without a time limit, and never returns after an error.
+:mod:`blip2.evaluation.captioning` therefore runs this file as a script, and terminates the script together with Java
+after a time limit. The script reads ``[references, predictions]`` from stdin as JSON and prints the score. Each of the
+two is a list that has, for every image, the list of its tokenized captions.
 """
 
 import json

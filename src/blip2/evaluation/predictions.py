@@ -19,8 +19,8 @@ KEYS: dict[PredictionFormat, tuple[str, str]] = {
     "gqa": ("questionId", "prediction"),
     "named": ("image_id", "caption"),
 }
-"""JSON keys of the id and of the text: VQAv2 and OK-VQA, COCO and NoCaps, GQA, and captions of images with string
-ids."""
+"""JSON keys of the id and of the text in each format. ``answer``: VQAv2 and OK-VQA; ``caption``: COCO and NoCaps;
+``gqa``: GQA; ``named``: captions of images whose ids are strings."""
 
 STRING_ID_FORMATS = ("gqa", "named")
 
@@ -29,7 +29,7 @@ def write_predictions(path: str | Path, format: PredictionFormat, predictions: M
     """Atomically write a list such as ``[{"question_id": 1, "answer": "a dog"}]``.
 
     Args:
-        path: the file to write; its folder is created if needed.
+        path: the file to write. Missing folders are created.
         format: the format, which determines the JSON keys and the type of the ids.
         predictions: predicted text by id. Ids are strings in :data:`STRING_ID_FORMATS` and integers otherwise.
 
@@ -39,23 +39,31 @@ def write_predictions(path: str | Path, format: PredictionFormat, predictions: M
     id_key, text_key = KEYS[format]
     wrong = [key for key in predictions if not _is_id(format, key)]
     if wrong:
-        raise InputError(f"{_abbreviate(wrong, id_key)} cannot be written to {path}, expected {_id_type(format)}")
+        raise InputError(
+            f"{path} cannot be written: {_abbreviate(wrong, id_key)} of the wrong type, expected {_id_type(format)};"
+            " convert these ids, or choose another format"
+        )
     rows = [{id_key: key, text_key: text} for key, text in predictions.items()]
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, rows, indent=None)
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}): choose another path") from error
+        raise InputError(
+            f"{path} cannot be written ({error.strerror}): check the permissions and the disk, or choose another path"
+        ) from error
 
 
 def read_predictions(path: str | Path, format: PredictionFormat, expected: Collection[Id]) -> dict[Any, str]:
-    """Read predictions by id.
+    """Read a file of predictions.
 
     Args:
         path: the file to read.
         format: the format of the file.
-        expected: the ids that the file must contain, each exactly once and no others.
+        expected: the ids that the file must contain. Each must occur exactly once, and no other ids may occur.
+
+    Returns:
+        The predicted texts, by id.
 
     Raises:
         InputError: the file cannot be read, an entry has another format, or ids are missing, repeated or unknown.
@@ -64,7 +72,7 @@ def read_predictions(path: str | Path, format: PredictionFormat, expected: Colle
     rows = read_json(path, 1 << 30, "write the predictions again")
     schema = f'[{{"{id_key}": {_id_type(format)}, "{text_key}": text}}, ...]'
     if not isinstance(rows, list):
-        raise InputError(f"{path} holds one {type(rows).__name__}, expected a list {schema}")
+        raise InputError(f"{path} holds one {type(rows).__name__}, expected a list: write the predictions as {schema}")
     wrong = [
         number
         for number, row in enumerate(rows)
@@ -73,14 +81,15 @@ def read_predictions(path: str | Path, format: PredictionFormat, expected: Colle
     if wrong:
         first = json.dumps(rows[wrong[0]])
         raise InputError(
-            f"{path} has {_abbreviate(wrong, 'entry')} in another format, the first {first[:80]}: expected {schema}"
+            f"{path}: {_abbreviate(wrong, 'entries' if len(wrong) > 1 else 'entry')} in another format, the first is"
+            f" {first[:80]}: write the predictions as {schema}"
         )
     check_ids(str(path), id_key, [row[id_key] for row in rows], expected)
     return {row[id_key]: row[text_key] for row in rows}
 
 
 def check_ids(source: str, name: str, found: Iterable[Id], expected: Collection[Id]) -> None:
-    """Check that every expected id occurs exactly once, and no other id occurs.
+    """Check that every expected id occurs exactly once, and that no other id occurs.
 
     Args:
         source: name of the container of the ids, for the error message.
@@ -94,17 +103,23 @@ def check_ids(source: str, name: str, found: Iterable[Id], expected: Collection[
     counts, known = Counter(list(found)), frozenset(expected)
     repeated = [key for key, count in counts.items() if count > 1]
     if repeated:
-        raise InputError(f"{source} has {_abbreviate(repeated, name)} more than once: keep one prediction for each")
+        raise InputError(f"{source}: {_abbreviate(repeated, f'repeated {name}')}: keep one entry for each id")
     unknown = [key for key in counts if key not in known]
     if unknown:
-        raise InputError(f"{source} has {_abbreviate(unknown, name)} not in the data: check that the split is the same")
+        raise InputError(
+            f"{source}: {_abbreviate(unknown, f'unknown {name}')}, expected only ids of the data: check that both are"
+            " of the same split"
+        )
     missing = [key for key in dict.fromkeys(expected) if key not in counts]
     if missing:
-        raise InputError(f"{source} lacks {_abbreviate(missing, name)} of {len(known)}: the score needs them all")
+        raise InputError(
+            f"{source}: {_abbreviate(missing, f'missing {name}')}, expected all {len(known)} ids of the data: add the"
+            " missing entries"
+        )
 
 
 def _abbreviate(keys: list[Any], name: str) -> str:
-    """Return the number of keys and the first five of them."""
+    """Return the number of keys and the first five keys."""
     shown = ", ".join(map(repr, keys[:5])) + (", ..." if len(keys) > 5 else "")
     return f"{len(keys)} {name} ({shown})"
 

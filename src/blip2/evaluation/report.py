@@ -40,10 +40,11 @@ class Report:
         self._parts = [f"<h1>{html.escape(title)}</h1><p>{html.escape(introduction)}</p>"]
 
     def section(self, title: str, text: str = "") -> None:
+        """Add a heading and a paragraph of text."""
         self._parts.append(f"<h2>{html.escape(title)}</h2><p>{html.escape(text)}</p>")
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Add a table of text cells; all columns but the first are aligned as numbers."""
+        """Add a table of text cells: the first column is left-aligned, all others are right-aligned."""
 
         def row(cells: Sequence[str], tag: str) -> str:
             classes = ["", *[' class="number"'] * (len(cells) - 1)]
@@ -53,18 +54,23 @@ class Report:
         self._parts.append(f"<table>{row(columns, 'th')}{''.join(row(cells, 'td') for cells in rows)}</table>")
 
     def plot(self, figure: Any, description: str) -> None:
-        """Add a matplotlib figure."""
+        """Add a matplotlib figure.
+
+        Args:
+            figure: the figure.
+            description: text that replaces the figure where images are not shown.
+        """
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
         self._parts.append(f'<img class="plot" alt="{html.escape(description)}" src="{_data_url(buffer.getvalue())}">')
 
     def cards(self, cards: Sequence[tuple[Image.Image, Sequence[tuple[str, str]]]], columns: int | None = None) -> None:
-        """Add images with lines of text below.
+        """Add images with lines of text below them.
 
         Args:
-            cards: for each card, the image and its lines as (style, text), with style ``right``, ``wrong``, ``dim`` or
-                the empty string.
-            columns: cards per row; None means as many as fit.
+            cards: for each card, the image and its lines as (style, text). The style is ``right``, ``wrong``, ``dim``
+                or the empty string.
+            columns: number of cards per row. None: the width of the page determines the number.
         """
         out = []
         for image, lines in cards:
@@ -74,6 +80,7 @@ class Report:
         self._parts.append(f'<div class="cards"{style}>{"".join(out)}</div>')
 
     def save(self, path: Path) -> None:
+        """Write the page to a file."""
         head = f"<meta charset='utf-8'><title>{html.escape(self._title)}</title><style>{STYLE}</style>"
         body = "\n".join(self._parts)
         page = f"<!doctype html><html lang='en'><head>{head}</head><body>{body}</body></html>"
@@ -97,11 +104,11 @@ class Example:
     """One evaluated image, text or question, for the report."""
 
     score: float | None
-    """Score of the prediction, larger is better; None if there is no reference."""
+    """Score of the prediction; larger is better. None if there is no reference."""
     image: Callable[[], str | bytes | None]
     """Returns the path or the encoded bytes of the image, or None if there is no image."""
     lines: tuple[str, ...]
-    """Lines of text below the image; the second is colored by the score."""
+    """Lines of text below the image. The score determines the color of the second line."""
 
 
 MAX_EXAMPLES = 12
@@ -109,7 +116,13 @@ MAX_EXAMPLES = 12
 
 
 def write_evaluation_report(path: Path, metrics: Mapping[str, Any], examples: Sequence[Example]) -> None:
-    """Write a page with the metrics, and with the best, the worst and randomly drawn examples."""
+    """Write an HTML page with the metrics, and with the best, the worst and randomly drawn examples.
+
+    Args:
+        path: the file to write.
+        metrics: the content of ``metrics.json``.
+        examples: all evaluated images, texts or questions.
+    """
     source = metrics.get("model") or metrics["predictions"]
     report = Report(f"{metrics['task']} of {source}", f"{metrics['records']} records of {metrics['data']}")
     report.section("Results")
@@ -125,7 +138,7 @@ def write_evaluation_report(path: Path, metrics: Mapping[str, Any], examples: Se
 
 
 def _read_image(example: Example) -> Image.Image:
-    """Read the image; return a blank one if it is missing, as it may be when predictions are scored."""
+    """Read the image of an example; return a blank image if there is none, as when only predictions are scored."""
     try:
         return read_image(example.image() or b"")
     except ImageError:
@@ -151,11 +164,19 @@ def _styled_lines(example: Example) -> list[tuple[str, str]]:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """Return an empty matplotlib figure that needs no display."""
+    """Return an empty matplotlib figure that needs no display.
+
+    Args:
+        width: width in inches.
+        height: height in inches.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise InputError("plots need the extra blip2[demo]: pip install 'blip2[demo]'") from error
+        raise InputError("plots need matplotlib, which is not installed: pip install 'blip2[demo]'") from error
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -163,8 +184,12 @@ def plot_curves(curves: dict[str, list[dict[str, Any]]], names: Sequence[tuple[s
     """Plot one panel for each metric, with one line for each run.
 
     Args:
-        curves: rows of metrics.jsonl by the name of the run. ``validation_...`` is drawn as a dashed line.
-        names: (key in metrics.jsonl, title) of each panel.
+        curves: the lines of the metrics.jsonl of each run, by the name of the run.
+        names: (key in metrics.jsonl, title) of each panel. The values under ``validation_KEY`` are drawn as a dashed
+            line in the same panel.
+
+    Returns:
+        The matplotlib figure.
     """
     figure = new_figure(3.6 * len(names), 3.0)
     for i, (key, title) in enumerate(names, 1):
@@ -186,13 +211,16 @@ def plot_curves(curves: dict[str, list[dict[str, Any]]], names: Sequence[tuple[s
 def plot_attention(
     images: Sequence[Image.Image], maps: Float[Tensor, "I Q P"], titles: Sequence[str], columns: int = 9
 ) -> Any:
-    """Plot each image, followed by the attention of its first queries as a heat map over the image.
+    """Plot each image, followed by the attention of its first queries as heat maps over the image.
 
     Args:
-        images: the images, one per row.
-        maps: attention of each query over P = side * side image tokens.
+        images: the I images, one per row.
+        maps: attention of each of Q queries over the P image tokens of a square grid.
         titles: the title of each image.
-        columns: maximum number of panels per row, the image included.
+        columns: maximum number of panels per row, including the image.
+
+    Returns:
+        The matplotlib figure.
     """
     count, num_queries, num_tokens = maps.shape
     side = round(num_tokens**0.5)

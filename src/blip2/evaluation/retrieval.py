@@ -3,7 +3,8 @@
 An image of COCO or Flickr30K has five texts. TR@k counts an image as found if any of its texts is among its k best
 texts, and IR@k counts a text as found if its image is among its k best images. In ties, wrong candidates rank first.
 
-Legend: I images, T texts.
+Legend: I images, T texts, P image tokens, E width of the image encoder, L longest text in tokens, K selected texts, N
+rows and M columns of a matrix of scores.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ CUTOFFS = (1, 5, 10)
 Recall = dict[str, float]
 """Recall at each of :data:`CUTOFFS` as ``r1``, ``r5``, ``r10``, in [0, 1]."""
 Fusion = Literal["itm", "itm+itc"]
-"""Score by which candidates are re-ranked. ``itm``: the matching score, as in the paper. ``itm+itc``: the logit of
-"matched" plus the similarity, as in the reference implementation."""
+"""Score by which candidates are re-ranked. ``itm``: the logit of "matched" minus the logit of "not matched", as in the
+paper. ``itm+itc``: the logit of "matched" plus the similarity, as in LAVIS."""
 
 
 @dataclass(frozen=True)
@@ -36,18 +37,18 @@ class RetrievalResult:
     scores_t2i: Float[Tensor, "I T"]
     """Scores that rank the images for each text; comparable only within a column."""
     positive: Bool[Tensor, "I T"]
-    """Pairs that match."""
+    """True for pairs that match."""
     itc: RetrievalResult | None = None
-    """The result by similarity (ITC) alone, if candidates were re-ranked."""
+    """The result of ranking by similarity (ITC) alone, if candidates were re-ranked; else None."""
 
     @property
     def image_to_text(self) -> Recall:
-        """TR@k."""
+        """TR@k: recall of the texts of an image."""
         return recall(self.scores_i2t, self.positive)
 
     @property
     def text_to_image(self) -> Recall:
-        """IR@k."""
+        """IR@k: recall of the image of a text."""
         return recall(self.scores_t2i.T, self.positive.T)
 
     @property
@@ -58,13 +59,16 @@ class RetrievalResult:
 
 
 def recall(scores: Float[Tensor, "N M"], positive: Bool[Tensor, "N M"]) -> Recall:
-    """Compute the share of rows that have a positive among their k best columns."""
+    """Compute the share of rows that have a positive column among their k best columns, for k in :data:`CUTOFFS`."""
     best = ranks(scores, positive)
     return {f"r{k}": float(((best < k) & positive.any(dim=1)).float().mean()) for k in CUTOFFS}
 
 
 def ranks(scores: Float[Tensor, "N M"], positive: Bool[Tensor, "N M"]) -> Int[Tensor, "N"]:
-    """Return the 0-based rank of each row's best positive. Ties and NaN count against it."""
+    """Return the rank of the best positive column of each row, from 0.
+
+    Negative columns with the same score, or with NaN, rank before the positive column.
+    """
     best = scores.masked_fill(~positive, -torch.inf).amax(dim=1, keepdim=True)
     return (~(scores < best) & ~positive).sum(dim=1)
 
@@ -87,7 +91,15 @@ def evaluate_retrieval(
     """Rank all texts for each image and all images for each text.
 
     As in the paper, the `rerank_k` best candidates by similarity (ITC) are re-ranked by their matching score (ITM),
-    separately in each direction. With 0, candidates are ranked by similarity alone.
+    separately in each direction.
+
+    Args:
+        pipeline: the stage-1 model.
+        features: features of the images.
+        texts: the texts.
+        positive: True for pairs that match.
+        rerank_k: number of candidates of each image and of each text. 0: all are ranked by similarity alone.
+        fusion: score by which the candidates are re-ranked.
     """
     similarity = pipeline.similarity(features, texts).cpu()
     if not rerank_k:
@@ -103,17 +115,18 @@ class Candidates(NamedTuple):
     """The pairs to re-rank in each direction."""
 
     i2t: Bool[Tensor, "I T"]
-    """Pairs whose text is among the best texts of the image."""
+    """True for pairs whose text is among the best texts of the image."""
     t2i: Bool[Tensor, "I T"]
-    """Pairs whose image is among the best images of the text."""
+    """True for pairs whose image is among the best images of the text."""
 
     @property
     def union(self) -> Bool[Tensor, "I T"]:
+        """Pairs to re-rank in either direction."""
         return self.i2t | self.t2i
 
 
 def select_candidates(similarity: Float[Tensor, "I T"], k: int) -> Candidates:
-    """Select the `k` best pairs of each image and of each text."""
+    """Select the `k` pairs with the largest similarity for each image and for each text."""
 
     def best(dim: int) -> Bool[Tensor, "I T"]:
         indices = similarity.topk(min(k, similarity.shape[dim]), dim).indices
@@ -129,7 +142,18 @@ def itm_logits(
     mask: Bool[Tensor, "T L"],
     selected: Bool[Tensor, "T"],
 ) -> Float[Tensor, "K 2"]:
-    """Compute the ITM logits (not matched, matched) of an image with each of the K selected texts, in order."""
+    """Compute the ITM logits (not matched, matched) of an image with each of the selected texts.
+
+    Args:
+        pipeline: the stage-1 model.
+        image: features of the image.
+        ids: tokens of all texts, padded on the right.
+        mask: True for text tokens, False for padding.
+        selected: True for the texts to compare with the image.
+
+    Returns:
+        The logits, in the order of the texts.
+    """
     indices = selected.nonzero().T.to(ids.device)
     return pipeline.model.match_candidates(image, ids, mask, indices, 4 * pipeline.batch_size)[0].cpu()
 
@@ -141,11 +165,11 @@ def rerank(
     logits: Sequence[Float[Tensor, "_ 2"]],
     fusion: Fusion,
 ) -> RetrievalResult:
-    """Rank the candidates by `fusion`, ahead of all other pairs, which keep their order.
+    """Rank the candidates by `fusion`, and all other pairs after the candidates, by similarity.
 
     Args:
         similarity: ITC similarity of all pairs.
-        positive: pairs that match.
+        positive: True for pairs that match.
         candidates: pairs to re-rank.
         logits: the result of :func:`itm_logits` for each image.
         fusion: score by which the candidates are re-ranked.

@@ -59,16 +59,17 @@ def evaluate(
         config: the task, the data and the options.
         output: folder of the results. A folder with the results of another model, task, data or options is refused.
         seed: seed of sampling.
-        device: device to run on; None means a GPU if there is one.
-        dtype: data type of the frozen parts; None means the model's own.
+        device: device to run on. None: a GPU if there is one.
+        dtype: data type of the frozen parts. None: as the config of the model says, else bf16 on a GPU and fp32 on a
+            CPU.
         overrides: keys of the model's config to override.
 
     Returns:
-        The metrics.
+        The content of ``metrics.json``: what was evaluated, and the metrics.
 
     Raises:
-        InputError: the model cannot do the task, the data cannot be read or do not fit the task, or `output` belongs
-            to another evaluation.
+        InputError: the model cannot do the task, the data cannot be read or does not fit the task, or `output` holds
+            another evaluation.
     """
     state = PartialState(cpu=choose_device(device).type == "cpu")
     stage = "representation" if config.task == "retrieval" else "generation"
@@ -94,10 +95,14 @@ def evaluate_pipeline(
         data: the records to evaluate on.
         output: folder of the results.
         seed: seed of sampling.
-        overwrite: within a training run: delete the results of another evaluation in `output` instead of refusing it.
+        overwrite: used in a training run: results of another evaluation in `output` are deleted; otherwise they are an
+            error.
 
     Returns:
-        The metadata that identify the evaluation, and the metrics.
+        The metadata that identifies the evaluation, and the metrics.
+
+    Raises:
+        InputError: as for :func:`evaluate`.
     """
     config = _with_lemmatize(config, data)
     decoding = None if config.task == "retrieval" else asdict(decoding_for(config))
@@ -117,26 +122,32 @@ def evaluate_pipeline(
 def evaluate_predictions(file: str | Path, config: EvaluationConfig, output: str | Path) -> dict[str, Any]:
     """Score a file of predictions of any model, in the format that :func:`evaluate` writes.
 
-    Images are shown in the report and may be missing.
+    The images are needed only for the report, and may be missing.
 
     Args:
         file: the predictions.
         config: the task, the data and the options.
         output: folder of the results, as for :func:`evaluate`.
 
+    Returns:
+        The content of ``metrics.json``: what was evaluated, and the metrics.
+
     Raises:
-        InputError: the file cannot be read, lacks records, repeats records or has records that are not in the data;
-            or as for :func:`evaluate`.
+        InputError: the file cannot be read, ids are missing, repeated or unknown, the data cannot be read or does not
+            fit the task, or `output` holds another evaluation.
     """
     PartialState(cpu=True)
     if config.task not in SCORE_PREDICTIONS:
-        raise InputError(f"the task {config.task} has no predictions to score: give a model")
+        raise InputError(
+            f"the task {config.task} cannot score a file of predictions, expected {' or '.join(SCORE_PREDICTIONS)}:"
+            " give a model, or choose another task"
+        )
     data = EvalData(DataConfig(train=config.data), config.limit)
     config = _with_lemmatize(config, data)
     try:
         content = Path(file).read_bytes()
     except OSError as error:
-        raise InputError(f"{file} cannot be read ({error.strerror}): check the path of the predictions") from error
+        raise InputError(f"{file} cannot be read ({error.strerror}): check the path and the permissions") from error
     metadata = {
         "task": config.task, "predictions": str(file), "digest": hashlib.blake2b(content, digest_size=8).hexdigest(),
         "data": data.source, "records": len(data), "rules": config.rules, "lemmatize": config.lemmatize,
@@ -156,7 +167,7 @@ def _with_lemmatize(config: EvaluationConfig, data: EvalData) -> EvaluationConfi
 def _run_once(
     folder: Path, metadata: dict[str, Any], work: Callable[[ResumableMap], EvalResult], overwrite: bool = False
 ) -> dict[str, Any]:
-    """Run an evaluation and write its results to a folder, or read the metrics if the folder has them.
+    """Run an evaluation and write its results to a folder, or read the metrics if the evaluation is finished.
 
     A training run, which sets `overwrite`, holds the lock of its folder and reports write errors itself.
     """
@@ -180,7 +191,7 @@ def _run_once(
 
 
 def _claim(folder: Path, metadata: dict[str, Any], overwrite: bool) -> None:
-    """Mark a folder as the output of an evaluation, or raise :class:`InputError` if that is impossible."""
+    """Mark a folder as the output of an evaluation. The folder must be new or belong to the same evaluation."""
     file = folder / "evaluation.json"
     if overwrite and file.exists() and _read_or_none(file) != metadata:
         with convert_os_errors(folder):
@@ -189,7 +200,7 @@ def _claim(folder: Path, metadata: dict[str, Any], overwrite: bool) -> None:
 
 
 def _read_or_none(file: Path) -> dict[str, Any] | None:
-    """Read a JSON object; None if the file is damaged."""
+    """Read a JSON object; return None if the file is damaged."""
     try:
         return read_json_object(file)
     except InputError:

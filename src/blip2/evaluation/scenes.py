@@ -24,21 +24,26 @@ from blip2.pipelines import RepresentationPipeline
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a file of a scenes data set."""
+    """Read a JSON Lines file of a scenes data set."""
     return [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def read_truths(rows: Sequence[Mapping[str, Any]]) -> list[Truth]:
-    """Return the content of each row's scene."""
+    """Return the true content of the scene of each row."""
     return [Truth.from_json(row["truth"]) for row in rows]
 
 
 def score_facts(captions: Sequence[str], truths: Sequence[Truth]) -> dict[str, float]:
     """Compute the share of captions that state each fact correctly, over the scenes that have the fact.
 
+    Args:
+        captions: the captions to score.
+        truths: the true content of the scene of each caption.
+
     Returns:
-        ``objects`` (all kinds and no other), ``color``, ``relation`` (pairs), ``order`` (three kinds), ``count``,
-        ``size``, and ``all`` (every fact of the scene), each in [0, 1]. Facts that no scene has are left out.
+        Shares in [0, 1], by the name of the fact: ``objects`` (the caption names every kind of object in the scene and
+        no other kind), ``color``, ``relation`` (of two objects), ``order`` (of three objects), ``count``, ``size``, and
+        ``all`` (every fact of the scene is correct). Facts that no scene has are left out.
     """
     correct: defaultdict[str, list[bool]] = defaultdict(list)
     for caption, truth in zip(captions, truths, strict=True):
@@ -50,7 +55,15 @@ def score_facts(captions: Sequence[str], truths: Sequence[Truth]) -> dict[str, f
 
 
 def score_answers(answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Compute the share of correct answers for each ``question_type``, and overall as ``all``, in [0, 1]."""
+    """Compute the share of correct answers.
+
+    Args:
+        answers: the answers to score.
+        rows: for each answer, the row with ``question_type`` and the reference ``answers``.
+
+    Returns:
+        The share for each question type, by its name, and for all questions as ``all``, in [0, 1].
+    """
     correct: defaultdict[str, list[bool]] = defaultdict(list)
     for answer, row in zip(answers, rows, strict=True):
         is_correct = normalize(answer) in {normalize(reference) for reference in row["answers"]}
@@ -64,7 +77,18 @@ def _shares(correct: Mapping[str, Sequence[bool]]) -> dict[str, float]:
 
 
 def majority_answers(train: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Answer each question with its most frequent answer in training, or else with that of its question type."""
+    """Answer questions without images, as a baseline.
+
+    The answer is the most frequent answer to the same question in `train`, or, for a question that is not in `train`,
+    the most frequent answer to questions of the same type.
+
+    Args:
+        train: rows with ``question``, ``question_type`` and ``answers``.
+        rows: the rows with the questions to answer.
+
+    Returns:
+        An answer for each of `rows`.
+    """
     answers: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for row in train:
         for name in (row["question"], row["question_type"]):
@@ -83,9 +107,10 @@ class Twins:
     def accuracy(self) -> dict[str, float]:
         """Shares of correct decisions, each in [0, 1]; ties count as wrong.
 
-        ``pairwise``: an image prefers its text over the other text, or a text its image (chance 1/2). Winoground's
-        ``text``: both images prefer their text (1/4); ``image``: both texts prefer their image (1/4); ``group``: both
-        (1/6).
+        ``pairwise`` counts each of the four decisions of a pair: the better text for each image, and the better image
+        for each text (chance 1/2). The other three are Winoground's: ``text`` counts pairs in which the text is correct
+        for both images (1/4), ``image`` pairs in which the image is correct for both texts (1/4), and ``group`` pairs
+        in which all four decisions are correct (1/6).
         """
         s = self.scores
         matching = torch.stack([s[:, 0, 0], s[:, 1, 1]], 1)
@@ -104,6 +129,9 @@ class Twins:
 
         Args:
             types: the type of each of the N pairs.
+
+        Returns:
+            The scores of the pairs of each type, by type.
         """
         return {kind: Twins(self.scores[[each == kind for each in types]]) for kind in sorted(set(types))}
 
@@ -115,8 +143,11 @@ def score_twins(
 
     Args:
         pipeline: the stage-1 model.
-        features: features of the images; images 2 i and 2 i + 1 are a pair.
+        features: features [2 N, P, E] of the images; images 2 i and 2 i + 1 are a pair.
         texts: the text of each image.
+
+    Returns:
+        The scores under the keys ``itc`` and ``itm``.
     """
     pairs = len(texts) // 2
     candidates = torch.arange(len(texts)).view(pairs, 2).repeat_interleave(2, dim=0)  # both texts for each image
@@ -137,7 +168,14 @@ def matching_accuracy(
 ) -> float:
     """Compute the accuracy of the matching head (ITM) with hard negatives drawn as in training, in [0, 1].
 
-    One third of the pairs match, so that a head that always says "not matched" is correct in 2 of 3.
+    One third of the compared pairs match, so that a head that always predicts "not matched" has an accuracy of 2/3.
+
+    Args:
+        pipeline: the stage-1 model.
+        features: features [I, P, E] of I images.
+        texts: the matching text of each image.
+        batch_size: number of images from whose texts the hard negatives are drawn.
+        seed: seed of the hard negatives.
     """
     model = pipeline.model.eval()
     correct, count = 0.0, 0

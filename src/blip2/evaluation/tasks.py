@@ -31,9 +31,9 @@ from blip2.resumable import ResumableMap
 Key = TypeVar("Key")
 LEMMATIZED = "accuracy_lemmatized"
 MAX_LISTED = 20
-"""Maximum number of unusable images that the metrics list; all of them are counted."""
+"""Maximum number of unusable images that are listed in the metrics; their total number is there too."""
 CHUNK_SIZE = 64
-"""Number of records, or images, in a chunk of work. Fixed, because results may depend on it in the last digit."""
+"""Number of records or images in a chunk of work. It is fixed, because the last digits of results may depend on it."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class EvalResult:
     format: PredictionFormat | None
     """Format of the predictions; None if the task has none."""
     predictions: dict[Any, str]
-    """Predicted text by question or image id."""
+    """Predicted texts, by question id or image id."""
     examples: list[Example]
-    """One example for every image, text or question."""
+    """An example for each image, text or question that was evaluated."""
 
 
 def decoding_for(config: EvaluationConfig) -> Decoding:
-    """Return how the model generates text: the task's default with the options that are set."""
+    """Return how the model generates text: the default of the task, overridden by the options that `config` sets."""
     return (ANSWER_DECODING if config.task == "vqa" else CAPTION_DECODING).override(config)
 
 
@@ -61,10 +61,25 @@ def decoding_for(config: EvaluationConfig) -> Decoding:
 def answer(
     pipeline: GenerationPipeline, data: EvalData, config: EvaluationConfig, seed: int, resumable: ResumableMap
 ) -> EvalResult:
-    """Answer the questions, and compute the accuracy if the data have reference answers."""
+    """Answer the questions, and compute the accuracy if the data has reference answers.
+
+    Args:
+        pipeline: the model.
+        data: the records to evaluate on.
+        config: the options of the task.
+        seed: seed of sampling.
+        resumable: stores finished chunks of work, and divides the others among the processes.
+
+    Raises:
+        InputError: the prompt has no place for the question, a record has no question, or the questions have different
+            numbers of reference answers.
+    """
     prompt = config.prompt or pipeline.question_template
     if QUESTION_PLACEHOLDER not in prompt:
-        raise InputError(f"the prompt {prompt!r} has no {QUESTION_PLACEHOLDER} where the question goes: put it in")
+        raise InputError(
+            f"the prompt {prompt!r} has no {QUESTION_PLACEHOLDER}, which stands for the question: add"
+            f" {QUESTION_PLACEHOLDER} to the prompt"
+        )
     ids, references = data.question_ids(), _reference_answers(data)
 
     def generate(chunk: range) -> tuple[dict[int, str], list[str]]:
@@ -89,7 +104,13 @@ def answer(
 def score_answer_predictions(
     data: EvalData, file: str | Path, config: EvaluationConfig, resumable: ResumableMap
 ) -> EvalResult:
-    """Compute the accuracy of a file of answers.
+    """Compute the accuracy of the answers in a file.
+
+    Args:
+        data: the records with the questions.
+        file: the answers, in the format of the benchmark.
+        config: the options of the task.
+        resumable: unused; all tasks have the same parameters.
 
     Raises:
         InputError: the file cannot be read, or ids are missing, repeated or unknown.
@@ -99,10 +120,10 @@ def score_answer_predictions(
 
 
 def _reference_answers(data: EvalData) -> dict[int, Question]:
-    """Return the reference answers by record index. Blank answers count, as in the official scripts.
+    """Return the reference answers, by record index. Blank answers count, as in the official scripts.
 
     Raises:
-        InputError: some questions have answers and others none, or some have one answer and others several.
+        InputError: the questions are not all without an answer, all with one answer, or all with several answers.
     """
     references: dict[int, Question] = {}
     groups: dict[str, list[int]] = {"no answers": [], "one answer": [], "several answers": []}
@@ -119,8 +140,8 @@ def _reference_answers(data: EvalData) -> dict[int, Question]:
             f"{len(rows)} with {kind} (the first: {data.records[rows[0]].key})" for kind, rows in found.items()
         )
         raise InputError(
-            f"{data.source} has questions {counts}, which no rule scores together: give all of them one answer, or all"
-            " of them several"
+            f"{data.source} has questions that cannot be scored together: {counts}; give every question one answer, or"
+            " every question several"
         )
     return references
 
@@ -133,7 +154,7 @@ def _score_answers(
     config: EvaluationConfig,
     extra: Mapping[str, Any],
 ) -> EvalResult:
-    """Score answers by record index; `extra` joins the metrics."""
+    """Score answers, given by record index. `extra` is added to the metrics."""
     metrics: dict[str, Any] = {"answered": len(answers), **extra}
     references = {i: references[i] for i in answers if i in references}
     per_question: dict[Any, float] = {}
@@ -167,7 +188,15 @@ def _score_answers(
 def caption(
     pipeline: GenerationPipeline, data: EvalData, config: EvaluationConfig, seed: int, resumable: ResumableMap
 ) -> EvalResult:
-    """Caption the images, and score the captions if the data have reference captions."""
+    """Caption the images, and score the captions if the data has reference captions.
+
+    Args:
+        pipeline: the model.
+        data: the records to evaluate on.
+        config: the options of the task.
+        seed: seed of sampling.
+        resumable: stores finished chunks of work, and divides the others among the processes.
+    """
     rows = data.group_by_image()
     decoding = decoding_for(config)
 
@@ -184,7 +213,13 @@ def caption(
 def score_caption_predictions(
     data: EvalData, file: str | Path, config: EvaluationConfig, resumable: ResumableMap
 ) -> EvalResult:
-    """Score a file of captions.
+    """Score the captions in a file.
+
+    Args:
+        data: the records with the images and their reference captions.
+        file: the captions, in the format of the benchmark.
+        config: unused; all tasks have the same parameters.
+        resumable: stores the scores.
 
     Raises:
         InputError: the file cannot be read, or ids are missing, repeated or unknown.
@@ -200,7 +235,7 @@ def _score_captions(
     resumable: ResumableMap,
     extra: Mapping[str, Any],
 ) -> EvalResult:
-    """Score captions by image index; `extra` joins the metrics."""
+    """Score captions, given by image index. `extra` is added to the metrics."""
     references = {i: [text for n in rows[i] for text in data.records[n].captions] for i in captions}
     references = {i: texts for i, texts in references.items() if texts}
     domains = {i: str(data.records[rows[i][0]].metadata.get("domain", "")) for i in references}
@@ -218,7 +253,7 @@ def _score_captions(
 
     cider: Mapping[int, float] = {}
     if references:
-        (scores,) = resumable.run("scores", 1, score)  # one chunk, so that Java runs in one process alone
+        (scores,) = resumable.run("scores", 1, score)  # one chunk, so that only one process runs Java
         metrics |= scores["metrics"]
         cider = scores["cider"]
     examples = [
@@ -234,12 +269,12 @@ def _score_captions(
 
 
 def _image_ids(data: EvalData, rows: Sequence[list[int]]) -> list[Any]:
-    """Return the ``image_id`` of each image, or its index if it has none."""
+    """Return the ``image_id`` of each image, or the index of the image if there is no ``image_id``."""
     return [data.records[group[0]].metadata.get("image_id", i) for i, group in enumerate(rows)]
 
 
 def _format_scores(scores: CaptionScores) -> dict[str, Any]:
-    """Return the metrics for JSON: None for a missing one, with the reason under ``missing``."""
+    """Return the metrics for JSON. A missing metric is None, and ``missing`` maps its name to the reason."""
     missing = {name: value.reason for name, value in scores.metrics.items() if isinstance(value, MissingMetric)}
     return {**scores.metrics, **dict.fromkeys(missing), **({"missing": missing} if missing else {})}
 
@@ -251,7 +286,18 @@ def _format_scores(scores: CaptionScores) -> dict[str, Any]:
 def retrieve(
     pipeline: RepresentationPipeline, data: EvalData, config: EvaluationConfig, seed: int, resumable: ResumableMap
 ) -> EvalResult:
-    """Compute the recall in both directions by similarity (ITC), and re-ranked by matching (ITM)."""
+    """Compute the recall in both directions, ranked by similarity (ITC) and then re-ranked by matching (ITM).
+
+    Args:
+        pipeline: the model.
+        data: the records to evaluate on.
+        config: the options of the task.
+        seed: unused; all tasks have the same parameters.
+        resumable: stores finished chunks of work, and divides the others among the processes.
+
+    Raises:
+        InputError: there is no usable image with a caption.
+    """
     rows = data.group_by_image()
     image_chunks = _chunks(len(rows))
 
@@ -267,7 +313,10 @@ def retrieve(
     index = {image: number for number, image in enumerate(i for chunk in embedded for i in chunk["images"])}
     pairs = [(index[i], text) for i in index for n in rows[i] for text in data.records[n].captions]
     if not pairs:
-        raise InputError("the task retrieval needs images with captions, and there are none that can be used")
+        raise InputError(
+            f"{data.source} has no usable image with a caption, which the task retrieval needs: correct the images and"
+            " captions, or choose another task"
+        )
     texts = [text for _, text in pairs]
     positive = torch.zeros(len(index), len(texts), dtype=torch.bool)
     positive[[image for image, _ in pairs], range(len(texts))] = True
@@ -318,7 +367,7 @@ def retrieve(
 
 
 def _format_recall(result: RetrievalResult) -> dict[str, float]:
-    """Return the recall as published: ``TR@k`` of texts for an image, ``IR@k`` of images for a text."""
+    """Return the recall by its published name: ``TR@k`` for texts of an image, ``IR@k`` for images of a text."""
     sides = {"TR": result.image_to_text, "IR": result.text_to_image}
     return {f"{side}@{key.removeprefix('r')}": value for side, recall in sides.items() for key, value in recall.items()}
 
@@ -332,15 +381,15 @@ def _encode_images(
     """Encode the images that can be decoded.
 
     Returns:
-        The keys of the usable images, their features (None if there are none), and an error message for each of the
-        other images.
+        The keys of the usable images, the features of these images (None if no image is usable), and an error message
+        for each of the other images.
     """
     pixels: dict[Key, Tensor] = {}
     skipped = []
     for key, image in images.items():
         try:
             if image is None:
-                raise ImageError("there is no image")
+                raise ImageError("a record has no image")
             pixels[key] = preprocess(read_image(image), pipeline.model.vision.preprocessing)
         except ImageError as error:
             skipped.append(str(error))
@@ -358,10 +407,10 @@ def _generate(
     resumable: ResumableMap,
     seed: int,
 ) -> tuple[dict[int, str], list[str]]:
-    """Generate texts chunk by chunk, each with its own seed, so that any process may do any chunk at any time.
+    """Generate texts chunk by chunk. Each chunk has its own seed, so that any process can process it at any time.
 
     Returns:
-        The texts by index in ``range(count)``, and the messages about images that were skipped.
+        The texts, by index in ``range(count)``, and the messages about images that were skipped.
     """
     chunks = _chunks(count)
 
@@ -389,7 +438,7 @@ def _read(file: str | Path, format: PredictionFormat, ids: Sequence[Any]) -> lis
 
 
 def _format_for_ids(format: PredictionFormat, ids: Sequence[Any]) -> tuple[PredictionFormat, list[Any]]:
-    """Return the prediction format and the ids in it: string ids unless all are integers."""
+    """Return the format for these ids, and the ids as this format needs them: as strings, unless all are integers."""
     if all(isinstance(key, int) for key in ids):
         return format, list(ids)
     return "gqa" if format == "answer" else "named", [str(key) for key in ids]
@@ -403,6 +452,6 @@ def _to_result(
 
 
 def _format_counts(answers: Sequence[str]) -> str:
-    """Join the answers with their number of occurrences, the most frequent first."""
+    """Format the distinct answers and how often each occurs, the most frequent first."""
     counts = Counter(answers).most_common()
     return ", ".join(answer if count == 1 else f"{answer} ({count})" for answer, count in counts)

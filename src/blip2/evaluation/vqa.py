@@ -2,12 +2,12 @@
 
 Two sets of rules exist, and published numbers use either:
 
-- ``official``: the current scripts of the benchmarks. VQA's script normalizes nothing if all ten annotators gave the
-  same answer: "Yes" and "a dog" are then wrong where the references say "yes" and "dog". GQA's script compares strings
-  without normalization.
-- ``lavis``: the rules of the reference implementation. It has an earlier version of VQA's script, which always
-  normalizes the prediction, and never the numbers, articles and contractions of the references. It also normalizes
-  GQA's predictions.
+- ``official``: the current scripts of the benchmarks. The script of VQA normalizes nothing if all ten annotators gave
+  the same answer: "Yes" and "a dog" are then wrong if the reference answers are "yes" and "dog". The script of GQA
+  compares strings without normalization.
+- ``lavis``: the rules of LAVIS, the reference implementation. LAVIS contains an earlier version of the script of VQA,
+  which always normalizes the prediction, but never normalizes numbers, articles and contractions in the reference
+  answers. LAVIS also normalizes the predictions for GQA.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _CONTRACTED = """
 CONTRACTIONS = {
     word[:i] + word[i + 1 :]: word for word in _CONTRACTED.split() for i, letter in enumerate(word) if letter == "'"
 } | {"somebody'd": "somebodyd"}
-"""Maps words without one of their apostrophes to the words. The last entry is an error of the official script."""
+"""Maps contractions that lack an apostrophe to the correct word. The last entry is an error of the official script."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,12 @@ def score_answers(
 ) -> AnswerScores:
     """Compute the VQA accuracy of VQAv2 and OK-VQA; see :func:`accuracy`.
 
-    For OK-VQA, whose answers are base forms, the reference implementation applies :func:`lemmatize` to the predictions
-    first.
+    The reference answers of OK-VQA are base forms. LAVIS therefore first applies :func:`lemmatize` to the predictions.
+
+    Args:
+        predictions: predicted answers, by question id.
+        questions: the questions with their reference answers, by question id.
+        rules: the rules for comparing answers.
 
     Raises:
         InputError: a question has no prediction or fewer than two answers, or a prediction has no question.
@@ -84,7 +88,12 @@ def score_answers(
 def score_exact(
     predictions: Mapping[Any, str], questions: Mapping[Any, Question], rules: Rules = "official"
 ) -> AnswerScores:
-    """Compute the exact-match accuracy of GQA, whose questions have one answer.
+    """Compute the exact-match accuracy of GQA, whose questions have one reference answer.
+
+    Args:
+        predictions: predicted answers, by question id.
+        questions: the questions with their reference answers, by question id.
+        rules: the rules for comparing answers.
 
     Raises:
         InputError: a question has no prediction or several answers, or a prediction has no question.
@@ -92,8 +101,8 @@ def score_exact(
     several = [key for key, question in questions.items() if len(question.answers) != 1]
     if several:
         raise InputError(
-            f"question {several[0]!r} has {len(questions[several[0]].answers)} answers, expected one: VQAv2 and OK-VQA"
-            " are scored by score_answers"
+            f"question {several[0]!r} has {len(questions[several[0]].answers)} answers, expected one: use score_answers"
+            " for VQAv2 and OK-VQA"
         )
 
     def score(text: str, question: Question) -> float:
@@ -110,11 +119,19 @@ def accuracy(prediction: str, answers: Sequence[str], rules: Rules = "official")
     The accuracy is min(1, n / 3) averaged over all subsets that leave out one annotator, where n is the number of
     annotators in the subset who gave the predicted answer.
 
+    Args:
+        prediction: the predicted answer.
+        answers: the answers of the annotators.
+        rules: the rules for comparing answers.
+
     Raises:
         InputError: there are fewer than two answers.
     """
     if len(answers) < 2:
-        raise InputError(f"a question has {len(answers)} answers, expected ten: one answer is scored by score_exact")
+        raise InputError(
+            f"a question has {len(answers)} answers, expected at least two: use score_exact for questions with one"
+            " answer"
+        )
     prediction = _one_line(prediction)
     if rules == "official":
         answers = [_one_line(answer) for answer in answers]
@@ -132,20 +149,20 @@ def accuracy(prediction: str, answers: Sequence[str], rules: Rules = "official")
 def normalize(answer: str) -> str:
     """Normalize an answer as VQA's scripts do before they compare it.
 
-    In this order: line breaks and tabs become spaces; a punctuation mark is removed everywhere if it is next to a space
-    anywhere in the answer or if the answer has a number with a comma, and is replaced by a space otherwise; full stops
-    that no digit follows are removed; text becomes lower case; number words up to ten, and "none", become digits;
-    articles are removed; contractions get their apostrophe.
+    The steps, in this order: line breaks and tabs become spaces; each punctuation mark is replaced by a space, or
+    removed if the mark is next to a space somewhere in the answer or if the answer has a number with a comma; full
+    stops that are not followed by a digit are removed; the text becomes lower case; the words for 0 to 10, and "none",
+    become digits; articles are removed; contractions get their apostrophes.
     """
     return _normalize_words(_strip_punctuation(_one_line(answer)))
 
 
 def lemmatize(answers: Iterable[str]) -> list[str]:
-    """Replace nouns and verbs by their base form, as the reference implementation does for OK-VQA.
+    """Replace nouns and verbs by their base forms, as LAVIS does for OK-VQA.
 
     Raises:
         InputError: spaCy or its model en_core_web_sm is not installed. There is no fallback, because another lemmatizer
-            would give other numbers.
+            would give different scores.
     """
     try:
         import spacy
@@ -183,7 +200,9 @@ def _score(
     predictions: Mapping[Any, str], questions: Mapping[Any, Question], score: Callable[[str, Question], float]
 ) -> AnswerScores:
     if not questions:
-        raise InputError("there are no questions to score, expected at least one")
+        raise InputError(
+            "there are no questions to score, expected at least one: give questions with reference answers"
+        )
     check_ids("the predictions", "question_id", predictions, questions)
     per_question: dict[Id, float] = {}
     by_question_type, by_answer_type = defaultdict(list), defaultdict(list)

@@ -1,12 +1,12 @@
 """The feature cache: the frozen image encoder runs once per image, and training and evaluation read its output.
 
 A frozen encoder computes the same features for the same pixels in every epoch. With a few augmented views of each image
-computed in advance, training costs only the Q-Former. Features are identified by digests of everything that they depend
-on: the digest of the encoder's weights, the preprocessing, the augmentation and the row format names the store
-(:mod:`blip2.feature_cache.store`), and the digest of an image's bytes identifies its row. Data sets that share images
-therefore share features, and only new images are encoded.
+computed in advance, a training step only runs the Q-Former. A digest of the weights of the encoder, the preprocessing,
+the augmentation and the row format is the name of a store (:mod:`blip2.feature_cache.store`), and a digest of the bytes
+of an image identifies its row there. Data sets that share images therefore share features, and only new images are
+encoded.
 
-Legend: N images, V views, P image tokens, E width of the image encoder.
+Legend: N images, I records, V views, H and W image size, P image tokens, E width of the image encoder.
 """
 
 from __future__ import annotations
@@ -56,19 +56,23 @@ ERROR_BATCHES = 8
 class Augmentation:
     """The views of an image: the first is the whole image, the others are augmented (§3.4).
 
-    A view is a function of its number and the bytes of the image, so it is the same in every data set.
+    A view depends only on its number and the bytes of the image, so that it is the same in every data set.
     """
 
     num_views: int
+    """Number of views per image, at least 1."""
     min_crop_scale: float
+    """Minimum area of a random crop as a fraction of the image."""
     horizontal_flip: bool
+    """Whether half of the augmented views are mirrored."""
 
     def make_views(self, data: bytes, image: str, preprocessing: Preprocessing) -> Float[Tensor, "V 3 H W"]:
         """Decode an image and return its views.
 
         Args:
             data: the encoded image.
-            image: its digest.
+            image: the digest of `data`.
+            preprocessing: size and normalization of the views.
 
         Raises:
             ImageError: the image cannot be decoded.
@@ -85,7 +89,11 @@ class CachedFeatures:
     """The features of the images of a data set, by the index of the record. :func:`cache_features` creates it.
 
     Args:
-        locations: (part, row) in the store for each record; arbitrary for those in `errors`.
+        reader: reads rows of the store.
+        locations: [I, 2]: (part, row) in the store for each record; arbitrary for records in `errors`.
+        errors: messages about images that cannot be used, by the index of the record.
+        num_encoded: number of images that were encoded by this call; the features of other images were in the store.
+        rms_error: the relative error of the stored features, see :attr:`rms_error`.
     """
 
     def __init__(
@@ -99,28 +107,33 @@ class CachedFeatures:
         self._reader, self._locations = reader, locations
         self.folder, self.row_format = reader.folder, reader.row_format
         self.errors = dict(errors)
-        """Error messages of the images that cannot be used, by the index of the record."""
+        """Messages about images that cannot be used, by the index of the record."""
         self.num_encoded = num_encoded
-        """Number of images that were encoded now; the others were in the store."""
+        """Number of images that were encoded now; the features of other images were in the store."""
         self.rms_error = rms_error
-        """Root mean square error of the stored features, relative to the features; ``None`` if there are none."""
+        """Root mean square error of the stored features, divided by the root mean square of the features. ``None``: the
+        store has no features."""
 
     def __len__(self) -> int:
         return len(self._locations)
 
     @property
     def num_images(self) -> int:
-        """Number of distinct images, without those that cannot be used."""
+        """Number of different images that can be used."""
         usable = np.delete(self._locations, list(self.errors), axis=0)
         return len(np.unique(usable, axis=0))
 
     @property
     def num_bytes(self) -> int:
-        """Size of the features of these images on the disk."""
+        """Size of the features of the different images that can be used, on the disk, in bytes."""
         return self.num_images * self.row_format.numpy_dtype.itemsize
 
     def read(self, index: int, rng: np.random.Generator | None) -> BFloat16[Tensor, "P E"]:
-        """Return the features of a random view of a record's image, or of the whole image if `rng` is ``None``.
+        """Return the features of one view of the image of a record.
+
+        Args:
+            index: the index of the record.
+            rng: draws the view. ``None``: the whole image.
 
         Raises:
             ImageError: the image cannot be used.
@@ -132,7 +145,7 @@ class CachedFeatures:
         return self._reader.read(int(part), int(row), view)
 
     def read_all(self) -> Float[Tensor, "I P E"]:
-        """Return the features of all whole images in float32, for evaluation.
+        """Return the features of the whole image of every record in float32, for evaluation.
 
         Raises:
             ImageError: an image cannot be used.
@@ -152,21 +165,26 @@ def cache_features(
     report: Callable[[int, int], None] = lambda done, total: None,
     batch_size: int = 32,
 ) -> CachedFeatures:
-    """Find the features of all images under `root`, and compute those that are missing.
+    """Find the features of all images under `root`, and compute the features that are missing.
 
-    All processes of a run call this, and each encodes its share. It can be killed at any time and called again without
-    losing what was done.
+    All processes of a run must call it, and each encodes its share. If the processes are killed, the features that were
+    written are found by the next call.
 
     Args:
         root: folder of all stores, shared by data sets, encoders and settings.
+        records: the data set.
+        encoder: the frozen image encoder.
+        augmentation: the views of each image.
+        dtype: data type of the stored features.
+        device: device of the encoder.
         num_workers: number of worker processes that decode images.
-        report: called with (images encoded, images to encode) over all processes, if there is anything to encode.
+        report: called with (images encoded, images to encode) over all processes, if any image must be encoded.
         batch_size: number of views per forward pass of the encoder.
 
     Raises:
-        InputError: `root` is not a folder, the disk has too little space, or processes on several machines do not share
-            `root`.
-        OSError: the disk became full. What was done stays.
+        InputError: `root` cannot be created, the disk has too little space, or processes on several machines do not
+            share `root`.
+        OSError: features cannot be written, for example because the disk is full. Finished features are kept.
     """
     row_format = RowFormat(augmentation.num_views, encoder.num_tokens, encoder.hidden_size, dtype)
     settings = _settings(encoder, augmentation, row_format)
@@ -174,14 +192,16 @@ def cache_features(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{root} cannot hold features ({error.strerror}): set data.features to a folder") from error
+        raise InputError(
+            f"cannot create a folder for features in {root} ({error.strerror}): set data.features to another folder"
+        ) from error
     metadata = StoreMetadata(folder, settings)
     index = read_index(folder, row_format)
     lost: dict[str, str] = {}
     with contextlib.closing(StoreWriter(folder, row_format)) as writer:
         images, errors = digest_images(records, index, writer)
         missing = _missing(images, index)
-        # Another run may have written in between, but all processes have to take the same branch here.
+        # Another run may have written features in between, but all processes must take the same branch here.
         has_new = any(all_gather_objects(bool(missing)))
         if has_new:
             _check_disk_space(root, len(missing) * row_format.numpy_dtype.itemsize)
@@ -195,7 +215,7 @@ def cache_features(
             images_per_batch = max(1, batch_size // row_format.num_views)
             lost = _fill(writer, metadata, missing, dataset, encode, images_per_batch, num_workers, report)
     if has_new:
-        for others in all_gather_objects(lost):  # a barrier too: what the other processes wrote is on the disk
+        for others in all_gather_objects(lost):  # also a barrier: the features of the other processes are on the disk
             lost = lost | others
         index = read_index(folder, row_format)
 
@@ -205,7 +225,7 @@ def cache_features(
         if image := images[i].decode():
             if image not in image_errors:
                 raise InputError(
-                    f"the features of {records[i].key} were made by another process but are not in {folder}: set"
+                    f"the features of {records[i].key} were computed by another process, but are not in {folder}: set"
                     " data.features to a folder that all machines share"
                 )
             errors[i] = image_errors[image]
@@ -216,12 +236,12 @@ def cache_features(
 
 
 def _settings(encoder: ImageEncoder, augmentation: Augmentation, row_format: RowFormat) -> dict[str, Any]:
-    """Return everything that features depend on except the image. Its digest names the store, so keys are fixed."""
+    """Return everything that features depend on, except the image. Keys must not change: the digest names the store."""
     weights = hashlib.blake2b(digest_size=16)
-    # A pooler comes after the features; it is random if the checkpoint has none.
+    # A pooler does not affect the features, and has random weights if the checkpoint has no pooler.
     state = encoder.state_dict().items()
     hash_weights(weights, ((name, tensor) for name, tensor in state if "pooler" not in name.split(".")))
-    # Two encoders of the same weights may differ in activation, epsilon or layer.
+    # Two encoders with the same weights may differ in activation, epsilon or output layer.
     config = getattr(encoder.network, "config", None)
     known = {} if config is None else {key: v for key, v in config.to_dict().items() if key not in IGNORED_CONFIG_KEYS}
     weights.update(json.dumps([encoder.layer, known], sort_keys=True, default=str).encode())
@@ -235,7 +255,7 @@ def _settings(encoder: ImageEncoder, augmentation: Augmentation, row_format: Row
         **asdict(encoder.preprocessing),
     }
     if not encoder.preprocessing.bgr:
-        settings.pop("bgr")  # absent from stores that are older than the option
+        settings.pop("bgr")  # stores that are older than this option do not have the key
     if augmentation.num_views > 1:
         settings |= {"min_crop_scale": augmentation.min_crop_scale, "flip": augmentation.horizontal_flip}
     return settings
@@ -253,8 +273,8 @@ def _check_disk_space(root: Path, needed: int) -> None:
     free = shutil.disk_usage(root).free
     if any(all_gather_objects(needed > free)):
         raise InputError(
-            f"the features that are missing take {needed / 1e9:.1f} GB, but {root} has {free / 1e9:.1f} GB free: lower"
-            " data.cached_views, set data.cached_dtype to int8, set data.features to another disk, or free space"
+            f"the missing features take {needed / 1e9:.1f} GB, but {root} has {free / 1e9:.1f} GB free: lower"
+            " data.cached_views, set data.cached_dtype to int8, set data.features to another disk, or free disk space"
         )
 
 
@@ -263,16 +283,16 @@ def _check_disk_space(root: Path, needed: int) -> None:
 
 @dataclass(frozen=True)
 class _DecodedBatch:
-    """Images ready for the encoder."""
+    """Decoded images for the encoder."""
 
     images: list[str] = field(default_factory=list)
     """Digests of the decoded images."""
     pixels: Tensor | None = None
     """[N, V, 3, H, W]; ``None`` if there are no decoded images."""
     errors: dict[str, str] = field(default_factory=dict)
-    """Error messages of images that cannot be decoded, by digest."""
+    """Messages about images that cannot be decoded, by digest. The store keeps them."""
     lost: dict[str, str] = field(default_factory=dict)
-    """Error messages of images whose files cannot be read or have changed, by digest. They are not stored."""
+    """Messages about images whose files cannot be read or have changed, by digest. The store does not keep them."""
 
     @property
     def count(self) -> int:
@@ -300,7 +320,7 @@ class _ImageDataset(Dataset[_DecodedBatch]):
                 lost[name] = str(error)
                 continue
             if digest(data) != name:
-                lost[name] = f"image {image} changed while features were made: run this again"
+                lost[name] = f"image {image} changed while its features were computed: run the command again"
                 continue
             try:
                 pixels.append(self.augmentation.make_views(data, name, self.preprocessing))
@@ -320,12 +340,15 @@ def _fill(
     num_workers: int,
     report: Callable[[int, int], None],
 ) -> dict[str, str]:
-    """Encode this process's share of the missing images; return error messages of images that could not be read.
+    """Encode this process's share of the missing images.
 
-    Processes advance batch by batch together, because collective operations have time limits. While a batch is encoded,
-    the next batches are decoded and the previous one is written.
+    Processes advance together, batch by batch, because collective operations have time limits. While a batch is
+    encoded, the next batches are decoded and the previous batch is written.
+
+    Returns:
+        Messages about images whose files could not be read or have changed, by digest.
     """
-    # Shared by digest, not by position: another run may have written between the reads of two processes.
+    # Shares depend on digests, not on positions: another run may have written between the reads of two processes.
     share = [i for i in missing if int(dataset.images[i][:8], 16) % world_size() == rank()]
     batches = [share[start : start + images_per_batch] for start in range(0, len(share), images_per_batch)]
     loaded = prefetch(iter(batches), dataset, num_workers)

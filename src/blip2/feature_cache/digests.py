@@ -1,4 +1,4 @@
-"""Digests of images, which avoid reading a file twice, and of weights."""
+"""Digests of images, which are stored so that no file is read twice, and digests of weights."""
 
 from __future__ import annotations
 
@@ -19,12 +19,16 @@ from blip2.feature_cache.store import DIGEST, StoreIndex, StoreWriter, digest, f
 
 
 def digest_images(records: Records, index: StoreIndex, writer: StoreWriter) -> tuple[np.ndarray, dict[int, str]]:
-    """Compute the digest of each record's image. All processes call this and share the work.
+    """Compute the digest of the image of each record. All processes must call it, and share the work.
 
-    A file in the index whose size and modification time are unchanged is not read.
+    Args:
+        records: the data set.
+        index: the index of the store. A file in the index is not read if its size and modification time are unchanged.
+        writer: adds the digests of other files to the store.
 
     Returns:
-        The digests, empty for images that cannot be read, and the error messages of those by the index of the record.
+        The digest of each record's image, as an array of type :data:`DIGEST`, and messages about images that cannot be
+        read, by the index of the record. The digest of such an image is empty.
     """
     own = np.arange(rank(), len(records), world_size())
     images, files = np.zeros(len(own), DIGEST), np.zeros(len(own), DIGEST)
@@ -59,7 +63,11 @@ def digest_images(records: Records, index: StoreIndex, writer: StoreWriter) -> t
 
 
 def _digest_files(records: Records, indices: np.ndarray, writer: StoreWriter) -> tuple[np.ndarray, dict[int, str]]:
-    """Digest the files of some records and add them to the store; return the digests and error messages."""
+    """Compute the digests of the image files of some records, and add the digests to the store.
+
+    Returns:
+        The digests, and error messages by position in `indices`.
+    """
     images = np.zeros(len(indices), DIGEST)
     failed: dict[int, str] = {}
     with ThreadPoolExecutor(8) as pool:  # hides the latency of disks and networks
@@ -76,7 +84,9 @@ def _digest_files(records: Records, indices: np.ndarray, writer: StoreWriter) ->
 
 def _digest_file(path: str) -> tuple[str, os.stat_result] | ImageError:
     try:
-        stat = Path(path).stat()  # before reading: if the file changes in between, the time is wrong, not the digest
+        stat = (
+            Path(path).stat()
+        )  # before the file is read: if the file changes in between, the stored time is too old, and it is read again
         return digest(read_bytes(path)), stat
     except OSError as error:
         return unreadable_image(path, error)
@@ -85,7 +95,7 @@ def _digest_file(path: str) -> tuple[str, os.stat_result] | ImageError:
 
 
 def hash_weights(hasher: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Update a hashlib object with the names and bytes of weights."""
+    """Update a hashlib object with the names and bytes of weights, given as (name, tensor)."""
     for name, tensor in weights:
         hasher.update(name.encode())
         hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -1,18 +1,18 @@
 """A store of image features: a folder that several processes can write and read at the same time.
 
-A store contains features of any number of images, computed with the same settings. It consists of parts. A part is
-written by one process, is only appended to, and has two files:
+A store contains the features of any number of images, computed with the same settings. It consists of parts. Each part
+is written by one process, which only appends to it, and has two files:
 
-- ``NAME.bin``: one row of fixed size per image: its features [V, P, E], and for int8 their scales [V, P];
+- ``NAME.bin``: one row of fixed size per image: the features [V, P, E], and for int8 the scales [V, P];
 - ``NAME.index.jsonl``: lines of three kinds:
 
   - ``{"image": DIGEST, "row": 3}``: row 3 of this part has the features of the image;
   - ``{"image": DIGEST, "why": "it is damaged"}``: the image cannot be decoded;
-  - ``{"image": DIGEST, "file": "/a.png", "size": 812, "mtime_ns": 17}``: the file contains the image, and need not be
-    read again while its size and time are the same.
+  - ``{"image": DIGEST, "file": "/a.png", "size": 812, "mtime_ns": 17}``: the file contains the image. The file is not
+    read again while its size and modification time are the same.
 
-A line is written after its row is on the disk, and is valid only if both are complete. A process can therefore be
-killed at any time without damage to what it has written. Readers combine all parts.
+A line is written after its row is on the disk, and is valid only if the line and the row are complete. A process can
+therefore be killed at any time without damage to finished rows. Readers combine all parts.
 
 Legend: N images, V views, P image tokens, E width of the image encoder.
 """
@@ -45,7 +45,7 @@ DIGEST = np.dtype("S32")
 
 
 def digest(data: bytes) -> str:
-    """Return the 128-bit BLAKE2b digest of the bytes of an image, as 32 hexadecimal digits."""
+    """Return the 128-bit BLAKE2b digest of some bytes, such as an image file, as 32 hexadecimal digits."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
@@ -57,15 +57,16 @@ class RowFormat:
     """The format of a row, which contains the features of one image."""
 
     num_views: int
-    """V"""
+    """Number of views V."""
     num_tokens: int
-    """P"""
+    """Number of image tokens P."""
     hidden_size: int
-    """E"""
+    """Width E of the image encoder."""
     dtype: StoredDtype
 
     @property
     def numpy_dtype(self) -> np.dtype[np.void]:
+        """NumPy type of a row, with the fields ``values`` and, for int8, ``scales``."""
         # NumPy has no bfloat16: its bits are stored as int16.
         shape = (self.num_views, self.num_tokens, self.hidden_size)
         if self.dtype == "bf16":
@@ -73,9 +74,12 @@ class RowFormat:
         return np.dtype([("values", "<i1", shape), ("scales", "<f4", shape[:2])])
 
     def pack(self, features: Float[Tensor, "N V P E"]) -> dict[str, Tensor]:
-        """Quantize features; return the fields of the rows.
+        """Convert features to the fields of rows.
 
-        int8 is symmetric, with one scale per token, which maps the largest absolute value to 127.
+        int8 quantization is symmetric, with one scale per token, which maps the largest absolute value to 127.
+
+        Returns:
+            ``values`` [N, V, P, E], int8 or the bits of bfloat16 as int16, and for int8 ``scales`` [N, V, P].
         """
         if self.dtype == "bf16":
             return {"values": features.bfloat16().view(torch.int16)}
@@ -84,7 +88,7 @@ class RowFormat:
         return {"values": scaled.round().to(torch.int8), "scales": scales}
 
     def unpack(self, fields: Mapping[str, Tensor]) -> BFloat16[Tensor, "*rows P E"]:
-        """Dequantize to bfloat16, whose error is several times smaller than that of int8."""
+        """Convert the fields of rows to bfloat16, whose rounding error is several times smaller than the int8 error."""
         if self.dtype == "bf16":
             return fields["values"].view(torch.bfloat16)
         return (fields["values"].float() * fields["scales"][..., None]).bfloat16()
@@ -94,10 +98,14 @@ class RowFormat:
 
 
 class StoreWriter:
-    """Writes a part of a store. Its files are created when there is something to write.
+    """Writes a new part of a store. The files of the part are created when the first row or line is added.
+
+    Args:
+        folder: the folder of the store.
+        row_format: the format of the rows.
 
     Raises:
-        OSError: from every method, if the disk is full. What was written before stays valid.
+        OSError: every method raises it if the disk is full. Rows and lines that were complete stay valid.
     """
 
     def __init__(self, folder: Path, row_format: RowFormat) -> None:
@@ -107,12 +115,12 @@ class StoreWriter:
         self._files: tuple[IO[bytes], IO[bytes]] | None = None
 
     def add_images(self, images: Sequence[str], fields: Mapping[str, Tensor], errors: Mapping[str, str]) -> None:
-        """Add images.
+        """Add the features of images, and messages about images that cannot be decoded.
 
         Args:
             images: digests of the images that have features.
-            fields: fields of their rows, from :meth:`RowFormat.pack`.
-            errors: messages for the images that cannot be decoded, by digest.
+            fields: the result of :meth:`RowFormat.pack` for these images.
+            errors: messages about images that cannot be decoded, by digest.
         """
         if not images and not errors:
             return
@@ -131,7 +139,13 @@ class StoreWriter:
         )
 
     def add_file(self, image: str, path: str, stat: os.stat_result) -> None:
-        """Add the digest of the image in a file; `stat` must be older than the reading of the file."""
+        """Add the digest of the image in a file.
+
+        Args:
+            image: the digest.
+            path: path of the file.
+            stat: status of the file, which must be taken before the file is read.
+        """
         absolute = str(Path(path).absolute())
         self._write_lines([{"image": image, "file": absolute, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}])
 
@@ -146,6 +160,7 @@ class StoreWriter:
         return self._files
 
     def close(self) -> None:
+        """Close the files."""
         for file in self._files or ():
             file.close()
 
@@ -161,12 +176,20 @@ class StoreMetadata:
 
     @property
     def rms_error(self) -> float | None:
-        """Root mean square error of the stored features, relative to the features; ``None`` if not measured yet."""
+        """Root mean square error of the stored features, divided by the root mean square of the features. ``None``: not
+        measured yet.
+
+        Raises:
+            InputError: ``about.json`` is damaged.
+        """
         if not self._path.is_file():
             return None
         error = found.get("error") if isinstance(found := read_json(self._path), dict) else None
         if not isinstance(error, int | float):
-            raise InputError(f"{self._path} is damaged (it has no error): delete it, and it is measured again")
+            raise InputError(
+                f"{self._path} is damaged: its key error is missing or is not a number; delete the file, which is only"
+                " informative"
+            )
         return error
 
     def add_squares(self, lost: float, total: float) -> None:
@@ -186,19 +209,23 @@ def file_key(path: str, size: int, mtime_ns: int) -> str:
 
 @dataclass(frozen=True)
 class StoreIndex:
-    """The combined index of a store, as sorted arrays: dictionaries of millions of images would fill the memory."""
+    """The combined index of all parts of a store.
+
+    It consists of sorted arrays, because dictionaries of millions of images would take too much memory.
+    """
 
     parts: tuple[str, ...] = ()
+    """Names of the parts."""
     images: np.ndarray = field(default_factory=lambda: np.empty(0, DIGEST))
-    """Digests of the images that have features, sorted."""
+    """Digests of the images that have features, in ascending order."""
     locations: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int64))
-    """(part, row) of each image."""
+    """(part, row) of each of `images`, where part is an index in `parts`."""
     files: np.ndarray = field(default_factory=lambda: np.empty(0, DIGEST))
-    """:func:`file_key` of the known files, sorted."""
+    """:func:`file_key` of each known file, in ascending order."""
     file_images: np.ndarray = field(default_factory=lambda: np.empty(0, DIGEST))
-    """Digest of the image in each file."""
+    """Digest of the image in each of `files`."""
     errors: dict[str, str] = field(default_factory=dict)
-    """Error messages of the images that cannot be decoded, by digest."""
+    """Messages about images that cannot be decoded, by digest."""
 
 
 def read_index(folder: Path, row_format: RowFormat) -> StoreIndex:
@@ -236,7 +263,7 @@ def read_index(folder: Path, row_format: RowFormat) -> StoreIndex:
 
 
 def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the complete lines of an index. The last may be incomplete if its process was killed or is writing it."""
+    """Yield the complete lines of an index. The last line may be incomplete: a process was killed or is writing it."""
     with path.open("rb") as file:
         for line in file:
             if line.endswith(b"\n"):
@@ -245,7 +272,7 @@ def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def lookup(sorted_values: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Return the index of each of `values` in `sorted_values`, or -1 if it is absent."""
+    """Return the index of each of `values` in `sorted_values`, or -1 for a value that is not in `sorted_values`."""
     if not len(sorted_values):
         return np.full(len(values), -1)
     indices = np.searchsorted(sorted_values, values).clip(max=len(sorted_values) - 1)
@@ -253,16 +280,29 @@ def lookup(sorted_values: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 class StoreReader:
-    """Reads rows of a store through memory maps, which the processes of a machine share."""
+    """Reads rows of a store through memory maps, which the processes of a machine share.
+
+    Args:
+        folder: the folder of the store.
+        row_format: the format of the rows.
+        parts: names of the parts, from :class:`StoreIndex`.
+    """
 
     def __init__(self, folder: Path, row_format: RowFormat, parts: Sequence[str]) -> None:
         self.folder, self.row_format, self.parts = folder, row_format, tuple(parts)
         self._mapped: dict[int, np.memmap[Any, np.dtype[np.void]]] = {}
 
     def __reduce__(self) -> tuple[type[StoreReader], tuple[Path, RowFormat, tuple[str, ...]]]:
-        return StoreReader, (self.folder, self.row_format, self.parts)  # worker processes map the files themselves
+        return StoreReader, (self.folder, self.row_format, self.parts)  # each worker process maps the files itself
 
     def read(self, part: int, row: int, view: int) -> BFloat16[Tensor, "P E"]:
+        """Return the features of one view of the image in a row.
+
+        Args:
+            part: index of the part.
+            row: index of the row in this part.
+            view: number of the view; 0 is the whole image.
+        """
         if part not in self._mapped:
             path = self.folder / f"{self.parts[part]}.bin"
             dtype = self.row_format.numpy_dtype

@@ -16,7 +16,7 @@ from blip2.training.metrics import JsonlLog
 MAX_DISPLAYED_SKIPS = 20
 """Number of skipped records that are shown on the terminal."""
 MIN_SAMPLES, MIN_SHARDS = 1000, 50
-"""The fraction of bad samples or shards is not checked among fewer."""
+"""Numbers of samples and of shards below which the fraction of bad ones is not checked."""
 
 
 class DataStats:
@@ -24,7 +24,7 @@ class DataStats:
 
     Args:
         sources: names of the sources of the training data.
-        counts: :meth:`metrics` of the checkpoint to resume from.
+        counts: the result of :meth:`metrics` that the checkpoint to resume from contains. None: start at 0.
     """
 
     def __init__(self, sources: Sequence[str], counts: dict[str, Any] | None) -> None:
@@ -49,7 +49,7 @@ class DataStats:
         self._local_drawn[self._sources[loaded.source_index]] += loaded.num_samples
 
     def local_counts(self) -> list[float]:
-        """Return the counts of this process since the last call, to be summed over all processes."""
+        """Return the counts of this process since the last call, in a fixed order, to be summed over all processes."""
         counts = [self._local_counts[name] for name in self._names]
         counts += [self._local_drawn[name] for name in self._sources]
         self._local_counts.clear()
@@ -57,7 +57,11 @@ class DataStats:
         return [float(count) for count in counts]
 
     def end_step(self, sums: Sequence[int]) -> None:
-        """Add the sums of :meth:`local_counts` over all processes."""
+        """Add the counts of a step.
+
+        Args:
+            sums: the sum of :meth:`local_counts` over all processes.
+        """
         self._step_counts = Counter(dict(zip(self._names, sums, strict=False)))
         drawn = dict(zip(self._sources, sums[len(self._names) :], strict=True))
         self._counts.update(self._step_counts)
@@ -76,12 +80,27 @@ class DataStats:
         return self._counts["cut"]
 
     def metrics(self) -> dict[str, Any]:
-        """Return all counts so far, for the metrics file and for a checkpoint."""
+        """Return all counts so far, for the metrics file and for a checkpoint.
+
+        Returns:
+            ``drawn``: samples of each source, by its name; ``skipped``: skipped records, and ``skipped_REASON`` for
+            each of :data:`SKIP_REASONS`; ``cut``: truncated captions; ``shards``: shards that were started; and
+            ``source``, which is :attr:`step_source`, unless that is None.
+        """
         source = {} if self.step_source is None else {"source": self.step_source}
         return {**source, "drawn": dict(self._drawn), "skipped": self.num_skipped, **self._counts}
 
     def log_skipped(self, step: int, file: JsonlLog, display: Display, max_length: int) -> None:
-        """Write the records that were skipped in the last step to the file, and show the first ones of a run."""
+        """Write the records that were skipped in the last step to a file, and show the first ones of the run.
+
+        All processes must call it.
+
+        Args:
+            step: number of the step.
+            file: the file of skipped records.
+            display: the terminal, on which :data:`MAX_DISPLAYED_SKIPS` records are shown.
+            max_length: ``data.max_length``, for the message about the first truncated caption.
+        """
         skipped_now = _num_skipped(self._step_counts)
         if skipped_now:  # the same in all processes, so all or none take part in the gathering
             local, self._skipped = self._skipped, []
@@ -94,18 +113,19 @@ class DataStats:
                     display.log(f"further skipped records are listed in {file.path} only")
         if self.num_truncated and self.num_truncated == self._step_counts["cut"]:
             display.log(
-                f"a caption is longer than data.max_length ({max_length}) and was truncated; further ones are only"
-                " counted"
+                f"a caption is longer than data.max_length ({max_length}) tokens and was truncated; further truncated"
+                " captions are only counted"
             )
 
     def check_bad_fraction(self, max_bad_fraction: float, file: Path) -> None:
         """Stop if too many samples or shards are bad.
 
         Args:
-            file: the list of skipped records, for the message.
+            max_bad_fraction: the largest allowed fraction, in [0, 1].
+            file: the file of skipped records, for the error message.
 
         Raises:
-            InputError: the fraction of skipped samples, or of broken shards, exceeds `max_bad_fraction`.
+            InputError: the fraction of skipped samples, or of damaged shards, exceeds `max_bad_fraction`.
         """
         for bad, total, minimum, what in (
             (self.num_skipped, self._drawn.total(), MIN_SAMPLES, "samples"),

@@ -27,21 +27,29 @@ MAX_LISTED_ERRORS = 20
 def load_or_compute_features(
     recipe: Recipe, records: Records | RecordStream, encoder: ImageEncoder, num_views: int, device: torch.device
 ) -> CachedFeatures:
-    """Return the cached features of a data set; compute those that are missing and show the progress.
+    """Return the cached features of a data set. Features that are missing are computed, with a progress bar.
 
-    All processes of a run call this.
+    All processes of a run must call it.
 
     Args:
-        num_views: number of views per image; 1 is the whole image alone.
+        recipe: the settings of the cache and of the augmentation are in ``recipe.data``.
+        records: the data set.
+        encoder: the image encoder, which must be frozen.
+        num_views: number of views per image. 1: only the whole image, without augmentation.
+        device: device of the encoder.
 
     Raises:
-        InputError: the data is a stream, the encoder trains, or the disk is full.
+        InputError: the data is a stream, the encoder trains, the disk is full, or the features cannot be written.
     """
     if not isinstance(records, Records):
-        raise InputError("data.cached_views needs a table or a folder, not a stream: set it to 0")
+        raise InputError(
+            "data.cached_views needs a table or a folder, but the data is read as a stream: set data.streaming to false"
+            " or data.cached_views to 0"
+        )
     if not encoder.is_frozen:
         raise InputError(
-            "data.cached_views needs a frozen image encoder, but optimizer.learning_rate trains it: set it to 0"
+            "data.cached_views needs a frozen image encoder, but optimizer.learning_rate trains it: set"
+            ' data.cached_views to 0, or "vision.*" to frozen in optimizer.learning_rate'
         )
     data = recipe.data
     root = expand_home(recipe.output).parent / "features" if data.features is None else expand_home(data.features)
@@ -59,12 +67,12 @@ def load_or_compute_features(
     except OSError as error:
         if not is_disk_full(error):
             raise InputError(
-                f"features cannot be written to {root} ({error.strerror or error}): make it writable, or set"
-                " data.features to a folder that is"
+                f"features cannot be written to {root} ({error.strerror or error}): check this folder, or set"
+                " data.features to a folder that can be written"
             ) from error
         raise InputError(
-            f"no space left on the disk while writing features to {root}: free space and rerun; finished features are"
-            " kept"
+            f"no space left on the disk while writing features to {root}: free disk space and rerun; the features that"
+            " are finished are kept"
         ) from error
     finally:
         display.close()
@@ -73,13 +81,13 @@ def load_or_compute_features(
 def make_features(recipe: Recipe) -> list[str]:
     """Compute the features that :func:`blip2.training.trainer.train` reads for a recipe, without training.
 
-    Under ``torchrun`` or ``accelerate launch`` each process encodes its share.
+    Under ``torchrun`` or ``accelerate launch``, each process encodes its share of the images.
 
     Returns:
-        Lines that describe the features; empty on ranks other than 0.
+        Messages about the features of each source and about unusable images; empty on ranks other than 0.
 
     Raises:
-        InputError: as :func:`cached_features`, or the data or the encoder cannot be read.
+        InputError: as for :func:`load_or_compute_features`, or the data or the encoder cannot be read.
     """
     accelerator = Accelerator(cpu=choose_device(recipe.training.device).type == "cpu")
     lines: list[str] = []
@@ -98,13 +106,13 @@ def make_features(recipe: Recipe) -> list[str]:
                     lines.append(f"  and {len(errors) - MAX_LISTED_ERRORS} more")
     finally:
         accelerator.end_training()
-        # Otherwise the next run of this process could not have another device.
+        # Otherwise the next run in this process could not use another device.
         AcceleratorState._reset_state(reset_partial_state=True)  # pyright: ignore[reportPrivateUsage]
     return lines
 
 
 def load_encoder(recipe: Recipe, device: torch.device) -> ImageEncoder:
-    """Load the image encoder of a recipe and set ``requires_grad`` of its parameters."""
+    """Load the image encoder of a recipe, and set ``requires_grad`` of its parameters as the recipe says."""
     encoder = build_image_encoder(recipe.vision, choose_dtype(recipe.vision.dtype, device)).to(device)
     for name, parameter in encoder.named_parameters():
         rate = recipe.optimizer.learning_rate[find_pattern(f"vision.{name}", recipe.optimizer)]
@@ -113,7 +121,7 @@ def load_encoder(recipe: Recipe, device: torch.device) -> ImageEncoder:
 
 
 def feature_sources(recipe: Recipe) -> list[tuple[str, str, int]]:
-    """Return (recipe key, source, number of views) of the training and validation data."""
+    """Return (recipe key, source, number of views) for each source of the training and validation data."""
     views = max(1, recipe.data.cached_views)
     sources = [("data.train", source, views) for source in recipe.data.sources]
     if recipe.data.validation is not None:
@@ -122,7 +130,7 @@ def feature_sources(recipe: Recipe) -> list[tuple[str, str, int]]:
 
 
 def format_summary(features: CachedFeatures) -> str:
-    """Describe features in one line: number of images, format, size and folder."""
+    """Describe cached features in one line: number of records and images, size, format and folder."""
     row_format, encoded = features.row_format, features.num_encoded
     error = "" if features.rms_error is None else f", relative error {100 * features.rms_error:.2g} %"
     images, views = pluralize(features.num_images, "image"), pluralize(row_format.num_views, "view")

@@ -13,17 +13,18 @@ class TrainingInterrupted(Exception):  # noqa: N818
 
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
-"""The signals of schedulers, of Ctrl-C, and of a terminal that is closed."""
+"""The signals that a scheduler, Ctrl-C and a closed terminal send."""
 
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """Append the first of :data:`SIGNALS` that is received to a list; a second signal kills the process.
+    """Record the received signals of :data:`SIGNALS` in a list instead of ending the process.
 
-    An ignored signal, such as SIGHUP under ``nohup``, stays ignored.
+    Only the first signal of each kind is recorded; a second signal of the same kind ends the process as usual. A signal
+    that is ignored, such as SIGHUP under ``nohup``, stays ignored.
 
     Yields:
-        The list of received signals.
+        The numbers of the received signals, in a list that grows when a signal arrives.
     """
     received: list[int] = []
     previous: dict[int, Any] = {}

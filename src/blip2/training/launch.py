@@ -26,17 +26,17 @@ FAILURES_FILE = "failures.log"
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
-    """Make the Accelerator of a run, which handles devices, mixed precision, DDP and trackers.
+    """Make the Accelerator of a run, which handles the device, mixed precision, DDP and trackers.
 
     Raises:
         InputError: the precision is not supported on the device, a tracker is not installed, or torchrun would hang
-            after restarting the processes.
+            after it restarts the processes.
     """
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # The agent's store outlives the processes: restarted processes would look for each other at the old addresses.
         raise InputError(
-            "torchrun would hang after a restart (--max-restarts): set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its"
-            " environment, or leave the option out"
+            "torchrun --max-restarts would hang after a restart: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the"
+            " environment of torchrun, or leave out --max-restarts"
         )
     device = choose_device(recipe.training.device)
     precision = recipe.training.precision or ("bf16" if device.type == "cuda" else "fp32")
@@ -46,12 +46,16 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         recipe.stage == "generation" or all(recipe.objectives.stage1.values())
     )
     if precision == "fp16" and device.type == "cpu":
-        raise InputError("training.precision fp16 needs a GPU: use bf16 or fp32 on a CPU")
+        raise InputError(
+            "training.precision is fp16, which needs a GPU, but the run uses a CPU: set training.precision to bf16 or"
+            " fp32"
+        )
     installed = {tracker.value for tracker in get_available_trackers()}
     missing = [name for name in recipe.training.report_to if name not in installed]
     if missing:
         raise InputError(
-            f"training.report_to names {', '.join(missing)}, which cannot be imported: pip install {' '.join(missing)}"
+            f"training.report_to names {', '.join(missing)}, which cannot be imported: pip install {' '.join(missing)},"
+            " or remove the name"
         )
     return Accelerator(
         cpu=device.type == "cpu",
@@ -70,7 +74,7 @@ def lock_run(folder: Path) -> Iterator[None]:
     """Lock the folder of a run; see :func:`blip2.io.lock_folder`. All processes must call it; rank 0 takes the lock.
 
     Raises:
-        InputError: in all processes, if another run has locked the folder or it cannot be written.
+        InputError: another run has locked the folder, or the folder cannot be written. All processes raise the error.
     """
     with contextlib.ExitStack() as stack:
         on_rank_0(lambda: stack.enter_context(lock_folder(folder)))
@@ -81,7 +85,7 @@ def lock_run(folder: Path) -> Iterator[None]:
 def deterministic_algorithms(enabled: bool) -> Iterator[None]:
     """Use only deterministic operations of PyTorch if `enabled`; see ``training.full_determinism``.
 
-    cuBLAS reads its setting at first use, so this must come before any work on a GPU.
+    Enter this context before any work on a GPU, because cuBLAS reads its environment variable only once.
     """
     if not enabled:
         yield
@@ -97,9 +101,9 @@ def deterministic_algorithms(enabled: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def log_failures(run: Path) -> Iterator[None]:
-    """In a distributed run, write the error of a process that fails, with its rank and host, to ``failures.log``.
+    """In a distributed run, append the error of a process that fails to ``failures.log``, with the rank and the host.
 
-    torchrun's own error file is not used: if torchrun reads it while it is half written, it does not restart anything.
+    The error file of torchrun is not used: torchrun does not restart the processes if it reads a half-written file.
     """
     try:
         yield

@@ -21,6 +21,7 @@ class JsonlLog:
     """A JSON Lines file to which objects with a ``step`` are appended.
 
     Args:
+        path: the file.
         enabled: if False, nothing is written.
     """
 
@@ -30,7 +31,7 @@ class JsonlLog:
 
     @staticmethod
     def truncate(path: Path, step: int) -> None:
-        """Delete the lines after `step`, which a run that was killed has written and will repeat."""
+        """Delete the lines of the steps after `step`. A killed run has written them, and will repeat these steps."""
         if not path.exists():
             return
         kept = []
@@ -42,7 +43,7 @@ class JsonlLog:
             file.write("".join(f"{line}\n" for line in kept).encode())
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append a line."""
+        """Append an object as a line."""
         if self._file is None:
             return
         if not self.path.exists():  # deleted during the run: recreate it, so that later lines are kept
@@ -59,12 +60,12 @@ class JsonlLog:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Read all lines of a run's metrics file."""
+    """Read the metrics file of the folder of a run: one mapping from names to values for each step."""
     return [parse_json(line) for line in (run / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
 
 
 def format_progress(values: dict[str, float]) -> str:
-    """Format the metrics that are shown next to the progress bar."""
+    """Format the losses, some metrics and the speed of a step, which are shown next to the progress bar."""
     names = (*ObjectivesConfig().weights, "itc_r1", "itm_accuracy", "lm_accuracy")
     shown = [name for name in names if name in values]
     return "  ".join([*(f"{name} {values[name]:.3f}" for name in shown), f"{values['images_per_second']:.1f} images/s"])

@@ -28,9 +28,10 @@ class SystemMonitor:
             seconds: duration of the step.
 
         Returns:
-            The metrics, and whether any process was asked to stop. ``data_seconds`` and ``data_share`` (the fraction of
-            the step) are those of the process that waited longest for data. On GPUs there are also ``gpu_memory_gib``,
-            the largest peak memory of a GPU, and ``gpu_utilization``, the mean in percent, if pynvml is installed.
+            The metrics, and whether any process was asked to stop. ``data_seconds`` is the time for which the slowest
+            process waited for data, and ``data_share`` is that time as a fraction of the step. On GPUs there are also
+            ``gpu_memory_gib``, the largest peak memory of a GPU, and ``gpu_utilization``, the mean in percent, if
+            pynvml is installed.
         """
         local = [float(received_signal), self.data_seconds, *self._gpu_metrics()]
         self.data_seconds = 0.0
@@ -51,7 +52,7 @@ class SystemMonitor:
         if self._has_utilization:
             try:
                 return memory, float(torch.cuda.utilization(self._device))
-            except Exception:  # no pynvml, or one that does not match the driver: not worth stopping for
+            except Exception:  # pynvml is missing or does not match the driver: training goes on without it
                 self._has_utilization = False
         return memory, -1.0
 
@@ -59,10 +60,10 @@ class SystemMonitor:
 class FrozenFiles:
     """The weight files of the frozen parts.
 
-    They are memory-mapped, so that writing into one of them changes the model of a running process.
+    These files are memory-mapped, so that a running process sees a change of their content in its model.
 
     Args:
-        names: files, and folders of weights; names on a hub are ignored.
+        names: paths of weight files or of folders with weight files; names on a hub are ignored.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -85,7 +86,7 @@ class FrozenFiles:
     def changed_files(self) -> list[str]:
         """Return the files whose size or modification time has changed since the start.
 
-        A file that was deleted, or replaced by another of the same name, is not among them: the original stays mapped.
+        A file that was deleted or replaced is not returned, because the process still maps the original file.
         """
         current = self._stat()
         return [str(file[0]) for file, stat in self._initial.items() if current.get(file, stat) != stat]

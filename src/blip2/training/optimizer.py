@@ -21,28 +21,28 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def find_pattern(name: str, config: OptimizerConfig) -> str:
-    """Return the first pattern of ``config.learning_rate`` that matches a parameter.
+    """Return the first pattern of ``config.learning_rate`` that matches the name of a parameter.
 
     Raises:
         InputError: no pattern matches.
     """
     pattern = next((p for p in config.learning_rate if fnmatchcase(name, p)), None)
     if pattern is None:
-        raise InputError(f'no pattern of optimizer.learning_rate matches {name}: end the list with "*"')
+        raise InputError(f'no pattern of optimizer.learning_rate matches {name}: add "*" as the last pattern')
     return pattern
 
 
 def configure_trainable(model: nn.Module, config: OptimizerConfig) -> dict[str, float]:
-    """Freeze and unfreeze the parameters of `model` as ``config.learning_rate`` says.
+    """Set ``requires_grad`` of the parameters of `model` as ``config.learning_rate`` says.
 
     Returns:
-        The peak learning rate of each parameter that trains, with ``config.layer_decay`` applied to the image encoder
-        (Tables 7-9).
+        The peak learning rate of each parameter that trains, by parameter name, with ``config.layer_decay`` applied to
+        the image encoder (Tables 7-9).
 
     Raises:
         InputError: a pattern matches no parameter, a parameter is matched by no pattern, nothing trains, a parameter
             that trains is in half precision, adapters are frozen or the weights that they adapt are not, or
-            ``config.layer_decay`` is set for an image encoder that is frozen or is no ViT.
+            ``config.layer_decay`` is set for an image encoder that is frozen or is not a ViT.
     """
     rates: dict[str, float] = {}
     used_patterns: set[str] = set()
@@ -56,48 +56,50 @@ def configure_trainable(model: nn.Module, config: OptimizerConfig) -> dict[str, 
         rates[name] = float(rate)
         if parameter.dtype != torch.float32:
             raise InputError(
-                f"{name} trains at {rate} but is in {str(parameter.dtype).removeprefix('torch.')}: set the dtype of"
-                f" {name.split('.')[0]} to fp32, or freeze it"
+                f"{name} trains at {rate} but is in {str(parameter.dtype).removeprefix('torch.')}: set"
+                f' {name.split(".")[0]}.dtype to fp32, or "{name.split(".")[0]}.*" to frozen in'
+                " optimizer.learning_rate"
             )
-    # The defaults are allowed to match nothing: a stage 1 has no LLM.
+    # The patterns of the defaults may match nothing: there is no LLM in stage 1.
     unused = [p for p in config.learning_rate if p not in used_patterns and p not in ("language.*", "vision.*", "*")]
     if unused:
         parts = ", ".join(sorted({name.split(".")[0] for name, _ in model.named_parameters()}))
         raise InputError(
-            f"optimizer.learning_rate has {', '.join(unused)}, which match no parameter: names begin with {parts}"
+            f"patterns of optimizer.learning_rate match no parameter ({', '.join(unused)}): correct or remove them;"
+            f" the names of parameters begin with {parts}"
         )
     if not rates:
-        raise InputError("every parameter is frozen by optimizer.learning_rate: give some of them a rate")
+        raise InputError("optimizer.learning_rate freezes every parameter: give at least one pattern a rate")
     _check_adapters(model, rates)
     model.train()  # parts that were unfrozen leave evaluation mode
     return _apply_layer_decay(model, rates, config.layer_decay)
 
 
 def _check_adapters(model: nn.Module, rates: dict[str, float]) -> None:
-    """Refuse adapters that are frozen, and other parameters of their part that train."""
+    """Check that adapters train, and that the other parameters of a part with adapters are frozen."""
     for part, module in model.named_children():
         if not isinstance(module, Freezable) or not module.adapter_key:
             continue
         trained = [name for name in rates if name.startswith(f"{part}.")]
         others = [name for name in trained if module.adapter_key not in name]
         if others or not trained:
-            problem = f"gives {others[0]} a rate in addition to them" if others else "freezes them"
+            problem = f"also trains {others[0]}, which is not an adapter" if others else "freezes the adapters"
             raise InputError(
-                f"{part} has adapters, and optimizer.learning_rate {problem}: begin optimizer.learning_rate with"
+                f"{part} has adapters, but optimizer.learning_rate {problem}: begin optimizer.learning_rate with"
                 f' "{part}.*lora_*": 1e-4 and "{part}.*": frozen'
             )
 
 
 def _apply_layer_decay(model: nn.Module, rates: dict[str, float], decay: float) -> dict[str, float]:
-    """Return the rates with those of the image encoder decayed from its last layer to its first."""
+    """Return the rates, with the rates of the image encoder multiplied by `decay` once more for each lower layer."""
     if decay == 1:
         return rates
     vision = model.get_submodule("vision")
     assert isinstance(vision, ImageEncoder)
     if vision.is_frozen:
         raise InputError(
-            f"optimizer.layer_decay is {decay}, but optimizer.learning_rate freezes the image encoder: give"
-            ' "vision.*" a rate, or set it to 1'
+            f"optimizer.layer_decay is {decay}, but optimizer.learning_rate freezes the image encoder: set"
+            ' optimizer.layer_decay to 1, or give "vision.*" a rate in optimizer.learning_rate'
         )
     num_blocks = len(vision.blocks)
     scales = {f"vision.{name}": decay ** (num_blocks + 1 - layer) for name, layer in vision.layer_ids().items()}
@@ -105,7 +107,13 @@ def _apply_layer_decay(model: nn.Module, rates: dict[str, float], decay: float) 
 
 
 def build_optimizer(model: nn.Module, rates: dict[str, float], config: OptimizerConfig) -> torch.optim.AdamW:
-    """Make AdamW with one parameter group for each (peak rate, weight decay); ``group["peak"]`` is the peak rate."""
+    """Make AdamW with one parameter group for each (peak rate, weight decay); ``group["peak"]`` is the peak rate.
+
+    Args:
+        model: the model whose parameters train.
+        rates: the result of :func:`configure_trainable`.
+        config: weight decay and betas.
+    """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if name in rates:
@@ -125,10 +133,13 @@ def update_learning_rate(optimizer: Any, step: int, max_steps: int, config: Opti
     """Set the learning rates of a step: linear warm-up, then a cosine to ``config.min_lr_rate`` at the last step.
 
     Args:
-        step: 0 is the first.
+        optimizer: the result of :func:`build_optimizer`, or its wrapper.
+        step: number of the step; the first step is 0.
+        max_steps: number of steps of the run.
+        config: number of warm-up steps and the final rate.
 
     Returns:
-        The factor by which the peak rates are multiplied.
+        The factor by which the peak rates were multiplied, in [0, 1].
     """
     warmup = min(config.warmup_steps, max_steps - 1)
     if step < warmup:
@@ -142,19 +153,21 @@ def update_learning_rate(optimizer: Any, step: int, max_steps: int, config: Opti
 
 
 def optimizer_state_by_name(optimizer: Any, model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return the optimizer state of each trained parameter by name; it is empty before the first gradient."""
+    """Return the optimizer state of each trained parameter, by name. A state is empty before the first gradient."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     trained = (parameter for group in optimizer.param_groups for parameter in group["params"])
     return {names[parameter]: dict(optimizer.state.get(parameter, {})) for parameter in trained}
 
 
 def restore_optimizer(optimizer: Any, model: nn.Module, saved: dict[str, dict[str, Any]]) -> list[str]:
-    """Restore the state of each parameter by name.
+    """Restore the optimizer state of each parameter by name.
 
-    Learning rates, betas and weight decay are those of the recipe, which may have changed. A parameter without a saved
-    state starts without one, as in a new run.
+    Learning rates, betas and weight decay are not restored: the optimizer keeps the values of the recipe. A parameter
+    without a saved state of its shape starts without a state, as in a new run.
 
     Args:
+        optimizer: the optimizer.
+        model: the model whose parameters the optimizer updates.
         saved: the result of :func:`optimizer_state_by_name`.
 
     Returns:
@@ -179,10 +192,12 @@ def restore_optimizer(optimizer: Any, model: nn.Module, saved: dict[str, dict[st
     unused = [name for name in saved if name not in restored]
     lines = []
     if new:
-        lines.append(f"the optimizer starts without a state for {_abbreviate(new)}, for which the checkpoint has none")
+        lines.append(
+            f"the optimizer starts without a state for {_abbreviate(new)}: the checkpoint has no state of this shape"
+        )
     if unused:
         lines.append(
-            f"the optimizer's state of {_abbreviate(unused)} is dropped: no such parameter of this shape trains"
+            f"the optimizer's state of {_abbreviate(unused)} is dropped: no parameter of this name and shape trains"
         )
     return lines
 
@@ -194,7 +209,15 @@ def _abbreviate(names: list[str]) -> str:
 
 
 def summarize_parts(model: nn.Module, rates: dict[str, float]) -> list[tuple[str, str, str, str]]:
-    """Return a row (part, parameters, state, dtype) for each part of a model: what is frozen and what trains."""
+    """Describe what is frozen and what trains.
+
+    Args:
+        model: the model.
+        rates: the result of :func:`configure_trainable`.
+
+    Returns:
+        A row (part, number of parameters, state, dtype) for each part of the model, as text.
+    """
     parts: dict[str, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         parts.setdefault(name.split(".")[0], []).append((name, parameter))

@@ -2,9 +2,9 @@
 
 The outputs of a random projection are far from the LLM's token embeddings, and the first steps of stage 2 only learn
 their distribution. After stage 1, Z already encodes the content of the caption, so that a linear map from Z to the
-LLM's token embeddings of the caption can be fitted by ridge regression in one pass over some data.
+LLM's token embeddings of the caption can be fitted by ridge regression in one pass over a small part of the data.
 
-Legend: B batch, Q queries, D Q-Former width, L width of the LLM, T tokens of a caption.
+Legend: B batch, Q queries, D Q-Former width, L width of the LLM, T tokens of a caption, U positions of the LLM's text.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ def fit_projection(model: GenerationModel, batches: Iterable[GenerationBatch]) -
     deviation of the LLM's token embeddings.
 
     Args:
+        model: the model; only its projection is changed.
         batches: images with captions; several hundred images are enough.
 
     Returns:
@@ -54,7 +55,7 @@ def fit_projection(model: GenerationModel, batches: Iterable[GenerationBatch]) -
         count += len(x)
     mean = xx[:-1, -1] / count
     penalty = torch.full_like(xx[0], float(RIDGE * ((xx.diagonal()[:-1] / count - mean.square()).mean() * count)))
-    penalty[-1] = 0  # none on the bias
+    penalty[-1] = 0  # no penalty on the bias
     solution = torch.linalg.solve(xx + penalty.diag(), xy)  # [D + 1, L]
     explained = 2 * (solution * xy).sum() - (solution * (xx @ solution)).sum()
     total = yy - y.square().sum() / count
@@ -66,7 +67,7 @@ def fit_projection(model: GenerationModel, batches: Iterable[GenerationBatch]) -
 
 
 def _aligned_tokens(labels: Int[Tensor, "B U"], num_queries: int) -> Int[Tensor, "B Q"]:
-    """Return the id of the caption's token that each query is fitted to."""
+    """Return, for each query, the id of the caption token to which the query is fitted."""
     rows = []
     for row in labels:
         tokens = row[row != IGNORE_INDEX][:-1]  # without the end-of-text token

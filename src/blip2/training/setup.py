@@ -58,12 +58,12 @@ class TrainingData:
     """The data of a run."""
 
     batches: Iterator[LoadedBatch]
-    """Endless batches of this process."""
+    """The batches of this process, without end."""
     datasets: Sequence[BatchDataset]
     """The data set of each source of ``data.train``."""
     validation: BatchDataset | None
     opened: list[OpenedSource] = field(default_factory=list)
-    """Everything that was opened, to be checked for overlap."""
+    """All sources that were opened, to be checked for overlap."""
 
 
 def is_sharded(recipe: Recipe, accelerator: Accelerator) -> bool:
@@ -77,7 +77,13 @@ def load_model(
     """Build the model, freeze what does not train, and load the weights of a checkpoint.
 
     Args:
-        resume_from: the checkpoint to resume from; None: start as ``recipe.start_from`` says.
+        recipe: the recipe of the run.
+        accelerator: the accelerator of the run.
+        resume_from: the checkpoint to resume from. None: start as ``recipe.start_from`` says.
+        display: the terminal, on which the parts of the model are listed.
+
+    Raises:
+        InputError: a part or a checkpoint cannot be loaded, or does not fit the recipe.
     """
     if resume_from is not None:
         if recipe.vision.position_encoding == "auto":
@@ -110,19 +116,20 @@ def compare_recipes(resume_from: Checkpoint, recipe: Recipe) -> list[str]:
         Messages about the keys that have changed, and about changed keys that have no effect on a resumed run.
 
     Raises:
-        InputError: the recipe is of another stage, its Q-Former does not fit the weights, or the checkpoint has none.
+        InputError: the recipe is of another stage, its Q-Former does not fit the weights, or the checkpoint contains no
+            recipe.
     """
     if resume_from.config.stage != recipe.stage:
         raise InputError(
-            f"{resume_from.name} is of stage {resume_from.config.stage}, and the recipe of stage {recipe.stage}: give"
-            " another output, with start_from for the weights"
+            f"{resume_from.name} is of stage {resume_from.config.stage}, but the recipe is of stage {recipe.stage}:"
+            f" give another output, and set start_from to {resume_from.name} to start from its weights"
         )
     checkpoint.check_qformer_config(resume_from, recipe.qformer)
     stored = checkpoint.read_recipe(resume_from)
     if stored is None:
         raise InputError(
-            f"checkpoint {resume_from.name} has no {checkpoint.RECIPE_FILE}, expected the recipe of its run: copy it"
-            " there, or give another output, with start_from for the weights"
+            f"checkpoint {resume_from.name} has no {checkpoint.RECIPE_FILE}, expected the recipe of its run: copy that"
+            f" file there, or give another output, and set start_from to {resume_from.name} to start from its weights"
         )
     old, new = dict(_flatten(asdict(stored))), dict(_flatten(asdict(recipe)))
     changed = [key for key in old | new if old.get(key) != new.get(key) and key != "output"]
@@ -132,12 +139,12 @@ def compare_recipes(resume_from: Checkpoint, recipe: Recipe) -> list[str]:
         lines.append(f"the recipe has changed since the checkpoint, and its new values are used: {', '.join(used)}")
     unused = [key for key in changed if key in INITIALIZATION_KEYS]
     if unused:
-        lines.append(f"{', '.join(unused)} changed too, without effect: the run has already started")
+        lines.append(f"changes of {', '.join(unused)} have no effect, because the run has already started")
     return lines
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the keys of a recipe with the keys of their sections, and their values."""
+    """Yield each key of a recipe with its value. A key in a section is written ``section.key``."""
     for key, value in values.items():
         if isinstance(value, Mapping) and f"{prefix}{key}" not in ("optimizer.learning_rate", "data.train"):
             yield from _flatten(value, f"{prefix}{key}.")
@@ -150,13 +157,17 @@ def _with_position_encoding(recipe: Recipe, position_encoding: Any) -> Recipe:
 
 
 def configure_model(recipe: Recipe, built: Built, accelerator: Accelerator, display: Display) -> None:
-    """Apply the recipe's stochastic depth, gradient checkpointing and compilation to the model."""
+    """Apply the recipe's stochastic depth, gradient checkpointing and compilation to the model.
+
+    Raises:
+        InputError: ``vision.drop_path_rate`` is set, but the image encoder is frozen or is not a ViT.
+    """
     model = built.model
     if recipe.vision.drop_path_rate:
         if model.vision.is_frozen:
             raise InputError(
                 f"vision.drop_path_rate is {recipe.vision.drop_path_rate}, but optimizer.learning_rate freezes the"
-                ' image encoder: set it to 0, or give "vision.*" a rate'
+                ' image encoder: set vision.drop_path_rate to 0, or give "vision.*" a rate in optimizer.learning_rate'
             )
         model.vision.set_drop_path(recipe.vision.drop_path_rate)
     if recipe.training.gradient_checkpointing:
@@ -168,15 +179,19 @@ def configure_model(recipe: Recipe, built: Built, accelerator: Accelerator, disp
         if model.vision.is_frozen and not sharded:
             model.vision.compile_network()
     if sharded and recipe.data.cached_views:
-        model.vision.to(accelerator.device)  # not sharded: it runs before training only
+        model.vision.to(accelerator.device)  # it runs only before training, so it is not sharded
 
 
 def open_data(
     recipe: Recipe, built: Built, accelerator: Accelerator, display: Display, positions: list[Any]
 ) -> TrainingData:
-    """Open ``data.train`` and ``data.validation``; make cached features where they are missing.
+    """Open ``data.train`` and ``data.validation``, and compute the cached features that are missing.
 
     Args:
+        recipe: the recipe of the run.
+        built: the model, its tokenizers and its preprocessing.
+        accelerator: the accelerator of the run.
+        display: the terminal, on which the sources are described.
         positions: positions of all processes in the data, to resume from; empty at the start of a run.
 
     Raises:
@@ -203,8 +218,8 @@ def open_data(
     records, datasets = zip(*(open_source(source, train=True) for source in data.sources), strict=True)
     if data.group_column is not None and all(isinstance(r, Records) and r.group_ids is None for r in records):
         raise InputError(
-            f"data.group_column is {data.group_column}, which no source of data.train has: name a column of a table of"
-            " captions, or leave it out"
+            f"data.group_column is {data.group_column}, which no source of data.train has: name a column of a table"
+            " with captions, or leave out data.group_column"
         )
     sources = build_mixture(data.sources, records, data.temperature)
     if len(sources) > 1:
@@ -224,7 +239,7 @@ def open_data(
     if data.validation is not None:
         held_out, validation = open_source(data.validation, train=False)
         if not isinstance(held_out, Records):
-            raise InputError("data.validation is a stream, expected a table or folder: set data.streaming to false")
+            raise InputError("data.validation is a stream, expected a table or a folder: set data.streaming to false")
     batches = prefetch(specs, MixtureDataset(datasets), data.num_workers)
     return TrainingData(batches, datasets, validation, opened)
 
@@ -238,8 +253,8 @@ def initialize_projection(recipe: Recipe, model: GenerationModel, data: Training
     dataset = next((each for each in data.datasets if each.records is not None), None)
     if dataset is None or dataset.records is None:
         raise InputError(
-            "language.projection_init is least_squares, which needs a table in data.train, but there are only streams:"
-            " set it to random"
+            "language.projection_init is least_squares, which needs a table in data.train, but data.train has only"
+            " streams: set language.projection_init to random, or data.streaming to false"
         )
     records, dataset = dataset.records, copy.copy(dataset)
     dataset.train = False  # no augmentation
@@ -255,7 +270,11 @@ def initialize_projection(recipe: Recipe, model: GenerationModel, data: Training
 
 
 def check_held_out(recipe: Recipe, opened: list[OpenedSource], display: Display) -> None:
-    """Refuse held-out data with images of the training data, unless ``data.allow_overlap`` is set."""
+    """Check that the held-out data has no images of the training data, unless ``data.allow_overlap`` is true.
+
+    Raises:
+        InputError: training and held-out data share images.
+    """
     if recipe.data.allow_overlap:
         return
     train = [source for source in opened if source[0] == "data.train"]

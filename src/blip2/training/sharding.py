@@ -1,6 +1,6 @@
-"""Savings of GPU memory: gradient checkpointing, and FSDP2 of the frozen parts.
+"""Reducing GPU memory: gradient checkpointing, and sharding the frozen parts with FSDP2.
 
-With FSDP2, the frozen weights are sharded across the processes of a machine; a block is whole only while it computes.
+With FSDP2, each process of a machine stores a share of the frozen weights; a block is complete only while it computes.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from blip2.model.representation import RepresentationModel
 
 
 def enable_gradient_checkpointing(model: RepresentationModel | GenerationModel) -> list[str]:
-    """Store only the inputs of each block, in all parts through which gradients pass.
+    """Recompute the activations of each block in the backward pass, in all parts through which gradients pass.
 
-    These are the Q-Former, an image encoder that trains, and the LLM.
+    These parts are the Q-Former, an image encoder that trains, and the LLM.
 
     Returns:
-        Messages about parts that have no blocks and store everything.
+        Messages about parts that are not stacks of blocks and therefore still store all activations.
     """
     model.qformer.gradient_checkpointing = True
     parts: dict[str, Freezable] = {} if model.vision.is_frozen else {"image encoder": model.vision}
@@ -41,7 +41,7 @@ def enable_gradient_checkpointing(model: RepresentationModel | GenerationModel) 
 
 
 def ignore_frozen_in_ddp(model: nn.Module) -> None:
-    """Make DDP ignore parameters and buffers that do not train: they are equal in all processes."""
+    """Make DDP ignore the parameters and buffers that do not train, because they are equal in all processes."""
     names = [name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad]
     for part, module in model.named_children():
         if isinstance(module, Freezable) and (module.is_frozen or module.adapter_key):
@@ -63,12 +63,14 @@ def move_trainable(model: nn.Module, device: torch.device) -> None:
 def shard_frozen(model: nn.Module, methods: dict[str, str], device: torch.device) -> int:
     """Shard the frozen weights of the blocks of some parts, and move the rest of the model to the device.
 
-    Blocks are moved one by one, so that at most one of them is whole on the device at any time. Weights outside the
-    blocks (embeddings, the output matrix) are replicated: they are small and used in several places. Weights are
-    sharded within a machine and never sent between machines.
+    Blocks are moved one by one, so that the device holds at most one complete block at any time. Weights outside the
+    blocks (embeddings, the output matrix) are replicated, because they are small and used in several places. Each
+    machine holds all weights, so that no weights are sent between machines.
 
     Args:
-        methods: names of the parts to shard, each with the method by which the model calls it.
+        model: the model.
+        methods: for each part to shard, by name, the name of the method that the model calls on it.
+        device: device of this process.
 
     Returns:
         The number of sharded weights.
@@ -91,8 +93,9 @@ def shard_frozen(model: nn.Module, methods: dict[str, str], device: torch.device
         register_fsdp_forward_method(part, method)
     if not sharded:
         raise InputError(
-            "training.shard_frozen finds no frozen blocks to shard, because they all train, are replaced by cached"
-            " features, or the network is no stack of blocks: set it to false"
+            "training.shard_frozen is true, but there are no frozen blocks to shard, because all blocks train, cached"
+            " features replace the image encoder, or the networks are not stacks of blocks: set training.shard_frozen"
+            " to false"
         )
     model.to(device)
     return sharded
@@ -103,8 +106,8 @@ def _machine_mesh(device: torch.device) -> DeviceMesh:
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     if world_size % local_world_size:
         raise InputError(
-            f"training.shard_frozen needs the same number of processes on each machine, but of {world_size}"
-            f" processes {local_world_size} are on this one: start as many on each"
+            f"training.shard_frozen needs the same number of processes on each machine, but this machine has"
+            f" {local_world_size} of {world_size}: start the same number on every machine"
         )
     shape = (world_size // local_world_size, local_world_size)
     return init_device_mesh(device.type, shape, mesh_dim_names=("machine", "process"))["process"]

@@ -56,7 +56,7 @@ MAX_EMPTY_BATCHES = 10
 COLLAPSE_THRESHOLD = 0.95
 """Mean cosine similarity between the output queries of an image above which a warning is logged."""
 COLLAPSE_MIN_STEP = 50
-"""First step of this check: untrained queries are similar to each other."""
+"""First step at which the similarity is checked: untrained queries are similar to each other."""
 
 
 def train(recipe: Recipe, resume: bool = False, make_evaluator: Callable[[Recipe], Evaluator] | None = None) -> Path:
@@ -65,15 +65,16 @@ def train(recipe: Recipe, resume: bool = False, make_evaluator: Callable[[Recipe
     Under ``torchrun`` or ``accelerate launch``, each process trains on its own batches of ``data.batch_size``.
 
     Args:
+        recipe: the settings of the run.
         resume: continue from the last checkpoint in ``recipe.output``, if there is one.
-        make_evaluator: returns the evaluator of a recipe with an ``evaluation`` section; :func:`blip2.train` passes it.
+        make_evaluator: makes the evaluator of a recipe with an ``evaluation`` section; :func:`blip2.train` passes one.
 
     Returns:
         The folder of the last checkpoint.
 
     Raises:
-        InputError: the recipe names something that does not exist or does not fit, the data is unusable, the disk is
-            full, or the loss is not finite. Earlier checkpoints are kept.
+        InputError: a file or a model that the recipe names does not exist or does not fit, the data is unusable, the
+            disk is full, or the loss is not finite. Earlier checkpoints are kept.
         TrainingInterrupted: SIGTERM, SIGINT or SIGHUP was received; the current step has been completed and saved.
     """
     recipe = with_absolute_paths(recipe)
@@ -81,9 +82,13 @@ def train(recipe: Recipe, resume: bool = False, make_evaluator: Callable[[Recipe
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"output {run} cannot be made a folder ({error.strerror}): give another output") from error
+        raise InputError(
+            f"cannot create the folder of the run, {run} ({error.strerror}): give another output"
+        ) from error
     if recipe.evaluation is not None and make_evaluator is None:
-        raise InputError("the recipe has an evaluation, but no evaluator was given: call blip2.train, or leave it out")
+        raise InputError(
+            "the recipe has a section evaluation, but make_evaluator is None: call blip2.train, or remove the section"
+        )
     accelerator = make_accelerator(recipe)
     display = Display(run.name, enabled=accelerator.is_main_process)
     try:
@@ -102,7 +107,8 @@ def train(recipe: Recipe, resume: bool = False, make_evaluator: Callable[[Recipe
         if error.filename is None or not Path(str(error.filename)).absolute().is_relative_to(run):
             raise
         raise InputError(
-            f"{error.filename} cannot be written or read ({error.strerror}): fix this and rerun with --resume"
+            f"{error.filename} cannot be written or read ({error.strerror}): check this file and its folder, then rerun"
+            " with --resume"
         ) from error
     finally:
         display.close()
@@ -117,8 +123,14 @@ class Trainer:
     The constructor sets the run up, :meth:`fit` is the loop, and :meth:`step` is one optimizer step.
 
     Args:
-        last: the checkpoint to resume from.
-        make_evaluator: returns the evaluator of a recipe with an ``evaluation`` section.
+        recipe: the settings of the run.
+        accelerator: the result of :func:`make_accelerator`.
+        display: the terminal.
+        last: the checkpoint to resume from. None: start a new run.
+        make_evaluator: makes the evaluator of a recipe with an ``evaluation`` section.
+
+    Raises:
+        InputError: as for :func:`train`.
     """
 
     # -- setup -------------------------------------------------------------------------------------------------------
@@ -197,6 +209,10 @@ class Trainer:
 
         Returns:
             The folder of the last checkpoint.
+
+        Raises:
+            InputError: as for :func:`train`.
+            TrainingInterrupted: as for :func:`train`.
         """
         recipe, accelerator = self.recipe, self.accelerator
         max_steps = recipe.training.max_steps
@@ -248,7 +264,7 @@ class Trainer:
         return saved
 
     def _is_due(self, every: int) -> bool:
-        """Return whether something that happens every `every` steps, and after the last step, happens now."""
+        """Return whether an action that is done every `every` steps, and after the last step, is due now."""
         return self.global_step % every == 0 or self.global_step == self.recipe.training.max_steps
 
     @property
@@ -272,10 +288,10 @@ class Trainer:
             return
         self.has_warned_of_collapse = True
         self.display.log(
-            f"the queries have collapsed: at step {self.global_step} the mean cosine similarity between those of an"
-            f" image is {similarity:.3f}, and {self.recipe.qformer.num_query_tokens} queries carry no more than one:"
-            f" raise objectives.query_diversity, which is {self.recipe.objectives.query_diversity:g}, and start again"
-            " (docs/troubleshooting.md)"
+            f"the queries have collapsed: at step {self.global_step} the mean cosine similarity between the queries of"
+            f" an image is {similarity:.3f}, so that {self.recipe.qformer.num_query_tokens} queries carry hardly more"
+            f" information than one: raise objectives.query_diversity, which is"
+            f" {self.recipe.objectives.query_diversity:g}, and start again (docs/troubleshooting.md)"
         )
 
     def _finish_step(self, values: dict[str, float], metrics: JsonlLog) -> None:
@@ -332,8 +348,8 @@ class Trainer:
             if loaded.batch is not None:
                 return loaded
         raise InputError(
-            f"the last {MAX_EMPTY_BATCHES} batches had no usable image, expected at least one in each: fix data.train;"
-            f" the last message was: {loaded.skipped[-1]}"  # pyright: ignore[reportPossiblyUnboundVariable]
+            f"the last {MAX_EMPTY_BATCHES} batches had no usable image, expected at least one in each batch: correct"
+            f" the data of data.train; the last message was: {loaded.skipped[-1]}"  # pyright: ignore[reportPossiblyUnboundVariable]
         )
 
     def _forward_backward(self, batches: list[StageBatch]) -> dict[str, torch.Tensor]:
@@ -372,7 +388,7 @@ class Trainer:
     def _check_finite(
         self, value: float, local_loss: torch.Tensor, loaded: list[LoadedBatch], what: str = "loss"
     ) -> None:
-        """Stop before the weights are updated with a loss or gradient that is not finite, and name its records."""
+        """Raise an error that names the records if a loss or a gradient is not finite, before the weights change."""
         if math.isfinite(value):
             return
         is_local = what == "gradient" or not bool(torch.isfinite(local_loss))
@@ -381,8 +397,8 @@ class Trainer:
         last = checkpoint.latest_checkpoint(self.folder)
         raise InputError(
             f"the {what} is {value} at step {self.global_step + 1}, in the batch of {', '.join(keys[:8])}"
-            f"{f' and {len(keys) - 8} more' if len(keys) > 8 else ''}; nothing was changed, the last good checkpoint"
-            f" is {last or 'none'}: lower optimizer.learning_rate, or train in fp32"
+            f"{f' and {len(keys) - 8} more' if len(keys) > 8 else ''}; the weights are unchanged, the last good"
+            f" checkpoint is {last or 'none'}: lower optimizer.learning_rate, or train in fp32"
         )
 
     def _reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
@@ -399,7 +415,7 @@ class Trainer:
         """Write a checkpoint of the current step.
 
         Args:
-            pending_metrics: metrics of the step, if its evaluation is still to come.
+            pending_metrics: metrics of the step, if the evaluation of the step has not been done yet.
         """
         accelerator = self.accelerator
         gathered = all_gather_objects((self.position, self.frozen_files.changed_files()))
@@ -408,7 +424,8 @@ class Trainer:
             last = checkpoint.latest_checkpoint(self.folder)
             raise InputError(
                 f"{changed[0]} was changed while this run uses it, so steps since the last checkpoint may have used"
-                f" either version: restore the file and rerun with --resume from {last or 'the start'}"
+                f" either version: restore the file, then rerun with --resume, which continues from"
+                f" {last or 'the start'}"
             )
         path = self.folder
         if accelerator.is_main_process:
@@ -435,5 +452,5 @@ class Trainer:
 
 
 def derive_seed(seed: int, step: int, rank: int) -> int:
-    """Return a seed below 2**32 for a step of a process; a negative `rank` stands for what all processes share."""
+    """Return a seed below 2**32 for a step of a process; a negative `rank` is for seeds that all processes share."""
     return (seed * 1_000_003 + step * 10_007 + rank * 101) % 2**32

@@ -40,9 +40,9 @@ class Evaluator(Protocol):
         ...
 
     def __call__(self, built: Built, step: int) -> dict[str, float | str]:
-        """Return the metrics of the model after a step; for a missing one, a text with the reason.
+        """Return the metrics of the model after a step, by name.
 
-        All processes must call it.
+        All processes must call it. The value of a metric that could not be computed is a text with the reason.
         """
         ...
 
@@ -56,14 +56,21 @@ def validate(
     log: Callable[[str], None],
     dummy_batch: StageBatch | None = None,
 ) -> dict[str, float]:
-    """Measure the mean losses and metrics on the held-out pairs, with the same random numbers every time.
+    """Compute the mean losses and metrics on the held-out pairs, with the same random numbers every time.
+
+    All processes must call it.
 
     Args:
-        dummy_batch: batch that is run without being counted by a process that has none while others have one. With
-            sharded frozen parts, all processes must take part in each forward pass.
+        model: the model.
+        dataset: the held-out pairs.
+        recipe: the settings of the run.
+        accelerator: the accelerator of the run.
+        log: called with a message if records were skipped.
+        dummy_batch: a batch for processes that have fewer batches than others. They run it, and ignore the result, so
+            that all processes take part in each forward pass, which sharded frozen parts need.
 
     Returns:
-        The means, with the prefix ``validation_``. ``validation_loss`` is the sum of the losses weighted by
+        The means, by name with the prefix ``validation_``. ``validation_loss`` is the sum of the losses weighted by
         ``recipe.objectives``.
 
     Raises:
@@ -95,7 +102,7 @@ def validate(
     model.train()
     if skipped:
         log(f"skipped {len(skipped)} records of data.validation; the first is {skipped[0]}")
-    # A process without records of its own does not know the names.
+    # A process without records does not know the names of the losses and metrics.
     gathered = all_gather_objects((list(sums), losses))
     names = sorted({name for rank_names, _ in gathered for name in rank_names})
     losses = set().union(*(rank_losses for _, rank_losses in gathered))
@@ -106,8 +113,8 @@ def validate(
     if not total_pairs:
         first = f": {skipped[0]}" if skipped else ""
         raise InputError(
-            f"none of the {len(records)} records of data.validation can be used{first}: correct them, or name other"
-            " records"
+            f"none of the {len(records)} records of data.validation can be used{first}: correct these records, or set"
+            " data.validation to other data"
         )
     means = {name: total / total_pairs for name, total in zip(names, totals, strict=True)}
     loss = float(sum(recipe.objectives.weight(name) * means[name] for name in sorted(losses)))
@@ -117,8 +124,11 @@ def validate(
 def run_evaluation(evaluator: Evaluator, built: Built, step: int, recipe: Recipe, display: Display) -> dict[str, float]:
     """Evaluate the model after a step, and log which metrics are missing.
 
+    Returns:
+        The metrics that could be computed, by name.
+
     Raises:
-        InputError: ``training.metric_for_best_model`` is missing.
+        InputError: the metric that ``training.metric_for_best_model`` names is missing.
     """
     set_seed(recipe.training.seed)
     built.model.eval()
@@ -133,13 +143,20 @@ def run_evaluation(evaluator: Evaluator, built: Built, step: int, recipe: Recipe
     if best.startswith("evaluation_") and best not in values:
         reason = missing.get(best) or f"expected one of {', '.join(values)}"
         raise InputError(
-            f"training.metric_for_best_model is {best}, which is missing ({reason}): fix this and rerun with --resume"
+            f"training.metric_for_best_model is {best}, which is missing ({reason}): remove the cause or name another"
+            " metric, and rerun with --resume"
         )
     return values
 
 
 def is_better(value: float, best: float | None, name: str) -> bool:
-    """Return whether the value of a metric is better than the best so far; ``best`` is None if there is none."""
+    """Return whether a value of the metric `name` is better than `best`, the best value so far.
+
+    Args:
+        value: the new value. A value that is not finite is never better.
+        best: the best value so far. None: any finite value is better.
+        name: name of the metric, with the prefix ``validation_`` or ``evaluation_``.
+    """
     if not math.isfinite(value):
         return False
     if best is None:
@@ -148,7 +165,7 @@ def is_better(value: float, best: float | None, name: str) -> bool:
 
 
 def best_metric(run: Path, name: str | None) -> float | None:
-    """Return the best value of a metric in a run's metrics file; None if there is none."""
+    """Return the best value of a metric in the metrics file of a run; None if the file has no value of this metric."""
     best: float | None = None
     if name is not None and (run / METRICS_FILE).exists():
         for row in read_metrics(run):
