@@ -303,7 +303,7 @@ def test_weights_that_are_no_numbers(parts, tmp_path, value):
         lambda: train(changed(recipe, training={"max_steps": 2}), resume=True),
     ):
         with pytest.raises(
-            InputError, match=rf"qformer\.queries in '.*step-00000001' holds {found}: use another"
+            InputError, match=rf"qformer\.queries in '.*step-00000001' contains {found}: use another"
         ) as raised:
             use()
         message(raised)
@@ -312,7 +312,7 @@ def test_weights_that_are_no_numbers(parts, tmp_path, value):
     name = next(name for name in weights if name.endswith("projection.weight"))
     weights[name].view(-1)[-1] = value
     save_file(weights, tmp_path / "vit" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match="gives features that are not finite: its weights are damaged"):
+    with pytest.raises(InputError, match="returns features that are not finite: copy or download its weights"):
         build(changed(recipe, vision={"name": str(tmp_path / "vit")}).model, torch.device("cpu"))
 
 
