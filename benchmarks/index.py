@@ -34,7 +34,7 @@ def measure(source: str, entries: int) -> None:
     """Print seconds to the first plan, and MB before and on the way."""
     from blip2.config import DataConfig
     from blip2.data.mixtures import build_mixture, sample_mixture
-    from blip2.data.sampler import START
+    from blip2.data.positions import START, MixturePosition, SourcePosition
     from blip2.data.sources import open_records
 
     before, started = memory(), time.perf_counter()
@@ -43,8 +43,10 @@ def measure(source: str, entries: int) -> None:
     plans = sample_mixture(sources, BATCH, 0)
     next(plans)
     seconds, megabytes = time.perf_counter() - started, [memory()]
-    late = {**START, "taken": (entries // BATCH - STEPS // 2) * BATCH}  # the next epoch begins halfway
-    for some in (plans, sample_mixture(sources, BATCH, 0, position={"number": 0, "sources": {source: late}})):
+    consumed = (entries // BATCH - STEPS // 2) * BATCH  # the next epoch starts halfway
+    late: SourcePosition = {**START, "consumed": consumed}
+    middle: MixturePosition = {"num_batches": 0, "gradient_accumulation_steps": 1, "sources": {source: late}}
+    for some in (plans, sample_mixture(sources, BATCH, 0, position=middle)):
         for number in range(1, STEPS + 1):
             next(some)
             if number % (STEPS // LOOKS) == 0:

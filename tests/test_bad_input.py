@@ -131,7 +131,7 @@ def test_an_output_that_cannot_be(run, tmp_path):
     [
         (
             '{"image": "x.png", "title": "a disc"}\n',
-            "has no caption column: its columns are image, title; name one with",
+            "has no caption column: its columns are image, title; name one of them with",
         ),
         ('{"photo": "x.png", "caption": "a disc"}\n', "has no image column: its columns are photo, caption"),
         ("", "is empty: it has no rows"),
@@ -180,7 +180,7 @@ def test_an_image_without_caption(run, table, tmp_path, caption):
     lines = run(status=0, data={"train": source}, training={"max_steps": 1})
     (said,) = (line for line in lines if line.startswith("skipped"))
     assert said.startswith(f"skipped {source} row 1 ")
-    assert said.endswith("it has no caption or answer: every image needs a text that is not blank")
+    assert said.endswith("it has no caption or answer, expected a text that is not blank")
     assert read_metrics(tmp_path / "run")[0]["skipped"] == 1
 
 
@@ -200,7 +200,7 @@ def test_a_caption_of_ten_thousand_words(run, parts, table, tmp_path, stage):
         )
         == 1
     )
-    assert [row["cut"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3]
+    assert [row["truncated"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3]
     assert lines[-1] == "0 records skipped, 3 captions truncated"
 
 

@@ -72,7 +72,7 @@ def test_holds_what_was_trained_and_nothing_frozen(save, built):
 
 
 def test_holds_recipe_versions_and_step(save, recipe):
-    positions = [{"number": 3, "accumulate": 1, "sources": {}}]
+    positions = [{"num_batches": 3, "gradient_accumulation_steps": 1, "sources": {}}]
     folder = save(7, positions=positions)
     assert folder.name == "step-00000007"
     assert load_recipe(folder / "recipe.yaml") == recipe
@@ -255,13 +255,13 @@ def test_damaged_state(save, name, size):
         checkpoint.read_training_state(path.parent)
 
 
-@pytest.mark.parametrize("found", [None, 0, 1])
+@pytest.mark.parametrize("found", [None, 0, 2])
 def test_the_state_of_another_version(save, found):
     folder = save(2)
     state = {**json.loads((folder / "state.json").read_text()), "format": found}
     (folder / "state.json").write_text(json.dumps(state))
     with pytest.raises(
-        InputError, match=f"state of format {found}; this is blip2 .* and format 2: .*start_from"
+        InputError, match=f"state of format {found}; this is blip2 .* format 3: .*start_from"
     ) as raised:
         checkpoint.read_training_state(folder)
     one_line(raised)

@@ -35,7 +35,7 @@ from blip2.backbones.pretrained import check_finite, check_tied_weights, load_pi
 from blip2.builder import Built
 from blip2.config import ModelConfig, QFormerConfig, Recipe
 from blip2.data.assets import resolve
-from blip2.data.mixtures import is_position
+from blip2.data.positions import is_position
 from blip2.errors import InputError
 from blip2.interop.checkpoint import Checkpoint, is_text_weight
 from blip2.interop.detect import is_blip2, is_pickle, open_foreign
@@ -50,7 +50,7 @@ WEIGHTS_FILE, CONFIG_FILE, RECIPE_FILE = "model.safetensors", "model.yaml", "rec
 MAX_EXCESS_PARAMETERS = 1 << 26
 """A config whose Q-Former has this many parameters more than its weights file is refused without being built. For
 fewer, the check of names and shapes gives a better message."""
-STATE_FORMAT = 2
+STATE_FORMAT = 3
 """Version of the format of state.json and optimizer.pt."""
 
 

@@ -38,8 +38,8 @@ LICENSES = {
 UNKNOWN_LICENSE = "not stated in its files: check it before you publish"
 NOT_RESULTS = {
     "step", "seconds", "images_per_second", "data_seconds", "data_share", "gpu_memory_gib", "gpu_utilization",
-    "gradient_norm", "rate", "rate_share", "itc_temperature", "source", "drawn", "shards", "cut", "skipped",
-    *(f"skipped_{cause}" for cause in SKIP_REASONS),
+    "gradient_norm", "rate", "rate_share", "itc_temperature", "source", "samples_seen", "shards", "truncated",
+    "skipped", *(f"skipped_{reason}" for reason in SKIP_REASONS),
 }  # fmt: skip
 """Keys in a line of metrics that are not results."""
 VALIDATION = "validation_"

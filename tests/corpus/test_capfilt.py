@@ -130,7 +130,7 @@ def test_a_recipe_trains_on_what_was_written(done, parts, tmp_path):
     small = replace(data, train=sources, temperature=8.0, batch_size=2, num_workers=0, max_length=30)
     train(parts.recipe(tmp_path / "run", data=vars(small), training={"max_steps": 30, "save_steps": 30}))
     last = read_metrics(tmp_path / "run")[-1]
-    assert set(last["drawn"]) == set(sources) and min(last["drawn"].values()) > 0
+    assert set(last["samples_seen"]) == set(sources) and min(last["samples_seen"].values()) > 0
     assert last["skipped"] == 0
 
 

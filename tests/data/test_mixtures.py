@@ -13,6 +13,7 @@ import pytest
 from blip2.config import DataConfig
 from blip2.data import sampler
 from blip2.data.mixtures import MixtureSource, build_mixture, resume_mixture, sample_mixture
+from blip2.data.positions import MixturePosition, is_position
 from blip2.data.records import Records, RecordStream
 from blip2.data.sampler import BatchSpec
 from blip2.data.sources import open_records
@@ -133,7 +134,7 @@ class Way:
 
 def take(folder: Path, ways: list[Way], weights: dict[str, float | None]) -> tuple[list[BatchSpec], list[list[str]]]:
     """All specs of one way after the other, and what each says when it goes on where the one before ended."""
-    ends: list[dict[str, Any]] = []
+    ends: list[MixturePosition] = []
     taken: list[BatchSpec] = []
     said: list[list[str]] = []
     for way in ways:
@@ -146,6 +147,7 @@ def take(folder: Path, ways: list[Way], weights: dict[str, float | None]) -> tup
             specs = list(islice(sample_mixture(sources, *settings, position), way.steps * way.accumulate))
             taken += specs
             ends.append(specs[-1].position)
+            assert is_position(ends[-1])
         said.append(lines)
     return taken, said
 
@@ -183,7 +185,7 @@ def test_every_record_once_an_epoch_whatever_changes(tmp_path: Path, source: str
         assert bool(lines) == dealt
         if dealt:
             assert lines[0].startswith(
-                f"{source}: continues within its epoch, whose remaining records are redistributed ("
+                f"{source}: continues with the remaining records of the epoch, which are redistributed ("
             )
             assert len(lines) == 1 and "\n" not in lines[0]
 
@@ -191,7 +193,7 @@ def test_every_record_once_an_epoch_whatever_changes(tmp_path: Path, source: str
 def test_what_has_changed_is_said(tmp_path: Path) -> None:
     _, said = take(tmp_path, [Way(9, 2, 4), Way(1, 1, 3)], {"a": 1.0, "b": 1.0})
     assert said[1] == [
-        "a, b: continues within its epoch, whose remaining records are redistributed"
+        "a, b: continues with the remaining records of the epoch, which are redistributed"
         " (batch_size from 4 to 3, processes from 2 to 1)"
     ]
 
@@ -210,6 +212,20 @@ def test_a_mixture_is_dealt_out_anew_source_by_source(tmp_path: Path) -> None:
         steps = [[spec.source_index for spec in each] for each in specs]
         assert all(step == steps[0] for step in steps)
         assert all(len(set(steps[0][i : i + accumulate])) == 1 for i in range(0, len(steps[0]), accumulate))
+
+
+def test_a_source_without_a_batch_between_two_changes(tmp_path: Path) -> None:
+    """Redistributed twice, with a save in between from which the settings of the first change must be known."""
+    ways = [Way(9, 2), Way(1, 3, 2), Way(1, 2, 3), Way(40, 1, 5)]
+    taken, said = take(tmp_path, ways, WEIGHTS)
+    assert all(lines[0].startswith("a, b, c: ") for lines in said[1:])
+    found = drawn(tmp_path, taken)
+    assert set(found.values()) == {1}
+    assert {source for source, _, _ in drawn(tmp_path, taken[18:22])} < {0, 1, 2}
+    for which, (name, size) in enumerate(SIZES.items()):
+        epochs = max(epoch for source, epoch, _ in found if source == which)
+        for epoch in range(epochs - 1):
+            assert sum((source, e) == (which, epoch) for source, e, _ in found) == size, name
 
 
 def test_going_on_from_a_dealing_anew_is_exact(tmp_path: Path) -> None:
@@ -231,7 +247,7 @@ def test_another_order_begins_the_next_epoch(tmp_path: Path) -> None:
     before = list(islice(sample_mixture(sources, 4, 7), 40))
     position, lines = resume_mixture([before[-1].position], sources, 4, 8)
     assert lines == [
-        "a, b, c: continues with its next epoch, because the order of its records changed (seed from 7 to 8)"
+        "a, b, c: continues with the next epoch, because the order of the records changed (seed from 7 to 8)"
     ]
     after = list(islice(sample_mixture(sources, 4, 8, position=position), 30))
     for which in range(3):
@@ -245,7 +261,7 @@ def test_a_source_that_is_gone_is_said(tmp_path: Path) -> None:
     opened = open_all(tmp_path)
     before = list(islice(sample_mixture(build_mixture(WEIGHTS, opened), 4, 7), 20))
     position, lines = resume_mixture([before[-1].position], build_mixture({"a": 1.0}, opened[:1]), 4, 7)
-    assert lines == ["b, c: no longer in data.train, its position is dropped"]
+    assert lines == ["b, c: no longer in data.train, so the saved position is dropped"]
     assert set(position["sources"]) == {"a"}
 
 
@@ -287,8 +303,8 @@ def test_shares(tmp_path: Path, weights: dict[str, float | None], temperature: f
 @pytest.mark.parametrize(
     ("weights", "why"),
     [
-        ({"a": None, "c": None}, "gives c no weight, and a stream is not counted: write how many records it has"),
-        ({"a": 0.0, "c": 0.0}, "no source a weight above 0"),
+        ({"a": None, "c": None}, "no weight for c, which is a stream, .*: write its number of records as the weight"),
+        ({"a": 0.0, "c": 0.0}, "expected at least one weight above 0"),
     ],
 )
 def test_weights_that_say_nothing(tmp_path: Path, weights: dict[str, float | None], why: str) -> None:

@@ -125,7 +125,7 @@ def calm(parts, shards, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_with_two_workers(calm: Path) -> None:
     assert_exactly_once(calm)
     (row,) = read_metrics(calm / "run")[-1:]
-    assert list(row["drawn"].values()) == [STEPS * 2 * BATCH]
+    assert list(row["samples_seen"].values()) == [STEPS * 2 * BATCH]
     assert row["shards"] >= EPOCHS * SHARDS
 
 
@@ -260,11 +260,11 @@ def test_what_was_planted_is_counted(parts, bad, tmp_path, capsys):
     train(recipe)
     last = read_metrics(tmp_path / "run")[-1]
     assert (counts(last), last["skipped"], last["shards"]) == (causes, sum(causes.values()), 12)
-    assert last["drawn"] == {source: items}
+    assert last["samples_seen"] == {source: items}
     rows = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
-    assert Counter(row["cause"] for row in rows) == Counter({c: n for c, n in causes.items() if n})
+    assert Counter(row["reason"] for row in rows) == Counter({c: n for c, n in causes.items() if n})
     assert len({row["key"] for row in rows}) == len(rows)
-    assert {Path(row["key"]).name for row in rows if row["cause"] == "shard"} == {"10.tar", "11.tar"}
+    assert {Path(row["key"]).name for row in rows if row["reason"] == "shard"} == {"10.tar", "11.tar"}
     errors = capsys.readouterr().err
     assert errors.count("skipped /") == data_stats.MAX_DISPLAYED_SKIPS
     assert f"further skipped records are listed in {tmp_path / 'run' / 'skipped.jsonl'} only" in errors
@@ -318,7 +318,7 @@ def test_a_run_on_a_mixture(parts, shards, tmp_path, changes):
     drawn = Counter()
     for row in rows:
         drawn[row["source"]] += 8
-        assert row["drawn"] == {str(table): drawn[str(table)], other: drawn[other]}
+        assert row["samples_seen"] == {str(table): drawn[str(table)], other: drawn[other]}
     assert min(drawn.values()) > 0
     copy = cut_short(tmp_path / "run", 5)
     train(replace(recipe, output=str(copy)), resume=True)

@@ -192,7 +192,7 @@ def test_every_record_once_an_epoch_with_another_batch_size(parts, tmp_path, cap
     train(recipe, resume=True)
     assert sorted(rows) == list(range(24))
     said = " ".join(capsys.readouterr().err.split())
-    assert "continues within its epoch, whose remaining records are redistributed (batch_size from 4 to 2)" in said
+    assert "continues with the remaining records of the epoch, which are redistributed (batch_size from 4 to 2)" in said
     train(changed(recipe, training={"max_steps": 8, "save_steps": 8, "gradient_accumulation_steps": 6}), resume=True)
     assert Counter(rows) == Counter(dict.fromkeys(range(24), 2))
 
@@ -341,8 +341,8 @@ ODD = [
     lambda state: {**state, "step": True},
     lambda state: {**state, "positions": {}},
     lambda state: {**state, "positions": [None]},
-    lambda state: {**state, "positions": [{**state["positions"][0], "number": 1.5}]},
-    lambda state: {**state, "positions": [{**state["positions"][0], "sources": {"x": {"taken": "y"}}}]},
+    lambda state: {**state, "positions": [{**state["positions"][0], "num_batches": 1.5}]},
+    lambda state: {**state, "positions": [{**state["positions"][0], "sources": {"x": {"consumed": "y"}}}]},
     lambda state: {**state, "counts": []},
     lambda state: {**state, "unfinished": 3},
     lambda state: {key: value for key, value in state.items() if key != "versions"},

@@ -143,7 +143,7 @@ def test_sharding_changes_nothing(parts, tmp_path, language, adapts):
     whole, dealt = lines(tmp_path / "whole"), lines(tmp_path / "dealt")
     assert {"validation_itc", "validation_lm"} & set(whole[-1])
     for row, other in zip(whole, dealt, strict=True):
-        assert other.pop("drawn") == row.pop("drawn")
+        assert other.pop("samples_seen") == row.pop("samples_seen")
         assert other == pytest.approx(row, rel=1e-5, abs=1e-6)  # a mean of cosines may be next to 0
     mine, theirs = trained(tmp_path / "whole"), trained(tmp_path / "dealt")
     assert {name: t.shape for name, t in mine.items()} == {name: t.shape for name, t in theirs.items()}

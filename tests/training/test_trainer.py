@@ -344,7 +344,7 @@ def test_metrics_have_every_step_once(parts, tmp_path):
         assert row["rate"] == pytest.approx(1e-3 * row["rate_share"])
         assert 0 < row["data_seconds"] < row["seconds"]
         assert row["data_share"] == pytest.approx(row["data_seconds"] / row["seconds"])
-        assert (row["skipped"], row["cut"]) == (0, 0)
+        assert (row["skipped"], row["truncated"]) == (0, 0)
     assert [row["rate_share"] for row in rows][:2] == [0.5, 1.0]
     assert rows[-1]["rate_share"] == pytest.approx(0.1)
 
@@ -471,7 +471,7 @@ def test_skipped_and_cut_records_are_named_and_counted(parts, tmp_path, capsys):
     assert f"skipped 2 records of data.validation; the first is {table} row 2" in errors
     assert errors.splitlines()[-1] == "4 records skipped, 4 captions truncated"
     # Two of four can be used; each is taken twice, so that the batch keeps its size.
-    assert [(row["skipped"], row["cut"]) for row in lines(tmp_path / "run")] == [(2, 2), (4, 4)]
+    assert [(row["skipped"], row["truncated"]) for row in lines(tmp_path / "run")] == [(2, 2), (4, 4)]
 
 
 def test_the_run_begins_with_what_is_frozen(parts, tmp_path, capsys):

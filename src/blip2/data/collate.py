@@ -1,12 +1,13 @@
-"""Tokenization: from captions, questions and prompts to the batch of each stage.
+"""Tokenize captions, questions and prompts, and collate the batches of both stages.
 
-Legend: B batch, T text tokens, U target tokens.
+Legend: B batch, T text tokens, U target tokens, H and W height and width of an image in pixels, P image tokens, E width
+of the image encoder.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,16 +25,19 @@ from blip2.model.representation import RepresentationBatch
 
 StageBatch = RepresentationBatch | GenerationBatch
 LAVIS_PUNCTUATION = '.!"()*#:;~'
-"""Characters that LAVIS removes from texts."""
+"""Characters that LAVIS replaces by spaces in captions and removes from questions."""
 MAX_WORDS = 50
-"""Maximum number of words per text in LAVIS."""
+"""Number of words to which LAVIS truncates a text."""
 
 
 def normalize_captions(captions: Sequence[str], normalization: TextNormalization) -> list[str]:
-    """Normalize captions as ``data.text_normalization`` says.
+    """Normalize captions.
 
-    ``lavis`` converts to lower case, replaces :data:`LAVIS_PUNCTUATION` by spaces, collapses spaces and keeps the first
-    :data:`MAX_WORDS` words; ``none`` changes nothing.
+    Args:
+        captions: the captions.
+        normalization: ``data.text_normalization``. ``lavis`` converts to lower case, replaces
+            :data:`LAVIS_PUNCTUATION` by spaces, collapses repeated spaces and keeps the first :data:`MAX_WORDS` words.
+            ``none`` changes nothing.
     """
     if normalization == "none":
         return list(captions)
@@ -43,10 +47,13 @@ def normalize_captions(captions: Sequence[str], normalization: TextNormalization
 
 
 def normalize_questions(questions: Sequence[str], normalization: TextNormalization) -> list[str]:
-    """Normalize questions as ``data.text_normalization`` says.
+    """Normalize questions.
 
-    ``lavis`` converts to lower case, removes :data:`LAVIS_PUNCTUATION` and trailing spaces and keeps the first
-    :data:`MAX_WORDS` words. Unlike in captions, repeated spaces stay. ``none`` changes nothing.
+    Args:
+        questions: the questions.
+        normalization: ``data.text_normalization``. ``lavis`` converts to lower case, removes
+            :data:`LAVIS_PUNCTUATION` and trailing spaces, and keeps the first :data:`MAX_WORDS` words; repeated spaces
+            are not collapsed. ``none`` changes nothing.
     """
     if normalization == "none":
         return list(questions)
@@ -60,13 +67,16 @@ def _first_words(text: str) -> str:
 
 @dataclass(frozen=True)
 class Stage1Collator:
-    """Collates stage 1: captions as [CLS] ... [SEP] for the Q-Former, padded to the longest of the batch."""
+    """Collates batches of stage 1. Captions become [CLS] ... [SEP], padded to the longest caption of the batch."""
 
     tokenizer: PreTrainedTokenizerBase
+    """Tokenizer of the Q-Former."""
     max_tokens: int
+    """Maximum number of tokens per caption, including [CLS] and [SEP]. Longer captions are truncated."""
     normalization: TextNormalization = "none"
+    """Normalization of the captions (see :func:`normalize_captions`)."""
     requires_question = False
-    """Whether captions are answers that each need a question."""
+    """Whether every record must have a question."""
 
     def __call__(
         self,
@@ -80,9 +90,10 @@ class Stage1Collator:
 
         Args:
             images: pixels [B, 3, H, W] or features [B, P, E].
-            questions: question of each caption; empty for captions without one.
-            image_ids: samples with equal ids show the same image.
-            rng: the source of all randomness.
+            captions: caption or answer of each image.
+            questions: question about each image; empty if there is none. Unused in stage 1.
+            image_ids: samples with equal ids have the same image.
+            rng: random number generator for splitting captions (:class:`PrefixLMCollator`); unused otherwise.
         """
         captions = normalize_captions(captions, self.normalization)
         ids, mask, num_truncated = encode_texts(self.tokenizer, captions, self.max_tokens)
@@ -91,26 +102,33 @@ class Stage1Collator:
 
 @dataclass(frozen=True)
 class CausalLMCollator:
-    """Collates stage 2 for a decoder-only LLM: prompt, caption, end token. The loss covers caption and end token."""
+    """Collates batches of stage 2 for a decoder-only LLM.
+
+    Each row consists of the prompt, the caption and an end token. The loss covers the caption and the end token.
+    """
 
     tokenizer: PreTrainedTokenizerBase
+    """Tokenizer of the LLM."""
     max_tokens: int
+    """Maximum number of tokens per caption, including the end token but not the prompt. Longer captions are
+    truncated."""
     prompt: str
-    """Prompt, in which :data:`~blip2.config.QUESTION_PLACEHOLDER` stands for the question."""
+    """Prompt before each caption. :data:`~blip2.config.QUESTION_PLACEHOLDER` in the prompt is replaced by the
+    question."""
     eos_token_id: int
     """Id of the token that ends a caption."""
     qformer_tokenizer: PreTrainedTokenizerBase | None = None
-    """Tokenizer of a question-conditioned Q-Former; ``None`` for one that does not read questions."""
+    """Tokenizer of the Q-Former, if the Q-Former reads questions; otherwise ``None``."""
     question_prompt: str | None = None
     """Prompt of records that have a question; ``None``: :attr:`prompt`."""
     max_prompt_tokens: int | None = None
     """Maximum number of prompt tokens for which the LLM has positions; ``None``: unlimited."""
     normalization: TextNormalization = "none"
-    """Normalization of captions and questions. Answers stay as they are."""
+    """Normalization of captions and questions. Answers are not normalized."""
 
     @property
     def requires_question(self) -> bool:
-        """Whether captions are answers that each need a question."""
+        """Whether every record must have a question, because the prompt contains the placeholder for one."""
         return QUESTION_PLACEHOLDER in self.prompt
 
     def __call__(
@@ -121,7 +139,7 @@ class CausalLMCollator:
         image_ids: Int[Tensor, "B"],
         rng: np.random.Generator,
     ) -> tuple[GenerationBatch, int]:
-        """Return the batch and the number of truncated captions; see :class:`Stage1Collator`."""
+        """Return the batch and the number of truncated captions. See :class:`Stage1Collator` for the arguments."""
         normalized = normalize_captions(captions, self.normalization)
         captions = [
             answer if question else caption
@@ -133,27 +151,32 @@ class CausalLMCollator:
         return GenerationBatch(images, ids, mask, labels, encoded), num_truncated
 
     def format_prompt(self, question: str) -> str:
-        """Return the prompt of a record; `question` is empty if it has none."""
+        """Return the prompt of a record.
+
+        Args:
+            question: the question of the record; empty if the record has none.
+        """
         prompt = self.question_prompt if question and self.question_prompt is not None else self.prompt
         return format_prompts(prompt, normalize_questions([question], self.normalization))[0]
 
     def num_prompt_tokens(self, prompt: str) -> int:
+        check_unicode([prompt])
         return len(self.tokenizer(prompt, verbose=False)["input_ids"])
 
     def _encode(
         self, prompts: Sequence[str], captions: Sequence[str], rng: np.random.Generator
     ) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"], Int[Tensor, "B U"], int]:
-        """Return ids, mask and labels of a :class:`GenerationBatch`, and the number of truncated captions."""
+        """Return the ids, mask and labels of a :class:`GenerationBatch`, and the number of truncated captions."""
         return encode_continuations(self.tokenizer, prompts, captions, self.max_tokens, self.eos_token_id)
 
 
 @dataclass(frozen=True)
 class PrefixLMCollator(CausalLMCollator):
-    """Collates stage 2 for an encoder-decoder LLM (prefix language modeling, §3.3).
+    """Collates batches of stage 2 for an encoder-decoder LLM (prefix language modeling, §3.3).
 
     With a prompt, the encoder reads the prompt and the decoder generates the caption. Without a prompt, each caption is
-    split at random: of n words the encoder reads the first 1 to n // 2 (uniformly) and the decoder generates the
-    rest; a caption of one word is generated whole. A caption that is too long is truncated before it is split.
+    split at random (:func:`split_caption`): the encoder reads the prefix and the decoder generates the suffix. Captions
+    that are too long are truncated before they are split.
     """
 
     def _encode(
@@ -178,12 +201,12 @@ Collator = Stage1Collator | CausalLMCollator
 
 
 def format_prompts(prompt: str, questions: Sequence[str]) -> list[str]:
-    """Return the prompt with each question in the place of the placeholder."""
+    """Return the prompt for each question, with :data:`~blip2.config.QUESTION_PLACEHOLDER` replaced by the question."""
     return [prompt.replace(QUESTION_PLACEHOLDER, question) for question in questions]
 
 
 def encode_questions(tokenizer: PreTrainedTokenizerBase | None, questions: Sequence[str]) -> Questions | None:
-    """Tokenize questions for a question-conditioned Q-Former; ``None`` if there is no tokenizer."""
+    """Tokenize questions for a Q-Former that reads them. Return ``None`` if `tokenizer` is ``None``."""
     if tokenizer is None:
         return None
     ids, mask, _ = encode_texts(tokenizer, questions, tokenizer.model_max_length)
@@ -191,7 +214,11 @@ def encode_questions(tokenizer: PreTrainedTokenizerBase | None, questions: Seque
 
 
 def split_caption(caption: str, rng: np.random.Generator) -> tuple[str, str]:
-    """Split a caption at random between its words into prefix and suffix (see :class:`PrefixLMCollator`)."""
+    """Split a caption of n words at random into prefix and suffix.
+
+    Returns:
+        The prefix, which has 1 to n // 2 words (uniformly distributed), and the suffix. If n is 1, the prefix is empty.
+    """
     words = caption.split()
     at = int(rng.integers(1, len(words) // 2 + 1)) if len(words) > 1 else 0
     return " ".join(words[:at]), " ".join(words[at:])
@@ -200,7 +227,18 @@ def split_caption(caption: str, rng: np.random.Generator) -> tuple[str, str]:
 def encode_texts(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int
 ) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"], int]:
-    """Tokenize texts for the Q-Former; return ids, mask and the number of texts truncated to `max_tokens`."""
+    """Tokenize texts for the Q-Former, padded on the right.
+
+    Args:
+        tokenizer: tokenizer of the Q-Former.
+        texts: B texts.
+        max_tokens: maximum number of tokens per text, including [CLS] and [SEP]. A text that is truncated ends with
+            [SEP].
+
+    Returns:
+        Token ids, the mask (True for text tokens, False for padding), and the number of truncated texts.
+    """
+    check_unicode(texts)
     rows: list[list[int]] = tokenizer(list(texts), verbose=False)["input_ids"]
     num_truncated = sum(len(row) > max_tokens for row in rows)
     rows = [row if len(row) <= max_tokens else [*row[: max_tokens - 1], row[-1]] for row in rows]  # [SEP] stays
@@ -214,14 +252,21 @@ def encode_continuations(
     max_tokens: int,
     eos_token_id: int,
 ) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"], Int[Tensor, "B T"], int]:
-    """Tokenize prompt, caption and end token of each row for a decoder-only LLM, padded on the right.
+    """Tokenize prompts and captions for a decoder-only LLM, padded on the right.
 
-    Prompt and caption are tokenized as one text, like the LLM's training data, after the special tokens that the
-    tokenizer puts first (such as BOS).
+    A row consists of the special tokens that the tokenizer puts first (such as BOS), the prompt, the caption and the
+    end token. Prompt and caption are tokenized together, as one text, because the LLM was trained on whole texts.
+
+    Args:
+        tokenizer: tokenizer of the LLM; it must return offsets.
+        prompts: B prompts, which may be empty. White space at their ends is removed.
+        captions: B captions.
+        max_tokens: maximum number of tokens per caption, including the end token but not the prompt.
+        eos_token_id: id of the end token.
 
     Returns:
-        Ids, mask, labels (-100 on prompt and padding), and the number of captions truncated to `max_tokens` tokens,
-        end token included.
+        Token ids, the mask (True for text tokens, False for padding), the labels (the ids of caption and end token, and
+        -100 for the prompt and padding), and the number of captions that were truncated.
     """
     rows, labels, num_truncated = [], [], 0
     for prompt, caption in zip(prompts, captions, strict=True):
@@ -241,22 +286,44 @@ def encode_continuations(
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], side: str
 ) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:
-    """Tokenize prompts; return ids and mask.
+    """Tokenize prompts for an LLM.
 
-    Trailing white space is removed: many tokenizers join the space before a word with the word, so a prompt that ends
-    with a space would have other tokens than the same prompt before a text.
+    White space at the end of a prompt is removed. Many tokenizers join a space with the word that follows, so a prompt
+    that ends with a space would have different tokens from the same prompt followed by a text.
 
     Args:
-        side: side of the padding, ``left`` for decoder-only LLMs and ``right`` for encoders.
+        tokenizer: tokenizer of the LLM.
+        prompts: B prompts.
+        side: side of the padding: ``left`` for decoder-only LLMs, ``right`` for encoder-decoder LLMs.
+
+    Returns:
+        Token ids, and the mask (True for text tokens, False for padding).
     """
+    check_unicode(prompts)
     rows = [tokenizer(prompt.rstrip())["input_ids"] for prompt in prompts]
     if side == "left":
         rows = [strip_eos(tokenizer, row) for row in rows]
     return pad(rows, 0, side), _padding_mask(rows, side)
 
 
+def check_unicode(texts: Iterable[str]) -> None:
+    """Check that texts have no lone surrogates, which is what bytes of an argument become that are not UTF-8.
+
+    Raises:
+        InputError: a text has one, which no tokenizer accepts.
+    """
+    for text in texts:
+        found = re.search("[\ud800-\udfff]", text)
+        if found:
+            raise InputError(f"the text {text!r} has {found[0]!r}, which is no character: write the text in UTF-8")
+
+
 def check_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
-    """Check that a prompt has the same tokens in training, before a text, as in generation, where nothing follows.
+    """Check that a prompt has the same tokens in training, before a caption, and in generation, where no text follows.
+
+    Args:
+        tokenizer: tokenizer of a decoder-only LLM.
+        prompt: the prompt, which may contain the placeholder for a question.
 
     Raises:
         InputError: the tokens differ.
@@ -268,19 +335,25 @@ def check_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
         before = ids[0][labels[0] == IGNORE_INDEX].tolist()
         if before != alone:
             raise InputError(
-                f"the prompt {prompt!r} ends within a token: alone its last tokens are"
-                f" {tokenizer.convert_ids_to_tokens(alone)[-3:]}, before the text {text!r} they are"
+                f"the prompt {prompt!r} ends within a token: the last tokens of the prompt alone are"
+                f" {tokenizer.convert_ids_to_tokens(alone)[-3:]}, but followed by the text {text!r} they are"
                 f" {tokenizer.convert_ids_to_tokens(before)[-3:]}; end the prompt with a word or a colon"
             )
 
 
 def strip_eos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    """Remove the end token that some tokenizers append, so that text can follow."""
+    """Return the ids without the end token that some tokenizers append, so that more text can follow."""
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Int[Tensor, "B T"]:
-    """Stack rows of integers into one tensor, padded to the longest row."""
+    """Stack rows of integers into one tensor, padded to the length of the longest row.
+
+    Args:
+        rows: B rows. Without rows, the result has the shape [0, 0].
+        value: the value of the padding.
+        side: side of the padding, ``left`` or ``right``.
+    """
     if not rows:
         return torch.empty(0, 0, dtype=torch.long)
     tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
@@ -288,5 +361,5 @@ def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Int[T
 
 
 def _padding_mask(rows: Sequence[Sequence[int]], side: str = "right") -> Bool[Tensor, "B T"]:
-    """Return True for the tokens of padded rows and False for padding."""
+    """Return the mask of padded rows: True for tokens, False for padding."""
     return pad([[1] * len(row) for row in rows], 0, side).bool()

@@ -1,4 +1,7 @@
-"""Loading: from the specification of a batch to the tensors that a training step takes."""
+"""Load batches: turn a :class:`~blip2.data.sampler.BatchSpec` into the tensors of a training step.
+
+Legend: H and W height and width of an image in pixels, P image tokens, E width of the image encoder.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +19,30 @@ from blip2.backbones.vision import Preprocessing
 from blip2.config import QUESTION_PLACEHOLDER
 from blip2.data.collate import CausalLMCollator, Collator, StageBatch
 from blip2.data.images import ImageError, preprocess, read_image, train_transform
+from blip2.data.positions import MixturePosition, SourcePosition
 from blip2.data.records import Record, Records, RecordStream
 from blip2.data.sampler import BatchSpec, SampleSpec
 
 SKIP_REASONS = ("image", "caption", "question", "shard")
-"""Reasons for skipping a record: its image is missing or cannot be decoded, it has no caption or answer, it has no
-usable question although the prompt needs one, or the rest of its shard cannot be read."""
+"""Reasons for skipping a record.
+
+- ``image``: the image is missing or cannot be read;
+- ``caption``: the record has no caption or answer, or a text of the record cannot be read;
+- ``question``: the prompt needs a question and the record has none, or the question is too long or cannot be read;
+- ``shard``: the rest of the shard cannot be read. The skipped record is a placeholder for this rest.
+"""
 
 
 @runtime_checkable
 class FeatureSource(Protocol):
-    """Precomputed image features, by the index of the record."""
+    """Precomputed image features of the records of a table."""
 
     def read(self, index: int, rng: np.random.Generator | None) -> BFloat16[Tensor, "P E"]:
-        """Return the features of a random view, or those of the whole image if `rng` is ``None``.
+        """Return the features of the image of one record.
+
+        Args:
+            index: index of the record.
+            rng: selects one of the stored random views of the image; ``None``: the features of the whole image.
 
         Raises:
             ImageError: the image cannot be used.
@@ -44,8 +57,9 @@ class SkippedRecord:
     reason: str
     """One of :data:`SKIP_REASONS`."""
     key: str
-    """Name of the record."""
+    """Name of the record in messages."""
     message: str
+    """Description of the problem, written to follow the name of the record and a colon."""
 
     def __str__(self) -> str:
         return f"{self.key}: {self.message}"
@@ -53,19 +67,20 @@ class SkippedRecord:
 
 @dataclass(frozen=True)
 class LoadedBatch:
-    """A batch for the model, and statistics of loading it."""
+    """A batch for the model, and statistics about its records."""
 
     batch: StageBatch | None
     """``None`` if no record of the batch is usable."""
     keys: tuple[str, ...]
     """Names of the usable records."""
     skipped: tuple[SkippedRecord, ...]
-    position: dict[str, Any]
-    """Position in the data after this batch."""
+    """The records that cannot be used."""
+    position: SourcePosition | MixturePosition | None
+    """``position`` of the :class:`~blip2.data.sampler.BatchSpec`: the position in the data after this batch."""
     source_index: int
     """Index of the source in a mixture."""
     num_samples: int
-    """Number of records that were drawn, including skipped ones."""
+    """Number of records that were drawn for this batch, including skipped ones."""
     num_truncated: int
     """Number of captions that were truncated."""
     shards_started: int
@@ -73,7 +88,7 @@ class LoadedBatch:
 
 
 class _SkipRecord(Exception):  # noqa: N818
-    """Raised for a record that is unusable for another reason than its image."""
+    """Raised if a record cannot be used for a reason other than ``image``."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -81,14 +96,19 @@ class _SkipRecord(Exception):  # noqa: N818
 
 
 class BatchDataset(Dataset[LoadedBatch]):
-    """Loads batches, in worker processes.
+    """Loads batches of one source. Worker processes index the data set with a :class:`~blip2.data.sampler.BatchSpec`.
 
-    In training, a record that is skipped is replaced by another record of its batch, so that all ranks have batches of
-    equal size. Samples of the same image are not negatives of each other (``image_ids``).
+    Records that cannot be used are skipped. In training, the other records of the batch are repeated to replace them,
+    so that all ranks have batches of equal size.
 
     Args:
-        train: augment images; otherwise only resize them.
-        features: read these features instead of images.
+        records: the source.
+        collator: makes the batch of the model from images and texts.
+        preprocessing: image size and normalization of the image encoder.
+        train: if True, crop and flip images at random; otherwise only resize them.
+        min_crop_scale: smallest area of a random crop, as a fraction of the image in (0, 1].
+        horizontal_flip: flip images with probability 0.5 in training.
+        features: features that are read instead of the images; ``None``: read the images.
     """
 
     def __init__(
@@ -109,7 +129,7 @@ class BatchDataset(Dataset[LoadedBatch]):
         self.horizontal_flip = horizontal_flip
         self.features = features
 
-    def __getitem__(self, spec: BatchSpec) -> LoadedBatch:
+    def __getitem__(self, spec: BatchSpec[Any]) -> LoadedBatch:
         usable, skipped, shards_started = [], [], 0
         for sample in spec.samples:
             record = self._record(sample)
@@ -145,29 +165,38 @@ class BatchDataset(Dataset[LoadedBatch]):
         return self.records[sample.record]
 
     def _texts(self, record: Record, sample: SampleSpec) -> tuple[str, str]:
-        """Return the caption and the question; the question is empty if there is none."""
+        """Return the caption and the question of a record; the question is empty if the record has none.
+
+        Raises:
+            _SkipRecord: the record cannot be used.
+        """
         if record.error is not None:
-            raise _SkipRecord("shard", f"the rest of it cannot be read: {record.error}")
+            raise _SkipRecord("shard", f"the rest of the shard cannot be read: {record.error}")
         if record.skip_reason is not None:
             raise _SkipRecord(*record.skip_reason)
         if sample.caption_index < 0:
-            raise _SkipRecord("caption", "it has no caption or answer: every image needs a text that is not blank")
+            raise _SkipRecord("caption", "it has no caption or answer, expected a text that is not blank")
         collator = self.collator
         if collator.requires_question and record.question is None:
             raise _SkipRecord(
-                "question", f"it has no question, and language.prompt has {QUESTION_PLACEHOLDER} where one goes"
+                "question", f"it has no question, expected one because language.prompt contains {QUESTION_PLACEHOLDER}"
             )
         if isinstance(collator, CausalLMCollator) and record.question and collator.max_prompt_tokens is not None:
             length = collator.num_prompt_tokens(collator.format_prompt(record.question))
             if length > collator.max_prompt_tokens:
                 raise _SkipRecord(
                     "question",
-                    f"with its prompt it has {length} tokens, the LLM has room for {collator.max_prompt_tokens}",
+                    f"the prompt with its question has {length} tokens, but the LLM has positions for at most"
+                    f" {collator.max_prompt_tokens}: shorten the question",
                 )
         return record.captions[sample.caption_index], record.question or ""
 
     def _image(self, record: Record, sample: SampleSpec) -> Tensor:
-        """Return the pixels [3, H, W] or the features [P, E] of the image."""
+        """Return the pixels [3, H, W], or the features [P, E], of the image of a record.
+
+        Raises:
+            ImageError: the image cannot be used.
+        """
         rng = np.random.default_rng((*sample.seed, 1))
         if self.features is not None:
             assert isinstance(sample.record, int)
@@ -184,6 +213,6 @@ Batch = TypeVar("Batch", bound=StageBatch)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Return a copy of a batch with all tensors on a device."""
+    """Return a copy of a batch whose tensors are on `device`."""
     named = {field.name: getattr(batch, field.name) for field in fields(batch)}
     return replace(batch, **send_to_device(named, device, non_blocking=True))

@@ -1,7 +1,7 @@
-"""Records, each one image with its texts, in a table (random access) or a stream (sequential access).
+"""Records: images with their texts, in a table (random access) or a stream (sequential access).
 
-Images stay encoded here; :mod:`blip2.data.images` decodes them later, in worker processes.
-:mod:`blip2.data.sources` opens data sources as records.
+:mod:`blip2.data.sources` opens data sources as records. Records contain encoded images or paths of images;
+:mod:`blip2.data.images` decodes the images later, in worker processes.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from blip2.data.cells import (
     read_text,
     read_texts,
 )
+from blip2.data.positions import StreamPosition
 from blip2.data.shards import ERROR_COLUMN, KEY_COLUMN, STARTS_SHARD_COLUMN, unreadable_source
 from blip2.data.tables import Table
 
@@ -40,19 +41,22 @@ class Record:
     key: str
     """The name of the record in messages."""
     image: str | bytes | None
-    """The path or the encoded bytes of the image; None if the row has none, which is reported when it is decoded."""
+    """The path or the encoded bytes of the image; None if the row has no image, which is an error only when the image
+    is needed."""
     captions: tuple[str, ...]
-    """The captions that are not blank, with whitespace collapsed. For a question: the answers, duplicates included."""
+    """The captions that are not blank, with whitespace collapsed. If there is a question: the answers, including
+    duplicates."""
     question: str | None = None
-    """The question about the image; None for captions."""
+    """The question about the image; None if there is no question."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    """The row's values in the :data:`~blip2.data.cells.METADATA_COLUMNS`, used to group and submit results."""
+    """The values of the row in :data:`~blip2.data.cells.METADATA_COLUMNS`. Evaluation groups results by them and writes
+    them to the files of results."""
     num_blank: int = 0
     """The number of blank captions or answers that were left out of `captions`."""
     skip_reason: tuple[str, str] | None = None
-    """Why the row cannot be used: one of :data:`blip2.data.dataset.SKIP_REASONS` and a message; None if it can."""
+    """If the row cannot be used: one of :data:`blip2.data.dataset.SKIP_REASONS`, and a message. Otherwise None."""
     error: str | None = None
-    """Why the rest of a shard cannot be read; None unless the record is a placeholder for that rest."""
+    """If the record is a placeholder for the unreadable rest of a shard: the error message. Otherwise None."""
     starts_shard: bool = False
     """Whether the record is the first of its shard."""
 
@@ -65,32 +69,43 @@ class Record:
 
 @dataclass(frozen=True)
 class ColumnMapping:
-    """The columns of a data source that records are made of."""
+    """The columns of a data source from which records are made."""
 
     source: str
+    """The data source, for messages."""
     image: str
+    """The column of the image, or of its path."""
     caption: str | None
-    """None for questions whose answers are not published."""
+    """The column of the captions or answers; None for questions whose answers are not published."""
     question: str | None
+    """The column of the question; None if there are no questions."""
     metadata: tuple[str, ...]
+    """Those of :data:`~blip2.data.cells.METADATA_COLUMNS` that the data source has."""
     root: Path
-    """The folder that relative image paths start from."""
+    """The folder to which image paths are relative."""
     class_names: Mapping[str, list[str]] = field(default_factory=dict)
     """The class names of each column that holds class labels as integers."""
     allowed_folders: tuple[str, ...] | None = None
-    """The folders that image files must lie in; None allows every folder. Images of tar shards are always bytes."""
+    """The folders in which image files may be; None: any folder. Empty: no image files are read, only embedded
+    images."""
     group: str | None = None
-    """The column whose equal values are kept in one batch."""
+    """The column that assigns records to groups: records with equal values come in the same batch. None: no groups."""
     group_share: float = 1.0
-    """The fraction of the groups that is kept together, in [0, 1]."""
+    """The fraction of the groups whose records are kept together, in [0, 1]."""
 
     @property
     def column_names(self) -> list[str]:
+        """The names of all columns that are read."""
         names = (self.image, self.caption, self.question, self.group, *self.metadata, KEY_COLUMN)
         return [name for name in names if name is not None]
 
     def to_record(self, row: dict[str, Any], index: int) -> Record:
-        """Convert a row to a record. A cell that cannot be used becomes the record's `skip_reason`."""
+        """Convert a row to a record. If cells cannot be used, the first of them is the ``skip_reason`` of the record.
+
+        Args:
+            row: the values of the row, by column.
+            index: the number of the row in the data source, for messages.
+        """
         starts_shard = row.get(STARTS_SHARD_COLUMN, False)
         if ERROR_COLUMN in row:
             return Record(row[KEY_COLUMN], None, (), error=row[ERROR_COLUMN], starts_shard=starts_shard)
@@ -110,7 +125,10 @@ class ColumnMapping:
         if isinstance(image, str):
             image = str(self.root / image)
             if self.allowed_folders is not None and not _lies_in(image, self.allowed_folders):
-                image, refused = None, f", whose image is the name {image}, which is not read: expected the bytes"
+                allowed = " or ".join(
+                    ["the bytes of an image", *(f"a file in {each}" for each in self.allowed_folders)]
+                )
+                image, refused = None, f", whose image is the path {image}, which is not read: expected {allowed}"
         captions, num_blank = parse("caption", self.caption, read_texts, ((), 0))
         question = parse("question", self.question, read_text, "")
         present = [name for name in self.metadata if row.get(name) not in (None, "")]
@@ -122,7 +140,7 @@ class ColumnMapping:
         )
 
     def captions(self, cell: Any) -> tuple[str, ...]:
-        """Return the captions in a cell of the caption column; none if the cell cannot be used."""
+        """Return the captions in a cell of the caption column; an empty tuple if the cell cannot be used."""
         try:
             return read_texts(self._with_class_names(cell, self.caption or ""))[0]
         except CellError:
@@ -133,7 +151,7 @@ class ColumnMapping:
 
 
 def _lies_in(path: str, folders: tuple[str, ...]) -> bool:
-    """Return whether a file lies in one of the folders once symbolic links are resolved."""
+    """Return whether a file is in one of the folders or their subfolders, with symbolic links resolved."""
     with contextlib.suppress(OSError, ValueError):
         real = os.path.realpath(path)
         return any(real.startswith(os.path.join(os.path.realpath(folder), "")) for folder in folders)  # noqa: PTH118
@@ -141,7 +159,7 @@ def _lies_in(path: str, folders: tuple[str, ...]) -> bool:
 
 
 class _WithColumns:
-    """What tables and streams of records have in common."""
+    """Base class of tables and streams of records."""
 
     _columns: ColumnMapping
 
@@ -152,12 +170,17 @@ class _WithColumns:
 
     @property
     def caption_column(self) -> str | None:
-        """The column that captions or answers are read from."""
+        """The column of the captions or answers; None if there is no such column."""
         return self._columns.caption
 
 
 class Records(_WithColumns, Sequence[Record]):
-    """Records with random access, in a memory-mapped table."""
+    """Records with random access, in a memory-mapped table.
+
+    Args:
+        table: the table.
+        columns: the columns of the table from which records are made.
+    """
 
     def __init__(self, table: Table, columns: ColumnMapping) -> None:
         self._table = table
@@ -171,7 +194,7 @@ class Records(_WithColumns, Sequence[Record]):
         return self._columns.to_record(self._rows.row(int(index)), int(index))
 
     def select_range(self, first: int, count: int) -> Records:
-        """Return `count` consecutive records, starting at the record `first`."""
+        """Return the `count` consecutive records that start with the record of index `first`."""
         return Records(self._table.select_range(first, count), self._columns)
 
     @property
@@ -186,29 +209,30 @@ class Records(_WithColumns, Sequence[Record]):
 
     @cached_property
     def group_ids(self) -> Int[np.ndarray, "N"] | None:
-        """The group of each record: records of one group belong in one batch. None if there is no group column."""
+        """The number of the group of each of the N records, from 0. None if there is no group column."""
         if self._columns.group is None:
             return None
         values = self._table.read_column(self._columns.group, slice(None))
         return np.unique([str(value) for value in values], return_inverse=True)[1]
 
     def captions(self, indices: Sequence[int]) -> list[tuple[str, ...]]:
-        """Return the captions of the records at `indices` without reading their images."""
+        """Return the captions of the records at `indices`. Images are not read."""
         if self._columns.caption is None:
             return [()] * len(indices)
         return [self._columns.captions(cell) for cell in self._table.read_column(self._columns.caption, list(indices))]
 
     @property
     def has_embedded_images(self) -> bool:
-        """Whether the table holds the encoded images instead of paths."""
+        """Whether the table contains encoded images instead of paths, judging by the first record."""
         return not isinstance(self[0].image, str)
 
     def image_identifiers(self) -> Iterator[dict[str, Any]]:
-        """Yield what :func:`blip2.data.benchmarks.check_disjoint` compares, for each record. No file is opened.
+        """Identify the image of each record, for :func:`blip2.data.benchmarks.check_disjoint`. No image file is opened.
 
-        Returns:
-            Dicts with ``image``: the path of the image, or a digest of its bytes; and the
-            :data:`~blip2.data.cells.IMAGE_ID_COLUMNS` if the table has them.
+        Yields:
+            A dict per record: ``image`` is the absolute path of the image or, for an embedded image, a digest of its
+            bytes (None if it cannot be read); and the value of each of
+            :data:`~blip2.data.cells.IMAGE_ID_COLUMNS` that the table has.
         """
         names = [name for name in IMAGE_ID_COLUMNS if name in self._table.features]
         root = os.path.abspath(self._columns.root)  # noqa: PTH100  (Path takes a minute for millions of rows)
@@ -228,8 +252,14 @@ class Records(_WithColumns, Sequence[Record]):
 class RecordStream(_WithColumns):
     """Records with sequential access, from local files or over a network.
 
-    Each rank reads its own share: its own shards if there are at least as many shards as ranks, otherwise every N-th
-    record of all shards. The position can be saved and restored.
+    Each rank reads its own share of the records. If there are at least as many shards as ranks, the share is a subset
+    of the shards; otherwise it is every `world_size`-th record of all shards. The position can be saved and restored.
+
+    Args:
+        dataset: the rows.
+        columns: the columns of the dataset from which records are made.
+        rank: rank of this process.
+        world_size: number of processes.
     """
 
     def __init__(self, dataset: datasets.IterableDataset, columns: ColumnMapping, rank: int, world_size: int) -> None:
@@ -238,8 +268,8 @@ class RecordStream(_WithColumns):
         self._rank, self._world_size = rank, world_size
         self._rank_dataset = dataset
         self._num_read = 0
-        self._pending_position: dict[str, Any] | None = None
-        """The position to start from, until the first row after it is read."""
+        self._pending_position: StreamPosition | None = None
+        """The position from which reading resumes, until the first row after that position is read."""
 
     @property
     def order_params(self) -> dict[str, Any]:
@@ -248,28 +278,31 @@ class RecordStream(_WithColumns):
 
     def read(
         self,
-        position: dict[str, Any] | None = None,
+        position: StreamPosition | None = None,
         shuffle: tuple[int, int] | None = None,
         share: tuple[int, int] | None = None,
     ) -> Iterator[Record]:
-        """Iterate over the records of this rank.
+        """Iterate over the records of this rank, once. A new iteration ends the previous one.
 
         Args:
-            position: a value of :meth:`position` to resume from; None: the start.
-            shuffle: (seed, epoch), which determine the order of the shards and their assignment to ranks; None: the
-                shards as they are listed.
-            share: (rank, world_size) whose records are read instead of this rank's.
+            position: the value of :meth:`position` from which to resume; None: the start.
+            shuffle: (seed, epoch), which determine the order of the shards and which rank reads which shard. None: the
+                shards are read in the order in which they are listed.
+            share: (rank, world_size) of the share that is read; None: the share of this rank.
+
+        Raises:
+            InputError: while iterating, if the data cannot be read.
         """
-        self._num_read = position["number"] if position else 0
+        self._num_read = position["num_read"] if position else 0
         rank, world_size = share or (self._rank, self._world_size)
-        # If the shards cannot be divided evenly, another rank gets the larger share in each epoch.
+        # If the shards cannot be divided evenly, the larger shares go to other ranks in each epoch.
         rank = (rank + (shuffle[1] if shuffle else 0)) % world_size
         strategy = "shards" if self._dataset.num_shards >= world_size else "examples"
         self._rank_dataset = split_dataset_by_node(self._dataset, rank, world_size, strategy=strategy)
         if shuffle is not None:
             self._rank_dataset.set_epoch(1 + int(np.random.default_rng(shuffle).integers(2**31)))
         if position:
-            self._rank_dataset.load_state_dict(position["state"])
+            self._rank_dataset.load_state_dict(position["state_dict"])
         self._pending_position = position
         return self._iter_records()
 
@@ -280,11 +313,11 @@ class RecordStream(_WithColumns):
             self._pending_position = None
             yield self._columns.to_record(row, self._num_read - 1)
 
-    def position(self) -> dict[str, Any]:
-        """Return the position of the next record, as plain values for JSON."""
+    def position(self) -> StreamPosition:
+        """Return the position of the next record of the iterator that :meth:`read` returned last."""
         if self._pending_position is not None:  # the library returns a loaded state only after the first row
             return self._pending_position
-        return {"number": self._num_read, "state": self._rank_dataset.state_dict()}
+        return {"num_read": self._num_read, "state_dict": self._rank_dataset.state_dict()}
 
 
 def next_row(rows: Iterator[dict[str, Any]], source: str) -> dict[str, Any] | None:

@@ -1,8 +1,8 @@
-"""Read shards, tar files and tables, row by row from any file system that fsspec supports, and write tar files.
+"""Read shards (tar files, Parquet files and text tables) row by row with fsspec, and write tar files.
 
-The rows of a damaged shard are used up to the damage; the last row then holds an error (:data:`ERROR_COLUMN`). A
-damaged shard thus has a fixed place in the order of the data, as every sample has: one process meets it once per epoch,
-also after a resume.
+If a shard is damaged, its rows before the damage are used. They are followed by a placeholder row that contains the
+error (:data:`ERROR_COLUMN`). The damage therefore has a place in the order of the data, like a row: it is reported once
+per epoch, by one process, even if the run is resumed in between.
 """
 
 from __future__ import annotations
@@ -28,46 +28,48 @@ from blip2.data.tables import JSON_DECODER, is_text_table, read_text_table
 from blip2.errors import InputError
 
 ERROR_COLUMN = "__broken__"
-"""Column of a row that is not a sample: why the rest of the shard cannot be read."""
+"""Column of the placeholder row for the unreadable rest of a shard: the error message."""
 STARTS_SHARD_COLUMN = "__begins__"
-"""Column of every row: whether it is the first of its shard."""
+"""Column of the rows of :func:`stream_shards`: whether the row is the first of its shard."""
 KEY_COLUMN = "__where__"
-"""Column of every row: the shard and the name of the row in it."""
+"""Column of the name of a row. :func:`read_shard`: the key of the sample, or the number of the row, within the shard.
+Streams, and tables made from tar files: the path or URL of the shard, and this name."""
 PARQUET_BATCH_ROWS = 64
-"""Rows of a Parquet file that are converted to Python objects at a time."""
+"""Number of rows of a Parquet file that are converted to Python objects at a time."""
 MAX_SAMPLE_BYTES = MAX_FILE_BYTES + (1 << 20)
-"""Maximum size of a sample of a tar, all its members together, and of a row of a Parquet file."""
+"""Maximum size in bytes of a row of a Parquet file, and of all members of a sample of a tar together."""
 MAX_TEXT_BYTES = 1 << 24
-"""Maximum size of a text member: .txt, .json."""
+"""Maximum size in bytes of a text member of a tar (:data:`TEXT_EXTENSIONS`)."""
 MAX_HEADER_BYTES = 1 << 14
-"""Maximum size of the header of a tar member: a long name, attributes."""
-
+"""Maximum size in bytes of the extended header of a tar member, which contains a long name or attributes."""
 MAX_RANGE = 10**6
-"""Maximum number of files of a ``{000..127}``."""
-
+"""Maximum number of files in a range such as ``{000..127}``."""
 TEXT_EXTENSIONS = ("txt", "text", "json")
+"""Extensions of the text members of a tar."""
 
 Row = dict[str, Any]
 
 
 def is_url(source: str) -> bool:
-    """Return whether a source is a URL, which fsspec reads (``s3://``, ``gs://``, ``hf://`` ...)."""
+    """Return whether a source is a URL (``s3://``, ``gs://``, ``hf://`` ...)."""
     return "://" in source
 
 
 def expand_files(pattern: str) -> list[str]:
-    """Return the files that a path or URL with globs and ``{000..127}`` ranges stands for, sorted.
+    """Return the files that match a pattern, sorted.
 
-    Files of a range of URLs are not checked for existence, which would take a request for each.
+    Args:
+        pattern: a path or URL, which may contain globs and a range such as ``{000..127}``. The URLs of a range are
+            returned without a check that the files exist, because each check would take a request.
 
     Raises:
-        InputError: no file matches.
+        InputError: no file matches, a range is too long, or a file system cannot be accessed.
     """
     span = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if span:
         first, last = span[1], span[2]
         if len(last) > 9 or int(last) - int(first) >= MAX_RANGE:
-            raise InputError(f"{span[0]} in {pattern!r} is more than {MAX_RANGE:,} files: give a shorter range")
+            raise InputError(f"{span[0]} in {pattern!r} is more than {MAX_RANGE:,} files: use a shorter range")
         return [
             file
             for number in range(int(first), int(last) + 1)
@@ -79,9 +81,9 @@ def expand_files(pattern: str) -> list[str]:
     elif path.is_file():
         return [str(path)]
     else:
-        names = (path.name, path.name.replace("[", "[[]"))  # names may contain brackets
+        names = (path.name, path.name.replace("[", "[[]"))  # brackets may be part of a name
         matches = (path.parent.glob(name) for name in names) if path.parent.is_dir() else ()
-        # A pipe, whose reading may never end, is not a file.
+        # is_file() excludes pipes, because reading a pipe may never end.
         found = (sorted(str(file) for file in group if file.is_file()) for group in matches)
         files = next(filter(None, found), [])
     if not files:
@@ -100,20 +102,30 @@ def _expand_url(pattern: str) -> list[str]:
 
 
 def unreadable_source(source: str, error: BaseException) -> InputError:
-    """Return the error for a source that cannot be read, in one line."""
+    """Return an error of one line for a source that cannot be read.
+
+    Args:
+        source: the source.
+        error: the exception that was raised while the source was read.
+    """
     while error.__cause__ is not None and not isinstance(error, InputError):
         error = error.__cause__
-    return InputError(f"data source {source!r} cannot be read: {' '.join(str(error).split()).rstrip('.')}")
+    advice = "" if isinstance(error, InputError) else "; check the path, the permissions and that the data is complete"
+    return InputError(f"data source {source!r} cannot be read: {' '.join(str(error).split()).rstrip('.')}{advice}")
 
 
 def stream_shards(shards: list[str]) -> datasets.IterableDataset:
-    """Return the rows of files, by path or URL, as a stream that the datasets library shuffles, splits and resumes."""
+    """Return the rows of shards as a stream, which the datasets library can shuffle by shard, divide and resume.
+
+    Args:
+        shards: paths or URLs of tar files, Parquet files and text tables.
+    """
     return datasets.IterableDataset.from_generator(_read_shards, gen_kwargs={"shards": shards})
 
 
 def _read_shards(shards: list[str]) -> Iterator[Row]:
     for shard in shards:
-        if is_text_table(shard):  # errors are raised: the text after a mistake cannot be trusted
+        if is_text_table(shard):  # an error ends the run, because the rest of a damaged text may be misread
             yield from read_text_table(shard)
             continue
         for number, row in enumerate(read_shard(shard)):
@@ -122,9 +134,14 @@ def _read_shards(shards: list[str]) -> Iterator[Row]:
 
 
 def read_shard(shard: str) -> Iterator[Row]:
-    """Read the rows of one shard, each with its name in :data:`KEY_COLUMN`.
+    """Yield the rows of one shard.
 
-    If the shard is damaged, the last row has only :data:`ERROR_COLUMN`.
+    Args:
+        shard: path or URL of a Parquet file (``.parquet``) or a tar file (any other name).
+
+    Yields:
+        A dict per row or sample: its name in :data:`KEY_COLUMN`, and its columns. If the shard is damaged, the last row
+        has only :data:`ERROR_COLUMN`.
     """
     try:
         with fsspec.open(shard, "rb") as file:
@@ -150,20 +167,23 @@ def _read_parquet(file: Any) -> Iterator[Row]:
 
 
 def _split_large(batch: pyarrow.RecordBatch) -> Iterator[pyarrow.RecordBatch]:
-    """Yield a small batch whole and a large one row by row, which limits the memory for Python objects."""
-    repeats = any(pyarrow.types.is_dictionary(kind) for kind in batch.schema.types)  # rows may share a value
+    """Yield a small batch as it is, and a large batch row by row, which limits the memory for Python objects."""
+    # A dictionary column stores a value once for many rows, so nbytes is smaller than the Python objects.
+    repeats = any(pyarrow.types.is_dictionary(kind) for kind in batch.schema.types)
     if batch.nbytes <= MAX_SAMPLE_BYTES and not repeats:
         yield batch
         return
     for number in range(len(batch)):
         row = batch.slice(number, 1)
         if row.nbytes > MAX_SAMPLE_BYTES:
-            raise InputError(f"a row has {row.nbytes:,} bytes, expected at most {MAX_SAMPLE_BYTES:,}")
+            raise InputError(
+                f"a row has {row.nbytes:,} bytes, expected at most {MAX_SAMPLE_BYTES:,}: store smaller images and texts"
+            )
         yield row
 
 
 def _without_reserved(row: Row) -> Row:
-    """Return a row without columns that have the reserved names of this module."""
+    """Return a row without the columns whose names this module reserves."""
     return {name: value for name, value in row.items() if name not in (ERROR_COLUMN, STARTS_SHARD_COLUMN, KEY_COLUMN)}
 
 
@@ -171,7 +191,7 @@ def _without_reserved(row: Row) -> Row:
 
 
 class _PrefixedStream:
-    """A stream preceded by bytes that were read from it before."""
+    """A stream from which bytes were read, with these bytes put back before the rest."""
 
     def __init__(self, prefix: bytes, stream: Any) -> None:
         self._prefix, self._stream = prefix, stream
@@ -185,9 +205,10 @@ class _PrefixedStream:
 
 
 class _SafeTarInfo(tarfile.TarInfo):
-    """A header that refuses dangerous members, and records on the archive why reading ended (``ended_by``).
+    """A member header that raises an exception for dangerous members.
 
-    tarfile itself treats damage after the first member as the end of the archive.
+    ``ended_by`` of the archive is set to the exception that ended the reading, because :mod:`tarfile` treats damage
+    after the first member as the end of the archive.
     """
 
     @classmethod
@@ -199,18 +220,18 @@ class _SafeTarInfo(tarfile.TarInfo):
             raise
 
     def _proc_member(self, tarfile: Any) -> Any:
-        """Refuse a header whose stated size would not fit in memory before it is read."""
-        is_extension = self.type in (b"L", b"K", b"x", b"g", b"X")  # a long name or attributes, which are read whole
-        if is_extension and not 0 <= self.size <= MAX_HEADER_BYTES:
-            raise ValueError(f"a header of {self.size:,} bytes, expected at most {MAX_HEADER_BYTES:,}")
+        """Refuse a large extended header (:data:`MAX_HEADER_BYTES`), because tarfile reads all of it into memory."""
+        is_extended = self.type in (b"L", b"K", b"x", b"g", b"X")  # a long name or attributes
+        if is_extended and not 0 <= self.size <= MAX_HEADER_BYTES:
+            raise ValueError(f"a header has {self.size:,} bytes, expected at most {MAX_HEADER_BYTES:,}")
         return super()._proc_member(tarfile)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _proc_pax(self, tarfile: Any) -> Any:
-        """Refuse attributes with a long run of digits, for which the regular expression of tarfile takes minutes."""
+        """Refuse attributes with a very long number, on which a regular expression of tarfile would take minutes."""
         stream = tarfile.fileobj
         attributes = stream.read(self._block(self.size))  # pyright: ignore[reportAttributeAccessIssue]
         if re.search(rb"\d{1000}", attributes):
-            raise ValueError("an attribute with a number of a thousand digits")
+            raise ValueError("an attribute contains a number of more than a thousand digits")
         tarfile.fileobj = _PrefixedStream(attributes, stream)
         try:
             return super()._proc_pax(tarfile)  # pyright: ignore[reportAttributeAccessIssue]
@@ -219,20 +240,23 @@ class _SafeTarInfo(tarfile.TarInfo):
 
     def _refuse(self, *_: Any) -> Any:
         raise ValueError(
-            f"{self.name} is a sparse file, whose holes would be filled: create the archive again without --sparse"
+            f"{self.name} is stored as a sparse file, which is not supported: create the archive again without --sparse"
         )
 
     _proc_sparse = _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _refuse
 
 
 def _read_tar(file: Any) -> Iterator[Row]:
-    """Read samples: consecutive members whose names are equal up to the first dot."""
+    """Yield the samples of a tar as rows.
+
+    A sample consists of consecutive members in the same folder whose file names are equal up to the first dot.
+    """
     sample: Row = {}
     last_columns: set[str] = set()
     size = 0
     with tarfile.open(fileobj=file, mode="r|", tarinfo=_SafeTarInfo, bufsize=1 << 20) as tar:
         for member in tar:
-            tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  it would keep every member it has read
+            tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  otherwise the list of members grows
             folder, slash, name = member.name.rpartition("/")
             name, dot, extension = name.partition(".")
             content = tar.extractfile(member) if member.isfile() and name and dot else None
@@ -246,7 +270,8 @@ def _read_tar(file: Any) -> Iterator[Row]:
             size += member.size
             _check_member(member, extension, size)
             sample |= {KEY_COLUMN: key, extension: content.read()}
-        # At damage, the last sample is used if it has all columns of the one before it.
+        # If the archive is damaged, the last sample may be incomplete. It is used if it has all columns of the sample
+        # before it.
         ended_by: Exception = tar.ended_by  # pyright: ignore[reportAttributeAccessIssue]
         is_whole = isinstance(ended_by, tarfile.EOFHeaderError)  # pyright: ignore[reportAttributeAccessIssue]
         if sample and (is_whole or (last_columns and set(sample) >= last_columns)):
@@ -254,20 +279,28 @@ def _read_tar(file: Any) -> Iterator[Row]:
         if not is_whole:
             where = f" after {sample[KEY_COLUMN]}" if sample else ""
             reason = f" ({ended_by})" if str(ended_by) else ""
-            raise tarfile.ReadError(f"it breaks off{where}{reason}")
+            raise tarfile.ReadError(f"the archive is incomplete or damaged{where}{reason}")
 
 
 def _check_member(member: tarfile.TarInfo, extension: str, size: int) -> None:
     limit = MAX_TEXT_BYTES if extension in TEXT_EXTENSIONS else MAX_SAMPLE_BYTES
     if not 0 <= member.size <= limit or size > MAX_SAMPLE_BYTES:
         raise InputError(
-            f"{member.name} has {member.size:,} bytes, expected at most {limit:,}, and {MAX_SAMPLE_BYTES:,} with the"
-            " other members of its sample"
+            f"{member.name} has {member.size:,} bytes, expected at most {limit:,}, and at most {MAX_SAMPLE_BYTES:,}"
+            " together with the other files of the same sample: store smaller files"
         )
 
 
 def _to_row(sample: Row) -> Row:
-    """Convert a sample to a row: its members, the values of its .json, and its image as ``image``."""
+    """Convert a sample to a row.
+
+    Args:
+        sample: :data:`KEY_COLUMN`, and the content of each member by its extension.
+
+    Returns:
+        The members by their extensions, with texts decoded; the image also as ``image``; and the values of the object
+        in the ``.json`` member, except those whose names are taken.
+    """
     row: Row = {}
     values: Any = None
     for extension, content in sample.items():
@@ -285,7 +318,7 @@ def _to_row(sample: Row) -> Row:
 
 
 def _find_image(row: Row) -> str | None:
-    """Return the first column whose name is the suffix of an image file, the common formats first."""
+    """Return the first column whose name is the suffix of an image file, or None. Common formats are preferred."""
     images = (column for column in row if f".{column}" in IMAGE_SUFFIXES)
     return min(images, key=lambda column: f".{column}" not in COMMON_SUFFIXES, default=None)
 
@@ -300,6 +333,7 @@ class Sample:
     key: str
     """Key of the sample, unique within its shard."""
     image: bytes
+    """The encoded image."""
     captions: tuple[str, ...]
     suffix: str
     """File suffix of the image, such as ``jpg``."""
@@ -309,23 +343,33 @@ class SkippedSample(NamedTuple):
     """A sample that cannot be used."""
 
     key: str
+    """Name of the sample in messages."""
     reason: str
-    """Category by which skipped samples are counted."""
+    """Category of the problem, such as ``no image``, by which skipped samples are counted."""
     message: str
+    """Description of the problem."""
 
 
 def read_samples(shard: str) -> Iterator[Sample | SkippedSample]:
-    """Read the samples of a tar in order, one at a time; see :func:`read_shard`. A sample may have no captions."""
+    """Yield the samples of a tar or Parquet file in order.
+
+    Args:
+        shard: path or URL of the file.
+
+    Yields:
+        A :class:`Sample`, whose captions may be empty, or a :class:`SkippedSample` if the sample, or the rest of a
+        damaged shard, cannot be used.
+    """
     for row in read_shard(shard):
         key = row.get(KEY_COLUMN, "")
         name, suffix = f"{key} in {shard}", _find_image(row)
         if ERROR_COLUMN in row:
-            message = f"{shard} cannot be read to its end ({row[ERROR_COLUMN]}): download it again"
+            message = f"{shard} cannot be read to its end ({row[ERROR_COLUMN]}): download or create it again"
             yield SkippedSample(shard, "shard broken", message)
-        elif suffix is None or not isinstance(row[suffix], bytes):  # a key of a .json file is no image
+        elif suffix is None or not isinstance(row[suffix], bytes):  # a value of a .json member is not an image
             found = ", ".join(column for column in row if column != KEY_COLUMN)
             expected = f"{', '.join(COMMON_SUFFIXES)}, or another format that Pillow reads"
-            yield SkippedSample(name, "no image", f"it has {found}, expected an image ({expected})")
+            yield SkippedSample(name, "no image", f"the sample has {found}, expected an image ({expected})")
         else:
             column = next((column for column in CAPTION_COLUMNS if column in row), "")
             try:
@@ -337,19 +381,31 @@ def read_samples(shard: str) -> Iterator[Sample | SkippedSample]:
 
 
 class ShardWriter:
-    """Writes samples to a tar; equal samples give equal bytes."""
+    """Writes samples to a tar. Equal samples result in archives with equal bytes.
+
+    Args:
+        file: a binary file that is open for writing.
+    """
 
     def __init__(self, file: IO[bytes]) -> None:
         self._tar = tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT)  # noqa: SIM115
 
     def add(self, key: str, suffix: str, image: bytes, metadata: Mapping[str, Any]) -> None:
-        """Write the unchanged image and a ``.json`` file."""
-        # File names can contain surrogates, which have no UTF-8; their escapes in JSON are the same as Python's.
+        """Write a sample.
+
+        Args:
+            key: name of the members, without suffix.
+            suffix: file suffix of the image, such as ``jpg``.
+            image: the encoded image, which is written unchanged.
+            metadata: the content of the ``.json`` member.
+        """
+        # Paths may contain surrogates, which UTF-8 cannot encode. Python escapes a surrogate in the same way as JSON.
         text = json.dumps(metadata, ensure_ascii=False).encode(errors="backslashreplace")
         for name, data in ((f"{key}.{suffix}", image), (f"{key}.json", text)):
-            entry = tarfile.TarInfo(name)  # without time and owner, for equal bytes
+            entry = tarfile.TarInfo(name)  # no time and no owner, so that equal samples have equal bytes
             entry.size = len(data)
             self._tar.addfile(entry, BytesIO(data))
 
     def close(self) -> None:
+        """Write the end of the archive. `file` stays open."""
         self._tar.close()

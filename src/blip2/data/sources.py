@@ -1,7 +1,7 @@
-"""Open the data sources that a recipe may name.
+"""Open the data sources of a recipe as records.
 
-Everything is read through the ``datasets`` library: as memory-mapped tables if the number of rows is known, otherwise
-as streams.
+A source becomes a memory-mapped table (random access) or a stream (sequential access; the default for tar shards and
+URLs). Both are datasets of the ``datasets`` library.
 """
 
 from __future__ import annotations
@@ -46,29 +46,35 @@ from blip2.errors import InputError
 from blip2.io import read_json
 
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".tar")
-
+"""Suffixes of the files that a data source may consist of."""
 LIBRARY_CACHES = (HF_DATASETS_CACHE, HF_HUB_CACHE)
-"""The folders where the datasets library stores datasets of the Hugging Face Hub."""
-
+"""The folders in which the libraries of Hugging Face store datasets of the Hub."""
 BENCHMARK_BATCH_ROWS = 50_000
-"""Rows of a benchmark that are converted to a table at a time: as Python objects they take ten times as much memory."""
-
+"""Number of rows of a benchmark that are converted to a table at a time. As Python objects, rows take ten times as much
+memory as in a table."""
 SCHEMA_PROBE_ROWS = 20
-"""Rows that are read to find the columns of shards, as a sample may lack one. A table is refused if none of its first
-rows, up to this number, can be used."""
+"""Number of rows of a stream that are read to find its columns: several, because a single row may lack a column. A
+table is refused if none of its first :data:`SCHEMA_PROBE_ROWS` rows can be used."""
 MAX_BROKEN_PROBE_SHARDS = 10
-"""Shards without a readable row, in a row, after which the search for columns ends."""
+"""Number of shards after which the search for the columns of a stream ends if no row could be read from them."""
 
 
 def open_records(source: str, config: DataConfig, rank: int = 0, world_size: int = 1) -> Records | RecordStream:
-    """Open image-text pairs.
+    """Open a source of image-text pairs.
 
     Args:
-        source: a data source, as ``data.train`` of a recipe takes it.
-        rank, world_size: the share of a stream to read. A table is opened whole on every rank.
+        source: the data source, in one of the forms of ``data.train``.
+        config: the section ``data`` of the recipe. Its columns, split and ``streaming`` are used; ``train`` is not.
+        rank: rank of this process. It determines which records of a stream are read; a table has all records on every
+            rank.
+        world_size: number of processes.
+
+    Returns:
+        :class:`~blip2.data.records.Records` for a table, :class:`~blip2.data.records.RecordStream` for a stream.
 
     Raises:
-        InputError: the source does not exist, cannot be read, is empty, or lacks a column.
+        InputError: the source does not exist, cannot be read, is empty, or lacks a column; or none of the first rows of
+            a table can be used.
     """
     streaming = config.streaming
     if is_benchmark(source):
@@ -95,20 +101,24 @@ def open_records(source: str, config: DataConfig, rank: int = 0, world_size: int
     if streaming:
         dataset = stream_shards(files)
     elif suffix == ".parquet":
-        literal = [file if remote else glob.escape(file) for file in files]  # load_dataset expands patterns again
+        literal = [file if remote else glob.escape(file) for file in files]  # load_dataset expands globs again
         dataset = _load(source, datasets.load_dataset, "parquet", data_files={"train": literal}, split="train")
     elif suffix == ".tar":
         column = config.image_column or "image"
         dataset = _load(source, build_cached_table, files, read=partial(_read_whole_shard, image=column), kind=column)
     else:
         dataset = _load(source, build_cached_table, files, read=read_text_table)
-    # A Parquet file may name image files in its own folder; the .json of a tar sample may name none.
+    # A Parquet file may contain paths of image files in its own folder; a sample of a tar may not contain any path.
     allowed_folders = {".tar": (), ".parquet": (str(path.parent),)}.get(suffix)
     return _make_records(dataset, source, config, path.parent, rank, world_size, allowed_folders)
 
 
 def _read_whole_shard(shard: str, image: str) -> Iterator[dict[str, Any]]:
-    """Read the rows of a shard, which must be undamaged. Only the column `image` keeps its bytes."""
+    """Yield the rows of one shard, without the cells that are bytes, except those of the column `image`.
+
+    Raises:
+        InputError: the shard is damaged.
+    """
     for row in read_shard(shard):
         if ERROR_COLUMN in row:
             raise InputError(row[ERROR_COLUMN])
@@ -117,7 +127,7 @@ def _read_whole_shard(shard: str, image: str) -> Iterator[dict[str, Any]]:
 
 
 def _benchmark_table(source: str) -> datasets.Dataset:
-    """Read a benchmark into memory, with the paths of its images and the columns that records use."""
+    """Read a benchmark into memory as a table. Only the columns that records use are kept."""
     columns = ("image", *CAPTION_COLUMNS, *QUESTION_COLUMNS, *ANSWER_COLUMNS, *METADATA_COLUMNS, *IMAGE_ID_COLUMNS)
     rows = ({name: value for name, value in row.items() if name in columns} for row in read_benchmark(source))
     parts = []
@@ -144,7 +154,7 @@ def _open_folder(folder: Path, config: DataConfig, rank: int, world_size: int) -
 
 
 def _load(source: str, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a function that reads a source, and convert its errors to :class:`InputError`."""
+    """Call a function that reads `source`, and convert the exceptions that it raises to :class:`InputError`."""
     try:
         return load(*args, **kwargs)
     except StopIteration as error:
@@ -155,7 +165,7 @@ def _load(source: str, load: Callable[..., Any], *args: Any, **kwargs: Any) -> A
 
 
 def _empty(source: str) -> InputError:
-    return InputError(f"data source {source!r} is empty: it has no rows")
+    return InputError(f"data source {source!r} is empty: it has no rows; add rows, or set another data source")
 
 
 def _make_records(
@@ -167,7 +177,13 @@ def _make_records(
     world_size: int,
     allowed_folders: tuple[str, ...] | None = None,
 ) -> Records | RecordStream:
-    """Find the columns of a dataset and wrap it. Arguments are those of :class:`~blip2.data.records.ColumnMapping`."""
+    """Find the columns of a dataset, and return its rows as records.
+
+    Args:
+        dataset: a :class:`~blip2.data.tables.Table`, or a dataset or stream of the ``datasets`` library.
+        source, root, allowed_folders: see :class:`~blip2.data.records.ColumnMapping`.
+        config, rank, world_size: see :func:`open_records`.
+    """
     table = _as_table(dataset)
     features = (dataset.features or _probe_columns(dataset, source)) if table is None else table.features
     features = {name: feature for name, feature in features.items() if name not in (KEY_COLUMN, STARTS_SHARD_COLUMN)}
@@ -182,7 +198,7 @@ def _make_records(
         caption = _find_column(features, config.caption_column, CAPTION_COLUMNS, "caption", source)
     elif config.caption_column or any(name in features for name in ANSWER_COLUMNS):
         caption = _find_column(features, config.caption_column, ANSWER_COLUMNS, "caption", source)
-    for name, feature in features.items():  # the library must not open files that a column names
+    for name, feature in features.items():  # the library must not open files whose paths are in a column
         encoded = _without_decoding(feature)
         if encoded is not None:
             dataset = dataset.cast_column(name, encoded)
@@ -197,8 +213,9 @@ def _make_records(
     if table is None:
         if group is not None:
             raise InputError(
-                f"data.group_column is {group}, but {source!r} is read as a stream, whose records keep their order: set"
-                " data.streaming to false, or leave group_column out and store similar images next to each other"
+                f"data.group_column is {group}, but {source!r} is read as a stream, whose records cannot be grouped:"
+                " set data.streaming to false, or leave out data.group_column and store similar images next to each"
+                " other"
             )
         return RecordStream(dataset, columns, rank, world_size)
     if len(table) == 0:
@@ -206,20 +223,23 @@ def _make_records(
     records = Records(table, columns)
     reasons = [records[i].skip_reason for i in range(min(len(records), SCHEMA_PROBE_ROWS))]
     if reasons[0] is not None and all(reasons):
-        others = f", and no other of the first {len(reasons)} rows can" if len(reasons) > 1 else ""
-        raise InputError(f"{records[0].key} cannot be used{others}: {reasons[0][1]}")
+        raise InputError(
+            f"none of the first {len(reasons)} rows of {source!r} can be used; the first, {records[0].key}:"
+            f" {reasons[0][1]}: correct the data, or name its columns with data.image_column, data.caption_column and"
+            " data.question_column"
+        )
     return records
 
 
 def _as_table(dataset: Any) -> Table | None:
-    """Return a dataset with random access as a table; None for a stream."""
+    """Return a dataset with random access as a table, and None for a stream."""
     if isinstance(dataset, Table):
         return dataset
     return Table(dataset) if isinstance(dataset, datasets.Dataset) else None
 
 
 def _without_decoding(feature: Any) -> Any:
-    """Return the type of a column with decoding turned off; None if the library does not decode the column."""
+    """Return the type of a column with decoding turned off, or None if the library does not decode the column."""
     if isinstance(feature, datasets.List | datasets.LargeList):
         inner = _without_decoding(feature.feature)
         return inner and type(feature)(inner)
@@ -227,7 +247,8 @@ def _without_decoding(feature: Any) -> Any:
 
 
 def _probe_columns(dataset: datasets.IterableDataset, source: str) -> dict[str, Any]:
-    """Return the columns of the first :data:`SCHEMA_PROBE_ROWS` rows of a stream, in order, with None as their type."""
+    """Return the names of the columns in the first :data:`SCHEMA_PROBE_ROWS` rows of a stream, as keys of a dict whose
+    values are None, because the types are unknown."""
     names: dict[str, Any] = {}
     rows, broken, num_rows = iter(dataset), [], 0
     while num_rows < SCHEMA_PROBE_ROWS and (row := next_row(rows, source)) is not None:
@@ -239,7 +260,10 @@ def _probe_columns(dataset: datasets.IterableDataset, source: str) -> dict[str, 
             names |= row
             num_rows += 1
     if not names and broken:
-        raise InputError(f"data source {source!r} cannot be read: {broken[0][KEY_COLUMN]}: {broken[0][ERROR_COLUMN]}")
+        raise InputError(
+            f"data source {source!r} cannot be read: {broken[0][KEY_COLUMN]}: {broken[0][ERROR_COLUMN]}; download or"
+            " create the shards again"
+        )
     return dict.fromkeys(names)
 
 
@@ -248,6 +272,6 @@ def _find_column(columns: Any, configured: str | None, candidates: tuple[str, ..
     if not found:
         raise InputError(
             f"data source {source!r} has no {kind} column{f' {configured!r}' if configured else ''}: its columns are"
-            f" {', '.join(columns)}; name one with data.{kind}_column"
+            f" {', '.join(columns)}; name one of them with data.{kind}_column"
         )
     return found[0]

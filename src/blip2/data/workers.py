@@ -26,21 +26,24 @@ T = TypeVar("T")
 SHARED_MEMORY = "/dev/shm"
 """Folder of shared memory on Linux."""
 MAX_WORKER_FAILURES = 3
-"""Number of consecutive times that workers may be killed before loading fails."""
+"""Loading fails when workers are killed this many times in a row."""
 
 
 def prefetch(indices: Iterator[Any], dataset: Dataset[T], num_workers: int) -> Iterator[T]:
     """Yield ``dataset[index]`` for every index, in order.
 
-    Workers that are killed are replaced, and the items that they had not delivered are loaded again.
+    If a worker is killed, all workers are restarted, and the items that were not delivered are loaded again.
 
     Args:
-        num_workers: number of worker processes; 0 loads in this process.
+        indices: the indices, for example the :class:`~blip2.data.sampler.BatchSpec` of each batch. They are read a few
+            items ahead of the items that were delivered.
+        dataset: the data set; each worker has a copy.
+        num_workers: number of worker processes; 0: load in this process.
 
     Raises:
         InputError: while iterating, if workers are killed :data:`MAX_WORKER_FAILURES` times in a row.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are parallel already
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers already run in parallel
     in_flight: deque[Any] = deque()
 
     def track() -> Iterator[Any]:
@@ -66,12 +69,13 @@ def _with_restarts(items: Iterator[T], restart: Callable[[], Iterator[T]], in_fl
         except RuntimeError as error:
             if not _WORKER_KILLED.search(str(error)):
                 raise
-            items = iter(())  # ends the workers that are left
+            items = iter(())  # deletes the loader, which ends the workers that are still running
             failures += 1
             if failures == MAX_WORKER_FAILURES:
                 raise InputError(
-                    f"the processes that decode images were killed {MAX_WORKER_FAILURES} times in a row ({error}):"
-                    " usually memory runs out; lower data.num_workers or data.batch_size, and rerun with --resume"
+                    f"the processes that load data were killed {MAX_WORKER_FAILURES} times in a row ({error}), usually"
+                    " because memory ran out: lower data.num_workers or data.batch_size, and rerun (training: with"
+                    " --resume)"
                 ) from error
         items = restart()
 
@@ -82,27 +86,27 @@ _WORKER_KILLED = re.compile(r"^DataLoader worker \(pid\(?s?\)? [\d, ]+\) (exited
 def _start(indices: Iterator[Any], dataset: Dataset[T], num_workers: int) -> Iterator[T]:
     loader = DataLoader(
         dataset,
-        sampler=indices,  # an iterator in the place of a sampler: DataLoader only iterates over it
+        sampler=indices,  # an iterator is sufficient here, because DataLoader only iterates over its sampler
         batch_size=None,
         num_workers=num_workers,
         collate_fn=_identity,
         prefetch_factor=4 if num_workers else None,
         worker_init_fn=_init_worker,
-        generator=torch.Generator(),  # otherwise starting would advance the default generator, which dropout uses
+        generator=torch.Generator(),  # otherwise DataLoader would advance the default generator, which dropout uses
     )
     handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
     items = iter(loader)
-    # PyTorch's handler would raise at any point of the training process. Without it the loader raises when it waits for
-    # a worker that was killed.
+    # PyTorch's handler of SIGCHLD would raise an exception anywhere in the training process. Without the handler, the
+    # exception is raised by the loader, when it waits for a worker that was killed.
     if handler is not None and current_thread() is main_thread():
         signal.signal(signal.SIGCHLD, handler)
     return items
 
 
 def _reduce_tensor(tensor: torch.Tensor) -> Any:
-    """Pickle a tensor: through shared memory as PyTorch does, or through the pipe if shared memory is too small.
+    """Pickle a tensor: in shared memory, as PyTorch does, or by value if little shared memory is free.
 
-    A container has 64 MB of shared memory by default. A worker that exceeds it is killed without an error message, or
+    A container has 64 MB of shared memory by default. A worker that needs more is killed without an error message, or
     its batch never arrives.
     """
     info = get_worker_info()
@@ -110,7 +114,7 @@ def _reduce_tensor(tensor: torch.Tensor) -> Any:
         free = shutil.disk_usage(SHARED_MEMORY).free
     except OSError:  # not Linux
         return reduce_tensor(tensor)
-    # All workers may check at the same time, before any of them writes.
+    # All workers may check the free memory at the same time, before any of them writes.
     if info is None or 2 * info.num_workers * tensor.nbytes < free:
         return reduce_tensor(tensor)
     content = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -122,10 +126,10 @@ def _rebuild_tensor(content: Any, dtype: torch.dtype, shape: torch.Size) -> torc
 
 
 def _init_worker(worker_id: int) -> None:
-    """Set how tensors are sent, and ignore SIGINT, SIGHUP and SIGTERM, which the training process handles.
+    """Set how a worker sends tensors, and let it ignore SIGINT and SIGHUP, and SIGTERM unless its parent sent it.
 
-    Ctrl-C, a closed terminal and schedulers signal every process of a run, but the training process needs its workers
-    to finish a step.
+    Ctrl-C, a closed terminal and job schedulers send a signal to every process of a run. The training process handles
+    the signal, and needs the workers until its current step is complete.
     """
     ForkingPickler.register(torch.Tensor, _reduce_tensor)
     for name in ("SIGINT", "SIGHUP"):
@@ -138,7 +142,7 @@ def _init_worker(worker_id: int) -> None:
 
 
 def _exit_on_sigterm_of(parent: int | None) -> None:
-    """Wait for SIGTERM from the parent process and exit; those from other processes are ignored."""
+    """Wait for a SIGTERM that the parent process sent, and exit. Every SIGTERM of another process is ignored."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)

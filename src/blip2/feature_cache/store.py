@@ -7,7 +7,7 @@ is written by one process, which only appends to it, and has two files:
 - ``NAME.index.jsonl``: lines of three kinds:
 
   - ``{"image": DIGEST, "row": 3}``: row 3 of this part has the features of the image;
-  - ``{"image": DIGEST, "why": "it is damaged"}``: the image cannot be decoded;
+  - ``{"image": DIGEST, "error": "it is damaged"}``: the image cannot be decoded;
   - ``{"image": DIGEST, "file": "/a.png", "size": 812, "mtime_ns": 17}``: the file contains the image. The file is not
     read again while its size and modification time are the same.
 
@@ -135,7 +135,7 @@ class StoreWriter:
         self._num_rows += len(images)
         self._write_lines(
             [{"image": image, "row": row} for row, image in numbered]
-            + [{"image": image, "why": why} for image, why in errors.items()]
+            + [{"image": image, "error": error} for image, error in errors.items()]
         )
 
     def add_file(self, image: str, path: str, stat: os.stat_result) -> None:
@@ -240,8 +240,8 @@ def read_index(folder: Path, row_format: RowFormat) -> StoreIndex:
         for line in _whole_lines(folder / f"{part}.index.jsonl"):
             if "file" in line:
                 known.append((file_key(line["file"], line["size"], line["mtime_ns"]), line["image"]))
-            elif "why" in line:
-                errors[line["image"]] = line["why"]
+            elif "error" in line:
+                errors[line["image"]] = line["error"]
             elif line["row"] < num_rows:
                 image_rows.append((line["image"], line["row"]))
         images.append(np.array([image for image, _ in image_rows], DIGEST))

@@ -29,13 +29,13 @@ class DataStats:
 
     def __init__(self, sources: Sequence[str], counts: dict[str, Any] | None) -> None:
         self._sources = sources
-        self._names = [*(f"skipped_{reason}" for reason in SKIP_REASONS), "cut", "shards"]
+        self._names = [*(f"skipped_{reason}" for reason in SKIP_REASONS), "truncated", "shards"]
         counts = counts or {}
         self._counts = Counter({name: int(counts.get(name, 0)) for name in self._names})
-        self._drawn = Counter({name: int(counts.get("drawn", {}).get(name, 0)) for name in sources})
+        self._samples_seen = Counter({name: int(counts.get("samples_seen", {}).get(name, 0)) for name in sources})
         self._skipped: list[SkippedRecord] = []
         self._local_counts: Counter[str] = Counter()
-        self._local_drawn: Counter[str] = Counter()
+        self._local_samples_seen: Counter[str] = Counter()
         self._step_counts: Counter[str] = Counter()
         self.step_source: str | None = counts.get("source")
         """The source of all samples of the last step. None if there is only one source, or if a process drew from a
@@ -45,15 +45,15 @@ class DataStats:
         """Count a batch of this process."""
         self._skipped += loaded.skipped
         self._local_counts.update(f"skipped_{record.reason}" for record in loaded.skipped)
-        self._local_counts.update({"cut": loaded.num_truncated, "shards": loaded.shards_started})
-        self._local_drawn[self._sources[loaded.source_index]] += loaded.num_samples
+        self._local_counts.update({"truncated": loaded.num_truncated, "shards": loaded.shards_started})
+        self._local_samples_seen[self._sources[loaded.source_index]] += loaded.num_samples
 
     def local_counts(self) -> list[float]:
         """Return the counts of this process since the last call, in a fixed order, to be summed over all processes."""
         counts = [self._local_counts[name] for name in self._names]
-        counts += [self._local_drawn[name] for name in self._sources]
+        counts += [self._local_samples_seen[name] for name in self._sources]
         self._local_counts.clear()
-        self._local_drawn.clear()
+        self._local_samples_seen.clear()
         return [float(count) for count in counts]
 
     def end_step(self, sums: Sequence[int]) -> None:
@@ -63,11 +63,11 @@ class DataStats:
             sums: the sum of :meth:`local_counts` over all processes.
         """
         self._step_counts = Counter(dict(zip(self._names, sums, strict=False)))
-        drawn = dict(zip(self._sources, sums[len(self._names) :], strict=True))
+        samples = dict(zip(self._sources, sums[len(self._names) :], strict=True))
         self._counts.update(self._step_counts)
-        self._drawn.update(drawn)
-        drawn_from = [name for name, number in drawn.items() if number]
-        self.step_source = drawn_from[0] if len(drawn_from) == 1 and len(drawn) > 1 else None
+        self._samples_seen.update(samples)
+        used_sources = [name for name, number in samples.items() if number]
+        self.step_source = used_sources[0] if len(used_sources) == 1 and len(samples) > 1 else None
 
     @property
     def num_skipped(self) -> int:
@@ -77,18 +77,18 @@ class DataStats:
     @property
     def num_truncated(self) -> int:
         """Number of captions truncated so far."""
-        return self._counts["cut"]
+        return self._counts["truncated"]
 
     def metrics(self) -> dict[str, Any]:
         """Return all counts so far, for the metrics file and for a checkpoint.
 
         Returns:
-            ``drawn``: samples of each source, by its name; ``skipped``: skipped records, and ``skipped_REASON`` for
-            each of :data:`SKIP_REASONS`; ``cut``: truncated captions; ``shards``: shards that were started; and
+            ``samples_seen``: samples of each source, by its name; ``skipped``: skipped records, and ``skipped_REASON`` for
+            each of :data:`SKIP_REASONS`; ``truncated``: truncated captions; ``shards``: shards that were started; and
             ``source``, which is :attr:`step_source`, unless that is None.
         """
         source = {} if self.step_source is None else {"source": self.step_source}
-        return {**source, "drawn": dict(self._drawn), "skipped": self.num_skipped, **self._counts}
+        return {**source, "samples_seen": dict(self._samples_seen), "skipped": self.num_skipped, **self._counts}
 
     def log_skipped(self, step: int, file: JsonlLog, display: Display, max_length: int) -> None:
         """Write the records that were skipped in the last step to a file, and show the first ones of the run.
@@ -106,12 +106,12 @@ class DataStats:
             local, self._skipped = self._skipped, []
             skipped = [record for rank_skipped in all_gather_objects(local) for record in rank_skipped]
             for number, record in enumerate(skipped, self.num_skipped - skipped_now):
-                file.write({"step": step, "cause": record.reason, "key": record.key, "why": record.message})
+                file.write({"step": step, "reason": record.reason, "key": record.key, "message": record.message})
                 if number < MAX_DISPLAYED_SKIPS:
                     display.log(f"skipped {record}")
                 elif number == MAX_DISPLAYED_SKIPS:
                     display.log(f"further skipped records are listed in {file.path} only")
-        if self.num_truncated and self.num_truncated == self._step_counts["cut"]:
+        if self.num_truncated and self.num_truncated == self._step_counts["truncated"]:
             display.log(
                 f"a caption is longer than data.max_length ({max_length}) tokens and was truncated; further truncated"
                 " captions are only counted"
@@ -128,7 +128,7 @@ class DataStats:
             InputError: the fraction of skipped samples, or of damaged shards, exceeds `max_bad_fraction`.
         """
         for bad, total, minimum, what in (
-            (self.num_skipped, self._drawn.total(), MIN_SAMPLES, "samples"),
+            (self.num_skipped, self._samples_seen.total(), MIN_SAMPLES, "samples"),
             (self._counts["skipped_shard"], self._counts["shards"], MIN_SHARDS, "shards"),
         ):
             if total >= minimum and bad > max_bad_fraction * total:

@@ -22,6 +22,7 @@ from blip2.data.assets import resolve
 from blip2.data.dataset import BatchDataset, LoadedBatch, to_device
 from blip2.data.mixtures import MixtureDataset, build_mixture, resume_mixture, sample_mixture
 from blip2.data.overlap import OpenedSource, check_overlap
+from blip2.data.positions import MixturePosition
 from blip2.data.records import Records, RecordStream
 from blip2.data.sampler import sequential_batches
 from blip2.data.sources import open_records
@@ -183,7 +184,7 @@ def configure_model(recipe: Recipe, built: Built, accelerator: Accelerator, disp
 
 
 def open_data(
-    recipe: Recipe, built: Built, accelerator: Accelerator, display: Display, positions: list[Any]
+    recipe: Recipe, built: Built, accelerator: Accelerator, display: Display, positions: list[MixturePosition]
 ) -> TrainingData:
     """Open ``data.train`` and ``data.validation``, and compute the cached features that are missing.
 
@@ -192,7 +193,7 @@ def open_data(
         built: the model, its tokenizers and its preprocessing.
         accelerator: the accelerator of the run.
         display: the terminal, on which the sources are described.
-        positions: positions of all processes in the data, to resume from; empty at the start of a run.
+        positions: the position of each process in the data, from the checkpoint to resume from; empty for a new run.
 
     Raises:
         InputError: the data is unusable or does not fit the recipe.
