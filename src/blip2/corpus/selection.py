@@ -27,8 +27,8 @@ class SelectionRules:
     """ISO 639-1 code of the language to keep, such as en. Captions whose language is unclear are kept too. null: all
     languages are kept."""
     max_word_overlap: float = bounded(1.0, 1e-6, 1)
-    """Two captions are duplicates if the number of different words that both have, divided by the number of different
-    words that either has, is at least this. Only the best of several duplicates is kept."""
+    """Of captions whose word overlap is at least this, only the best is kept. The word overlap of two captions is the
+    number of their common words divided by the number of all their words, counting each word once."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
