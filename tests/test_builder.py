@@ -117,7 +117,7 @@ def test_it_is_random_without_bert(parts, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"bert": None}, "has no text tokenizer: set qformer.tokenizer, or qformer.bert"),
+        ({"bert": None}, "qformer.tokenizer and qformer.bert are both null"),
         ({"bert": None, "tokenizer": "BERT", "vocab_size": 50}, "set qformer.vocab_size to 58"),
         ({"vocab_size": 50}, "(vocab_size 50): set qformer {vocab_size: 58}"),
         (
@@ -125,7 +125,7 @@ def test_it_is_random_without_bert(parts, tmp_path):
             "(hidden_size 64, num_hidden_layers 3): set qformer {hidden_size: 32, num_hidden_layers: 2}",
         ),
         ({"bert": "LLAMA"}, "is a llama model; the Q-Former starts from a model of type bert"),
-        ({"bert": "NOWHERE"}, "to load the BERT from: check the path, or copy it there"),
+        ({"bert": "NOWHERE"}, "to load the BERT from: check the path, or copy the BERT there"),
     ],
 )
 def test_a_bert_that_does_not_fit(parts, tmp_path, changes, expected):
@@ -172,7 +172,7 @@ def test_stop(parts):
     for stop, count in (("ab", 2), ("", 0)):
         with pytest.raises(InputError) as raised:
             find_eos_token_id(tokenizer, stop, parts.opt)
-        assert f"language.stop_string {stop!r} is {count} tokens" in message(raised)
+        assert f"language.stop_string {stop!r} has {count} tokens" in message(raised)
         assert "expected exactly one" in message(raised)
 
 

@@ -158,7 +158,7 @@ def test_disk_full_names_the_last_good_checkpoint(save, built, monkeypatch, targ
         save(4)
     message = one_line(raised)
     assert "no space left on the disk while saving the checkpoint of step 4" in message
-    assert "rerun with --resume from step-00000002" in message
+    assert "rerun with --resume, which continues from step-00000002" in message
     assert [path.name for path in (save.run / "checkpoints").iterdir()] == ["step-00000002"]
     checkpoint.load_weights(checkpoint.open_native(checkpoint.latest_checkpoint(save.run)), built.model)
     assert torch.equal(built.model.qformer.queries, kept)
@@ -226,7 +226,7 @@ def test_truncated_weights(save, built, size):
     folder = save(2)
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(InputError, match=r"cannot be read .* use another, or train again") as raised:
+    with pytest.raises(InputError, match=r"cannot be read .* copy it again, or use another checkpoint") as raised:
         checkpoint.load_weights(checkpoint.open_native(folder), built.model)
     assert str(folder) in one_line(raised)
 
@@ -272,7 +272,7 @@ def test_find(save, tmp_path):
     assert checkpoint.find_checkpoint(save.run) == last
     assert checkpoint.find_checkpoint(first) == first
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="holds no checkpoint: give the folder of a run"):
+    with pytest.raises(InputError, match="contains no checkpoint: give the folder of a run"):
         checkpoint.find_checkpoint(tmp_path / "empty")
     with pytest.raises(InputError, match="nothing is not a folder: give the folder of a run"):
         checkpoint.find_checkpoint(tmp_path / "nothing")
@@ -283,7 +283,7 @@ def test_a_recipe_is_not_needed(save, built):
     folder = save(2)
     (folder / "recipe.yaml").write_text("no recipe")
     saved = checkpoint.open_checkpoint(str(folder))
-    with pytest.raises(InputError, match=r"recipe\.yaml: it holds one str, expected keys with values"):
+    with pytest.raises(InputError, match=r"recipe\.yaml: it contains a single str, expected keys with values"):
         checkpoint.read_recipe(saved)
     (folder / "recipe.yaml").unlink()
     assert checkpoint.read_recipe(saved) is None
@@ -296,10 +296,10 @@ def test_a_folder_of_before_configs(save):
     (folder / "model.yaml").unlink()
     for name in (folder, save.run):
         with pytest.raises(
-            InputError, match=r"holds model\.safetensors, .*recipe\.yaml.*, expected model\.yaml"
+            InputError, match=r"has no model\.yaml \(it contains model\.safetensors, .*recipe\.yaml.*\)"
         ) as raised:
             checkpoint.open_checkpoint(str(name))
-        assert str(folder) in one_line(raised) and "make model.yaml of stage, vision," in str(raised.value)
+        assert str(folder) in one_line(raised) and "create model.yaml with the keys stage, vision," in str(raised.value)
 
 
 def test_keys_of_a_recipe_in_a_config(save):
@@ -371,7 +371,7 @@ def test_previous_stage_of_other_shapes(save, second_stage):
 def test_previous_stage_without_qformer(save, second_stage):
     folder = save(2)
     save_file({"something": torch.zeros(1)}, folder / "model.safetensors")
-    with pytest.raises(InputError, match=r"holds no Q-Former that fits: its first names are \['something'\]"):
+    with pytest.raises(InputError, match=r"contains no weights of a Q-Former, but \['something'\]"):
         checkpoint.load_previous_stage(checkpoint.open_native(folder), second_stage)
 
 

@@ -93,6 +93,17 @@ def test_help_of_training_has_every_field_s_docstring(capsys):
     assert count > 50
 
 
+def test_help_has_the_defaults_of_the_command(capsys):
+    lengths = {"ask": "in tokens (default: 10).", "caption": "in tokens (default: 30)."}
+    penalties = {"ask": "favor short texts (default: -1).", "caption": "favor short texts (default: 1)."}
+    for command in lengths:
+        text = " ".join(help_of(capsys, command).split())
+        assert lengths[command] in text and penalties[command] in text
+    for command in ("match", "embed"):
+        text = help_of(capsys, command)
+        assert "LLM" not in text and "language" not in text
+
+
 def test_help_does_not_wait_for_torch():
     code = """
 import sys

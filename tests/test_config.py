@@ -108,7 +108,7 @@ def test_starts(write, tmp_path, given, starts):
 
 @pytest.mark.parametrize("given", [[], [""], ["runs/a", ""], ""])
 def test_starts_that_name_nothing(write, given):
-    with pytest.raises(InputError, match=r"start_from is .*, expected runs or checkpoints: name them, or set it to"):
+    with pytest.raises(InputError, match=r"start_from is .*, expected names of runs or checkpoints: correct it"):
         load_recipe(write(start_from=given))
 
 
@@ -235,7 +235,7 @@ def test_every_number_has_a_range():
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"stage": "generation"}, "stage generation needs a frozen LLM: set language.name"),
+        ({"stage": "generation"}, "stage generation needs an LLM, but language is null: set language.name"),
         ({"language": {"name": "opt"}}, "stage representation has no LLM: leave out language"),
         ({"objectives": {"itc": 0, "itm": 0, "itg": 0}}, "all objectives are switched off: give one"),
         (
@@ -244,7 +244,7 @@ def test_every_number_has_a_range():
         ),
         (
             {"evaluation": {"task": "vqa", "data": "x"}},
-            "evaluation.task vqa is not for stage representation: set it to retrieval",
+            "evaluation.task is vqa, which a model of stage representation cannot do: set evaluation.task to retrieval",
         ),
         (
             {
@@ -252,7 +252,7 @@ def test_every_number_has_a_range():
                 "language": {"name": "x"},
                 "evaluation": {"task": "retrieval", "data": "x"},
             },
-            "evaluation.task retrieval is not for stage generation: set it to captioning or vqa",
+            "evaluation.task is retrieval, which a model of stage generation cannot do: set evaluation.task to capt",
         ),
         (
             {"training": {"metric_for_best_model": "evaluation_CIDEr"}},
@@ -360,8 +360,8 @@ def test_a_base(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("base: nowhere.yaml", r"its base .*nowhere\.yaml is not there: put it into the same folder"),
-        ("base: recipe.yaml", r"recipe .*: its base .*recipe\.yaml is based on it: remove one of the two bases"),
+        ("base: nowhere.yaml", r"its base .*nowhere\.yaml does not exist: copy that file into the folder"),
+        ("base: recipe.yaml", r"recipe .*: its base .*recipe\.yaml is in turn based on this recipe: remove base"),
         ("base: 3", r"base"),
     ],
 )
@@ -373,7 +373,7 @@ def test_bases_that_cannot_be(tmp_path, text, message):
 
 
 def test_a_base_is_not_for_the_command_line(write):
-    with pytest.raises(InputError, match="--base is for recipe files only: give the recipe"):
+    with pytest.raises(InputError, match="base can only be set inside a recipe file: give that recipe"):
         load_recipe(write(), ["--base", "x.yaml"])
 
 
@@ -418,7 +418,7 @@ def test_a_mixture(write, tmp_path):
 
 @pytest.mark.parametrize(
     ("train", "why"),
-    [({}, "data.train has no source"), ({"a.jsonl": -1}, "data.train is -1.0, expected at")],
+    [({}, "data.train is empty, expected at least one source"), ({"a.jsonl": -1}, "data.train is -1.0, expected at")],
 )
 def test_a_mixture_that_cannot_be(write, train, why):
     with pytest.raises(InputError, match=why) as error:

@@ -37,7 +37,7 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         write_json(path, [])
     with (
-        pytest.raises(InputError, match=r"a\.json cannot be written \(No such file.+\): make room, or give"),
+        pytest.raises(InputError, match=r"a\.json cannot be written \(No such file.+\): free disk space .* or give"),
         convert_os_errors(path),
     ):
         write_json(path, [])
@@ -87,11 +87,11 @@ class Nothing:
 
 
 def test_a_pass_has_its_output_alone(tmp_path: Path) -> None:
-    with lock_folder(tmp_path), pytest.raises(InputError, match="in use by this process"):
+    with lock_folder(tmp_path), pytest.raises(InputError, match="in use by another job of this process"):
         run_job(Nothing(), [], tmp_path, {"pass": "x"}, LOCAL, "x")
     assert list(run_job(Nothing(), [], tmp_path, {"pass": "x"}, LOCAL, "x")) == []
     (tmp_path / "about.json").write_text('{"pass": ')
-    with pytest.raises(InputError, match=r"about\.json is damaged .*: delete it to resume with the other files"):
+    with pytest.raises(InputError, match=r"about\.json is damaged .*: delete this file if the other files"):
         claim_folder(tmp_path / "about.json", {"pass": "x"}, "pass")
 
 

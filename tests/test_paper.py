@@ -15,9 +15,10 @@ import torch
 from blip2.config import EvaluationConfig, ObjectivesConfig
 from blip2.corpus.capfilt import CapFiltConfig
 from blip2.data.collate import LAVIS_PUNCTUATION, MAX_WORDS, split_caption
+from blip2.decoding.options import ANSWER_DECODING, CAPTION_DECODING
 from blip2.model.losses import sample_hard_negatives
 from blip2.model.representation import RepresentationModel
-from blip2.pipelines import ANSWER_DECODING, CAPTION_DECODING, QUESTION_TEMPLATE, SHORT_QUESTION_TEMPLATE
+from blip2.pipelines import QUESTION_TEMPLATE, SHORT_QUESTION_TEMPLATE
 from blip2.recipe import find_recipe, load_recipe, override
 from fixtures.tiny import QFORMER, no_encoder
 

@@ -9,9 +9,9 @@ from transformers import set_seed
 
 from blip2 import pipelines as inference
 from blip2.data.collate import encode_texts
-from blip2.decoding.search import Decoding
+from blip2.decoding.options import ANSWER_DECODING, CAPTION_DECODING, Decoding
 from blip2.errors import InputError
-from blip2.pipelines import ANSWER_DECODING, CAPTION_DECODING, QUESTION_TEMPLATE, SHORT_QUESTION_TEMPLATE, load
+from blip2.pipelines import QUESTION_TEMPLATE, SHORT_QUESTION_TEMPLATE, load
 from conftest import draw
 from fixtures.tiny import randomize
 
@@ -73,7 +73,7 @@ def test_dtype_of_the_frozen_parts(runs):
 
 @pytest.mark.parametrize("name", ["nothing", ""])
 def test_where_there_is_no_checkpoint(tmp_path, name):
-    with pytest.raises(InputError, match="give the folder of a run, or a folder checkpoints/step-"):
+    with pytest.raises(InputError, match="give the folder of a run, a folder checkpoints/step-"):
         load(tmp_path / name, device="cpu")
 
 
@@ -394,10 +394,10 @@ def test_blank_texts(compare, writer, text):
     ):
         with pytest.raises(InputError) as raised:
             call()
-        assert message(raised) == f"text 2 of 2 is {text!r}, expected words"
+        assert message(raised) == f"text 2 of 2 is {text!r}, expected words: correct or remove it"
     with pytest.raises(InputError) as raised:
         writer.answer(IMAGES[0], text)
-    assert message(raised) == f"question 1 of 1 is {text!r}, expected words"
+    assert message(raised) == f"question 1 of 1 is {text!r}, expected words: correct or remove it"
 
 
 def test_nothing_at_all(compare, writer):
@@ -413,7 +413,7 @@ def test_nothing_at_all(compare, writer):
     ):
         with pytest.raises(InputError) as raised:
             call()
-        assert message(raised) == f"no {what} was given, expected at least one"
+        assert message(raised) == f"no {what} was given: give at least one"
 
 
 def test_counts_that_do_not_fit(writer):

@@ -216,15 +216,15 @@ def test_two_starts(parts, recipe, runs, tmp_path, capsys):
         else:
             assert "step-00000003): image_norm, qformer, qformer (text transformer) starting" in said
             assert "step-00000003): projection " in said
-        assert "new: " not in said and "the checkpoint has none" not in said
+        assert "new weights" not in said and "no checkpoint contains them" not in said
 
 
 def test_what_no_start_has(parts, recipe, runs, tmp_path):
     rest = save_rest(runs["llama"], tmp_path / "rest", lambda name: not name.startswith("projection."))
     for starts, bert, expected in (
-        ([runs["llama"], runs["llama"]], parts.bert, "has nothing that those before it in start_from lack: leave it"),
-        ([rest, runs["llama"]], parts.bert, r"has no qformer \(text transformer\) \(such as qformer.* stage 1, or"),
-        ([runs["llama"]], None, r"has no qformer \(text transformer\) \(such as qformer\.blocks\.0\.text_feed"),
+        ([runs["llama"], runs["llama"]], parts.bert, "is not needed, because .* contain all of its weights: remove it"),
+        ([rest, runs["llama"]], parts.bert, r"contains all weights of qformer \(text transformer\) .* stage 1; or"),
+        ([runs["llama"]], None, r"weights of qformer \(text transformer\) \(qformer\.blocks\.0\.text_feed"),
     ):
         qformer = {"use_qformer_text_input": True, "bert": bert, "tokenizer": parts.bert}
         with pytest.raises(InputError, match=expected) as raised:
@@ -242,7 +242,7 @@ def save_rest(run, folder, keep):
 def test_one_start_and_bert(parts, recipe, runs, tmp_path, capsys):
     train(recipe(tmp_path / "run", start_from=str(runs["llama"]), training={"max_steps": 1}))
     said = " ".join(capsys.readouterr().err.split())
-    assert f"from {parts.bert}, as the checkpoint has none: qformer (text transformer)" in said
+    assert f"from {parts.bert}, because no checkpoint contains them: weights of qformer (text transformer)" in said
 
 
 @pytest.mark.parametrize("form", ["transformers", "lavis"])
@@ -291,7 +291,7 @@ def test_any_llm_learns_to_answer_without_a_question_for_the_qformer(parts, reci
 
 def test_a_question_needs_a_place(parts, tmp_path):
     for changes in ({}, {"stage": "generation", "language": {"name": parts.llama, "prompt": "a photo of"}}):
-        with pytest.raises(InputError, match=r"put \{\} into language.prompt where the question goes"):
+        with pytest.raises(InputError, match=r"put \{\} into language.prompt in the place of the question"):
             parts.recipe(tmp_path, qformer={"use_qformer_text_input": True}, **changes)
 
 
@@ -315,7 +315,7 @@ def test_a_question_without_answers_is_left_out(recipe, table, tmp_path):
 
 def test_a_model_that_answers_needs_a_prompt_for_captions(run):
     pipeline = load(run, device="cpu")
-    with pytest.raises(InputError, match="was trained to answer questions: call answer, or give a prompt"):
+    with pytest.raises(InputError, match=r"was trained to answer questions: use answer\(\) \(blip2 ask\)"):
         pipeline.caption(draw("disc", "red", 0))
     assert len(pipeline.caption(draw("disc", "red", 0), "a photo of", GREEDY)) == 1
 
@@ -378,7 +378,7 @@ def test_each_record_is_learned_behind_its_own_prompt(parts):
     ids=["no place for the question", "two prompts of questions"],
 )
 def test_prompts_that_contradict_each_other_are_refused(recipe, parts, tmp_path, language):
-    with pytest.raises(InputError, match=r"language.question_prompt is .* expected {} in the first"):
+    with pytest.raises(InputError, match=r"language.question_prompt is .* expected {} in language.question_prompt"):
         recipe(tmp_path, language={"name": parts.llama, **language}, qformer={})
 
 

@@ -1,4 +1,4 @@
-"""Builds models from configs: loads the pretrained parts by name, checks that they fit, and initializes the rest."""
+"""Build models from configs: load the pretrained parts by name, check that they fit each other, initialize the rest."""
 
 from __future__ import annotations
 
@@ -49,47 +49,53 @@ class Built:
 
     model: RepresentationModel | GenerationModel
     tokenizer: PreTrainedTokenizerBase
-    """The tokenizer of the captions: the Q-Former's in stage 1, the LLM's in stage 2."""
+    """The tokenizer of the captions: that of the Q-Former in stage 1, that of the LLM in stage 2."""
     eos_token_id: int | None = None
-    """Stage 2: id of the token that ends a text of the LLM."""
+    """Stage 2: id of the token that ends each text of the LLM. None in stage 1."""
     question_tokenizer: PreTrainedTokenizerBase | None = None
-    """Stage 2: tokenizer of a Q-Former that reads questions."""
+    """Stage 2: tokenizer of the Q-Former. None if the Q-Former reads no questions, and in stage 1."""
 
     @property
     def qformer_tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer of the Q-Former's text; None if it reads no text."""
+        """The tokenizer of the Q-Former's text; None if the Q-Former reads no text."""
         return self.tokenizer if isinstance(self.model, RepresentationModel) else self.question_tokenizer
 
 
 def choose_device(requested: str | None) -> torch.device:
-    """Return the requested device, or the best one that is available.
+    """Return the device on which to run.
+
+    Args:
+        requested: ``cpu``, ``cuda``, ``cuda:1`` or ``mps``. None: the first of cuda, mps and cpu that is available.
 
     Raises:
-        InputError: it is not available.
+        InputError: the requested device is not available.
     """
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if requested is None:
         requested = next(name for name in ("cuda", "mps", "cpu") if available[name])
     kind = requested.split(":")[0]
     if kind not in available:
-        raise InputError(f"there is no kind of device {requested!r}: choose cpu, cuda or mps")
+        raise InputError(f"there is no device {requested!r}: choose cpu, cuda or mps")
     if not available[kind]:
-        raise InputError(f"device {requested!r} was requested, but PyTorch {torch.__version__} finds none: use cpu")
+        raise InputError(
+            f"device {requested!r} was requested, but PyTorch {torch.__version__} finds no such device: use cpu"
+        )
     try:
         device = torch.device(requested)
     except RuntimeError as error:
         raise InputError(
-            f"there is no device {requested!r}: choose cpu, cuda or mps, or one of several as cuda:1"
+            f"there is no device {requested!r}: choose cpu, cuda or mps, or a GPU by its number, such as cuda:1"
         ) from error
     if kind == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(
-            f"device {requested!r} was requested, but there are {torch.cuda.device_count()}: the first is cuda:0"
+            f"device {requested!r} was requested, but the number of GPUs is {torch.cuda.device_count()} and the first"
+            " is cuda:0: choose a lower number"
         )
     return device
 
 
 def choose_dtype(requested: Precision | None, device: torch.device) -> torch.dtype:
-    """Return the requested dtype; by default bfloat16 on a GPU, else float32."""
+    """Return the requested dtype. None: bfloat16 on CUDA devices, float32 on all others."""
     return DTYPES[requested or ("bf16" if device.type == "cuda" else "fp32")]
 
 
@@ -97,10 +103,10 @@ Config = TypeVar("Config", ModelConfig, Recipe)
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """Return the config of a model, or a recipe, that does not depend on the working directory.
+    """Return a model's config, or a recipe, whose paths do not depend on the working directory.
 
-    Outputs, and names of models and data that exist as files or folders, become absolute paths. Names on a hub,
-    packages and URLs are not changed.
+    Outputs become absolute paths. A name of a model or of data becomes an absolute path if a file or folder has this
+    name. Hub names, names with ``package:`` and URLs are not changed.
     """
     qformer, language = config.qformer, config.language
     config = replace(
@@ -144,7 +150,7 @@ def _absolute(name: str) -> str:
         return f"{benchmark[1]}:{benchmark[2]}:{_absolute(benchmark[3])}"
     # os.path accepts names that are not paths, or are too long.
     path = os.path.expanduser(name)  # noqa: PTH111
-    plain = re.split(r"[*?\[{]", path)[0]  # of a pattern, the folders before the first wildcard
+    plain = re.split(r"[*?\[{]", path)[0]  # the part before the first wildcard
     folder = os.path.dirname(plain) or "."  # noqa: PTH120
     exists = os.path.exists(path) or (plain != path and os.path.isdir(folder))  # noqa: PTH110, PTH112
     return str(Path(path).absolute()) if exists else name
@@ -158,15 +164,21 @@ def build(
     objectives: ObjectivesConfig | None = None,
     from_bert: bool = True,
 ) -> Built:
-    """Build a model: load the pretrained parts and initialize the rest. Parts that are not frozen are in float32.
+    """Build a model: load the pretrained parts and initialize the rest.
+
+    The image encoder and the LLM have the dtypes that the config sets; all other weights are in float32.
 
     Args:
         config: the config of the model.
-        device: device on which the model will run; it determines the dtypes that the config leaves open.
-        checkpoint: checkpoint whose weights will be loaded; its tokenizer is used, and BERT is not loaded.
-        weights_device: device of the weights. None: `device`.
+        device: device on which the model will run; it determines each dtype that the config does not set.
+        checkpoint: checkpoint whose trained weights the caller will load afterwards. The tokenizer and frozen parts
+            that it contains are used, and BERT is not loaded.
+        weights_device: device to which the model is moved. None: `device`.
         objectives: weights of the losses in training. None: the defaults.
-        from_bert: whether BERT initializes the Q-Former, if ``qformer.bert`` names one and there is no checkpoint.
+        from_bert: whether ``qformer.bert`` initializes the Q-Former if there is no checkpoint.
+
+    Returns:
+        The model and its tokenizers.
 
     Raises:
         InputError: a part cannot be loaded, or the parts do not fit each other.
@@ -204,7 +216,7 @@ Model = TypeVar("Model", RepresentationModel, GenerationModel)
 
 
 def _to_device(model: Model, config: ModelConfig, device: torch.device) -> Model:
-    """Move a model to the device, and check there that its weights are finite."""
+    """Move a model to a device, and check on that device that its weights are finite."""
     model = model.to(device)
     sources = {"vision": config.vision.name, "language": config.language.name if config.language else ""}
     for name, parameter in model.named_parameters():
@@ -213,19 +225,24 @@ def _to_device(model: Model, config: ModelConfig, device: torch.device) -> Model
 
 
 def build_image_encoder(config: VisionConfig, dtype: torch.dtype, opened: Checkpoint | None = None) -> ImageEncoder:
-    """Load the image encoder of a model, which can be part of a BLIP-2 checkpoint.
+    """Load an image encoder from its own files or from a BLIP-2 checkpoint that contains it.
 
     Args:
-        opened: a checkpoint that is already open; it is used if it contains an image encoder.
+        config: section ``vision`` of the model's config.
+        dtype: data type of the weights.
+        opened: a checkpoint that is already open. If it contains an image encoder, that one is returned.
+
+    Raises:
+        InputError: the image encoder cannot be loaded, or `config` does not fit it.
     """
     container = opened if opened is not None and opened.has_vision else open_foreign(config.name)
     if container is None:
         if config.num_attention_heads is not None:
             raise InputError(
-                f"vision.num_attention_heads is {config.num_attention_heads}, which is stored in {config.name!r}:"
-                " leave it out"
+                f"vision.num_attention_heads is {config.num_attention_heads}, but the files of {config.name!r}"
+                " determine the number of heads: leave out vision.num_attention_heads"
             )
-        trusts = config.trust_remote_code is not None  # it is then the name
+        trusts = config.trust_remote_code is not None  # ModelConfig accepts only the name
         encoder = load_image_encoder(resolve(config.name), config.layer, config.image_size, dtype, trusts)
     elif container.has_vision:
         encoder = container.with_num_attention_heads(config.num_attention_heads).load_image_encoder(
@@ -233,7 +250,8 @@ def build_image_encoder(config: VisionConfig, dtype: torch.dtype, opened: Checkp
         )
     else:
         raise InputError(
-            f"{config.name!r} ({container.description}) holds no image encoder: set vision.name to one that does"
+            f"{config.name!r} ({container.description}) contains no image encoder: set vision.name to an image encoder,"
+            " or to a checkpoint that contains one"
         )
     encoding = config.position_encoding
     encoder.position_encoding = ("none" if encodes_positions(encoder) else "sine2d") if encoding == "auto" else encoding
@@ -243,39 +261,63 @@ def build_image_encoder(config: VisionConfig, dtype: torch.dtype, opened: Checkp
 def build_language_model(
     config: LanguageConfig, dtype: torch.dtype, opened: Checkpoint | None = None, device: torch.device | None = None
 ) -> LanguageModel:
-    """Load the LLM of a model, which can be part of a BLIP-2 of transformers.
+    """Load an LLM from its own files or from a BLIP-2 checkpoint that contains it.
 
     Args:
-        opened: a checkpoint that is already open; it is used if it contains an LLM.
+        config: section ``language`` of the model's config.
+        dtype: data type of the weights; of a quantized LLM, data type of the computation.
+        opened: a checkpoint that is already open. If it contains an LLM, that one is returned.
         device: device on which a quantized LLM is loaded.
+
+    Raises:
+        InputError: the LLM cannot be loaded, or `config` does not fit it.
     """
     container = opened if opened is not None and opened.has_language else open_foreign(config.name)
     if container is None:
         trusts = config.trust_remote_code is not None
         return load_language_model(resolve(config.name), dtype, config.activation, config.quantization, device, trusts)
     if not container.has_language:
-        raise InputError(f"{config.name!r} ({container.description}) holds no LLM: set language.name to one that does")
+        raise InputError(
+            f"{config.name!r} ({container.description}) contains no LLM: set language.name to an LLM, or to a"
+            " checkpoint that contains one"
+        )
     if config.quantization is not None:
         raise InputError(
-            f"the LLM inside {container.name} cannot be quantized: set language.name to the LLM's own files"
+            f"language.quantization is {config.quantization}, but the LLM in the checkpoint {container.name} cannot be"
+            " quantized: set language.name to the folder or hub name of the LLM itself"
         )
     return container.load_language_model(dtype, config.activation)
 
 
 def load_text_tokenizer(config: QFormerConfig, checkpoint: Checkpoint | None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of the Q-Former's text: the checkpoint's, or BERT's with [DEC] as its last token."""
+    """Load the tokenizer of the Q-Former's text.
+
+    Args:
+        config: section ``qformer`` of the model's config.
+        checkpoint: if it contains a tokenizer, that one is returned.
+
+    Returns:
+        The tokenizer of the checkpoint; otherwise that of ``config.tokenizer`` or, if that is None, of ``config.bert``,
+        with [DEC] as an additional last token.
+
+    Raises:
+        InputError: there is no tokenizer, or its vocabulary does not fit ``config.vocab_size``.
+    """
     if checkpoint is not None and checkpoint.tokenizer is not None:
         return _check_vocabulary(load_tokenizer(checkpoint.tokenizer), config, checkpoint.name)
     name = config.tokenizer or config.bert
     if name is None:
-        raise InputError("the Q-Former has no text tokenizer: set qformer.tokenizer, or qformer.bert")
+        raise InputError(
+            "qformer.tokenizer and qformer.bert are both null, but the Q-Former needs a tokenizer: set one of the two"
+        )
     tokenizer = load_tokenizer(resolve(name))
     tokenizer.add_special_tokens({"bos_token": DECODER_START_TOKEN})
     tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
     if len(tokenizer) != config.vocab_size:
         raise InputError(
-            f"the tokenizer of {name!r} has {len(tokenizer)} tokens with {DECODER_START_TOKEN}, the model's"
-            f" qformer.vocab_size is {config.vocab_size}: set qformer.vocab_size to {len(tokenizer)}"
+            f"the tokenizer of {name!r} has {len(tokenizer)} tokens including {DECODER_START_TOKEN}, but"
+            f" qformer.vocab_size is {config.vocab_size}: set qformer.vocab_size to {len(tokenizer)}, or"
+            " qformer.tokenizer to the tokenizer with which the model was trained"
         )
     return tokenizer
 
@@ -292,16 +334,25 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: QFormerConfig,
 
 
 def find_eos_token_id(tokenizer: PreTrainedTokenizerBase, stop_string: str | None, name: str) -> int:
-    """Return the id of the token that ends a text: that of `stop_string` if given, else the tokenizer's own.
+    """Return the id of the token that ends a text.
 
     An LLM needs no padding token (padding is masked) and no BOS token (the soft visual prompt comes first), but
     without an end token it would never stop.
+
+    Args:
+        tokenizer: tokenizer of the LLM.
+        stop_string: text of the token. None: the tokenizer's own end-of-text token.
+        name: name of the LLM, for error messages.
+
+    Raises:
+        InputError: `stop_string` is not exactly one token, or is None and the tokenizer has no end-of-text token.
     """
     if stop_string is not None:
         ids = tokenizer(stop_string, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
             raise InputError(
-                f"language.stop_string {stop_string!r} is {len(ids)} tokens for {name!r}, expected exactly one"
+                f"language.stop_string {stop_string!r} has {len(ids)} tokens in the tokenizer of {name!r}, expected"
+                " exactly one: choose a text of one token, or leave it out to use the tokenizer's end-of-text token"
             )
         return ids[0]
     if tokenizer.eos_token_id is None:
@@ -314,10 +365,14 @@ def find_eos_token_id(tokenizer: PreTrainedTokenizerBase, stop_string: str | Non
 
 
 def build_collator(config: ModelConfig, built: Built) -> Collator:
-    """Make the collator that turns captions into the batches of the model's stage.
+    """Make the collator that turns captions into training batches of the model's stage.
+
+    Args:
+        config: the config of the model.
+        built: the model and its tokenizers.
 
     Raises:
-        InputError: the prompt is too long for the LLM.
+        InputError: a prompt is too long for the LLM or ends within a token, or the LLM cannot be trained with.
     """
     max_length = config.max_length
     if config.language is None or not isinstance(built.model, GenerationModel):
@@ -345,13 +400,13 @@ def build_collator(config: ModelConfig, built: Built) -> Collator:
 
 
 def _max_prompt_tokens(config: ModelConfig, language: LanguageModel) -> int | None:
-    """Return the maximum length of a prompt; None if it is unlimited, below 0 if even an empty one does not fit."""
+    """Return the maximum length of a prompt in tokens: None: no limit, below 0: not even an empty prompt fits."""
     if language.max_position_embeddings is None:
         return None
     max_length = config.max_length
     if not language.is_encoder_decoder:
         return language.max_position_embeddings - config.qformer.num_query_tokens - max_length
-    # The decoder generates the caption; without a prompt, the encoder reads a prefix of it.
+    # The decoder generates the caption; without a prompt, the encoder reads a prefix of the caption.
     max_prompt_tokens = language.max_position_embeddings - config.qformer.num_query_tokens
     if max_length > language.max_position_embeddings or (
         config.language is not None and not config.language.prompt and max_length > max_prompt_tokens

@@ -9,7 +9,7 @@ A checkpoint is a folder ``step-00001000``::
     state.json          step, position in the data, versions, metrics of a step whose evaluation is pending
     optimizer.pt        optimizer and gradient scaler, to be read with weights_only=True
 
-Only the first three are needed to use the model, or to start another training run from it.
+The first three suffice to use the model, or to start another training run from the checkpoint.
 """
 
 from __future__ import annotations
@@ -48,23 +48,24 @@ CHECKPOINTS_FOLDER = "checkpoints"
 BEST_FOLDER = "best"
 WEIGHTS_FILE, CONFIG_FILE, RECIPE_FILE = "model.safetensors", "model.yaml", "recipe.yaml"
 MAX_EXCESS_PARAMETERS = 1 << 26
-"""A config whose Q-Former has this many parameters more than its weights file is refused without being built. For
-fewer, the check of names and shapes gives a better message."""
+"""A config is refused before the model is built if the number of parameters of its Q-Former exceeds the number of bytes
+of the weights file by more than this number. For a smaller excess, :func:`load_weights` lists the differences."""
 STATE_FORMAT = 3
 """Version of the format of state.json and optimizer.pt."""
 
 
 def trained_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the trained weights: those of no frozen part, and of a part with adapters only the adapters.
+    """Return the trained weights of a model by name: all weights except those of frozen parts.
 
-    A tensor with two names (tied weights) is stored under the first.
+    From a part with adapters, only the adapters are returned. A tensor with two names (tied weights) is returned under
+    its first name.
     """
     frozen = tuple(f"{name}." for name, part in _freezable(model).items() if part.is_frozen)
     return {name: t for name, t in _state_without_adapted(model).items() if not name.startswith(frozen)}
 
 
 def _state_without_adapted(model: nn.Module) -> dict[str, Tensor]:
-    """Return all weights, but of a part with adapters only the adapters."""
+    """Return all weights, but from a part with adapters only the adapters."""
     adapted = {f"{name}.": part.adapter_key for name, part in _freezable(model).items() if part.adapter_key}
     return {
         name: tensor
@@ -96,11 +97,21 @@ def save_checkpoint(
     """Write the checkpoint of a step, and delete all but the last `save_total_limit` checkpoints.
 
     Args:
+        run: folder of the run.
+        step: number of completed steps.
+        model: the model.
+        recipe: the recipe of the run.
+        tokenizer: tokenizer of the Q-Former's text. None if the Q-Former reads no text.
         optimizer: state of the optimizer and the gradient scaler.
         state: other state that resuming needs, as JSON values.
+        save_total_limit: number of checkpoints to keep.
+
+    Returns:
+        The folder of the checkpoint.
 
     Raises:
-        InputError: the disk is full. Earlier checkpoints are kept.
+        InputError: the disk is full, or another program deleted the unfinished checkpoint. Earlier checkpoints are
+            kept.
     """
     root = run / CHECKPOINTS_FOLDER
     folder = root / f"step-{step:08d}"
@@ -139,8 +150,9 @@ def save_checkpoint(
             raise disk_full_error(run, f"saving the checkpoint of step {step} to {root}") from error
         if was_deleted:
             raise InputError(
-                f"{tmp_dir} was deleted while the checkpoint of step {step} was written: leave the run's folder alone,"
-                f" and rerun with --resume from {last.name if (last := latest_checkpoint(run)) else 'the start'}"
+                f"{tmp_dir} was deleted while the checkpoint of step {step} was being written: rerun with --resume,"
+                f" which continues from {last.name if (last := latest_checkpoint(run)) else 'the start'}, and do not"
+                " delete files of the run before it ends"
             ) from error
         raise
     for old in sorted(root.glob("step-????????"))[:-save_total_limit]:
@@ -149,17 +161,19 @@ def save_checkpoint(
 
 
 def write_configs(folder: Path, config: ModelConfig, recipe: Recipe | None) -> None:
-    """Write the config of a checkpoint's model to its folder and, if there is one, its recipe."""
+    """Write ``model.yaml`` and, if there is a recipe, ``recipe.yaml`` to the folder of a checkpoint."""
     (folder / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
     if recipe is not None:
         (folder / RECIPE_FILE).write_text(dump_config(recipe), encoding="utf-8")
 
 
 def save_best(run: Path, step: int, metadata: dict[str, Any]) -> None:
-    """Keep the checkpoint of a step as the best of the run, without the optimizer state.
+    """Copy the checkpoint of a step to the folder ``best`` of the run, without the optimizer state.
 
     Args:
-        metadata: metric and value, which are stored in ``best.json``.
+        run: folder of the run.
+        step: step of the checkpoint, which must exist.
+        metadata: name and value of the metric, which are stored in ``best.json``.
     """
     best = run / BEST_FOLDER
     tmp_dir, old = best.with_suffix(".tmp"), best.with_suffix(".old.tmp")
@@ -189,16 +203,21 @@ def is_disk_full(error: Exception) -> bool:
 
 
 def disk_full_error(run: Path, doing: str) -> InputError:
-    """Return the error to raise when the disk is full."""
+    """Return the error to raise when the disk is full.
+
+    Args:
+        run: folder of the run.
+        doing: the action that failed, such as "saving the checkpoint", for the message.
+    """
     last = latest_checkpoint(run)
     return InputError(
-        f"no space left on the disk while {doing}: make room, then rerun with --resume from"
+        f"no space left on the disk while {doing}: free disk space, then rerun with --resume, which continues from"
         f" {last.name if last else 'the start'}"
     )
 
 
 def _fsync(path: Path) -> None:
-    """Write a file or folder to the disk, which must be done before it is renamed."""
+    """Flush a file or folder to the disk. Renaming is safe only afterwards."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -207,15 +226,15 @@ def _fsync(path: Path) -> None:
 
 
 def latest_checkpoint(run: Path) -> Path | None:
-    """Return the last checkpoint of a run; None if there is none."""
+    """Return the folder of the last checkpoint of a run; None if the run has no checkpoint."""
     return max((run / CHECKPOINTS_FOLDER).glob("step-????????"), default=None)
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return a checkpoint folder: the path itself, or the last checkpoint of the run at that path.
+    """Return a checkpoint folder: `path` itself, or the last checkpoint of the run in the folder `path`.
 
     Raises:
-        InputError: there is none.
+        InputError: `path` is neither a checkpoint nor a run that has one.
     """
     if is_checkpoint(path):
         return path
@@ -226,69 +245,81 @@ def find_checkpoint(path: Path) -> Path:
         elif (path / "config.json").is_file():
             settings = read_json(path / "config.json")
             model_type = settings.get("model_type") if isinstance(settings, dict) else None
-            what = f"is a model of type {model_type} of transformers, not a BLIP-2"
+            what = f"is a transformers model of type {model_type}, not a BLIP-2"
         else:
-            what = "holds no checkpoint"
+            what = "contains no checkpoint"
         raise InputError(
-            f"{path} {what}: give the folder of a run, or a folder {CHECKPOINTS_FOLDER}/step-... inside one; or a"
-            " BLIP-2 of transformers, or a .pth file of LAVIS"
+            f"{path} {what}: give the folder of a run, a folder {CHECKPOINTS_FOLDER}/step-... inside a run, a BLIP-2 of"
+            " transformers, or a .pth file of LAVIS"
         )
     return last
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Return whether a folder is a checkpoint of this project, or one without its config."""
+    """Return whether a folder is a checkpoint of blip2, or would be one if ``model.yaml`` were not missing."""
     return (path / WEIGHTS_FILE).is_file() and ((path / CONFIG_FILE).exists() or not (path / "config.json").exists())
 
 
 def open_checkpoint(name: str, changes: Mapping[str, object] | None = None) -> Checkpoint:
-    """Open a checkpoint of any format: a run or checkpoint of this project, a BLIP-2 of transformers, or a LAVIS file.
+    """Open a checkpoint of any format.
 
     Args:
-        changes: values of keys of its config to override (``{"vision.image_size": 364}``), or to provide if its format
-            does not contain them (``{"language.name": "facebook/opt-2.7b"}``).
+        name: folder of a run or checkpoint of blip2, folder or hub name of a BLIP-2 of transformers, or a ``.pth`` file
+            of LAVIS.
+        changes: new values of keys of the model's config (``{"vision.image_size": 364}``), or values that the file does
+            not contain (``{"language.name": "facebook/opt-2.7b"}``).
 
     Raises:
-        InputError: there is none, it is damaged, or a folder contains two formats.
+        InputError: there is no checkpoint, it is damaged, the folder contains checkpoints of two formats, or `changes`
+            contains an unknown key or a value that does not fit the weights.
     """
     path = Path(resolve(name))
     if is_checkpoint(path) or latest_checkpoint(path) is not None:
         if is_blip2(path):
-            raise InputError(f"{path} holds two formats: a checkpoint of this project ({CONFIG_FILE}) and one"
-                             " of transformers (config.json); give each a folder of its own")  # fmt: skip
+            raise InputError(f"{path} contains checkpoints of two formats, blip2 and transformers (config.json): move"
+                             " each of the two to its own folder")  # fmt: skip
     else:
         foreign = open_foreign(name, changes or {})
         if foreign is not None and "qformer.queries" not in foreign.weights:
-            raise InputError(f"{name} holds {foreign.description}: name it as vision.name")
+            raise InputError(
+                f"{name} contains {foreign.description}, expected a BLIP-2: give a BLIP-2 checkpoint, and {name} as"
+                " vision.name"
+            )
         if foreign is not None:
             return foreign.with_config(_change(foreign, changes))
     return open_native(find_checkpoint(path), changes)
 
 
 def open_native(folder: Path, changes: Mapping[str, object] | None = None) -> Checkpoint:
-    """Open a checkpoint folder of this project.
+    """Open a checkpoint folder of blip2.
+
+    Args:
+        folder: the checkpoint.
+        changes: new values of keys of the model's config; see :func:`open_checkpoint`.
 
     Raises:
-        InputError: it is damaged, or has no config of its model.
+        InputError: the checkpoint is damaged or has no ``model.yaml``, or `changes` cannot be applied.
     """
     if not os.path.lexists(folder / CONFIG_FILE):
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise InputError(
-            f"checkpoint {folder} holds {found}, expected {CONFIG_FILE} too, the config of the model: copy the whole"
-            f" checkpoint or, if an older blip2 wrote it, make {CONFIG_FILE} of stage, vision, qformer and language in"
-            f" {RECIPE_FILE}, and of max_length and text_normalization in its data"
+            f"checkpoint {folder} has no {CONFIG_FILE} (it contains {found}): copy the whole checkpoint. If an older"
+            f" blip2 wrote it, create {CONFIG_FILE} with the keys stage, vision, qformer and language of {RECIPE_FILE}"
+            " and, also at the top level, max_length and text_normalization of its section data"
         )
     config = load_stored(ModelConfig, folder / CONFIG_FILE)
     try:
         weights = open_file(folder / WEIGHTS_FILE)
     except InputError as error:
-        raise InputError(f"checkpoint {folder} cannot be read ({error}): use another, or train again") from error
+        raise InputError(
+            f"checkpoint {folder} cannot be read ({error}): copy it again, or use another checkpoint"
+        ) from error
     _check_sizes(config, folder / WEIGHTS_FILE)
     tokenizer = folder / "tokenizer"
     checkpoint = Checkpoint(
         name=str(folder),
         format="blip2",
-        description=f"this project's stage {1 if config.stage == 'representation' else 2}, {folder.name}",
+        description=f"blip2's stage {1 if config.stage == 'representation' else 2}, {folder.name}",
         config=config,
         weights=weights,
         tokenizer=tokenizer if tokenizer.is_dir() else None,
@@ -297,17 +328,17 @@ def open_native(folder: Path, changes: Mapping[str, object] | None = None) -> Ch
 
 
 def read_recipe(checkpoint: Checkpoint) -> Recipe | None:
-    """Return the recipe by which a checkpoint was trained; None if it holds none.
+    """Return the recipe with which a checkpoint was trained; None if the checkpoint contains no recipe.
 
     Raises:
-        InputError: it is damaged.
+        InputError: the recipe is damaged.
     """
     path = Path(checkpoint.name) / RECIPE_FILE
     return load_stored(Recipe, path) if checkpoint.format == "blip2" and path.is_file() else None
 
 
 def _check_sizes(config: ModelConfig, weights: Path) -> None:
-    """Refuse a config whose Q-Former is too large for its weights file, before it is built."""
+    """Refuse a config whose Q-Former is too large for its weights file, before the Q-Former is built."""
     qformer, width = config.qformer, config.qformer.hidden_size
     min_parameters = (
         qformer.num_hidden_layers * (4 * width**2 + 2 * width * qformer.intermediate_size)
@@ -318,38 +349,39 @@ def _check_sizes(config: ModelConfig, weights: Path) -> None:
     size = weights.stat().st_size
     if min_parameters > size + MAX_EXCESS_PARAMETERS:  # a parameter has at least one byte
         raise InputError(
-            f"the {CONFIG_FILE} in {weights.parent} has a Q-Former of more than {min_parameters:,} parameters, its"
-            f" {weights.name} is of {size:,} bytes: use the {CONFIG_FILE} that was written with it"
+            f"{weights.parent / CONFIG_FILE} describes a Q-Former of more than {min_parameters:,} parameters, but"
+            f" {weights.name} has only {size:,} bytes: use the {CONFIG_FILE} that was written together with"
+            f" {weights.name}"
         )
 
 
 def _change(checkpoint: Checkpoint, changes: Mapping[str, object] | None) -> ModelConfig:
-    """Return the config of a checkpoint with `changes`, which must not change the architecture of its Q-Former."""
+    """Return the config of a checkpoint with `changes`, which must not change the architecture of the Q-Former."""
     config = override(checkpoint.config, changes or {})
     check_qformer_config(checkpoint, config.qformer)
     return config
 
 
 def check_qformer_config(checkpoint: Checkpoint, qformer: QFormerConfig) -> None:
-    """Refuse a Q-Former that differs from that of a checkpoint.
+    """Check that the config of a Q-Former fits the weights of a checkpoint.
 
     Raises:
-        InputError: a field of ``qformer`` differs on which the result of the weights depends.
+        InputError: a field differs from the checkpoint's config. ``bert``, ``tokenizer`` and ``dropout`` may differ.
     """
     for field in fields(QFormerConfig):
         old, new = getattr(checkpoint.config.qformer, field.name), getattr(qformer, field.name)
         if old != new and field.name not in ("bert", "tokenizer", "dropout"):
             raise InputError(
-                f"qformer.{field.name} of {checkpoint.name} is {old}, which its weights are for; it cannot be {new}:"
-                " leave it out"
+                f"qformer.{field.name} is {new}, but {checkpoint.name} was trained with {old}: leave out"
+                f" qformer.{field.name}, or set it to {old}"
             )
 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Load the trained weights into a model of the same config.
+    """Load the trained weights of a checkpoint into a model that was built with the checkpoint's config.
 
     Raises:
-        InputError: the file is damaged, or names or shapes differ; the message lists them.
+        InputError: the file of weights is damaged, or names or shapes of weights differ; the message lists them.
     """
     weights = checkpoint.trained_weights()
     # A part that was trained is in the checkpoint, even if it is frozen in this model.
@@ -368,13 +400,15 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
 
 
 def resume_weights(checkpoint: Checkpoint, model: nn.Module) -> list[str]:
-    """Load the trained weights into a model that resumes training, in which more parts can train than before.
+    """Load the trained weights of a checkpoint into a model that resumes training.
+
+    A part of the model may train now that was frozen before.
 
     Returns:
         A message for each part that trains, or has adapters, for the first time and starts from its pretrained weights.
 
     Raises:
-        InputError: a part that was trained is frozen now, the file is damaged, or names or shapes differ.
+        InputError: a part that was trained is frozen now, the file of weights is damaged, or names or shapes differ.
     """
     weights, trained = checkpoint.trained_weights(), trained_state_dict(model)
     _check_kept(checkpoint, weights, model)
@@ -385,17 +419,19 @@ def resume_weights(checkpoint: Checkpoint, model: nn.Module) -> list[str]:
 
 
 def load_previous_stage(checkpoint: Checkpoint, model: nn.Module, names: Collection[str] | None = None) -> list[str]:
-    """Initialize a model from a checkpoint of another stage: load the weights that both have.
+    """Initialize a model from a checkpoint of the same or the previous stage: load the weights that both have.
 
     Args:
-        names: names of the parameters of `model` to load; None: all that train.
+        checkpoint: the checkpoint.
+        model: the model.
+        names: names of the parameters of `model` to load. None: all parameters that train.
 
     Returns:
-        The names that the checkpoint does not have.
+        Those of `names` that the checkpoint does not contain.
 
     Raises:
-        InputError: a shape differs, the checkpoint lacks the Q-Former or has another number of heads, or it has a
-            trained image encoder or LLM that is frozen or different in `model`.
+        InputError: the checkpoint contains no Q-Former or none of `names`, a shape or the Q-Former's number of heads
+            differs, or the checkpoint contains a trained image encoder or LLM that is frozen or different in `model`.
     """
     weights = checkpoint.all_trained_weights()
     trained = set(trained_state_dict(model))
@@ -403,61 +439,66 @@ def load_previous_stage(checkpoint: Checkpoint, model: nn.Module, names: Collect
     shared = trained & set(weights)
     if not any(name.startswith("qformer.") for name in shared):
         raise InputError(
-            f"checkpoint {checkpoint.name} holds no Q-Former that fits: its first names are {sorted(weights)[:3]}"
+            f"checkpoint {checkpoint.name} contains no weights of a Q-Former, but {sorted(weights)[:3]}: give the"
+            " checkpoint of a BLIP-2 as start_from"
         )
     config: QFormerConfig = model.qformer.config  # pyright: ignore
-    for key in ("num_attention_heads", "cross_attention_frequency"):  # which are not visible in any shape
+    for key in ("num_attention_heads", "cross_attention_frequency"):  # no shape of a weight depends on them
         saved, given = getattr(checkpoint.config.qformer, key), getattr(config, key)
         if saved != given:
             raise InputError(
-                f"checkpoint {checkpoint.name} has qformer.{key} {saved}, the recipe {given}: set it to {saved}"
+                f"checkpoint {checkpoint.name} was trained with qformer.{key} {saved}, but the recipe has {given}: set"
+                f" qformer.{key} to {saved}"
             )
     names = trained if names is None else set(names)
     if not shared & names:
         raise InputError(
-            f"checkpoint {checkpoint.name} has nothing that those before it in start_from lack: leave it out, or put"
-            " it first"
+            f"checkpoint {checkpoint.name} is not needed, because the checkpoints before it in start_from contain all"
+            " of its weights: remove it from start_from, or put it first"
         )
     _load(weights.filter((shared & names).__contains__), model, checkpoint, expected=shared & names)
     return sorted(names - shared)
 
 
 def _check_kept(checkpoint: Checkpoint, weights: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Refuse to train a model whose checkpoints would lose weights that were trained before.
+    """Refuse to train a model whose checkpoints would not contain weights that were trained before.
 
     Raises:
-        InputError: a part that was trained is frozen, or has no adapters or different ones.
+        InputError: a part that was trained before is frozen now, or its adapters are missing or different.
     """
     not_saved = set(model.state_dict()) - set(trained_state_dict(model))
     lost = sorted({name.split(".")[0] for name in set(weights) & not_saved})
     if lost:
         raise InputError(
-            f"checkpoint {checkpoint.name} holds trained weights of {', '.join(lost)}, which optimizer.learning_rate"
-            f' freezes: give "{lost[0]}.*" a rate (0 leaves them as they are), or they would be lost'
+            f"checkpoint {checkpoint.name} contains trained weights of {', '.join(lost)}, which new checkpoints would"
+            f' not contain, because optimizer.learning_rate freezes {lost[0]}: give "{lost[0]}.*" a rate in'
+            " optimizer.learning_rate (a rate of 0 does not change the weights)"
         )
     parts = tuple(f"{part}." for part in _freezable(model))
     unplaced = sorted(name for name in set(weights) - set(model.state_dict()) if name.startswith(parts))
     if unplaced:
         raise InputError(
-            f"checkpoint {checkpoint.name} holds {unplaced[0]}, which the model does not have: set"
-            f" {unplaced[0].split('.')[0]} (its name and its lora) to what the checkpoint's {CONFIG_FILE} says"
+            f"checkpoint {checkpoint.name} contains the weight {unplaced[0]}, which the model does not have: copy the"
+            f" section {unplaced[0].split('.')[0]} of the checkpoint's {CONFIG_FILE} into the recipe"
         )
 
 
 def load_start_from(recipe: Recipe, built: Built, log: Callable[[str], None]) -> bool:
-    """Load the trained weights of the checkpoints in ``recipe.start_from``, of this stage or the previous one.
+    """Load the trained weights of the checkpoints in ``recipe.start_from``, of the same or the previous stage.
 
-    If two checkpoints have a weight, the first in ``recipe.start_from`` provides it.
+    If several checkpoints contain a weight, the first of them in ``recipe.start_from`` provides it.
 
     Args:
-        log: is called with messages about what comes from which checkpoint.
+        recipe: the recipe of the run.
+        built: the model, into which the weights are loaded.
+        log: is called with messages about the origin of the weights.
 
     Returns:
-        Whether the projection to the LLM is still random, because no checkpoint has one.
+        Whether the projection to the LLM is still random, because no checkpoint contains a projection.
 
     Raises:
-        InputError: a checkpoint cannot be read, does not fit or adds nothing, or a part of the Q-Former is neither in
-            a checkpoint nor in BERT.
+        InputError: a checkpoint cannot be read, does not fit or is not needed, or neither a checkpoint nor BERT
+            initializes a part of the Q-Former.
     """
     known: dict[str, object] = {
         "vision.name": recipe.vision.name,
@@ -475,38 +516,41 @@ def load_start_from(recipe: Recipe, built: Built, log: Callable[[str], None]) ->
     missing = [name for name in new if name.startswith("qformer.")]
     if missing and not recipe.starts_from_bert:
         raise InputError(
-            f"start_from {' and '.join(recipe.start_checkpoints)} has no {_parts(missing)} (such as {missing[0]}): add"
-            " a checkpoint that does, for example a stage 1, or start from one checkpoint and set qformer.bert"
+            f"no checkpoint in start_from ({', '.join(recipe.start_checkpoints)}) contains all weights of"
+            f" {_parts(missing)} ({missing[0]} is missing): add a checkpoint that contains them, for example that of"
+            " stage 1; or start from one checkpoint and set qformer.bert"
         )
     if missing:
-        log(f"from {recipe.qformer.bert}, as the checkpoint has none: {_parts(missing)}")
+        log(f"from {recipe.qformer.bert}, because no checkpoint contains them: weights of {_parts(missing)}")
     if len(new) > len(missing):
-        log(f"new: {_parts(set(new) - set(missing))}")
+        log(f"new weights, which no checkpoint contains: {_parts(set(new) - set(missing))}")
     if isinstance(built.model, GenerationModel) and "projection.weight" in new:
         built.model.initialize_projection()
     return "projection.weight" in new
 
 
 def _parts(names: Collection[str]) -> str:
-    """Return the parts that have some weights; the Q-Former's text transformer counts as a part of its own."""
+    """Return the parts to which weights belong, as a text; the Q-Former's text transformer is named separately."""
     parts = {f"{name.split('.')[0]}{' (text transformer)' if is_text_weight(name) else ''}" for name in names}
     return ", ".join(sorted(parts))
 
 
 def _log_differences(checkpoint: Checkpoint, recipe: Recipe, built: Built, log: Callable[[str], None]) -> None:
-    """Log settings that differ from the checkpoint's, so that the model's first outputs differ from it too."""
+    """Log each setting that differs from the checkpoint's setting and therefore changes the model's first outputs."""
     if checkpoint.has_vision and checkpoint.name not in (recipe.vision.name, str(Path(recipe.vision.name).absolute())):
-        log(f"its image encoder is not used, but vision.name {recipe.vision.name}")
+        log(f"the image encoder in {checkpoint.name} is not used, but the one of vision.name, {recipe.vision.name}")
     both = [
         {"qformer": each.qformer, "language": each.language, "data": each} for each in (checkpoint.config, recipe.model)
     ]
     for section, key in (("qformer", "image_norm_eps"), ("language", "activation"), ("data", "text_normalization")):
         saved, given = (getattr(each[section], key, None) for each in both)
         if saved != given and both[0][section] is not None:
-            log(f"its {section}.{key} is {saved}, the recipe's is {given}: results differ slightly at first")
+            log(
+                f"{section}.{key} is {saved} in the checkpoint, {given} in the recipe: results differ slightly at first"
+            )
     saved, given = checkpoint.config.vision.position_encoding, built.model.vision.position_encoding
     if saved not in ("auto", given):
-        log(f"its vision.position_encoding is {saved}, the recipe's is {given}: results differ at first")
+        log(f"vision.position_encoding is {saved} in the checkpoint, {given} in the recipe: results differ at first")
 
 
 def _load(weights: Mapping[str, Tensor], model: nn.Module, checkpoint: Checkpoint, expected: set[str]) -> None:
@@ -522,7 +566,7 @@ def _load(weights: Mapping[str, Tensor], model: nn.Module, checkpoint: Checkpoin
         if names:
             listed = "; ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
             raise InputError(f"checkpoint {checkpoint.name} does not fit the {config} ({what}: {listed}): use the"
-                             f" {config} of the checkpoint, which is in the same folder")  # fmt: skip
+                             f" {config} with which it was trained")  # fmt: skip
     check_tied_weights(weights, parameters, f"checkpoint {checkpoint.name}")
     with torch.no_grad():
         for name, tensor in weights.items():
@@ -531,10 +575,16 @@ def _load(weights: Mapping[str, Tensor], model: nn.Module, checkpoint: Checkpoin
 
 
 def read_training_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read state.json and optimizer.pt of a checkpoint; tensors are on the CPU.
+    """Read state.json and optimizer.pt of a checkpoint.
+
+    Args:
+        folder: the checkpoint.
+
+    Returns:
+        The content of state.json and the content of optimizer.pt. Tensors are on the CPU.
 
     Raises:
-        InputError: one of them is damaged, contains code, or has another format.
+        InputError: a file is damaged or contains code, or another version of blip2 wrote another format.
     """
     name = "state.json"
     try:
@@ -551,19 +601,19 @@ def read_training_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             _check(isinstance(state["counts"], dict) and isinstance(state["unfinished"], dict | None))
     except Exception as error:  # unpickling damaged bytes raises nearly anything
         raise InputError(
-            f"{folder / name} cannot be read ({type(error).__name__}): delete {folder} to resume from the"
-            " checkpoint before it, or from the start"
+            f"{folder / name} cannot be read ({type(error).__name__}): delete {folder} to resume from the previous"
+            " checkpoint, or from the start if there is none"
         ) from error
     if state_format != STATE_FORMAT:
         raise InputError(
-            f"{folder} was written by blip2 {writer}, with a state of format {state_format}; this is blip2"
-            f" {version('blip2')} and format {STATE_FORMAT}: resume with that version, or start a new run with"
-            f" `start_from: {folder}`"
+            f"{folder} was written by blip2 {writer} and has a training state of format {state_format}; this is blip2"
+            f" {version('blip2')}, which reads format {STATE_FORMAT}: resume with blip2 {writer}, or start a new run"
+            f" with `start_from: {folder}`"
         )
     return state, optimizer
 
 
 def _check(condition: bool) -> None:
-    """Raise TypeError for a value that :func:`save_checkpoint` does not write."""
+    """Raise TypeError if a condition is false. It is true for all files that :func:`save_checkpoint` writes."""
     if not condition:
         raise TypeError

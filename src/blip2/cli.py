@@ -34,12 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        argv: the arguments after the program's name. None: those of this process.
+        argv: the arguments after the program's name. None: ``sys.argv[1:]``.
 
     Returns:
-        The exit status: 0 on success, 2 if an input or the machine cannot be used, 130 after an interruption, 1 for a
-        fault of blip2 or if the reader of the output is gone. Every failure prints one line on stderr; with several
-        processes the line names the process.
+        The exit status: 0 success; 1 internal error of blip2, or stdout was closed early (broken pipe); 2 unusable
+        input, or not enough memory or disk; 130 interrupted. A failure prints one line on stderr, which names the
+        process if there are several. Exceptions: a broken pipe prints nothing, and an internal error in one of several
+        processes prints its traceback.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # the terminal may be ASCII only, and file names need not be UTF-8
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except TrainingInterrupted as error:
-        with contextlib.suppress(OSError):  # the interruption may have been that the terminal closed
+        with contextlib.suppress(OSError):  # the terminal may have been closed
             print(escape_control_characters(error), file=sys.stderr)
         return 130
     except BrokenPipeError:  # for example in `blip2 caption ... | head`
@@ -62,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        return _fail(f"{error}: check that it exists, that you may read or write it, and that the disk has room", 2)
+        return _fail(
+            f"{error}: check that the file exists, that its permissions allow access, and that the disk is not full", 2
+        )
     except Exception as error:
         if _is_out_of_memory(error):
             return _fail(f"there is not enough memory ({error}): use smaller batches or a smaller model", 2)
@@ -86,8 +89,8 @@ def _is_out_of_memory(error: Exception) -> bool:
 def _fail_unexpectedly(error: Exception) -> int:
     """Report an unexpected error in one line and write the traceback to a file.
 
-    With several processes, or if ``BLIP2_TRACEBACK`` is set, the traceback is printed instead: files may be on
-    machines that are gone afterwards.
+    With several processes, or if ``BLIP2_TRACEBACK`` is set, the traceback is printed instead of written to a file,
+    because the machine with the file may not be accessible after the run.
     """
     report = escape_control_characters(traceback.format_exc(), keep="\n")
     name = f"{type(error).__name__} ({error})" if str(error) else type(error).__name__
@@ -99,8 +102,8 @@ def _fail_unexpectedly(error: Exception) -> int:
             file.write(report)
     except OSError:
         print(report, file=sys.stderr)
-        return _fail(f"{name}, which is a fault of blip2: please report it with the traceback above", 1)
-    return _fail(f"{name}, which is a fault of blip2: please report it with the traceback in {file.name}", 1)
+        return _fail(f"{name}, which is a bug in blip2: please report it with the traceback above", 1)
+    return _fail(f"{name}, which is a bug in blip2: please report it with the traceback in {file.name}", 1)
 
 
 def _run(argv: Sequence[str]) -> None:
@@ -113,7 +116,7 @@ def _run(argv: Sequence[str]) -> None:
     try:
         Path.cwd()
     except FileNotFoundError as error:
-        raise InputError("the current folder no longer exists: change to another one") from error
+        raise InputError("the current folder no longer exists: change to another folder") from error
     tune_malloc()
     arguments, overrides = split_overrides(argv)
     named = [argument for argument in arguments if argument in COMMANDS][:1]
@@ -138,9 +141,12 @@ class _EscapingFormatter(logging.Formatter):
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, object]]:
-    """Separate the overrides of keys of the config (``--vision.name eva_vit_g.pth``) from the other arguments.
+    """Separate overrides of keys of the model's config (``--vision.name eva_vit_g.pth``) from all other arguments.
 
-    The arguments of a command that accepts every key of a recipe are returned unchanged; the recipe parses them.
+    A command that accepts all keys of a recipe parses its arguments itself; they are returned unchanged.
+
+    Returns:
+        The other arguments, and the values of the overrides by key (``vision.name``).
     """
     if argv and argv[0] in COMMANDS and takes(COMMANDS[argv[0]], "keys"):
         return list(argv), {}
@@ -160,7 +166,7 @@ def build_parser(detailed: Collection[str] = COMMANDS.keys()) -> argparse.Argume
     """Return the parser of all commands.
 
     Args:
-        detailed: the commands whose options are added.
+        detailed: names of the commands whose options are added; the other commands are only listed.
     """
     parser = argparse.ArgumentParser(
         prog="blip2",
@@ -181,7 +187,7 @@ def build_parser(detailed: Collection[str] = COMMANDS.keys()) -> argparse.Argume
 
 
 def _add_details(parser: argparse.ArgumentParser, name: str) -> None:
-    """Add the options of a command and what its help says besides."""
+    """Add the options, the description and the example of a command to its parser."""
     function, sections = COMMANDS[name], ("Args:", "Example:", "The arguments are those of")
     paragraphs = (inspect.getdoc(function) or "").split("\n\n")
     parser.description = " ".join(each for each in paragraphs if not each.startswith(sections))
@@ -191,8 +197,8 @@ def _add_details(parser: argparse.ArgumentParser, name: str) -> None:
         parser.usage = f"{parser.format_usage().removeprefix('usage: ').rstrip()} [--KEY VALUE ...]"
     if takes(function, "overrides"):
         parser.epilog += (
-            " --- Keys of the model's config can be set too: those that a .pth file does not contain"
-            " (--vision.name eva_vit_g.pth --language.name facebook/opt-2.7b), or new values (--vision.image_size 364)."
+            " --- Keys of the model's config can be set as options, to change them (--vision.image_size 364) or"
+            " because a .pth file does not contain them (--vision.name eva_vit_g.pth)."
         )
     if name == "train":
         help_of_options = parser.format_help

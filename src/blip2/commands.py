@@ -1,6 +1,6 @@
 """The commands of ``blip2``: one typed function each, from which :mod:`blip2.options` makes the command line.
 
-A function reads its models and libraries when it is called, so that help does not wait for PyTorch.
+Each function imports the modules that need PyTorch in its body, so that ``--help`` does not wait for PyTorch.
 """
 
 from __future__ import annotations
@@ -9,38 +9,45 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
-from blip2.config import DecodingOptions, EvaluationConfig, Precision
+from blip2.config import CheckpointFormat, DecodingOptions, EvaluationConfig, Precision
 from blip2.corpus.options import NUCLEUS_SAMPLING, CapFiltConfig, Engine, Sharding
-from blip2.decoding.options import Decoding, Sampling
+from blip2.decoding.options import ANSWER_DECODING, CAPTION_DECODING, Decoding, Sampling
 from blip2.errors import InputError, escape_control_characters
 
 
 @dataclass(frozen=True)
 class Device:
-    """Where and in which precision models run."""
+    """The device and the data type with which models run."""
 
     device: str | None = None
     """Device to run on: cpu, cuda, cuda:1 or mps. null: a GPU if there is one."""
     dtype: Precision | None = None
-    """Data type of the frozen image encoder and LLM. null: the model's own."""
+    """Data type of the image encoder and the LLM. null: the dtype in the model's config; if the config sets none, bf16
+    on a CUDA GPU and fp32 on other devices."""
 
 
 @dataclass(frozen=True)
 class Loading(Device):
-    """How a model is loaded: the keyword arguments of :func:`blip2.load`."""
+    """Arguments of :func:`blip2.load`."""
 
     overrides: dict[str, object] = field(default_factory=dict)
 
 
-NUCLEUS = DecodingOptions(top_p=NUCLEUS_SAMPLING.top_p)
-"""The default of ``blip2 capfilt``."""
+@dataclass(frozen=True)
+class LoadingStage1(Loading):
+    """Arguments of :func:`blip2.load` for a stage-1 model, which has no LLM."""
+
+    dtype: Precision | None = None
+    """Data type of the image encoder. null: the dtype in the model's config; if the config sets none, bf16 on a CUDA
+    GPU and fp32 on other devices."""
 
 
-def demo(
-    *, quick: bool = False, output: Path = Path("runs/demo"), scale: float | None = None, data: str | None = None
-) -> None:
+CAPFILT_DECODING = replace(NUCLEUS_SAMPLING.options, num_beams=None)
+"""The default of ``blip2 capfilt``: nucleus sampling, unless the option ``--num-beams`` is given."""
+
+
+def demo(*, quick: bool, output: Path = Path("runs/demo"), scale: float | None, data: str | None) -> None:
     """Train both stages on generated scenes and report what the models learned.
 
     The arguments are those of :func:`blip2.demo.run.demo`.
@@ -58,11 +65,11 @@ def demo(
 def scenes(
     output: Path,
     *,
-    seed: int = 0,
-    train: int = 4000,
-    shards: int | None = None,
-    kinds: list[str] | None = None,
-    cutouts: Path | None = None,
+    seed: int,
+    train: int,
+    shards: int | None,
+    kinds: list[str] | None,
+    cutouts: Path | None,
 ) -> None:
     """Generate a data set of scenes with captions, questions and exact ground truth (docs/scenes.md).
 
@@ -84,8 +91,8 @@ def train(recipe: str | None = None, *, resume: bool = False, keys: list[str]) -
     Every key of a recipe can be overridden on the command line.
 
     Args:
-        recipe: a YAML file, or the name of a recipe shipped with blip2.
-        resume: continue from the last checkpoint of the run.
+        recipe: a YAML file, or the name of a recipe that comes with blip2.
+        resume: continue from the last checkpoint of the run in the folder that the recipe's output names.
 
     Example:
         blip2 train demo-stage1 --data.batch_size 32
@@ -93,7 +100,10 @@ def train(recipe: str | None = None, *, resume: bool = False, keys: list[str]) -
     from blip2.recipe import find_recipe, load_recipe
 
     if recipe is None:
-        raise InputError("no recipe was given: run blip2 train RECIPE; blip2 train --help lists the keys of a recipe")
+        raise InputError(
+            "no recipe was given, expected a YAML file or the name of a recipe: run blip2 train RECIPE, for example"
+            " blip2 train demo-stage1"
+        )
     loaded = load_recipe(find_recipe(recipe), keys)
     from blip2.evaluation.in_training import train
 
@@ -103,13 +113,13 @@ def train(recipe: str | None = None, *, resume: bool = False, keys: list[str]) -
 def features(recipe: str, *, engine: Engine, keys: list[str]) -> None:
     """Compute and cache the image features that a recipe trains on.
 
-    The frozen image encoder runs over data.train, in data.cached_views views of each image (1 if the recipe has 0), and
-    over data.validation. Training with data.cached_views then reads the features. The command can be interrupted and
-    started again: it continues where it stopped and encodes only new images. Under torchrun or accelerate launch, each
-    process encodes its share.
+    The frozen image encoder encodes data.cached_views views of each image of data.train (one view if the recipe has
+    data.cached_views 0), and the images of data.validation. A training run with data.cached_views above 0 reads the
+    cached features. If the command is interrupted and started again, it encodes only the images whose features are
+    missing. Under torchrun or accelerate launch, each process encodes a share of the images.
 
     Args:
-        recipe: a YAML file, or the name of a recipe shipped with blip2.
+        recipe: a YAML file, or the name of a recipe that comes with blip2.
 
     Example:
         blip2 features demo-stage1 --data.cached_dtype int8
@@ -122,7 +132,10 @@ def features(recipe: str, *, engine: Engine, keys: list[str]) -> None:
 
         make_features_with_engine(engine, loaded)
     elif engine.num_threads is not None:
-        raise InputError("--num-threads needs --engine ray: set OMP_NUM_THREADS instead, or leave it out")
+        raise InputError(
+            "--num-threads needs --engine ray: leave --num-threads out, and set the environment variable"
+            " OMP_NUM_THREADS if needed"
+        )
     from blip2.training.features import make_features
 
     for line in make_features(loaded):
@@ -134,7 +147,7 @@ def caption(
     images: list[str],
     *,
     prompt: str | None = None,
-    decoding: DecodingOptions,
+    decoding: DecodingOptions = CAPTION_DECODING.options,
     sampling: Sampling,
     loading: Loading,
 ) -> None:
@@ -144,15 +157,15 @@ def caption(
         model: stage-2 model: a run or checkpoint folder, a transformers BLIP-2 folder or hub name, or a LAVIS .pth
             file.
         images: image files.
-        prompt: text that each caption continues. null: the model's training prompt.
+        prompt: text that each caption continues. null: the prompt with which the model was trained.
 
     Example:
         blip2 caption runs/demo/stage2 cat.jpg
     """
-    from blip2.pipelines import CAPTION_DECODING, load
+    from blip2.pipelines import load
 
     pipeline = load(model, stage="generation", **vars(loading))
-    captions = pipeline.caption(images, prompt, _seeded(CAPTION_DECODING, decoding, sampling))
+    captions = pipeline.caption(images, prompt, _seeded(decoding, sampling))
     for image, text in zip(images, captions, strict=True):
         print_row(*([image] if len(captions) > 1 else []), text)
 
@@ -162,30 +175,33 @@ def ask(
     image: str,
     questions: list[str],
     *,
-    decoding: DecodingOptions,
+    decoding: DecodingOptions = ANSWER_DECODING.options,
     sampling: Sampling,
     loading: Loading,
 ) -> None:
     """Answer questions about an image.
 
     Args:
-        model: stage-2 model, as for blip2 caption.
+        model: stage-2 model: a run or checkpoint folder, a transformers BLIP-2 folder or hub name, or a LAVIS .pth
+            file.
         image: an image file.
         questions: one or more questions.
 
     Example:
         blip2 ask runs/demo/vqa cat.jpg "What is it?"
     """
-    from blip2.pipelines import ANSWER_DECODING, load
+    from blip2.pipelines import load
 
     pipeline = load(model, stage="generation", **vars(loading))
-    answers = pipeline.answer(image, questions, _seeded(ANSWER_DECODING, decoding, sampling))
+    answers = pipeline.answer(image, questions, _seeded(decoding, sampling))
     for question, text in zip(questions, answers, strict=True):
         print_row(*([question] if len(answers) > 1 else []), text)
 
 
-def match(model: str, image: str, texts: list[str], *, loading: Loading) -> None:
+def match(model: str, image: str, texts: list[str], *, loading: LoadingStage1) -> None:
     """Rank texts by how well they match an image.
+
+    Each line shows the probability that the text matches the image (ITM), the cosine similarity (ITC) and the text.
 
     Args:
         model: stage-1 model: a run or checkpoint folder, a transformers BLIP-2 folder or hub name, or a LAVIS .pth
@@ -215,24 +231,28 @@ def embed(
     output: Path,
     sharding: Sharding,
     engine: Engine,
-    loading: Loading,
+    loading: LoadingStage1,
 ) -> None:
-    """Write the embeddings of images and texts to a file, or those of a corpus to a folder.
+    """Write the embeddings of images and texts to a file, or the embeddings of a corpus to a folder.
 
     Args:
-        model: stage-1 model, as for blip2 match.
+        model: stage-1 model: a run or checkpoint folder, a transformers BLIP-2 folder or hub name, or a LAVIS .pth
+            file.
         images: image files.
-        text: a text to embed; repeatable.
-        data: a corpus to embed: any source that data.train of a recipe may name (docs/data.md).
-        output: a .safetensors file with images [I, Q, C] and texts [T, C], or with --data a folder.
+        text: a text to embed. Repeat the option for several texts.
+        data: a corpus to embed: any source that data.train of a recipe can name (docs/data.md).
+        output: without --data, a .safetensors file for the tensors images (images x queries x width) and texts (texts x
+            width); with --data, a folder.
 
     Example:
         blip2 embed runs/demo/stage1 *.jpg --output cats.safetensors
     """
     if data is None and engine.kind == "ray":
-        raise InputError("--engine ray embeds a whole corpus: name it with --data")
+        raise InputError("--engine ray embeds a corpus, but no --data was given: add --data, or leave out --engine ray")
     if data is not None and (images or text):
-        raise InputError("--data embeds a whole corpus: leave out image files and --text, or --data")
+        raise InputError(
+            "found both --data, which embeds a corpus, and images or --text: leave out --data, or the images and --text"
+        )
     from blip2.corpus.embed import embed, embed_corpus
 
     if data is None:
@@ -250,13 +270,14 @@ def capfilt(
     data: str,
     output: Path,
     config: CapFiltConfig,
-    decoding: DecodingOptions = NUCLEUS,
+    decoding: DecodingOptions = CAPFILT_DECODING,
     engine: Engine,
     device: Device,
 ) -> None:
     """Bootstrap the captions of a corpus: generate captions, rank them with the originals, keep the best.
 
-    Captions are sampled, unless --num-beams is given, which uses beam search instead.
+    Captions are generated by nucleus sampling. If --num-beams is given, beam search is used instead and --top-p has no
+    effect.
 
     The arguments are those of :func:`blip2.corpus.capfilt.capfilt`.
 
@@ -287,7 +308,7 @@ def evaluate(
 
     Args:
         model: a run or checkpoint folder, a transformers BLIP-2 folder or hub name, or a LAVIS .pth file.
-        predictions: score this file of predictions instead of a MODEL (docs/evaluation.md).
+        predictions: file of predictions to score instead of a MODEL (docs/evaluation.md).
         output: folder for metrics.json, predictions.json and report.html.
 
     Example:
@@ -310,9 +331,9 @@ def convert(
     source: str,
     target: str,
     *,
-    to: Literal["transformers", "vllm", "lavis", "blip2"],
-    stage1: str | None = None,
-    with_language: bool = False,
+    to: CheckpointFormat,
+    stage1: str | None,
+    with_language: bool,
     overrides: dict[str, object],
 ) -> None:
     """Convert a checkpoint to the format of transformers, vLLM, LAVIS or blip2.
@@ -327,7 +348,7 @@ def convert(
     print_row(convert(source, target, to, overrides, stage1, with_language))
 
 
-def push(folder: str, repo_id: str, *, private: bool = False) -> None:
+def push(folder: str, repo_id: str, *, private: bool) -> None:
     """Upload a converted model to the Hugging Face hub.
 
     The arguments are those of :func:`blip2.hub.push_to_hub`.
@@ -354,9 +375,9 @@ def print_row(*cells: object) -> None:
     print("\t".join(escape_control_characters(cell) for cell in cells))
 
 
-def _seeded(default: Decoding, options: DecodingOptions, sampling: Sampling) -> Decoding:
-    """Return the decoding of a command, after seeding."""
+def _seeded(options: DecodingOptions, sampling: Sampling) -> Decoding:
+    """Seed all random number generators with ``sampling.seed``, and return the decoding with `options`."""
     from transformers import set_seed
 
     set_seed(sampling.seed)
-    return default.override(options)
+    return Decoding().override(options)

@@ -17,22 +17,24 @@ from blip2.errors import InputError
 Precision = Literal["fp32", "bf16", "fp16"]
 TextNormalization = Literal["none", "lavis"]
 Stage = Literal["representation", "generation"]
+CheckpointFormat = Literal["transformers", "vllm", "lavis", "blip2"]
 QUESTION_PLACEHOLDER = "{}"
 """The part of a prompt that is replaced by the question."""
 IMAGE_TOKEN = "<image>"
 """The image placeholder in prompts of transformers' BLIP-2 and of other programs."""
 MAX_COUNT, MAX_STEPS = 10**6, 10**9
-"""Upper bounds of numbers that have no natural one: beyond any practical use, and small enough not to overflow."""
+"""Upper bounds for numbers without a natural upper bound: above any practical value, and small enough not to
+overflow."""
 
 
 def bounded(default: Any, minimum: int | float, maximum: int | float, **metadata: Any) -> Any:
-    """Return a dataclass field with a default whose number, or each of whose numbers, is in [minimum, maximum].
+    """Return a dataclass field whose number, or each of whose numbers, must be in [minimum, maximum].
 
     Args:
-        default: the default.
-        minimum: the smallest number.
-        maximum: the largest number.
-        metadata: more metadata of the field, such as those of :mod:`blip2.options`.
+        default: the default value of the field.
+        minimum: the smallest number allowed.
+        maximum: the largest number allowed.
+        metadata: further metadata of the field, such as ``option``, which :mod:`blip2.options` reads.
     """
     return field(default=default, metadata={"range": (minimum, maximum), **metadata})
 
@@ -42,29 +44,33 @@ class VisionConfig:
     """The image encoder (§3.4). It is frozen unless optimizer.learning_rate trains it (§4.2-4.4)."""
 
     name: str
-    """Folder or hub name in transformers' format (CLIP, SigLIP, DINO, ViT, EVA-g, CNNs ...), timm:NAME with the extra
-    blip2[timm], or package:efficientnet-lite0."""
+    """The image encoder, one of: a folder or hub name in transformers' format (CLIP, SigLIP, DINO, ViT, CNNs ...); a
+    .pth file with an EVA-CLIP in LAVIS's format, such as eva_vit_g.pth; timm:NAME, which needs the extra blip2[timm];
+    or package:efficientnet-lite0."""
     layer: Literal["second-last", "last"] | None = None
-    """The layer whose output is the image features. null: second-last for transformers, as in the paper; last for
-    CNNs."""
+    """The layer whose output is the image features. null: second-last for ViTs, as in the paper; last for all other
+    networks."""
     image_size: int | None = bounded(None, 1, 8192)
-    """Height and width of the input images in pixels. Position embeddings are interpolated. null: the encoder's own."""
+    """Height and width in pixels to which images are resized. If the encoder was trained with another size, its
+    position embeddings are interpolated. null: the encoder's own size."""
     num_attention_heads: int | None = bounded(None, 1, MAX_COUNT)
-    """Number of attention heads, for an image encoder whose file does not store it: an EVA-CLIP in LAVIS's format whose
-    width is not ViT-g's. null: read from the file."""
+    """Number of attention heads of the image encoder. It must be set only for an EVA-CLIP in LAVIS's format whose width
+    is not that of ViT-g, because such a file does not store the number. null: the number that the file stores."""
     position_encoding: Literal["auto", "sine2d", "none"] = "auto"
-    """Fixed 2-D sine encoding that is added to the normalized image features before the Q-Former's key and value
-    projections, as DETR does for a CNN. auto: sine2d if the encoder's tokens carry no position (CNNs, Swin), which is
-    tested by shifting an image; none for ViTs with position embeddings. Published BLIP-2 checkpoints use none."""
+    """Position encoding that is added to the normalized image features before the key and value projections of the
+    Q-Former's cross-attention. sine2d: fixed 2-D sine encoding, as in DETR. none: no encoding, as in published BLIP-2
+    checkpoints. auto: sine2d if the encoder's features do not depend on positions (CNNs, Swin), which is tested with a
+    shifted image; otherwise none."""
     dtype: Precision | None = None
-    """Data type of the weights and the computation. null: fp32 if the encoder trains or runs on a CPU, else bf16."""
+    """Data type of the weights and the computation. null: bf16 if the encoder is frozen and runs on a CUDA GPU, else
+    fp32."""
     drop_path_rate: float = bounded(0.0, 0, 0.99)
-    """Stochastic depth during training: probability of skipping the last block for an image. It decreases linearly to 0
-    at the first block. The paper fine-tunes with 0."""
+    """Stochastic depth during training: the probability that an image skips the last block. The probability of earlier
+    blocks decreases linearly to 0 at the first block. The paper fine-tunes with 0."""
     trust_remote_code: str | None = None
-    """Repeat the encoder's name here to run the Python code that is stored with its weights (docs/security.md). null:
-    no code is run, and an encoder that needs it is refused. Only a recipe of your own or a command-line option can set
-    it; in a checkpoint's files it is ignored."""
+    """The value of vision.name once more, to allow running the Python code that is stored with the encoder's weights
+    (docs/security.md). null: no such code is run, and an encoder that needs its own code is refused. This key can only
+    be set in a recipe of your own or on the command line; in the files of a checkpoint it is ignored."""
 
 
 @dataclass(frozen=True)
@@ -72,52 +78,55 @@ class QFormerConfig:
     """The Querying Transformer (§3.1). The default sizes are BERT-base's, as in the paper."""
 
     bert: str | None = "google-bert/bert-base-uncased"
-    """BERT that initializes the weights and provides the tokenizer: folder, hub name or package:minilm. null: random
-    weights, to be loaded from a checkpoint; tokenizer must then be set."""
+    """BERT that initializes the weights and provides the tokenizer: a folder, a hub name or package:minilm. null: the
+    weights are random unless start_from loads them, and qformer.tokenizer must be set."""
     tokenizer: str | None = None
-    """Folder or hub name of the tokenizer of the Q-Former's text. null: BERT's."""
+    """Folder or hub name of the tokenizer of the Q-Former's text. null: the tokenizer of qformer.bert."""
     hidden_size: int = bounded(768, 1, MAX_COUNT)
     """D, the width of the hidden states."""
     num_hidden_layers: int = bounded(12, 1, 1000)
-    """Number of blocks."""
+    """Number of transformer blocks."""
     num_attention_heads: int = bounded(12, 1, MAX_COUNT)
-    """Number of attention heads."""
+    """Number of attention heads of self-attention and cross-attention."""
     intermediate_size: int = bounded(3072, 1, MAX_COUNT)
     """Inner width of the feed-forward networks."""
     num_query_tokens: int = bounded(32, 1, MAX_COUNT)
     """Q, the number of learned queries."""
     cross_attention_frequency: int = bounded(2, 1, MAX_COUNT)
-    """Every n-th block has cross-attention to the image features, starting with the first block."""
+    """The distance between blocks with cross-attention to the image features: with 2, every second block has
+    cross-attention, starting with the first block."""
     image_text_hidden_size: int = bounded(256, 1, MAX_COUNT)
-    """C, the width of the embeddings in which images and texts are compared (ITC)."""
+    """C, the width of the embeddings by which images and texts are compared (ITC)."""
     vocab_size: int = bounded(30523, 1, 2**31 - 1)
-    """Number of tokens in the vocabulary, including [DEC], which is the last."""
+    """Number of tokens in the vocabulary, including the last one, [DEC]."""
     max_position_embeddings: int = bounded(512, 2, 2**31 - 1)
-    """Maximum length of a text in tokens."""
+    """Number of position embeddings, which is the maximum length in tokens of a text that the Q-Former reads."""
     use_qformer_text_input: bool = False
-    """Feed the question's tokens into the Q-Former together with the queries, so that it extracts features that are
-    relevant to the question (Figure 7). Only for stage generation."""
+    """Feed the question's tokens into the Q-Former together with the queries, so that the Q-Former extracts features
+    that are relevant to the question (Figure 7). Only for stage generation with {} in language.prompt."""
     dropout: float = bounded(0.1, 0, 1)
     """Dropout probability of hidden states and attention weights."""
     layer_norm_eps: float = bounded(1e-12, 0, 1)
-    """Epsilon of the LayerNorms. The default is BERT's."""
+    """Epsilon of the LayerNorms. The default is that of BERT."""
     image_norm_eps: float = bounded(1e-5, 0, 1)
-    """Epsilon of the LayerNorm of the image features. The default is LAVIS's; transformers' checkpoints have 1e-6."""
+    """Epsilon of the LayerNorm of the image features. The default is that of LAVIS; transformers' checkpoints use
+    1e-6."""
 
 
 @dataclass(frozen=True)
 class LoraConfig:
     """Low-rank adapters (LoRA) that train in an LLM whose own weights stay frozen. They need the extra blip2[lora], and
-    a pattern "language.*lora_*" in optimizer.learning_rate, before "language.*"."""
+    a learning rate for the pattern "language.*lora_*" in optimizer.learning_rate, before the pattern "language.*"."""
 
     r: int = bounded(16, 1, 8192)
     """Rank of the update matrices."""
     lora_alpha: int = bounded(32, 0, MAX_COUNT)
-    """Scaling: the update is multiplied by lora_alpha / r."""
+    """Numerator of the scaling: the update is multiplied by lora_alpha / r."""
     lora_dropout: float = bounded(0.0, 0, 1)
     """Dropout probability of the adapters' inputs."""
     target_modules: list[str] | None = None
-    """Suffixes of the names of the linear layers that get an adapter (q_proj). null: PEFT's default for the LLM."""
+    """Suffixes of the names of the linear layers that get an adapter, such as q_proj. null: PEFT's default for the
+    LLM."""
 
 
 @dataclass(frozen=True)
@@ -128,35 +137,36 @@ class LanguageConfig:
     """Folder or hub name of a decoder-only or encoder-decoder LLM in transformers' format, or
     package:smollm2-135m-instruct."""
     dtype: Precision | None = None
-    """Data type of the weights and the computation. null: fp32 if the LLM trains or runs on a CPU, else bf16. The paper
-    uses fp16 for OPT and bf16 for FlanT5."""
+    """Data type of the weights and the computation. null: bf16 if the LLM's own weights are frozen and it runs on a
+    CUDA GPU, else fp32. The paper uses fp16 for OPT and bf16 for FlanT5."""
     prompt: str = ""
-    """Text between the soft visual prompt and the caption ("a photo of", §4.2); it has no loss. The encoder of an
-    encoder-decoder LLM reads it; if it is empty, captions are split at random into a prefix for the encoder and the
-    rest for the decoder (§3.3). With {}, it is the prompt of questions: {} is replaced by a record's question, and the
-    answer is generated: "Question: {} Answer:" for OPT, "Question: {} Short answer:" for FlanT5 (§4.1)."""
+    """Text between the soft visual prompt and the caption, such as "a photo of" (§4.2). The tokens of the prompt have
+    no loss. In an encoder-decoder LLM, the encoder reads the prompt; without a prompt, each caption is split at random
+    into a prefix for the encoder and the rest for the decoder (§3.3). If the prompt contains {}, {} is replaced by the
+    question of a record, and the LLM learns to generate the answer. The paper's prompts are "Question: {} Answer:" for
+    OPT and "Question: {} Short answer:" for FlanT5 (§4.1)."""
     question_prompt: str | None = None
     """Prompt with {} for records that have a question, to train captioning and question answering in the same run;
-    records without a question use prompt. null: prompt is used for all records."""
+    records without a question use language.prompt. null: language.prompt is used for all records."""
     projection_init: Literal["random", "least_squares"] = "random"
-    """Initialization of the projection to the LLM if no checkpoint provides it. least_squares: the linear map from Z to
-    the LLM's token embeddings of the captions, fitted on several hundred images of the first table in data.train
-    (docs/queries.md)."""
+    """Initialization of the projection to the LLM if no checkpoint contains the projection. least_squares: the linear
+    map from the Q-Former's output Z to the LLM's token embeddings of the captions, fitted on several hundred images of
+    the first table in data.train (docs/queries.md)."""
     stop_string: str | None = None
     """Text of the token that ends a caption. null: the tokenizer's end-of-text token. The paper's OPT models use a
     newline."""
     activation: str | None = None
-    """Activation function that replaces the LLM's own in its feed-forward networks. The paper's FlanT5 models ran with
-    gelu."""
+    """Activation function in the feed-forward networks of the LLM; the paper's FlanT5 models used gelu. null: the LLM's
+    own."""
     lora: LoraConfig | None = None
     """Adapters that train in the LLM. null: none."""
     quantization: Literal["4bit", "8bit"] | None = None
-    """Quantize the weight matrices with bitsandbytes (4bit is NF4); needs the extra blip2[quantization]. dtype is then
-    the type of the computation. null: no quantization."""
+    """Quantize the LLM's weight matrices with bitsandbytes (4bit is NF4), which needs the extra blip2[quantization].
+    language.dtype is then the data type of the computation. null: no quantization."""
     trust_remote_code: str | None = None
-    """Repeat the LLM's name here to run the Python code that is stored with its weights (docs/security.md). null: no
-    code is run, and an LLM that needs it is refused. Only a recipe of your own or a command-line option can set it; in
-    a checkpoint's files it is ignored."""
+    """The value of language.name once more, to allow running the Python code that is stored with the LLM's weights
+    (docs/security.md). null: no such code is run, and an LLM that needs its own code is refused. This key can only be
+    set in a recipe of your own or on the command line; in the files of a checkpoint it is ignored."""
 
     @property
     def prompt_has_question(self) -> bool:
@@ -165,16 +175,16 @@ class LanguageConfig:
 
     @property
     def question_template(self) -> str | None:
-        """The prompt of records with a question; None if the model is trained on captions alone."""
+        """The prompt for records with a question; None if the model is trained on captions only."""
         return self.prompt if self.prompt_has_question else self.question_prompt
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A model: its sizes, the names of its frozen parts, and how its texts are prepared.
+    """The config of a model: its sizes, the names of its frozen parts, and how its texts are prepared.
 
-    It is all that using a checkpoint needs besides the weights, whichever program trained them. A recipe has the one of
-    its model as :attr:`Recipe.model`.
+    A checkpoint can be used with its weights, its tokenizer and this config, whether blip2, transformers or LAVIS
+    trained it. :attr:`Recipe.model` is the config of the model that a recipe trains.
     """
 
     stage: Stage
@@ -182,55 +192,61 @@ class ModelConfig:
     vision: VisionConfig
     qformer: QFormerConfig = QFormerConfig()
     language: LanguageConfig | None = None
-    """The frozen LLM. null: none, in stage representation."""
+    """The LLM of stage generation. null in stage representation, which has no LLM."""
     text_normalization: TextNormalization = "none"
-    """Normalization of captions and questions before tokenization, as data.text_normalization of a recipe."""
+    """Normalization of captions and questions before tokenization; the value of data.text_normalization in a recipe."""
     max_length: int = bounded(32, 2, MAX_COUNT)
-    """Maximum length of a caption in tokens in training, as data.max_length of a recipe. Texts that are compared with
-    images may have twice this length."""
+    """Maximum length in tokens of a caption in training; the value of data.max_length in a recipe. Texts that
+    :meth:`blip2.RepresentationPipeline.match` and similar methods compare with images may have twice this length."""
 
     def __post_init__(self) -> None:
         if self.stage == "generation" and self.language is None:
-            raise InputError("stage generation needs a frozen LLM: set language.name")
+            raise InputError("stage generation needs an LLM, but language is null: set language.name")
         if self.stage == "representation" and self.language is not None:
-            raise InputError("stage representation has no LLM: leave out language, or set stage to generation")
+            raise InputError(
+                "language is set, but stage representation has no LLM: leave out language, or set stage to generation"
+            )
         check_ranges(self)
         for name, part in (("vision", self.vision), ("language", self.language)):
             if part is not None and part.trust_remote_code not in (None, part.name):
                 raise InputError(
-                    f"{name}.trust_remote_code is {part.trust_remote_code}, expected {part.name}, which is {name}.name:"
-                    " name the model whose code may run, or leave it out"
+                    f"{name}.trust_remote_code is {part.trust_remote_code}, expected {part.name}, the value of"
+                    f" {name}.name: repeat that value to run the model's code, or leave out {name}.trust_remote_code"
                 )
         self._check_prompts()
         if self.qformer.hidden_size % self.qformer.num_attention_heads:
             raise InputError(
                 f"qformer.hidden_size {self.qformer.hidden_size} is not a multiple of qformer.num_attention_heads"
-                f" {self.qformer.num_attention_heads}"
+                f" {self.qformer.num_attention_heads}: change one of the two"
             )
 
     def _check_prompts(self) -> None:
         for name in ("prompt", "question_prompt"):
             if IMAGE_TOKEN in ((self.language and getattr(self.language, name)) or ""):
-                raise InputError(f"language.{name} contains {IMAGE_TOKEN}: leave it out, the image always comes first")
+                raise InputError(
+                    f"language.{name} contains {IMAGE_TOKEN}: remove {IMAGE_TOKEN}, because the image is always placed"
+                    " first"
+                )
         question_prompt = None if self.language is None else self.language.question_prompt
         if self.language is not None and question_prompt is not None and (
             QUESTION_PLACEHOLDER not in question_prompt or self.language.prompt_has_question
         ):  # fmt: skip
             raise InputError(
                 f"language.question_prompt is {question_prompt!r} and language.prompt {self.language.prompt!r},"
-                " expected {} in the first, which is for questions, and none in the second, which is for captions:"
-                " correct them, or leave question_prompt out"
+                " expected {} in language.question_prompt, which is for questions, and no {} in language.prompt, which"
+                " is for captions: correct the prompts, or leave out language.question_prompt"
             )
         if self.qformer.use_qformer_text_input and not (self.language and self.language.prompt_has_question):
             raise InputError(
-                "qformer.use_qformer_text_input is for stage generation with questions: put {} into language.prompt"
-                ' where the question goes, as in "Question: {} Answer:"'
+                "qformer.use_qformer_text_input is true, which needs an LLM with questions: put {} into language.prompt"
+                ' in the place of the question, as in "Question: {} Answer:"'
             )
 
 
 @dataclass(frozen=True)
 class ObjectivesConfig:
-    """Weights of the losses of stage representation (§3.2). 0 switches a loss off, as in Table 6."""
+    """Weights of the losses (§3.2). A loss with weight 0 is switched off, as in Table 6. itc, itm and itg are losses of
+    stage representation."""
 
     itc: float = bounded(1.0, 0, MAX_COUNT)
     """Weight of image-text contrastive learning."""
@@ -239,21 +255,21 @@ class ObjectivesConfig:
     itg: float = bounded(1.0, 0, MAX_COUNT)
     """Weight of image-grounded text generation."""
     label_smoothing: float = bounded(0.1, 0, 1)
-    """Label smoothing of ITC and ITG, between 0 and 1."""
+    """Label smoothing of ITC and ITG."""
     query_diversity: float = bounded(0.0, 0, MAX_COUNT)
-    """Weight of the mean squared cosine similarity between the output queries of an image, in both stages. It is not in
-    the paper; without it, the queries of small runs collapse into one vector (docs/queries.md)."""
+    """Weight of the mean squared cosine similarity between the output queries of an image, in both stages. This loss is
+    not in the paper; without it, the output queries of small runs collapse into one vector (docs/queries.md)."""
 
     @property
     def weights(self) -> dict[str, float]:
-        """The weight of each loss by its name. ``lm``, the loss of stage generation, always has the weight 1."""
+        """The weight of each loss by the loss's name. ``lm``, the loss of stage generation, always has weight 1."""
         return {"lm": 1.0, **{name: value for name, value in vars(self).items() if name != "label_smoothing"}}
 
     @property
     def stage1(self) -> dict[str, float]:
-        """The weights of the objectives of stage representation, at least one of which must be switched on.
+        """The weights of ITC, ITM and ITG by name. In stage representation, at least one of them must be above 0.
 
-        ``query_diversity`` is not among them: without another loss it trains nothing useful.
+        ``query_diversity`` is left out, because it trains nothing useful without another loss.
         """
         return {name: weight for name, weight in self.weights.items() if name not in ("lm", "query_diversity")}
 
@@ -276,66 +292,76 @@ class DataConfig:
     """The image-text pairs, and how they are batched."""
 
     train: str | dict[str, float | None] = field(metadata={"range": (0, 1e15)})
-    """Training data: JSONL, CSV, TSV or Parquet file(s), a folder of images with a .txt file for each or with a
-    metadata.jsonl, WebDataset shards (.tar; globs and {000..127} are allowed), a folder of datasets' save_to_disk,
-    hub:NAME, or a data set of the paper in its publisher's files as NAME:SPLIT:FOLDER (docs/data.md). Files can be at
-    any address that fsspec opens (s3://, gs://, hf:// ...). A mapping of several of these to weights is a mixture: a
-    step's source is sampled in proportion to the weights. A weight of null: the source's number of records, which is
-    not known for a stream."""
+    """Training data, one of: JSONL, CSV, TSV or Parquet file(s); a folder of images with a metadata.jsonl or with a
+    .txt file for each image; WebDataset shards (.tar); a folder written by Dataset.save_to_disk of the library
+    datasets; hub:NAME; or NAME:SPLIT:FOLDER for a data set of the paper in its publisher's files (docs/data.md). File
+    names may be globs, contain ranges such as {000..127}, or be addresses that fsspec opens (s3://, gs://, hf:// ...).
+    A mapping from several of these sources to weights is a mixture: each step draws one source with a probability
+    proportional to its weight. A weight of null is the number of records of the source; a stream needs a number."""
     temperature: float = bounded(1.0, 0.1, MAX_COUNT)
     """Sources of a mixture are sampled in proportion to weight ** (1 / temperature). Values above 1 increase the share
     of small sources."""
     validation: str | None = None
-    """Held-out pairs of the same kind on which the losses are measured."""
+    """Held-out pairs, in any format of data.train except a stream. The losses are measured on them every
+    training.eval_steps steps. null: no measurement."""
     allow_overlap: bool = False
-    """Allow data.validation and evaluation.data to contain images of data.train. false: it is an error where it can be
-    detected (docs/data.md)."""
+    """Allow data.validation and evaluation.data to contain images of data.train. false: a shared image is an error, as
+    far as it can be detected (docs/data.md)."""
     split: str = "train"
-    """Split of a hub:NAME to train on."""
+    """Split that is read from a hub:NAME, or from a folder of several splits that was written by save_to_disk of the
+    library datasets. It applies to data.train and data.validation."""
     image_column: str | None = None
-    """Column with the image (a path, a Hugging Face image without a URL, or bytes). null: found by its usual names."""
+    """Column with the image: a path, a Hugging Face image without a URL, or bytes. null: the first column that exists
+    of image, jpg, jpeg, png, webp, image_path, file_name, filename, img and path."""
     caption_column: str | None = None
-    """Column with a caption, with a list of captions, of which one is sampled at each step, or with the answers to a
-    question, which are sampled as often as they were given. null: found by its usual names."""
+    """Column with the text: a caption; a list of captions, of which one is sampled at each step; or the answers to a
+    question, of which one is sampled in proportion to how often it was given. null: the first column that exists of
+    caption, captions, text, txt, texts, sentence and sentences, or of answers and answer if there is a question
+    column."""
     question_column: str | None = None
-    """Column with the question. null: the column question, if there is one."""
+    """Column with the question. null: the column named question, if there is one."""
     group_column: str | None = None
-    """Column of a table; records with equal values are put into the same batch, so that near duplicates become each
-    other's hard negatives (§3.2, ITM). It switches grouping by length off. null: records are shuffled."""
+    """Column by which the records of a table of captions are grouped: records with equal values are put into the same
+    batch, so that near duplicates become each other's hard negatives (§3.2, ITM). data.group_by_length then has no
+    effect. null: records are not grouped."""
     group_share: float = bounded(1.0, 0, 1)
-    """Fraction of the groups that are kept together in an epoch, resampled every epoch. The records of the other groups
-    are shuffled."""
+    """Fraction of the groups of data.group_column that are kept together in an epoch; each epoch draws these groups
+    anew. The records of the other groups are shuffled."""
     streaming: bool | None = None
-    """Read the data in order, without counting or copying it. null: true for WebDataset shards and for URLs."""
+    """Read the data as a stream instead of a table: only the order of shards and the records within a window of 50
+    batches are shuffled, and nothing is counted or cached on disk. null: true for WebDataset shards and URLs, else
+    false."""
     batch_size: int = bounded(64, 1, MAX_COUNT)
     """Number of pairs in a batch of one process."""
     max_length: int = bounded(32, 2, MAX_COUNT)
-    """Maximum length of a caption in tokens. Longer captions are truncated, and counted."""
+    """Maximum length of a caption in tokens. Longer captions are truncated; metrics.jsonl has their number as
+    truncated."""
     text_normalization: TextNormalization = "none"
-    """Normalization of captions and questions before tokenization, in training and in inference. lavis: lower case,
-    without .!"()*#:;~ and at most 50 words, as in LAVIS; it is the default of published checkpoints. Answers and
-    prompts are not changed."""
+    """Normalization of captions and questions before tokenization, in training and in inference. lavis: as in LAVIS,
+    texts are put into lower case, the characters .!"()*#:;~ are removed, and only the first 50 words are kept.
+    Published checkpoints use lavis. Answers and prompts are never normalized."""
     min_crop_scale: float = bounded(0.5, 0.01, 1)
     """Minimum area of a random crop as a fraction of the image (§3.4)."""
     horizontal_flip: bool = True
-    """Mirror images with a probability of one half. Switch it off if left and right matter."""
+    """Mirror each image with probability 0.5. Use false if texts mention left and right."""
     group_by_length: bool = True
-    """Batch captions of similar length to save padding. Answers to questions are always shuffled. Switch it off for few
-    and short captions: those of equal length are too similar to each other."""
+    """Put captions of similar length into the same batch to save padding. Records with questions are always shuffled.
+    Use false for small data sets of short captions, in which captions of equal length are too similar to each other."""
     num_workers: int = bounded(2, 0, 4096)
     """Number of subprocesses that decode images. 0: images are decoded in the training process."""
     max_bad_fraction: float = bounded(0.05, 0, 1)
-    """Stop the run if more than this fraction of the data is bad: samples whose image, caption or question is missing
-    or damaged, or truncated shards. Checked after the first 1000 samples or 50 shards."""
+    """Stop the run if more than this fraction of the data is bad, that is, samples whose image, caption or question is
+    missing or damaged, or truncated shards. The fraction is checked after the first 1000 samples or 50 shards."""
     cached_views: int = bounded(0, 0, MAX_COUNT)
-    """If above 0, run the frozen image encoder on this number of augmented views of each image before training, store
-    the features on disk and train on them. blip2 features makes them without training."""
+    """Number of augmented views of each image that the frozen image encoder encodes before training. Their features are
+    stored on disk, and training reads the features instead of images; blip2 features stores them without training. 0:
+    images are encoded during training."""
     cached_dtype: Literal["bf16", "int8"] = "bf16"
-    """Data type of the cached features. int8 needs half the space and is less precise; the error is measured and
-    shown."""
+    """Data type of the cached features. int8 takes half the space of bf16 and is less precise; the error of int8 is
+    measured and shown."""
     features: str | None = None
-    """Folder of the cached features; runs, data sets and processes can share it. null: the folder features next to the
-    run's folder."""
+    """Folder of the cached features, which several runs, data sets and processes may share. null: a folder named
+    "features" in the parent folder of the run."""
 
     @property
     def sources(self) -> dict[str, float | None]:
@@ -350,22 +376,23 @@ class OptimizerConfig:
     learning_rate: dict[str, float | Literal["frozen"]] = field(
         default_factory=lambda: {"vision.*": "frozen", "language.*": "frozen", "*": 1e-4}, metadata={"range": (0, 1e38)}
     )
-    """Peak learning rate of each parameter, by shell patterns of parameter names; the first pattern that matches
-    decides. "frozen": the parameter does not train."""
+    """Mapping from patterns of parameter names, such as "qformer.*", to peak learning rates. The first pattern that
+    matches the name of a parameter determines its rate. "frozen": the parameter does not train."""
     layer_decay: float = bounded(1.0, 0.01, 1)
-    """Layer-wise decay of the learning rate of an image encoder that trains: the rate of block i of N is multiplied by
-    layer_decay ** (N + 1 - i); i is 0 for everything before the first block. The paper uses 0.9 to 1 (Tables 7-9)."""
+    """Layer-wise decay of the learning rate in a ViT that trains: the rate of block i (1 to N) is multiplied by
+    layer_decay ** (N + 1 - i). Parameters before the first block have i = 0, parameters after the last block i = N. The
+    paper uses 0.9 to 1 (Tables 7-9). 1: no decay."""
     betas: tuple[float, float] = bounded((0.9, 0.98), 0, 0.999999)
     """AdamW's beta1 and beta2."""
     weight_decay: float = bounded(0.05, 0, MAX_COUNT)
-    """Weight decay of matrices. Biases, norms, the temperature and the queries have none."""
+    """Weight decay of weight matrices. Biases, norms, the ITC temperature and the queries have no weight decay."""
     warmup_steps: int = bounded(2000, 0, MAX_STEPS)
     """Number of steps of linear warm-up."""
     min_lr_rate: float = bounded(0.1, 0, 1)
-    """Final learning rate of the cosine schedule as a fraction of the peak. The paper's stage 2 ends at half its
-    peak."""
+    """Final learning rate of the cosine schedule as a fraction of the peak rate. The paper's stage 2 ends at 0.5."""
     max_grad_norm: float | None = bounded(1.0, 1e-6, 1e38)
-    """Maximum norm of the gradients, to which they are clipped. null: no clipping."""
+    """Maximum norm of the gradient of all parameters together; a larger gradient is scaled down to this norm. null: no
+    clipping."""
 
     def trains(self, part: str) -> bool:
         """Return whether any parameter of a part (``vision``) trains, as far as the patterns alone can tell."""
@@ -387,62 +414,65 @@ class TrainingConfig:
     gradient_accumulation_steps: int = bounded(1, 1, MAX_COUNT)
     """Number of batches of each process in one optimizer step."""
     precision: Precision | None = None
-    """Precision of the trained part. bf16 and fp16 keep fp32 weights and compute in half precision. null: bf16 on a
-    GPU, fp32 on a CPU."""
+    """Precision of the computation in the parts that train, whose weights are always in fp32. null: bf16 on a CUDA GPU,
+    fp32 on other devices."""
     gradient_checkpointing: bool = False
     """Store only the inputs of each block of the Q-Former, of an image encoder that trains and of the LLM, and
-    recompute the rest in the backward pass. It takes about a third more time and much less memory; the results are the
-    same."""
+    recompute the other activations in the backward pass. Training takes about a third more time and much less memory;
+    the results are the same."""
     torch_compile: bool = False
-    """Compile the Q-Former's blocks and a frozen image encoder with torch.compile. It pays off on GPUs and in long
-    runs: the first steps take minutes."""
+    """Compile the Q-Former's blocks and a frozen image encoder with torch.compile. The first steps then take minutes,
+    so compilation pays off only in long runs on GPUs."""
     full_determinism: bool = False
-    """Use only deterministic operations of PyTorch, so that on a GPU a resumed run equals an uninterrupted one bit for
-    bit. It is slower. Runs on a CPU always are deterministic."""
+    """Use only deterministic operations of PyTorch, so that on a GPU a resumed run equals an uninterrupted run bit for
+    bit. Training is slower. Runs on a CPU are always deterministic."""
     shard_frozen: bool = False
-    """Shard the frozen LLM and image encoder across the processes of each machine (FSDP2), if they do not fit into one
-    GPU's memory. The trained part is replicated."""
+    """Shard the frozen LLM and image encoder across the processes of each machine (FSDP2), for models that do not fit
+    into the memory of one GPU. The trained part is replicated."""
     ddp_timeout: int = bounded(1800, 1, 365 * 24 * 3600)
-    """Seconds to wait for the other processes before the run fails. It must be longer than the first process takes to
-    index the data or to write a checkpoint."""
+    """Seconds for which a process waits for the other processes before the run fails. The first process must be able to
+    index the data, or to write a checkpoint, in this time."""
     device: Literal["cpu", "cuda", "mps"] | None = None
     """Device to train on. null: a GPU if there is one, else the CPU."""
     seed: int = bounded(0, 0, 2**32 - 1)
-    """Seed of all randomness."""
+    """Seed of all random numbers of the run."""
     save_steps: int = bounded(1000, 1, MAX_STEPS)
     """Number of steps between checkpoints."""
     save_total_limit: int = bounded(2, 1, MAX_STEPS)
-    """Number of checkpoints to keep; older ones are deleted."""
+    """Number of checkpoints to keep; older checkpoints are deleted."""
     eval_steps: int = bounded(1000, 1, MAX_STEPS)
     """Number of steps between measurements on data.validation."""
     metric_for_best_model: str | None = None
-    """Metric of the best checkpoint, which is kept as best in the run's folder, regardless of save_total_limit:
-    validation_loss or another metric of data.validation (for losses and perplexities, lower is better), or a metric of
-    evaluation, such as evaluation_CIDEr, evaluation_accuracy or evaluation_itm_IR@1. null: no best checkpoint."""
+    """Metric that selects the best checkpoint, a copy of which is kept in the folder best of the run: validation_loss
+    or another metric of data.validation (for losses and perplexities, lower is better), or a metric of evaluation, such
+    as evaluation_CIDEr, evaluation_accuracy or evaluation_itm_IR@1. null: no best checkpoint is kept."""
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
-    """Experiment trackers that get the metrics in addition to metrics.jsonl."""
+    """Experiment trackers to which the metrics are sent. The metrics are always written to metrics.jsonl."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingOptions:
-    """Options of text generation. Those that are null have the default of the task."""
+    """Options of text generation. A field that is null has the default of the task."""
 
     num_beams: int | None = bounded(None, 1, MAX_COUNT)
-    """Beam width; 1 is greedy decoding. null: 5."""
+    """Number of beams; 1 is greedy decoding. null: 5, or no beam search if top_p is set."""
     top_p: float | None = bounded(None, 1e-6, 1)
-    """Use nucleus sampling with this probability mass instead of beam search. null: beam search."""
+    """Nucleus sampling instead of beam search: each token is sampled from the smallest set of tokens with at least this
+    total probability. null: beam search."""
     temperature: float | None = bounded(None, 1e-6, MAX_COUNT)
-    """Sampling temperature. null: 1."""
+    """Temperature of sampling, by which the logits are divided. null: 1."""
     length_penalty: float | None = bounded(None, -1000, 1000)
-    """Length penalty of beam search; values below 0 favor short texts. null: 1, for answers -1."""
+    """Length penalty of beam search: the score of a text is its log-probability / length ** length_penalty, so values
+    below 0 favor short texts. null: 1 for captions, -1 for answers."""
     max_new_tokens: int | None = bounded(None, 1, MAX_COUNT)
-    """Maximum length of a generated text in tokens. null: 30, for answers 10."""
+    """Maximum length of a generated text in tokens. null: 30 for captions, 10 for answers."""
 
 
 @dataclass(frozen=True)
 class EvaluationConfig(DecodingOptions):
-    """Evaluation during training, as blip2 evaluate does it. Results go to metrics.jsonl and the trackers as
-    evaluation_..., and with predictions and an HTML report to evaluation/step-... in the run's folder."""
+    """Evaluation during training, as by blip2 evaluate. The metrics are written to metrics.jsonl and the trackers under
+    names that begin with evaluation_, and together with predictions and an HTML report to the folder
+    evaluation/step-... of the run."""
 
     task: Literal["captioning", "vqa", "retrieval"]
     """Task to evaluate: retrieval for stage representation, captioning or vqa for stage generation."""
@@ -451,17 +481,22 @@ class EvaluationConfig(DecodingOptions):
     eval_steps: int = bounded(1000, 1, MAX_STEPS, option=None)
     """Number of steps between evaluations. The last step is always evaluated."""
     limit: int | None = bounded(None, 1, 10**12)
-    """Maximum number of records; the first ones are used. null: all."""
+    """Maximum number of records: only the first records are evaluated. null: all."""
     prompt: str | None = None
-    """Prompt of captions, or of questions if it contains {}. null: the model's own."""
+    """Captioning: text that each caption continues. VQA: prompt with {} in the place of the question. null: the prompt
+    of the model."""
     rerank_k: int = bounded(128, 0, 10**12)
-    """Retrieval: number of candidates in each direction that are re-ranked. 0: no re-ranking."""
+    """Retrieval: number of candidates of each image, and of each text, that are re-ranked by ITM (§4.4). 0: no
+    re-ranking."""
     fusion: Literal["itm", "itm+itc"] = "itm"
-    """Retrieval: score by which candidates are re-ranked. LAVIS uses itm+itc."""
+    """Retrieval: score by which candidates are re-ranked. itm: the ITM score. itm+itc: the sum of ITM score and ITC
+    similarity, as in LAVIS."""
     rules: Literal["official", "lavis"] = "official"
-    """VQA: rules for comparing answers."""
+    """VQA: rules for comparing answers. official: the rules of the benchmarks' current scripts. lavis: LAVIS's older
+    rules, which always normalize predictions; the numbers in the paper were computed with them."""
     lemmatize: bool = False
-    """VQA: also score lemmatized answers, as LAVIS does for OK-VQA, for which it is always done. Needs spaCy."""
+    """VQA: also compute the accuracy of lemmatized answers, as LAVIS does for OK-VQA; for OK-VQA it is always computed.
+    Needs spaCy."""
 
 
 @dataclass(frozen=True)
@@ -476,17 +511,17 @@ class Recipe:
     data: DataConfig
     qformer: QFormerConfig = QFormerConfig()
     language: LanguageConfig | None = None
-    """The frozen LLM. null: none, in stage representation."""
+    """The LLM of stage generation. null: no LLM, as in stage representation."""
     objectives: ObjectivesConfig = ObjectivesConfig()
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig | None = None
     """Evaluation during training. null: none."""
     start_from: str | list[str] | None = None
-    """Run or checkpoint whose trained weights initialize this run: a stage 2 starts from a stage 1. In a list of
-    several, the first that has a weight provides it: [STAGE_2, STAGE_1] initializes a Q-Former that reads questions
-    (Figure 7), whose text transformer is in the latter only. null: start from BERT; for a stage 2, this is the
-    comparison of Figure 5."""
+    """Run or checkpoint whose trained weights initialize this run, such as a stage-1 run for a stage-2 run. With a
+    list, each weight is taken from the first checkpoint that contains it: [STAGE_2, STAGE_1] initializes a Q-Former
+    that reads questions (Figure 7), because only the stage-1 checkpoint contains the text transformer. null: the
+    Q-Former is initialized by qformer.bert; in stage generation, this is the run without stage 1 in Figure 5."""
 
     def __post_init__(self) -> None:
         if self.stage == "representation" and not any(self.objectives.stage1.values()):
@@ -496,19 +531,21 @@ class Recipe:
         _ = self.model  # checks the model
         if self.start_from is not None and not all(self.start_checkpoints or [""]):
             raise InputError(
-                f"start_from is {self.start_from!r}, expected runs or checkpoints: name them, or set it to null"
+                f"start_from is {self.start_from!r}, expected names of runs or checkpoints: correct it, or set"
+                " start_from to null"
             )
         if not self.data.sources:
-            raise InputError("data.train has no source, expected at least one: name a source")
+            raise InputError("data.train is empty, expected at least one source: name the training data")
         self._check_evaluation()
         if self.training.shard_frozen and self.language is not None and self.language.quantization is not None:
             raise InputError(
-                "a quantized LLM cannot be sharded: leave out one of training.shard_frozen and language.quantization"
+                "training.shard_frozen and language.quantization are both set, but a quantized LLM cannot be sharded:"
+                " leave out one of the two"
             )
 
     @property
     def model(self) -> ModelConfig:
-        """The config of the model that the recipe trains. Parts that train are in fp32 if no dtype is given."""
+        """The config of the model that the recipe trains. Parts that train are in fp32 if the recipe sets no dtype."""
         vision, language, data = self.vision, self.language, self.data
         if self.optimizer.trains("vision"):
             vision = replace(vision, dtype=vision.dtype or "fp32")
@@ -518,15 +555,16 @@ class Recipe:
 
     @property
     def start_checkpoints(self) -> list[str]:
-        """The runs or checkpoints of ``start_from``; the first that has a weight provides it."""
+        """The runs or checkpoints of ``start_from``, as a list."""
         return [self.start_from] if isinstance(self.start_from, str) else self.start_from or []
 
     @property
     def starts_from_bert(self) -> bool:
         """Whether BERT's weights are loaded before those of ``start_from``.
 
-        The Q-Former of a stage 2 that reads no questions uses only weights that a stage 1 has trained, and several
-        checkpoints must provide the whole Q-Former.
+        With ``start_from``, BERT is not loaded for a Q-Former of stage generation that reads no questions, because a
+        stage-1 checkpoint contains all weights of that Q-Former; nor if ``start_from`` lists several checkpoints, which
+        must contain the whole Q-Former.
         """
         needs_bert = not self.start_checkpoints or self.language is None or self.qformer.use_qformer_text_input
         return self.qformer.bert is not None and needs_bert and len(self.start_checkpoints) < 2
@@ -535,31 +573,40 @@ class Recipe:
         task = None if self.evaluation is None else self.evaluation.task
         if task is not None and (task == "retrieval") != (self.stage == "representation"):
             tasks = "retrieval" if self.stage == "representation" else "captioning or vqa"
-            raise InputError(f"evaluation.task {task} is not for stage {self.stage}: set it to {tasks}")
+            raise InputError(
+                f"evaluation.task is {task}, which a model of stage {self.stage} cannot do: set evaluation.task to"
+                f" {tasks}"
+            )
         if task is not None and self.training.shard_frozen:
             raise InputError(
-                "training.shard_frozen needs the same work in all processes, which an evaluation does not give them:"
-                " leave one of them out, and evaluate checkpoints with blip2 evaluate"
+                "training.shard_frozen and evaluation are both set, but they cannot be combined, because an evaluation"
+                " gives the processes different amounts of work: leave out one of the two, and evaluate checkpoints"
+                " with blip2 evaluate"
             )
         best = self.training.metric_for_best_model or ""
         needs = {"validation_": ("data.validation", self.data.validation), "evaluation_": ("evaluation", task)}
         for prefix, (key, value) in needs.items():
             if best.startswith(prefix) and value is None:
                 raise InputError(
-                    f"training.metric_for_best_model is {best}, which needs {key}: set it, or another"
+                    f"training.metric_for_best_model is {best}, which needs {key}: set {key}, or choose another"
                     " training.metric_for_best_model"
                 )
         if best and not best.startswith(tuple(needs)):
             raise InputError(
-                f"training.metric_for_best_model is {best}, expected a name that begins with {' or '.join(needs)}"
+                f"training.metric_for_best_model is {best}, expected a name that begins with {' or '.join(needs)}:"
+                " correct it, for example to validation_loss"
             )
 
 
 def check_ranges(section: Any, prefix: str = "") -> None:
-    """Refuse numbers of a dataclass, and of the dataclasses in it, that are outside their :func:`bounded` ranges.
+    """Check the numbers of a dataclass, and of the dataclasses in its fields, against their ranges.
+
+    Args:
+        section: an instance of a dataclass, in which :func:`bounded` defines the ranges.
+        prefix: text before the name of a field in the error message, such as ``vision.``.
 
     Raises:
-        InputError: the message names the field, after `prefix`.
+        InputError: a number is outside its range, or a field with a range is null or a boolean.
     """
     for each in fields(section):
         name, value = f"{prefix}{each.name}", getattr(section, each.name)
@@ -569,16 +616,16 @@ def check_ranges(section: Any, prefix: str = "") -> None:
             several = isinstance(value, dict | list | tuple)
             for number in (value.values() if isinstance(value, dict) else value) if several else [value]:
                 if number is None and not several and not _is_optional(type(section), each.name):
-                    raise InputError(f"{name} is null, expected a number: give one, or leave the key out")
+                    raise InputError(f"{name} is null, expected a number: give a number, or leave the key out")
                 if isinstance(number, bool):
-                    raise InputError(f"{name} is {str(number).lower()}, expected a number")
+                    raise InputError(f"{name} is {str(number).lower()}, expected a number: give a number")
                 expected = out_of_range(number, *each.metadata["range"]) if isinstance(number, float | int) else None
                 if expected is not None:
                     raise InputError(f"{name} is {number}, expected {expected}")
 
 
 def out_of_range(number: int | float, minimum: int | float, maximum: int | float) -> str | None:
-    """Return what is expected of a number that is outside its range or NaN; None if it is inside."""
+    """Return the range that is expected of a number, such as ``at least 1``; None if the number is inside the range."""
     if minimum <= number <= maximum:
         return None
     if number < minimum and maximum >= 1000:

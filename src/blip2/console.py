@@ -15,17 +15,23 @@ from blip2.errors import escape_control_characters
 
 
 def plain_text(text: str) -> Text:
-    """Return a rich text without markup and control characters, which names of files can contain."""
+    """Return a rich text in which markup is not interpreted and control characters are escaped.
+
+    Names of files can contain both.
+    """
     return Text(escape_control_characters(text))
 
 
 def plain_table(
     columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None, right: bool = False
 ) -> Table:
-    """Return a rich table whose cells are shown without markup; see :func:`plain_text`.
+    """Return a rich table in whose cells markup is not interpreted; see :func:`plain_text`.
 
     Args:
-        right: whether all columns but the first are right-aligned.
+        columns: the heads of the columns.
+        rows: the cells of each row.
+        title: text above the table. None: no title.
+        right: whether all columns except the first are right-aligned.
     """
     table = Table(title=None if title is None else plain_text(title), title_justify="left")
     for number, column in enumerate(columns):
@@ -36,10 +42,10 @@ def plain_table(
 
 
 class Display:
-    """A progress bar on a terminal; occasional lines of progress elsewhere.
+    """A progress bar on stderr, or about one line of progress every 10 seconds if stderr is not a terminal.
 
     Args:
-        label: text before the bar.
+        label: text before the progress bar.
         enabled: if False, nothing is shown.
     """
 
@@ -51,7 +57,7 @@ class Display:
         self._started = self._shown = time.monotonic()
 
     def start(self, total: int, done: int = 0) -> None:
-        """Show the bar with `done` of `total` steps."""
+        """Show the progress bar, with `done` of `total` steps completed."""
         self._total, self._first = total, done
         self._started = self._shown = time.monotonic()
         if self.console.is_terminal and not self.console.quiet:
@@ -69,7 +75,7 @@ class Display:
             self._bar.start()
 
     def update(self, done: int, note: str = "") -> None:
-        """Set the number of steps that are done, and the text after the bar."""
+        """Set the number of steps that are completed, and the text after the progress bar."""
         if self._bar is not None:
             with self._terminal():
                 self._bar.update(self._bar.task_ids[0], completed=done, note=note)
@@ -82,7 +88,7 @@ class Display:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Hide the bar, for example while another one is shown."""
+        """Hide the progress bar, for example while another progress bar is shown."""
         if self._bar is not None:
             with self._terminal():
                 self._bar.stop()
@@ -92,17 +98,17 @@ class Display:
                 self._bar.start()
 
     def log(self, text: str) -> None:
-        """Print a line above the bar."""
+        """Print a line above the progress bar."""
         with self._terminal():
             self.console.print(plain_text(text))
 
     def table(self, title: str, columns: list[str], rows: list[tuple[str, ...]]) -> None:
-        """Print a table above the bar."""
+        """Print a table above the progress bar."""
         with self._terminal():
             self.console.print(plain_table(columns, rows, title))
 
     def close(self) -> None:
-        """Remove the bar."""
+        """Remove the progress bar."""
         if self._bar is not None:
             with self._terminal():
                 self._bar.stop()

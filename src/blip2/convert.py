@@ -1,7 +1,8 @@
 """Convert checkpoints between formats without changing a weight.
 
 Weights are copied from file to file under other names, in their own data types. Only frozen parts that are stored
-elsewhere are loaded as models. What a format cannot represent is reported before anything is written.
+outside of the checkpoint are loaded as models. If the format cannot represent a checkpoint, an error says so before
+anything is written.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -32,7 +33,7 @@ from blip2.builder import (
     with_absolute_paths,
 )
 from blip2.checkpoint import open_checkpoint, read_recipe, write_configs
-from blip2.config import IMAGE_TOKEN, LanguageConfig
+from blip2.config import IMAGE_TOKEN, CheckpointFormat, LanguageConfig
 from blip2.data.assets import resolve
 from blip2.errors import InputError
 from blip2.hub import model_card
@@ -46,8 +47,6 @@ from blip2.model.qformer import QFormer
 
 log = logging.getLogger("blip2")
 
-FORMATS = ("transformers", "vllm", "lavis", "blip2")
-"""Output formats."""
 Writer = Callable[[Path], None]
 CPU = torch.device("cpu")
 
@@ -65,30 +64,34 @@ def convert(
     Args:
         source: checkpoint to convert: a run or checkpoint folder, a transformers BLIP-2 folder or hub name, or a LAVIS
             ``.pth`` file.
-        target: folder to create; for ``lavis`` a ``.pth`` file.
-        to: ``transformers``: a folder for ``Blip2ForConditionalGeneration`` (stage 2) or
-            ``Blip2ForImageTextRetrieval`` (stage 1). ``vllm``: a stage-2 folder with only the weights that vLLM loads.
-            ``lavis``: a ``.pth`` file. ``blip2``: the trained weights and the names of the frozen parts.
+        target: the folder to create or, for the format ``lavis``, the ``.pth`` file.
+        to: format of the output. ``transformers``: a folder for ``Blip2ForConditionalGeneration`` (stage 2) or
+            ``Blip2ForImageTextRetrieval`` (stage 1). ``vllm``: a folder of a stage-2 model with only the weights that
+            vLLM loads. ``lavis``: a ``.pth`` file. ``blip2``: a folder with the trained weights and the names of the
+            frozen parts.
         overrides: values of keys of the model's config; see :func:`blip2.load`.
-        stage1: with ``transformers``: a stage-1 checkpoint with the same Q-Former, whose text transformer and heads
-            are added to a stage 2, so that both classes load the same folder.
-        with_language: with ``lavis``: include the LLM, which LAVIS's own files omit.
+        stage1: for the format ``transformers``: a stage-1 checkpoint with the same Q-Former as the stage-2 checkpoint
+            to convert. Its text transformer and heads are added, so that both classes of transformers load the folder.
+        with_language: for the format ``lavis``: include the LLM, which LAVIS's own files do not contain.
 
     Returns:
         `target`.
 
     Raises:
-        InputError: the source cannot be read, the format cannot represent it, or `target` already exists.
+        InputError: the source cannot be read, the format cannot represent the model, or `target` already exists or
+            cannot be written.
     """
-    if to not in FORMATS:
-        raise InputError(f"there is no format {to!r}: choose one of {', '.join(FORMATS)}")
+    if to not in get_args(CheckpointFormat):
+        raise InputError(f"there is no format {to!r}: choose one of {', '.join(get_args(CheckpointFormat))}")
     target = expand_home(target)
     if os.path.lexists(target):
         raise InputError(f"{target} already exists: give the name of a new {'file' if to == 'lavis' else 'folder'}")
     if to == "lavis" and target.suffix != ".pth":
-        raise InputError(f"{target} is not the name of a .pth file, as LAVIS expects: give one")
+        raise InputError(f"{target} does not end in .pth, as LAVIS expects: give the name of a .pth file")
     if stage1 is not None and to != "transformers":
-        raise InputError(f"only the format transformers can include a stage-1 checkpoint, not {to}: leave it out")
+        raise InputError(
+            f"a stage-1 checkpoint can be included in the format transformers only, not in {to}: leave out stage1"
+        )
     checkpoint = open_checkpoint(str(source), overrides)
     log.info("%s: %s", checkpoint.name, checkpoint.description)
     if checkpoint.config.qformer.use_qformer_text_input and to != "blip2":
@@ -121,8 +124,11 @@ def convert(
         (tmp_dir / target.name).rename(target)
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and shutil.disk_usage(target.parent).free >= 2**20:
-            raise  # torch raises RuntimeError for a full disk, but also for much else
-        raise InputError(f"{target} cannot be written ({short_message(error)}): give another path") from error
+            raise  # torch raises RuntimeError for a full disk, but also for other errors
+        raise InputError(
+            f"{target} cannot be written ({short_message(error)}): free disk space or check the permissions, or give"
+            " another path"
+        ) from error
     finally:
         if tmp_dir is not None:
             shutil.rmtree(tmp_dir, ignore_errors=True)
@@ -133,7 +139,7 @@ def convert(
 
 
 def _transformers(checkpoint: Checkpoint, stage1: Checkpoint | None, to: str) -> Writer:
-    """Write a folder in transformers' layout; for vLLM with exactly the weights that its loader accepts."""
+    """Return the writer of a folder in transformers' layout; for vLLM, with only the weights vLLM loads."""
     generates = checkpoint.config.stage == "generation"
     if to == "vllm":
         if not generates:
@@ -160,7 +166,10 @@ def _transformers(checkpoint: Checkpoint, stage1: Checkpoint | None, to: str) ->
     _check_fits(complete)
     eps = (checkpoint.config.qformer.image_norm_eps, complete.vision_config.layer_norm_eps)
     if eps[0] != eps[1]:
-        log.warning("the norm of the image features has epsilon %g, but this format uses the ViT's, %g", *eps)
+        log.warning(
+            "the LayerNorm of the image features was trained with epsilon %g, but this format uses the epsilon of the"
+            " image encoder, %g", *eps
+        )  # fmt: skip
     holder = checkpoint.as_stage("representation") if checkpoint.has_stage1 else None
     if holder is not None:
         text = load_text_tokenizer(holder.config.qformer, stage1 or holder)
@@ -180,10 +189,10 @@ def _transformers(checkpoint: Checkpoint, stage1: Checkpoint | None, to: str) ->
 
 
 def _check_language(checkpoint: Checkpoint) -> None:
-    """Check that transformers' BLIP-2 builds the same LLM from its configuration.
+    """Check that transformers' BLIP-2 makes an LLM of the same class from the configuration of the LLM.
 
     Raises:
-        InputError: it builds another class or none, as for decoder-only BART and Pegasus.
+        InputError: BLIP-2 makes an LLM of another class or none, as for decoder-only BART and Pegasus.
     """
     config: Any = checkpoint.language_config
     expected = type(init_empty_model(config)).__name__
@@ -194,8 +203,8 @@ def _check_language(checkpoint: Checkpoint) -> None:
         made = f"nothing ({short_message(error)[:160]})"
     if made != expected:
         raise InputError(
-            f"{checkpoint.name} has an LLM of type {config.model_type}, a {expected}, from which transformers' BLIP-2"
-            f" builds {made}: convert it to blip2"
+            f"{checkpoint.name} has an LLM of type {config.model_type}, a {expected}, but transformers' BLIP-2 builds"
+            f" {made} from the LLM's configuration: convert {checkpoint.name} to blip2"
         )
 
 
@@ -244,10 +253,10 @@ def _blip2(checkpoint: Checkpoint) -> Writer:
 
 
 def _check_fits(checkpoint: Checkpoint) -> None:
-    """Check that the weights fit the config and the frozen parts, as loading would.
+    """Check that the weights fit the config and the frozen parts. Otherwise the output could not be loaded.
 
     Raises:
-        InputError: they do not fit, so that the output could not be loaded.
+        InputError: the weights do not fit.
     """
     weights = checkpoint.weights
     vision_width = len(weights["image_norm.weight"])
@@ -259,8 +268,8 @@ def _check_fits(checkpoint: Checkpoint) -> None:
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
         raise InputError(
-            f"{checkpoint.name}: {wrong[0]} is {found.get(wrong[0], 'missing')}, the configuration expects"
-            f" {expected.get(wrong[0], 'no such weight')}: correct the sizes in qformer"
+            f"{checkpoint.name}: the shape of {wrong[0]} is {found.get(wrong[0], 'missing')}, but the configuration"
+            f" expects {expected.get(wrong[0], 'no such weight')}: correct the sizes in its section qformer"
         )
     for part, config, width in (
         ("image encoder", checkpoint.vision_config, vision_width),
@@ -275,8 +284,8 @@ def _check_fits(checkpoint: Checkpoint) -> None:
                     " it to blip2"
                 )
             raise InputError(
-                f"{checkpoint.name} was trained with an {part} of width {width}, but the given one has width"
-                f" {config.hidden_size}: give the one that it was trained with"
+                f"{checkpoint.name} was trained with an {part} of width {width}, but the config names an {part} of"
+                f" width {config.hidden_size}: give the name of the {part} that {checkpoint.name} was trained with"
             )
 
 
@@ -284,7 +293,11 @@ def _check_fits(checkpoint: Checkpoint) -> None:
 
 
 def _with_stage1(checkpoint: Checkpoint, stage1: Checkpoint) -> Checkpoint:
-    """Return a stage 2 with the weights that only stage 1 has, if both have the same Q-Former."""
+    """Add to a stage-2 checkpoint the weights that only a stage-1 model has: text transformer, heads, temperature.
+
+    Raises:
+        InputError: `checkpoint` is not of stage 2, or the shared Q-Former weights of the two checkpoints differ.
+    """
     if checkpoint.config.stage != "generation":
         raise InputError(f"{checkpoint.name} is itself a stage-1 model: give --stage1 only with a stage-2 model")
     ours, theirs = checkpoint.weights.select("qformer.", "image_norm"), stage1.weights
@@ -307,7 +320,11 @@ def _with_stage1(checkpoint: Checkpoint, stage1: Checkpoint) -> Checkpoint:
 
 
 def _with_vision(checkpoint: Checkpoint, allow_clip: bool) -> Checkpoint:
-    """Return the checkpoint with its image encoder, in the layout of BLIP-2's own or, if allowed, of CLIP."""
+    """Return the checkpoint with the weights of its image encoder in the layout of transformers' BLIP-2.
+
+    Args:
+        allow_clip: keep the layout of a CLIP.
+    """
     vision = checkpoint.config.vision
     trained = () if checkpoint.has_vision else tuple(checkpoint.weights.select("vision."))
     holder = checkpoint if checkpoint.has_vision else open_foreign(vision.name)
@@ -338,7 +355,7 @@ def _with_vision(checkpoint: Checkpoint, allow_clip: bool) -> Checkpoint:
 
 
 def _with_language(checkpoint: Checkpoint) -> Checkpoint:
-    """Return the checkpoint with its LLM."""
+    """Return the checkpoint with the weights and the configuration of its LLM."""
     language: LanguageConfig | None = checkpoint.config.language
     assert language is not None
     if checkpoint.has_language:
@@ -359,7 +376,7 @@ def _with_language(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _drop_tied(config: Any, weights: Weights) -> Weights:
-    """Remove the tied copies of matrices, which modules and old files contain under both names."""
+    """Remove the copies of tied matrices. State dicts and old files contain a tied matrix under both of its names."""
     tied = init_empty_model(config).all_tied_weights_keys
     pairs = [(LANGUAGE_PREFIX + copy, LANGUAGE_PREFIX + original) for copy, original in tied.items()]
     copies = [a for a, b in pairs if a in weights and b in weights and torch.equal(weights[a], weights[b])]
@@ -367,10 +384,13 @@ def _drop_tied(config: Any, weights: Weights) -> Weights:
 
 
 def _with_image_token(checkpoint: Checkpoint) -> tuple[Checkpoint, PreTrainedTokenizerBase]:
-    """Return the checkpoint and its LLM's tokenizer with an image placeholder token and an embedding for it.
+    """Add an image placeholder token to the LLM's tokenizer, and rows for new tokens to the LLM's embeddings.
 
-    The embedding is never read, since image features replace it. Each new row of the output matrix is the mean of the
-    other rows: its logit is their mean logit, so the placeholder is never generated.
+    The embedding of the placeholder is never read, because image features replace it. Each new row of the output matrix
+    is the mean of the existing rows, so its logit is the mean of their logits and the placeholder is never generated.
+
+    Returns:
+        The checkpoint with the new rows, and the tokenizer.
     """
     language = checkpoint.config.language
     assert language is not None

@@ -1,4 +1,4 @@
-"""Collective operations with gradients. With one process, every function here is the identity."""
+"""Collective operations, some of them with gradients. With a single process, nothing is communicated."""
 
 from __future__ import annotations
 
@@ -22,22 +22,31 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Return the index of this process."""
+    """Return the index of this process, in [0, :func:`world_size`)."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def rank_consistent_uniforms(seed: int, sets: int, rows: int) -> Float[Tensor, "sets rows"]:
-    """Draw uniform numbers in [0, 1) for the `rows` of this process, in several sets, on the CPU.
+    """Draw random numbers in [0, 1) for the rows of this process, on the CPU.
 
-    They are those that one process would draw with the same seed for the rows of all processes, so that the results do
-    not depend on the number of processes.
+    One process would draw the same numbers with this seed for the rows of all processes, so results do not depend on
+    the number of processes.
+
+    Args:
+        seed: seed, equal in all processes.
+        sets: number of random numbers per row.
+        rows: number of rows of this process, equal in all processes.
     """
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(sets, world_size() * rows, generator=generator)[:, rank() * rows :][:, :rows]
 
 
 def all_gather_objects(value: Any) -> list[Any]:
-    """Return the values of all processes, in order of their ranks. All processes must call it, and wait here."""
+    """Return the values of all processes, in order of their ranks. All processes must call this function.
+
+    Args:
+        value: the value of this process, which must be picklable.
+    """
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -46,10 +55,13 @@ def all_gather_objects(value: Any) -> list[Any]:
 
 
 def on_rank_0(function: Callable[[], Result]) -> Result:
-    """Call a function on rank 0, and return its result in all processes, which must all call this.
+    """Call a function on rank 0 only, and return its result in all processes, all of which must call ``on_rank_0``.
+
+    Args:
+        function: function whose result is picklable.
 
     Raises:
-        InputError: in all processes, if the function raises it.
+        InputError: the function has raised InputError on rank 0. All processes raise it.
     """
     result = problem = None
     if rank() == 0:
@@ -64,7 +76,7 @@ def on_rank_0(function: Callable[[], Result]) -> Result:
 
 
 class _AllGather(torch.autograd.Function):
-    """All-gather. The backward pass sums the gradients that all processes have for this process's part."""
+    """All-gather. The backward pass sums the gradients that all processes have for the part of this process."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
@@ -81,9 +93,15 @@ class _AllGather(torch.autograd.Function):
 
 
 def all_gather(tensor: Shaped[Tensor, "B *rest"]) -> Shaped[Tensor, "N *rest"]:
-    """Concatenate the tensors of all processes along the first axis; B must be equal in all of them.
+    """Concatenate the tensors of all processes along the first axis, in order of their ranks.
 
     Gradients flow back to the process that owns each part.
+
+    Args:
+        tensor: the part of this process. The shape must be equal in all processes.
+
+    Returns:
+        N = B * :func:`world_size` rows.
     """
     if world_size() == 1:
         return tensor
@@ -91,7 +109,12 @@ def all_gather(tensor: Shaped[Tensor, "B *rest"]) -> Shaped[Tensor, "N *rest"]:
 
 
 def all_gather_padded(tensor: Shaped[Tensor, "B T"], padding: int | bool) -> Shaped[Tensor, "N L"]:
-    """Concatenate rows whose length differs between processes, padded to the longest, L; see :func:`all_gather`."""
+    """Concatenate the rows of all processes, whose length T may differ between processes; see :func:`all_gather`.
+
+    Args:
+        tensor: the rows of this process. B must be equal in all processes.
+        padding: value with which rows are filled up on the right to L, the largest T of all processes.
+    """
     if world_size() == 1:
         return tensor
     longest = torch.tensor(tensor.shape[1], device=tensor.device)
@@ -100,7 +123,7 @@ def all_gather_padded(tensor: Shaped[Tensor, "B T"], padding: int | bool) -> Sha
 
 
 class _GatherRows(torch.autograd.Function):
-    """Exchange of the requested rows only. The backward pass returns their gradients to the owning rank."""
+    """Exchange of requested rows. The backward pass sends their gradients back to the processes that own the rows."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, indices: Tensor) -> Tensor:
@@ -128,12 +151,14 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(tensor: Shaped[Tensor, "B *rest"], indices: Int[Tensor, "M"]) -> Shaped[Tensor, "M *rest"]:
-    """Gather rows of the tensors of all processes, which have B rows each. Only these rows are sent.
+    """Return M rows of the tensors of all processes. Only the rows that a process requests are sent to it.
 
-    Gradients flow back to the process that owns each row, if the tensor requires them.
+    Gradients flow back to the process that owns each row, if the tensor requires gradients.
 
     Args:
-        indices: row r of rank p has the index p * B + r.
+        tensor: the rows of this process. The shape must be equal in all processes.
+        indices: indices of the requested rows, in [0, B * :func:`world_size`). Row r of rank p has the index p * B + r.
+            M must be equal in all processes.
     """
     if world_size() == 1:
         return tensor[indices]

@@ -41,20 +41,20 @@ NOT_RESULTS = {
     "gradient_norm", "rate", "rate_share", "itc_temperature", "source", "samples_seen", "shards", "truncated",
     "skipped", *(f"skipped_{reason}" for reason in SKIP_REASONS),
 }  # fmt: skip
-"""Keys in a line of metrics that are not results."""
+"""Keys of ``metrics.jsonl`` that are not results."""
 VALIDATION = "validation_"
-"""Prefix of the names of metrics of held-out pairs."""
+"""Prefix of the keys of ``metrics.jsonl`` that were measured on held-out pairs."""
 
 # -- the card ----------------------------------------------------------------------------------------------------------
 
 
 def model_card(checkpoint: Checkpoint, to: str, *, stage1: Checkpoint | None = None) -> str:
-    """Return the README.md of a converted folder.
+    """Return the content of README.md for a converted checkpoint.
 
     Args:
         checkpoint: the checkpoint.
-        to: format of the folder: ``transformers``, ``vllm``, ``lavis`` or ``blip2``.
-        stage1: the stage-1 checkpoint whose heads the folder also contains.
+        to: format of the conversion: ``transformers``, ``vllm``, ``lavis`` or ``blip2``.
+        stage1: the stage-1 checkpoint whose weights the folder also contains. None: the folder contains one stage.
     """
     config = checkpoint.config
     stages = {f"### Stage {1 if c.config.language is None else 2}": c for c in (checkpoint, stage1) if c is not None}
@@ -110,7 +110,7 @@ def _front_matter(checkpoint: Checkpoint, to: str, licenses: dict[str, str | Non
 
 
 def _parts(checkpoint: Checkpoint) -> Iterable[tuple[str, str]]:
-    """Yield (role, name) of everything in a checkpoint that was not trained from scratch."""
+    """Yield (role, name) for each model from which weights of a checkpoint come."""
     config, recipe = checkpoint.config, read_recipe(checkpoint)
     ours = checkpoint.format == "blip2"
     trained = {name.split(".")[0] for name in checkpoint.weights} if ours else set()
@@ -162,7 +162,7 @@ def _step(checkpoint: Checkpoint) -> int | None:
 
 
 def _processes(checkpoint: Checkpoint) -> int | None:
-    """Return the number of training processes, if the checkpoint records it."""
+    """Return the number of training processes; None if the checkpoint does not record the number."""
     try:
         return len(read_json(Path(checkpoint.name) / "state.json")["positions"]) or None
     except (InputError, KeyError, TypeError):
@@ -170,7 +170,7 @@ def _processes(checkpoint: Checkpoint) -> int | None:
 
 
 def _results(checkpoint: Checkpoint) -> str:
-    """Return a table of the last metrics at or before the step of a checkpoint inside its run folder."""
+    """Return a table of the last metrics up to the step of a checkpoint, from the folder of its run."""
     folder, step = Path(checkpoint.name).absolute(), _step(checkpoint)
     path = folder.parents[1] / METRICS_FILE if step is not None and folder.parent.name == CHECKPOINTS_FOLDER else None
     train: dict[str, Any] = {}
@@ -200,7 +200,7 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _use(checkpoint: Checkpoint, to: str, both: bool) -> list[str]:
-    """Return programs that use a folder, with notes."""
+    """Return example programs that use a converted checkpoint, with notes."""
     language, queries = checkpoint.config.language, checkpoint.config.qformer.num_query_tokens
     if to == "vllm":
         return [SERVE]
@@ -299,13 +299,13 @@ CITATION = """\
 
 
 def find_license(name: str) -> str | None:
-    """Return the license of a part, from its README.md, from :data:`LICENSES` or from its card on the hub.
+    """Return the license of a model or data set: from its README.md, from :data:`LICENSES` or from its card on the hub.
 
     Args:
         name: folder, file, hub name, ``timm:NAME`` or ``package:NAME``.
 
     Returns:
-        The license. None: no source states it, or the hub cannot be reached.
+        The license. None: none of these states a license, or the hub cannot be reached.
     """
     if name.startswith(PREFIX):
         asset = ASSETS.get(name.removeprefix(PREFIX).partition("/")[0])
@@ -337,7 +337,7 @@ def _api(token: str | None = None) -> HfApi:
 
 
 def _hub_name(name: str) -> str | None:
-    """Return the hub name of a part, if it can be a model on the hub."""
+    """Return the hub name of a model; None if `name` cannot be the name of a model on the hub."""
     hub = name.replace("timm:", "timm/")
     is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", hub) and not is_pickle(hub) and not expand_home(name).exists()
     return hub if is_hub_name else None
@@ -351,19 +351,21 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool = False) -> str:
 
     Args:
         folder: a folder written by ``blip2 convert``.
-        repo_id: name of the model repository, ``NAME`` or ``OWNER/NAME``; created if it does not exist.
-        private: make the repository private.
+        repo_id: name of the model repository, ``NAME`` or ``OWNER/NAME``. The repository is created if it does not
+            exist.
+        private: create a private repository, and refuse an existing one that is public.
 
     Returns:
         The URL of the repository.
 
     Raises:
-        InputError: the folder, its model or its card is missing; the name is invalid; you are not logged in or may not
-            write there; an existing repository is public but `private` is set; or the hub cannot be reached.
+        InputError: the folder, its model or its README.md is missing; `repo_id` is not a valid name; you are not logged
+            in or not allowed to write to the repository; the repository exists and is public, but `private` is True; or
+            the hub cannot be reached.
     """
     path = expand_home(folder)
     if not path.is_dir():
-        raise InputError(f"{path} is not a folder: give one written by blip2 convert")
+        raise InputError(f"{path} is not a folder: give a folder written by blip2 convert")
     if not any((path / name).is_file() for name in ("config.json", CONFIG_FILE)) and not any(path.glob("*.pth")):
         raise InputError(
             f"{path} contains no model (config.json, {CONFIG_FILE} or .pth): give a folder written by blip2 convert"
@@ -376,7 +378,7 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool = False) -> str:
     except HFValidationError as error:
         raise InputError(f"{repo_id!r} is not a repository name ({short_message(error)}): give OWNER/NAME") from error
     if is_offline_mode():
-        raise InputError("HF_HUB_OFFLINE is set, which forbids access to the hub: unset it to push")
+        raise InputError("HF_HUB_OFFLINE is set, which forbids access to the hub: unset HF_HUB_OFFLINE to push")
     token = get_token()
     if token is None:
         raise InputError("you are not logged in to the hub: run hf auth login, or set HF_TOKEN")
@@ -390,13 +392,16 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool = False) -> str:
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
         if status in (401, 403):
             raise InputError(
-                f"you may not write to {repo_id} ({status}): log in with a token that may (hf auth login), or give"
-                " a repository of your own"
+                f"you are not allowed to write to {repo_id} ({status}): log in with a token that has write access (hf"
+                " auth login), or give a repository of your own"
             ) from error
         raise InputError(
-            f"{path} could not be pushed to {repo_id} ({type(error).__name__}: {' '.join(str(error).split())}): fix"
-            " this, or the network, and push again"
+            f"{path} could not be pushed to {repo_id} ({type(error).__name__}: {' '.join(str(error).split())}): correct"
+            " the cause, or check the network, and push again"
         ) from error
     if exposed:
-        raise InputError(f"{url.repo_id} already exists and is public, expected a private one: give another name")
+        raise InputError(
+            f"{url.repo_id} already exists and is public, expected a private repository: give another name, or make it"
+            " private on the hub"
+        )
     return str(url)

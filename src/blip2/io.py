@@ -28,11 +28,11 @@ fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 """None on Windows, where folders are not locked."""
 
 LOCK = ".lock"
-"""Lock file in a folder, which names the process that is writing there."""
+"""Name of the lock file in a folder. The file contains the name of the process that writes to the folder."""
 MAX_JSON = 256 << 20
 """Maximum size of a JSON file in bytes."""
 MAX_YAML = 1 << 18
-"""Maximum size of a YAML text in bytes."""
+"""Maximum size of a YAML file in bytes, and of a YAML text in characters."""
 MAX_NODES = 10_000
 """Maximum number of values in a YAML text after the expansion of aliases."""
 MAX_DEPTH = 32
@@ -50,8 +50,8 @@ def read_regular_file(path: str | os.PathLike[str], limit: int) -> bytes:
     """Read a regular file. Pipes and devices, which may never end, are refused.
 
     Raises:
-        OSError: it cannot be read.
-        InputError: it is not a regular file, or has more than `limit` bytes.
+        OSError: the file cannot be read.
+        InputError: `path` is not a regular file, or the file has more than `limit` bytes.
     """
     # Opening a pipe would wait for its other end.
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
@@ -65,10 +65,19 @@ def read_regular_file(path: str | os.PathLike[str], limit: int) -> bytes:
 
 
 def check_regular_file(path: str | os.PathLike[str], status: os.stat_result, limit: int | None = None) -> None:
-    """Raise :class:`InputError` if a file is not a regular file, or has more than `limit` bytes."""
+    """Check that a file is a regular file of at most `limit` bytes.
+
+    Args:
+        path: path of the file, for error messages.
+        status: the result of ``os.stat`` or ``os.fstat`` for the file.
+        limit: maximum number of bytes. None: no limit.
+
+    Raises:
+        InputError: the file is not a regular file, or has more than `limit` bytes.
+    """
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, a socket or a device"
-        raise InputError(f"{os.fspath(path)} is {kind}, expected a regular file: check its path")
+        raise InputError(f"{os.fspath(path)} is {kind}, expected a regular file: check the path")
     if limit is not None and status.st_size > limit:
         raise InputError(
             f"{os.fspath(path)} has {status.st_size:,} bytes, more than the {limit:,} allowed: give a smaller file"
@@ -81,17 +90,21 @@ def _read_text(path: Path, limit: int) -> str:
     except UnicodeDecodeError as error:
         raise InputError("it is not UTF-8") from error
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror or error}): check the path") from error
+        raise InputError(
+            f"{path} cannot be read ({error.strerror or error}): check the path and its permissions"
+        ) from error
 
 
 def read_json(path: str | os.PathLike[str], limit: int = MAX_JSON, advice: str = "copy or download it again") -> Any:
     """Read a JSON file.
 
     Args:
-        advice: what to do about a damaged file, for the error message.
+        path: the file.
+        limit: maximum number of bytes.
+        advice: what the user can do about a damaged file, for the error message.
 
     Raises:
-        InputError: it is not a regular file, has more than `limit` bytes, or is not JSON.
+        InputError: the file cannot be read, is not a regular file, has more than `limit` bytes, or is not JSON.
     """
     path = Path(path)
     try:
@@ -106,14 +119,15 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON file whose value is an object.
 
     Raises:
-        InputError: it is damaged, or its value is not an object.
+        InputError: the file cannot be read, is not JSON, or contains a value that is not an object.
     """
     advice = (
-        "delete it to resume with the other files in the folder, if they are of the same work, or give another output"
+        "delete this file if the other files in its folder belong to the same job and you want to resume it; otherwise"
+        " give another output"
     )
     value = read_json(path, advice=advice)
     if not isinstance(value, dict):
-        raise InputError(f"{path} is damaged (it holds a {type(value).__name__}): {advice}")
+        raise InputError(f"{path} contains a JSON {type(value).__name__}, expected an object: {advice}")
     return value
 
 
@@ -121,7 +135,8 @@ def parse_json(text: str | bytes) -> Any:
     """Parse a JSON text.
 
     Raises:
-        InputError: it is not JSON, or nested more deeply than Python can parse.
+        InputError: the text is not JSON, is nested too deeply for Python's parser, or contains a number that is too
+            long.
     """
     try:
         return json.loads(text)
@@ -134,7 +149,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def to_plain(value: Any) -> Any:
-    """Return a value as it is after a round trip through JSON: tuples become lists, keys become strings."""
+    """Return the copy of a value that JSON would store: tuples become lists, and keys become strings."""
     return json.loads(json.dumps(value))
 
 
@@ -142,7 +157,8 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
     """Read a YAML file.
 
     Raises:
-        InputError: it is not a regular file, is not YAML, or exceeds a limit. The message contains none of its content.
+        InputError: the file cannot be read, is not a regular file, or is refused by :func:`parse_yaml`. The message
+            contains no part of the file's content.
     """
     return parse_yaml(_read_text(Path(path), MAX_YAML))
 
@@ -151,8 +167,8 @@ def parse_yaml(text: str) -> Any:
     """Parse a YAML text.
 
     Raises:
-        InputError: it is not YAML, has a key twice, or exceeds :data:`MAX_YAML`, :data:`MAX_NODES`,
-            :data:`MAX_DEPTH` or :data:`MAX_DIGITS`.
+        InputError: the text is not YAML, contains a key twice in a mapping or a tag that is not in :data:`YAML_TAGS`,
+            or exceeds :data:`MAX_YAML`, :data:`MAX_NODES`, :data:`MAX_DEPTH` or :data:`MAX_DIGITS`.
     """
     if len(text) > MAX_YAML:
         raise InputError(f"it has more than the {MAX_YAML:,} characters allowed")
@@ -221,7 +237,9 @@ def _check_size(root: yaml.Node) -> None:
         num_nodes += 1
         _check_limits(num_nodes, depth)
         if node.tag.rpartition(":")[2] not in YAML_TAGS or not node.tag.startswith("tag:yaml.org,2002:"):
-            raise InputError(f"it has a tag in line {node.start_mark.line + 1}, which would create an object")
+            raise InputError(
+                f"it has a tag in line {node.start_mark.line + 1}, which would create an object: remove it"
+            )
         if isinstance(node, yaml.MappingNode):
             stack += [(child, depth + 1) for pair in node.value for child in pair]
             keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -245,22 +263,24 @@ def expand_home(name: str | Path) -> Path:
     try:
         return Path(name).expanduser()
     except RuntimeError as error:
-        raise InputError(f"{name} begins with a home folder that is unknown ({error}): write out its path") from error
+        raise InputError(
+            f"{name} begins with a home folder that is unknown ({error}): write the path without ~"
+        ) from error
 
 
 @contextmanager
 def lock_folder(folder: Path, enabled: bool = True) -> Iterator[None]:
     """Lock a folder for this process.
 
-    The operating system releases the lock when the process ends, even if it is killed. Forked processes do not inherit
-    it. On a file system without locks, nothing is locked.
+    The operating system releases the lock when the process ends, even if the process is killed. Forked processes do not
+    inherit the lock. On a file system without locks, nothing is locked.
 
     Args:
-        folder: it is created if necessary.
-        enabled: if False, do nothing, because another process of the same work holds the lock.
+        folder: the folder; created if necessary.
+        enabled: if False, do nothing. This is for the other processes of a job in which one process holds the lock.
 
     Raises:
-        InputError: another process holds the lock, or the folder cannot be written.
+        InputError: another process, or this process, already holds the lock; or the folder cannot be written.
     """
     if not enabled or fcntl is None:
         yield
@@ -270,7 +290,10 @@ def lock_folder(folder: Path, enabled: bool = True) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = _hold(path)
     except OSError as error:
-        raise InputError(f"{folder} cannot be written ({error.strerror or error}): give another output") from error
+        raise InputError(
+            f"{folder} cannot be written ({error.strerror or error}): free disk space or check the permissions, or give"
+            " another output"
+        ) from error
     _held.add(path)
     try:
         with file:
@@ -284,14 +307,17 @@ def lock_folder(folder: Path, enabled: bool = True) -> Iterator[None]:
 
 
 _held: set[Path] = set()
-"""Locks held by this process: POSIX would grant one a second time, and release it when the first file is closed."""
+"""Lock files that this process has locked. POSIX would let the process lock a file a second time, and would release
+both locks when the first of the two handles is closed."""
 
 
 def _hold(path: Path) -> IO[str]:
-    """Lock a file, and return it open."""
+    """Lock a file, and return the open file."""
     folder = path.parent
     if path in _held:
-        raise InputError(f"{folder} is in use by this process: wait until it ends, or give another output")
+        raise InputError(
+            f"{folder} is in use by another job of this process: wait until that job ends, or give another output"
+        )
     while True:
         file = path.open("a+", encoding="utf-8")
         try:
@@ -301,7 +327,7 @@ def _hold(path: Path) -> IO[str]:
             holder = file.read().strip() or "another process"
             file.close()
             raise InputError(
-                f"{folder} is in use by {holder}: wait until it ends, end it, or give another output"
+                f"{folder} is in use by {holder}: wait until that process ends, stop it, or give another output"
             ) from error
         except OSError:  # the file system has no locks
             return file
@@ -316,10 +342,10 @@ def _hold(path: Path) -> IO[str]:
 
 
 def resolve_target(path: str | os.PathLike[str]) -> Path:
-    """Return the file to write for a path: links are followed, so that writing replaces the file and not the link.
+    """Return the file to write for a path. Links are followed, so that writing replaces the file and not the link.
 
     Raises:
-        InputError: there is a device, a pipe or a socket, which a rename would replace.
+        InputError: `path` is a device, a pipe or a socket, which a rename would replace.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file() and not target.is_dir():
@@ -329,11 +355,11 @@ def resolve_target(path: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for writing under a temporary name, and rename it when it is complete.
+    """Open a file for writing under a temporary name, and rename the file when it is complete.
 
     Raises:
-        OSError: it cannot be written.
-        InputError: there is a device, a pipe or a socket; see :func:`resolve_target`.
+        OSError: the file cannot be written.
+        InputError: `path` is a device, a pipe or a socket; see :func:`resolve_target`.
     """
     path = resolve_target(path)
     tmp = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
@@ -346,10 +372,15 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
-    """Write a value as JSON in UTF-8.
+    """Write a value as JSON in UTF-8, atomically.
+
+    Args:
+        path: the file.
+        value: the value.
+        indent: number of spaces per level. None: a single line.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     with atomic_write(path) as file:
         # File names can contain surrogates, which have no UTF-8; their escapes in JSON are the same as Python's.
@@ -359,11 +390,16 @@ def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
 def write_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Any], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file with the permissions of the umask; the library's own are for the owner only.
+    """Write a safetensors file with the permissions of the umask. The library's files are readable by the owner only.
+
+    Args:
+        path: the file.
+        tensors: the tensors by name.
+        metadata: metadata that is stored in the file.
 
     Raises:
-        OSError, SafetensorError: it cannot be written.
-        InputError: there is a device, a pipe or a socket; see :func:`resolve_target`.
+        OSError, SafetensorError: the file cannot be written.
+        InputError: `path` is a device, a pipe or a socket; see :func:`resolve_target`.
     """
     from safetensors.torch import save_file
 
@@ -373,7 +409,7 @@ def write_tensors(
 
 
 def apply_umask(path: Path) -> None:
-    """Give a file, or the safetensors files in a folder, the permissions of the umask."""
+    """Give a file, or all safetensors files in a folder, the permissions of the umask."""
     for file in [path] if path.is_file() else [each for each in path.rglob("*.safetensors") if each.is_file()]:
         probe = file.with_name(f"{file.name}.{uuid.uuid4().hex}.tmp")
         try:
@@ -385,7 +421,10 @@ def apply_umask(path: Path) -> None:
 
 @contextmanager
 def convert_os_errors(path: Path) -> Iterator[None]:
-    """Convert OSError to an InputError that names the output.
+    """Convert each OSError to an InputError that names the output.
+
+    Args:
+        path: the output, for the error message.
 
     Raises:
         InputError: the output cannot be written.
@@ -394,5 +433,6 @@ def convert_os_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(
-            f"{path} cannot be written ({error.strerror or error}): make room, or give another output"
+            f"{path} cannot be written ({error.strerror or error}): free disk space or check the permissions, or give"
+            " another output"
         ) from error

@@ -1,9 +1,11 @@
 """Options of a command line, made from typed functions and dataclasses.
 
-A keyword-only parameter of a function becomes an option, another one a positional argument, and a dataclass an option
-for each of its fields. Names, types, choices, defaults and ranges are theirs; the help is the docstring of a field, or
-what the section Args says about a parameter. The metadata ``option`` of a field is another name for its option, or None
-if it has none. (docs/tried.md says why this is not jsonargparse.)
+A keyword-only parameter of a function becomes an option, any other parameter a positional argument. A parameter whose
+type is a dataclass becomes one option per field. Names, types, choices, defaults and ranges are those of the parameters
+and fields; the help is the docstring of a field, or the text about a parameter in the section Args. If a docstring
+contains "The arguments are those of :func:`f`", help and defaults that the function lacks are taken from f. The
+metadata ``option`` of a field is the name of its option if that differs from the field's name, or None to make no
+option. (docs/tried.md says why this is not jsonargparse.)
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from blip2.io import expand_home
 REQUIRED = inspect.Parameter.empty
 """The default of an option that has none."""
 NO_OPTIONS = ("overrides", "keys")
-"""Parameters that are no options: keys of recipes, which whoever uses :func:`call` has read."""
+"""Parameters that are not options: keys of recipes, which the caller of :func:`call` must have parsed."""
 
 
 class Option(NamedTuple):
@@ -37,13 +39,17 @@ class Option(NamedTuple):
     name: str
     hint: Any  # its type, without None
     default: Any
-    flag: str | None  # None: a positional argument
+    flag: str | None  # such as --batch-size. None: a positional argument
     help: str
-    range: tuple[float, float] | None
+    range: tuple[float, float] | None  # minimum and maximum
 
 
 def add_options(parser: argparse.ArgumentParser, target: Callable[..., Any], defaults: object = None) -> None:
-    """Add the options of a function or dataclass to a parser; `defaults` is an instance of the dataclass, if any."""
+    """Add the options of a function or dataclass to a parser.
+
+    Args:
+        defaults: an instance of the dataclass, whose values are the defaults. None: the defaults of `target`.
+    """
     for option in _options(target):
         default = option.default if defaults is None else getattr(defaults, option.name)
         if _is_group(option.hint):
@@ -53,7 +59,14 @@ def add_options(parser: argparse.ArgumentParser, target: Callable[..., Any], def
 
 
 def call(target: Callable[..., Any], values: Mapping[str, Any]) -> Any:
-    """Call a function, or make a dataclass, with the values that a parser of :func:`add_options` returned.
+    """Call a function, or make a dataclass, with the values that were parsed from the command line.
+
+    Args:
+        values: the values by name of the option, as ``vars(parser.parse_args())`` returns them for a parser with the
+            options of :func:`add_options`, and the values of :data:`NO_OPTIONS` that `target` takes.
+
+    Returns:
+        The result of `target`.
 
     Raises:
         InputError: a number is outside its range.
@@ -70,12 +83,13 @@ def call(target: Callable[..., Any], values: Mapping[str, Any]) -> Any:
 
 
 def takes(target: Callable[..., Any], name: str) -> bool:
-    """Return whether a function, or a dataclass among its parameters, has a parameter of a name."""
+    """Return whether a function has a parameter named `name`, or a dataclass among its parameters has such a field."""
     return any(each.name == name or (_is_group(each.hint) and takes(each.hint, name)) for each in _options(target))
 
 
 def _options(target: Callable[..., Any]) -> Iterator[Option]:
     hints, texts, fields = get_type_hints(target), _texts(target), getattr(target, "__dataclass_fields__", {})
+    defaults = _library_defaults(target)
     for name, parameter in inspect.signature(target).parameters.items():
         metadata = fields[name].metadata if fields else {}
         other = metadata.get("option", name)
@@ -84,7 +98,8 @@ def _options(target: Callable[..., Any]) -> Iterator[Option]:
             flag = None if is_argument else f"--{other.replace('_', '-')}"
             members = [each for each in get_args(hints[name]) if each is not NoneType]
             hint = members[0] if NoneType in get_args(hints[name]) else hints[name]
-            yield Option(name, hint, parameter.default, flag, texts.get(name, ""), metadata.get("range"))
+            default = defaults.get(name, REQUIRED) if parameter.default is REQUIRED else parameter.default
+            yield Option(name, hint, default, flag, texts.get(name, ""), metadata.get("range"))
 
 
 def _add(parser: argparse.ArgumentParser, option: Option, default: Any) -> None:
@@ -113,7 +128,7 @@ def _add(parser: argparse.ArgumentParser, option: Option, default: Any) -> None:
 
 
 def _with_default(text: str, default: Any) -> str:
-    """Return a help text that ends with the default; its ending ``null: all.`` says what the default None means."""
+    """Return a help text with the default at its end. A text that ends with ``null: all.`` says what None means."""
     text, *meaning = re.split(r"\.? (?:null|None): ", text.removesuffix("."), maxsplit=1)
     shown = f"{default:g}" if isinstance(default, float) else str(default)
     if default is None or default is REQUIRED or isinstance(default, bool | tuple):
@@ -131,14 +146,29 @@ def _texts(target: Callable[..., Any]) -> dict[str, str]:
                 if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr):
                     texts[ast.unparse(field.target)] = " ".join(ast.literal_eval(doc.value).split())
         return texts
-    docs = [inspect.getdoc(target) or ""]
-    if other := re.search(r"arguments are those of\s+:func:`([\w.]+)\.(\w+)`", docs[0]):
-        docs.insert(0, ast.get_docstring(_definition(*other.groups())) or "")  # importing it would import PyTorch
-    for doc in docs:
+    library = _library_function(target)
+    for doc in ((library and ast.get_docstring(library)) or "", inspect.getdoc(target) or ""):
         section = doc.partition("Args:\n")[2].partition("\n\n")[0]
         for name, text in re.findall(r"^    (\w+): (.*(?:\n     .*)*)", section, re.MULTILINE):
             texts[name] = text[0].upper() + " ".join(text.split())[1:]
     return texts
+
+
+def _library_defaults(target: Callable[..., Any]) -> dict[str, Any]:
+    """Return the plain defaults of the function whose arguments a command has."""
+    library = _library_function(target)
+    if library is None:
+        return {}
+    arguments = library.args
+    positional = arguments.args[len(arguments.args) - len(arguments.defaults) :]
+    pairs = zip((*positional, *arguments.kwonlyargs), (*arguments.defaults, *arguments.kw_defaults), strict=True)
+    return {argument.arg: default.value for argument, default in pairs if isinstance(default, ast.Constant)}
+
+
+def _library_function(target: Callable[..., Any]) -> Any:
+    """Return the syntax tree of the function whose arguments a command has; None if its docstring names none."""
+    found = re.search(r"arguments are those of\s+:func:`([\w.]+)\.(\w+)`", inspect.getdoc(target) or "")
+    return None if found is None else _definition(*found.groups())
 
 
 def _is_group(kind: Any) -> bool:
@@ -147,7 +177,7 @@ def _is_group(kind: Any) -> bool:
 
 @cache
 def _definition(module: str, name: str) -> Any:
-    """Return the syntax tree of a function or class, without importing its module."""
+    """Return the syntax tree of a function or class without importing its module, which could import PyTorch."""
     spec = find_spec(module)
     assert spec is not None and spec.origin is not None
     tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))

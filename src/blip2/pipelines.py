@@ -28,7 +28,7 @@ from blip2.data.collate import (
     pad,
 )
 from blip2.data.images import ImageLike, preprocess, read_image
-from blip2.decoding.search import Decoding
+from blip2.decoding.options import ANSWER_DECODING, CAPTION_DECODING, Decoding
 from blip2.errors import InputError
 from blip2.model.generation import GenerationModel, Questions
 from blip2.model.losses import IGNORE_INDEX, image_text_similarity
@@ -38,14 +38,10 @@ log = logging.getLogger("blip2")
 
 Model = TypeVar("Model", RepresentationModel, GenerationModel)
 Images = ImageLike | Iterable[ImageLike]
-CAPTION_DECODING = Decoding()
-"""Default decoding of captions: beam search of width 5."""
-ANSWER_DECODING = Decoding(length_penalty=-1.0, max_new_tokens=10)
-"""Default decoding of answers: a negative length penalty favors short answers (§4.1)."""
 QUESTION_TEMPLATE = "Question: {} Answer:"
 """Default prompt of questions for a decoder-only LLM (§4.1)."""
 NO_LIMIT = 2**31
-"""A limit on the number of tokens that truncates no text."""
+"""A maximum number of tokens that truncates no text."""
 SHORT_QUESTION_TEMPLATE = "Question: {} Short answer:"
 """Default prompt of questions for an encoder-decoder LLM (§4.1)."""
 
@@ -64,25 +60,26 @@ def load(
         path: folder of a run (its last checkpoint is loaded) or of a checkpoint; folder or hub name of transformers'
             ``Blip2ForConditionalGeneration`` or ``Blip2ForImageTextRetrieval``; or a ``.pth`` file of LAVIS.
         device: ``cpu``, ``cuda``, ``cuda:1`` or ``mps``. None: a GPU if there is one.
-        dtype: data type of the frozen parts. None: the model's own, which is bf16 on a GPU and fp32 on a CPU
-            unless its config names another.
+        dtype: data type of the image encoder and the LLM: ``fp32``, ``bf16`` or ``fp16``. None: the dtype in the
+            model's config; if the config sets none, bf16 on a CUDA GPU and fp32 on other devices.
         overrides: new values of keys of the model's config (``{"vision.image_size": 364}``), and values that a
             ``.pth`` file does not contain (``{"vision.name": "eva_vit_g.pth", "language.name": "facebook/opt-2.7b"}``).
-        stage: the stage to load from a checkpoint that contains both. None: the one that the checkpoint names.
+        stage: the stage to load from a checkpoint that contains both stages, ``representation`` or ``generation``.
+            None: the stage in the config of the checkpoint.
 
     Returns:
         A :class:`RepresentationPipeline` for stage 1, a :class:`GenerationPipeline` for stage 2.
 
     Raises:
-        InputError: the checkpoint is missing, damaged or of another model; its frozen parts cannot be loaded; or the
-            device does not exist.
+        InputError: there is no checkpoint at `path`, or it is damaged, not a BLIP-2 or not of `stage`; a frozen part
+            cannot be loaded; or the device does not exist.
     """
     found = checkpoint.open_checkpoint(str(path), overrides).as_stage(stage)
     log.info("%s: %s", found.name, found.description)
     config = found.config
     if found.missing_prefixes and config.stage == "representation":
         missing = " and no ".join(prefix.rstrip(".") for prefix in found.missing_prefixes)
-        log.info("the checkpoint has no %s: initialized randomly", missing)
+        log.info("the checkpoint has no %s: these weights are random", missing)
     if dtype is not None:
         vision = replace(config.vision, dtype=dtype)
         language = None if config.language is None else replace(config.language, dtype=dtype)
@@ -94,12 +91,12 @@ def load(
 
 
 def make_pipeline(built: Built, config: ModelConfig, path: Path) -> RepresentationPipeline | GenerationPipeline:
-    """Return a pipeline for a model, which is left as it is.
+    """Wrap a model in the pipeline of its stage. The model is not copied, moved or switched to evaluation mode.
 
     Args:
         built: the model and its tokenizers.
         config: the config of the model.
-        path: name of the checkpoint in messages.
+        path: path or name of the checkpoint, for error messages.
     """
     if isinstance(built.model, RepresentationModel):
         return RepresentationPipeline(built.model, built.tokenizer, config, path)
@@ -110,7 +107,9 @@ def make_pipeline(built: Built, config: ModelConfig, path: Path) -> Representati
 class Pipeline(Generic[Model]):
     """Base class of the pipelines of both stages.
 
-    Every method takes one image or a list of images. An image is a path, bytes, a PIL image or an array.
+    Every method takes one image or a list of images. An image is a path, bytes, a PIL image or an array. In the shapes,
+    I is the number of images, T the number of texts, P the number of image tokens, E the width of the image encoder, Q
+    the number of queries and C the contrastive width.
     """
 
     batch_size = 16
@@ -122,9 +121,13 @@ class Pipeline(Generic[Model]):
     @property
     def device(self) -> torch.device:
         return self.model.image_norm.weight.device
+        """The device of the model."""
 
     def encode_images(self, images: Images) -> Float[Tensor, "I P E"]:
-        """Return the features of the frozen image encoder, which every method accepts instead of images.
+        """Return the features that the frozen image encoder computes for images.
+
+        Every method accepts these features in place of images, and encodes nothing then. Features that are given as
+        `images` are returned unchanged.
 
         Raises:
             InputError: there are no images, or an image cannot be decoded.
@@ -133,12 +136,16 @@ class Pipeline(Generic[Model]):
             return images
         pixels = [preprocess(read_image(image), self.model.vision.preprocessing) for image in as_list(images)]
         if not pixels:
-            raise InputError("no image was given, expected at least one")
+            raise InputError("no image was given: give at least one")
         return self.encode_pixels(torch.stack(pixels))
 
     @torch.no_grad()
     def encode_pixels(self, pixels: Float[Tensor, "I 3 H W"]) -> Float[Tensor, "I P E"]:
-        """Return the features of preprocessed images."""
+        """Return the features that the frozen image encoder computes for preprocessed images.
+
+        Args:
+            pixels: images of the encoder's size H x W, as :func:`blip2.data.images.preprocess` returns them.
+        """
         return torch.cat([self.model.vision.encode(part.to(self.device)) for part in pixels.split(self.batch_size)])
 
     @property
@@ -184,7 +191,11 @@ class RepresentationPipeline(Pipeline[RepresentationModel]):
 
     @torch.no_grad()
     def embed_images(self, images: Images) -> Float[Tensor, "I Q C"]:
-        """Return unit vectors of each image, one per query, in the space of images and texts (§3.2, ITC)."""
+        """Embed images in the contrastive space (§3.2, ITC): one unit vector per query.
+
+        Raises:
+            InputError: there are no images, or an image cannot be decoded.
+        """
         features = self.encode_images(images)
         parts = [
             self.model.embed_images(self.model.build_image_memory(part)) for part in features.split(self.batch_size)
@@ -193,10 +204,12 @@ class RepresentationPipeline(Pipeline[RepresentationModel]):
 
     @torch.no_grad()
     def embed_texts(self, texts: str | Sequence[str]) -> Float[Tensor, "T C"]:
-        """Return a unit vector of each text in the space of images and texts (§3.2, ITC). Long texts are truncated.
+        """Embed texts in the contrastive space (§3.2, ITC): one unit vector per text.
+
+        Texts are normalized and truncated as in :meth:`tokenize`.
 
         Raises:
-            InputError: a text is blank.
+            InputError: there are no texts, or a text is blank.
         """
         parts = []
         listed = check_texts(texts, "text")
@@ -205,14 +218,23 @@ class RepresentationPipeline(Pipeline[RepresentationModel]):
         return torch.cat(parts)
 
     def similarity(self, images: Images, texts: str | Sequence[str]) -> Float[Tensor, "I T"]:
-        """Return the cosine similarity in [-1, 1] of every image and text, maximal over queries (§3.2, ITC)."""
+        """Return the cosine similarity, in [-1, 1], of every image to every text (§3.2, ITC).
+
+        The similarity of a pair is the maximum over the queries of the image.
+
+        Raises:
+            InputError: there are no images or texts, an image cannot be decoded, or a text is blank.
+        """
         return image_text_similarity(self.embed_images(images), self.embed_texts(texts))
 
     @torch.no_grad()
     def match(self, images: Images, texts: str | Sequence[str]) -> Float[Tensor, "I T"]:
         """Return the probability in [0, 1] that an image and a text match, for every image and text (§3.2, ITM).
 
-        This is slower and more accurate than :meth:`similarity`: every pair goes through the Q-Former.
+        This method is slower and more accurate than :meth:`similarity`, because the Q-Former processes every pair.
+
+        Raises:
+            InputError: there are no images or texts, an image cannot be decoded, or a text is blank.
         """
         features, listed = self.encode_images(images), check_texts(texts, "text")
         candidates = torch.arange(len(listed)).expand(len(features), -1)
@@ -222,16 +244,24 @@ class RepresentationPipeline(Pipeline[RepresentationModel]):
     def match_candidates(
         self, images: Images, texts: Sequence[str], candidates: Int[Tensor, "I K"]
     ) -> Float[Tensor, "I K 2"]:
-        """Return logits of (not matched, matched) for each image and its own K texts, for re-ranking (§4.4)."""
+        """Return the ITM logits (not matched, matched) of each image with K texts of its own, for re-ranking (§4.4).
+
+        Args:
+            images: images.
+            texts: all texts.
+            candidates: for each image, the indices of its K texts in `texts`.
+        """
         features = self.encode_images(images)
         return self.model.match_candidates(
             features, *self.tokenize(texts), candidates.to(self.device), 4 * self.batch_size
         )
 
     def tokenize(self, texts: Sequence[str]) -> tuple[Int[Tensor, "T L"], Bool[Tensor, "T L"]]:
-        """Return token ids and attention mask of texts for the Q-Former.
+        """Return token ids and attention mask (True for tokens, False for padding) of texts for the Q-Former.
 
-        Texts are normalized with the model's ``text_normalization``. Long texts are truncated.
+        Texts are normalized with the model's ``text_normalization``. A text is truncated to twice the model's
+        ``max_length`` or to the maximum length of the Q-Former, whichever is smaller. L is the length of the longest
+        text in tokens.
         """
         texts = normalize_captions(texts, self.config.text_normalization)
         limit = min(self.config.qformer.max_position_embeddings, 2 * self.config.max_length)
@@ -262,8 +292,12 @@ class GenerationPipeline(Pipeline[GenerationModel]):
 
         Args:
             images: images.
-            prompt: text that the caption continues, one for all images or one per image. None: the prompt of training.
-            decoding: how to generate. None: :data:`CAPTION_DECODING`.
+            prompt: text that the caption continues: one for all images, or one per image. None: the prompt with which
+                the model was trained.
+            decoding: options of text generation. None: ``CAPTION_DECODING`` of :mod:`blip2.decoding.options`.
+
+        Returns:
+            One caption per image, without the prompt.
 
         Raises:
             InputError: an image cannot be decoded, the numbers of prompts and images differ, or `prompt` is None for a
@@ -272,18 +306,24 @@ class GenerationPipeline(Pipeline[GenerationModel]):
         assert self.config.language is not None
         features = self.encode_images(images)
         if prompt is None and self.config.language.prompt_has_question:
-            raise InputError(f"{self.path} was trained to answer questions: call answer, or give a prompt to continue")
+            raise InputError(
+                f"{self.path} was trained to answer questions: use answer() (blip2 ask), or pass a prompt that the"
+                " caption continues"
+            )
         prompt = self.config.language.prompt if prompt is None else prompt
         prompts = [prompt] * len(features) if isinstance(prompt, str) else list(prompt)
         return self.generate(features, prompts, decoding or CAPTION_DECODING)
 
     def answer(self, images: Images, questions: str | Sequence[str], decoding: Decoding | None = None) -> list[str]:
-        """Answer questions about images. A single image or question is paired with all of the other.
+        """Answer questions about images.
 
         Args:
-            images: images.
-            questions: questions.
-            decoding: how to generate. None: :data:`ANSWER_DECODING`.
+            images: one image per question, or a single image for all questions.
+            questions: one question per image, or a single question for all images.
+            decoding: options of text generation. None: ``ANSWER_DECODING`` of :mod:`blip2.decoding.options`.
+
+        Returns:
+            One answer per pair of image and question.
 
         Raises:
             InputError: the numbers of images and questions differ and neither is 1, or a question is blank.
@@ -307,7 +347,11 @@ class GenerationPipeline(Pipeline[GenerationModel]):
 
     @property
     def question_template(self) -> str:
-        """The prompt of questions: the one that the model was trained with, or else the paper's."""
+        """The prompt of questions, with {} in the place of the question.
+
+        It is the prompt with which the model was trained or, for a model that was not trained on questions, the paper's
+        prompt (§4.1).
+        """
         assert self.config.language is not None
         template = self.config.language.question_template
         if template is not None:
@@ -315,11 +359,11 @@ class GenerationPipeline(Pipeline[GenerationModel]):
         return SHORT_QUESTION_TEMPLATE if self.model.language.is_encoder_decoder else QUESTION_TEMPLATE
 
     def format_questions(self, questions: Sequence[str], template: str | None = None) -> list[str]:
-        """Return the prompts of questions, normalized with the model's ``text_normalization``.
+        """Return the prompt of each question. Questions are normalized with the model's ``text_normalization``.
 
         Args:
             questions: questions.
-            template: prompt in which {} stands for the question. None: :attr:`question_template`.
+            template: prompt with {} in the place of the question. None: :attr:`question_template`.
         """
         questions = normalize_questions(questions, self.config.text_normalization)
         return format_prompts(self.question_template if template is None else template, questions)
@@ -339,22 +383,23 @@ class GenerationPipeline(Pipeline[GenerationModel]):
 
         Args:
             images: images.
-            prompts: prompts, without the image.
-            decoding: how to generate.
+            prompts: prompts, as text without an image placeholder.
+            decoding: options of text generation.
             num_return_sequences: number of texts per prompt.
-            image_index: index of each prompt's image. None: one image per prompt. The image encoder and the Q-Former
-                process an image once, the LLM once in each batch of its prompts.
-            questions: the question in each prompt, for a Q-Former that reads questions. It then processes an image once
-                per question. Other models ignore the questions.
-            uniforms: random numbers in [0, 1) for sampling, one per token of each text, so that a text does not depend
-                on the others. None: PyTorch's own random numbers.
+            image_index: index in `images` of the image of each prompt. None: one image per prompt. Several prompts
+                about one image are cheaper with `image_index` than with copies of the image: the image encoder and the
+                Q-Former process the image once.
+            questions: the question in each prompt, for a Q-Former that reads questions. The Q-Former then processes an
+                image once per question. Other models ignore the questions.
+            uniforms: random numbers in [0, 1) for sampling, one for each token of each of the N texts that are
+                returned, so that a text does not depend on the other texts. None: PyTorch's own random numbers.
 
         Returns:
-            The texts, those of one prompt next to each other.
+            The N = len(prompts) * `num_return_sequences` texts. The texts of one prompt are next to each other.
 
         Raises:
             InputError: the numbers of prompts and images (or of prompts and `image_index`) differ, an index is out of
-                range, or a prompt is too long for the LLM.
+                range, or a prompt is too long for the LLM or contains an image placeholder.
         """
         features = self.encode_images(images)
         indices = list(range(len(features)) if image_index is None else image_index)
@@ -364,11 +409,13 @@ class GenerationPipeline(Pipeline[GenerationModel]):
             raise InputError(f"image_index has {len(indices)} entries for {len(prompts)} prompts: give one per prompt")
         wrong = next((index for index in indices if not 0 <= index < len(features)), None)
         if wrong is not None:
-            raise InputError(f"image_index contains {wrong}, expected 0 to {len(features) - 1}")
+            raise InputError(
+                f"image_index contains {wrong}, expected 0 to {len(features) - 1}: give the index of one of the images"
+            )
         with_token = next((prompt for prompt in prompts if IMAGE_TOKEN in prompt), None)
         if with_token is not None:
-            raise InputError(f"the prompt {with_token!r} contains {IMAGE_TOKEN}: leave it out, the image is placed"
-                             " first automatically")  # fmt: skip
+            raise InputError(f"the prompt {with_token!r} contains {IMAGE_TOKEN}: remove {IMAGE_TOKEN}, because the"
+                             " image is placed first automatically")  # fmt: skip
         side = "right" if self.model.language.is_encoder_decoder else "left"
         ids, mask = encode_prompts(self.tokenizer, prompts, side)
         self._check_length(ids.shape[1], decoding)
@@ -410,14 +457,14 @@ class GenerationPipeline(Pipeline[GenerationModel]):
         image_index: Sequence[int] | None = None,
         questions: Sequence[str] | None = None,
     ) -> Float[Tensor, "N"]:
-        """Return the log-probability (natural logarithm) of each text and its end, given its prompt.
+        """Return the log-probability (natural logarithm) of each text with its end token, given image and prompt.
 
         Args:
             images: images.
             prompts: the prompt of each text.
             texts: texts to score; they are not truncated.
-            image_index: index of each text's image. None: one image per text.
-            questions: as :meth:`generate` takes them.
+            image_index: index in `images` of the image of each text. None: one image per text.
+            questions: the question in each prompt; see :meth:`generate`.
         """
         features = self.encode_images(images)
         indices = torch.arange(len(texts)) if image_index is None else torch.tensor(image_index)
@@ -445,7 +492,11 @@ class GenerationPipeline(Pipeline[GenerationModel]):
     def _continuations(
         self, texts: Sequence[str], prompts: Sequence[str]
     ) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"], Int[Tensor, "B U"]]:
-        """Return token ids, attention mask and labels of prompts with texts, as in training."""
+        """Return token ids, attention mask and labels of prompts with texts, as in training.
+
+        For a decoder-only LLM, the ids contain prompt and text; for an encoder-decoder LLM, the prompt alone, so that
+        the length U of the labels differs from T.
+        """
         if not self.model.language.is_encoder_decoder:
             ids, mask, labels, _ = encode_continuations(self.tokenizer, prompts, texts, NO_LIMIT, self.eos_token_id)
         else:
@@ -457,7 +508,7 @@ class GenerationPipeline(Pipeline[GenerationModel]):
     def _visual_prompts(
         self, features: Float[Tensor, "I P E"], questions: Questions | None, image_index: Int[Tensor, "B"]
     ) -> Float[Tensor, "N Q L"]:
-        """Return the visual prompt of each image, or of each question if the Q-Former reads them."""
+        """Return the visual prompt of each image, or of each question if there are any. L is the width of the LLM."""
         if questions is None:
             return torch.cat([self.model.visual_prompt(part) for part in features.split(self.batch_size)])
         parts = []
@@ -474,13 +525,13 @@ class GenerationPipeline(Pipeline[GenerationModel]):
         new = 0 if language.is_encoder_decoder else decoding.max_new_tokens
         if positions is not None and queries + tokens + new > positions:
             raise InputError(
-                f"a prompt has {tokens} tokens, which with {queries} of the image and {new} new ones exceed the"
-                f" {positions} positions of the LLM: shorten it"
+                f"a prompt has {tokens} tokens, but of the LLM's {positions} positions only {positions - queries - new}"
+                f" are left beside {queries} tokens of the image and {new} to generate: shorten the prompt"
             )
 
 
 def as_list(images: Images) -> list[ImageLike]:
-    """Return one image or several as a list."""
+    """Return `images`, which is one image or several images, as a list."""
     if isinstance(images, Tensor) or hasattr(images, "ndim"):
         return list(images) if images.ndim == 4 else [images]  # pyright: ignore
     one = isinstance(images, str | bytes | bytearray | memoryview | IOBase | Mapping) or not isinstance(
@@ -490,18 +541,18 @@ def as_list(images: Images) -> list[ImageLike]:
 
 
 def check_texts(texts: str | Sequence[str], kind: str) -> list[str]:
-    """Return one text or several as a list, after checking that none is blank.
+    """Return one text, or several texts, as a list, after checking that no text is blank.
 
     Args:
-        texts: a text or texts.
-        kind: name of a text in messages.
+        texts: a text or several texts.
+        kind: what a text is, such as ``question``, for error messages.
 
     Raises:
         InputError: a text is blank, or there are no texts.
     """
-    listed = [texts] if isinstance(texts, str) else list(texts)
+    listed = [texts] if isinstance(texts, str | bytes) or not isinstance(texts, Iterable) else list(texts)
     if not listed:
-        raise InputError(f"no {kind} was given, expected at least one")
+        raise InputError(f"no {kind} was given: give at least one")
     for number, text in enumerate(listed, 1):
         if not isinstance(text, str) or not text.strip():
             raise InputError(f"{kind} {number} of {len(listed)} is {text!r}, expected words")

@@ -24,9 +24,9 @@ KINDS = {
     Recipe: ("recipe", KEYS_HINT),
     ModelConfig: ("model config", f"its keys are {', '.join(ModelConfig.__dataclass_fields__)}; {KEYS_HINT}"),
 }
-"""The name of each kind in messages, and where to find its keys."""
+"""For each class: what its files are called in messages, and a hint on where to find its keys."""
 SUFFIXES = (".yaml", ".yml")
-"""Suffixes of the files that can be a base."""
+"""Suffixes of file names that ``base`` accepts."""
 Config = TypeVar("Config", Recipe, ModelConfig)
 
 
@@ -38,7 +38,8 @@ def recipe_help() -> str:
         parser.add_argument(
             "--base",
             type=str | None,
-            help="Only in a recipe file: a recipe in the same folder, whose values are the defaults of this one.",
+            help="Only in a recipe file, not on the command line: the name of another recipe in the same folder, which"
+            " provides the values of all keys that this recipe does not set.",
         )
         parser.add_class_arguments(Recipe, as_group=False)
         pages = [parser.format_help().strip()]
@@ -54,7 +55,14 @@ def recipe_help() -> str:
 
 
 def find_recipe(name: str) -> Path:
-    """Return the path of a recipe file, given a path or the name of a shipped recipe (``demo-stage1``)."""
+    """Return the path of a recipe file.
+
+    Args:
+        name: a path, or the name of a recipe that comes with blip2 (``demo-stage1``).
+
+    Raises:
+        InputError: there is no such recipe.
+    """
     package = Path(__file__).parent
     shipped = [folder for folder in (package / "recipes", package.parents[1] / "recipes") if folder.is_dir()]
     stem = Path(name).name.removesuffix(".yaml")  # the name can contain a dot
@@ -62,18 +70,22 @@ def find_recipe(name: str) -> Path:
         if path.is_file():
             return path
     names = sorted({path.stem for folder in shipped for path in folder.glob("*.yaml")})
-    raise InputError(f"no recipe {name!r}: give a YAML file, or one of those that come with blip2: {', '.join(names)}")
+    raise InputError(
+        f"there is no recipe {name!r}: give a YAML file, or the name of a recipe that comes with blip2:"
+        f" {', '.join(names)}"
+    )
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file of the user.
+    """Read a recipe file of the user, with the files that it names as ``base``.
 
     Args:
         path: the file.
-        overrides: command-line arguments that override it (``["--data.batch_size", "32"]``).
+        overrides: command-line arguments with values that replace those in the file (``["--data.batch_size", "32"]``).
 
     Raises:
-        InputError: it is not YAML, has an unknown key, a value of the wrong type or out of range, or a missing base.
+        InputError: a file is not YAML, its base is missing, a key is unknown, or a value has the wrong type or is out
+            of range.
     """
     changes = _overrides(overrides)
     error = _errors(Recipe, path)
@@ -91,26 +103,32 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def load_stored(kind: type[Config], path: Path) -> Config:
-    """Read the recipe or the model's config of a checkpoint, which can be from anybody.
+    """Read the recipe or the model's config of a checkpoint. The checkpoint may come from an untrusted source.
 
-    It must have no base, which would be another file to read, and its ``trust_remote_code`` is ignored.
+    ``trust_remote_code`` is ignored, and ``base`` is refused, because it names another file to read.
+
+    Args:
+        kind: ``Recipe`` or ``ModelConfig``.
+        path: the file.
 
     Raises:
-        InputError: it is not YAML, has a base or an unknown key, or a value of the wrong type or out of range.
+        InputError: the file is not YAML, has a base or an unknown key, or a value has the wrong type or is out of
+            range.
     """
     values, error = _read(kind, path), _errors(kind, path)
     if "base" in values:
         raise error(
-            f"it has a base, {_show(values['base'])}, expected a {KINDS[kind][0]} without one: write all keys into it"
+            f"it has a base, {_show(values['base'])}, expected a {KINDS[kind][0]} without base: copy the keys of the"
+            " base into the file"
         )
-    for section in values.values():  # it must not allow the code of a model that it names
+    for section in values.values():  # an untrusted file must not allow the code of a model to run
         if isinstance(section, dict):
             section.pop("trust_remote_code", None)
     return _section(kind, values, "", error)
 
 
 def _errors(kind: type[Config], source: Path | str) -> Callable[[str], InputError]:
-    """Return a function that makes an error from a message about a file, or about a text that names the source."""
+    """Return a function that makes an error from a message. The error begins with the source: a file, or a text."""
     name, hint = KINDS[kind]
     what = source if isinstance(source, str) else f"{name} {source}"
     return lambda message: InputError(f"{what}: {message}; {hint}")
@@ -123,13 +141,13 @@ def _read(kind: type[Config], path: Path) -> dict[str, Any]:
     except InputError as cause:
         raise error(f"{cause}; expected keys with values") from cause
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        found = "is empty" if values is None else f"holds one {type(values).__name__}"
+        found = "is empty" if values is None else f"contains a single {type(values).__name__}"
         raise error(f"it {found}, expected keys with values")
     return values
 
 
 def _with_bases(path: Path) -> list[Path]:
-    """Return a recipe file preceded by its base, which can have a base too."""
+    """Return the path of a recipe file, preceded by the path of its base, and so on if the base has a base."""
     files = [path]
     seen = {os.path.realpath(path)}  # a file can have several names
     while (base := _read(Recipe, files[0]).get("base")) is not None:
@@ -141,23 +159,28 @@ def _with_bases(path: Path) -> list[Path]:
             )
         file = files[0].parent / base
         if not file.is_file():
-            raise InputError(f"recipe {files[0]}: its base {file} is not there: put it into the same folder")
+            raise InputError(
+                f"recipe {files[0]}: its base {file} does not exist: copy that file into the folder, or correct base"
+            )
         if os.path.realpath(file) in seen:
-            raise InputError(f"recipe {files[0]}: its base {file} is based on it: remove one of the two bases")
+            raise InputError(
+                f"recipe {files[0]}: its base {file} is in turn based on this recipe: remove base from one of the two"
+            )
         seen.add(os.path.realpath(file))
         files.insert(0, file)
     return files
 
 
 def override(config: Config, changes: Mapping[str, object]) -> Config:
-    """Return a recipe, or the config of a model, with other values for some keys (``{"vision.image_size": 364}``).
+    """Return a copy of a recipe, or of the config of a model, with new values for some keys.
 
     Args:
         config: the recipe or config.
-        changes: values by key; a string is parsed as on the command line (``"364"``).
+        changes: new values by key (``{"vision.image_size": 364}``). A string is parsed as on the command line
+            (``"364"``).
 
     Raises:
-        InputError: an unknown key, or a value of the wrong type or out of range.
+        InputError: a key is unknown, or a value has the wrong type or is out of range.
     """
     if not changes:
         return config
@@ -188,7 +211,10 @@ def _overrides(arguments: Sequence[str]) -> dict[str, str]:
         if not key.startswith("--") or key == "--":
             raise InputError(f"unexpected argument {argument}: expected --KEY VALUE; {KEYS_HINT}")
         if key == "--base":
-            raise InputError("--base is for recipe files only: give the recipe, and the keys to change")
+            raise InputError(
+                "--base was given, but base can only be set inside a recipe file: give that recipe itself, and"
+                " override keys with --KEY VALUE"
+            )
         if not equals and (value := next(remaining, None)) is None:
             raise InputError(f"{key} has no value: expected --KEY VALUE; {KEYS_HINT}")
         overrides[key[2:]] = value
@@ -196,7 +222,7 @@ def _overrides(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def _section_of(hint: Any) -> Any:
-    """Return the dataclass in a type, which can be a union with None; None if there is no dataclass in it."""
+    """Return the dataclass in a type: the type itself or a member of a union. None: the type contains no dataclass."""
     return next((each for each in (hint, *_members(hint)) if is_dataclass(each)), None)
 
 
@@ -205,7 +231,7 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 
 def _hint(kind: type[Config], key: str) -> Any:
-    """Return the type of a key (``data.batch_size``); None if there is no such key."""
+    """Return the type of the value of a key (``data.batch_size``); None if there is no such key."""
     hint: Any = kind
     for name in key.split("."):
         section = _section_of(hint)
@@ -224,7 +250,7 @@ def _put(values: dict[str, Any], key: str, value: object) -> None:
 
 
 def _merge(kind: Any, below: dict[str, Any], above: Mapping[str, Any]) -> None:
-    """Merge values into others, section by section; other values are replaced as a whole."""
+    """Merge the values `above` into `below`, section by section. A value that is not a section is replaced."""
     hints = get_type_hints(kind)
     for name, value in above.items():
         section = _section_of(hints.get(name))
@@ -237,12 +263,17 @@ def _merge(kind: Any, below: dict[str, Any], above: Mapping[str, Any]) -> None:
 def _section(kind: Any, values: Any, key: str, error: Callable[[str], InputError]) -> Any:
     """Make a dataclass from plain values, which must have exactly the types of its fields.
 
-    Nothing in `values` can name a class or a function: unknown fields and values of another type are refused. `error`
-    makes the error of a message, in which `key` is the name of the dataclass; it is empty for a whole file.
+    Nothing in `values` can name a class or a function: unknown fields and values of another type are refused.
+
+    Args:
+        kind: the dataclass.
+        values: the values by name of the field.
+        key: name of the section in error messages; empty for a whole file.
+        error: makes an error from a message.
     """
     hints = get_type_hints(kind)
     if not isinstance(values, Mapping):
-        raise error(f"{key} is {_show(values)}, expected its keys, such as {next(iter(hints))}")
+        raise error(f"{key} is {_show(values)}, expected a section with keys, such as {next(iter(hints))}")
     for name in values:
         if name not in hints:
             raise error(f"there is no key {_show(f'{key}.{name}' if key else name)}")
@@ -265,7 +296,7 @@ def _section(kind: Any, values: Any, key: str, error: Callable[[str], InputError
 
 
 def _value(hint: Any, value: Any, key: str, error: Callable[[str], InputError]) -> Any:
-    """Return a value as a type: the value itself, or an int as a float, or a list as a tuple."""
+    """Return a value of the type `hint`: the value itself, or an int as a float, or a list as a tuple."""
     for member in _members(hint):
         try:
             return _member(member, value)
@@ -276,7 +307,7 @@ def _value(hint: Any, value: Any, key: str, error: Callable[[str], InputError]) 
 
 
 def _member(hint: Any, value: Any) -> Any:
-    """Return a value as a type that is not a union, as :func:`_value` does; raise TypeError if it has another type."""
+    """Return a value of the type `hint` as :func:`_value` does, but raise TypeError if the value has another type."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
         if any(type(value) is type(choice) and value == choice for choice in args):
@@ -304,7 +335,11 @@ def _member(hint: Any, value: Any) -> Any:
 
 
 def _parsed(hint: Any, text: str) -> Any:
-    """Parse a command-line value for a key of a type; it stays a string if the type is str."""
+    """Parse a command-line value as YAML, for a key with the type `hint`.
+
+    The text is returned unchanged if the type is str, if the text is not valid YAML, or if the type allows str and the
+    parsed value is a string or fits no other of its types.
+    """
     members = _members(hint)
     if members == (str,):
         return text
@@ -318,7 +353,7 @@ def _parsed(hint: Any, text: str) -> Any:
 
 
 def _is_one(members: tuple[Any, ...], value: Any) -> bool:
-    """Return whether a value has one of some types, not counting str."""
+    """Return whether a value has one of the types `members` other than str."""
     try:
         _member(Union[tuple(member for member in members if member is not str)], value)  # noqa: UP007
     except TypeError:

@@ -161,7 +161,7 @@ def test_adapters_are_never_lost(parts, tuned, tmp_path):
 
 def test_a_run_starts_from_one_without_adapters_or_with_the_same(parts, runs, tuned, tmp_path, capsys):
     train(replace(tune(parts, tmp_path / "new"), start_from=str(runs["llama"])))
-    assert "new: language" in capsys.readouterr().err
+    assert "new weights, which no checkpoint contains: language" in capsys.readouterr().err
     train(replace(tune(parts, tmp_path / "same"), start_from=str(tuned / "llama")))
     assert "new:" not in capsys.readouterr().err
 

@@ -32,7 +32,7 @@ def test_without_bitsandbytes(parts, monkeypatch, bits):
 def test_an_llm_inside_a_checkpoint(parts, tmp_path):
     save_transformers(tmp_path / "blip2", "llama", parts.bert)
     language = {"name": str(tmp_path / "blip2"), "quantization": "4bit"}
-    with pytest.raises(InputError, match=r"cannot be quantized: set language\.name to the LLM's own files"):
+    with pytest.raises(InputError, match=r"cannot be quantized: set language\.name to the folder or hub name"):
         build(parts.recipe(tmp_path / "run", stage="generation", language=language, qformer={"bert": None}).model, CPU)
 
 

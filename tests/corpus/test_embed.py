@@ -51,6 +51,6 @@ def test_the_command(runs, shards, tmp_path, capsys):
     assert main(["embed", model, "a.png", "--engine", "ray", *out]) == 2
     assert main(["embed", model, "--data", str(shards / "00001.tar"), *out]) == 2
     errors = capsys.readouterr().err
-    assert "leave out image files and --text, or --data" in errors
-    assert "--engine ray embeds a whole corpus" in errors
+    assert "leave out --data, or the images and --text" in errors
+    assert "--engine ray embeds a corpus, but no --data was given" in errors
     assert "holds another pass: its data is" in errors

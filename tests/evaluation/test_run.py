@@ -283,12 +283,12 @@ def test_domains(runs, tmp_path):
 
 def test_an_output_belongs_to_one_evaluation(runs, parts, table, tmp_path):
     evaluate(runs["llama"], "vqa", table, tmp_path, **GREEDY, limit=3)
-    with pytest.raises(InputError, match=r"holds another evaluation: its records is 3, not 2: give another output"):
+    with pytest.raises(InputError, match=r"contains another evaluation, whose records is 3 instead of 2: give another"):
         evaluate(runs["llama"], "vqa", table, tmp_path, **GREEDY, limit=2)
 
 
 def test_an_output_that_another_evaluation_is_writing(runs, table, tmp_path):
-    with lock_folder(tmp_path), pytest.raises(InputError, match="is in use by this process"):
+    with lock_folder(tmp_path), pytest.raises(InputError, match="is in use by another job of this process"):
         evaluate(runs["llama"], "vqa", table, tmp_path, **GREEDY)
     assert list(tmp_path.iterdir()) == []
 
@@ -299,7 +299,7 @@ def test_damaged_notes_are_named(runs, table, tmp_path):
     for name, torn in (("evaluation.json", b'{"task": "v\xff'), ("metrics.json", b"[1]")):
         (tmp_path / name).write_bytes(torn)
         with pytest.raises(
-            InputError, match=rf"{name} is damaged .*: delete it to resume with the other files"
+            InputError, match=rf"{name} (is damaged|contains a JSON list).*: delete this file if the other files"
         ) as error:
             evaluate(runs["llama"], "vqa", table, tmp_path, **GREEDY)
         assert "\n" not in str(error.value)
@@ -308,7 +308,7 @@ def test_damaged_notes_are_named(runs, table, tmp_path):
 
 
 def test_a_full_disk(runs, table, small_disk):
-    with pytest.raises(InputError, match=r"disk/out cannot be written \(No space left on device\): make room") as error:
+    with pytest.raises(InputError, match=r"disk/out cannot be written \(No space left on device\): free disk") as error:
         evaluate(runs["llama"], "vqa", table, small_disk(16) / "out", **GREEDY)
     assert "\n" not in str(error.value)
 

@@ -326,7 +326,7 @@ def test_the_heads_of_an_eva_of_another_width_are_asked_for(parts, save, tmp_pat
         assert vision.network.config.num_attention_heads == heads
         features.append(vision.encode(torch.ones(1, 3, 28, 28)))
     assert not torch.allclose(*features)  # so that a guess would be wrong in silence
-    with pytest.raises(InputError, match=r"vision.num_attention_heads is 3, which is stored in .*: leave it out"):
+    with pytest.raises(InputError, match=r"vision.num_attention_heads is 3, but the files of .* determine"):
         build(parts.recipe(tmp_path / "run", vision={"num_attention_heads": 3}).model, torch.device("cpu"))
 
 

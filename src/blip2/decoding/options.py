@@ -29,7 +29,12 @@ class Decoding:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        check_ranges(DecodingOptions(**{field.name: getattr(self, field.name) for field in fields(DecodingOptions)}))
+        check_ranges(self.options)
+
+    @property
+    def options(self) -> DecodingOptions:
+        """The values of the fields that are options of the command line."""
+        return DecodingOptions(**{field.name: getattr(self, field.name) for field in fields(DecodingOptions)})
 
     def override(self, options: DecodingOptions) -> Decoding:
         """Return a copy in which the options that are not None in `options` replace those of this object."""
@@ -39,6 +44,12 @@ class Decoding:
     def beam_width(self, num_return_sequences: int) -> int:
         """Return the number of beams: at least `num_return_sequences` in beam search, and 1 when sampling."""
         return 1 if self.top_p is not None else max(self.num_beams, num_return_sequences)
+
+
+CAPTION_DECODING = Decoding()
+"""Default decoding of captions: beam search of width 5."""
+ANSWER_DECODING = Decoding(length_penalty=-1.0, max_new_tokens=10)
+"""Default decoding of answers: a negative length penalty favors short answers (§4.1)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from blip2.config import QUESTION_PLACEHOLDER, EvaluationConfig
 from blip2.data.images import ImageError, preprocess, read_image
-from blip2.decoding.search import Decoding
+from blip2.decoding.options import ANSWER_DECODING, CAPTION_DECODING, Decoding
 from blip2.errors import InputError
 from blip2.evaluation.captioning import CaptionScores, MissingMetric, official_scores, scores_by_domain
 from blip2.evaluation.data import EvalData
@@ -25,7 +25,7 @@ from blip2.evaluation.report import Example
 from blip2.evaluation.retrieval import RetrievalResult, itm_logits, ranks, rerank, select_candidates
 from blip2.evaluation.vqa import Question, lemmatize, score_answers, score_exact
 from blip2.model.losses import image_text_similarity
-from blip2.pipelines import ANSWER_DECODING, CAPTION_DECODING, GenerationPipeline, Pipeline, RepresentationPipeline
+from blip2.pipelines import GenerationPipeline, Pipeline, RepresentationPipeline
 from blip2.resumable import ResumableMap
 
 Key = TypeVar("Key")
