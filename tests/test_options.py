@@ -132,15 +132,6 @@ def test_defaults_and_help_of_the_function_that_a_command_calls():
     assert "Number of training images (default: 4000)." in " ".join(parser.format_help().split())
 
 
-def test_defaults_and_help_of_the_function_that_a_command_calls():
-    parser = ArgumentParser(prog="x")
-    add_options(parser, COMMANDS["scenes"])
-    assert vars(parser.parse_args(["out"])) == {
-        "output": "out", "seed": 0, "train": 4000, "shards": None, "kinds": None, "cutouts": None
-    }  # fmt: skip
-    assert "Number of training images (default: 4000)." in " ".join(parser.format_help().split())
-
-
 def test_takes():
     assert takes(run, "overrides") and takes(run, "share") and not takes(run, "keys")
 

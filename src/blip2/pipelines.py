@@ -120,8 +120,8 @@ class Pipeline(Generic[Model]):
 
     @property
     def device(self) -> torch.device:
-        return self.model.image_norm.weight.device
         """The device of the model."""
+        return self.model.image_norm.weight.device
 
     def encode_images(self, images: Images) -> Float[Tensor, "I P E"]:
         """Return the features that the frozen image encoder computes for images.
@@ -555,5 +555,5 @@ def check_texts(texts: str | Sequence[str], kind: str) -> list[str]:
         raise InputError(f"no {kind} was given: give at least one")
     for number, text in enumerate(listed, 1):
         if not isinstance(text, str) or not text.strip():
-            raise InputError(f"{kind} {number} of {len(listed)} is {text!r}, expected words")
+            raise InputError(f"{kind} {number} of {len(listed)} is {text!r}, expected words: correct or remove it")
     return listed
