@@ -172,7 +172,7 @@ def test_what_is_done_is_not_done_again(done, runs, shards, tmp_path, monkeypatc
     # Nor are models loaded where nothing is left.
     monkeypatch.setattr(module, "open_captioner", None)
     assert run(runs, shards / "*.tar", again) == metrics
-    with pytest.raises(InputError, match="holds another pass: its config"):
+    with pytest.raises(InputError, match="contains another pass, whose config"):
         run(runs, shards / "*.tar", again, CapFiltConfig())
 
 

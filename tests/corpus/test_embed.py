@@ -53,4 +53,4 @@ def test_the_command(runs, shards, tmp_path, capsys):
     errors = capsys.readouterr().err
     assert "leave out --data, or the images and --text" in errors
     assert "--engine ray embeds a corpus, but no --data was given" in errors
-    assert "holds another pass: its data is" in errors
+    assert "contains another pass, whose data is" in errors

@@ -335,4 +335,4 @@ def test_the_command(runs, table, tmp_path, capsys):
     assert main([*command, "--limit", "2", "--num-beams", "1", "--device", "cpu"]) == 0
     assert json.loads(capsys.readouterr().out)["answered"] == 2
     assert main([*command, "--limit", "3", "--num-beams", "1", "--device", "cpu"]) == 2
-    assert "holds another evaluation" in capsys.readouterr().err
+    assert "contains another evaluation" in capsys.readouterr().err
