@@ -10,6 +10,7 @@ and size of an image file.
 from __future__ import annotations
 
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,8 @@ class Count(NamedTuple):
     operations: float
     kept: float
     """Bytes that autograd saves for the backward pass."""
+    forward: float
+    """The operations of the forward pass alone."""
 
 
 def count(forward: Any, parameters: set[int], pairs: int = 1, backward: bool = True) -> Count:
@@ -76,13 +79,15 @@ def count(forward: Any, parameters: set[int], pairs: int = 1, backward: bool = T
             kept[storage._cdata] = storage  # pyright: ignore[reportPrivateUsage]
         return tensor
 
-    with FlopCounterMode(display=False) as counter:
+    # PyTorch does not count the operations of oneDNN's own linear layer.
+    with patch("blip2.model.kernels.linear._onednn", None), FlopCounterMode(display=False) as counter:
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             out = forward()
+        forwards = counter.get_total_flops()
         size = sum(storage.nbytes() for storage in kept.values())
         if out.requires_grad and backward:
             out.backward()
-    return Count(counter.get_total_flops() / pairs, size / pairs)
+    return Count(counter.get_total_flops() / pairs, size / pairs, forwards / pairs)
 
 
 def weights(network: nn.Module) -> set[int]:
@@ -103,32 +108,35 @@ def vit_g() -> tuple[nn.Module, Count]:
     return network, count(lambda: network(pixel_values=pixels).last_hidden_state.sum(), weights(network))
 
 
-def stage_one(dropout: float) -> tuple[nn.Module, Count]:
-    """The Q-Former of §3.1 with its three objectives, given features."""
+def stage_one(dropout: float, width: int = WIDTH) -> tuple[nn.Module, Count]:
+    """The Q-Former of §3.1 with its three objectives, given features of this width."""
     torch.manual_seed(0)
     probe = nn.Linear(1, 1)
 
     def encode(pixels: torch.Tensor) -> torch.Tensor:
-        return pixels.mean((1, 2, 3))[:, None, None].expand(len(pixels), TOKENS, WIDTH)
+        return pixels.mean((1, 2, 3))[:, None, None].expand(len(pixels), TOKENS, width)
 
     encoder = ImageEncoder(probe, encode, Preprocessing(8))
     model = RepresentationModel(encoder, QFormerConfig(bert=None, dropout=dropout), ObjectivesConfig()).train()
     ids = torch.randint(5, 30000, (PAIRS, LENGTH))
-    features = torch.randn(PAIRS, TOKENS, WIDTH)
+    features = torch.randn(PAIRS, TOKENS, width)
     batch = RepresentationBatch(features, ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(PAIRS))
     return model, count(lambda: torch.stack(list(model(batch).losses.values())).sum(), weights(model), PAIRS)
 
 
-def stage_two(tokens: int = TOKENS, trains: bool = False, checkpointing: bool = False) -> tuple[nn.Module, Count]:
+def stage_two(
+    tokens: int = TOKENS, trains: bool = False, checkpointing: bool = False, width: int = WIDTH
+) -> tuple[nn.Module, Count]:
     """The Q-Former without text.
 
     Args:
         trains: the image encoder, which asks for gradients of its features.
+        width: of the features.
     """
-    model = QFormer(QFormerConfig(bert=None), WIDTH, has_text=False).train()
+    model = QFormer(QFormerConfig(bert=None), width, has_text=False).train()
     model.gradient_checkpointing = checkpointing
-    norm = nn.LayerNorm(WIDTH)
-    features = torch.randn(PAIRS, tokens, WIDTH, requires_grad=trains)
+    norm = nn.LayerNorm(width)
+    features = torch.randn(PAIRS, tokens, width, requires_grad=trains)
     return model, count(
         lambda: model(model.project_image(features, norm)).queries.sum(), weights(model), PAIRS, not trains
     )
@@ -159,41 +167,45 @@ def trained_block(size: int, checkpointing: bool) -> tuple[float, float]:
     return part * (two - one), part**2 * (2 * one - two)
 
 
-def language_models() -> dict[str, tuple[nn.Module, Count]]:
-    """Frozen LLMs: forwards, and back to what they read. Half precision."""
+def opt(width: int) -> OPTConfig:
+    return OPTConfig(
+        vocab_size=50272, hidden_size=width, ffn_dim=4 * width, num_hidden_layers=32, num_attention_heads=32,
+        word_embed_proj_dim=width, max_position_embeddings=2048,
+    )  # fmt: skip
 
-    def opt(width: int) -> OPTConfig:
-        return OPTConfig(
-            vocab_size=50272, hidden_size=width, ffn_dim=4 * width, num_hidden_layers=32, num_attention_heads=32,
-            word_embed_proj_dim=width, max_position_embeddings=2048,
-        )  # fmt: skip
 
-    def t5(width: int, inside: int, heads: int) -> T5Config:
-        return T5Config(
-            vocab_size=32128, d_model=width, d_kv=64, d_ff=inside, num_layers=24, num_heads=heads,
-            feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0,
-        )  # fmt: skip
+def t5(width: int, inside: int, heads: int) -> T5Config:
+    return T5Config(
+        vocab_size=32128, d_model=width, d_kv=64, d_ff=inside, num_layers=24, num_heads=heads,
+        feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0,
+    )  # fmt: skip
 
-    found: dict[str, tuple[nn.Module, Count]] = {}
-    for name, config in {
-        "OPT-2.7B": opt(2560), "OPT-6.7B": opt(4096), "FlanT5-XL": t5(2048, 5120, 32), "FlanT5-XXL": t5(4096, 10240, 64)
-    }.items():  # fmt: skip
-        is_t5 = isinstance(config, T5Config)
-        config._attn_implementation = "eager"  # the other looks at the mask, which has no values here
-        with torch.device("meta"):
-            network: Any = (T5ForConditionalGeneration if is_t5 else OPTForCausalLM)(config).to(torch.bfloat16).eval()
-            read = LENGTH // 2 if is_t5 else LENGTH
-            inputs = torch.empty(1, 32 + read, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
-            written = torch.zeros(1, LENGTH // 2, dtype=torch.long)
-            seen = torch.ones(1, 32 + read, dtype=torch.long)
-        network.requires_grad_(False)
-        more = {"decoder_input_ids": written} if is_t5 else {"logits_to_keep": LENGTH, "attention_mask": seen}
 
-        def forward(network: Any = network, inputs: Tensor = inputs, more: dict[str, Any] = more) -> Tensor:
-            return network(inputs_embeds=inputs, use_cache=False, **more).logits.float().sum()
+LANGUAGE_CONFIGS = {
+    "OPT-2.7B": opt(2560), "OPT-6.7B": opt(4096), "FlanT5-XL": t5(2048, 5120, 32), "FlanT5-XXL": t5(4096, 10240, 64)
+}  # fmt: skip
 
-        found[name] = network, count(forward, weights(network))
-    return found
+
+def language_model(name: str) -> tuple[nn.Module, Count]:
+    """A frozen LLM: forward, and back to what it reads. Half precision."""
+    config = LANGUAGE_CONFIGS[name]
+    is_t5 = isinstance(config, T5Config)
+    config._attn_implementation = "eager"  # the other looks at the mask, which has no values here
+    with torch.device("meta"):
+        network: Any = (T5ForConditionalGeneration if is_t5 else OPTForCausalLM)(config).to(torch.bfloat16).eval()
+        if is_t5:  # FlanT5's files have an output matrix of its own, which transformers ties only when it has no files
+            network.lm_head.weight = nn.Parameter(torch.empty_like(network.lm_head.weight))
+        read = LENGTH // 2 if is_t5 else LENGTH
+        inputs = torch.empty(1, 32 + read, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+        written = torch.zeros(1, LENGTH // 2, dtype=torch.long)
+        seen = torch.ones(1, 32 + read, dtype=torch.long)
+    network.requires_grad_(False)
+    more = {"decoder_input_ids": written} if is_t5 else {"logits_to_keep": LENGTH, "attention_mask": seen}
+
+    def forward() -> Tensor:
+        return network(inputs_embeds=inputs, use_cache=False, **more).logits.float().sum()
+
+    return network, count(forward, weights(network))
 
 
 def tuning(encoder: nn.Module, llms: dict[str, tuple[nn.Module, Count]]) -> None:
@@ -235,7 +247,7 @@ def recipe(stage: Any, batch: int) -> Recipe:
 
 def main() -> None:
     encoder, encoded = vit_g()
-    llms = language_models()
+    llms = {name: language_model(name) for name in LANGUAGE_CONFIGS}
     model, step = stage_one(0.1)
     _, plain = stage_one(0.0)
     reader, read = stage_two()
@@ -252,7 +264,7 @@ def main() -> None:
         kept = f"{each.kept / 1e6:,.0f}" if each.kept else "none"
         print(f"| {name} | {size(network) / 1e6:,.0f} | {each.operations / 1e9:,.0f} | {kept} |")
 
-    runs = {"stage 1": ("representation", 1680, 250_000, size(model), step, 0, Count(0, 0))}
+    runs = {"stage 1": ("representation", 1680, 250_000, size(model), step, 0, Count(0, 0, 0))}
     for name, (network, each) in llms.items():
         batch = 1920 if name.startswith("OPT") else 1520
         trained = size(reader) + 768 * network.config.hidden_size  # pyright: ignore
