@@ -77,7 +77,7 @@ def test_operations_of_stage_2(counted):
 
 
 def test_flan_t5_has_an_output_matrix_of_its_own(cost):
-    """Its files have one besides the token embeddings, although transformers ties the two of a network without files."""
+    """Its files have one besides the token embeddings, but transformers ties the two of a network without files."""
     network, _ = cost["language_model"]("google/flan-t5-xl")
     assert network.lm_head.weight is not network.shared.weight
     assert sum(weight.numel() for weight in network.parameters()) == 2_783_959_040 + 32_128 * 2048
