@@ -248,7 +248,7 @@ def test_no_room_for_features(capsys, recipe_file, small_disk, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**9))
     line = error(capsys, "features", recipe_file, "--data.cached_views", "8", "--data.features", str(disk))
     assert "no space left on the disk while writing features to" in line
-    assert line.endswith("free space and rerun; finished features are kept")
+    assert line.endswith("free disk space and rerun; the features that are finished are kept")
 
 
 # -- using what was trained ----------------------------------------------------------------------------------------
