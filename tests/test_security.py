@@ -733,8 +733,8 @@ TARS = {
     "claims by an attribute": (pax({"size": str(1 << 50)}), "bytes, expected at most"),
     "less than nothing": (pax({"size": "-5"}), "-5 bytes|negative|invalid"),
     "a long text": (header("1.txt", 1 << 30) + bytes(1024), "expected at most 16,777,216"),
-    "a long name": (header("././@LongLink", 1 << 34, b"L") + bytes(1024), "a header of 17,179,869,184 bytes"),
-    "long attributes": (header("x", 1 << 34, b"x") + bytes(1024), "a header of 17,179,869,184 bytes"),
+    "a long name": (header("././@LongLink", 1 << 34, b"L") + bytes(1024), "a header has 17,179,869,184 bytes"),
+    "long attributes": (header("x", 1 << 34, b"x") + bytes(1024), "a header has 17,179,869,184 bytes"),
     "digits": (header("x", 1 << 14, b"x") + b"1" * (1 << 14) + bytes(1024), "a thousand digits"),
 }  # fmt: skip
 

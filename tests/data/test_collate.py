@@ -332,5 +332,7 @@ def test_what_is_trained_is_what_is_used(prompt: str) -> None:
 
 def test_a_prompt_that_ends_within_a_token_is_refused() -> None:
     """Its tokenizer joins a colon with what follows."""
-    with pytest.raises(InputError, match=r"'Cap:' ends within a token: alone .* \['.Cap', ':'\], before the text 'a'"):
+    with pytest.raises(
+        InputError, match=r"ends within a token: .* alone are \['.Cap', ':'\], but followed by the text 'a'"
+    ):
         check_prompt(sentencepiece(": \u2581a"), "Cap:")

@@ -108,7 +108,7 @@ BREAKS: dict[str, tuple[bytes, list[str], str]] = {
     "empty": (b"", [], "empty file"),
     "in a caption": (WHOLE[: 4 * 2 * BLOCK - BLOCK + 3], ["words 0"], "unexpected end of data"),
     "in an image": (WHOLE[: 5 * 2 * BLOCK - BLOCK], ["words 0", "words 1"], "unexpected end of data"),
-    "in a header": (WHOLE[: 4 * 2 * BLOCK + 100], ["words 0", "words 1"], "off after 001 .truncated header"),
+    "in a header": (WHOLE[: 4 * 2 * BLOCK + 100], ["words 0", "words 1"], "damaged after 001 .truncated header"),
     "after a sample": (WHOLE[: 4 * 2 * BLOCK], ["words 0", "words 1"], "damaged after 001 .empty header"),
     "after an image": (WHOLE[: 3 * 2 * BLOCK], ["words 0"], "damaged after 001 .empty header"),
     "a header is overwritten": (

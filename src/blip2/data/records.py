@@ -328,5 +328,5 @@ def next_row(rows: Iterator[dict[str, Any]], source: str) -> dict[str, Any] | No
     """
     try:
         return next(rows, None)
-    except Exception as error:  # the builders of the datasets library raise whatever their parsers raise
+    except Exception as error:  # the datasets library passes on the exceptions of all its parsers
         raise unreadable_source(source, error) from error

@@ -292,7 +292,8 @@ class _DrawOffsets:
         return np.where(draws < len(self), self._offsets[np.minimum(draws, len(self) - 1)], in_tail)
 
     def remaining(self, draw: int) -> RemainingRecords | None:
-        """Return a value with which every draw from `draw` on has the same offset; without a mask if possible."""
+        """Return the argument for another instance that has the same offsets from `draw` on. The mask is left out if no
+        record from `draw` on is in it."""
         if self._remaining is None or draw < len(self):
             return self._remaining
         return {"mask_offset": 0, "mask": "", "tail_offset": self._tail_offset - len(self)}

@@ -97,7 +97,7 @@ def _expand_url(pattern: str) -> list[str]:
     try:
         filesystem, path = fsspec.url_to_fs(pattern)
         return sorted(filesystem.unstrip_protocol(name) for name in filesystem.glob(path))
-    except Exception as error:  # each file system raises its own
+    except Exception as error:  # each file system has its own exceptions
         raise unreadable_source(pattern, error) from error
 
 
@@ -146,7 +146,7 @@ def read_shard(shard: str) -> Iterator[Row]:
     try:
         with fsspec.open(shard, "rb") as file:
             yield from _read_parquet(file) if shard.lower().endswith(".parquet") else _read_tar(file)
-    except Exception as error:  # each file system and each parser raises its own
+    except Exception as error:  # each file system and each parser has its own exceptions
         yield {ERROR_COLUMN: " ".join(str(error).split()) or type(error).__name__}
 
 

@@ -159,7 +159,7 @@ def _load(source: str, load: Callable[..., Any], *args: Any, **kwargs: Any) -> A
         return load(*args, **kwargs)
     except StopIteration as error:
         raise _empty(source) from error
-    except Exception as error:  # the builders of the datasets library raise whatever their parsers raise
+    except Exception as error:  # the datasets library passes on the exceptions of all its parsers
         empty = not isinstance(error, InputError) and "corresponds to no data" in str(error)
         raise (_empty(source) if empty else unreadable_source(source, error)) from error
 
