@@ -83,9 +83,9 @@ class DataStats:
         """Return all counts so far, for the metrics file and for a checkpoint.
 
         Returns:
-            ``samples_seen``: samples of each source, by its name; ``skipped``: skipped records, and ``skipped_REASON`` for
-            each of :data:`SKIP_REASONS`; ``truncated``: truncated captions; ``shards``: shards that were started; and
-            ``source``, which is :attr:`step_source`, unless that is None.
+            ``samples_seen``: samples of each source, by its name; ``skipped``: skipped records, and ``skipped_REASON``
+            for each of :data:`SKIP_REASONS`; ``truncated``: truncated captions; ``shards``: shards that were started;
+            and ``source``, which is :attr:`step_source`, unless that is None.
         """
         source = {} if self.step_source is None else {"source": self.step_source}
         return {**source, "samples_seen": dict(self._samples_seen), "skipped": self.num_skipped, **self._counts}
