@@ -260,9 +260,7 @@ def test_the_state_of_another_version(save, found):
     folder = save(2)
     state = {**json.loads((folder / "state.json").read_text()), "format": found}
     (folder / "state.json").write_text(json.dumps(state))
-    with pytest.raises(
-        InputError, match=f"state of format {found}; this is blip2 .* format 3: .*start_from"
-    ) as raised:
+    with pytest.raises(InputError, match=f"state of format {found}; this is blip2 .* format 3: .*start_from") as raised:
         checkpoint.read_training_state(folder)
     one_line(raised)
 

@@ -430,3 +430,16 @@ def test_public_names_are_the_documented_ones():
     assert all(getattr(blip2, name) is not None for name in blip2.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = blip2.nothing
+
+
+@pytest.mark.parametrize("text", ["a \udcff", "\ud800"])
+def test_texts_that_are_not_unicode(compare, writer, text):
+    for call in (
+        lambda: compare.match(IMAGES, text),
+        lambda: compare.embed_texts(["a disc", text]),
+        lambda: writer.answer(IMAGES[0], text),
+        lambda: writer.caption(IMAGES[0], text),
+        lambda: writer.log_likelihood([IMAGES[0]], [""], [text]),
+    ):
+        with pytest.raises(InputError, match=r"which is no character: write the text in UTF-8"):
+            call()

@@ -47,8 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         _run(sys.argv[1:] if argv is None else argv)
-        if sys.stdout is not None:  # as in `blip2 caption ... >&-`
-            sys.stdout.flush()
+        print(end="", flush=True)  # flushes; does nothing if there is no stdout, as in `blip2 caption ... >&-`
     except InputError as error:
         return _fail(error, 2)
     except KeyboardInterrupt:

@@ -18,6 +18,7 @@ from blip2 import checkpoint
 from blip2.builder import Built, build, choose_device
 from blip2.config import IMAGE_TOKEN, ModelConfig, Precision, Stage
 from blip2.data.collate import (
+    check_unicode,
     encode_continuations,
     encode_prompts,
     encode_questions,
@@ -497,6 +498,7 @@ class GenerationPipeline(Pipeline[GenerationModel]):
         For a decoder-only LLM, the ids contain prompt and text; for an encoder-decoder LLM, the prompt alone, so that
         the length U of the labels differs from T.
         """
+        check_unicode([*prompts, *texts])
         if not self.model.language.is_encoder_decoder:
             ids, mask, labels, _ = encode_continuations(self.tokenizer, prompts, texts, NO_LIMIT, self.eos_token_id)
         else:
@@ -556,4 +558,5 @@ def check_texts(texts: str | Sequence[str], kind: str) -> list[str]:
     for number, text in enumerate(listed, 1):
         if not isinstance(text, str) or not text.strip():
             raise InputError(f"{kind} {number} of {len(listed)} is {text!r}, expected words: correct or remove it")
+    check_unicode(listed)
     return listed

@@ -1,6 +1,6 @@
 """A store of image features: a folder that several processes can write and read at the same time.
 
-A store contains the features of any number of images, computed with the same settings. It consists of parts. Each part
+A store contains features of any number of images, computed with the same settings. It consists of parts. Each part
 is written by one process, which only appends to it, and has two files:
 
 - ``NAME.bin``: one row of fixed size per image: the features [V, P, E], and for int8 the scales [V, P];
