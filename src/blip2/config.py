@@ -345,8 +345,9 @@ class DataConfig:
     horizontal_flip: bool = True
     """Mirror each image with probability 0.5. Use false if texts mention left and right."""
     group_by_length: bool = True
-    """Put captions of similar length into the same batch to save padding. Records with questions are always shuffled.
-    Use false for small data sets of short captions, in which captions of equal length are too similar to each other."""
+    """Put captions of similar length into the same batch to save padding. This has no effect on records with questions
+    or in groups (data.group_column). Use false for small data sets of short captions: otherwise a batch contains
+    captions of a single length, and few different ones."""
     num_workers: int = bounded(2, 0, 4096)
     """Number of subprocesses that decode images. 0: images are decoded in the training process."""
     max_bad_fraction: float = bounded(0.05, 0, 1)
@@ -460,7 +461,7 @@ class DecodingOptions:
     """Nucleus sampling instead of beam search: each token is sampled from the smallest set of tokens with at least this
     total probability. null: beam search."""
     temperature: float | None = bounded(None, 1e-6, MAX_COUNT)
-    """Temperature of sampling, by which the logits are divided. null: 1."""
+    """Temperature of sampling, by which the logits are divided; used only if top_p is set. null: 1."""
     length_penalty: float | None = bounded(None, -1000, 1000)
     """Length penalty of beam search: the score of a text is its log-probability / length ** length_penalty, so values
     below 0 favor short texts. null: 1 for captions, -1 for answers."""

@@ -71,7 +71,8 @@ def convert(
             frozen parts.
         overrides: values of keys of the model's config; see :func:`blip2.load`.
         stage1: for the format ``transformers``: a stage-1 checkpoint with the same Q-Former as the stage-2 checkpoint
-            to convert. Its text transformer and heads are added, so that both classes of transformers load the folder.
+            to convert. Its text transformer and heads are added, so that both ``Blip2ForConditionalGeneration`` and
+            ``Blip2ForImageTextRetrieval`` load the folder.
         with_language: for the format ``lavis``: include the LLM, which LAVIS's own files do not contain.
 
     Returns:

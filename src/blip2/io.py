@@ -119,7 +119,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON file whose value is an object.
 
     Raises:
-        InputError: the file cannot be read, is not JSON, or contains a value that is not an object.
+        InputError: the file cannot be read, is not JSON, or its top-level value is not an object.
     """
     advice = (
         "delete this file if the other files in its folder belong to the same job and you want to resume it; otherwise"

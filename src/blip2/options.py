@@ -166,7 +166,8 @@ def _library_defaults(target: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _library_function(target: Callable[..., Any]) -> Any:
-    """Return the syntax tree of the function whose arguments a command has; None if its docstring names none."""
+    """Return the syntax tree of the library function that a command's docstring names after "The arguments are those
+    of"; None if the command's docstring names no function."""
     found = re.search(r"arguments are those of\s+:func:`([\w.]+)\.(\w+)`", inspect.getdoc(target) or "")
     return None if found is None else _definition(*found.groups())
 

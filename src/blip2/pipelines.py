@@ -163,27 +163,27 @@ class Pipeline(Generic[Model]):
     def caption(
         self, images: Images, prompt: str | Sequence[str] | None = None, decoding: Decoding | None = None
     ) -> list[str]:
-        """See :meth:`GenerationPipeline.caption`."""
+        """Raise an InputError; only stage-2 models support this, see :meth:`GenerationPipeline.caption`."""
         self._refuse("write captions", "generation")
 
     def answer(self, images: Images, questions: str | Sequence[str], decoding: Decoding | None = None) -> list[str]:
-        """See :meth:`GenerationPipeline.answer`."""
+        """Raise an InputError; only stage-2 models support this, see :meth:`GenerationPipeline.answer`."""
         self._refuse("answer questions", "generation")
 
     def embed_images(self, images: Images) -> Float[Tensor, "I Q C"]:
-        """See :meth:`RepresentationPipeline.embed_images`."""
+        """Raise an InputError; only stage-1 models support this, see :meth:`RepresentationPipeline.embed_images`."""
         self._refuse("embed images", "representation")
 
     def embed_texts(self, texts: str | Sequence[str]) -> Float[Tensor, "T C"]:
-        """See :meth:`RepresentationPipeline.embed_texts`."""
+        """Raise an InputError; only stage-1 models support this, see :meth:`RepresentationPipeline.embed_texts`."""
         self._refuse("embed texts", "representation")
 
     def similarity(self, images: Images, texts: str | Sequence[str]) -> Float[Tensor, "I T"]:
-        """See :meth:`RepresentationPipeline.similarity`."""
+        """Raise an InputError; only stage-1 models support this, see :meth:`RepresentationPipeline.similarity`."""
         self._refuse("compare images and texts", "representation")
 
     def match(self, images: Images, texts: str | Sequence[str]) -> Float[Tensor, "I T"]:
-        """See :meth:`RepresentationPipeline.match`."""
+        """Raise an InputError; only stage-1 models support this, see :meth:`RepresentationPipeline.match`."""
         self._refuse("match images and texts", "representation")
 
 

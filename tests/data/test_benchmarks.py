@@ -676,7 +676,11 @@ MISMATCHED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     ),
     "OK-VQA's answers": ("vqav2:train", ok_vqa_annotations, "holds answers of OK-VQA, expected VQAv2"),
     "VQA's answers": ("ok-vqa:train", vqa_under_ok_vqa_s_names, "holds answers of VQA, expected OK-VQA"),
-    "captions": ("vqav2:train", captions_for_questions, "has info, images, licenses, annotations, expected questions"),
+    "captions": (
+        "vqav2:train",
+        captions_for_questions,
+        "contains the keys info, images, licenses, annotations, expected entries under the key questions",
+    ),
     "VQAv2's questions": ("ok-vqa:train", vqav2_questions_for_ok_vqa, "question 458752000 of"),
     "another split's annotations": (
         "vqav2:train",
@@ -688,7 +692,11 @@ MISMATCHED: dict[str, tuple[str, Callable[[Path], None], str]] = {
         copy(QUESTIONS.format("train"), QUESTIONS.format("val")),
         "holds train2014, expected val2014",
     ),
-    "questions for annotations": ("vqav2:train", copy(QUESTIONS.format("train"), T), "questions, expected annotations"),
+    "questions for annotations": (
+        "vqav2:train",
+        copy(QUESTIONS.format("train"), T),
+        "questions, expected entries under the key annotations",
+    ),
     "no annotation": (
         "vqav2:train",
         edit(T, lambda c: c["annotations"].pop(1)),
@@ -717,12 +725,13 @@ MISMATCHED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "a question without a number": (
         "vqav2:val",
         edit(QUESTIONS.format("val"), lambda c: c["questions"][0].pop("question_id")),
-        "has an entry with image_id, question, expected question, question_id, image_id",
+        "contains an entry with the keys image_id, question, expected an object with the keys question, question_id,"
+        " image_id: download",
     ),
     "objects instead of captions": (
         "coco:train",
         edit("annotations/captions_train2014.json", lambda c: c["annotations"][0].pop("caption")),
-        "has an entry with image_id, id, expected image_id, caption",
+        "contains an entry with the keys image_id, id, expected an object with the keys image_id, caption",
     ),
     "names without captions": (
         "nocaps:val",
@@ -742,7 +751,7 @@ MISMATCHED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "Flickr's for COCO's": (
         "coco-karpathy:test",
         lambda folder: copy("f/dataset_flickr30k.json", "dataset_coco.json")(make_flickr(folder / "f").parent),
-        "expected split, filepath, filename, cocoid, sentences",
+        "expected an object with the keys split, filepath, filename, cocoid, sentences",
     ),
     "COCO's for Flickr's": (
         "flickr30k:test",
@@ -767,7 +776,7 @@ MISMATCHED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "regions for questions": (
         "vg-qa:all",
         copy("region_descriptions.json", "question_answers.json"),
-        "has an entry with regions, id, expected id, qas",
+        "contains an entry with the keys regions, id, expected an object with the keys id, qas",
     ),
     "another version's images": (
         "vg-qa:all",
@@ -782,12 +791,12 @@ MISMATCHED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "GQA's scene graphs": (
         "gqa:val",
         lambda folder: write_json(folder / "val_balanced_questions.json", {"1": {"width": 4, "objects": {}}}),
-        "has an entry with width, objects, expected question, imageId, answer",
+        "contains an entry with the keys width, objects, expected an object with the keys question, imageId, answer",
     ),
     "a list": (
         "vqav2:val",
         lambda folder: write_json(folder / QUESTIONS.format("val"), [{"question": "why?"}]),
-        "has a list, expected questions",
+        "contains a list, expected entries under the key questions",
     ),
     "other questions for easy-VQA's": (
         "easy-vqa:test",

@@ -64,7 +64,8 @@ TrainingForward = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Probe:
-    """Two prompts, each with the same two continuations, and the predictions of the training forward pass."""
+    """Input for checking that an LLM generates as it was trained: two prompts, the same two continuations for each, and
+    the log-probabilities of the training forward pass."""
 
     network: Any
     visual_ids: Int[Tensor, "1 Q"]

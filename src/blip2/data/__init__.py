@@ -1,1 +1,1 @@
-"""From what people have (files, tables, shards, data sets) to batches of tensors."""
+"""Loading of data for training and evaluation: from files, tables, shards and data sets to batches of tensors."""

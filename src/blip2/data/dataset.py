@@ -88,7 +88,14 @@ class LoadedBatch:
 
 
 class _SkipRecord(Exception):  # noqa: N818
-    """Raised if a record cannot be used for a reason other than ``image``."""
+    """Raised if the row, the texts or the shard of a record cannot be used.
+
+    An image that is missing or cannot be decoded raises an :class:`ImageError` instead.
+
+    Args:
+        reason: why the record is skipped, one of :data:`SKIP_REASONS`.
+        message: the explanation for the user.
+    """
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from io import TextIOBase
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,8 @@ def stream_array(path: Path, name: str, subset: str | None = None) -> Iterator[A
             others[member] = None
     if empty:
         raise InputError(
-            f"{path} has {_list_names(others)}, expected {name}: download the file that docs/data.md names"
+            f"{path} contains {_describe(others)}, expected entries under {_describe([name])}: download the file that"
+            " docs/data.md names"
         )
 
 
@@ -74,16 +75,22 @@ def require_keys(path: Path, entry: Any, *names: str) -> tuple[Any, ...]:
         InputError: the entry is not an object, or lacks a key.
     """
     if not isinstance(entry, dict) or any(name not in entry for name in names):
-        found = _list_names(entry) if isinstance(entry, dict) else f"a {type(entry).__name__}"
+        found = f"with {_describe(entry)}" if isinstance(entry, dict) else f"of type {type(entry).__name__}"
         raise InputError(
-            f"{path} has an entry with {found}, expected {', '.join(names)}: download the file that docs/data.md names"
+            f"{path} contains an entry {found}, expected an object with {_describe(names)}: download the file that"
+            " docs/data.md names"
         )
     return tuple(entry[name] for name in names)
 
 
-def _list_names(names: dict[str, Any]) -> str:
-    shown = [name or "a list" for name in names]
-    return ", ".join(shown[:8] + ["..."] * (len(shown) > 8)) or "nothing"
+def _describe(names: Collection[str]) -> str:
+    """Describe the content of JSON for messages, from its names as in :func:`stream_json`."""
+    if not names:
+        return "no values"
+    if "" in names:
+        return "a list"
+    shown = [*names][:8] + ["..."] * (len(names) > 8)
+    return f"the key{'s' * (len(names) > 1)} {', '.join(shown)}"
 
 
 def _damaged(path: Path, reason: str) -> InputError:

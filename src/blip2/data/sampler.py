@@ -292,8 +292,11 @@ class _DrawOffsets:
         return np.where(draws < len(self), self._offsets[np.minimum(draws, len(self) - 1)], in_tail)
 
     def remaining(self, draw: int) -> RemainingRecords | None:
-        """Return the argument for another instance that has the same offsets from `draw` on. The mask is left out if no
-        record from `draw` on is in it."""
+        """Return the argument with which a new instance maps `draw` and all later draws to the offsets of this one.
+
+        If all records of the mask come before `draw`, the mask of the result is empty. ``None``: all records are
+        distributed.
+        """
         if self._remaining is None or draw < len(self):
             return self._remaining
         return {"mask_offset": 0, "mask": "", "tail_offset": self._tail_offset - len(self)}
@@ -458,8 +461,8 @@ def reshard(
         world_size: number of processes.
 
     Returns:
-        The position from which this process resumes. The processes together read each record that no former rank has
-        consumed exactly once in the rest of the epoch.
+        The position from which this process resumes. In the rest of the epoch, the processes together read exactly once
+        each record that no former rank has consumed.
     """
     if isinstance(records, Records):
         return _reshard_table(len(records), positions)

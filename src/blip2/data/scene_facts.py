@@ -182,7 +182,14 @@ def _find_mentions(words: str, nouns: dict[str, str]) -> list[tuple[str, str]]:
 
 
 def _explicit_relations(mentions: list[tuple[str, str]]) -> set[tuple[str, str, str]]:
-    """Return the relations between two kinds, as in :attr:`Facts.relation`."""
+    """Return the relations between two kinds that a caption states with a relation word, such as "above".
+
+    Args:
+        mentions: the phrases of the caption, as :func:`_find_mentions` returns them.
+
+    Returns:
+        Triples as in :attr:`Facts.relation`.
+    """
     out = set()
     for i, (sort, word) in enumerate(mentions):
         if sort != "relation":

@@ -77,13 +77,14 @@ def trim(image: Image.Image) -> Image.Image:
 
 
 def save_cutouts(source: Path, kinds: Mapping[str, Sequence[str]], folder: Path, draw: Callable[[Path], bytes]) -> None:
-    """Save cut-outs for scenes as ``cutouts/KIND/NUMBER-NAME.png`` in a folder, with a copy of the folder's license.
+    """Save cut-outs for scenes as ``cutouts/KIND/NUMBER-NAME.png`` in `folder`.
 
     Args:
         source: the folder of the original images, PNG or SVG.
         kinds: for each kind, the paths of its images below `source`, without suffix. Files that are missing or cannot
             be used are skipped.
-        folder: the folder to write to, which may contain a file LICENSE or LICENCE.
+        folder: the folder to write to. If it contains a file LICENSE or LICENCE, a copy is saved as
+            ``cutouts/LICENSE``.
         draw: renders an SVG file, and returns the PNG file.
     """
     for kind, names in kinds.items():
@@ -156,7 +157,7 @@ def read_cutouts(folder: Path, kinds: Collection[str] | None = None) -> dict[str
 
 @dataclass(frozen=True)
 class Placement:
-    """Random numbers that determine the places of objects, shared by near twins."""
+    """Random numbers that determine the places of objects. Near twins (scenes that differ in one fact) share them."""
 
     numbers: tuple[float, ...]
     """Eight random numbers, uniform in [0, 1)."""

@@ -114,9 +114,12 @@ def _groups(planner: Planner, split: str, seed: int, images: int, train: int, gr
 
 
 def _with_held_cutouts(planner: Planner, seen: Sequence[Scene], rng: np.random.Generator) -> Scene:
-    """Draw a type, and one of the scenes of this type in which all kinds have a held-out cut-out.
+    """Draw one of the scenes in `seen` whose kinds all have a held-out cut-out.
 
-    If no scene of this type has such kinds, draw a scene of any type.
+    A type is drawn first. If there are candidates of this type, one of them is drawn, otherwise one of any type.
+
+    Raises:
+        InputError: there are no candidates.
     """
     candidates = [scene for scene in seen if all(kind in planner.held_out_cutouts for kind in scene.kinds)]
     type = draw_type(rng)

@@ -17,11 +17,13 @@ class EvalData:
     """The records of one source, without their images.
 
     Args:
-        config: ``train`` names the source. The names of columns have the same meaning as in training.
-        limit: only this number of records is used, from the first on. None: all records.
+        config: the config of the data. Its field ``train`` names the source to evaluate on, and its column names have
+            the same meaning as in training.
+        limit: use only the first `limit` records. None: all records.
 
     Raises:
-        InputError: the source cannot be read, is a stream, or has a row that cannot be used.
+        InputError: the source cannot be read, is a stream, or has a row that cannot be used; or `config` names several
+            sources.
     """
 
     def __init__(self, config: DataConfig, limit: int | None = None) -> None:

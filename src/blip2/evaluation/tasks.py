@@ -438,7 +438,11 @@ def _read(file: str | Path, format: PredictionFormat, ids: Sequence[Any]) -> lis
 
 
 def _format_for_ids(format: PredictionFormat, ids: Sequence[Any]) -> tuple[PredictionFormat, list[Any]]:
-    """Return the format for these ids, and the ids as this format needs them: as strings, unless all are integers."""
+    """Return the format and the ids of predictions to write.
+
+    If all ids are integers, both are unchanged. Otherwise the ids become strings, and the format one with string ids:
+    ``gqa`` instead of ``answer``, ``named`` instead of any other.
+    """
     if all(isinstance(key, int) for key in ids):
         return format, list(ids)
     return "gqa" if format == "answer" else "named", [str(key) for key in ids]

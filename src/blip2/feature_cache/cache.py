@@ -67,11 +67,12 @@ class Augmentation:
     """Whether half of the augmented views are mirrored."""
 
     def make_views(self, data: bytes, image: str, preprocessing: Preprocessing) -> Float[Tensor, "V 3 H W"]:
-        """Decode an image and return its views.
+        """Decode an image and return its views: first the whole image, then V - 1 views that are augmented at random.
 
         Args:
             data: the encoded image.
-            image: the digest of `data`.
+            image: the digest of `data` in hexadecimal. It seeds the augmentation, so that equal images have the same
+                views.
             preprocessing: size and normalization of the views.
 
         Raises:

@@ -182,7 +182,10 @@ class Checkpoint:
         )
         preprocessing = replace(self.preprocessing, image_size=image_size or self.preprocessing.image_size)
         if layer == "last":
-            raise InputError(f"the last layer of the image encoder in {self.name} was removed: leave out vision.layer")
+            raise InputError(
+                f"vision.layer is last, but the last layer of the image encoder is not stored in {self.name}: leave out"
+                " vision.layer"
+            )
         if not isinstance(self.vision_config, Blip2VisionConfig):
             layer = "last"  # the last of the remaining layers
         return wrap_transformers(network, preprocessing, layer)

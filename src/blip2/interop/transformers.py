@@ -77,8 +77,8 @@ def _read(name: str, folder: Path, settings: dict[str, Any]) -> Checkpoint:
         found = (settings.get(part) or {}).get("model_type", expected)
         if found != expected:
             raise InputError(
-                f"{name}: the {part} in its config.json is of type {found}, expected {expected}, which transformers"
-                " would silently assume: give a checkpoint with this type"
+                f"{name}: the {part} in its config.json is of type {found}, expected {expected}. transformers would"
+                f" ignore the type and load it as {expected}: give a checkpoint with a {part} of type {expected}"
             )
     with wrap_load_errors(name, "configuration"):
         config: Any = Blip2Config.from_dict(settings)

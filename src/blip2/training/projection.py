@@ -24,10 +24,11 @@ RIDGE = 1e-2
 
 @torch.no_grad()
 def fit_projection(model: GenerationModel, batches: Iterable[GenerationBatch]) -> float:
-    """Set the projection to the least-squares map from Z to the LLM's token embeddings of the captions.
+    """Set the projection to the ridge regression, with the penalty :data:`RIDGE`, from Z to the LLM's token embeddings
+    of the captions.
 
-    Query q of Q is fitted to token floor(q T / Q) of the caption's T tokens. The result is scaled to the standard
-    deviation of the LLM's token embeddings.
+    Query q (0 to Q - 1) is fitted to token floor(q T / Q) of a caption with T tokens. The result is scaled to the
+    standard deviation of the LLM's token embeddings.
 
     Args:
         model: the model; only its projection is changed.

@@ -87,7 +87,11 @@ class PackedTokens:
         return torch.unflatten(x[:num_queries], 0, (num_rows, self.num_query_tokens)), x[num_queries:]
 
     def expand_queries(self, x: Float[Tensor, "_ E"]) -> Float[Tensor, "M E"]:
-        """Return `x` with the queries of all N rows. One set of queries for all rows is repeated N times."""
+        """Return `x` with Q queries for each of the N rows.
+
+        If `x` starts with one set of Q queries that all rows share, this set is repeated N times; the text tokens after
+        it are unchanged.
+        """
         if self._has_all_queries(x):
             return x
         return torch.cat([x[: self.num_query_tokens].repeat(self.num_rows, 1), x[self.num_query_tokens :]])
