@@ -137,7 +137,7 @@ def test_a_conversion_is_not_written_over(place, monkeypatch, capsys):
     shutil.copytree("Salesforce/blip2-opt-2.7b", "there")
     for target, to, match in (
         ("there", "vllm", "there already exists: give the name of a new folder"),
-        ("new", "lavis", "new is not the name of a .pth file, as LAVIS expects: give one"),
+        ("new", "lavis", "new does not end in .pth, as LAVIS expects: give the name of a .pth file"),
     ):
         assert main(["convert", "Salesforce/blip2-opt-2.7b", target, "--to", to]) == 2
         assert match in capsys.readouterr().err

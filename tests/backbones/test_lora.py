@@ -146,7 +146,10 @@ def test_without_peft(parts, monkeypatch):
 def test_adapters_are_never_lost(parts, tuned, tmp_path):
     """A run without adapters cannot start from one with them, and a checkpoint without them cannot be loaded."""
     plain = parts.recipe(tmp_path / "plain", stage="generation", language={"name": parts.llama})
-    with pytest.raises(InputError, match=r"holds language\..*lora_.*, which the model does not have: set language"):
+    with pytest.raises(
+        InputError,
+        match=r"contains the weight language\..*lora_.*, which the model does not have: copy the section language",
+    ):
         train(replace(plain, start_from=str(tuned / "llama")))
     with pytest.raises(InputError, match=r"has LoRA adapters in its LLM, which transformers does not support"):
         convert(tuned / "llama", tmp_path / "converted", "transformers")

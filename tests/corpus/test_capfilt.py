@@ -219,7 +219,7 @@ def test_images_that_cannot_be_used_are_counted_and_named(runs, tmp_path):
     assert "1 in" in named and "is damaged" in named and "c.tar cannot be read to its end" in named
     assert "5 in" in named and "holds half of a surrogate pair" in named and "the byte 0xe9" in named
     assert "captions holds an object with the keys text" in named
-    assert "2 in" in named and "it has txt, expected an image" in named
+    assert "2 in" in named and "the sample has txt, expected an image" in named
     assert "is damaged" in (tmp_path / "output" / "report.html").read_text()
 
 

@@ -189,7 +189,9 @@ def test_meteor_never_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     started = time.monotonic()
     scores = official_scores(SMALL_PREDICTIONS, SMALL_REFERENCES, timeout=3.0)
     assert time.monotonic() - started < 60
-    assert scores.metrics["METEOR"] == MissingMetric("METEOR did not finish within 3 s and was terminated")
+    assert scores.metrics["METEOR"] == MissingMetric(
+        "METEOR did not finish within 3 s and was terminated: score fewer images"
+    )
     assert isinstance(scores.metrics["CIDEr"], float)
     for pid in (tmp_path / "pids").read_text(encoding="utf-8").split():
         stat = Path(f"/proc/{pid}/stat")
@@ -205,9 +207,8 @@ def test_a_tokenizer_that_loses_lines(tmp_path: Path, monkeypatch: pytest.Monkey
     java = install(tmp_path, monkeypatch, "exit 1")
     java.write_text("#!/bin/sh\nexec head -n 3\n", encoding="utf-8")
     scores = official_scores(SMALL_PREDICTIONS, SMALL_REFERENCES)
-    assert scores == CaptionScores(
-        dict.fromkeys(METRICS, MissingMetric("the tokenizer gave 3 lines for 9 captions")), {}
-    )  # fmt: skip
+    missing = MissingMetric("the tokenizer printed 3 lines for 9 captions: try another version of Java")
+    assert scores == CaptionScores(dict.fromkeys(METRICS, missing), {})
 
 
 def test_without_java(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -224,7 +225,7 @@ def test_without_pycocoevalcap(monkeypatch: pytest.MonkeyPatch) -> None:
     assert scores.cider == {}
     for score in scores.metrics.values():
         assert isinstance(score, MissingMetric)
-        assert score.reason == "the official metrics need the extra captioning: pip install 'blip2[captioning]'"
+        assert score.reason == "the official metrics need pycocoevalcap: pip install 'blip2[captioning]'"
 
 
 def test_domains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -248,8 +248,10 @@ def test_a_question_without_answers_among_others(score, tmp_path):
     rows = [ROWS[0], {**ROWS[1], "answers": []}, {**ROWS[2], "answers": [" "]}]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     line = score(ANSWERS, data=str(file), status=2)
-    assert line.startswith(f"error: {file} has questions 2 with no answers (the first: {file} row 1 ")
-    assert "1 with several answers" in line and line.endswith("one answer, or all of them several")
+    assert line.startswith(
+        f"error: {file} has questions that cannot be scored together: 2 with no answers (the first: {file} row 1 "
+    )
+    assert "1 with several answers" in line and line.endswith("one answer, or every question several")
 
 
 def test_blank_answers_count(score, tmp_path):
@@ -300,8 +302,9 @@ def test_a_model_or_predictions(score, runs, table, tmp_path, capsys):
 
 
 def test_retrieval_has_no_predictions(score):
-    assert (
-        score([], task="retrieval", status=2) == "error: the task retrieval has no predictions to score: give a model"
+    assert score([], task="retrieval", status=2) == (
+        "error: the task retrieval cannot score a file of predictions, expected captioning or vqa: give a model, or"
+        " choose another task"
     )
 
 
@@ -309,5 +312,5 @@ def test_no_file(table, tmp_path, capsys):
     missing = str(tmp_path / "nothing.json")
     assert main(["evaluate", "--predictions", missing, "--task", "vqa", "--data", table, "--output", missing]) == 2
     assert capsys.readouterr().err == (
-        f"error: {missing} cannot be read (No such file or directory): check the path of the predictions\n"
+        f"error: {missing} cannot be read (No such file or directory): check the path and the permissions\n"
     )

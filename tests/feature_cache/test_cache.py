@@ -306,7 +306,9 @@ def test_a_missing_file_is_looked_for_again(tmp_path: Path) -> None:
     (tmp_path / "images" / "2.png").unlink()
     cache = cached(tmp_path, records, encoder)
     assert list(cache.errors) == [2]
-    assert re.fullmatch(r"image .*2\.png cannot be read \(No such file or directory\): check its path", cache.errors[2])
+    assert re.fullmatch(
+        r"image .*2\.png cannot be read \(No such file or directory\): check its path and permissions", cache.errors[2]
+    )
     (tmp_path / "images" / "2.png").write_bytes(data)
     cache = cached(tmp_path, records, encoder)
     assert (cache.errors, cache.num_encoded) == ({}, 1)
@@ -334,7 +336,7 @@ def test_an_image_that_changes_meanwhile(tmp_path: Path) -> None:
 
     cache = cached(tmp_path, records, encoder, report=change)
     assert list(cache.errors) == [4]
-    assert "4.png changed while features were made: run this again" in cache.errors[4]
+    assert "4.png changed while its features were computed: run the command again" in cache.errors[4]
     again = cached(tmp_path, records, encoder)
     assert torch.equal(again.read(4, None), whole(records, 4, encoder))
 

@@ -61,7 +61,7 @@ def test_the_fixture_of_stage_1_gives_its_losses(parts, save, tmp_path):
     clip = CLIPVisionConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=14, patch_size=2)
     CLIPVisionModel(clip).save_pretrained(tmp_path / "clip")
     changes = {"vision.name": str(tmp_path / "clip"), "qformer.num_attention_heads": 4, "qformer.tokenizer": parts.bert}
-    with pytest.raises(InputError, match=r"has 58 tokens with \[DEC\], the model's qformer.vocab_size is 201"):
+    with pytest.raises(InputError, match=r"has 58 tokens including \[DEC\], but qformer.vocab_size is 201"):
         blip2.load(save(state), device="cpu", overrides=changes)
     # The fixture's vocabulary has no words, only 201 ids.
     tokenizer = _tokenizer_of(201, tmp_path / "words")
@@ -298,7 +298,7 @@ def test_the_file_of_the_encoder_alone(parts, save, tmp_path):
     assert torch.equal(named.encode_images(IMAGES), inside.encode_images(IMAGES))
     recipe = parts.recipe(tmp_path / "run", vision={"name": str(tmp_path / "eva.pth")})
     assert build(recipe.model, torch.device("cpu")).model.vision.hidden_size == 176
-    refuses(tmp_path / "eva.pth", "holds an image encoder: name it as vision.name")
+    refuses(tmp_path / "eva.pth", "contains an image encoder, expected a BLIP-2")
 
 
 @torch.no_grad()

@@ -467,7 +467,7 @@ def test_skipped_and_cut_records_are_named_and_counted(parts, tmp_path, capsys):
         (line, again) = (line for line in errors.splitlines() if line.startswith(f"skipped {table} row {number} "))
         assert line == again  # once an epoch
         assert f"{number}.png" in line and why in line
-    assert errors.count("a caption is longer than data.max_length (32) and was truncated") == 1
+    assert errors.count("a caption is longer than data.max_length (32 tokens) and was truncated") == 1
     assert f"skipped 2 records of data.validation; the first is {table} row 2" in errors
     assert errors.splitlines()[-1] == "4 records skipped, 4 captions truncated"
     # Two of four can be used; each is taken twice, so that the batch keeps its size.
@@ -663,7 +663,8 @@ def test_collapsed_queries_are_said_once(parts, tmp_path, capsys, monkeypatch):
     train(parts.recipe(tmp_path / "run", training={"max_steps": 4}))
     said = " ".join(capsys.readouterr().err.split())
     assert (
-        said.count("the queries have collapsed: at step 2 the mean cosine similarity between those of an image is") == 1
+        said.count("the queries have collapsed: at step 2 the mean cosine similarity between the queries of an image")
+        == 1
     )
     assert "raise objectives.query_diversity, which is 0, and start again" in said
 

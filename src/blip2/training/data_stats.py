@@ -113,7 +113,7 @@ class DataStats:
                     display.log(f"further skipped records are listed in {file.path} only")
         if self.num_truncated and self.num_truncated == self._step_counts["truncated"]:
             display.log(
-                f"a caption is longer than data.max_length ({max_length}) tokens and was truncated; further truncated"
+                f"a caption is longer than data.max_length ({max_length} tokens) and was truncated; further truncated"
                 " captions are only counted"
             )
 
