@@ -194,7 +194,7 @@ def test_a_caption_of_ten_thousand_words(run, parts, table, tmp_path, stage):
     lines = run(status=0, data={"train": source}, training={"max_steps": 3}, **changes)
     assert (
         sum(
-            "longer than data.max_length (32) tokens and was truncated; further truncated captions are only counted"
+            "longer than data.max_length (32 tokens) and was truncated; further truncated captions are only counted"
             in line
             for line in lines
         )

@@ -264,6 +264,13 @@ def test_shards_in_object_storage_are_units(tmp_path):
     assert list(read_unit(units[1])) == [Sample("0", encoded("disc", "red"), ("x",), "png")]
 
 
+def test_shards_that_would_have_one_output_are_refused():
+    for name in ("a/b-c.tar", "a-b/c.tar", "x/c.tar"):
+        fsspec.filesystem("memory").pipe(f"/twice/{name}", b"")
+    with pytest.raises(InputError, match=r"c\.tar and .*c\.tar would have the same output shard, a-b-c\.tar: rename"):
+        list_units("memory://twice/*/*.tar", 5)
+
+
 def test_settings_that_cannot_be():
     with pytest.raises(InputError, match="--num-beams is 2, expected at least the number of captions, 3: raise"):
         CapFiltConfig(num_captions=3, decoding=Decoding(num_beams=2))

@@ -278,7 +278,7 @@ def test_folder_is_not_an_image(tmp_path: Path) -> None:
 
 
 def test_impossible_path() -> None:
-    with pytest.raises(ImageError, match="check the path"):
+    with pytest.raises(ImageError, match="check its path"):
         read_image("a\0b.jpg")
 
 

@@ -6,6 +6,7 @@ A unit is the input of one output shard: an input shard (``.tar``), or a range o
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +22,7 @@ from blip2.data.images import ImageError, read_bytes, read_image
 from blip2.data.records import Records
 from blip2.data.shards import Sample, SkippedSample, expand_files, is_url, read_samples
 from blip2.data.sources import open_records
+from blip2.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def list_units(source: str, shard_size: int) -> list[Unit]:
         shard_size: number of records in a unit, if the source has no shards.
 
     Raises:
-        InputError: the source cannot be read or has no records.
+        InputError: the source cannot be read or has no records, or two shards would have the same name.
     """
     source = resolve(source)
     shards = find_shards(source) if is_benchmark(source) else source
@@ -55,6 +57,10 @@ def list_units(source: str, shard_size: int) -> list[Unit]:
         if len(set(names)) < len(names):  # shards in several folders
             root = Path(os.path.commonpath(files))
             names = ["-".join(Path(file).relative_to(root).with_suffix("").parts) for file in files]
+        twice = next((name for name, count in Counter(names).items() if count > 1), None)
+        if twice is not None:  # such as a/b.tar and a-b.tar
+            found = " and ".join(file for file, name in zip(files, names, strict=True) if name == twice)
+            raise InputError(f"{found} would have the same output shard, {twice}.tar: rename one of them")
         return [Unit(name, _absolute(file)) for name, file in zip(names, files, strict=True)]
     if Path(source).exists():
         source = _absolute(source)
