@@ -326,7 +326,7 @@ class DataConfig:
     effect. null: records are not grouped."""
     group_share: float = bounded(1.0, 0, 1)
     """Fraction of the groups of data.group_column that are kept together in an epoch; each epoch draws these groups
-    anew. The records of the other groups are shuffled."""
+    again. The records of the other groups are shuffled."""
     streaming: bool | None = None
     """Read the data as a stream instead of a table: only the order of shards and the records within a window of 50
     batches are shuffled, and nothing is counted or cached on disk. null: true for WebDataset shards and URLs, else

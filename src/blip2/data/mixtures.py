@@ -1,6 +1,6 @@
 """Mixtures: batches drawn from several sources.
 
-All batches of a training step come from one source, in every process; the source is drawn anew for each step. The
+All batches of a training step come from one source, in every process; the source is drawn again for each step. The
 losses of a step are therefore the losses of one source, and the negatives of the contrastive loss come from the same
 source as their pair. Negatives from another source would be too easy: the style of the image or text alone would
 identify them. Each source has its own epochs.

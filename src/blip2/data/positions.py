@@ -89,8 +89,8 @@ class SourcePosition(TypedDict):
     """For a table: the epoch from whose start offsets and :attr:`consumed` are counted. For a stream: the epoch of the
     last record before the window."""
     consumed: int
-    """Number of records that the process had consumed at the start of the window. The count starts anew when the source
-    is redistributed or its order changes."""
+    """Number of records that the process had consumed at the start of the window. The count starts again at 0 when the
+    source is redistributed or its order changes."""
     last_epoch: int
     """Latest epoch of a record in the window."""
     remaining: RemainingRecords | None
