@@ -441,5 +441,5 @@ def test_texts_that_are_not_unicode(compare, writer, text):
         lambda: writer.caption(IMAGES[0], text),
         lambda: writer.log_likelihood([IMAGES[0]], [""], [text]),
     ):
-        with pytest.raises(InputError, match=r"which is no character: write the text in UTF-8"):
+        with pytest.raises(InputError, match=r"which is not a character: write the text in UTF-8"):
             call()

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 
 from blip2.backbones.pretrained import load_pickle
 from blip2.builder import build_image_encoder, build_language_model
-from blip2.checkpoint import open_checkpoint
+from blip2.checkpoint import open_checkpoint, write_configs
 from blip2.cli import main
 from blip2.config import DataConfig, LanguageConfig, Recipe, VisionConfig
 from blip2.console import Display
@@ -406,7 +406,7 @@ def test_a_tokenizer_names_no_file(parts, tmp_path, key):
     load_tokenizer(tmp_path / "llm")
 
 
-def test_a_checkpoint_cannot_allow_code(own_code, checkpoint):
+def test_a_checkpoint_cannot_allow_code(own_code, checkpoint, tmp_path):
     folder, marker = own_code("vision")
     named = {"name": str(folder), "trust_remote_code": str(folder)}
     for read in READERS.values():
@@ -416,6 +416,9 @@ def test_a_checkpoint_cannot_allow_code(own_code, checkpoint):
         build_image_encoder(found.vision, torch.float32)
     assert not marker.exists()
     found = open_checkpoint(str(checkpoint(vision=named)), {"vision.trust_remote_code": str(folder)}).config
+    write_configs(tmp_path, found, None)
+    assert found.vision.trust_remote_code == str(folder)
+    assert yaml.safe_load((tmp_path / "model.yaml").read_text())["vision"]["trust_remote_code"] is None
     with suppress(InputError):
         build_image_encoder(found.vision, torch.float32)
     assert marker.exists()
@@ -826,7 +829,7 @@ def test_names_on_the_display(capsys):
 def test_the_mode_of_weights(tmp_path, mask):
     before = os.umask(mask)
     try:
-        write_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(2)}, {"b": "c"})
+        write_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(2)})
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == 0o666 & ~mask

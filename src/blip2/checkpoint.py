@@ -161,7 +161,13 @@ def save_checkpoint(
 
 
 def write_configs(folder: Path, config: ModelConfig, recipe: Recipe | None) -> None:
-    """Write ``model.yaml`` and, if there is a recipe, ``recipe.yaml`` to the folder of a checkpoint."""
+    """Write ``model.yaml`` and, if there is a recipe, ``recipe.yaml`` to the folder of a checkpoint.
+
+    ``trust_remote_code`` is left out of ``model.yaml``: who loads a model decides whether its code may run.
+    """
+    vision = replace(config.vision, trust_remote_code=None)
+    language = None if config.language is None else replace(config.language, trust_remote_code=None)
+    config = replace(config, vision=vision, language=language)
     (folder / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
     if recipe is not None:
         (folder / RECIPE_FILE).write_text(dump_config(recipe), encoding="utf-8")

@@ -279,12 +279,13 @@ class ObjectivesConfig:
         Raises:
             ValueError: the loss has no weight. This is an error in the code of the model, not in a recipe.
         """
-        if loss not in self.weights:
+        weights = self.weights
+        if loss not in weights:
             raise ValueError(
                 f"the model returns a loss named {loss}, which has no weight: add a field {loss} to ObjectivesConfig in"
                 " blip2/config.py"
             )
-        return self.weights[loss]
+        return weights[loss]
 
 
 @dataclass(frozen=True)

@@ -387,15 +387,12 @@ def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
         file.write(json.dumps(value, ensure_ascii=False, indent=indent).encode(errors="backslashreplace"))
 
 
-def write_tensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, Any], metadata: dict[str, str] | None = None
-) -> None:
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Any]) -> None:
     """Write a safetensors file with the permissions of the umask. The library's files are readable by the owner only.
 
     Args:
         path: the file.
         tensors: the tensors by name.
-        metadata: metadata that is stored in the file.
 
     Raises:
         OSError, SafetensorError: the file cannot be written.
@@ -404,7 +401,7 @@ def write_tensors(
     from safetensors.torch import save_file
 
     target = resolve_target(path)
-    save_file(dict(tensors), target, metadata=metadata)
+    save_file(dict(tensors), target)
     apply_umask(target)
 
 

@@ -558,5 +558,4 @@ def check_texts(texts: str | Sequence[str], kind: str) -> list[str]:
     for number, text in enumerate(listed, 1):
         if not isinstance(text, str) or not text.strip():
             raise InputError(f"{kind} {number} of {len(listed)} is {text!r}, expected words: correct or remove it")
-    check_unicode(listed)
     return listed

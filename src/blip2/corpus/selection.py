@@ -27,7 +27,7 @@ class SelectionRules:
     """ISO 639-1 code of the language to keep, such as en. Captions whose language is unclear are kept too. null: all
     languages are kept."""
     max_word_overlap: float = bounded(1.0, 1e-6, 1)
-    """Of captions whose word overlap is at least this, only the best is kept. The word overlap of two captions is the
+    """Word overlap from which on only the best of several captions is kept. The word overlap of two captions is the
     number of their common words divided by the number of all their words, counting each word once."""
 
     def __post_init__(self) -> None:

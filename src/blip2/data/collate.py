@@ -315,7 +315,7 @@ def check_unicode(texts: Iterable[str]) -> None:
     for text in texts:
         found = re.search("[\ud800-\udfff]", text)
         if found:
-            raise InputError(f"the text {text!r} has {found[0]!r}, which is no character: write the text in UTF-8")
+            raise InputError(f"the text {text!r} has {found[0]!r}, which is not a character: write the text in UTF-8")
 
 
 def check_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:

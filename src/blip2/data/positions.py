@@ -69,7 +69,7 @@ class ReshardedSegment(TypedDict):
     """
 
     former_ranks: list[FormerRank]
-    """What remains to be read, in this order."""
+    """The parts that remain to be read, in the order of reading."""
     rank: int
     """Rank of this process among those that share the segment."""
     world_size: int
