@@ -1,273 +1,37 @@
-"""Use trained models: caption images, answer questions, embed and compare images and texts."""
+"""Use stage-2 models: caption images and answer questions."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from io import IOBase
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Generic, NoReturn, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from blip2 import checkpoint
-from blip2.builder import Built, build, choose_device
-from blip2.config import IMAGE_TOKEN, ModelConfig, Precision, Stage
+from blip2.config import IMAGE_TOKEN, ModelConfig
 from blip2.data.collate import (
     check_unicode,
     encode_continuations,
     encode_prompts,
     encode_questions,
-    encode_texts,
     format_prompts,
-    normalize_captions,
     normalize_questions,
     pad,
 )
-from blip2.data.images import ImageLike, preprocess, read_image
 from blip2.decoding.options import ANSWER_DECODING, CAPTION_DECODING, Decoding
 from blip2.errors import InputError
 from blip2.model.generation import GenerationModel, Questions
-from blip2.model.losses import IGNORE_INDEX, image_text_similarity
-from blip2.model.representation import RepresentationModel
+from blip2.model.losses import IGNORE_INDEX
+from blip2.pipelines.base import Images, Pipeline, check_texts
 
-log = logging.getLogger("blip2")
-
-Model = TypeVar("Model", RepresentationModel, GenerationModel)
-Images = ImageLike | Iterable[ImageLike]
 QUESTION_TEMPLATE = "Question: {} Answer:"
 """Default prompt of questions for a decoder-only LLM (§4.1)."""
 NO_LIMIT = 2**31
 """A maximum number of tokens that truncates no text."""
 SHORT_QUESTION_TEMPLATE = "Question: {} Short answer:"
 """Default prompt of questions for an encoder-decoder LLM (§4.1)."""
-
-
-def load(
-    path: str | Path,
-    device: str | None = None,
-    dtype: Precision | None = None,
-    *,
-    overrides: Mapping[str, object] | None = None,
-    stage: Stage | None = None,
-) -> RepresentationPipeline | GenerationPipeline:
-    """Load a checkpoint of ``blip2 train``, transformers or LAVIS.
-
-    Args:
-        path: folder of a run (its last checkpoint is loaded) or of a checkpoint; folder or hub name of transformers'
-            ``Blip2ForConditionalGeneration`` or ``Blip2ForImageTextRetrieval``; or a ``.pth`` file of LAVIS.
-        device: ``cpu``, ``cuda``, ``cuda:1`` or ``mps``. None: a GPU if there is one.
-        dtype: data type of the image encoder and the LLM: ``fp32``, ``bf16`` or ``fp16``. None: the dtype in the
-            model's config; if the config sets none, bf16 on a CUDA GPU and fp32 on other devices.
-        overrides: new values of keys of the model's config (``{"vision.image_size": 364}``), and values that a
-            ``.pth`` file does not contain (``{"vision.name": "eva_vit_g.pth", "language.name": "facebook/opt-2.7b"}``).
-        stage: the stage to load from a checkpoint that contains both stages, ``representation`` or ``generation``.
-            None: the stage in the config of the checkpoint.
-
-    Returns:
-        A :class:`RepresentationPipeline` for stage 1, a :class:`GenerationPipeline` for stage 2.
-
-    Raises:
-        InputError: there is no checkpoint at `path`, or it is damaged, not a BLIP-2 or not of `stage`; a frozen part
-            cannot be loaded; or the device does not exist.
-    """
-    found = checkpoint.open_checkpoint(str(path), overrides).as_stage(stage)
-    log.info("%s: %s", found.name, found.description)
-    config = found.config
-    if found.missing_prefixes and config.stage == "representation":
-        missing = " and no ".join(prefix.rstrip(".") for prefix in found.missing_prefixes)
-        log.info("the checkpoint has no %s: these weights are random", missing)
-    if dtype is not None:
-        vision = replace(config.vision, dtype=dtype)
-        language = None if config.language is None else replace(config.language, dtype=dtype)
-        config = replace(config, vision=vision, language=language)
-    built = build(config, choose_device(device), found)
-    checkpoint.load_weights(found, built.model)
-    built.model.eval()
-    return make_pipeline(built, config, Path(found.name))
-
-
-def make_pipeline(built: Built, config: ModelConfig, path: Path) -> RepresentationPipeline | GenerationPipeline:
-    """Wrap a model in the pipeline of its stage. The model is not copied, moved or switched to evaluation mode.
-
-    Args:
-        built: the model and its tokenizers.
-        config: the config of the model.
-        path: path or name of the checkpoint, for error messages.
-    """
-    if isinstance(built.model, RepresentationModel):
-        return RepresentationPipeline(built.model, built.tokenizer, config, path)
-    assert built.eos_token_id is not None
-    return GenerationPipeline(built.model, built.tokenizer, config, path, built.eos_token_id, built.question_tokenizer)
-
-
-class Pipeline(Generic[Model]):
-    """Base class of the pipelines of both stages.
-
-    Every method takes one image or a list of images. An image is a path, bytes, a PIL image or an array. In the shapes,
-    I is the number of images, T the number of texts, P the number of image tokens, E the width of the image encoder, Q
-    the number of queries and C the contrastive width.
-    """
-
-    batch_size = 16
-    """Number of images, or of image-text pairs, per forward pass."""
-
-    def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, path: Path) -> None:
-        self.model, self.tokenizer, self.config, self.path = model, tokenizer, config, path
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the model."""
-        return self.model.image_norm.weight.device
-
-    def encode_images(self, images: Images) -> Float[Tensor, "I P E"]:
-        """Return the features that the frozen image encoder computes for images.
-
-        Every method accepts these features in place of images, and encodes nothing then. Features that are given as
-        `images` are returned unchanged.
-
-        Raises:
-            InputError: there are no images, or an image cannot be decoded.
-        """
-        if isinstance(images, Tensor) and images.ndim == 3 and images.shape[1:] == self._feature_shape:
-            return images
-        pixels = [preprocess(read_image(image), self.model.vision.preprocessing) for image in as_list(images)]
-        if not pixels:
-            raise InputError("no image was given: give at least one")
-        return self.encode_pixels(torch.stack(pixels))
-
-    @torch.no_grad()
-    def encode_pixels(self, pixels: Float[Tensor, "I 3 H W"]) -> Float[Tensor, "I P E"]:
-        """Return the features that the frozen image encoder computes for preprocessed images.
-
-        Args:
-            pixels: images of the encoder's size H x W, as :func:`blip2.data.images.preprocess` returns them.
-        """
-        return torch.cat([self.model.vision.encode(part.to(self.device)) for part in pixels.split(self.batch_size)])
-
-    @property
-    def _feature_shape(self) -> tuple[int, int]:
-        return self.model.vision.num_tokens, self.model.vision.hidden_size
-
-    def _refuse(self, task: str, stage: str) -> NoReturn:
-        raise InputError(
-            f"{self.path} is of stage {self.config.stage}, which cannot {task}: load a model of stage {stage}"
-        )
-
-    # Each stage overrides the tasks it supports.
-
-    def caption(
-        self, images: Images, prompt: str | Sequence[str] | None = None, decoding: Decoding | None = None
-    ) -> list[str]:
-        """Raise an InputError; only stage-2 models support this, see :meth:`GenerationPipeline.caption`."""
-        self._refuse("write captions", "generation")
-
-    def answer(self, images: Images, questions: str | Sequence[str], decoding: Decoding | None = None) -> list[str]:
-        """Raise an InputError; only stage-2 models support this, see :meth:`GenerationPipeline.answer`."""
-        self._refuse("answer questions", "generation")
-
-    def embed_images(self, images: Images) -> Float[Tensor, "I Q C"]:
-        """Raise an InputError; only stage-1 models support this, see :meth:`RepresentationPipeline.embed_images`."""
-        self._refuse("embed images", "representation")
-
-    def embed_texts(self, texts: str | Sequence[str]) -> Float[Tensor, "T C"]:
-        """Raise an InputError; only stage-1 models support this, see :meth:`RepresentationPipeline.embed_texts`."""
-        self._refuse("embed texts", "representation")
-
-    def similarity(self, images: Images, texts: str | Sequence[str]) -> Float[Tensor, "I T"]:
-        """Raise an InputError; only stage-1 models support this, see :meth:`RepresentationPipeline.similarity`."""
-        self._refuse("compare images and texts", "representation")
-
-    def match(self, images: Images, texts: str | Sequence[str]) -> Float[Tensor, "I T"]:
-        """Raise an InputError; only stage-1 models support this, see :meth:`RepresentationPipeline.match`."""
-        self._refuse("match images and texts", "representation")
-
-
-class RepresentationPipeline(Pipeline[RepresentationModel]):
-    """A stage-1 model, which compares images and texts."""
-
-    @torch.no_grad()
-    def embed_images(self, images: Images) -> Float[Tensor, "I Q C"]:
-        """Embed images in the contrastive space (§3.2, ITC): one unit vector per query.
-
-        Raises:
-            InputError: there are no images, or an image cannot be decoded.
-        """
-        features = self.encode_images(images)
-        parts = [
-            self.model.embed_images(self.model.build_image_memory(part)) for part in features.split(self.batch_size)
-        ]
-        return torch.cat(parts)
-
-    @torch.no_grad()
-    def embed_texts(self, texts: str | Sequence[str]) -> Float[Tensor, "T C"]:
-        """Embed texts in the contrastive space (§3.2, ITC): one unit vector per text.
-
-        Texts are normalized and truncated as in :meth:`tokenize`.
-
-        Raises:
-            InputError: there are no texts, or a text is blank.
-        """
-        parts = []
-        listed = check_texts(texts, "text")
-        for start in range(0, len(listed), 4 * self.batch_size):
-            parts.append(self.model.embed_texts(*self.tokenize(listed[start : start + 4 * self.batch_size])))
-        return torch.cat(parts)
-
-    def similarity(self, images: Images, texts: str | Sequence[str]) -> Float[Tensor, "I T"]:
-        """Return the cosine similarity, in [-1, 1], of every image to every text (§3.2, ITC).
-
-        The similarity of a pair is the maximum over the queries of the image.
-
-        Raises:
-            InputError: there are no images or texts, an image cannot be decoded, or a text is blank.
-        """
-        return image_text_similarity(self.embed_images(images), self.embed_texts(texts))
-
-    @torch.no_grad()
-    def match(self, images: Images, texts: str | Sequence[str]) -> Float[Tensor, "I T"]:
-        """Return the probability in [0, 1] that an image and a text match, for every image and text (§3.2, ITM).
-
-        This method is slower and more accurate than :meth:`similarity`, because the Q-Former processes every pair.
-
-        Raises:
-            InputError: there are no images or texts, an image cannot be decoded, or a text is blank.
-        """
-        features, listed = self.encode_images(images), check_texts(texts, "text")
-        candidates = torch.arange(len(listed)).expand(len(features), -1)
-        return self.match_candidates(features, listed, candidates).softmax(dim=-1)[..., 1]
-
-    @torch.no_grad()
-    def match_candidates(
-        self, images: Images, texts: Sequence[str], candidates: Int[Tensor, "I K"]
-    ) -> Float[Tensor, "I K 2"]:
-        """Return the ITM logits (not matched, matched) of each image with K texts of its own, for re-ranking (§4.4).
-
-        Args:
-            images: images.
-            texts: all texts.
-            candidates: for each image, the indices of its K texts in `texts`.
-        """
-        features = self.encode_images(images)
-        return self.model.match_candidates(
-            features, *self.tokenize(texts), candidates.to(self.device), 4 * self.batch_size
-        )
-
-    def tokenize(self, texts: Sequence[str]) -> tuple[Int[Tensor, "T L"], Bool[Tensor, "T L"]]:
-        """Return token ids and attention mask (True for tokens, False for padding) of texts for the Q-Former.
-
-        Texts are normalized with the model's ``text_normalization``. A text is truncated to twice the model's
-        ``max_length`` or to the maximum length of the Q-Former, whichever is smaller. L is the length of the longest
-        text in tokens.
-        """
-        texts = normalize_captions(texts, self.config.text_normalization)
-        limit = min(self.config.qformer.max_position_embeddings, 2 * self.config.max_length)
-        ids, mask, _ = encode_texts(self.tokenizer, texts, limit)
-        return ids.to(self.device), mask.to(self.device)
 
 
 class GenerationPipeline(Pipeline[GenerationModel]):
@@ -530,32 +294,3 @@ class GenerationPipeline(Pipeline[GenerationModel]):
                 f"a prompt has {tokens} tokens, but of the LLM's {positions} positions only {positions - queries - new}"
                 f" are left beside {queries} tokens of the image and {new} to generate: shorten the prompt"
             )
-
-
-def as_list(images: Images) -> list[ImageLike]:
-    """Return `images`, which is one image or several images, as a list."""
-    if isinstance(images, Tensor) or hasattr(images, "ndim"):
-        return list(images) if images.ndim == 4 else [images]  # pyright: ignore
-    one = isinstance(images, str | bytes | bytearray | memoryview | IOBase | Mapping) or not isinstance(
-        images, Iterable
-    )
-    return [images] if one else list(images)  # pyright: ignore
-
-
-def check_texts(texts: str | Sequence[str], kind: str) -> list[str]:
-    """Return one text, or several texts, as a list, after checking that no text is blank.
-
-    Args:
-        texts: a text or several texts.
-        kind: what a text is, such as ``question``, for error messages.
-
-    Raises:
-        InputError: a text is blank, or there are no texts.
-    """
-    listed = [texts] if isinstance(texts, str | bytes) or not isinstance(texts, Iterable) else list(texts)
-    if not listed:
-        raise InputError(f"no {kind} was given: give at least one")
-    for number, text in enumerate(listed, 1):
-        if not isinstance(text, str) or not text.strip():
-            raise InputError(f"{kind} {number} of {len(listed)} is {text!r}, expected words: correct or remove it")
-    return listed

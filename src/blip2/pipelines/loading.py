@@ -1,0 +1,75 @@
+"""Load a checkpoint as a pipeline."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from blip2 import checkpoint
+from blip2.builder import Built, build, choose_device
+from blip2.config import ModelConfig, Precision, Stage
+from blip2.model.representation import RepresentationModel
+from blip2.pipelines.generation import GenerationPipeline
+from blip2.pipelines.representation import RepresentationPipeline
+
+log = logging.getLogger("blip2")
+
+
+def load(
+    path: str | Path,
+    device: str | None = None,
+    dtype: Precision | None = None,
+    *,
+    overrides: Mapping[str, object] | None = None,
+    stage: Stage | None = None,
+) -> RepresentationPipeline | GenerationPipeline:
+    """Load a checkpoint of ``blip2 train``, transformers or LAVIS.
+
+    Args:
+        path: folder of a run (its last checkpoint is loaded) or of a checkpoint; folder or hub name of transformers'
+            ``Blip2ForConditionalGeneration`` or ``Blip2ForImageTextRetrieval``; or a ``.pth`` file of LAVIS.
+        device: ``cpu``, ``cuda``, ``cuda:1`` or ``mps``. None: a GPU if there is one.
+        dtype: data type of the image encoder and the LLM: ``fp32``, ``bf16`` or ``fp16``. None: the dtype in the
+            model's config; if the config sets none, bf16 on a CUDA GPU and fp32 on other devices.
+        overrides: new values of keys of the model's config (``{"vision.image_size": 364}``), and values that a
+            ``.pth`` file does not contain (``{"vision.name": "eva_vit_g.pth", "language.name": "facebook/opt-2.7b"}``).
+        stage: the stage to load from a checkpoint that contains both stages, ``representation`` or ``generation``.
+            None: the stage in the config of the checkpoint.
+
+    Returns:
+        A :class:`RepresentationPipeline` for stage 1, a :class:`GenerationPipeline` for stage 2.
+
+    Raises:
+        InputError: there is no checkpoint at `path`, or it is damaged, not a BLIP-2 or not of `stage`; a frozen part
+            cannot be loaded; or the device does not exist.
+    """
+    found = checkpoint.open_checkpoint(str(path), overrides).as_stage(stage)
+    log.info("%s: %s", found.name, found.description)
+    config = found.config
+    if found.missing_prefixes and config.stage == "representation":
+        missing = " and no ".join(prefix.rstrip(".") for prefix in found.missing_prefixes)
+        log.info("the checkpoint has no %s: these weights are random", missing)
+    if dtype is not None:
+        vision = replace(config.vision, dtype=dtype)
+        language = None if config.language is None else replace(config.language, dtype=dtype)
+        config = replace(config, vision=vision, language=language)
+    built = build(config, choose_device(device), found)
+    checkpoint.load_weights(found, built.model)
+    built.model.eval()
+    return make_pipeline(built, config, Path(found.name))
+
+
+def make_pipeline(built: Built, config: ModelConfig, path: Path) -> RepresentationPipeline | GenerationPipeline:
+    """Wrap a model in the pipeline of its stage. The model is not copied, moved or switched to evaluation mode.
+
+    Args:
+        built: the model and its tokenizers.
+        config: the config of the model.
+        path: path or name of the checkpoint, for error messages.
+    """
+    if isinstance(built.model, RepresentationModel):
+        return RepresentationPipeline(built.model, built.tokenizer, config, path)
+    assert built.eos_token_id is not None
+    return GenerationPipeline(built.model, built.tokenizer, config, path, built.eos_token_id, built.question_tokenizer)
