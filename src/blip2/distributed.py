@@ -117,9 +117,22 @@ def all_gather_padded(tensor: Shaped[Tensor, "B T"], padding: int | bool) -> Sha
     """
     if world_size() == 1:
         return tensor
-    longest = torch.tensor(tensor.shape[1], device=tensor.device)
-    dist.all_reduce(longest, op=dist.ReduceOp.MAX)
-    return all_gather(F.pad(tensor, (0, int(longest) - tensor.shape[1]), value=padding))
+    longest = maximum_over_processes(tensor.shape[1], tensor.device)
+    return all_gather(F.pad(tensor, (0, longest - tensor.shape[1]), value=padding))
+
+
+def maximum_over_processes(value: int, device: torch.device) -> int:
+    """Return the largest value of all processes, which must all call this function.
+
+    Args:
+        value: the value of this process.
+        device: device of the collective operation.
+    """
+    if world_size() == 1:
+        return value
+    largest = torch.tensor(value, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
 
 
 class _GatherRows(torch.autograd.Function):

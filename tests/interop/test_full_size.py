@@ -71,7 +71,7 @@ def ours(published, monkeypatch):
 
     def probe(self, network, encode, preprocessing, layer="", blocks=()):  # which would need memory
         super(ImageEncoder, self).__init__()
-        self.network, self.preprocessing, self.num_tokens, self.hidden_size = network, preprocessing, 257, 1408
+        self.network, self.input_format, self.num_tokens, self.hidden_size = network, preprocessing, 257, 1408
 
     monkeypatch.setattr(ImageEncoder, "__init__", probe)
     config = published.config
@@ -116,7 +116,7 @@ def test_for_lavis(published, ours):
     is_t5 = "t5" in type(getattr(ours, "language", ours)).__name__.lower()
     for name in [name for name in eva if name.endswith("qkv.bias")]:
         state[name] = torch.zeros(state[name].shape)  # to see that keys have none needs numbers
-    made = lavis.to_state_dict(Checkpoint("ours", "blip2", "", config, Weights(state)), is_t5=is_t5)
+    made = lavis.to_state_dict(Checkpoint("ours", "blip2", "", config, Weights(state)), "t5" if is_t5 else "opt")
     assert len([name for name in made if name.startswith("visual_encoder.")]) == 511
     lavis.merge_qkv_bias(made)
     made = {k: t for k, t in made.items() if "decoder" not in k and "position_ids" not in k}

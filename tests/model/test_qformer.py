@@ -367,7 +367,7 @@ def test_the_norm_of_the_features_is_folded_exactly(features):
     plain = nn.functional.layer_norm(features, (WIDTH,))
     results = []
     for source in (NormalizedFeatures(plain, norm), NormalizedFeatures(norm(features), None)):
-        keys, values, _ = attention.project_image(source)
+        keys, values, *_ = attention.project_image(source)
         attention.zero_grad()
         norm.zero_grad()
         (keys.cumsum(1).sin().sum() + values.cumsum(2).cos().sum()).backward()

@@ -34,7 +34,9 @@ class Freezable(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
+        """Data type of the weights; float32 for a model without weights."""
+        dtypes = (parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
+        return next(dtypes, torch.float32)
 
     def freeze(self: FreezableT) -> FreezableT:
         self.requires_grad_(False)

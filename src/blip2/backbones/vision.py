@@ -1,5 +1,7 @@
 """Frozen image encoders behind one interface (paper §3.4); :mod:`blip2.backbones.vision_loaders` creates them.
 
+An encoder may also read arrays of features in place of images (:mod:`blip2.backbones.features`).
+
 Shapes: B batch, P image tokens, E width of the image encoder.
 """
 
@@ -14,6 +16,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from blip2.backbones.features import FeatureFormat, cat_tokens, token_mask
 from blip2.backbones.frozen import Freezable
 from blip2.backbones.pretrained import short_message
 from blip2.errors import InputError
@@ -43,15 +46,16 @@ class Preprocessing:
 
 
 class ImageEncoder(Freezable):
-    """A pretrained network that maps pixels to P features of width E.
+    """A pretrained network that maps pixels, or features of another program, to P features of width E.
 
     The constructor runs the network on two different images to find P and E and to check the features.
 
     Args:
         network: the module that has the weights.
         forward_features: maps pixels [B, 3, H, W] to features [B, P, E], or to a grid [B, E, h, w] or [B, h, w, E],
-            which becomes P = h * w tokens.
-        preprocessing: size and normalization of the pixels.
+            which becomes P = h * w tokens. If `input_format` is a :class:`~blip2.backbones.features.FeatureFormat`, it
+            maps arrays [B, P, E] without padding to features, whose P and E may differ from those of the arrays.
+        input_format: size and normalization of the pixels, or the shape of the arrays.
         layer: name of the layer whose output `forward_features` returns, if the weights do not determine it.
         blocks: the blocks of a ViT in order; empty for other networks.
 
@@ -63,7 +67,7 @@ class ImageEncoder(Freezable):
         self,
         network: nn.Module,
         forward_features: Callable[[Tensor], Tensor],
-        preprocessing: Preprocessing,
+        input_format: Preprocessing | FeatureFormat,
         layer: str = "",
         blocks: Sequence[nn.Module] = (),
     ) -> None:
@@ -74,12 +78,13 @@ class ImageEncoder(Freezable):
         if not blocks and all(p.ndim < 5 for p in network.parameters()):  # a CNN: this memory format is fast
             network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.blocks = tuple(blocks)  # a ModuleList would register the parameters a second time
-        if not 0 < preprocessing.image_size <= MAX_IMAGE_SIZE:
+        if isinstance(input_format, Preprocessing) and not 0 < input_format.image_size <= MAX_IMAGE_SIZE:
             raise InputError(
-                f"the image encoder is for images of {preprocessing.image_size} pixels per side, expected 1 to"
+                f"the image encoder is for images of {input_format.image_size} pixels per side, expected 1 to"
                 f" {MAX_IMAGE_SIZE}: set vision.image_size, or correct the encoder's preprocessor_config.json"
             )
-        self.preprocessing = preprocessing
+        self.input_format = input_format
+        """What the network reads: images with this preprocessing, or arrays of features with this shape."""
         self.position_encoding: Literal["sine2d", "none"] = "none"
         """Position encoding that the models add to the output of :meth:`encode` (:mod:`blip2.model.image_memory`)."""
         self._forward_features = forward_features
@@ -87,12 +92,40 @@ class ImageEncoder(Freezable):
         self.freeze()
         self.num_tokens, self.hidden_size = self._probe()
 
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """The size and normalization of the pixels.
+
+        Raises:
+            InputError: the encoder reads features.
+        """
+        if isinstance(self.input_format, FeatureFormat):
+            raise InputError(
+                "the model reads arrays of features (vision.name features), but this works on images only: load a model"
+                " with an image encoder"
+            )
+        return self.input_format
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether tokens of NaN in the features are padding (:mod:`blip2.backbones.features`)."""
+        return isinstance(self.input_format, FeatureFormat)
+
     def _probe(self) -> tuple[int, int]:
         """Run the network on two different images, check the features and return P and E."""
-        size = self.preprocessing.image_size
-        device = next(self.network.parameters()).device
-        images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0), device="cpu")
-        images[1] = 1 - images[1] * torch.linspace(0, 1, size, device="cpu")
+        form = self.input_format
+        if isinstance(form, FeatureFormat) and isinstance(self.network, nn.Identity):
+            return form.max_tokens, form.hidden_size
+        if isinstance(form, FeatureFormat):
+            shape, what = (form.max_tokens, form.hidden_size), f"features of shape {form.max_tokens} x {form.hidden_size}"
+            advice = "correct vision.hidden_size, vision.max_tokens or the module"
+        else:
+            size = form.image_size
+            shape, what = (3, size, size), f"images of {size} x {size} pixels"
+            advice = "set vision.image_size to the size that it is made for, or vision.name to another image encoder"
+        device = next((p.device for p in self.network.parameters()), torch.device("cpu"))
+        images = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0), device="cpu")
+        images[1] = 1 - images[1] * torch.linspace(0, 1, shape[-1], device="cpu")
         images = images.to(device)
         network_class = type(self.network).__name__
         try:
@@ -104,9 +137,8 @@ class ImageEncoder(Freezable):
             raise
         except Exception as error:  # networks raise any type of error for inputs that they do not support
             raise InputError(
-                f"the image encoder, a {network_class}, cannot encode images of {size} x {size} pixels"
-                f" ({type(error).__name__}: {short_message(error)[:200]}): set vision.image_size to the size that it is"
-                " made for, or vision.name to another image encoder"
+                f"the image encoder, a {network_class}, cannot encode {what}"
+                f" ({type(error).__name__}: {short_message(error)[:200]}): {advice}"
             ) from error
         if output.ndim == 4:
             self._channels_last = _is_channels_last(self.network, output)
@@ -198,18 +230,34 @@ class ImageEncoder(Freezable):
         """Encode images.
 
         Args:
-            images: pixels [B, 3, H, W], normalized as :attr:`preprocessing` says, or precomputed features [B, P, E],
-                which are returned unchanged.
+            images: pixels [B, 3, H, W], normalized as :attr:`preprocessing` says; or arrays [B, 1, P, E] that the
+                network reads, padded with NaN; or features [B, P, E] that were encoded before, which are returned
+                unchanged.
 
         Returns:
-            Features in float32, without the position encoding of :attr:`position_encoding`.
+            Features in float32, without the position encoding of :attr:`position_encoding`. If :attr:`has_padding`,
+            tokens of NaN are padding.
         """
         if images.ndim == 3:
             return images.float()
         needs_grad = torch.is_grad_enabled() and not self.is_frozen
         with torch.set_grad_enabled(needs_grad), self.autocast_context(images.device):
+            if self.has_padding:
+                return self._encode_arrays(images[:, 0])
             features = self._forward_features(images.to(self.dtype))
         return self._to_tokens(features, len(images)).float()
+
+    def _encode_arrays(self, arrays: Float[Tensor, "B _ _"]) -> Float[Tensor, "B P E"]:
+        """Run the network on arrays of equal length together, without padding, so that it needs no mask."""
+        if isinstance(self.network, nn.Identity):
+            return arrays.float()
+        lengths = token_mask(arrays).sum(dim=1)
+        rows = [(lengths == length).nonzero().squeeze(1) for length in lengths.unique()]
+        parts = [
+            self._to_tokens(self._forward_features(arrays[each, : int(lengths[each[0]])].to(self.dtype)), len(each))
+            for each in rows
+        ]
+        return cat_tokens([part.float() for part in parts])[torch.cat(rows).argsort()]
 
 
 def _is_channels_last(network: nn.Module, grid: Tensor) -> bool:

@@ -82,10 +82,15 @@ class SelfAttention(Attention):
 class CrossAttention(Attention):
     """Cross-attention of the queries to image features."""
 
-    def project_image(self, features: NormalizedFeatures) -> CrossAttentionKV:
-        """Project image features [B, P, E] to keys and values."""
+    def project_image(self, features: NormalizedFeatures, mask: Bool[Tensor, "B P"] | None = None) -> CrossAttentionKV:
+        """Project image features [B, P, E] to keys and values.
+
+        Args:
+            features: the features.
+            mask: True for tokens, False for padding, to which no query attends. None: there is no padding.
+        """
         k, v = (split_heads(features.project(part), self.num_heads) for part in (self.key, self.value))
-        return CrossAttentionKV(k, v)
+        return CrossAttentionKV(k, v, mask=mask)
 
     def forward(
         self, queries: Float[Tensor, "N Q D"], image_kv: tuple[CrossAttentionKV, ...]
@@ -100,6 +105,7 @@ class CrossAttention(Attention):
         groups = self.query(queries).split([kv.num_rows for kv in image_kv])
         p = self.dropout.active_p
         outputs = [
-            sdpa_shared_kv(q, kv.keys, kv.values, kv.row_to_image, p) for q, kv in zip(groups, image_kv, strict=True)
+            sdpa_shared_kv(q, kv.keys, kv.values, kv.row_to_image, p, kv.mask)
+            for q, kv in zip(groups, image_kv, strict=True)
         ]
         return self.add_and_norm(queries, torch.cat(outputs) if len(outputs) > 1 else outputs[0])

@@ -1,7 +1,7 @@
 """Stage 2: vision-to-language generative learning from a frozen LLM (paper §3.3).
 
 Legend: B batch, I images, N prompts, Q queries, T text tokens, U target tokens, W tokens of a question, P image tokens,
-D Q-Former width, E image encoder width, L width of the LLM.
+D Q-Former width, E image encoder width, S = Q + W, L width of the LLM.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from blip2.backbones.language import LanguageModel
 from blip2.backbones.vision import ImageEncoder
 from blip2.config import ObjectivesConfig, QFormerConfig
-from blip2.model.image_memory import encode_images
+from blip2.model.image_memory import ImageMemory, encode_images, padding_mask
 from blip2.model.losses import IGNORE_INDEX, LossOutput, language_modeling, query_diversity, query_statistics
 from blip2.model.qformer import QFormer, attention_mask
 
@@ -116,13 +116,36 @@ class GenerationModel(nn.Module):
         image_index: Int[Tensor, "N"] | None = None,
     ) -> Float[Tensor, "N Q D"]:
         """Return Z, the outputs of the queries before the projection; see :meth:`visual_prompt` for the arguments."""
-        memory = self.qformer.project_image(encode_images(self.vision, images), self.image_norm)
+        memory, ids, mask = self._qformer_inputs(images, questions, image_index)
+        return self.qformer(memory, ids, mask, output_tokens=False).queries
+
+    def attention_maps(
+        self,
+        images: Shaped[Tensor, "I ..."],
+        questions: Questions | None = None,
+        image_index: Int[Tensor, "N"] | None = None,
+        average_heads: bool = True,
+    ) -> Float[Tensor, "N layers *heads Q P"]:
+        """Return the attention weights of the queries over the image tokens.
+
+        See :meth:`visual_prompt` for `images`, `questions` and `image_index`, and
+        :meth:`~blip2.model.qformer.QFormer.attention_maps` for `average_heads` and the result.
+        """
+        memory, ids, mask = self._qformer_inputs(images, questions, image_index)
+        return self.qformer.attention_maps(memory, ids, mask, average_heads)
+
+    def _qformer_inputs(
+        self, images: Shaped[Tensor, "I ..."], questions: Questions | None, image_index: Int[Tensor, "N"] | None
+    ) -> tuple[ImageMemory, Int[Tensor, "N W"] | None, Bool[Tensor, "N S S"] | None]:
+        """Return the image memory, and token ids and mask of the questions if there are any."""
+        features = encode_images(self.vision, images)
+        memory = self.qformer.project_image(features, self.image_norm, padding_mask(self.vision, features))
         if questions is None:
-            return self.qformer(memory).queries
+            return memory, None, None
         if image_index is not None:
             memory = memory.select(image_index)
         mask = attention_mask("bidirectional", self.qformer.config.num_query_tokens, questions.mask)
-        return self.qformer(memory, questions.ids, mask, output_tokens=False).queries
+        return memory, questions.ids, mask
 
     def forward(self, batch: GenerationBatch, num_labels: float | None = None, seed: int | None = None) -> LossOutput:
         """Return the language-modeling loss ``lm`` of captions, given images and prompts.

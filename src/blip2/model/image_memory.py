@@ -17,10 +17,11 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
+from blip2.backbones.features import token_mask
 from blip2.backbones.vision import ImageEncoder
 
 # -- keys and values -------------------------------------------------------------------------------------------------
@@ -33,6 +34,8 @@ class CrossAttentionKV(NamedTuple):
     values: Float[Tensor, "B H P d"]
     row_to_image: Int[Tensor, "N"] | int = 1
     """Index of the image of each row. An int n means that all images repeat n times, in order (N = n * B)."""
+    mask: Bool[Tensor, "B P"] | None = None
+    """True for tokens, False for padding. None: there is no padding, as for all images."""
 
     @property
     def num_rows(self) -> int:
@@ -44,6 +47,12 @@ class CrossAttentionKV(NamedTuple):
         if isinstance(self.row_to_image, int):
             return self.keys.repeat(self.row_to_image, 1, 1, 1)
         return self.keys[self.row_to_image]
+
+    @property
+    def row_mask(self) -> Bool[Tensor, "N P"]:
+        """The mask of the image of each row: True for tokens, False for padding."""
+        mask = self.keys.new_ones(len(self.keys), self.keys.shape[2], dtype=torch.bool) if self.mask is None else self.mask
+        return mask.repeat(self.row_to_image, 1) if isinstance(self.row_to_image, int) else mask[self.row_to_image]
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,7 @@ class ImageMemory:
             row_to_image: indices in [0, len(self)), which may repeat. This memory must have one row per image.
         """
         return ImageMemory(
-            tuple(tuple(CrossAttentionKV(k, v, row_to_image) for k, v, _ in layer) for layer in self.layer_kv)
+            tuple(tuple(kv._replace(row_to_image=row_to_image) for kv in layer) for layer in self.layer_kv)
         )
 
     def repeat(self, repeats: int) -> ImageMemory:
@@ -78,8 +87,8 @@ class ImageMemory:
         return ImageMemory(
             tuple(
                 tuple(
-                    CrossAttentionKV(k, v, rows * repeats if isinstance(rows, int) else rows.repeat(repeats))
-                    for k, v, rows in layer
+                    CrossAttentionKV(k, v, rows * repeats if isinstance(rows, int) else rows.repeat(repeats), mask)
+                    for k, v, rows, mask in layer
                 )
                 for layer in self.layer_kv
             )
@@ -142,10 +151,16 @@ def encode_images(encoder: ImageEncoder, images: Shaped[Tensor, "B ..."]) -> Flo
     Args:
         encoder: the image encoder. If its ``position_encoding`` is ``sine2d``, :func:`add_position_encoding` is applied
             to the features.
-        images: pixels [B, 3, H, W], or cached features [B, P, E] to which no position encoding has been added.
+        images: an input of the encoder (:meth:`~blip2.backbones.vision.ImageEncoder.encode`), or cached features
+            [B, P, E] to which no position encoding has been added.
     """
     features = encoder.encode(images)
     return add_position_encoding(features) if encoder.position_encoding == "sine2d" else features
+
+
+def padding_mask(encoder: ImageEncoder, features: Float[Tensor, "B P E"]) -> Bool[Tensor, "B P"] | None:
+    """Return True for tokens and False for padding; None if the encoder never pads its features."""
+    return token_mask(features) if encoder.has_padding else None
 
 
 @torch.no_grad()
@@ -157,9 +172,9 @@ def encodes_positions(encoder: ImageEncoder) -> bool:
     of noise (:data:`POSITION_VARIANCE`).
     """
     size = encoder.preprocessing.image_size
-    parameter = next(encoder.parameters())
+    device = next((parameter.device for parameter in encoder.parameters()), torch.device("cpu"))
     noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
-    blank, varied = (encoder.encode(image.to(parameter.device)).double() for image in (torch.zeros_like(noise), noise))
+    blank, varied = (encoder.encode(image.to(device)).double() for image in (torch.zeros_like(noise), noise))
     side = math.isqrt(blank.shape[1])
     variance = [tokens[0, -side * side :].var(dim=0).sum() for tokens in (blank, varied)]  # without [CLS] and registers
     return bool(variance[0] > POSITION_VARIANCE * variance[1])

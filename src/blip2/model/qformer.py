@@ -203,23 +203,43 @@ class QFormer(nn.Module):
         """The id of [DEC], which replaces [CLS] to signal the decoding task (§3.2)."""
         return self.config.vocab_size - 1
 
-    def project_image(self, features: Float[Tensor, "B P E"], norm: nn.LayerNorm) -> ImageMemory:
+    def project_image(
+        self, features: Float[Tensor, "B P E"], norm: nn.LayerNorm, mask: Bool[Tensor, "B P"] | None = None
+    ) -> ImageMemory:
         """Compute the keys and values of image features in all cross-attentions.
 
         Args:
             features: the output of the image encoder.
             norm: the LayerNorm that is applied to the features first. It belongs to the model around this Q-Former.
+            mask: True for tokens, False for padding on the right, to which no query attends. None: there is no padding.
         """
+        if mask is not None:
+            longest = int(mask.sum(dim=1).max())
+            features, mask = features[:, :longest], mask[:, :longest]
+            if bool(mask.all()):
+                mask = None
+            else:  # padding is NaN, which would spread through products with zeros
+                features = features.masked_fill(~mask[..., None], 0)
         normalized = NormalizedFeatures.create(features, norm)
         attentions = [block.cross_attention for block in self.blocks if block.cross_attention is not None]
-        return ImageMemory(tuple((attention.project_image(normalized),) for attention in attentions))
+        return ImageMemory(tuple((attention.project_image(normalized, mask),) for attention in attentions))
 
     @torch.no_grad()
-    def attention_maps(self, memory: ImageMemory) -> Float[Tensor, "N layers Q P"]:
-        """Return the attention weights of all cross-attentions, averaged over the heads.
+    def attention_maps(
+        self,
+        memory: ImageMemory,
+        input_ids: Int[Tensor, "N T"] | None = None,
+        attention_mask: Bool[Tensor, "N S S"] | None = None,
+        average_heads: bool = True,
+    ) -> Float[Tensor, "N layers *heads Q P"]:
+        """Return the attention weights of all cross-attentions.
 
         Args:
             memory: N rows.
+            input_ids: token ids of the texts that the queries attend to; see :meth:`forward`.
+            attention_mask: the mask over [queries; text]; see :meth:`forward`.
+            average_heads: whether the weights are averaged over the heads. If False, the result has the heads as its
+                third dimension.
 
         Returns:
             The weights of each row, cross-attention and query, which sum to 1 over the P image tokens.
@@ -230,12 +250,16 @@ class QFormer(nn.Module):
             assert isinstance(attention, CrossAttention)
             queries = split_heads(attention.query(inputs[0]), attention.num_heads)
             keys = torch.cat([kv.row_keys for kv in inputs[1]])
-            maps.append((queries @ keys.mT / math.sqrt(keys.shape[-1])).softmax(dim=-1).mean(dim=1))
+            scores = queries @ keys.mT / math.sqrt(keys.shape[-1])
+            if any(kv.mask is not None for kv in inputs[1]):
+                scores = scores.masked_fill(~torch.cat([kv.row_mask for kv in inputs[1]])[:, None, None], -torch.inf)
+            weights = scores.softmax(dim=-1)
+            maps.append(weights.mean(dim=1) if average_heads else weights)
 
         attentions = [block.cross_attention for block in self.blocks if block.cross_attention is not None]
         hooks = [attention.register_forward_pre_hook(save_map) for attention in attentions]
         try:
-            self(memory)
+            self(memory, input_ids, attention_mask, output_tokens=False)
         finally:
             for hook in hooks:
                 hook.remove()

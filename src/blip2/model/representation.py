@@ -16,12 +16,22 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from blip2.backbones.features import pad_tokens
 from blip2.backbones.vision import ImageEncoder
 from blip2.config import ObjectivesConfig, QFormerConfig
-from blip2.distributed import all_gather, all_gather_padded, gather_rows, rank, rank_consistent_uniforms, world_size
-from blip2.model.image_memory import ImageMemory, encode_images
+from blip2.distributed import (
+    all_gather,
+    all_gather_padded,
+    gather_rows,
+    maximum_over_processes,
+    rank,
+    rank_consistent_uniforms,
+    world_size,
+)
+from blip2.model.image_memory import ImageMemory, encode_images, padding_mask
 from blip2.model.kernels.linear import Linear, linear
 from blip2.model.losses import (
+    MAX_LOGITS_PER_CHUNK,
     LossOutput,
     image_text_contrastive,
     image_text_matching,
@@ -114,7 +124,11 @@ class RepresentationModel(nn.Module):
         Args:
             images: pixels [B, 3, H, W] or features [B, P, E].
         """
-        return self.qformer.project_image(encode_images(self.vision, images), self.image_norm)
+        return self._project_features(encode_images(self.vision, images))
+
+    def _project_features(self, features: Float[Tensor, "B P E"]) -> ImageMemory:
+        """Compute the keys and values of encoded images in all cross-attentions."""
+        return self.qformer.project_image(features, self.image_norm, padding_mask(self.vision, features))
 
     def embed_images(self, memory: ImageMemory) -> Float[Tensor, "B Q C"]:
         """Embed images in the contrastive space: one unit vector per query."""
@@ -145,6 +159,29 @@ class RepresentationModel(nn.Module):
         queries = self.qformer(memory, ids, bidirectional, output_tokens=False).queries
         return self.matching_head(queries).float().mean(dim=1)
 
+    def log_likelihood(
+        self, memory: ImageMemory, ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+    ) -> Float[Tensor, "B"]:
+        """Return the log-probability of each text, without [CLS], given its image: what ITG maximizes (§3.2).
+
+        See :meth:`match` for the arguments.
+        """
+        assert self.qformer.word_embedding is not None
+        decoder_ids = ids.clone()
+        decoder_ids[:, 0] = self.qformer.decoder_start_token_id
+        causal = attention_mask("causal", self.qformer.config.num_query_tokens, mask)
+        has_label = mask[:, 1:]
+        text = self.qformer(memory, decoder_ids, causal, output_tokens=F.pad(has_label, (0, 1))).text
+        labels = ids[:, 1:][has_label]
+        size = max(1, MAX_LOGITS_PER_CHUNK // self.qformer.config.vocab_size)
+        log_probs = [
+            self.language_head(states, self.qformer.word_embedding.weight).float().log_softmax(dim=-1)
+            .gather(1, targets[:, None])
+            for states, targets in zip(text[:, :-1][has_label].split(size), labels.split(size), strict=True)
+        ]  # fmt: skip
+        tokens = torch.zeros(has_label.shape, device=ids.device).masked_scatter(has_label, torch.cat(log_probs))
+        return tokens.sum(dim=1)
+
     @torch.no_grad()
     def match_candidates(
         self,
@@ -168,7 +205,7 @@ class RepresentationModel(nn.Module):
         lengths = mask.sum(dim=1)
         rows: list[Tensor] = []
         for features, texts in zip(encode_images(self.vision, images), candidates, strict=True):
-            memory = self.qformer.project_image(features[None], self.image_norm)
+            memory = self._project_features(features[None])
             order = lengths[texts].argsort()
             logits: list[Tensor] = []
             for chunk in torch.split(texts[order], batch_size):
@@ -210,7 +247,7 @@ class RepresentationModel(nn.Module):
         losses: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
         features = encode_images(self.vision, batch.images)  # [B, P, E]
-        memory = self.qformer.project_image(features, self.image_norm)
+        memory = self._project_features(features)
         out = self._encode_for_itc_and_itg(memory, batch)
         metrics |= query_statistics(out.queries)
         if enabled.query_diversity:
@@ -324,8 +361,10 @@ class RepresentationModel(nn.Module):
         local = torch.arange(len(features), device=features.device)
         if self.training and world_size() > 1:
             # Negative images of other processes are projected here, so that gradients reach the local parameters.
+            if self.vision.has_padding:  # the rows of all processes must have one shape
+                features = pad_tokens(features, maximum_over_processes(features.shape[1], features.device))
             negative_features = gather_rows(features, negatives.image_for_text)
-            negative_memory = self.qformer.project_image(negative_features, self.image_norm)
+            negative_memory = self._project_features(negative_features)
         else:
             negative_memory = memory.select(negatives.image_for_text)
         all_mask = self._all_gather_padded(batch.mask, False)  # [N, L]

@@ -56,8 +56,9 @@ def sdpa_shared_kv(
     value: Float[Tensor, "B H P d"],
     row_to_image: Int[Tensor, "N"] | int,
     p: float,
+    mask: Bool[Tensor, "B P"] | None = None,
 ) -> Float[Tensor, "N Q D"]:
-    """Return ``sdpa(query, key[row_to_image], value[row_to_image], None, p)``, with the heads merged.
+    """Return ``sdpa(query, key[row_to_image], value[row_to_image], mask[row_to_image], p)``, with the heads merged.
 
     The queries of all rows with the same image are concatenated, so that the keys and values of an image are read once.
 
@@ -68,17 +69,20 @@ def sdpa_shared_kv(
         row_to_image: the image of each row, an index in [0, B). An int n means that all images repeat n times, in order
             (N = n * B).
         p: the probability of dropping an attention weight, in [0, 1).
+        mask: True for tokens of an image, False for padding. None: there is no padding.
     """
     if isinstance(row_to_image, int):
-        return _sdpa_repeated(query, key, value, row_to_image, p)
+        return _sdpa_repeated(query, key, value, row_to_image, p, mask)
     # On other devices, and when compiled, one large product is faster than many small ones.
     if row_to_image.device.type != "cpu" or torch.compiler.is_compiling():
-        return _sdpa_repeated(query, key[row_to_image], value[row_to_image], 1, p)
+        row_mask = None if mask is None else mask[row_to_image]
+        return _sdpa_repeated(query, key[row_to_image], value[row_to_image], 1, p, row_mask)
     order = row_to_image.argsort(stable=True)
     counts: list[int] = row_to_image.bincount(minlength=len(key)).numpy().tolist()
     queries = torch.split(query.index_select(0, order), counts)
-    groups = zip(queries, torch.split(key, 1), torch.split(value, 1), counts, strict=True)
-    attn_output = [_sdpa_repeated(q, k, v, count, p) for q, k, v, count in groups if count]
+    masks = [None] * len(key) if mask is None else torch.split(mask, 1)
+    groups = zip(queries, torch.split(key, 1), torch.split(value, 1), counts, masks, strict=True)
+    attn_output = [_sdpa_repeated(q, k, v, count, p, m) for q, k, v, count, m in groups if count]
     return torch.cat(attn_output).index_select(0, order.argsort())
 
 
@@ -88,10 +92,11 @@ def _sdpa_repeated(
     value: Float[Tensor, "B H P d"],
     repeats: int,
     p: float,
+    mask: Bool[Tensor, "B P"] | None,
 ) -> Float[Tensor, "N Q D"]:
     num_heads, num_queries = key.shape[1], query.shape[1]
     q = torch.unflatten(torch.unflatten(query, 0, (repeats, -1)), -1, (num_heads, -1))  # [repeats, B, Q, H, d]
     q = q.permute(1, 3, 0, 2, 4).flatten(2, 3)  # [B, H, repeats * Q, d]
-    out = sdpa(q, key, value, None, p)
+    out = sdpa(q, key, value, None if mask is None else mask[:, None, None].expand(-1, -1, q.shape[2], -1), p)
     out = torch.unflatten(out, 2, (repeats, num_queries)).permute(2, 0, 3, 1, 4)  # [repeats, B, Q, H, d]
     return out.flatten(3).flatten(0, 1)
