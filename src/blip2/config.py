@@ -499,6 +499,9 @@ class EvaluationConfig(DecodingOptions):
     lemmatize: bool = False
     """VQA: also compute the accuracy of lemmatized answers, as LAVIS does for OK-VQA; for OK-VQA it is always computed.
     Needs spaCy."""
+    control: bool = False
+    """Also score the same records with the images shuffled and with blank images, and report how far the scores with
+    the true images are above them (docs/evaluation.md)."""
 
 
 @dataclass(frozen=True)

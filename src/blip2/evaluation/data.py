@@ -20,19 +20,21 @@ class EvalData:
         config: the config of the data. Its field ``train`` names the source to evaluate on, and its column names have
             the same meaning as in training.
         limit: use only the first `limit` records. None: all records.
+        reads_features: whether the records have arrays of features in place of images.
 
     Raises:
         InputError: the source cannot be read, is a stream, or has a row that cannot be used; or `config` names several
             sources.
     """
 
-    def __init__(self, config: DataConfig, limit: int | None = None) -> None:
+    def __init__(self, config: DataConfig, limit: int | None = None, reads_features: bool = False) -> None:
         self.source, *others = config.sources
         if others:
             raise InputError(
                 f"an evaluation takes one data set, but data names {1 + len(others)}: evaluate each data set separately"
             )
-        dataset = open_records(resolve(self.source), replace(config, streaming=False))
+        config = replace(config, streaming=False)
+        dataset = open_records(resolve(self.source), config, reads_features=reads_features)
         if not isinstance(dataset, Records):
             raise InputError(f"{self.source} is a stream, expected a table or a folder: give a table or a folder")
         self.dataset = dataset

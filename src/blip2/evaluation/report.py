@@ -18,6 +18,7 @@ from torch import Tensor
 
 from blip2.data.images import ImageError, read_image
 from blip2.errors import InputError
+from blip2.evaluation.control import COLUMNS, CONTROLS, GAPS, control_rows
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #1c1c1c; }
@@ -126,7 +127,16 @@ def write_evaluation_report(path: Path, metrics: Mapping[str, Any], examples: Se
     source = metrics.get("model") or metrics["predictions"]
     report = Report(f"{metrics['task']} of {source}", f"{metrics['records']} records of {metrics['data']}")
     report.section("Results")
-    report.table(["metric", "value"], [(name, value) for name, value in _flatten(metrics) if value])
+    plain = {key: value for key, value in metrics.items() if key not in (*CONTROLS, *GAPS.values())}
+    report.table(["metric", "value"], [(name, value) for name, value in _flatten(plain) if value])
+    if rows := control_rows(metrics):
+        report.section(
+            "Control",
+            "The same records with the images shuffled, so that no record has its own image, and with blank images of"
+            " the mean color of the image encoder's preprocessing. A gap of 0 means that the score does not depend on"
+            " the images. A dash stands for a score that has no meaning: images that are all blank have no order.",
+        )
+        report.table(COLUMNS, rows)
     scored = sorted((each for each in examples if each.score is not None), key=lambda each: each.score or 0.0)
     drawn = random.Random(0).sample(list(examples), min(MAX_EXAMPLES, len(examples)))
     sections = {"Best": scored[::-1][:MAX_EXAMPLES], "Worst": scored[:MAX_EXAMPLES], "Drawn at random": drawn}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -19,6 +20,7 @@ from blip2.config import DataConfig, EvaluationConfig, Precision
 from blip2.distributed import all_gather_objects, on_rank_0, rank
 from blip2.errors import InputError
 from blip2.evaluation import tasks
+from blip2.evaluation.control import COLUMNS, control_rows
 from blip2.evaluation.data import EvalData
 from blip2.evaluation.predictions import write_predictions
 from blip2.evaluation.report import write_evaluation_report
@@ -28,6 +30,8 @@ from blip2.io import convert_os_errors, expand_home, read_json_object, to_plain,
 from blip2.pipelines import GenerationPipeline, RepresentationPipeline, load
 from blip2.resumable import ResumableMap, claim_folder
 from blip2.training.launch import lock_run
+
+log = logging.getLogger("blip2")
 
 EVALUATE_MODEL: dict[str, Any] = {"captioning": tasks.caption, "vqa": tasks.answer, "retrieval": tasks.retrieve}
 SCORE_PREDICTIONS: dict[str, Any] = {
@@ -74,8 +78,9 @@ def evaluate(
     state = PartialState(cpu=choose_device(device).type == "cpu")
     stage = "representation" if config.task == "retrieval" else "generation"
     pipeline = load(model, device or str(state.device), dtype, overrides=overrides, stage=stage)
-    data = EvalData(DataConfig(train=config.data), config.limit)
+    data = EvalData(DataConfig(train=config.data), config.limit, pipeline.config.vision.reads_features)
     metadata, metrics = evaluate_pipeline(pipeline, config, data, output, seed)
+    _log_control(metrics)
     return {**metadata, **metrics}
 
 
@@ -110,7 +115,7 @@ def evaluate_pipeline(
         "task": config.task, "model": str(pipeline.path), "weights": _digest(pipeline.model), "data": data.source,
         "records": len(data), "dtype": str(pipeline.model.vision.dtype), "decoding": decoding,
         "prompt": config.prompt, "rerank_k": config.rerank_k, "fusion": config.fusion, "rules": config.rules,
-        "lemmatize": config.lemmatize, "seed": seed,
+        "lemmatize": config.lemmatize, "seed": seed, **({"control": True} if config.control else {}),
     })  # fmt: skip
 
     def work(resumable: ResumableMap) -> EvalResult:
@@ -141,6 +146,11 @@ def evaluate_predictions(file: str | Path, config: EvaluationConfig, output: str
         raise InputError(
             f"the task {config.task} cannot score a file of predictions, expected {' or '.join(SCORE_PREDICTIONS)}:"
             " give a model, or choose another task"
+        )
+    if config.control:
+        raise InputError(
+            f"a control was asked for {file}, but a file of predictions has no model that could see other images: give"
+            " a model, or leave out --control"
         )
     data = EvalData(DataConfig(train=config.data), config.limit)
     config = _with_lemmatize(config, data)
@@ -205,6 +215,19 @@ def _read_or_none(file: Path) -> dict[str, Any] | None:
         return read_json_object(file)
     except InputError:
         return None
+
+
+def _log_control(metrics: Mapping[str, Any]) -> None:
+    """Log the scores of the controls as a table, in the first process."""
+    rows = [COLUMNS, *control_rows(metrics)]
+    if len(rows) > 1 and rank() == 0:
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for first, *others in rows:
+            cells = [
+                first.ljust(widths[0]),
+                *(text.rjust(width) for text, width in zip(others, widths[1:], strict=True)),
+            ]
+            log.info("%s", "  ".join(cells))
 
 
 def _digest(model: torch.nn.Module) -> str:

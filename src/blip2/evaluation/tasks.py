@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,14 +15,25 @@ from jaxtyping import Float
 from torch import Tensor
 
 from blip2.config import QUESTION_PLACEHOLDER, EvaluationConfig
-from blip2.data.images import ImageError, preprocess, read_image
+from blip2.data.arrays import blank_input, read_input, stack_inputs
+from blip2.data.images import ImageError
 from blip2.decoding.options import ANSWER_DECODING, CAPTION_DECODING, Decoding
 from blip2.errors import InputError
 from blip2.evaluation.captioning import CaptionScores, MissingMetric, official_scores, scores_by_domain
+from blip2.evaluation.control import FeatureFiles, add_control, derange
 from blip2.evaluation.data import EvalData
 from blip2.evaluation.predictions import PredictionFormat, read_predictions
 from blip2.evaluation.report import Example
-from blip2.evaluation.retrieval import RetrievalResult, itm_logits, ranks, rerank, select_candidates
+from blip2.evaluation.retrieval import (
+    Candidates,
+    Recall,
+    RetrievalResult,
+    itm_logits,
+    ranks,
+    recall,
+    rerank,
+    select_candidates,
+)
 from blip2.evaluation.vqa import Question, lemmatize, score_answers, score_exact
 from blip2.model.losses import image_text_similarity
 from blip2.pipelines import GenerationPipeline, Pipeline, RepresentationPipeline
@@ -67,12 +78,12 @@ def answer(
         pipeline: the model.
         data: the records to evaluate on.
         config: the options of the task.
-        seed: seed of sampling.
+        seed: seed of sampling, and of the shuffled images of the control.
         resumable: stores finished chunks of work, and divides the others among the processes.
 
     Raises:
-        InputError: the prompt has no place for the question, a record has no question, or the questions have different
-            numbers of reference answers.
+        InputError: the prompt has no place for the question, a record has no question, the questions have different
+            numbers of reference answers, or a control is asked for without reference answers or with a single image.
     """
     prompt = config.prompt or pipeline.question_template
     if QUESTION_PLACEHOLDER not in prompt:
@@ -81,6 +92,20 @@ def answer(
             f" {QUESTION_PLACEHOLDER} to the prompt"
         )
     ids, references = data.question_ids(), _reference_answers(data)
+    if config.control and not references:
+        raise _nothing_to_compare(data, "answers")
+    chunk_of_image: dict[int, int] = {}
+    for i, image in enumerate(data.image_ids):
+        chunk_of_image.setdefault(image, i // CHUNK_SIZE)
+    encoded = FeatureFiles(resumable.folder / "features", chunk_of_image) if config.control else None
+
+    def ask(features: Float[Tensor, "I P E"], rows: Sequence[int], image_index: Sequence[int]) -> dict[int, str]:
+        questions = [data.records[i].question or "" for i in rows]
+        answers = pipeline.generate(
+            features, pipeline.format_questions(questions, prompt), decoding_for(config),
+            image_index=image_index, questions=questions,
+        )  # fmt: skip
+        return dict(zip(rows, answers, strict=True))
 
     def generate(chunk: range) -> tuple[dict[int, str], list[str]]:
         first: dict[int, int] = {}
@@ -90,15 +115,35 @@ def answer(
         rows = [i for i in chunk if data.image_ids[i] in usable]
         if features is None:
             return {}, skipped
-        questions = [data.records[i].question or "" for i in rows]
-        answers = pipeline.generate(
-            features, pipeline.format_questions(questions, prompt), decoding_for(config),
-            image_index=[usable.index(data.image_ids[i]) for i in rows], questions=questions,
-        )  # fmt: skip
-        return dict(zip(rows, answers, strict=True)), skipped
+        if encoded is not None:
+            encoded.write(chunk.start // CHUNK_SIZE, usable, features, pipeline.model.vision.dtype)
+        return ask(features, rows, [usable.index(data.image_ids[i]) for i in rows]), skipped
 
     answers, skipped = _generate("answers", len(data), generate, resumable, seed)
-    return _score_answers(data, ids, references, answers, config, _count_skipped(skipped))
+    result = _score_answers(data, ids, references, answers, config, _count_skipped(skipped))
+    if encoded is None:
+        return result
+
+    images = list(dict.fromkeys(data.image_ids[i] for i in answers))
+    donor = {image: images[i] for image, i in zip(images, derange(len(images), seed), strict=True)}
+
+    def generate_shuffled(chunk: range) -> tuple[dict[int, str], list[str]]:
+        rows = [i for i in chunk if i in answers]
+        if not rows:
+            return {}, []
+        donors = list(dict.fromkeys(donor[data.image_ids[i]] for i in rows))
+        features = encoded.read(donors).to(pipeline.device)
+        return ask(features, rows, [donors.index(donor[data.image_ids[i]]) for i in rows]), []
+
+    def generate_blank(chunk: range) -> tuple[dict[int, str], list[str]]:
+        rows = [i for i in chunk if i in answers]
+        return (ask(_encode_blank(pipeline), rows, [0] * len(rows)) if rows else {}), []
+
+    controls = {}
+    for name, work in (("shuffled", generate_shuffled), ("blank", generate_blank)):
+        blind, _ = _generate(f"answers-{name}", len(data), work, resumable, seed)
+        controls[name] = _score_answers(data, ids, references, blind, config, {}).metrics
+    return replace(result, metrics=add_control(result.metrics, controls))
 
 
 def score_answer_predictions(
@@ -194,11 +239,16 @@ def caption(
         pipeline: the model.
         data: the records to evaluate on.
         config: the options of the task.
-        seed: seed of sampling.
+        seed: seed of sampling, and of the shuffled images of the control.
         resumable: stores finished chunks of work, and divides the others among the processes.
+
+    Raises:
+        InputError: a control is asked for without reference captions or with a single image.
     """
     rows = data.group_by_image()
     decoding = decoding_for(config)
+    if config.control and not any(record.captions for record in data.records):
+        raise _nothing_to_compare(data, "captions")
 
     def generate(chunk: range) -> tuple[dict[int, str], list[str]]:
         usable, features, skipped = _encode_images(pipeline, {i: data.image(rows[i][0]) for i in chunk})
@@ -207,7 +257,28 @@ def caption(
         return dict(zip(usable, pipeline.caption(features, config.prompt, decoding), strict=True)), skipped
 
     captions, skipped = _generate("captions", len(rows), generate, resumable, seed)
-    return _score_captions(data, rows, captions, resumable, _count_skipped(skipped))
+    result = _score_captions(data, rows, captions, resumable, _count_skipped(skipped))
+    if not config.control:
+        return result
+
+    # All images have the same prompt, so that the caption of another image is already there.
+    images = list(captions)
+    others = derange(len(images), seed)
+    shuffled = {image: captions[images[i]] for image, i in zip(images, others, strict=True)}
+
+    def generate_blank(chunk: range) -> tuple[dict[int, str], list[str]]:
+        features = _encode_blank(pipeline).expand(len(chunk), -1, -1)
+        return dict(zip(chunk, pipeline.caption(features, config.prompt, decoding), strict=True)), []
+
+    # Without sampling, all blank images have the same caption.
+    count = len(images) if decoding.do_sample else 1
+    written, _ = _generate("captions-blank", count, generate_blank, resumable, seed)
+    blank = {image: written[min(i, count - 1)] for i, image in enumerate(images)}
+    controls = {
+        name: _score_captions(data, rows, texts, resumable, {}, f"scores-{name}").metrics
+        for name, texts in (("shuffled", shuffled), ("blank", blank))
+    }
+    return replace(result, metrics=add_control(result.metrics, controls))
 
 
 def score_caption_predictions(
@@ -234,8 +305,9 @@ def _score_captions(
     captions: Mapping[int, str],
     resumable: ResumableMap,
     extra: Mapping[str, Any],
+    part: str = "scores",
 ) -> EvalResult:
-    """Score captions, given by image index. `extra` is added to the metrics."""
+    """Score captions, given by image index. `extra` is added to the metrics; `part` names the work in `resumable`."""
     references = {i: [text for n in rows[i] for text in data.records[n].captions] for i in captions}
     references = {i: texts for i, texts in references.items() if texts}
     domains = {i: str(data.records[rows[i][0]].metadata.get("domain", "")) for i in references}
@@ -253,7 +325,7 @@ def _score_captions(
 
     cider: Mapping[int, float] = {}
     if references:
-        (scores,) = resumable.run("scores", 1, score)  # one chunk, so that only one process runs Java
+        (scores,) = resumable.run(part, 1, score)  # one chunk, so that only one process runs Java
         metrics |= scores["metrics"]
         cider = scores["cider"]
     examples = [
@@ -292,11 +364,11 @@ def retrieve(
         pipeline: the model.
         data: the records to evaluate on.
         config: the options of the task.
-        seed: unused; all tasks have the same parameters.
+        seed: seed of the shuffled images of the control.
         resumable: stores finished chunks of work, and divides the others among the processes.
 
     Raises:
-        InputError: there is no usable image with a caption.
+        InputError: there is no usable image with a caption, or a control is asked for with a single image.
     """
     rows = data.group_by_image()
     image_chunks = _chunks(len(rows))
@@ -318,6 +390,7 @@ def retrieve(
             " captions, or choose another task"
         )
     texts = [text for _, text in pairs]
+    others = derange(len(index), seed) if config.control else []
     positive = torch.zeros(len(index), len(texts), dtype=torch.bool)
     positive[[image for image, _ in pairs], range(len(texts))] = True
     text_chunks = _chunks(len(texts))
@@ -352,6 +425,24 @@ def retrieve(
         result = rerank(similarity, positive, candidates, logits, config.fusion)
         metrics[config.fusion] = _format_recall(result)
 
+    if config.control:
+        # Only the names of the images change, so that the scores of all pairs are already there.
+        shuffled = [result] if result.itc is None else [result.itc, result]
+        blank = _blank_scores(pipeline, vectors, texts, config, resumable)
+        names = ("itc", config.fusion)[: len(shuffled)]
+        controls = {
+            "shuffled": {
+                name: _format_recall(
+                    replace(each, scores_i2t=each.scores_i2t[others], scores_t2i=each.scores_t2i[others])
+                )
+                for name, each in zip(names, shuffled, strict=True)
+            },
+            "blank": {
+                name: _name_recall("TR", recall(scores.expand(len(index), -1), positive))
+                for name, scores in zip(names, blank, strict=True)
+            },
+        }
+        metrics = add_control(metrics, controls)
     metrics |= _count_skipped([message for chunk in embedded for message in chunk["skipped"]])
     image_ranks = ranks(result.scores_t2i.T, positive.T).tolist()
     first_rows = [rows[i][0] for i in index]
@@ -366,10 +457,35 @@ def retrieve(
     return EvalResult(metrics, None, {}, examples)
 
 
+def _blank_scores(
+    pipeline: RepresentationPipeline,
+    vectors: Float[Tensor, "T C"],
+    texts: Sequence[str],
+    config: EvaluationConfig,
+    resumable: ResumableMap,
+) -> list[Float[Tensor, "1 T"]]:
+    """Score all texts for a blank image, by similarity and, if candidates are re-ranked, by `config.fusion`."""
+
+    def score(part: int) -> list[Tensor]:
+        image = _encode_blank(pipeline)
+        similarity = image_text_similarity(pipeline.embed_images(image).cpu(), vectors)
+        if not config.rerank_k:
+            return [similarity]
+        best = select_candidates(similarity, config.rerank_k).i2t
+        logits = itm_logits(pipeline, image, *pipeline.tokenize(texts), best[0])
+        result = rerank(similarity, best, Candidates(best, best), [logits], config.fusion)
+        return [similarity, result.scores_i2t]
+
+    return resumable.run("blank", 1, score)[0]
+
+
 def _format_recall(result: RetrievalResult) -> dict[str, float]:
     """Return the recall by its published name: ``TR@k`` for texts of an image, ``IR@k`` for images of a text."""
-    sides = {"TR": result.image_to_text, "IR": result.text_to_image}
-    return {f"{side}@{key.removeprefix('r')}": value for side, recall in sides.items() for key, value in recall.items()}
+    return {**_name_recall("TR", result.image_to_text), **_name_recall("IR", result.text_to_image)}
+
+
+def _name_recall(side: str, recall: Recall) -> dict[str, float]:
+    return {f"{side}@{key.removeprefix('r')}": value for key, value in recall.items()}
 
 
 # -- chunks of work --------------------------------------------------------------------------------------------------
@@ -390,10 +506,22 @@ def _encode_images(
         try:
             if image is None:
                 raise ImageError("a record has no image")
-            pixels[key] = preprocess(read_image(image), pipeline.model.vision.preprocessing)
+            pixels[key] = read_input(image, pipeline.model.vision.input_format)
         except ImageError as error:
             skipped.append(str(error))
-    return list(pixels), pipeline.encode_pixels(torch.stack(list(pixels.values()))) if pixels else None, skipped
+    return list(pixels), pipeline.encode_pixels(stack_inputs(list(pixels.values()))) if pixels else None, skipped
+
+
+def _encode_blank(pipeline: Pipeline[Any]) -> Float[Tensor, "1 P E"]:
+    """Return the features of a blank image."""
+    return pipeline.encode_pixels(blank_input(pipeline.model.vision.input_format))
+
+
+def _nothing_to_compare(data: EvalData, what: str) -> InputError:
+    return InputError(
+        f"{data.source} has no reference {what}, so that a control has no score to compare: leave out --control, or"
+        f" give data with {what}"
+    )
 
 
 def _chunks(count: int) -> list[range]:
