@@ -130,6 +130,28 @@ def select_generate_fn(network: Any, training_forward: TrainingForward) -> Gener
     raise _unsupported(network, reason)
 
 
+@torch.no_grad()
+def scores_continuations(network: Any, training_forward: TrainingForward) -> bool:
+    """Return whether an LLM predicts the same as in training for continuations of prompts that were computed before.
+
+    The keys and values of each prompt are then shared by all texts that continue it, which saves most of the work of
+    comparing many texts.
+
+    Args:
+        network: an LLM in evaluation mode that generates with a key-value cache (:func:`select_generate_fn`).
+        training_forward: the forward pass of the LLM in training.
+    """
+    probe = _make_probe(network, training_forward)
+    tokens = probe.continuations[:, :-1].repeat(len(TEXT_LENGTHS), 1)
+    rows = torch.arange(len(TEXT_LENGTHS), device=tokens.device).repeat_interleave(len(probe.continuations))
+    try:
+        decoder = cached_decoder_class(network)(network, probe.prompts)
+        logits = decoder.extend(tokens, torch.ones_like(tokens, dtype=torch.bool), rows)
+    except Exception:  # LLMs raise any type of error for what they do not support
+        return False
+    return all(probe.agrees(logits[:, step - 1], range(len(rows)), step) for step in range(1, NUM_NEW_TOKENS))
+
+
 def check_gradient(network: Any, training_forward: TrainingForward) -> None:
     """Check that an LLM propagates a gradient to the visual prompt.
 

@@ -10,7 +10,7 @@ width of the LLM, S width of the input of :meth:`LanguageModel.lm_head`, V vocab
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -27,23 +27,27 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     BitsAndBytesConfig,
     GenerationConfig,
+    StoppingCriteria,
 )
 from transformers.activations import ACT2FN
 
-from blip2.backbones.checks import check_gradient, select_generate_fn
+from blip2.backbones.checks import check_gradient, scores_continuations, select_generate_fn
 from blip2.backbones.frozen import Freezable
 from blip2.backbones.pretrained import load_config, load_model
 from blip2.decoding.kv_cache import (
+    IncrementalDecoder,
     PromptBatch,
+    UncachedDecoder,
     forward_without_cache,
     get_pad_token_id,
     per_layer_inputs,
     text_config,
 )
-from blip2.decoding.search import Decoding, GenerateFn
+from blip2.decoding.search import PAD, Decoding, GenerateFn, cached_decoder_class, sample_steps
+from blip2.decoding.search import generate as generate_with_cache
 from blip2.errors import InputError
 from blip2.model.kernels.linear import convert_linears
-from blip2.model.losses import IGNORE_INDEX
+from blip2.model.losses import IGNORE_INDEX, MAX_LOGITS_PER_CHUNK
 
 POSITION_KEYS = ("max_position_embeddings", "max_target_positions", "n_positions", "max_seq_len", "n_ctx")
 """Names under which configurations of transformers store the maximum number of positions."""
@@ -69,6 +73,7 @@ class LanguageModel(Freezable):
         self.network.generation_config = GenerationConfig(decoder_start_token_id=start)
         self._attn_implementation: str = self.network.config._attn_implementation
         self._generate_fn: GenerateFn | None = None
+        self._shares_prompts: bool | None = None
         self.freeze()
         try:
             embedding: Any = self.network.get_input_embeddings()
@@ -202,6 +207,7 @@ class LanguageModel(Freezable):
         num_return_sequences: int = 1,
         image_index: Int[Tensor, "B"] | None = None,
         uniforms: Float[Tensor, "N max_new_tokens"] | None = None,
+        stopping_criteria: StoppingCriteria | None = None,
     ) -> Int[Tensor, "N U"]:
         """Generate continuations of prompts.
 
@@ -216,6 +222,8 @@ class LanguageModel(Freezable):
                 (I = B). A decoder-only LLM computes each visual prompt once, even if several prompts begin with it.
             uniforms: random numbers in [0, 1) for sampling (see :func:`blip2.decoding.search.sample_top_p`). None:
                 the numbers are drawn from PyTorch's generator.
+            stopping_criteria: says which sequences end, besides those with an end token; see
+                :func:`blip2.decoding.text.make_stopping_criteria`. None: no others.
 
         Returns:
             Token ids of the new tokens, without the prompts. The sequences of a prompt are in consecutive rows.
@@ -223,8 +231,49 @@ class LanguageModel(Freezable):
         prompts = self.prepare_prompts(visual, ids, mask, image_index)
         with self.autocast_context(prompts.text_embeds.device):
             return self.generate_fn(
-                self.network, prompts, decoding, self.eos_token_ids(eos_token_id), num_return_sequences, uniforms
-            )
+                self.network, prompts, decoding, self.eos_token_ids(eos_token_id), num_return_sequences, uniforms,
+                stopping_criteria,
+            )  # fmt: skip
+
+    @torch.no_grad()
+    def stream(
+        self,
+        prompt: PromptBatch,
+        decoding: Decoding,
+        eos_token_id: int,
+        stopping_criteria: StoppingCriteria | None = None,
+        read: Callable[[PromptBatch], IncrementalDecoder] | None = None,
+    ) -> Iterator[list[int]]:
+        """Generate the continuation of one prompt token by token.
+
+        Args:
+            prompt: a batch of one prompt.
+            decoding: how to generate, without beam search.
+            eos_token_id: token that ends the sequence.
+            stopping_criteria: see :meth:`generate`.
+            read: makes a decoder that has read the prompt. None: a new decoder, with a key-value cache if the LLM
+                supports one (:attr:`has_kv_cache`).
+
+        Yields:
+            The token ids of all new tokens until now, after each token.
+        """
+        device = prompt.text_embeds.device
+        decoder_class = cached_decoder_class(self.network) if self.has_kv_cache else UncachedDecoder
+        with self.autocast_context(device):
+            decoder = decoder_class(self.network, prompt) if read is None else read(prompt)
+        eos = torch.tensor(self.eos_token_ids(eos_token_id), device=device)
+        steps = sample_steps(decoder, decoding, eos, stopping_criteria=stopping_criteria)
+        while True:
+            with self.autocast_context(device):  # not around `yield`, which runs the caller's code
+                sequences = next(steps, None)
+            if sequences is None:
+                return
+            yield [token for token in sequences[0].tolist() if token != PAD]
+
+    @property
+    def has_kv_cache(self) -> bool:
+        """Whether text is generated with the key-value cache of :mod:`blip2.decoding.kv_cache`."""
+        return self.generate_fn is generate_with_cache
 
     def prepare_prompts(
         self,
@@ -252,6 +301,76 @@ class LanguageModel(Freezable):
             with self._checking():
                 self._generate_fn = select_generate_fn(self.network, self._training_forward)
         return self._generate_fn
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether :meth:`continuation_log_probs` gives the predictions of the LLM in training.
+
+        It is determined at the first access; see :mod:`blip2.backbones.checks`.
+        """
+        if self._shares_prompts is None:
+            self._shares_prompts = self.generate_fn is generate_with_cache
+            if self._shares_prompts:
+                with self._checking():
+                    self._shares_prompts = scores_continuations(self.network, self._training_forward)
+        return self._shares_prompts
+
+    @torch.no_grad()
+    def continuation_log_probs(
+        self,
+        visual: Float[Tensor, "I Q L"],
+        ids: Int[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+        image_index: Int[Tensor, "B"],
+        labels: Int[Tensor, "N U"],
+        prompt_index: Int[Tensor, "N"],
+        batch_size: int,
+    ) -> Float[Tensor, "N"]:
+        """Return the log-probability of texts that continue prompts. Each prompt is computed once for all its texts.
+
+        Args:
+            visual: soft visual prompts.
+            ids: token ids of the texts of the prompts, padded on either side. T may be 0.
+            mask: True for text tokens, False for padding.
+            image_index: the row of `visual` with which each prompt begins, in [0, I).
+            labels: token ids of the continuations, padded on the right with -100. Each has at least one token.
+            prompt_index: the prompt that each continuation follows, in [0, B).
+            batch_size: number of continuations per pass of the LLM.
+        """
+        prompts = self.prepare_prompts(visual, ids, mask, image_index)
+        has_label = labels != IGNORE_INDEX
+        tokens, lengths = labels.masked_fill(~has_label, get_pad_token_id(self.network)), has_label.sum(dim=1)
+        device = prompts.text_embeds.device
+        with self.autocast_context(device), self._without_lm_head():
+            decoder = cached_decoder_class(self.network)(self.network, prompts)
+        # The first token follows the prompt, which all its continuations share.
+        first = self._logits(decoder.logits).log_softmax(dim=-1)[prompt_index, tokens[:, 0]]
+        later = first.new_zeros(tokens.shape)
+        for rows in lengths.argsort(stable=True).split(batch_size):
+            longest = int(lengths[rows].max())
+            if longest == 1:
+                continue
+            with self.autocast_context(device), self._without_lm_head():
+                previous = tokens[rows, : longest - 1]
+                states = decoder.extend(previous, has_label[rows, : longest - 1], prompt_index[rows])
+            predicted = has_label[rows, 1:longest]
+            states, targets = states[predicted], tokens[rows, 1:longest][predicted]
+            parts = zip(*(each.split(self._logits_per_chunk) for each in (states, targets)), strict=True)
+            log_probs = [self._logits(part).log_softmax(dim=-1).gather(1, target[:, None]) for part, target in parts]
+            filled = later.new_zeros(predicted.shape).masked_scatter(predicted, torch.cat(log_probs))
+            later[rows, 1:longest] = filled
+        return first + later.sum(dim=1)
+
+    @property
+    def _logits_per_chunk(self) -> int:
+        """The number of positions whose logits are computed at a time."""
+        return max(1, MAX_LOGITS_PER_CHUNK // self.vocab_size)
+
+    def _logits(self, hidden_states: Float[Tensor, "M S"]) -> Float[Tensor, "M V"]:
+        """Return logits in float32, from hidden states of any precision."""
+        if self._has_plain_lm_head:
+            hidden_states = hidden_states.to(self.network.get_output_embeddings().weight.dtype)
+        return self.lm_head(hidden_states).float()
 
     def check(self, backward: bool = False) -> None:
         """Run the LLM on a few tokens in every way in which it is used.

@@ -9,6 +9,7 @@ columns, L width of the LLM, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -195,7 +196,33 @@ class IncrementalDecoder(ABC):
         """
 
 
-class CausalLMDecoder(IncrementalDecoder):
+class CachedDecoder(IncrementalDecoder):
+    """Incremental decoding with a key-value cache."""
+
+    _attention_mask: Tensor
+    _cache: Any
+
+    def extend(
+        self, tokens: Int[Tensor, "M U"], mask: Bool[Tensor, "M U"], rows: Int[Tensor, "M"]
+    ) -> Float[Tensor, "M U V"]:
+        """Append tokens to copies of rows, and return the logits after each token. This decoder stays as it is.
+
+        Args:
+            tokens: the tokens to append to each selected row, padded on the right.
+            mask: True for tokens, False for padding.
+            rows: indices of the selected rows. A row may be selected several times.
+        """
+        extended = copy.copy(self)
+        extended._cache = copy_cache(self._cache)
+        extended._reorder(rows)
+        return extended._run(tokens, mask)
+
+    @abstractmethod
+    def _run(self, tokens: Int[Tensor, "N U"], mask: Bool[Tensor, "N U"]) -> Float[Tensor, "N U V"]:
+        """Append tokens to each row, and return the logits after each token."""
+
+
+class CausalLMDecoder(CachedDecoder):
     """Incremental decoding with a decoder-only LLM."""
 
     def __init__(self, network: Any, prompts: PromptBatch) -> None:
@@ -244,16 +271,22 @@ class CausalLMDecoder(IncrementalDecoder):
 
     def _forward(self, new_mask: Bool[Tensor, "N S"], **inputs: Tensor) -> None:
         """Run the LLM over S new columns, padded on the right where `new_mask` is False."""
-        self._attention_mask = torch.cat([self._attention_mask, new_mask], dim=1)
         last = (new_mask.sum(dim=1) - 1).clamp(min=0)
-        kwargs: dict[str, Any] = {}
-        if self._accepts_position_ids:
-            kwargs["position_ids"] = self._attention_mask.long().cumsum(dim=1)[:, -new_mask.shape[1] :] - 1
         if self._accepts_logits_to_keep and new_mask.shape[1] > 1:
-            kwargs["logits_to_keep"], last = last.unique(return_inverse=True)
+            inputs["logits_to_keep"], last = last.unique(return_inverse=True)
+        logits = self._append(new_mask, **inputs)
+        self.logits = logits[torch.arange(len(last)), last].float()
+
+    def _run(self, tokens: Int[Tensor, "N U"], mask: Bool[Tensor, "N U"]) -> Float[Tensor, "N U V"]:
+        return self._append(mask, input_ids=tokens)
+
+    def _append(self, new_mask: Bool[Tensor, "N S"], **inputs: Tensor) -> Float[Tensor, "N C V"]:
+        """Run the LLM over S new columns, and return its logits."""
+        self._attention_mask = torch.cat([self._attention_mask, new_mask], dim=1)
+        if self._accepts_position_ids:
+            inputs["position_ids"] = self._attention_mask.long().cumsum(dim=1)[:, -new_mask.shape[1] :] - 1
         mask = self._attention_mask.long()
-        out = self.network(**inputs, **kwargs, attention_mask=mask, past_key_values=self._cache, use_cache=True)
-        self.logits = out.logits[torch.arange(len(last)), last].float()
+        return self.network(**inputs, attention_mask=mask, past_key_values=self._cache, use_cache=True).logits
 
     def _move_padding_to_the_left(self) -> None:
         """Make prompts and generated tokens contiguous, because a sliding window is a fixed number of columns."""
@@ -267,7 +300,7 @@ class CausalLMDecoder(IncrementalDecoder):
             )
 
 
-class Seq2SeqLMDecoder(IncrementalDecoder):
+class Seq2SeqLMDecoder(CachedDecoder):
     """Incremental decoding with an encoder-decoder, whose encoder reads the prompts."""
 
     def __init__(self, network: Any, prompts: PromptBatch) -> None:
@@ -284,14 +317,19 @@ class Seq2SeqLMDecoder(IncrementalDecoder):
         self._step(torch.full_like(self._prompt_index, start))
 
     def _step(self, tokens: Int[Tensor, "N"]) -> None:
-        out = self.network(
+        self.logits = self._append(tokens[:, None])[:, -1].float()
+
+    def _run(self, tokens: Int[Tensor, "N U"], mask: Bool[Tensor, "N U"]) -> Float[Tensor, "N U V"]:
+        return self._append(tokens)  # the decoder is causal, so padding on the right changes nothing before it
+
+    def _append(self, tokens: Int[Tensor, "N U"]) -> Float[Tensor, "N U V"]:
+        return self.network(
             encoder_outputs=BaseModelOutput(last_hidden_state=self._encoder_hidden_states),
             attention_mask=self._attention_mask,
-            decoder_input_ids=tokens[:, None],
+            decoder_input_ids=tokens,
             past_key_values=self._cache,
             use_cache=True,
-        )
-        self.logits = out.logits[:, -1].float()
+        ).logits
 
     def _reorder(self, rows: Int[Tensor, "M"]) -> None:
         self._attention_mask = self._attention_mask[rows]
@@ -372,10 +410,18 @@ class PreallocatedCacheLayer(DynamicLayer):
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
         if end > self._buffers[0].shape[-2]:
-            self._buffers = [preallocate(buffer) for buffer in self._buffers]
+            self._buffers = [preallocate(buffer, end) for buffer in self._buffers]
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[..., start:end, :] = states
         return self._set_length(end)
+
+    def truncate(self, length: int) -> None:
+        """Keep the keys and values of the first tokens."""
+        self._set_length(length)
+
+    def copy(self, length: int) -> PreallocatedCacheLayer:
+        """Return a layer with the keys and values of the first tokens in buffers of its own."""
+        return PreallocatedCacheLayer(self.keys[..., :length, :], self.values[..., :length, :])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select rows of the batch."""
@@ -399,8 +445,24 @@ class PreallocatedCacheLayer(DynamicLayer):
         return keys, values
 
 
-def preallocate(states: Tensor) -> Tensor:
-    """Copy keys or values [N, heads, tokens, width] to a buffer with space for :data:`CACHE_GROWTH` more tokens."""
-    buffer = states.new_empty(*states.shape[:-2], states.shape[-2] + CACHE_GROWTH, states.shape[-1])
+def copy_cache(cache: Any) -> Any:
+    """Return a copy of a key-value cache that shares its tensors until rows are selected in one of both."""
+    copied = copy.copy(cache)
+    if isinstance(cache, EncoderDecoderCache):
+        copied.self_attention_cache = copy_cache(cache.self_attention_cache)
+        copied.cross_attention_cache = copy_cache(cache.cross_attention_cache)
+        copied.is_updated = dict(cache.is_updated)
+    else:
+        copied.layers = [copy.copy(layer) for layer in cache.layers]
+    return copied
+
+
+def preallocate(states: Tensor, length: int = 0) -> Tensor:
+    """Copy keys or values [N, heads, tokens, width] to a larger buffer.
+
+    The buffer has space for `length` tokens, or all of `states` if these are more, and for :data:`CACHE_GROWTH` more.
+    """
+    tokens = max(states.shape[-2], length)
+    buffer = states.new_empty(*states.shape[:-2], tokens + CACHE_GROWTH, states.shape[-1])
     buffer[..., : states.shape[-2], :] = states
     return buffer

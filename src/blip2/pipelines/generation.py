@@ -2,40 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from blip2.config import IMAGE_TOKEN, ModelConfig
+from blip2.data.arrays import blank_input
 from blip2.data.collate import (
     check_unicode,
     encode_continuations,
     encode_prompts,
     encode_questions,
     format_prompts,
+    normalize_captions,
     normalize_questions,
     pad,
 )
 from blip2.decoding.options import ANSWER_DECODING, CAPTION_DECODING, Decoding
+from blip2.decoding.text import TextStreamer, final_text, make_stopping_criteria
 from blip2.errors import InputError
 from blip2.model.generation import GenerationModel, Questions
 from blip2.model.losses import IGNORE_INDEX
-from blip2.pipelines.base import Images, Pipeline, check_texts
+from blip2.pipelines.base import check_all_used, check_texts, texts_of_images
+from blip2.pipelines.chat import Chat
+from blip2.pipelines.images import Images, ImageStream, OnError
+from blip2.pipelines.results import Generated, until_end
+from blip2.pipelines.scoring import Rows, ScoreName, Scores, ScoringPipeline
 
 QUESTION_TEMPLATE = "Question: {} Answer:"
 """Default prompt of questions for a decoder-only LLM (§4.1)."""
 NO_LIMIT = 2**31
 """A maximum number of tokens that truncates no text."""
+WINDOW = 256
+"""Number of visual prompts that are collected before the LLM reads them."""
 SHORT_QUESTION_TEMPLATE = "Question: {} Short answer:"
 """Default prompt of questions for an encoder-decoder LLM (§4.1)."""
 
 
-class GenerationPipeline(Pipeline[GenerationModel]):
+class Request(NamedTuple):
+    """A text to generate about an image."""
+
+    prompt: str
+    question: str | None = None
+    """The question in the prompt, for a Q-Former that reads questions."""
+
+
+class GenerationPipeline(ScoringPipeline[GenerationModel]):
     """A stage-2 model, which generates text about images."""
+
+    score_names = ("lm", "pmi")
 
     def __init__(
         self,
@@ -50,9 +73,37 @@ class GenerationPipeline(Pipeline[GenerationModel]):
         self.eos_token_id = eos_token_id
         self.qformer_tokenizer = qformer_tokenizer
 
+    @overload
     def caption(
-        self, images: Images, prompt: str | Sequence[str] | None = None, decoding: Decoding | None = None
-    ) -> list[str]:
+        self,
+        images: Images,
+        prompt: str | Sequence[str] | None = None,
+        decoding: Decoding | None = None,
+        *,
+        details: Literal[False] = False,
+        on_error: Literal["raise", "skip"] = "raise",
+    ) -> list[str]: ...
+
+    @overload
+    def caption(
+        self,
+        images: Images,
+        prompt: str | Sequence[str] | None = None,
+        decoding: Decoding | None = None,
+        *,
+        details: bool = False,
+        on_error: OnError = "raise",
+    ) -> list[Any]: ...
+
+    def caption(
+        self,
+        images: Images,
+        prompt: str | Sequence[str] | None = None,
+        decoding: Decoding | None = None,
+        *,
+        details: bool = False,
+        on_error: OnError = "raise",
+    ) -> list[Any]:
         """Caption images.
 
         Args:
@@ -60,6 +111,9 @@ class GenerationPipeline(Pipeline[GenerationModel]):
             prompt: text that the caption continues: one for all images, or one per image. None: the prompt with which
                 the model was trained.
             decoding: options of text generation. None: ``CAPTION_DECODING`` of :mod:`blip2.decoding.options`.
+            details: whether to return a :class:`~blip2.Generated` per image, which has the caption with its
+                log-probability, the alternatives of the beam search and the attention of the queries.
+            on_error: what to do with images that cannot be decoded: ``raise``, ``skip`` or ``return``.
 
         Returns:
             One caption per image, without the prompt.
@@ -69,46 +123,162 @@ class GenerationPipeline(Pipeline[GenerationModel]):
                 model that was trained to answer questions.
         """
         assert self.config.language is not None
-        features = self.encode_images(images)
+        stream = self._stream(images, on_error, "caption")
         if prompt is None and self.config.language.prompt_has_question:
             raise InputError(
                 f"{self.path} was trained to answer questions: use answer() (blip2 ask), or pass a prompt that the"
                 " caption continues"
             )
         prompt = self.config.language.prompt if prompt is None else prompt
-        prompts = [prompt] * len(features) if isinstance(prompt, str) else list(prompt)
-        return self.generate(features, prompts, decoding or CAPTION_DECODING)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        decoding, advice = decoding or CAPTION_DECODING, "give one prompt per image"
+        self._tokenize_prompts(prompts, decoding)
+        prompts_of = texts_of_images(
+            prompts, stream, "prompt", advice, one_image=False, one_text=isinstance(prompt, str)
+        )
+        captions = self._generate_stream(
+            stream, lambda position: [Request(each) for each in prompts_of(position)], decoding, details
+        )
+        check_all_used(prompts, prompts_of, stream, "prompt", advice)
+        return stream.flatten(captions)
 
-    def answer(self, images: Images, questions: str | Sequence[str], decoding: Decoding | None = None) -> list[str]:
+    @overload
+    def answer(
+        self,
+        images: Images,
+        questions: str | Sequence[str],
+        decoding: Decoding | None = None,
+        *,
+        details: Literal[False] = False,
+        on_error: Literal["raise", "skip"] = "raise",
+    ) -> list[str]: ...
+
+    @overload
+    def answer(
+        self,
+        images: Images,
+        questions: str | Sequence[str] | Sequence[Sequence[str]],
+        decoding: Decoding | None = None,
+        *,
+        details: bool = False,
+        on_error: OnError = "raise",
+    ) -> list[Any]: ...
+
+    def answer(
+        self,
+        images: Images,
+        questions: str | Sequence[str] | Sequence[Sequence[str]],
+        decoding: Decoding | None = None,
+        *,
+        details: bool = False,
+        on_error: OnError = "raise",
+    ) -> list[Any]:
         """Answer questions about images.
 
         Args:
             images: one image per question, or a single image for all questions.
-            questions: one question per image, or a single question for all images.
+            questions: one question per image, or a single question for all images. For several questions about each
+                image: a list of questions per image, or a list that contains a single list of questions for all images
+                (``[["What is it?", "Where is it?"]]``).
             decoding: options of text generation. None: ``ANSWER_DECODING`` of :mod:`blip2.decoding.options`.
+            details: whether to return :class:`~blip2.Generated` objects, which have the answer with its
+                log-probability, the alternatives of the beam search and the attention of the queries.
+            on_error: what to do with images that cannot be decoded: ``raise``, ``skip`` or ``return``.
 
         Returns:
-            One answer per pair of image and question.
+            One answer per pair of image and question. For lists of questions: a list of answers per image.
 
         Raises:
-            InputError: the numbers of images and questions differ and neither is 1, or a question is blank.
+            InputError: an image cannot be decoded, the numbers of images and questions differ and neither is 1, or a
+                question is blank.
         """
-        features, listed = self.encode_images(images), check_texts(questions, "question")
-        if len(listed) == 1:
-            listed = listed * len(features)
-        image_index = [0] * len(listed) if len(features) == 1 else range(len(features))
-        if len(image_index) != len(listed):
-            raise InputError(
-                f"there are {len(features)} images and {len(listed)} questions: give one question per image, or one"
-                " image or one question for all"
-            )
-        return self.generate(
-            features,
-            self.format_questions(listed),
-            decoding or ANSWER_DECODING,
-            image_index=image_index,
-            questions=listed,
-        )
+        stream = self._stream(images, on_error, "answer")
+        decoding = decoding or ANSWER_DECODING
+        given: Any = questions if isinstance(questions, str) or not isinstance(questions, Iterable) else list(questions)
+        nested = isinstance(given, list) and any(isinstance(each, list | tuple) for each in given)
+        if nested:
+            lists = [check_texts(each, "question") for each in given]
+            kind, advice = "list", "give one list of questions per image, or one list for all images"
+        else:
+            lists = [[question] for question in check_texts(given, "question")]
+            kind, advice = "question", "give one question per image, or one image or one question for all"
+        of_image = texts_of_images(lists, stream, kind, advice, one_image=not nested)
+        self._tokenize_prompts(self.format_questions([question for each in lists for question in each]), decoding)
+
+        def requests(position: int) -> list[Request]:
+            asked = [question for each in of_image(position) for question in each]
+            return [Request(*pair) for pair in zip(self.format_questions(asked), asked, strict=True)]
+
+        answers = self._generate_stream(stream, requests, decoding, details)
+        check_all_used(lists, of_image, stream, kind, advice)
+        return stream.arrange(answers) if nested else stream.flatten(answers, requests)
+
+    def stream(
+        self, image: Images, prompt: str | None = None, decoding: Decoding | None = None, *, question: str | None = None
+    ) -> Iterator[str]:
+        """Write a text about an image, and return an iterator of pieces of the text, each as soon as it is written.
+
+        The pieces together are the text that :meth:`caption`, or :meth:`answer` for a question, returns with the same
+        options. A piece never ends within a character.
+
+        Args:
+            image: one image.
+            prompt: text that the caption continues. None: the prompt with which the model was trained.
+            decoding: options of text generation, without beam search. None, or ``num_beams`` None: greedy search.
+            question: a question to answer, instead of a prompt.
+
+        Raises:
+            InputError: there are several images, the image cannot be decoded, both `prompt` and `question` are given, or
+                beam search is asked for.
+        """
+        assert self.config.language is not None
+        default = CAPTION_DECODING if question is None else ANSWER_DECODING
+        decoding = (replace(default, num_beams=1) if decoding is None else decoding).without_beams()
+        if prompt is not None and question is not None:
+            raise InputError("found both prompt and question, expected one of them: leave out prompt, because the"
+                             " model's own prompt contains the question")  # fmt: skip
+        if prompt is None and question is None and self.config.language.prompt_has_question:
+            raise InputError(f"{self.path} was trained to answer questions: give a question, or a prompt that the text"
+                             " continues")  # fmt: skip
+        asked = None if question is None else check_texts(question, "question")
+        prompts = [self.config.language.prompt if prompt is None else prompt] if asked is None else []
+        prompts = prompts or self.format_questions(asked or [])
+        features = self.encode_images(image)
+        if len(features) != 1:
+            raise InputError(f"there are {len(features)} images, expected one: use chat() for several")
+        ids, mask = (each.to(self.device) for each in self._tokenize_prompts(prompts, decoding))
+        with torch.no_grad():
+            visual = self._visual_prompts(features, self._encode_questions(asked, prompts), torch.tensor([0]))
+            batch = self.model.language.prepare_prompts(visual, ids, mask)
+        criteria = make_stopping_criteria(self.tokenizer, decoding)
+        steps = self.model.language.stream(batch, decoding, self.eos_token_id, criteria)
+        return TextStreamer(self.tokenizer, decoding.stop_strings).pieces(steps)
+
+    def chat(
+        self,
+        images: Images | None = None,
+        messages: Sequence[Mapping[str, Any]] = (),
+        template: str | None = None,
+        decoding: Decoding | None = None,
+    ) -> Chat:
+        """Begin a conversation about images.
+
+        Args:
+            images: one or several images. They stand where `messages` have parts ``{"type": "image"}``, or else before
+                the text of the first message of the user. None: the images are in the messages, or there are none.
+            messages: messages before the first question, in the form of transformers and OpenAI: dictionaries with
+                ``role`` (``system``, ``user`` or ``assistant``) and ``content`` (a text, or a list of parts ``{"type":
+                "text", "text": ...}`` and ``{"type": "image", "image": ...}``). If the last one is the user's,
+                ``chat.ask()`` without arguments answers it.
+            template: how the messages become a prompt: a prompt with {} in the place of each question, or ``chat`` for
+                the LLM's own chat template. None: :attr:`question_template`, with which the model was trained.
+            decoding: options of text generation, without beam search. None: ``CHAT_DECODING`` of
+                :mod:`blip2.decoding.options`.
+
+        Raises:
+            InputError: a message is not one, an image cannot be decoded, or the LLM has no chat template.
+        """
+        return Chat(self, images, messages, template, decoding)
 
     @property
     def question_template(self) -> str:
@@ -166,17 +336,35 @@ class GenerationPipeline(Pipeline[GenerationModel]):
             InputError: the numbers of prompts and images (or of prompts and `image_index`) differ, an index is out of
                 range, or a prompt is too long for the LLM or contains an image placeholder.
         """
-        features = self.encode_images(images)
-        indices = list(range(len(features)) if image_index is None else image_index)
+        encoded = self._encode_questions(questions, prompts)
+        if encoded is None:  # what the LLM reads is smaller than the features, which are not needed again
+            parts = self._stream(images, label="generate")
+            inputs = torch.cat([self._visual_prompts(part, None, torch.arange(len(part))) for _, part in parts])
+        else:
+            inputs = self.encode_images(images)
+        indices = list(range(len(inputs)) if image_index is None else image_index)
         if image_index is None and len(indices) != len(prompts):
-            raise InputError(f"there are {len(features)} images and {len(prompts)} prompts: give one prompt per image")
+            raise InputError(f"there are {len(inputs)} images and {len(prompts)} prompts: give one prompt per image")
         if len(indices) != len(prompts):
             raise InputError(f"image_index has {len(indices)} entries for {len(prompts)} prompts: give one per prompt")
-        wrong = next((index for index in indices if not 0 <= index < len(features)), None)
+        wrong = next((index for index in indices if not 0 <= index < len(inputs)), None)
         if wrong is not None:
             raise InputError(
-                f"image_index contains {wrong}, expected 0 to {len(features) - 1}: give the index of one of the images"
+                f"image_index contains {wrong}, expected 0 to {len(inputs) - 1}: give the index of one of the images"
             )
+        tokens = self._tokenize_prompts(prompts, decoding)
+        if encoded is not None:  # each question has its own visual prompt
+            inputs, indices = self._visual_prompts(inputs, encoded, torch.tensor(indices)), list(range(len(prompts)))
+        return self._decode(inputs, indices, *tokens, decoding, num_return_sequences, uniforms)[0]
+
+    def _tokenize_prompts(
+        self, prompts: Sequence[str], decoding: Decoding
+    ) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:
+        """Return token ids and attention mask of prompts.
+
+        Raises:
+            InputError: a prompt is too long for the LLM or contains an image placeholder.
+        """
         with_token = next((prompt for prompt in prompts if IMAGE_TOKEN in prompt), None)
         if with_token is not None:
             raise InputError(f"the prompt {with_token!r} contains {IMAGE_TOKEN}: remove {IMAGE_TOKEN}, because the"
@@ -184,14 +372,35 @@ class GenerationPipeline(Pipeline[GenerationModel]):
         side = "right" if self.model.language.is_encoder_decoder else "left"
         ids, mask = encode_prompts(self.tokenizer, prompts, side)
         self._check_length(ids.shape[1], decoding)
-        encoded = self._encode_questions(questions)
-        visual = self._visual_prompts(features, encoded, torch.tensor(indices))
-        if encoded is not None:  # each question has its own visual prompt
-            indices = list(range(len(prompts)))
+        return ids, mask
+
+    def _decode(
+        self,
+        visual: Float[Tensor, "V Q L"],
+        indices: Sequence[int],
+        ids: Int[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+        decoding: Decoding,
+        num_return_sequences: int,
+        uniforms: Float[Tensor, "N max_new_tokens"] | None = None,
+    ) -> tuple[list[str], list[list[int]]]:
+        """Generate text for prompts, and return the texts and their token ids; see :meth:`generate`.
+
+        Args:
+            visual: visual prompts.
+            indices: index in `visual` of the visual prompt of each prompt.
+            ids: token ids of the prompts.
+            mask: True for text tokens, False for padding.
+            decoding: options of text generation.
+            num_return_sequences: number of texts per prompt.
+            uniforms: random numbers for sampling.
+        """
         # Batch prompts about the same image together, or else prompts of similar length.
         lengths, shared = mask.sum(dim=1).tolist(), len(set(indices)) < len(indices)
-        order = sorted(range(len(prompts)), key=lambda i: (indices[i] if shared else 0, lengths[i]))
-        texts = [""] * len(prompts) * num_return_sequences
+        order = sorted(range(len(ids)), key=lambda i: (indices[i] if shared else 0, lengths[i]))
+        texts = [""] * len(ids) * num_return_sequences
+        tokens: list[list[int]] = [[] for _ in texts]
+        criteria = make_stopping_criteria(self.tokenizer, decoding)
         for start in range(0, len(order), self.batch_size):
             rows = torch.tensor(order[start : start + self.batch_size])
             used, image = torch.tensor(indices)[rows].unique(return_inverse=True)
@@ -205,13 +414,206 @@ class GenerationPipeline(Pipeline[GenerationModel]):
                 num_return_sequences,
                 image.to(self.device),
                 None if uniforms is None else uniforms.unflatten(0, (-1, num_return_sequences))[rows].flatten(0, 1),
+                criteria,
             )
             decoded = self.tokenizer.batch_decode(new, skip_special_tokens=True)
             for i, row in enumerate(rows.tolist()):
                 texts[row * num_return_sequences : (row + 1) * num_return_sequences] = (
-                    text.strip() for text in decoded[i * num_return_sequences : (i + 1) * num_return_sequences]
+                    final_text(text, decoding.stop_strings)
+                    for text in decoded[i * num_return_sequences : (i + 1) * num_return_sequences]
                 )
-        return texts
+                for k, sequence in enumerate(new[i * num_return_sequences : (i + 1) * num_return_sequences].tolist()):
+                    tokens[row * num_return_sequences + k] = sequence
+        return texts, tokens
+
+    @torch.no_grad()
+    def _generate_stream(
+        self, stream: ImageStream, requests: Callable[[int], list[Request]], decoding: Decoding, details: bool
+    ) -> dict[int, list[Any]]:
+        """Generate text about a stream of images, and return the results of each image by its position.
+
+        The LLM reads the prompts of up to :data:`WINDOW` visual prompts at a time, so that prompts of similar length
+        are batched together.
+
+        Args:
+            stream: images.
+            requests: maps the position of an image to what is generated about the image.
+            decoding: options of text generation.
+            details: whether the results are :class:`Generated` objects instead of strings.
+        """
+        results: dict[int, list[Any]] = {}
+        positions: list[int] = []
+        prompts: list[str] = []
+        indices: list[int] = []
+        visual: list[Tensor] = []
+        maps: list[Tensor] = []
+
+        def flush() -> None:
+            if prompts:
+                tokens = self._tokenize_prompts(prompts, decoding)
+                args = (torch.cat(visual), indices, *tokens, decoding)
+                made = self._describe(*args, torch.cat(maps)) if details else self._decode(*args, 1)[0]
+                for position, result in zip(positions, made, strict=True):
+                    results.setdefault(position, []).append(result)
+            for each in (positions, prompts, indices, visual, maps):
+                each.clear()
+
+        for batch in stream:
+            asked = [(i, request) for i, each in enumerate(batch.positions) for request in requests(each)]
+            new = [request.prompt for _, request in asked]
+            questions = [request.question for _, request in asked if request.question is not None]
+            image_index = torch.tensor([i for i, _ in asked])
+            encoded = self._encode_questions(questions or None, new)
+            start = sum(map(len, visual))
+            visual.append(self._visual_prompts(batch.features, encoded, image_index))
+            if details:
+                maps.append(
+                    self._map_rows(self.model.attention_maps, batch.features, encoded, image_index)[:, -1].cpu()
+                )
+            indices += [start + i for i in (image_index.tolist() if encoded is None else range(len(new)))]
+            positions += [batch.positions[i] for i, _ in asked]
+            prompts += new
+            if start + len(visual[-1]) >= WINDOW:
+                flush()
+        flush()
+        return results
+
+    def _describe(
+        self,
+        visual: Float[Tensor, "V Q L"],
+        indices: Sequence[int],
+        ids: Int[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+        decoding: Decoding,
+        maps: Float[Tensor, "V Q P"],
+    ) -> list[Generated]:
+        """Generate text for prompts, with its probabilities and alternatives; see :meth:`_decode`.
+
+        Args:
+            maps: the attention of the queries of each visual prompt.
+        """
+        count = decoding.beam_width(1)
+        texts, sequences = self._decode(visual, indices, ids, mask, decoding, count)
+        end_tokens = self.model.language.eos_token_ids(self.eos_token_id)
+        sequences = [until_end(sequence, end_tokens) for sequence in sequences]
+        rows = [row[row_mask].tolist() for row, row_mask in zip(ids, mask, strict=True)]
+        log_probs = self._token_log_probs(
+            visual,
+            [index for index in indices for _ in range(count)],
+            [row for row in rows for _ in range(count)],
+            sequences,
+        )
+        return [
+            Generated.make(self.tokenizer, texts[part], sequences[part], log_probs[part], maps[index])
+            for index, part in zip(indices, (slice(i, i + count) for i in range(0, len(texts), count)), strict=True)
+        ]
+
+    def _token_log_probs(
+        self,
+        visual: Float[Tensor, "V Q L"],
+        indices: Sequence[int],
+        prompts: Sequence[list[int]],
+        sequences: Sequence[list[int]],
+    ) -> list[list[float]]:
+        """Return the log-probability of each token of sequences, under the LLM as in training.
+
+        Args:
+            visual: visual prompts.
+            indices: index in `visual` of the visual prompt of each sequence.
+            prompts: token ids of the prompt of each sequence.
+            sequences: token ids of each sequence, without its prompt.
+        """
+        out: list[list[float]] = []
+        is_encoder_decoder = self.model.language.is_encoder_decoder
+        for start in range(0, len(sequences), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            pairs = list(zip(prompts[part], sequences[part], strict=True))
+            inputs = [prompt if is_encoder_decoder else [*prompt, *new] for prompt, new in pairs]
+            lengths = torch.tensor([len(each) for each in inputs])
+            ids = pad(inputs, self.eos_token_id)
+            labels = [new if is_encoder_decoder else [IGNORE_INDEX] * len(prompt) + new for prompt, new in pairs]
+            states, targets = self.model.language.hidden_states(
+                visual[torch.tensor(indices[part], device=visual.device)],
+                ids.to(self.device),
+                (torch.arange(ids.shape[1]) < lengths[:, None]).to(self.device),
+                pad(labels, IGNORE_INDEX).to(self.device),
+            )
+            log_probs = self.model.language.lm_head(states).float().log_softmax(dim=-1)
+            token = log_probs.gather(1, targets[:, None]).squeeze(1)
+            out += [each.tolist() for each in token.split([len(new) for _, new in pairs])]
+        return out
+
+    # -- the Q-Former --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def query_outputs(
+        self, images: Images, questions: str | Sequence[str] | None = None, *, on_error: OnError = "raise"
+    ) -> Any:
+        """Return Z, the outputs of the queries before the projection to the LLM (§3.3).
+
+        Args:
+            images: images.
+            questions: questions, for a Q-Former that reads questions: one per image, or one image or one question for
+                all. None: the queries read the image alone.
+            on_error: what to do with images that cannot be decoded: ``raise``, ``skip`` or ``return``.
+
+        Returns:
+            A tensor [I, Q, D], or [N, Q, D] with questions.
+
+        Raises:
+            InputError: an image cannot be decoded, the numbers of images and questions differ and neither is 1, or the
+                Q-Former does not read questions.
+        """
+        return self._map_pairs(self.model.query_outputs, images, questions, on_error)
+
+    @torch.no_grad()
+    def attention_maps(
+        self,
+        images: Images,
+        questions: str | Sequence[str] | None = None,
+        *,
+        average: bool = True,
+        on_error: OnError = "raise",
+    ) -> Any:
+        """Return the attention weights of the queries over the image tokens, in all cross-attentions.
+
+        Args:
+            images: images.
+            questions: questions, as in :meth:`query_outputs`.
+            average: whether the weights are averaged over the heads.
+            on_error: what to do with images that cannot be decoded: ``raise``, ``skip`` or ``return``.
+
+        Returns:
+            A tensor [N, layers, Q, P] whose rows sum to 1; without `average`, [N, layers, heads, Q, P].
+            :func:`~blip2.draw_attention` draws a map.
+
+        Raises:
+            InputError: as in :meth:`query_outputs`.
+        """
+        maps = partial(self.model.attention_maps, average_heads=average)
+        return self._map_pairs(maps, images, questions, on_error)
+
+    def _map_pairs(
+        self, function: Callable[..., Tensor], images: Images, questions: str | Sequence[str] | None, on_error: OnError
+    ) -> Any:
+        """Apply a method of the model to images, or to pairs of an image and a question."""
+        if questions is not None and self.qformer_tokenizer is None:
+            raise InputError(f"the Q-Former of {self.path} does not read questions: leave out questions")
+        stream = self._stream(images, on_error)
+        listed = [] if questions is None else check_texts(questions, "question")
+        advice = "give one question per image, or one image or one question for all"
+        of_image = (lambda _: [""]) if questions is None else texts_of_images(listed, stream, "question", advice)
+        results: dict[int, Tensor] = {}
+        for positions, features in stream:
+            asked = [(i, question) for i, position in enumerate(positions) for question in of_image(position)]
+            texts = [question for _, question in asked]
+            encoded = None if questions is None else self._encode_questions(texts, self.format_questions(texts))
+            rows = self._map_rows(function, features, encoded, torch.tensor([i for i, _ in asked]))
+            counts = [len(of_image(position)) for position in positions]
+            results |= zip(positions, rows.split(counts), strict=True)
+        if questions is not None:
+            check_all_used(listed, of_image, stream, "question", advice)
+        return stream.stack(results, of_image)
 
     @torch.no_grad()
     def log_likelihood(
@@ -224,32 +626,236 @@ class GenerationPipeline(Pipeline[GenerationModel]):
     ) -> Float[Tensor, "N"]:
         """Return the log-probability (natural logarithm) of each text with its end token, given image and prompt.
 
+        Texts that have image, prompt and question in common share them: the LLM reads the prompt once.
+
         Args:
             images: images.
             prompts: the prompt of each text.
-            texts: texts to score; they are not truncated.
+            texts: texts to score; they are neither normalized nor truncated.
             image_index: index in `images` of the image of each text. None: one image per text.
             questions: the question in each prompt; see :meth:`generate`.
+
+        Raises:
+            InputError: there are no images or texts, the lists differ in length, `image_index` contains an index
+                without image, or a text is too long for the LLM.
         """
-        features = self.encode_images(images)
-        indices = torch.arange(len(texts)) if image_index is None else torch.tensor(image_index)
-        encoded = self._encode_questions(questions)
-        visual = self._visual_prompts(features, encoded, indices)
-        if encoded is not None:  # each question has its own visual prompt
-            indices = torch.arange(len(texts))
-        out = []
+        return self._log_likelihoods(self.encode_images(images), prompts, texts, image_index, questions)[0]
+
+    def _log_likelihoods(
+        self,
+        features: Float[Tensor, "I P E"],
+        prompts: Sequence[str],
+        texts: Sequence[str],
+        image_index: Sequence[int] | None,
+        questions: Sequence[str] | None,
+    ) -> tuple[Float[Tensor, "N"], Int[Tensor, "N"]]:
+        """Return the log-probability and the number of tokens of each text; see :meth:`log_likelihood`."""
+        indices = list(range(len(texts)) if image_index is None else image_index)
+        self._check_lengths(len(features), prompts, texts, indices, questions, image_index is not None)
+        asked = [""] * len(texts) if questions is None else questions
+        # The texts of one row have image, prompt and question in common.
+        rows: dict[tuple[int, str, str], int] = {}
+        row_of = [rows.setdefault(key, len(rows)) for key in zip(indices, prompts, asked, strict=True)]
+        row_images = torch.tensor([image for image, _, _ in rows])
+        row_questions = None if questions is None else [question for _, _, question in rows]
+        encoded = self._encode_questions(row_questions, [prompt for _, prompt, _ in rows])
+        visual = self._visual_prompts(features, encoded, row_images)
+        row_visual = torch.arange(len(rows)) if encoded is not None else row_images  # a visual prompt per question
+        visual_index = row_visual[torch.tensor(row_of)]
+        if len(rows) < len(texts) and self.model.language.shares_prompts:
+            return self._continue_prompts(visual, visual_index, prompts, texts)
+        values: list[Tensor] = []
+        num_tokens: list[Tensor] = []
         for start in range(0, len(texts), self.batch_size):
             part = slice(start, start + self.batch_size)
             batch = self._continuations(texts[part], prompts[part])
-            states, labels = self.model.language.hidden_states(visual[indices[part].to(self.device)], *batch)
+            self._check_scored_length(batch[0].shape[1], batch[2].shape[1])
+            states, labels = self.model.language.hidden_states(visual[visual_index[part].to(self.device)], *batch)
             log_probs = self.model.language.lm_head(states).float().log_softmax(dim=-1)
             token = log_probs.gather(1, labels[:, None]).squeeze(1)
-            counts = (batch[2] != IGNORE_INDEX).sum(dim=1).tolist()
-            out += [each.sum() for each in token.split(counts)]
-        return torch.stack(out)
+            num_tokens.append((batch[2] != IGNORE_INDEX).sum(dim=1))
+            values += [each.sum() for each in token.split(num_tokens[-1].tolist())]
+        return torch.stack(values), torch.cat(num_tokens)
 
-    def _encode_questions(self, questions: Sequence[str] | None) -> Questions | None:
-        """Return the normalized questions as tokens for the Q-Former; None without questions."""
+    def _continue_prompts(
+        self,
+        visual: Float[Tensor, "V Q L"],
+        visual_index: Int[Tensor, "N"],
+        prompts: Sequence[str],
+        texts: Sequence[str],
+    ) -> tuple[Float[Tensor, "N"], Int[Tensor, "N"]]:
+        """Return the log-probability and the number of tokens of each text. The LLM reads each prompt once.
+
+        Args:
+            visual: visual prompts.
+            visual_index: the visual prompt of each text.
+            prompts: the prompt of each text.
+            texts: the texts.
+        """
+        ids, mask, labels = (each.cpu() for each in self._continuations(texts, prompts))
+        self._check_scored_length(ids.shape[1], labels.shape[1])
+        num_tokens = (labels != IGNORE_INDEX).sum(dim=1)
+        is_joint = not self.model.language.is_encoder_decoder  # the ids contain prompt and text
+        lengths = (mask.sum(dim=1) - num_tokens * is_joint).tolist()
+        # Whether two texts have the tokens of their prompt in common depends on the tokenizer.
+        shared: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+        for i, (image, row, length) in enumerate(zip(visual_index.tolist(), ids.tolist(), lengths, strict=True)):
+            shared.setdefault((image, tuple(row[:length])), []).append(i)
+        order = sorted(shared, key=lambda key: len(key[1]))  # prompts of similar length together
+        targets = [row[row != IGNORE_INDEX] for row in labels]
+        values = torch.empty(len(texts), device=self.device)
+        for start in range(0, len(order), self.batch_size):
+            keys = order[start : start + self.batch_size]
+            chosen = [i for key in keys for i in shared[key]]
+            prompt_index = [number for number, key in enumerate(keys) for _ in shared[key]]
+            used, image = torch.tensor([image for image, _ in keys]).unique(return_inverse=True)
+            prompt_lengths = torch.tensor([len(tokens) for _, tokens in keys])
+            prompt_ids = pad([tokens for _, tokens in keys], 0)
+            values[torch.tensor(chosen, device=self.device)] = self.model.language.continuation_log_probs(
+                visual[used.to(self.device)],
+                prompt_ids.to(self.device),
+                (torch.arange(prompt_ids.shape[1]) < prompt_lengths[:, None]).to(self.device),
+                image.to(self.device),
+                pad_sequence([targets[i] for i in chosen], True, IGNORE_INDEX).to(self.device),
+                torch.tensor(prompt_index, device=self.device),
+                4 * self.batch_size,
+            )
+        return values, num_tokens.to(self.device)
+
+    def _check_lengths(
+        self,
+        num_images: int,
+        prompts: Sequence[str],
+        texts: Sequence[str],
+        image_index: Sequence[int],
+        questions: Sequence[str] | None,
+        has_index: bool,
+    ) -> None:
+        """Check the lists of :meth:`log_likelihood`.
+
+        Raises:
+            InputError: there are no texts, the lists differ in length, or an index has no image.
+        """
+        if not texts:
+            raise InputError("no text was given: give at least one")
+        lists = {"prompts": prompts, "questions": texts if questions is None else questions}
+        lists |= {"entries in image_index": image_index} if has_index else {"images": range(num_images)}
+        for what, values in lists.items():
+            if len(values) != len(texts):
+                raise InputError(f"there are {len(texts)} texts and {len(values)} {what}: give one per text")
+        wrong = next((index for index in image_index if not 0 <= index < num_images), None)
+        if wrong is not None:
+            raise InputError(
+                f"image_index contains {wrong}, expected 0 to {num_images - 1}: give the index of one of the images"
+            )
+
+    def _check_scored_length(self, num_tokens: int, num_labels: int) -> None:
+        """Check that the LLM has positions for what it reads.
+
+        Args:
+            num_tokens: tokens of prompt and text, or of the prompt alone for an encoder-decoder.
+            num_labels: tokens of the text, which the decoder of an encoder-decoder reads.
+        """
+        language, queries = self.model.language, self.config.qformer.num_query_tokens
+        needed = max(queries + num_tokens, num_labels if language.is_encoder_decoder else 0)
+        if language.max_position_embeddings is not None and needed > language.max_position_embeddings:
+            raise InputError(
+                f"a prompt with its text needs {needed} of the LLM's {language.max_position_embeddings} positions,"
+                f" {queries} of them for the image: shorten the prompt or the text"
+            )
+
+    # -- scores --------------------------------------------------------------------------------------------------------
+
+    @property
+    def class_template(self) -> str:
+        """The default template of :meth:`classify`, which continues the model's own prompt."""
+        return "a {}"
+
+    def _make_rows(
+        self, images: Images, prompt: str | Sequence[str] | None, questions: str | Sequence[str] | None
+    ) -> Rows:
+        assert self.config.language is not None
+        if prompt is not None and questions is not None:
+            raise InputError("found both prompt and questions, expected one of them: leave out prompt, because the"
+                             " model's own prompt contains the question")  # fmt: skip
+        if prompt is None and questions is None and self.config.language.prompt_has_question:
+            raise InputError(f"{self.path} was trained to answer questions: give questions, or a prompt that the texts"
+                             " continue")  # fmt: skip
+        features = self.encode_images(images)
+        listed = None if questions is None else check_texts(questions, "question")
+        own = self.config.language.prompt if prompt is None else prompt
+        prompts = [own] if isinstance(own, str) else list(own)
+        if listed is not None:
+            prompts = self.format_questions(listed)
+        num_rows = len(prompts) if len(features) == 1 else len(features)
+        if len(prompts) == 1:
+            prompts, listed = prompts * num_rows, listed and listed * num_rows
+        if len(prompts) != num_rows:
+            what = "prompts" if listed is None else "questions"
+            raise InputError(
+                f"there are {len(features)} images and {len(prompts)} {what}: give one of the {what} per image, or one"
+                " image or one for all"
+            )
+        return Rows(features, [0] * num_rows if len(features) == 1 else list(range(num_rows)), prompts, listed)
+
+    def _score(
+        self,
+        by: ScoreName,
+        rows: Rows,
+        texts: list[str],
+        pairs: tuple[Int[Tensor, "N"], Int[Tensor, "N"]] | None,
+    ) -> Scores:
+        if rows.questions is None:  # as in training, where captions are normalized and answers are not
+            texts = normalize_captions(texts, self.config.text_normalization)
+        shape = (len(rows), len(texts)) if pairs is None else (len(pairs[0]),)
+        row_index, text_index = (
+            (torch.arange(len(rows)).repeat_interleave(len(texts)), torch.arange(len(texts)).repeat(len(rows)))
+            if pairs is None
+            else pairs
+        )
+        values, num_tokens = self._score_pairs(rows, texts, row_index.tolist(), text_index.tolist())
+        if by == "pmi":
+            values = values - self._score_without_image(rows, texts, row_index.tolist(), text_index.tolist())
+        return Scores(values.view(shape), num_tokens.view(shape))
+
+    def _score_pairs(
+        self, rows: Rows, texts: Sequence[str], row_index: Sequence[int], text_index: Sequence[int]
+    ) -> tuple[Float[Tensor, "N"], Int[Tensor, "N"]]:
+        """Return log-likelihood and number of tokens of each pair of a row and a text."""
+        assert rows.prompts is not None
+        return self._log_likelihoods(
+            rows.features,
+            [rows.prompts[i] for i in row_index],
+            [texts[i] for i in text_index],
+            [rows.image_index[i] for i in row_index],
+            None if rows.questions is None else [rows.questions[i] for i in row_index],
+        )
+
+    def _score_without_image(
+        self, rows: Rows, texts: Sequence[str], row_index: Sequence[int], text_index: Sequence[int]
+    ) -> Float[Tensor, "N"]:
+        """Return the log-likelihood of each pair with a blank image in place of the row's image.
+
+        Each text is scored once per prompt, however many images have the prompt.
+        """
+        assert rows.prompts is not None
+        blank = self.encode_pixels(blank_input(self.model.vision.input_format))
+        asked = [""] * len(rows) if rows.questions is None else rows.questions
+        pairs = [(rows.prompts[i], asked[i], texts[t]) for i, t in zip(row_index, text_index, strict=True)]
+        unique = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
+        prompts, questions, scored = (list(each) for each in zip(*unique, strict=True))
+        values, _ = self._log_likelihoods(
+            blank, prompts, scored, [0] * len(unique), None if rows.questions is None else questions
+        )
+        return values[torch.tensor([unique[pair] for pair in pairs], device=values.device)]
+
+    def _encode_questions(self, questions: Sequence[str] | None, prompts: Sequence[str]) -> Questions | None:
+        """Return the tokens that the Q-Former reads: the normalized questions, None without questions; or the prompts.
+
+        ``qformer.text_input`` in the model's config says which.
+        """
+        if self.config.qformer.text_input == "prompt":
+            return encode_questions(self.qformer_tokenizer, prompts)
         if questions is None:
             return None
         return encode_questions(self.qformer_tokenizer, normalize_questions(questions, self.config.text_normalization))
@@ -275,14 +881,24 @@ class GenerationPipeline(Pipeline[GenerationModel]):
         self, features: Float[Tensor, "I P E"], questions: Questions | None, image_index: Int[Tensor, "B"]
     ) -> Float[Tensor, "N Q L"]:
         """Return the visual prompt of each image, or of each question if there are any. L is the width of the LLM."""
+        return self._map_rows(self.model.visual_prompt, features, questions, image_index)
+
+    def _map_rows(
+        self,
+        function: Callable[..., Tensor],
+        features: Float[Tensor, "I P E"],
+        questions: Questions | None,
+        image_index: Int[Tensor, "B"],
+    ) -> Float[Tensor, "N ..."]:
+        """Apply a method of the model, which takes features and questions, to all images or questions in batches."""
         if questions is None:
-            return torch.cat([self.model.visual_prompt(part) for part in features.split(self.batch_size)])
+            return torch.cat([function(part) for part in features.split(self.batch_size)])
         parts = []
         for rows in torch.arange(len(image_index)).split(self.batch_size):
             used, image = image_index[rows].unique(return_inverse=True)
             words = int(questions.mask[rows].sum(dim=1).max())
             part = Questions(*(each[rows, :words].to(self.device) for each in questions))
-            parts.append(self.model.visual_prompt(features[used.to(self.device)], part, image.to(self.device)))
+            parts.append(function(features[used.to(self.device)], part, image.to(self.device)))
         return torch.cat(parts)
 
     def _check_length(self, tokens: int, decoding: Decoding) -> None:
