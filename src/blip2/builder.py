@@ -6,18 +6,23 @@ import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from tokenizers.processors import TemplateProcessing
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from blip2.backbones.features import FeatureFormat
 from blip2.backbones.language import LanguageModel, load_language_model
 from blip2.backbones.lora import add_adapters
 from blip2.backbones.pretrained import check_finite
-from blip2.backbones.vision import ImageEncoder
-from blip2.backbones.vision_loaders import load_image_encoder
+from blip2.backbones.vision import ImageEncoder, Preprocessing
+from blip2.backbones.vision_loaders import load_image_encoder, wrap_module
 from blip2.config import (
+    FEATURES,
     IMAGE_TOKEN,
+    MODULE,
     LanguageConfig,
     ModelConfig,
     ObjectivesConfig,
@@ -134,6 +139,8 @@ Part = TypeVar("Part", VisionConfig, LanguageConfig)
 
 
 def _absolute_model(part: Part) -> Part:
+    if isinstance(part, VisionConfig) and part.name in (FEATURES, MODULE):
+        return part
     name, trusted = _absolute(part.name), _absolute_or_none(part.trust_remote_code)
     return replace(part, name=name, trust_remote_code=trusted)
 
@@ -163,6 +170,7 @@ def build(
     weights_device: torch.device | None = None,
     objectives: ObjectivesConfig | None = None,
     from_bert: bool = True,
+    encoder: nn.Module | None = None,
 ) -> Built:
     """Build a model: load the pretrained parts and initialize the rest.
 
@@ -176,6 +184,7 @@ def build(
         weights_device: device to which the model is moved. None: `device`.
         objectives: weights of the losses in training. None: the defaults.
         from_bert: whether ``qformer.bert`` initializes the Q-Former if there is no checkpoint.
+        encoder: the module for ``vision.name`` module or features (:func:`build_image_encoder`).
 
     Returns:
         The model and its tokenizers.
@@ -184,7 +193,7 @@ def build(
         InputError: a part cannot be loaded, or the parts do not fit each other.
     """
     weights_device, objectives = weights_device or device, objectives or ObjectivesConfig()
-    vision = build_image_encoder(config.vision, choose_dtype(config.vision.dtype, device), checkpoint)
+    vision = build_image_encoder(config.vision, choose_dtype(config.vision.dtype, device), checkpoint, encoder)
     bert = config.qformer.bert if from_bert and checkpoint is None else None
     if config.language is None:
         if bert is not None:
@@ -198,7 +207,12 @@ def build(
     language = build_language_model(config.language, dtype, checkpoint, device)
     if config.language.lora is not None:
         add_adapters(language, config.language.lora)
-    tokenizer = load_tokenizer(resolve(config.language.name), config.language.trust_remote_code is not None)
+    tokenizer = load_language_tokenizer(config.language)
+    if config.language.bos_token is not None and language.is_encoder_decoder:
+        raise InputError(
+            f"language.bos_token is {config.language.bos_token!r}, but {config.language.name!r} is an encoder-decoder,"
+            " whose texts begin with no such token: leave out language.bos_token"
+        )
     question_tokenizer = (
         load_text_tokenizer(config.qformer, checkpoint) if config.qformer.use_qformer_text_input else None
     )
@@ -224,17 +238,39 @@ def _to_device(model: Model, config: ModelConfig, device: torch.device) -> Model
     return model
 
 
-def build_image_encoder(config: VisionConfig, dtype: torch.dtype, opened: Checkpoint | None = None) -> ImageEncoder:
-    """Load an image encoder from its own files or from a BLIP-2 checkpoint that contains it.
+def build_image_encoder(
+    config: VisionConfig, dtype: torch.dtype, opened: Checkpoint | None = None, encoder: nn.Module | None = None
+) -> ImageEncoder:
+    """Load an image encoder from its own files or from a BLIP-2 checkpoint that contains it, or wrap a module.
 
     Args:
         config: section ``vision`` of the model's config.
         dtype: data type of the weights.
         opened: a checkpoint that is already open. If it contains an image encoder, that one is returned.
+        encoder: a module that maps pixels [B, 3, H, W] (``vision.name`` module) or arrays [B, P, E] (features) to
+            features. It keeps its data type unless ``config.dtype`` is set. None, for features: the arrays are the
+            features.
 
     Raises:
-        InputError: the image encoder cannot be loaded, or `config` does not fit it.
+        InputError: the image encoder cannot be loaded, or `config` or `encoder` does not fit it.
     """
+    if encoder is not None and config.dtype is not None:
+        encoder = encoder.to(dtype)
+    if config.name == FEATURES:
+        assert config.hidden_size is not None and config.max_tokens is not None
+        form = FeatureFormat(config.hidden_size, config.max_tokens)
+        return wrap_module(nn.Identity() if encoder is None else encoder, form)
+    if (config.name == MODULE) != (encoder is not None):
+        raise InputError(
+            f"vision.name is {MODULE}, but no module was given: pass it in Python, as blip2.train(recipe, encoder=...) or"
+            " blip2.load(path, encoder=...)"
+            if encoder is None
+            else f"encoder is given, but vision.name is {config.name!r}, which names another image encoder: set vision.name"
+            f" to {MODULE} or {FEATURES}, or leave out encoder"
+        )
+    if encoder is not None:
+        wrapped = wrap_module(encoder, Preprocessing(config.image_size or 224))
+        return _with_position_encoding(wrapped, config)
     container = opened if opened is not None and opened.has_vision else open_foreign(config.name)
     if container is None:
         if config.num_attention_heads is not None:
@@ -243,9 +279,9 @@ def build_image_encoder(config: VisionConfig, dtype: torch.dtype, opened: Checkp
                 " determine the number of heads: leave out vision.num_attention_heads"
             )
         trusts = config.trust_remote_code is not None  # ModelConfig accepts only the name
-        encoder = load_image_encoder(resolve(config.name), config.layer, config.image_size, dtype, trusts)
+        loaded = load_image_encoder(resolve(config.name), config.layer, config.image_size, dtype, trusts)
     elif container.has_vision:
-        encoder = container.with_num_attention_heads(config.num_attention_heads).load_image_encoder(
+        loaded = container.with_num_attention_heads(config.num_attention_heads).load_image_encoder(
             config.layer, config.image_size, dtype
         )
     else:
@@ -253,6 +289,10 @@ def build_image_encoder(config: VisionConfig, dtype: torch.dtype, opened: Checkp
             f"{config.name!r} ({container.description}) contains no image encoder: set vision.name to an image encoder,"
             " or to a checkpoint that contains one"
         )
+    return _with_position_encoding(loaded, config)
+
+
+def _with_position_encoding(encoder: ImageEncoder, config: VisionConfig) -> ImageEncoder:
     encoding = config.position_encoding
     encoder.position_encoding = ("none" if encodes_positions(encoder) else "sine2d") if encoding == "auto" else encoding
     return encoder
@@ -287,6 +327,27 @@ def build_language_model(
             " quantized: set language.name to the folder or hub name of the LLM itself"
         )
     return container.load_language_model(dtype, config.activation)
+
+
+def load_language_tokenizer(config: LanguageConfig) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of an LLM, which puts ``config.bos_token`` first if that is set.
+
+    Raises:
+        InputError: there is no tokenizer, or ``config.bos_token`` is not exactly one of its tokens.
+    """
+    tokenizer = load_tokenizer(resolve(config.name), config.trust_remote_code is not None)
+    token = config.bos_token
+    if token is not None:
+        ids = tokenizer(token, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
+            raise InputError(
+                f"language.bos_token {token!r} has {len(ids)} tokens in the tokenizer of {config.name!r}, expected"
+                " exactly one: choose a text of one token, or leave it out to use the tokenizer's own"
+            )
+        tokenizer.bos_token = token
+        backend: Any = tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+        backend.post_processor = TemplateProcessing(single=[token, "$A"], special_tokens=[(token, ids[0])])
+    return tokenizer
 
 
 def load_text_tokenizer(config: QFormerConfig, checkpoint: Checkpoint | None) -> PreTrainedTokenizerBase:
@@ -388,6 +449,7 @@ def build_collator(config: ModelConfig, built: Built) -> Collator:
     collator = kind(
         built.tokenizer, max_length, config.language.prompt, built.eos_token_id, built.question_tokenizer,
         config.language.question_prompt, _max_prompt_tokens(config, language), config.text_normalization,
+        config.qformer.text_input == "prompt",
     )  # fmt: skip
     longest = max(collator.num_prompt_tokens(each) for each in (config.language.prompt, collator.question_prompt or ""))
     if collator.max_prompt_tokens is not None and longest > collator.max_prompt_tokens:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
+from numbers import Integral, Real
 from types import NoneType
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -22,6 +23,8 @@ QUESTION_PLACEHOLDER = "{}"
 """The part of a prompt that is replaced by the question."""
 IMAGE_TOKEN = "<image>"
 """The image placeholder in prompts of transformers' BLIP-2 and of other programs."""
+FEATURES, MODULE = "features", "module"
+"""Values of ``vision.name`` that name no pretrained encoder: arrays of features, and a module given in Python."""
 MAX_COUNT, MAX_STEPS = 10**6, 10**9
 """Upper bounds for numbers without a natural upper bound: above any practical value, and small enough not to
 overflow."""
@@ -46,7 +49,8 @@ class VisionConfig:
     name: str
     """The image encoder, one of: a folder or hub name in transformers' format (CLIP, SigLIP, DINO, ViT, CNNs ...); a
     .pth file with an EVA-CLIP in LAVIS's format, such as eva_vit_g.pth; timm:NAME, which needs the extra blip2[timm];
-    or package:efficientnet-lite0."""
+    package:efficientnet-lite0; features, if the records have arrays of features in place of images
+    (docs/any-modality.md); or module, for a torch module that is given to blip2.train and blip2.load in Python."""
     layer: Literal["second-last", "last"] | None = None
     """The layer whose output is the image features. null: second-last for ViTs, as in the paper; last for all other
     networks."""
@@ -64,6 +68,11 @@ class VisionConfig:
     dtype: Precision | None = None
     """Data type of the weights and the computation. null: bf16 if the encoder is frozen and runs on a CUDA GPU, else
     fp32."""
+    hidden_size: int | None = bounded(None, 1, MAX_COUNT)
+    """Width of the arrays of vision.name features, which needs it. null: the encoder's own width."""
+    max_tokens: int | None = bounded(None, 1, MAX_COUNT)
+    """Maximum number of tokens of an array of vision.name features, which needs it; shorter arrays are allowed in the
+    same batch. null: the encoder's own number of tokens."""
     drop_path_rate: float = bounded(0.0, 0, 0.99)
     """Stochastic depth during training: the probability that an image skips the last block. The probability of earlier
     blocks decreases linearly to 0 at the first block. The paper fine-tunes with 0."""
@@ -71,6 +80,46 @@ class VisionConfig:
     """The value of vision.name once more, to allow running the Python code that is stored with the encoder's weights
     (docs/security.md). null: no such code is run, and an encoder that needs its own code is refused. This key can only
     be set in a recipe of your own or on the command line; in the files of a checkpoint it is ignored."""
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether the records have arrays of features in place of images."""
+        return self.name == FEATURES
+
+    def check(self) -> None:
+        """Check that the keys fit the kind of encoder that ``name`` is.
+
+        Raises:
+            InputError: a key is missing or has no effect.
+        """
+        sizes = {"hidden_size": self.hidden_size, "max_tokens": self.max_tokens}
+        if not self.reads_features:
+            unused = [name for name, value in sizes.items() if value is not None]
+            if unused:
+                raise InputError(
+                    f"vision.{unused[0]} is {sizes[unused[0]]}, but vision.name is {self.name}, whose own sizes are used:"
+                    f" leave out vision.{unused[0]}, or set vision.name to {FEATURES}"
+                )
+        elif missing := [name for name, value in sizes.items() if value is None]:
+            raise InputError(
+                f"vision.name is {FEATURES}, but vision.{missing[0]} is null: set vision.hidden_size to the width of the"
+                " arrays, and vision.max_tokens to the length of the longest"
+            )
+        if self.name not in (FEATURES, MODULE):
+            return
+        without = ["layer", "num_attention_heads", "trust_remote_code"]
+        without += ["image_size", "drop_path_rate"] if self.reads_features else ["drop_path_rate"]
+        for name in without:
+            if getattr(self, name):
+                raise InputError(
+                    f"vision.{name} is {getattr(self, name)}, but vision.name is {self.name}, for which it has no meaning:"
+                    f" leave out vision.{name}"
+                )
+        if self.reads_features and self.position_encoding == "sine2d":
+            raise InputError(
+                "vision.position_encoding is sine2d, but arrays of features have no grid of rows and columns: leave out"
+                " vision.position_encoding, and add positions to the arrays if their order matters"
+            )
 
 
 @dataclass(frozen=True)
@@ -104,6 +153,9 @@ class QFormerConfig:
     use_qformer_text_input: bool = False
     """Feed the question's tokens into the Q-Former together with the queries, so that the Q-Former extracts features
     that are relevant to the question (Figure 7). Only for stage generation with {} in language.prompt."""
+    text_input: Literal["question", "prompt"] = "question"
+    """The text that the Q-Former reads with use_qformer_text_input. question: the question alone. prompt: the same text
+    as the LLM, that is, the whole prompt with the question in it, as in InstructBLIP."""
     dropout: float = bounded(0.1, 0, 1)
     """Dropout probability of hidden states and attention weights."""
     layer_norm_eps: float = bounded(1e-12, 0, 1)
@@ -155,6 +207,9 @@ class LanguageConfig:
     stop_string: str | None = None
     """Text of the token that ends a caption. null: the tokenizer's end-of-text token. The paper's OPT models use a
     newline."""
+    bos_token: str | None = None
+    """Text of the token that begins each text of a decoder-only LLM, after the soft visual prompt. null: the token that
+    the tokenizer puts first, if any. LAVIS's InstructBLIP with Vicuna uses </s>."""
     activation: str | None = None
     """Activation function in the feed-forward networks of the LLM; the paper's FlanT5 models used gelu. null: the LLM's
     own."""
@@ -207,6 +262,7 @@ class ModelConfig:
                 "language is set, but stage representation has no LLM: leave out language, or set stage to generation"
             )
         check_ranges(self)
+        self.vision.check()
         for name, part in (("vision", self.vision), ("language", self.language)):
             if part is not None and part.trust_remote_code not in (None, part.name):
                 raise InputError(
@@ -235,6 +291,11 @@ class ModelConfig:
                 f"language.question_prompt is {question_prompt!r} and language.prompt {self.language.prompt!r},"
                 " expected {} in language.question_prompt, which is for questions, and no {} in language.prompt, which"
                 " is for captions: correct the prompts, or leave out language.question_prompt"
+            )
+        if self.qformer.text_input == "prompt" and not self.qformer.use_qformer_text_input:
+            raise InputError(
+                "qformer.text_input is prompt, but qformer.use_qformer_text_input is false, so that the Q-Former reads"
+                " no text: set use_qformer_text_input to true, or leave out text_input"
             )
         if self.qformer.use_qformer_text_input and not (self.language and self.language.prompt_has_question):
             raise InputError(
@@ -312,8 +373,10 @@ class DataConfig:
     """Split that is read from a hub:NAME, or from a folder of several splits that was written by save_to_disk of the
     library datasets. It applies to data.train and data.validation."""
     image_column: str | None = None
-    """Column with the image: a path, a Hugging Face image without a URL, or bytes. null: the first column that exists
-    of image, jpg, jpeg, png, webp, image_path, file_name, filename, img and path."""
+    """Column with the image: a path, a Hugging Face image without a URL, or bytes; or, for vision.name features, with
+    the array of features: a path such as clip.npy or clips.npz#KEY, the bytes of such a file, or lists of numbers.
+    null: the first column that exists of image, jpg, jpeg, png, webp, image_path, file_name, filename, img and path;
+    for vision.name features, of features, npy, npz and safetensors."""
     caption_column: str | None = None
     """Column with the text: a caption; a list of captions, of which one is sampled at each step; or the answers to a
     question, of which one is sampled in proportion to how often it was given. null: the first column that exists of
@@ -457,17 +520,58 @@ class DecodingOptions:
     """Options of text generation. A field that is null has the default of the task."""
 
     num_beams: int | None = bounded(None, 1, MAX_COUNT)
-    """Number of beams; 1 is greedy decoding. null: 5, or no beam search if top_p is set."""
+    """Number of beams; 1 is greedy decoding. Sampling has no beams. null: 5, or no beam search if top_k, top_p or min_p
+    is set."""
+    top_k: int | None = bounded(None, 1, MAX_COUNT)
+    """Sampling instead of beam search: each token is sampled from this number of most likely tokens. null: all tokens,
+    or beam search if top_p and min_p are not set either."""
     top_p: float | None = bounded(None, 1e-6, 1)
     """Nucleus sampling instead of beam search: each token is sampled from the smallest set of tokens with at least this
-    total probability. null: beam search."""
+    total probability. null: beam search, unless top_k or min_p is set."""
+    min_p: float | None = bounded(None, 0, 1)
+    """Sampling instead of beam search: each token is sampled from the tokens whose probability is at least this share
+    of that of the most likely token. null: all tokens, or beam search if top_k and top_p are not set either."""
     temperature: float | None = bounded(None, 1e-6, MAX_COUNT)
-    """Temperature of sampling, by which the logits are divided; used only if top_p is set. null: 1."""
+    """Temperature of sampling, by which the logits are divided; it needs top_k, top_p or min_p. null: 1."""
     length_penalty: float | None = bounded(None, -1000, 1000)
     """Length penalty of beam search: the score of a text is its log-probability / length ** length_penalty, so values
     below 0 favor short texts. null: 1 for captions, -1 for answers."""
     max_new_tokens: int | None = bounded(None, 1, MAX_COUNT)
     """Maximum length of a generated text in tokens. null: 30 for captions, 10 for answers."""
+    repetition_penalty: float | None = bounded(None, 1e-6, MAX_COUNT)
+    """Values above 1 make tokens that were already generated less likely; tokens of the prompt do not count. null: 1,
+    no penalty."""
+    no_repeat_ngram_size: int | None = bounded(None, 0, MAX_COUNT)
+    """Number n of tokens: no n consecutive tokens are generated twice. 0: no such limit. null: 0."""
+    stop_strings: list[str] | None = None
+    """Texts that end the generation; the returned text ends before them. null: only the LLM's end token ends it."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if not self.do_sample and self.temperature not in (None, 1):
+            raise InputError(
+                f"temperature is {self.temperature}, but nothing is sampled: also set top_p, top_k or min_p (top_p 1"
+                " samples from all tokens), or leave out temperature"
+            )
+        check_stop_strings(self.stop_strings)
+
+    @property
+    def do_sample(self) -> bool:
+        """Whether tokens are sampled: ``top_k``, ``top_p`` or ``min_p`` is set."""
+        return not (self.top_k is None and self.top_p is None and self.min_p is None)
+
+    def check_beams(self) -> None:
+        """Check that only one of beam search and sampling is set.
+
+        Raises:
+            InputError: both are set.
+        """
+        if self.do_sample and self.num_beams is not None and self.num_beams > 1:
+            used = next(name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None)
+            raise InputError(
+                f"num_beams is {self.num_beams} and {used} is {getattr(self, used)}, but sampling has no beams: leave"
+                " out one of them"
+            )
 
 
 @dataclass(frozen=True)
@@ -502,6 +606,10 @@ class EvaluationConfig(DecodingOptions):
     control: bool = False
     """Also score the same records with the images shuffled and with blank images, and report how far the scores with
     the true images are above them (docs/evaluation.md)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_beams()
 
 
 @dataclass(frozen=True)
@@ -541,6 +649,12 @@ class Recipe:
             )
         if not self.data.sources:
             raise InputError("data.train is empty, expected at least one source: name the training data")
+        if self.data.cached_views and self.vision.name in (FEATURES, MODULE):
+            raise InputError(
+                f"data.cached_views is {self.data.cached_views}, but vision.name is {self.vision.name}:"
+                + (" features are read as they are, and" if self.vision.reads_features else " its features")
+                + " cannot be cached: set data.cached_views to 0"
+            )
         self._check_evaluation()
         if self.training.shard_frozen and self.language is not None and self.language.quantization is not None:
             raise InputError(
@@ -603,6 +717,20 @@ class Recipe:
             )
 
 
+def check_stop_strings(stop_strings: object) -> None:
+    """Check that stop strings are a list of texts that are not empty, or None.
+
+    Raises:
+        InputError: they are something else.
+    """
+    if stop_strings is None:
+        return
+    if not isinstance(stop_strings, list | tuple) or not all(isinstance(each, str) and each for each in stop_strings):
+        raise InputError(
+            f"stop_strings is {stop_strings!r}, expected a list of texts that are not empty: correct it or leave it out"
+        )
+
+
 def check_ranges(section: Any, prefix: str = "") -> None:
     """Check the numbers of a dataclass, and of the dataclasses in its fields, against their ranges.
 
@@ -624,6 +752,9 @@ def check_ranges(section: Any, prefix: str = "") -> None:
                     raise InputError(f"{name} is null, expected a number: give a number, or leave the key out")
                 if isinstance(number, bool):
                     raise InputError(f"{name} is {str(number).lower()}, expected a number: give a number")
+                expected = None if several or number is None else _expected_type(type(section), each.name, number)
+                if expected is not None:
+                    raise InputError(f"{name} is {number!r}, expected {expected}: give {expected}")
                 expected = out_of_range(number, *each.metadata["range"]) if isinstance(number, float | int) else None
                 if expected is not None:
                     raise InputError(f"{name} is {number}, expected {expected}")
@@ -636,6 +767,21 @@ def out_of_range(number: int | float, minimum: int | float, maximum: int | float
     if number < minimum and maximum >= 1000:
         return f"at least {minimum}"
     return f"at most {maximum}" if number > maximum >= 1000 else f"{minimum} to {maximum}"
+
+
+def _expected_type(section: type, key: str, value: object) -> str | None:
+    """Return what is expected of a number of another type, such as ``a whole number``; None if the type is right."""
+    kinds = _types(section, key)
+    if kinds == {int}:
+        return None if isinstance(value, Integral) else "a whole number"
+    return "a number" if kinds == {float} and not isinstance(value, Real) else None
+
+
+@cache
+def _types(section: type, key: str) -> set[Any]:
+    """Return the types that a field accepts, without None."""
+    hint = get_type_hints(section)[key]
+    return set(get_args(hint) or (hint,)) - {NoneType}
 
 
 @cache

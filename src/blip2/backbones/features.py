@@ -19,6 +19,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from blip2.errors import InputError
+
 
 @dataclass(frozen=True)
 class FeatureFormat:
@@ -45,3 +47,20 @@ def cat_tokens(parts: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, "B ..."]:
 def token_mask(features: Float[Tensor, "*batch P E"]) -> Bool[Tensor, "*batch P"]:
     """Return True for tokens, False for padding."""
     return ~features[..., 0].isnan()
+
+
+def check_padded(features: Float[Tensor, "B P E"]) -> None:
+    """Check features that a caller gives.
+
+    Raises:
+        InputError: a record has no tokens, a value is infinite, or NaN is anywhere but in whole tokens at the end.
+    """
+    mask = token_mask(features)
+    is_padded = features.isnan().all(dim=2) == ~mask
+    is_right = mask[:, 1:] <= mask[:, :-1]
+    is_finite = features.isfinite().all(dim=2) | ~mask
+    if not (len(features) == 0 or (is_padded.all() and is_right.all() and is_finite.all() and mask.any(dim=1).all())):
+        raise InputError(
+            "the features hold NaN or infinity, expected finite numbers, and NaN only as padding: whole tokens at the end"
+            " of a record, after at least one token; compute them again"
+        )

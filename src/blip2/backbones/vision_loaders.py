@@ -27,6 +27,7 @@ from blip2.backbones.pretrained import (
     short_message,
     wrap_load_errors,
 )
+from blip2.backbones.features import FeatureFormat
 from blip2.backbones.vision import MAX_IMAGE_SIZE, ImageEncoder, Preprocessing
 from blip2.errors import InputError
 from blip2.io import read_json
@@ -72,6 +73,37 @@ def load_image_encoder(
         if isinstance(settings, dict) and settings.get("model_type") == "efficientnet-lite0":
             return _load_efficientnet_lite0(Path(name), settings, layer, image_size, dtype)
     return _load_transformers(name, layer, image_size, dtype, trust_remote_code)
+
+
+# -- modules -----------------------------------------------------------------------------------------------------------
+
+
+def wrap_module(module: nn.Module, input_format: Preprocessing | FeatureFormat) -> ImageEncoder:
+    """Wrap a module in an :class:`ImageEncoder`, frozen.
+
+    Args:
+        module: maps pixels [B, 3, H, W] or arrays [B, P, E] to features [B, P, E], or to an output of transformers, whose
+            ``last_hidden_state`` is used. An :class:`ImageEncoder` is returned unchanged.
+        input_format: what the module reads.
+
+    Raises:
+        InputError: `module` is not a module, cannot encode such inputs, or returns something else.
+    """
+    if isinstance(module, ImageEncoder):
+        if isinstance(module.input_format, FeatureFormat) != isinstance(input_format, FeatureFormat):
+            raise InputError(
+                "encoder is an ImageEncoder for another kind of input than vision.name says: set vision.name to module if"
+                " it reads pixels, or to features if it reads arrays"
+            )
+        return module
+    if not isinstance(module, nn.Module):
+        raise InputError(f"encoder is a {type(module).__name__}, expected a torch.nn.Module: give a module")
+
+    def forward_features(inputs: Tensor) -> Tensor:
+        output: Any = module(inputs)
+        return output if isinstance(output, Tensor) else getattr(output, "last_hidden_state", output)
+
+    return ImageEncoder(module, forward_features, input_format)
 
 
 # -- transformers ------------------------------------------------------------------------------------------------------

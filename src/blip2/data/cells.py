@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import io
 import math
 import re
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from decimal import Decimal
 from typing import Any
 
 import datasets
+import numpy as np
 
 from blip2.config import IMAGE_TOKEN
 from blip2.data.images import describe_invalid_path
@@ -20,6 +22,7 @@ CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "texts", "sentence", "s
 ANSWER_COLUMNS = ("answers", "answer")
 QUESTION_COLUMNS = ("question",)
 IMAGE_ID_COLUMNS = ("image_key", "coco_id")
+FEATURE_COLUMNS = ("features", "npy", "npz", "safetensors")
 METADATA_COLUMNS = ("image_id", "question_id", "question_type", "answer_type", "domain")
 TEXT_KEYS = ("answer", "raw")
 """Keys under which an object holds its text: ``answer`` in VQAv2's answers and ``raw`` in COCO's sentences, as they are
@@ -202,3 +205,32 @@ def read_image_cell(cell: Any) -> str | bytes | None:
     if problem := describe_invalid_path(str(cell)):
         raise CellError(f"holds {problem}")
     return str(cell)
+
+
+def read_features_cell(cell: Any) -> str | bytes | None:
+    """Return the path of an array of features, or the bytes of its file; None if the cell is empty.
+
+    Args:
+        cell: a path, which may have a key (``clips.npz#KEY``); bytes; or nested lists of numbers [P, E], which become
+            the bytes of an .npy file in float32. The numbers may be texts, as JSON is read.
+
+    Raises:
+        CellError: the cell holds another value, a URL, or lists that are not an array of two dimensions.
+    """
+    if not isinstance(cell, list | tuple):
+        return read_image_cell(cell)
+    if not cell:
+        return None
+    try:
+        with np.errstate(over="ignore"):  # infinity is refused when the array is read
+            array = np.array(cell, dtype=np.float64).astype(np.float32)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise CellError(
+            f"holds {describe(cell)} that is no array of numbers ({' '.join(str(error).split())[:100]}), expected P lists"
+            " of E numbers: correct the row"
+        ) from error
+    if array.ndim != 2:
+        raise CellError(f"holds an array of {array.ndim} dimensions, expected P lists of E numbers: correct the row")
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return file.getvalue()

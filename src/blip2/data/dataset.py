@@ -15,10 +15,12 @@ from jaxtyping import BFloat16
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from blip2.backbones.features import FeatureFormat
 from blip2.backbones.vision import Preprocessing
 from blip2.config import QUESTION_PLACEHOLDER
+from blip2.data.arrays import read_input, stack_inputs
 from blip2.data.collate import CausalLMCollator, Collator, StageBatch
-from blip2.data.images import ImageError, preprocess, read_image, train_transform
+from blip2.data.images import ImageError, read_image, train_transform
 from blip2.data.positions import MixturePosition, SourcePosition
 from blip2.data.records import Record, Records, RecordStream
 from blip2.data.sampler import BatchSpec, SampleSpec
@@ -26,7 +28,7 @@ from blip2.data.sampler import BatchSpec, SampleSpec
 SKIP_REASONS = ("image", "caption", "question", "shard")
 """Reasons for skipping a record.
 
-- ``image``: the image is missing or cannot be read;
+- ``image``: the image, or the array of features, is missing or cannot be read;
 - ``caption``: the record has no caption or answer, or a text of the record cannot be read;
 - ``question``: the prompt needs a question and the record has none, or the question is too long or cannot be read;
 - ``shard``: the rest of the shard cannot be read. The skipped record is a placeholder for this rest.
@@ -111,8 +113,8 @@ class BatchDataset(Dataset[LoadedBatch]):
     Args:
         records: the source.
         collator: makes the batch of the model from images and texts.
-        preprocessing: image size and normalization of the image encoder.
-        train: if True, crop and flip images at random; otherwise only resize them.
+        input_format: image size and normalization of the image encoder, or the shape of the arrays that it reads.
+        train: if True, crop and flip images at random; otherwise only resize them. Features are never changed.
         min_crop_scale: smallest area of a random crop, as a fraction of the image in (0, 1].
         horizontal_flip: flip images with probability 0.5 in training.
         features: features that are read instead of the images; ``None``: read the images.
@@ -122,7 +124,7 @@ class BatchDataset(Dataset[LoadedBatch]):
         self,
         records: Records | RecordStream,
         collator: Collator,
-        preprocessing: Preprocessing,
+        input_format: Preprocessing | FeatureFormat,
         train: bool,
         min_crop_scale: float = 0.5,
         horizontal_flip: bool = True,
@@ -130,7 +132,7 @@ class BatchDataset(Dataset[LoadedBatch]):
     ) -> None:
         self.records = records if isinstance(records, Records) else None
         self.collator = collator
-        self.preprocessing = preprocessing
+        self.input_format = input_format
         self.train = train
         self.min_crop_scale = min_crop_scale
         self.horizontal_flip = horizontal_flip
@@ -154,7 +156,7 @@ class BatchDataset(Dataset[LoadedBatch]):
                 usable = [usable[i % len(usable)] for i in range(len(spec.samples))]
             records, captions, questions, images = zip(*usable, strict=True)
             batch, num_truncated = self.collator(
-                torch.stack(images),
+                stack_inputs(images),
                 captions,
                 questions,
                 torch.tensor([record.image_id for record in records]),
@@ -199,7 +201,7 @@ class BatchDataset(Dataset[LoadedBatch]):
         return record.captions[sample.caption_index], record.question or ""
 
     def _image(self, record: Record, sample: SampleSpec) -> Tensor:
-        """Return the pixels [3, H, W], or the features [P, E], of the image of a record.
+        """Return the pixels [3, H, W] of the image of a record, its cached features [P, E], or an array [1, P, E].
 
         Raises:
             ImageError: the image cannot be used.
@@ -209,11 +211,12 @@ class BatchDataset(Dataset[LoadedBatch]):
             assert isinstance(sample.record, int)
             return self.features.read(sample.record, rng if self.train else None)
         if record.image is None:
-            raise ImageError("it has no image")
+            kind = "features" if isinstance(self.input_format, FeatureFormat) else "image"
+            raise ImageError(f"it has no {kind}")
+        if isinstance(self.input_format, FeatureFormat) or not self.train:
+            return read_input(record.image, self.input_format)
         image = read_image(record.image)
-        if not self.train:
-            return preprocess(image, self.preprocessing)
-        return train_transform(image, self.preprocessing, rng, self.min_crop_scale, self.horizontal_flip)
+        return train_transform(image, self.input_format, rng, self.min_crop_scale, self.horizontal_flip)
 
 
 Batch = TypeVar("Batch", bound=StageBatch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +17,43 @@ from blip2.io import read_regular_file
 log = logging.getLogger("blip2")
 
 
-def list_pairs(folder: Path, verbose: bool = True) -> Iterator[dict[str, Any]]:
+def list_pairs(
+    folder: Path, verbose: bool = True, captions_required: bool = True, suffixes: Sequence[str] = IMAGE_SUFFIXES
+) -> Iterator[dict[str, Any]]:
     """Return a row for each image below a folder, sorted by path.
 
     Args:
         folder: the folder of the images and captions, which may have subfolders.
         verbose: whether to log a warning if files are left out.
+        captions_required: whether at least one image must have a .txt file.
+        suffixes: suffixes of the files that are images, or that hold arrays of features in place of images.
 
     Returns:
         Rows with ``image``, the path relative to the folder, and ``captions``, the list of the lines of the .txt file,
         in which blank lines are kept.
 
     Raises:
-        InputError: the folder has no images, or no image has a .txt file.
+        InputError: the folder has no images; or no image has a .txt file, and `captions_required` is set.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    images = [path for path in files if path.suffix.lower() in suffixes]
+    if not images and suffixes is not IMAGE_SUFFIXES:
+        raise InputError(
+            f"folder {folder} holds no arrays of features ({', '.join(suffixes)}) and no metadata.jsonl"
+            f"{_count_suffixes(files, ', but ')}: give a folder with arrays"
+        )
     if not images:
         raise InputError(
             f"folder {folder} holds no images ({', '.join(COMMON_SUFFIXES)}, and others that Pillow reads) and no"
             f" metadata.jsonl{_count_suffixes(files, ', but ')}: give a folder with images"
         )
     texts = {path.with_suffix(".txt") for path in images} & set(files)
-    if not texts:
+    if not texts and captions_required:
         raise InputError(
             f"folder {folder} holds {len(images)} images but no captions: put a .txt file next to each image, or add a"
             " metadata.jsonl with the keys file_name and caption"
         )
-    others = [path for path in files if path not in texts and path.suffix.lower() not in IMAGE_SUFFIXES]
+    others = [path for path in files if path not in texts and path.suffix.lower() not in suffixes]
     if others and verbose:
         reason = "which are neither images that Pillow reads nor the .txt file of an image"
         log.warning("%s: left out %d files, %s%s", folder, len(others), reason, _count_suffixes(others, ": "))

@@ -20,10 +20,12 @@ import numpy as np
 from datasets.distributed import split_dataset_by_node
 from jaxtyping import Int
 
+from blip2.data.arrays import split_key
 from blip2.data.cells import (
     IMAGE_ID_COLUMNS,
     CellError,
     labels_to_names,
+    read_features_cell,
     read_image_cell,
     read_metadata,
     read_text,
@@ -41,8 +43,8 @@ class Record:
     key: str
     """The name of the record in messages."""
     image: str | bytes | None
-    """The path or the encoded bytes of the image; None if the row has no image, which is an error only when the image
-    is needed."""
+    """The path or the encoded bytes of the image, or of the array of features that stands for an image; None if the row
+    has no image, which is an error only when the image is needed."""
     captions: tuple[str, ...]
     """The captions that are not blank, with whitespace collapsed. If there is a question: the answers, including
     duplicates."""
@@ -51,6 +53,8 @@ class Record:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """The values of the row in :data:`~blip2.data.cells.METADATA_COLUMNS`. Evaluation groups results by them and writes
     them to the files of results."""
+    other_columns: Mapping[str, Any] = field(default_factory=dict)
+    """The cells of :attr:`ColumnMapping.other_columns` as the data source has them, without empty cells and bytes."""
     num_blank: int = 0
     """The number of blank captions or answers that were left out of `captions`."""
     skip_reason: tuple[str, str] | None = None
@@ -74,7 +78,7 @@ class ColumnMapping:
     source: str
     """The data source, for messages."""
     image: str
-    """The column of the image, or of its path."""
+    """The column of the image or of the features, or of their path."""
     caption: str | None
     """The column of the captions or answers; None for questions whose answers are not published."""
     question: str | None
@@ -92,11 +96,15 @@ class ColumnMapping:
     """The column that assigns records to groups: records with equal values come in the same batch. None: no groups."""
     group_share: float = 1.0
     """The fraction of the groups whose records are kept together, in [0, 1]."""
+    other_columns: tuple[str, ...] = ()
+    """Further columns, whose cells are not interpreted."""
+    reads_features: bool = False
+    """Whether the column `image` has arrays of features."""
 
     @property
     def column_names(self) -> list[str]:
         """The names of all columns that are read."""
-        names = (self.image, self.caption, self.question, self.group, *self.metadata, KEY_COLUMN)
+        names = (self.image, self.caption, self.question, self.group, *self.metadata, *self.other_columns, KEY_COLUMN)
         return [name for name in names if name is not None]
 
     def to_record(self, row: dict[str, Any], index: int) -> Record:
@@ -120,11 +128,12 @@ class ColumnMapping:
                 faults.append((reason, f"{name} {error}"))
                 return default
 
-        image = parse("image", self.image, read_image_cell, None)
+        image = parse("image", self.image, self.read_image, None)
         refused = ""
         if isinstance(image, str):
             image = str(self.root / image)
-            if self.allowed_folders is not None and not _lies_in(image, self.allowed_folders):
+            file = split_key(image)[0] if self.reads_features else image
+            if self.allowed_folders is not None and not _lies_in(file, self.allowed_folders):
                 allowed = " or ".join(
                     ["the bytes of an image", *(f"a file in {each}" for each in self.allowed_folders)]
                 )
@@ -133,11 +142,18 @@ class ColumnMapping:
         question = parse("question", self.question, read_text, "")
         present = [name for name in self.metadata if row.get(name) not in (None, "")]
         metadata = {name: parse("caption", name, read_metadata, None) for name in present}
+        others = {name: parse("caption", name, lambda cell: cell, None) for name in self.other_columns if name in row}
+        others = {name: cell for name, cell in others.items() if cell not in (None, "") and not isinstance(cell, bytes)}
         key = row.get(KEY_COLUMN) or f"{self.source} row {index}" + (f" ({image})" if isinstance(image, str) else "")
         fault = faults[0] if faults else None
         return Record(
-            key + refused, image, captions, question or None, metadata, num_blank, fault, starts_shard=starts_shard
-        )
+            key + refused, image, captions, question or None, metadata, others, num_blank, fault,
+            starts_shard=starts_shard,
+        )  # fmt: skip
+
+    def read_image(self, cell: Any) -> str | bytes | None:
+        """Return the path or the bytes of the image, or of the features, in a cell; None if the cell is empty."""
+        return read_features_cell(cell) if self.reads_features else read_image_cell(cell)
 
     def captions(self, cell: Any) -> tuple[str, ...]:
         """Return the captions in a cell of the caption column; an empty tuple if the cell cannot be used."""
@@ -238,7 +254,7 @@ class Records(_WithColumns, Sequence[Record]):
         root = os.path.abspath(self._columns.root)  # noqa: PTH100  (Path takes a minute for millions of rows)
         for row in self._table.iter_rows([self._columns.image, *names]):
             try:
-                image = read_image_cell(row.get(self._columns.image))
+                image = self._columns.read_image(row.get(self._columns.image))
             except CellError:
                 image = None
             if isinstance(image, bytes):

@@ -23,13 +23,16 @@ from blip2.data.benchmarks import find_shards, is_benchmark, read_benchmark
 from blip2.data.cells import (
     ANSWER_COLUMNS,
     CAPTION_COLUMNS,
+    FEATURE_COLUMNS,
     IMAGE_COLUMNS,
     IMAGE_ID_COLUMNS,
     METADATA_COLUMNS,
     QUESTION_COLUMNS,
     class_names,
 )
+from blip2.data.arrays import FEATURE_SUFFIXES
 from blip2.data.folders import list_pairs
+from blip2.data.images import IMAGE_SUFFIXES
 from blip2.data.records import ColumnMapping, Records, RecordStream, next_row
 from blip2.data.shards import (
     ERROR_COLUMN,
@@ -59,7 +62,15 @@ MAX_BROKEN_PROBE_SHARDS = 10
 """Number of shards after which the search for the columns of a stream ends if no row could be read from them."""
 
 
-def open_records(source: str, config: DataConfig, rank: int = 0, world_size: int = 1) -> Records | RecordStream:
+def open_records(
+    source: str,
+    config: DataConfig,
+    rank: int = 0,
+    world_size: int = 1,
+    *,
+    all_columns: bool = False,
+    reads_features: bool = False,
+) -> Records | RecordStream:
     """Open a source of image-text pairs.
 
     Args:
@@ -68,6 +79,10 @@ def open_records(source: str, config: DataConfig, rank: int = 0, world_size: int
         rank: rank of this process. It determines which records of a stream are read; a table has all records on every
             rank.
         world_size: number of processes.
+        all_columns: also read the columns that are neither the image nor the captions, as
+            :attr:`~blip2.data.records.Record.other_columns`, among them question and answers; and accept a source that
+            has no captions.
+        reads_features: the records have arrays of features in place of images (``vision.name: features``).
 
     Returns:
         :class:`~blip2.data.records.Records` for a table, :class:`~blip2.data.records.RecordStream` for a stream.
@@ -80,16 +95,17 @@ def open_records(source: str, config: DataConfig, rank: int = 0, world_size: int
     if is_benchmark(source):
         shards = find_shards(source)
         if shards is None:
-            return _make_records(_benchmark_table(source), source, config, Path(), rank, world_size)
+            table = _benchmark_table(source)
+            return _make_records(table, source, config, Path(), rank, world_size, None, all_columns, reads_features)
         source = shards
     if source.startswith("hub:"):
         name = source.removeprefix("hub:")
         dataset = _load(source, datasets.load_dataset, name, split=config.split, streaming=bool(streaming))
         folders = (*(str(folder) for folder in LIBRARY_CACHES), *([name] if Path(name).is_dir() else []))
-        return _make_records(dataset, source, config, Path(), rank, world_size, folders)
+        return _make_records(dataset, source, config, Path(), rank, world_size, folders, all_columns, reads_features)
     path, remote = Path(source), is_url(source)
     if not remote and path.is_dir():
-        return _open_folder(path, config, rank, world_size)
+        return _open_folder(path, config, rank, world_size, all_columns, reads_features)
     suffix = path.suffix.lower()
     if suffix not in FILE_SUFFIXES:
         raise InputError(
@@ -104,17 +120,20 @@ def open_records(source: str, config: DataConfig, rank: int = 0, world_size: int
         literal = [file if remote else glob.escape(file) for file in files]  # load_dataset expands globs again
         dataset = _load(source, datasets.load_dataset, "parquet", data_files={"train": literal}, split="train")
     elif suffix == ".tar":
-        column = config.image_column or "image"
-        dataset = _load(source, build_cached_table, files, read=partial(_read_whole_shard, image=column), kind=column)
+        columns = FEATURE_COLUMNS if reads_features else ("image",)
+        columns = columns if config.image_column is None else (config.image_column,)
+        read = partial(_read_whole_shard, images=columns)
+        dataset = _load(source, build_cached_table, files, read=read, kind=" ".join(columns))
     else:
         dataset = _load(source, build_cached_table, files, read=read_text_table)
     # A Parquet file may contain paths of image files in its own folder; a sample of a tar may not contain any path.
     allowed_folders = {".tar": (), ".parquet": (str(path.parent),)}.get(suffix)
-    return _make_records(dataset, source, config, path.parent, rank, world_size, allowed_folders)
+    root = path.parent
+    return _make_records(dataset, source, config, root, rank, world_size, allowed_folders, all_columns, reads_features)
 
 
-def _read_whole_shard(shard: str, image: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of one shard, without the cells that are bytes, except those of the column `image`.
+def _read_whole_shard(shard: str, images: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of one shard, without the cells that are bytes, except those of the columns `images`.
 
     Raises:
         InputError: the shard is damaged.
@@ -122,7 +141,7 @@ def _read_whole_shard(shard: str, image: str) -> Iterator[dict[str, Any]]:
     for row in read_shard(shard):
         if ERROR_COLUMN in row:
             raise InputError(row[ERROR_COLUMN])
-        kept = {name: cell for name, cell in row.items() if name == image or not isinstance(cell, bytes)}
+        kept = {name: cell for name, cell in row.items() if name in images or not isinstance(cell, bytes)}
         yield {**kept, KEY_COLUMN: f"{shard} {row[KEY_COLUMN]}"}
 
 
@@ -136,11 +155,14 @@ def _benchmark_table(source: str) -> datasets.Dataset:
     return datasets.concatenate_datasets(parts)
 
 
-def _open_folder(folder: Path, config: DataConfig, rank: int, world_size: int) -> Records | RecordStream:
+def _open_folder(
+    folder: Path, config: DataConfig, rank: int, world_size: int, all_columns: bool, reads_features: bool
+) -> Records | RecordStream:
     for saved in (folder, folder / config.split):
         if (saved / "dataset_info.json").is_file():
             dataset = _load(str(saved), datasets.load_from_disk, str(saved))
-            return _make_records(dataset, str(saved), config, folder, rank, world_size)
+            name = str(saved)
+            return _make_records(dataset, name, config, folder, rank, world_size, None, all_columns, reads_features)
     splits = folder / "dataset_dict.json"
     if splits.is_file():
         content = read_json(splits)
@@ -148,9 +170,12 @@ def _open_folder(folder: Path, config: DataConfig, rank: int, world_size: int) -
         raise InputError(f"data source {folder} has the splits {names}, not {config.split}: name one with data.split")
     for name in ("metadata.jsonl", "metadata.csv"):
         if (folder / name).is_file():
-            return open_records(str(folder / name), config, rank, world_size)
-    table = table_from_rows(list_pairs(folder, verbose=rank == 0))
-    return Records(table, ColumnMapping(str(folder), "image", "captions", None, (), folder))
+            options = {"all_columns": all_columns, "reads_features": reads_features}
+            return open_records(str(folder / name), config, rank, world_size, **options)
+    suffixes = FEATURE_SUFFIXES if reads_features else IMAGE_SUFFIXES
+    pairs = list_pairs(folder, verbose=rank == 0, captions_required=not all_columns, suffixes=suffixes)
+    columns = ColumnMapping(str(folder), "image", "captions", None, (), folder, reads_features=reads_features)
+    return Records(table_from_rows(pairs), columns)
 
 
 def _load(source: str, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -176,25 +201,34 @@ def _make_records(
     rank: int,
     world_size: int,
     allowed_folders: tuple[str, ...] | None = None,
+    all_columns: bool = False,
+    reads_features: bool = False,
 ) -> Records | RecordStream:
     """Find the columns of a dataset, and return its rows as records.
 
     Args:
         dataset: a :class:`~blip2.data.tables.Table`, or a dataset or stream of the ``datasets`` library.
         source, root, allowed_folders: see :class:`~blip2.data.records.ColumnMapping`.
-        config, rank, world_size: see :func:`open_records`.
+        config, rank, world_size, all_columns, reads_features: see :func:`open_records`.
     """
     table = _as_table(dataset)
     features = (dataset.features or _probe_columns(dataset, source)) if table is None else table.features
     features = {name: feature for name, feature in features.items() if name not in (KEY_COLUMN, STARTS_SHARD_COLUMN)}
     if not features:
         raise _empty(source)
-    image = _find_column(features, config.image_column, IMAGE_COLUMNS, "image", source)
+    image_columns = FEATURE_COLUMNS if reads_features else IMAGE_COLUMNS
+    image = _find_column(
+        features, config.image_column, image_columns, "image", source, "features" if reads_features else "image"
+    )
     question = None
-    if config.question_column or any(name in features for name in QUESTION_COLUMNS):
+    if all_columns:
+        pass
+    elif config.question_column or any(name in features for name in QUESTION_COLUMNS):
         question = _find_column(features, config.question_column, QUESTION_COLUMNS, "question", source)
     caption = None
-    if question is None:
+    if all_columns and config.caption_column is None and not any(name in features for name in CAPTION_COLUMNS):
+        pass
+    elif question is None:
         caption = _find_column(features, config.caption_column, CAPTION_COLUMNS, "caption", source)
     elif config.caption_column or any(name in features for name in ANSWER_COLUMNS):
         caption = _find_column(features, config.caption_column, ANSWER_COLUMNS, "caption", source)
@@ -203,12 +237,14 @@ def _make_records(
         if encoded is not None:
             dataset = dataset.cast_column(name, encoded)
             table = _as_table(dataset)
-    metadata = tuple(name for name in METADATA_COLUMNS if name in features)
+    metadata = tuple(name for name in METADATA_COLUMNS if name in features and not all_columns)
     classes = {name: names for name, feature in features.items() if (names := class_names(feature))}
     # Questions are never grouped, so that their answers are mixed.
     group = config.group_column if config.group_column in features and question is None else None
+    others = tuple(name for name in features if all_columns and name not in (image, caption))
     columns = ColumnMapping(
-        source, image, caption, question, metadata, root, classes, allowed_folders, group, config.group_share
+        source, image, caption, question, metadata, root, classes, allowed_folders, group, config.group_share, others,
+        reads_features,
     )
     if table is None:
         if group is not None:
@@ -267,11 +303,13 @@ def _probe_columns(dataset: datasets.IterableDataset, source: str) -> dict[str, 
     return dict.fromkeys(names)
 
 
-def _find_column(columns: Any, configured: str | None, candidates: tuple[str, ...], kind: str, source: str) -> str:
+def _find_column(
+    columns: Any, configured: str | None, candidates: tuple[str, ...], kind: str, source: str, content: str = ""
+) -> str:
     found = [name for name in ([configured] if configured else candidates) if name in columns]
     if not found:
         raise InputError(
-            f"data source {source!r} has no {kind} column{f' {configured!r}' if configured else ''}: its columns are"
+            f"data source {source!r} has no {content or kind} column{f' {configured!r}' if configured else ''}: its columns are"
             f" {', '.join(columns)}; name one of them with data.{kind}_column"
         )
     return found[0]

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from torch import nn
+
 from blip2 import checkpoint
 from blip2.builder import Built, build, choose_device
 from blip2.config import ModelConfig, Precision, Stage
@@ -24,6 +26,7 @@ def load(
     *,
     overrides: Mapping[str, object] | None = None,
     stage: Stage | None = None,
+    encoder: nn.Module | None = None,
 ) -> RepresentationPipeline | GenerationPipeline:
     """Load a checkpoint of ``blip2 train``, transformers or LAVIS.
 
@@ -37,6 +40,8 @@ def load(
             ``.pth`` file does not contain (``{"vision.name": "eva_vit_g.pth", "language.name": "facebook/opt-2.7b"}``).
         stage: the stage to load from a checkpoint that contains both stages, ``representation`` or ``generation``.
             None: the stage in the config of the checkpoint.
+        encoder: the image encoder with which the model was trained, if its ``vision.name`` is module, or features that
+            such a module encodes; see :func:`blip2.train`.
 
     Returns:
         A :class:`RepresentationPipeline` for stage 1, a :class:`GenerationPipeline` for stage 2.
@@ -55,7 +60,7 @@ def load(
         vision = replace(config.vision, dtype=dtype)
         language = None if config.language is None else replace(config.language, dtype=dtype)
         config = replace(config, vision=vision, language=language)
-    built = build(config, choose_device(device), found)
+    built = build(config, choose_device(device), found, encoder=encoder)
     checkpoint.load_weights(found, built.model)
     built.model.eval()
     return make_pipeline(built, config, Path(found.name))

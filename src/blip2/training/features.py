@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState
 from blip2.backbones.vision import ImageEncoder
 from blip2.builder import build_image_encoder, choose_device, choose_dtype
 from blip2.checkpoint import is_disk_full
-from blip2.config import Recipe
+from blip2.config import FEATURES, MODULE, Recipe
 from blip2.console import Display
 from blip2.data.assets import resolve
 from blip2.data.records import Records, RecordStream
@@ -89,6 +89,11 @@ def make_features(recipe: Recipe) -> list[str]:
     Raises:
         InputError: as for :func:`load_or_compute_features`, or the data or the encoder cannot be read.
     """
+    if recipe.vision.name in (FEATURES, MODULE):
+        raise InputError(
+            f"vision.name is {recipe.vision.name}, whose features are not cached: train without blip2 features, with"
+            " data.cached_views 0"
+        )
     accelerator = Accelerator(cpu=choose_device(recipe.training.device).type == "cpu")
     lines: list[str] = []
     try:

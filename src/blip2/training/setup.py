@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from blip2 import checkpoint
 from blip2.backbones.language import LanguageModel
@@ -73,7 +74,11 @@ def is_sharded(recipe: Recipe, accelerator: Accelerator) -> bool:
 
 
 def load_model(
-    recipe: Recipe, accelerator: Accelerator, resume_from: Checkpoint | None, display: Display
+    recipe: Recipe,
+    accelerator: Accelerator,
+    resume_from: Checkpoint | None,
+    display: Display,
+    encoder: nn.Module | None = None,
 ) -> TrainingModel:
     """Build the model, freeze what does not train, and load the weights of a checkpoint.
 
@@ -82,6 +87,7 @@ def load_model(
         accelerator: the accelerator of the run.
         resume_from: the checkpoint to resume from. None: start as ``recipe.start_from`` says.
         display: the terminal, on which the parts of the model are listed.
+        encoder: the module for ``vision.name`` module or features.
 
     Raises:
         InputError: a part or a checkpoint cannot be loaded, or does not fit the recipe.
@@ -94,7 +100,7 @@ def load_model(
             display.log(line)
     weights_device = torch.device("cpu") if is_sharded(recipe, accelerator) else None
     built = build(
-        recipe.model, accelerator.device, resume_from, weights_device, recipe.objectives, recipe.starts_from_bert
+        recipe.model, accelerator.device, resume_from, weights_device, recipe.objectives, recipe.starts_from_bert, encoder
     )
     recipe = _with_position_encoding(recipe, built.model.vision.position_encoding)
     rates = configure_trainable(built.model, recipe.optimizer)
@@ -205,7 +211,9 @@ def open_data(
 
     def open_source(source: str, train: bool) -> tuple[Records | RecordStream, BatchDataset]:
         with accelerator.main_process_first():
-            records = open_records(resolve(source), data, rank, world_size)
+            records = open_records(
+                resolve(source), data, rank, world_size, reads_features=recipe.vision.reads_features
+            )
         opened.append(("data.train" if train else "data.validation", source, records))
         features = None
         if data.cached_views:
@@ -213,7 +221,7 @@ def open_data(
             features = load_or_compute_features(recipe, records, encoder, num_views, accelerator.device)
             display.log(f"features of {source}: {format_summary(features)}")
         return records, BatchDataset(
-            records, texts, encoder.preprocessing, train, data.min_crop_scale, data.horizontal_flip, features
+            records, texts, encoder.input_format, train, data.min_crop_scale, data.horizontal_flip, features
         )
 
     records, datasets = zip(*(open_source(source, train=True) for source in data.sources), strict=True)

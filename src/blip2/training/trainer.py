@@ -23,7 +23,7 @@ from torch import nn
 
 from blip2 import checkpoint
 from blip2.builder import with_absolute_paths
-from blip2.config import Recipe
+from blip2.config import FEATURES, MODULE, Recipe
 from blip2.console import Display
 from blip2.data.assets import resolve
 from blip2.data.collate import StageBatch
@@ -59,7 +59,12 @@ COLLAPSE_MIN_STEP = 50
 """First step at which the similarity is checked: untrained queries are similar to each other."""
 
 
-def train(recipe: Recipe, resume: bool = False, make_evaluator: Callable[[Recipe], Evaluator] | None = None) -> Path:
+def train(
+    recipe: Recipe,
+    resume: bool = False,
+    make_evaluator: Callable[[Recipe], Evaluator] | None = None,
+    encoder: nn.Module | None = None,
+) -> Path:
     """Train one stage.
 
     Under ``torchrun`` or ``accelerate launch``, each process trains on its own batches of ``data.batch_size``.
@@ -68,6 +73,7 @@ def train(recipe: Recipe, resume: bool = False, make_evaluator: Callable[[Recipe
         recipe: the settings of the run.
         resume: continue from the last checkpoint in ``recipe.output``, if there is one.
         make_evaluator: makes the evaluator of a recipe with an ``evaluation`` section; :func:`blip2.train` passes one.
+        encoder: the image encoder, for a recipe with ``vision.name`` module or features; see :func:`blip2.train`.
 
     Returns:
         The folder of the last checkpoint.
@@ -100,7 +106,7 @@ def train(recipe: Recipe, resume: bool = False, make_evaluator: Callable[[Recipe
                     " another output"
                 )
             with log_failures(run), deterministic_algorithms(recipe.training.full_determinism):
-                return Trainer(recipe, accelerator, display, last, make_evaluator).fit()
+                return Trainer(recipe, accelerator, display, last, make_evaluator, encoder).fit()
     except OSError as error:
         if checkpoint.is_disk_full(error):
             raise checkpoint.disk_full_error(run, f"writing to {run}") from error
@@ -128,6 +134,7 @@ class Trainer:
         display: the terminal.
         last: the checkpoint to resume from. None: start a new run.
         make_evaluator: makes the evaluator of a recipe with an ``evaluation`` section.
+        encoder: the image encoder, for a recipe with ``vision.name`` module or features.
 
     Raises:
         InputError: as for :func:`train`.
@@ -142,6 +149,7 @@ class Trainer:
         display: Display,
         last: Path | None,
         make_evaluator: Callable[[Recipe], Evaluator] | None,
+        encoder: nn.Module | None = None,
     ) -> None:
         self.accelerator, self.display, self.folder = accelerator, display, Path(recipe.output)
         self.monitor = SystemMonitor(accelerator.device)
@@ -159,9 +167,10 @@ class Trainer:
 
         set_seed(recipe.training.seed)
         resume_from = None if last is None else checkpoint.open_native(last)
-        names = [recipe.vision.name, *([recipe.language.name] if recipe.language else [])]
+        names = [recipe.language.name] if recipe.language else []
+        names += [] if recipe.vision.name in (FEATURES, MODULE) else [recipe.vision.name]
         self.frozen_files = FrozenFiles(resolve(name) for name in names)
-        loaded = load_model(recipe, accelerator, resume_from, display)
+        loaded = load_model(recipe, accelerator, resume_from, display, encoder)
         self.built, self.recipe = loaded.built, loaded.recipe
         configure_model(self.recipe, self.built, accelerator, display)
         self.data = open_data(self.recipe, self.built, accelerator, display, state.get("positions", []))

@@ -1,0 +1,132 @@
+"""Arrays of features in place of images: training, every method and every command, with records of different lengths."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import blip2
+from blip2 import InputError
+from blip2.cli import main
+from blip2.training.metrics import read_metrics
+from fixtures.runs import assert_same_run, cut_short
+
+WIDTH, LONGEST = 24, 9
+NAMES = ("a red disc", "a blue disc", "the green square", "a stripe")
+VISION = {"name": "features", "hidden_size": WIDTH, "max_tokens": LONGEST}
+SHORT = {"max_steps": 3, "save_steps": 2, "device": "cpu", "precision": "fp32"}
+
+
+def arrays(count: int = 12, seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    means = rng.normal(size=(len(NAMES), WIDTH))
+    return [
+        (means[i % len(NAMES)] + 0.3 * rng.normal(size=(1 + rng.integers(LONGEST), WIDTH))).astype(np.float32)
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory) -> Path:
+    """A JSONL file whose records name the same kind of array in each of the ways in which that is possible."""
+    folder = tmp_path_factory.mktemp("arrays")
+    found = arrays()
+    np.savez(folder / "some.npz", **{f"clip{i}": found[i] for i in range(4, 6)})
+    save_file({f"clip{i}": torch.from_numpy(found[i]).double() for i in range(6, 8)}, folder / "some.safetensors")
+    rows = []
+    for i, array in enumerate(found):
+        np.save(folder / f"{i}.npy", array)
+        source = {4: "some.npz#clip4", 5: "some.npz#clip5", 6: "some.safetensors#clip6", 7: "some.safetensors#clip7"}
+        cell = array.tolist() if i in (8, 9) else source.get(i, f"{i}.npy")
+        rows.append({"features": cell, "caption": NAMES[i % len(NAMES)], "image_id": i})
+    path = folder / "clips.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    questions = [{**row, "question": "what is it?", "answer": row["caption"].split()[-1]} for row in rows]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(parts, table, tmp_path_factory) -> dict[str, Path]:
+    from blip2.training.trainer import train
+
+    root = tmp_path_factory.mktemp("runs")
+    data = {"train": str(table), "validation": str(table)}
+    train(parts.recipe(root / "stage1", vision=VISION, data=data, training={**SHORT, "eval_steps": 2}))
+    for name in ("llama", "t5"):
+        train(
+            parts.recipe(
+                root / name, stage="generation", vision=VISION, data=data, training=SHORT,
+                language={"name": getattr(parts, name)}, start_from=str(root / "stage1"),
+            )
+        )  # fmt: skip
+    return {name: root / name for name in ("stage1", "llama", "t5")}
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def test_records_of_every_kind_are_read_and_none_is_skipped(trained):
+    for run in trained.values():
+        assert read_metrics(run)[-1]["skipped"] == 0
+    assert "validation_loss" in read_metrics(trained["stage1"])[-1]
+
+
+def test_a_killed_run_continues_exactly(parts, table, trained):
+    from blip2.training.trainer import train
+
+    run = cut_short(trained["stage1"], 2)
+    data = {"train": str(table), "validation": str(table)}
+    train(parts.recipe(run, vision=VISION, data=data, training={**SHORT, "eval_steps": 2}), resume=True)
+    assert_same_run(run, trained["stage1"])
+
+
+# -- methods -----------------------------------------------------------------------------------------------------------
+
+
+def test_records_together_are_records_alone(trained):
+    compare, found = blip2.load(trained["stage1"], "cpu"), arrays()
+    texts = list(NAMES)
+    alone = torch.cat([compare.embed_images(each) for each in found])
+    torch.testing.assert_close(compare.embed_images(found), alone, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        compare.match(found, texts), torch.cat([compare.match(each, texts) for each in found]), rtol=0, atol=1e-6
+    )
+    encoded = compare.encode_images(found)
+    assert encoded.shape == (12, max(map(len, found)), WIDTH) and encoded.isnan().any()
+    assert torch.equal(compare.embed_images(encoded), compare.embed_images(found))
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_captions_and_answers_together_are_those_alone(trained, name):
+    model, found = blip2.load(trained[name], "cpu"), arrays()
+    assert model.caption(found) == [model.caption([each])[0] for each in found]
+    questions = ["what is it?", "which color?"] * 6
+    answers = [model.answer([each], question)[0] for each, question in zip(found, questions, strict=True)]
+    assert model.answer(found, questions) == answers
+
+
+# -- commands ----------------------------------------------------------------------------------------------------------
+
+
+def test_commands(trained, table, tmp_path, capsys):
+    clip, keyed = str(table.parent / "0.npy"), f"{table.parent / 'some.npz'}#clip4"
+
+    def lines(*arguments: object) -> list[str]:
+        assert main([str(each) for each in arguments]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    assert [line.split("\t")[0] for line in lines("caption", trained["llama"], clip, keyed)] == [clip, keyed]
+    assert len(lines("ask", trained["t5"], clip, "what is it?")) == 1
+    assert len(lines("match", trained["stage1"], clip, "a red disc", "a stripe")) == 3
+    lines("embed", trained["stage1"], clip, keyed, "--output", tmp_path / "out.safetensors")
+    assert load_file(tmp_path / "out.safetensors")["images"].shape == (2, 4, 16)
+    for name, task, data in (("stage1", "retrieval", table), ("llama", "captioning", table), ("t5", "vqa", None)):
+        data = data or table.parent / "questions.jsonl"
+        lines("evaluate", trained[name], "--task", task, "--data", data, "--output", tmp_path / task)
+        metrics = json.loads((tmp_path / task / "metrics.json").read_text())
+        assert metrics["images_skipped"] == 0
