@@ -21,6 +21,7 @@ LAYERS = (
     {"training", "pipelines", "resumable", "hub", "convert"},
     {"evaluation"},
     {"corpus"},
+    {"search"},
     {"demo"},
     {"commands"},
     {"cli"},

@@ -53,11 +53,12 @@ class Display:
         self.console = Console(stderr=True, quiet=not enabled, soft_wrap=True)
         self._label = escape_control_characters(label)
         self._bar: Progress | None = None
-        self._total = self._first = 0
+        self._total: int | None = 0
+        self._first = 0
         self._started = self._shown = time.monotonic()
 
-    def start(self, total: int, done: int = 0) -> None:
-        """Show the progress bar, with `done` of `total` steps completed."""
+    def start(self, total: int | None, done: int = 0) -> None:
+        """Show the progress bar, with `done` of `total` steps completed. None: the number of steps is unknown."""
         self._total, self._first = total, done
         self._started = self._shown = time.monotonic()
         if self.console.is_terminal and not self.console.quiet:
@@ -83,6 +84,9 @@ class Display:
         now = time.monotonic()
         if done in (self._first + 1, self._total) or now - self._shown >= 10:
             self._shown = now
+            if self._total is None:
+                self.log(f"{self._label} {done}  {note}")
+                return
             left = (now - self._started) / max(done - self._first, 1) * (self._total - done)
             self.log(f"{self._label} {done}/{self._total}  {note}  {left:.0f} s left")
 

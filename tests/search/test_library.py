@@ -1,0 +1,285 @@
+"""What a search finds, and what a library refuses."""
+
+import io
+import json
+import sys
+
+import lancedb
+import numpy as np
+import pyarrow
+import pytest
+from PIL import Image
+
+from blip2.errors import InputError
+from blip2.search import library as library_module
+from blip2.search.indexing import index, optimize
+from blip2.search.library import Library, exact_similarity, to_stored
+from blip2.search.recall import measure_recall
+from conftest import draw
+
+
+@pytest.fixture
+def library(pipeline, photos, tmp_path):
+    index(pipeline, str(photos), tmp_path / "library")
+    return Library.open(tmp_path / "library", pipeline)
+
+
+# -- results -------------------------------------------------------------------------------------------------------
+
+
+def test_words_are_ranked_as_the_pipeline_ranks_them(pipeline, photos, library):
+    paths = sorted(map(str, photos.iterdir()))
+    similarity = pipeline.similarity(paths, "a red disc")[:, 0]
+    match = pipeline.match(paths, "a red disc")[:, 0]
+    hits = library.search("a red disc", k=12, rerank_k=0)
+    assert [hit.match for hit in hits] == [None] * 12
+    for hit in hits:
+        assert hit.similarity == pytest.approx(similarity[paths.index(hit.image)].item(), abs=2e-3)
+    assert [hit.similarity for hit in hits] == sorted((hit.similarity for hit in hits), reverse=True)
+    best = library.search("a red disc", k=12, rerank_k=5)
+    assert {hit.image for hit in best[:5]} == {hit.image for hit in hits[:5]}
+    assert [hit.match is None for hit in best] == [False] * 5 + [True] * 7
+    assert [hit.match for hit in best[:5]] == sorted((hit.match for hit in best[:5]), reverse=True)
+    for hit in best[:5]:
+        assert hit.match == pytest.approx(match[paths.index(hit.image)].item(), abs=1e-5)
+    assert len({f"{hit.match:.6f}" for hit in best[:5]}) == 5  # the order means something
+    # The best of all twelve by ITM is first, even if only one is asked for.
+    assert library.search("a red disc", k=1, rerank_k=12)[0].image == paths[int(match.argmax())]
+
+
+def test_an_image_finds_itself(photos, library):
+    query = photos / "green-stripe.png"
+    for form in (query, query.read_bytes(), Image.open(query), np.asarray(Image.open(query))):
+        first, second, *_ = library.search(form)
+        assert first.image == str(query) and first.similarity == pytest.approx(1, abs=2e-3)
+        assert second.similarity < first.similarity and first.match is None
+
+
+def test_images_with_the_same_bytes_are_one_hit(pipeline, photos, tmp_path):
+    for number in range(5):
+        (photos / f"copy-{number}.png").write_bytes((photos / "red-disc.png").read_bytes())
+    report = index(pipeline, str(photos), tmp_path / "library")
+    assert (report.added, report.embedded, report.duplicates) == (17, 12, 5)
+    library = Library.open(tmp_path / "library", pipeline)
+    hits = library.search(photos / "red-disc.png", k=12)
+    assert len(hits) == 12 and len({hit.digest for hit in hits}) == 12
+    found = {hits[0].image, *hits[0].duplicates}
+    assert found == {str(photos / f"{name}.png") for name in ("red-disc", *(f"copy-{n}" for n in range(5)))}
+    assert len(library.search(photos / "red-disc.png", k=2)) == 2
+
+
+def test_the_mean_is_rescored_exactly(pipeline, photos, library, tmp_path):
+    index(pipeline, str(photos), tmp_path / "means", vectors="1")
+    means = Library.open(tmp_path / "means", pipeline)
+    stored = means.table.to_arrow()["mean"].type
+    assert stored == pyarrow.list_(pyarrow.float16(), 16)
+    for rerank_k in (3, 12):
+        expected = library.search("a blue square", k=12, rerank_k=rerank_k)
+        found = means.search("a blue square", k=12, rerank_k=rerank_k)
+        assert [hit.image for hit in found] == [hit.image for hit in expected]
+        assert [hit.similarity for hit in found] == pytest.approx([hit.similarity for hit in expected], abs=2e-3)
+        assert [hit.match for hit in found[:3]] == pytest.approx([hit.match for hit in expected[:3]], abs=1e-5)
+    embedded = pipeline.embed_images([hit.image for hit in expected]).numpy()
+    query = pipeline.embed_texts("a blue square").numpy()
+    plain = {hit.image: hit.similarity for hit in means.search("a blue square", k=12, rerank_k=0)}
+    mean = embedded.mean(1)
+    mean /= np.linalg.norm(mean, axis=1, keepdims=True)
+    assert [plain[hit.image] for hit in expected] == pytest.approx((mean @ query[0]).tolist(), abs=2e-3)
+    with pytest.raises(InputError, match="was made with --vectors 1, not all: leave it out"):
+        index(pipeline, str(photos), tmp_path / "means", vectors="all")
+
+
+def test_an_image_that_changed_is_not_reranked(photos, library):
+    draw("disc", "red", 90).save(photos / "red-disc.png")
+    (photos / "red-square.png").unlink()
+    hits = {hit.image: hit for hit in library.search("a disc", k=12, rerank_k=12)}
+    assert sum(hit.match is None for hit in hits.values()) == 2
+    assert "has changed since it was indexed: run blip2 index again" in hits[str(photos / "red-disc.png")].problem
+    assert "cannot be read" in hits[str(photos / "red-square.png")].problem
+
+
+def test_every_search_reads_the_newest_state(pipeline, photos, library, tmp_path):
+    draw("disc", "red", 90).save(photos / "new.png")
+    index(pipeline, str(photos), tmp_path / "library")
+    assert len(library) == 13
+    assert library.search(photos / "new.png", k=1)[0].image == str(photos / "new.png")
+
+
+def test_the_table_is_an_ordinary_one(library, tmp_path):
+    table = lancedb.connect(tmp_path / "library").open_table("images")
+    arrow = table.to_arrow()
+    assert arrow.schema.field("vectors").type == pyarrow.list_(pyarrow.list_(pyarrow.float16(), 16))
+    assert len(arrow) == 12 and len(arrow["vectors"][0]) == 4
+    assert json.loads(arrow.schema.metadata[b"blip2"])["num_query_tokens"] == 4
+    assert len(Library.open(f"file://{tmp_path}/library")) == 12
+
+
+# -- filters -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dated(pipeline, photos, tmp_path):
+    """Images with years and places."""
+    table = photos / "images.jsonl"
+    names = sorted(path.name for path in photos.glob("*.png"))
+    rows = [
+        {"image": name, "caption": f"image {n}", "year": 2000 + n, "place": "Rome" if n % 2 else "O'Hare", "id": n / 2}
+        for n, name in enumerate(names)
+    ]
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    index(pipeline, str(table), tmp_path / "dated")
+    return Library.open(tmp_path / "dated", pipeline)
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        ("year >= 2010", {2010, 2011}),
+        ("place = 'Rome' AND year < 2004", {2001, 2003}),
+        ("place = 'O''Hare' AND year IN (2000, 2001, 2002)", {2000, 2002}),
+        ("id = 2.5", {2005}),
+        ("year = 1900", set()),
+        ("array_has(captions, 'image 7')", {2007}),
+    ],
+)
+def test_a_condition_on_the_metadata(dated, where, expected):
+    assert {hit.metadata["year"] for hit in dated.search("a disc", where=where)} == expected
+
+
+def test_columns_and_captions(dated):
+    assert dated.columns == {"year": "int64", "place": "string", "id": "double"}
+    (hit,) = dated.search("a disc", where="year = 2003")
+    assert hit.captions == ("image 3",) and hit.metadata == {"year": 2003, "place": "Rome", "id": 1.5}
+    assert hit.as_json()["captions"] == ["image 3"] and json.dumps(hit.as_json())
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        ("yeer = 2000", "No field named"),
+        ("year ===", "expected SQL such as year >= 2020"),
+        ("year = 'late'", r"year \(int64\), place \(string\), id \(double\)"),
+        ("year", "does not return a boolean"),
+        ("", "expected SQL"),
+        ("digest = x'zz", "expected SQL"),
+    ],
+)
+def test_a_condition_that_is_none(dated, where, expected):
+    with pytest.raises(InputError, match=expected) as raised:
+        dated.search("a disc", where=where)
+    assert "\n" not in str(raised.value) and ".rs" not in str(raised.value)
+
+
+# -- the index -----------------------------------------------------------------------------------------------------
+
+
+def fill(library, vectors):
+    """Write rows as an index run does, with given vectors [N, Q, C]."""
+    schema = library.table.schema
+    cells = {"source": ["s"] * len(vectors), "image": [f"{n}" for n in range(len(vectors))]}
+    cells["digest"] = [f"{n:032}" for n in range(len(vectors))]
+    cells |= {"captions": [[]] * len(vectors), library_module.VECTORS: to_stored(vectors, library.config)}
+    columns = [cells.get(each.name, [None] * len(vectors)) for each in schema]
+    library.table.add(pyarrow.Table.from_arrays([pyarrow.array(c, f.type) for c, f in zip(columns, schema)], schema=schema))  # noqa: B905, E501  # fmt: skip
+
+
+@pytest.mark.parametrize("spread", [0.02, 10.0], ids=["near-identical", "diverse"])
+def test_the_index_finds_what_exact_search_finds(pipeline, tmp_path, monkeypatch, spread):
+    """Whether the queries of an image are nearly identical, where LanceDB finds a few images several times, or not."""
+    monkeypatch.setattr(library_module, "EXACT_ROWS", 500)
+    monkeypatch.setattr("blip2.search.indexing.EXACT_ROWS", 500)
+    library = Library.create(tmp_path / "library", pipeline)
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(2000, 1, 16)) + spread * rng.normal(size=(2000, 4, 16))
+    vectors = (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
+    fill(library, vectors)
+    optimize(library)
+    assert [each.index_type for each in library.table.list_indices()] == ["IvfRq"]
+    queries = rng.normal(size=(20, 16)).astype(np.float32)
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    report = measure_recall(library, queries=queries)
+    assert (report.rows, report.has_index, report.queries) == (2000, True, 20)
+    assert report.recall >= 0.95
+    exact = exact_similarity(queries[:1], vectors)
+    hits = library.find_similar(queries[:1], 10)
+    assert len(hits) == 10
+    assert [hit.similarity for hit in hits] == pytest.approx([exact[int(hit.image)] for hit in hits], abs=2e-3)
+    assert len(library.find_similar(queries[:1], 600)) == 600
+    assert measure_recall(library, k=10, num_queries=5).recall == 1
+
+
+# -- what is refused -----------------------------------------------------------------------------------------------
+
+
+def test_another_model_is_refused(library, other_run, photos, tmp_path):
+    from blip2.pipelines import load
+
+    other = load(other_run, "cpu")
+    for refused in (
+        lambda: Library.open(tmp_path / "library", other),
+        lambda: Library.open(tmp_path / "library", other_run).search("a disc"),
+        lambda: index(other, str(photos), tmp_path / "library"),
+    ):
+        with pytest.raises(InputError, match="whose weights are not those of"):
+            refused()
+
+
+def test_the_library_names_its_model(library, run, tmp_path):
+    assert library.config.model == str(run / "checkpoints" / "step-00000001")
+    assert len(Library.open(tmp_path / "library", device="cpu").search("a disc", k=3)) == 3
+    with pytest.raises(InputError, match="but nowhere cannot be loaded"):
+        Library.open(tmp_path / "library", "nowhere").search("a disc")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"query": " "}, "expected words"),
+        ({"query": b"no image"}, "is not an image"),
+        ({"query": "a", "k": 0}, "k is 0, expected a whole number from 1 to 10000"),
+        ({"query": "a", "rerank_k": -1}, "rerank_k is -1"),
+        ({"query": "a", "k": True}, "k is True"),
+    ],
+)
+def test_a_search_that_cannot_be_done(library, arguments, expected):
+    with pytest.raises(InputError, match=expected):
+        library.search(**arguments)
+
+
+def test_no_library(pipeline, tmp_path):
+    with pytest.raises(InputError, match=r"there is no library in .*: check the path, or make one with blip2 index"):
+        Library.open(tmp_path / "nowhere")
+    lancedb.connect(tmp_path / "other").create_table("images", pyarrow.table({"a": [1]}))
+    with pytest.raises(InputError, match="was not made by blip2 index"):
+        Library.open(tmp_path / "other")
+    Library.create(tmp_path / "empty", pipeline)
+    with pytest.raises(InputError, match="already contains a library"):
+        Library.create(tmp_path / "empty", pipeline)
+    assert Library.open(tmp_path / "empty", pipeline).search("a disc") == []
+    with pytest.raises(InputError, match="has no images: add some with blip2 index"):
+        measure_recall(tmp_path / "empty")
+
+
+def test_without_lancedb(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "lancedb", None)
+    with pytest.raises(InputError, match=r"pip install 'blip2\[search\]'"):
+        Library.open(tmp_path)
+
+
+def test_a_damaged_library(library, tmp_path):
+    for file in (tmp_path / "library" / "images.lance" / "data").iterdir():
+        file.write_bytes(b"damaged")
+    with pytest.raises(InputError, match="cannot be read or written") as raised:
+        library.search("a disc")
+    assert "\n" not in str(raised.value)
+
+
+def test_delete(library, photos):
+    assert library.delete(f"image = '{photos}/red-disc.png'") == 1
+    assert len(library) == 11
+
+
+def test_bytes_of_an_image(library, photos):
+    (hit,) = library.search("a disc", k=1)
+    data = library.read_image(hit)
+    assert Image.open(io.BytesIO(data)).size == (40, 40)
