@@ -21,7 +21,14 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2VisionConfig, PreTrainedTokenizerBase
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2VisionConfig,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    PreTrainedTokenizerBase,
+)
 
 from blip2.backbones.language import load_network, set_activation
 from blip2.backbones.pretrained import init_empty_model, short_message
@@ -29,16 +36,17 @@ from blip2.builder import (
     build_image_encoder,
     choose_dtype,
     find_eos_token_id,
+    load_language_tokenizer,
     load_text_tokenizer,
     with_absolute_paths,
 )
 from blip2.checkpoint import open_checkpoint, read_recipe, write_configs
-from blip2.config import IMAGE_TOKEN, CheckpointFormat, LanguageConfig
+from blip2.config import IMAGE_TOKEN, QUESTION_PLACEHOLDER, CheckpointFormat, LanguageConfig
 from blip2.data.assets import resolve
 from blip2.errors import InputError
 from blip2.hub import model_card
 from blip2.interop import lavis, transformers
-from blip2.interop.checkpoint import LANGUAGE_PREFIX, QFORMER_TOKENIZER, VISION_PREFIX, Checkpoint, load_tokenizer
+from blip2.interop.checkpoint import LANGUAGE_PREFIX, QFORMER_TOKENIZER, VISION_PREFIX, Checkpoint
 from blip2.interop.detect import open_foreign
 from blip2.interop.vit import to_blip2_vision
 from blip2.interop.weights import Weights
@@ -65,7 +73,8 @@ def convert(
         source: checkpoint to convert: a run or checkpoint folder, a transformers BLIP-2 folder or hub name, or a LAVIS
             ``.pth`` file.
         target: the folder to create or, for the format ``lavis``, the ``.pth`` file.
-        to: format of the output. ``transformers``: a folder for ``Blip2ForConditionalGeneration`` (stage 2) or
+        to: format of the output. ``transformers``: a folder for ``Blip2ForConditionalGeneration`` (stage 2),
+            ``InstructBlipForConditionalGeneration`` (stage 2 with a Q-Former that reads text) or
             ``Blip2ForImageTextRetrieval`` (stage 1). ``vllm``: a folder of a stage-2 model with only the weights that
             vLLM loads. ``lavis``: a ``.pth`` file. ``blip2``: a folder with the trained weights and the names of the
             frozen parts.
@@ -95,10 +104,16 @@ def convert(
         )
     checkpoint = open_checkpoint(str(source), overrides)
     log.info("%s: %s", checkpoint.name, checkpoint.description)
-    if checkpoint.config.qformer.use_qformer_text_input and to != "blip2":
+    reads_text = checkpoint.config.qformer.use_qformer_text_input
+    if reads_text and to == "vllm":
         raise InputError(
             f"{checkpoint.name} has a Q-Former that reads questions, which the BLIP-2 of {to} does not support: convert"
-            " it to blip2"
+            " it to transformers or blip2"
+        )
+    if reads_text and stage1 is not None:
+        raise InputError(
+            f"{checkpoint.name} has a Q-Former that reads questions, and becomes an InstructBLIP, which has no place"
+            " for a stage-1 model: leave out stage1"
         )
     if to != "blip2" and checkpoint.config.vision.position_encoding == "sine2d":
         raise InputError(
@@ -141,7 +156,7 @@ def convert(
 
 def _transformers(checkpoint: Checkpoint, stage1: Checkpoint | None, to: str) -> Writer:
     """Return the writer of a folder in transformers' layout; for vLLM, with only the weights vLLM loads."""
-    generates = checkpoint.config.stage == "generation"
+    generates, reads_text = checkpoint.config.stage == "generation", checkpoint.config.qformer.use_qformer_text_input
     if to == "vllm":
         if not generates:
             raise InputError(
@@ -174,19 +189,33 @@ def _transformers(checkpoint: Checkpoint, stage1: Checkpoint | None, to: str) ->
     holder = checkpoint.as_stage("representation") if checkpoint.has_stage1 else None
     if holder is not None:
         text = load_text_tokenizer(holder.config.qformer, stage1 or holder)
+    if reads_text:
+        text = load_text_tokenizer(checkpoint.config.qformer, checkpoint)
+        _warn_other_text(checkpoint)
     card = model_card(checkpoint, to, stage1=stage1)
 
     def write(folder: Path) -> None:
         folder.mkdir()
-        config = transformers.save_processor(folder, complete, tokenizer or text)
-        if generates and text is not None:
+        config = transformers.save_processor(folder, complete, tokenizer or text, text if reads_text else None)
+        if generates and text is not None and not reads_text:
             text.save_pretrained(str(folder / QFORMER_TOKENIZER))
-        weights = complete.weights.rename_keys(transformers.KEY_MAP, checkpoint.name, inverse=True)
+        key_map = transformers.layout_of(checkpoint.config).key_map
+        weights = complete.weights.rename_keys(key_map, checkpoint.name, inverse=True)
         transformers.save_config(folder, config, weights)
         save_torch_state_dict(dict(weights), folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     return write
+
+
+def _warn_other_text(checkpoint: Checkpoint) -> None:
+    """Warn that InstructBLIP's own code gives the Q-Former another text than the one of training."""
+    config = checkpoint.config
+    if config.qformer.text_input == "question" and config.language and config.language.prompt != QUESTION_PLACEHOLDER:
+        log.warning(
+            "the Q-Former was trained to read the question alone, and the LLM the prompt %r; the code of InstructBLIP"
+            " gives both the same text: tokenize the two texts separately", config.language.prompt,
+        )  # fmt: skip
 
 
 def _check_language(checkpoint: Checkpoint) -> None:
@@ -196,16 +225,22 @@ def _check_language(checkpoint: Checkpoint) -> None:
         InputError: BLIP-2 makes an LLM of another class or none, as for decoder-only BART and Pegasus.
     """
     config: Any = checkpoint.language_config
+    layout = transformers.layout_of(checkpoint.config)
     expected = type(init_empty_model(config)).__name__
     try:
         with torch.device("meta"):
-            made = type(Blip2ForConditionalGeneration(Blip2Config(text_config=config)).language_model).__name__
+            model: Any = (
+                InstructBlipForConditionalGeneration(InstructBlipConfig(text_config=config))
+                if layout is transformers.INSTRUCTBLIP
+                else Blip2ForConditionalGeneration(Blip2Config(text_config=config))
+            )
+        made = type(model.language_model).__name__
     except Exception as error:  # the errors for unsupported configurations are not documented
         made = f"nothing ({short_message(error)[:160]})"
     if made != expected:
         raise InputError(
-            f"{checkpoint.name} has an LLM of type {config.model_type}, a {expected}, but transformers' BLIP-2 builds"
-            f" {made} from the LLM's configuration: convert {checkpoint.name} to blip2"
+            f"{checkpoint.name} has an LLM of type {config.model_type}, a {expected}, but transformers' {layout.name}"
+            f" builds {made} from the LLM's configuration: convert {checkpoint.name} to blip2"
         )
 
 
@@ -215,21 +250,34 @@ def _lavis(checkpoint: Checkpoint, with_language: bool) -> Writer:
     if checkpoint.config.language is not None:
         complete = _with_language(complete)
         kind = complete.language_config.model_type
-        if kind not in ("opt", "t5"):
+        reads_text = checkpoint.config.qformer.use_qformer_text_input
+        if kind not in (("llama", "t5") if reads_text else ("opt", "t5")):
+            supported = "InstructBLIP supports Llama (Vicuna)" if reads_text else "BLIP-2 supports OPT"
             raise InputError(
-                f"{checkpoint.name} has an LLM of type {kind}; LAVIS's BLIP-2 supports OPT and T5: convert it to"
-                " transformers"
+                f"{checkpoint.name} has an LLM of type {kind}; LAVIS's {supported} and T5: convert it to transformers"
             )
+        if reads_text:
+            _warn_other_text(checkpoint)
+            if kind == "llama" and not _begins_with_eos(checkpoint.config.language):
+                log.warning(
+                    "LAVIS's InstructBLIP begins each text of Vicuna with </s>, but this model does not: results differ"
+                )
         # Trained weights are included, and so is an LLM that came from a LAVIS file.
         is_trained = not checkpoint.has_language and checkpoint.weights.select(LANGUAGE_PREFIX)
         if not with_language and not is_trained:
             log.info("the LLM, %s, is omitted, as in LAVIS's own files", checkpoint.config.language.name)
             complete = replace(complete, weights=complete.weights.drop(LANGUAGE_PREFIX))
     _check_fits(complete)
-    state = lavis.to_state_dict(complete, is_t5=kind == "t5")
+    state = lavis.to_state_dict(complete, kind)
     for note in lavis.compatibility_notes(complete):
         log.warning("%s", note)
     return lambda path: torch.save({"model": state}, path)
+
+
+def _begins_with_eos(language: LanguageConfig) -> bool:
+    """Return whether the texts of an LLM begin with </s>."""
+    tokenizer = load_language_tokenizer(language)
+    return tokenizer("")["input_ids"] == [tokenizer.convert_tokens_to_ids("</s>")]
 
 
 def _blip2(checkpoint: Checkpoint) -> Writer:
@@ -240,6 +288,8 @@ def _blip2(checkpoint: Checkpoint) -> Writer:
     holder = checkpoint.as_stage("representation") if checkpoint.has_stage1 else None
     text = None if holder is None else load_text_tokenizer(holder.config.qformer, holder)
     inside = "tokenizer" if config.language is None else f"tokenizer/{QFORMER_TOKENIZER}"
+    if config.qformer.use_qformer_text_input and checkpoint.tokenizer is not None:
+        text, inside = load_text_tokenizer(config.qformer, checkpoint), "tokenizer"
     card = model_card(checkpoint, "blip2")
 
     def write(folder: Path) -> None:
@@ -395,7 +445,7 @@ def _with_image_token(checkpoint: Checkpoint) -> tuple[Checkpoint, PreTrainedTok
     """
     language = checkpoint.config.language
     assert language is not None
-    tokenizer = load_tokenizer(resolve(language.name), language.trust_remote_code is not None)
+    tokenizer = load_language_tokenizer(language)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, False)
     side = "right" if checkpoint.language_config.is_encoder_decoder else "left"
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = side  # init_kwargs are saved

@@ -17,6 +17,7 @@ from yaml import YAMLError
 
 from blip2.backbones.pretrained import short_message
 from blip2.checkpoint import CHECKPOINTS_FOLDER, CONFIG_FILE, read_recipe
+from blip2.config import QUESTION_PLACEHOLDER
 from blip2.data.assets import ASSETS, PREFIX
 from blip2.data.dataset import SKIP_REASONS
 from blip2.errors import InputError
@@ -32,6 +33,8 @@ LICENSES = {
     "google-bert/*": "apache-2.0",
     "openai/clip-vit-*": "mit",
     "Salesforce/blip2-*": "mit",
+    "Salesforce/instructblip-flan-t5-*": "mit",
+    "Salesforce/instructblip-vicuna-*": "other (that of LLaMA: research that is not commercial)",
     "*eva_vit_g.pth": "mit",
 }
 """Licenses of the paper's parts, by a pattern of their names."""
@@ -202,22 +205,40 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _use(checkpoint: Checkpoint, to: str, both: bool) -> list[str]:
     """Return example programs that use a converted checkpoint, with notes."""
     language, queries = checkpoint.config.language, checkpoint.config.qformer.num_query_tokens
+    reads_text = checkpoint.config.qformer.use_qformer_text_input
     if to == "vllm":
         return [SERVE]
     if to == "lavis":
-        opt_or_t5 = "blip2_opt" if language is None or "t5" not in language.name.lower() else "blip2_t5"
-        types = {"blip2_opt": "pretrain_opt2.7b", "blip2_t5": "pretrain_flant5xl", "blip2": "pretrain"}
-        name = "blip2" if language is None else opt_or_t5
+        is_t5 = language is not None and "t5" in language.name.lower()
+        types = {
+            "blip2_opt": "pretrain_opt2.7b",
+            "blip2_t5": "pretrain_flant5xl",
+            "blip2": "pretrain",
+            "blip2_vicuna_instruct": "vicuna7b",
+            "blip2_t5_instruct": "flant5xl",
+        }
+        name = "blip2" if language is None else "blip2_t5" if is_t5 else "blip2_opt"
+        if reads_text:
+            name = "blip2_t5_instruct" if is_t5 else "blip2_vicuna_instruct"
         programs = [LAVIS.format(name=name, type=types[name])]
     elif to == "blip2":
         return [_python(OWN.format(calls=COMPARES if language is None else WRITES)), NAMES]
     else:
         programs = [] if language is None else [WRITE.format(prompt=json.dumps(language.prompt))]
+        if reads_text and language is not None:
+            programs = [_instruct(language.prompt, checkpoint.config.qformer.text_input == "prompt")]
         if both:
             programs.append(COMPARE.format(also="AutoTokenizer, ", tokenizer=OWN_TOKENIZER.format(queries=queries)))
         elif language is None:
             programs.append(COMPARE.format(also="", tokenizer=""))
     return [_python(program) for program in programs]
+
+
+def _instruct(prompt: str, reads_prompt: bool) -> str:
+    """Return an example program for an InstructBLIP; see ``qformer.text_input`` for `reads_prompt`."""
+    texts = [prompt.replace(QUESTION_PLACEHOLDER, EXAMPLE_QUESTION), EXAMPLE_QUESTION]
+    other = "" if reads_prompt or texts[0] == texts[1] else OTHER_TEXT.format(question=json.dumps(texts[1]))
+    return INSTRUCT.format(prompt=json.dumps(texts[0]), other=other)
 
 
 def _python(program: str) -> str:
@@ -235,6 +256,22 @@ model = Blip2ForConditionalGeneration.from_pretrained(name)
 inputs = processor(images=image, text={prompt}, return_tensors="pt")
 tokens = model.generate(**inputs, num_beams=5, max_new_tokens=30)
 print(processor.batch_decode(tokens, skip_special_tokens=True)[0].strip())"""
+INSTRUCT = """\
+from PIL import Image
+from transformers import InstructBlipForConditionalGeneration, InstructBlipProcessor
+
+name = "."  # this folder, or its name on the hub
+image = Image.open("image.png").convert("RGB")
+processor = InstructBlipProcessor.from_pretrained(name)
+model = InstructBlipForConditionalGeneration.from_pretrained(name)
+inputs = processor(images=image, text={prompt}, return_tensors="pt"){other}
+start = 0 if model.config.text_config.is_encoder_decoder else inputs["input_ids"].shape[1]
+tokens = model.generate(**inputs, num_beams=5, max_new_tokens=30)[:, start:]
+print(processor.batch_decode(tokens, skip_special_tokens=True)[0].strip())"""
+OTHER_TEXT = """
+question = processor.qformer_tokenizer({question}, return_tensors="pt")  # all that the Q-Former reads
+inputs |= {{f"qformer_{{key}}": question[key] for key in ("input_ids", "attention_mask")}}"""
+EXAMPLE_QUESTION = "what is it?"
 COMPARE = """\
 from PIL import Image
 from transformers import {also}Blip2ForImageTextRetrieval, Blip2Processor

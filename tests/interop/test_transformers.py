@@ -385,8 +385,8 @@ def test_no_weights(copy):
 def test_another_architecture(copy, parts):
     refuses(parts.llama, "is a transformers model of type llama, not a BLIP-2")
     folder = copy("opt")
-    edit(folder / "config.json", model_type="instructblip")
-    refuses(folder, "is a transformers model of type instructblip, not a BLIP-2")
+    edit(folder / "config.json", model_type="instructblipvideo")
+    refuses(folder, "is a transformers model of type instructblipvideo, not a BLIP-2")
 
 
 def test_another_image_encoder_in_the_configuration(copy):

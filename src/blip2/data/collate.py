@@ -125,6 +125,8 @@ class CausalLMCollator:
     """Maximum number of prompt tokens for which the LLM has positions; ``None``: unlimited."""
     normalization: TextNormalization = "none"
     """Normalization of captions and questions. Answers are not normalized."""
+    qformer_reads_prompt: bool = False
+    """Whether the Q-Former, if it has a tokenizer, reads the whole prompt. False: it reads the question alone."""
 
     @property
     def requires_question(self) -> bool:
@@ -147,7 +149,8 @@ class CausalLMCollator:
         ]
         prompts = [self.format_prompt(question) for question in questions]
         ids, mask, labels, num_truncated = self._encode(prompts, captions, rng)
-        encoded = encode_questions(self.qformer_tokenizer, normalize_questions(questions, self.normalization))
+        texts = prompts if self.qformer_reads_prompt else normalize_questions(questions, self.normalization)
+        encoded = encode_questions(self.qformer_tokenizer, texts)
         return GenerationBatch(images, ids, mask, labels, encoded), num_truncated
 
     def format_prompt(self, question: str) -> str:

@@ -30,7 +30,7 @@ STAGE1_ONLY = ("image_projection", "text_projection", "matching_head", "language
 STAGE2_ONLY = ("projection.", LANGUAGE_PREFIX)
 """Name prefixes of the weights that only stage 2 has."""
 QFORMER_TOKENIZER = "qformer_tokenizer"
-"""Subfolder of the Q-Former's tokenizer in a folder that contains both stages."""
+"""Subfolder of the Q-Former's tokenizer in a folder that also contains the LLM's."""
 
 
 def is_text_weight(name: str) -> bool:
@@ -52,7 +52,8 @@ class Checkpoint:
     """All weights. The names of weights of frozen parts are :data:`VISION_PREFIX` or :data:`LANGUAGE_PREFIX`, followed
     by transformers' name."""
     tokenizer: Path | None = None
-    """Folder of the tokenizer: the Q-Former's in stage 1, the LLM's in stage 2. None: the checkpoint has none."""
+    """Folder of the tokenizer: the Q-Former's in stage 1, and in stage 2 if the Q-Former reads text; else the LLM's.
+    None: the checkpoint has none."""
     vision_config: Any = None
     """Configuration of the image encoder. None: the weights contain no image encoder."""
     language_config: Any = None

@@ -27,7 +27,7 @@ HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", f"{QFORMER_TOKENIZER
 
 
 def open_foreign(name: str, overrides: Mapping[str, object] | None = None) -> Checkpoint | None:
-    """Open a BLIP-2 checkpoint of transformers or LAVIS.
+    """Open a BLIP-2 or InstructBLIP checkpoint of transformers or LAVIS.
 
     Args:
         name: folder in transformers' layout, hub name, or ``.pth`` file.
@@ -58,10 +58,10 @@ def is_pickle(name: str) -> bool:
 
 
 def is_blip2(folder: Path) -> bool:
-    """Return whether a folder contains a BLIP-2 checkpoint in transformers' layout."""
+    """Return whether a folder contains a BLIP-2 or InstructBLIP checkpoint in transformers' layout."""
     try:
-        return read_json(folder / "config.json").get("model_type") == "blip-2"
-    except (InputError, AttributeError):
+        return read_json(folder / "config.json").get("model_type") in transformers.LAYOUTS
+    except (InputError, AttributeError, TypeError):
         return False
 
 

@@ -1,4 +1,5 @@
-"""Read and write LAVIS's ``.pth`` files: stage 1, stage 2 with OPT or FlanT5, and image encoders."""
+"""Read and write LAVIS's ``.pth`` files: stage 1, stage 2 with OPT or FlanT5, InstructBLIP with Vicuna or FlanT5, and
+image encoders."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import Blip2VisionConfig, CLIPVisionConfig
 
 from blip2.backbones.vision import CLIP_MEAN, CLIP_STD, Preprocessing
-from blip2.config import LanguageConfig, ModelConfig, QFormerConfig, VisionConfig
+from blip2.config import QUESTION_PLACEHOLDER, LanguageConfig, ModelConfig, QFormerConfig, VisionConfig
 from blip2.errors import InputError
 from blip2.interop.checkpoint import LANGUAGE_PREFIX, VISION_PREFIX, Checkpoint
 from blip2.interop.key_map import KeyMap, format_names, qformer_block_keys
@@ -36,6 +37,13 @@ QFORMER_KEYS: KeyMap = (
 )
 OPT_KEYS: KeyMap = (("opt_proj", "projection"), ("opt_model.{...}", f"{LANGUAGE_PREFIX}{{...}}"))
 T5_KEYS: KeyMap = (("t5_proj", "projection"), ("t5_model.{...}", f"{LANGUAGE_PREFIX}{{...}}"))
+VICUNA_KEYS: KeyMap = (("llm_proj", "projection"), ("llm_model.{...}", f"{LANGUAGE_PREFIX}{{...}}"))
+LANGUAGE_KEYS = {"opt": OPT_KEYS, "t5": T5_KEYS, "llama": VICUNA_KEYS}
+"""The names of projection and LLM by the type of the LLM in transformers."""
+LLM_NAMES = {"opt": "OPT", "t5": "T5", "llama": "Vicuna"}
+LLM_EXAMPLES = {"opt": "facebook/opt-2.7b", "t5": "google/flan-t5-xl", "llama": "lmsys/vicuna-7b-v1.1"}
+VICUNA_BOS_TOKEN = "</s>"
+"""The token with which LAVIS's InstructBLIP begins each text of Vicuna."""
 EVA_KEYS: KeyMap = (
     ("visual_encoder.cls_token", f"{VISION_PREFIX}embeddings.class_embedding"),
     ("visual_encoder.pos_embed", f"{VISION_PREFIX}embeddings.position_embedding"),
@@ -99,9 +107,6 @@ def _read(path: Path, state: dict[str, Tensor], overrides: Mapping[str, object] 
             f"{path} is not a BLIP-2 checkpoint (it has no query_tokens, but {format_names(state, 3)}): give a BLIP-2"
             " checkpoint"
         )
-    if any(name.startswith("llm_") for name in state):
-        raise InputError(f"{path} is an InstructBLIP checkpoint (it has llm_proj), whose Q-Former also reads the"
-                         " question: give a BLIP-2 checkpoint")  # fmt: skip
     replaced = False
     if overrides and overrides.get("vision.name", str(path)) != str(path):
         num_weights = len(state)
@@ -110,14 +115,17 @@ def _read(path: Path, state: dict[str, Tensor], overrides: Mapping[str, object] 
     drop_tied(state, path)
     is_clip = "visual_encoder.conv1.weight" in state
     split_in_proj(state) if is_clip else merge_qkv_bias(state)
-    is_t5 = "t5_proj.weight" in state
-    weights = Weights(state).rename_keys(_key_map(is_t5, is_clip), str(path))
+    kind = next(
+        (each for each, prefix in (("t5", "t5_proj."), ("llama", "llm_proj.")) if f"{prefix}weight" in state), "opt"
+    )
+    weights = Weights(state).rename_keys(_key_map(kind, is_clip), str(path))
     stage = "generation" if "projection.weight" in weights else "representation"
     vision = _vision_config(path, weights) if weights.select(VISION_PREFIX) else None
-    config = _config(path, weights, stage, is_t5, vision is not None, overrides)
+    config = _config(path, weights, stage, kind, vision is not None, overrides)
     frozen = {"image encoder": VISION_PREFIX, "LLM": LANGUAGE_PREFIX}
     included = " and ".join(part for part, prefix in frozen.items() if weights.select(prefix)) or "no frozen parts"
-    description = f"LAVIS's stage {'1' if stage == 'representation' else '2 with T5' if is_t5 else '2 with OPT'}"
+    trained = "InstructBLIP" if config.qformer.use_qformer_text_input else "stage 2"
+    description = f"LAVIS's {'stage 1' if stage == 'representation' else f'{trained} with {LLM_NAMES[kind]}'}"
     description += f", {config.qformer.num_query_tokens} queries, {included} included"
     if replaced:
         description += f"; its image encoder is replaced by {config.vision.name}"
@@ -132,15 +140,15 @@ def _read(path: Path, state: dict[str, Tensor], overrides: Mapping[str, object] 
     )
 
 
-def _key_map(is_t5: bool, is_clip: bool) -> KeyMap:
-    return QFORMER_KEYS + (T5_KEYS if is_t5 else OPT_KEYS) + (CLIP_KEYS if is_clip else EVA_KEYS)
+def _key_map(kind: str, is_clip: bool) -> KeyMap:
+    return QFORMER_KEYS + LANGUAGE_KEYS[kind] + (CLIP_KEYS if is_clip else EVA_KEYS)
 
 
 def _config(
     path: Path,
     weights: Weights,
     stage: Any,
-    is_t5: bool,
+    kind: str,
     has_vision: bool,
     overrides: Mapping[str, object] | None,
 ) -> ModelConfig:
@@ -166,12 +174,14 @@ def _config(
         )
     if overrides is not None and stage == "generation" and "language.name" not in values:
         raise InputError(f"{path} does not name its LLM: set language.name, for example to"
-                         f" {'google/flan-t5-xl' if is_t5 else 'facebook/opt-2.7b'}")  # fmt: skip
+                         f" {LLM_EXAMPLES[kind]}")  # fmt: skip
     projection = weights.get("image_projection.weight")
+    # The heads of stage 1 come with its text transformer; only InstructBLIP has a text transformer without them.
+    reads_text = stage == "generation" and word_embedding is not None and "matching_head.weight" not in weights
     config = ModelConfig(
         stage=stage,
         vision=VisionConfig(name=str(path), position_encoding="none"),
-        text_normalization="lavis",
+        text_normalization="none" if reads_text else "lavis",  # instructions are not normalized
         qformer=QFormerConfig(
             bert=None,
             tokenizer=BERT_TOKENIZER,
@@ -185,11 +195,19 @@ def _config(
             vocab_size=30523 if word_embedding is None else len(word_embedding),
             max_position_embeddings=512 if positions is None else len(positions),
             image_norm_eps=IMAGE_NORM_EPS,
+            use_qformer_text_input=reads_text,
+            text_input="prompt" if reads_text else "question",
         ),
         language=None
         if stage == "representation"
         # LAVIS's OPT stops at a newline. Its T5 uses the exact GELU, unlike FlanT5's own configuration.
-        else LanguageConfig(name="", stop_string=None if is_t5 else "\n", activation="gelu" if is_t5 else None),
+        else LanguageConfig(
+            name="",
+            prompt=QUESTION_PLACEHOLDER if reads_text else "",
+            stop_string="\n" if kind == "opt" else None,
+            bos_token=VICUNA_BOS_TOKEN if kind == "llama" else None,
+            activation="gelu" if kind == "t5" else None,
+        ),
     )
     return override(config, values)
 
@@ -317,12 +335,12 @@ def merge_in_proj(state: dict[str, Tensor]) -> None:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def to_state_dict(checkpoint: Checkpoint, is_t5: bool) -> dict[str, Tensor]:
+def to_state_dict(checkpoint: Checkpoint, kind: str | None) -> dict[str, Tensor]:
     """Return the weights of a checkpoint under LAVIS's names.
 
     Args:
         checkpoint: the checkpoint.
-        is_t5: whether the LLM is a T5. False: an OPT, or there is no LLM.
+        kind: type of the LLM, a key of :data:`LANGUAGE_KEYS`. None: there is no LLM.
 
     Raises:
         InputError: LAVIS does not support the image encoder of the checkpoint.
@@ -345,7 +363,7 @@ def to_state_dict(checkpoint: Checkpoint, is_t5: bool) -> dict[str, Tensor]:
                     f" and CLIP ViT-L, would use {expected or 'no known value'}: convert to the format transformers"
                     " instead"
                 )
-    state = dict(checkpoint.weights.rename_keys(_key_map(is_t5, is_clip), checkpoint.name, inverse=True))
+    state = dict(checkpoint.weights.rename_keys(_key_map(kind or "opt", is_clip), checkpoint.name, inverse=True))
     merge_in_proj(state) if is_clip else split_qkv_bias(state)
     add_tied(state, checkpoint.config.qformer.max_position_embeddings)
     return state
@@ -372,7 +390,7 @@ def compatibility_notes(checkpoint: Checkpoint) -> list[str]:
             notes.append(f"the T5 of this model has the activation {llm.dense_act_fn}, LAVIS uses gelu: results differ")
         if llm is not None and llm.model_type == "opt" and language.stop_string != "\n":
             notes.append("LAVIS ends a text at a newline, but the texts of this model do not end with a newline")
-    if checkpoint.config.text_normalization != "lavis":
+    if checkpoint.config.text_normalization != "lavis" and not qformer.use_qformer_text_input:
         notes.append(
             "LAVIS lowercases captions and questions and removes punctuation; this model was trained without that"
         )

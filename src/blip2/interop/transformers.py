@@ -1,10 +1,11 @@
-"""Read and write ``Blip2ForConditionalGeneration`` and ``Blip2ForImageTextRetrieval`` of transformers."""
+"""Read and write models of transformers: ``Blip2ForConditionalGeneration``, ``Blip2ForImageTextRetrieval``
+(:data:`BLIP2`) and ``InstructBlipForConditionalGeneration`` (:data:`INSTRUCTBLIP`)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -12,47 +13,106 @@ from transformers import (
     Blip2Config,
     Blip2Processor,
     Blip2QFormerConfig,
+    Blip2VisionConfig,
     BlipImageProcessorPil,
     GenerationConfig,
     ImageProcessingMixin,
+    InstructBlipConfig,
+    InstructBlipProcessor,
+    InstructBlipQFormerConfig,
+    InstructBlipVisionConfig,
     PreTrainedTokenizerBase,
 )
 
 from blip2.backbones.language import activation_name
 from blip2.backbones.pretrained import wrap_load_errors
 from blip2.backbones.vision_loaders import load_preprocessing
-from blip2.config import IMAGE_TOKEN, LanguageConfig, ModelConfig, QFormerConfig, TextNormalization, VisionConfig
+from blip2.config import (
+    IMAGE_TOKEN,
+    QUESTION_PLACEHOLDER,
+    LanguageConfig,
+    ModelConfig,
+    QFormerConfig,
+    TextNormalization,
+    VisionConfig,
+)
 from blip2.errors import InputError
-from blip2.interop.checkpoint import Checkpoint, load_tokenizer
+from blip2.interop.checkpoint import QFORMER_TOKENIZER, Checkpoint, load_tokenizer
 from blip2.interop.key_map import KeyMap, qformer_block_keys
 from blip2.interop.weights import Weights, open_folder, wrap_parse_errors
 from blip2.io import read_json, write_json
 
 RETRIEVAL_CLASS, GENERATION_CLASS = "Blip2ForImageTextRetrieval", "Blip2ForConditionalGeneration"
-NORMALIZATION_KEY = "text_normalization"
-"""Key of config.json for a text normalization other than :data:`DEFAULT_NORMALIZATION`. The transformers library
-ignores this key."""
-DEFAULT_NORMALIZATION: TextNormalization = "lavis"
-"""Text normalization of the published checkpoints."""
-KEY_MAP: KeyMap = (
+INSTRUCT_CLASS = "InstructBlipForConditionalGeneration"
+NORMALIZATION_KEY, PROMPT_KEY, TEXT_INPUT_KEY = "text_normalization", "prompt", "text_input"
+"""Keys of config.json for a text normalization, a prompt and a text of the Q-Former other than those of the published
+checkpoints. The transformers library ignores these keys."""
+SHARED_KEYS: KeyMap = (
     ("query_tokens", "qformer.queries"),
     ("vision_model.post_layernorm", "image_norm"),
     ("vision_model.{...}", "vision.network.{...}"),
+    *qformer_block_keys("qformer.encoder.layer.{}", attention="attention"),
+    ("language_projection", "projection"),
+    ("language_model.{...}", "language.network.{...}"),
+)
+KEY_MAP: KeyMap = (
+    *SHARED_KEYS,
     ("embeddings.word_embeddings", "qformer.word_embedding"),
     ("embeddings.position_embeddings", "qformer.position_embedding"),
     ("qformer.layernorm", "qformer.embedding_norm"),
-    *qformer_block_keys("qformer.encoder.layer.{}", attention="attention"),
     ("vision_projection", "image_projection"),
     ("text_projection", "text_projection"),
     ("itm_head", "matching_head"),
-    ("language_projection", "projection"),
-    ("language_model.{...}", "language.network.{...}"),
     # Weights that this layout does not define have LAVIS's names, which transformers ignores.
     ("temp", "temperature"),
     ("cls.predictions.transform.dense", "language_head.transform"),
     ("cls.predictions.transform.LayerNorm", "language_head.norm"),
     ("cls.predictions.bias", "language_head.bias"),
 )
+INSTRUCT_KEY_MAP: KeyMap = (
+    *SHARED_KEYS,
+    ("qformer.embeddings.word_embeddings", "qformer.word_embedding"),
+    ("qformer.embeddings.position_embeddings", "qformer.position_embedding"),
+    ("qformer.embeddings.layernorm", "qformer.embedding_norm"),
+)
+BUFFERS = (".position_ids", ".rotary_emb.inv_freq")
+"""Suffixes of the names of buffers that older versions of transformers stored with the weights."""
+INCONSISTENT_LLM = "LLaMAForCausalLM"
+"""Class of the LLM in the published InstructBLIP with Vicuna. The token ids in the LLM's configuration are wrong (1 for
+the end of a text); those of the tokenizer (2) are the ones of training."""
+
+
+class Layout(NamedTuple):
+    """One of the two layouts of transformers: the classes of its parts, and the names of its weights."""
+
+    model_type: str
+    name: str
+    config: Any
+    vision: Any
+    """Class of the configuration of the image encoder; both layouts have the fields of Blip2VisionConfig."""
+    qformer: Any
+    key_map: KeyMap
+    text_normalization: TextNormalization
+    """Text normalization of the published checkpoints."""
+
+
+BLIP2 = Layout("blip-2", "BLIP-2", Blip2Config, Blip2VisionConfig, Blip2QFormerConfig, KEY_MAP, "lavis")
+INSTRUCTBLIP = Layout(
+    "instructblip",
+    "InstructBLIP",
+    InstructBlipConfig,
+    InstructBlipVisionConfig,
+    InstructBlipQFormerConfig,
+    INSTRUCT_KEY_MAP,
+    "none",
+)
+LAYOUTS = {layout.model_type: layout for layout in (BLIP2, INSTRUCTBLIP)}
+"""The layouts by the ``model_type`` in config.json."""
+
+
+def layout_of(config: ModelConfig) -> Layout:
+    """Return the layout for a model: InstructBLIP's if the Q-Former reads text in stage 2, else BLIP-2's."""
+    return INSTRUCTBLIP if config.qformer.use_qformer_text_input else BLIP2
 
 
 def read(name: str, folder: Path) -> Checkpoint:
@@ -71,9 +131,15 @@ def read(name: str, folder: Path) -> Checkpoint:
 
 def _read(name: str, folder: Path, settings: dict[str, Any]) -> Checkpoint:
     kind = settings.get("model_type")
-    if kind != "blip-2":
-        raise InputError(f"{name} is a model of type {kind}, expected blip-2: give a BLIP-2 checkpoint")
-    for part, expected in (("vision_config", "blip_2_vision_model"), ("qformer_config", "blip_2_qformer")):
+    layout = LAYOUTS.get(str(kind))
+    if layout is None:
+        raise InputError(
+            f"{name} is a model of type {kind}, expected {' or '.join(LAYOUTS)}: give a BLIP-2 or InstructBLIP"
+            " checkpoint"
+        )
+    reads_text = layout is INSTRUCTBLIP
+    for part, part_config in (("vision_config", layout.vision), ("qformer_config", layout.qformer)):
+        expected = part_config.model_type
         found = (settings.get(part) or {}).get("model_type", expected)
         if found != expected:
             raise InputError(
@@ -81,19 +147,22 @@ def _read(name: str, folder: Path, settings: dict[str, Any]) -> Checkpoint:
                 f" ignore the type and load it as {expected}: give a checkpoint with a {part} of type {expected}"
             )
     with wrap_load_errors(name, "configuration"):
-        config: Any = Blip2Config.from_dict(settings)
-    weights = open_folder(folder).rename_keys(KEY_MAP, name)
-    generates = GENERATION_CLASS in (settings.get("architectures") or []) or (
-        RETRIEVAL_CLASS not in (settings.get("architectures") or []) and "projection.weight" in weights
+        config: Any = layout.config.from_dict(settings)
+    weights = open_folder(folder).filter(lambda key: not key.endswith(BUFFERS)).rename_keys(layout.key_map, name)
+    generates = (
+        reads_text
+        or GENERATION_CLASS in (settings.get("architectures") or [])
+        or (RETRIEVAL_CLASS not in (settings.get("architectures") or []) and "projection.weight" in weights)
     )
     tokenizer = load_tokenizer(folder)
     check_processor(name, folder, config, tokenizer, generates)
     model_config = _config(name, config, weights, tokenizer, generates)
-    vision = config.vision_config
+    vision = _with_class(config.vision_config, Blip2VisionConfig)
     _set_size(name, vision, weights)
     llm = config.text_config.model_type
+    kind = INSTRUCT_CLASS if reads_text else GENERATION_CLASS if generates else RETRIEVAL_CLASS
     description = (
-        f"transformers' {GENERATION_CLASS if generates else RETRIEVAL_CLASS}: a ViT with {vision.num_hidden_layers}"
+        f"transformers' {kind}: a ViT with {vision.num_hidden_layers}"
         f" layers for {vision.image_size} pixels, {config.num_query_tokens} queries"
         + (f", an LLM of type {llm}" if generates else "")
     )
@@ -103,7 +172,7 @@ def _read(name: str, folder: Path, settings: dict[str, Any]) -> Checkpoint:
         description=description,
         config=model_config,
         weights=weights,
-        tokenizer=folder,
+        tokenizer=folder / QFORMER_TOKENIZER if reads_text else folder,
         vision_config=vision,
         language_config=config.text_config if "projection.weight" in weights else None,
         preprocessing=load_preprocessing(str(folder), vision, None),
@@ -113,7 +182,7 @@ def _read(name: str, folder: Path, settings: dict[str, Any]) -> Checkpoint:
 def _config(
     name: str, config: Any, weights: Weights, tokenizer: PreTrainedTokenizerBase, generates: bool
 ) -> ModelConfig:
-    qformer_config = config.qformer_config
+    reads_text, qformer_config = isinstance(config, InstructBlipConfig), config.qformer_config
     if qformer_config.hidden_act != "gelu":
         raise InputError(
             f"{name}: its Q-Former has the activation {qformer_config.hidden_act}, expected gelu: give a checkpoint"
@@ -140,16 +209,22 @@ def _config(
             intermediate_size=qformer_config.intermediate_size,
             num_query_tokens=config.num_query_tokens,
             cross_attention_frequency=qformer_config.cross_attention_frequency,
-            image_text_hidden_size=config.image_text_hidden_size,
+            **({} if reads_text else {"image_text_hidden_size": config.image_text_hidden_size}),
             vocab_size=qformer_config.vocab_size,
             max_position_embeddings=qformer_config.max_position_embeddings if positions is None else len(positions),
             dropout=qformer_config.hidden_dropout_prob,
             layer_norm_eps=qformer_config.layer_norm_eps,
             image_norm_eps=config.vision_config.layer_norm_eps,
+            use_qformer_text_input=reads_text,
+            text_input=_setting(
+                name, config, TEXT_INPUT_KEY, ("question", "prompt"), "prompt" if reads_text else "question"
+            ),
         )
         language = None
         if generates:
             prompt, stop = _prompt(config.text_config, tokenizer), _stop(name, config.text_config, tokenizer)
+            if reads_text:
+                prompt = str(getattr(config, PROMPT_KEY, QUESTION_PLACEHOLDER))
             # Recorded because the LLM's own files may differ: those of FlanT5 have gelu_new, but LAVIS used gelu.
             language = LanguageConfig(
                 name=name, prompt=prompt, stop_string=stop, activation=activation_name(config.text_config)
@@ -159,21 +234,30 @@ def _config(
             vision=VisionConfig(name=name, position_encoding="none"),
             qformer=qformer,
             language=language,
-            text_normalization=_normalization(name, config),
-        )
+            text_normalization=_setting(
+                name, config, NORMALIZATION_KEY, get_args(TextNormalization),
+                LAYOUTS[config.model_type].text_normalization,
+            ),
+        )  # fmt: skip
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
 
 
-def _normalization(name: str, config: Any) -> TextNormalization:
-    """Return the text normalization of training: LAVIS's, unless :func:`save_processor` recorded another one."""
-    found: Any = getattr(config, NORMALIZATION_KEY, DEFAULT_NORMALIZATION)
-    if found not in get_args(TextNormalization):
+def _setting(name: str, config: Any, key: str, values: Sequence[str], default: str) -> Any:
+    """Return a setting that :func:`save_processor` recorded in config.json; `default` if it recorded none."""
+    found: Any = getattr(config, key, default)
+    if found not in values:
         raise InputError(
-            f"{name}: its config.json has {NORMALIZATION_KEY} {found!r}, expected one of"
-            f" {', '.join(get_args(TextNormalization))}: correct or remove {NORMALIZATION_KEY}"
+            f"{name}: its config.json has {key} {found!r}, expected one of {', '.join(values)}: correct or remove {key}"
         )
     return found
+
+
+def _with_class(config: Any, config_class: Any) -> Any:
+    """Return the configuration of an image encoder as the class of a layout, with the same values."""
+    if type(config) is config_class:
+        return config
+    return config_class(**{key: value for key, value in config.to_dict().items() if key != "model_type"})
 
 
 def _prompt(text_config: Any, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -189,6 +273,8 @@ def _stop(name: str, text_config: Any, tokenizer: PreTrainedTokenizerBase) -> st
     """Return the text of the end token, such as the newline of the paper's OPT; None if it is the tokenizer's EOS."""
     ends = getattr(text_config, "eos_token_id", None)
     ends = list(ends) if isinstance(ends, list | tuple) else [ends]
+    if INCONSISTENT_LLM in (getattr(text_config, "architectures", None) or ()):
+        ends = [tokenizer.eos_token_id]
     end: Any = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
     if end in (None, tokenizer.eos_token_id):
         return None
@@ -266,32 +352,45 @@ def _read_object(path: Path) -> dict[str, Any]:
     return found
 
 
-def save_processor(folder: Path, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> Blip2Config:
-    """Save the processor, the tokenizer and the generation configuration of a checkpoint.
+def save_processor(
+    folder: Path,
+    checkpoint: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    qformer_tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Any:
+    """Save the processor, the tokenizers and the generation configuration of a checkpoint.
 
     Args:
         folder: the folder to write into.
         checkpoint: a checkpoint that contains its frozen parts.
         tokenizer: the tokenizer of the checkpoint. The image placeholder is added to it.
+        qformer_tokenizer: the tokenizer of a Q-Former that reads text in stage 2.
 
     Returns:
         The configuration of the model, for :func:`save_config`.
     """
-    sizes, vision, llm = checkpoint.config.qformer, checkpoint.vision_config, checkpoint.language_config
+    layout, sizes = layout_of(checkpoint.config), checkpoint.config.qformer
+    vision, llm = _with_class(checkpoint.vision_config, layout.vision), checkpoint.language_config
+    reads_text = layout is INSTRUCTBLIP
     preprocessing = checkpoint.preprocessing
     assert preprocessing is not None
     size = {"height": preprocessing.image_size, "width": preprocessing.image_size}
     images = BlipImageProcessorPil(size=size, image_mean=list(preprocessing.mean), image_std=list(preprocessing.std))
-    processor = Blip2Processor(images, tokenizer, num_query_tokens=sizes.num_query_tokens)  # adds <image>
+    processor: Any  # which adds <image>
+    if reads_text:
+        processor = InstructBlipProcessor(images, tokenizer, qformer_tokenizer, num_query_tokens=sizes.num_query_tokens)
+    else:
+        processor = Blip2Processor(images, tokenizer, num_query_tokens=sizes.num_query_tokens)
     processor.save_pretrained(folder)
     # Versions of transformers differ in which of the two files they read; none accepts the PIL-only class name.
     settings = _read_object(folder / "processor_config.json")
     settings["image_processor"]["image_processor_type"] = "BlipImageProcessor"
     write_json(folder / "processor_config.json", settings)
     write_json(
-        folder / "preprocessor_config.json", {**settings["image_processor"], "processor_class": "Blip2Processor"}
+        folder / "preprocessor_config.json",
+        {**settings["image_processor"], "processor_class": type(processor).__name__},
     )
-    qformer = Blip2QFormerConfig(
+    qformer = layout.qformer(
         vocab_size=sizes.vocab_size,
         hidden_size=sizes.hidden_size,
         num_hidden_layers=sizes.num_hidden_layers,
@@ -303,18 +402,28 @@ def save_processor(folder: Path, checkpoint: Checkpoint, tokenizer: PreTrainedTo
         layer_norm_eps=sizes.layer_norm_eps,
         cross_attention_frequency=sizes.cross_attention_frequency,
         encoder_hidden_size=vision.hidden_size,
-        use_qformer_text_input=any(".text_feed_forward." in name for name in checkpoint.weights),
+        **(
+            {}
+            if reads_text
+            else {"use_qformer_text_input": any(".text_feed_forward." in n for n in checkpoint.weights)}
+        ),
     )
-    config = Blip2Config(
+    config = layout.config(
         vision_config=vision,
         qformer_config=qformer,
         text_config=llm,
         num_query_tokens=sizes.num_query_tokens,
-        image_text_hidden_size=sizes.image_text_hidden_size,
         image_token_index=tokenizer.get_vocab()[IMAGE_TOKEN],
+        **({} if reads_text else {"image_text_hidden_size": sizes.image_text_hidden_size}),
     )
-    if checkpoint.config.text_normalization != DEFAULT_NORMALIZATION:
+    if checkpoint.config.text_normalization != layout.text_normalization:
         setattr(config, NORMALIZATION_KEY, checkpoint.config.text_normalization)
+    language = checkpoint.config.language
+    if reads_text and language is not None:
+        if language.prompt != QUESTION_PLACEHOLDER:
+            setattr(config, PROMPT_KEY, language.prompt)
+        if sizes.text_input != "prompt":
+            setattr(config, TEXT_INPUT_KEY, sizes.text_input)
     if llm is not None:
         start = getattr(llm, "decoder_start_token_id", None)
         GenerationConfig(
@@ -332,7 +441,8 @@ def save_config(folder: Path, config: Any, weights: Mapping[str, Tensor]) -> Non
         config: the configuration that :func:`save_processor` returned.
         weights: the weights under transformers' names. If they have several data types, float32 is stored.
     """
-    config.architectures = [GENERATION_CLASS if "language_projection.weight" in weights else RETRIEVAL_CLASS]
+    generation = INSTRUCT_CLASS if isinstance(config, InstructBlipConfig) else GENERATION_CLASS
+    config.architectures = [generation if "language_projection.weight" in weights else RETRIEVAL_CLASS]
     dtypes = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
     config.dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     config.save_pretrained(folder)
