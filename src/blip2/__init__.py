@@ -8,16 +8,29 @@ if TYPE_CHECKING:
     from blip2.decoding.search import Decoding
     from blip2.errors import InputError
     from blip2.evaluation.in_training import train
-    from blip2.pipelines import GenerationPipeline, RepresentationPipeline, load
+    from blip2.pipelines import Chat, Generated, GenerationPipeline, RepresentationPipeline, draw_attention, load
 
-__all__ = ["Decoding", "GenerationPipeline", "InputError", "RepresentationPipeline", "load", "train"]
+__all__ = [
+    "Chat",
+    "Decoding",
+    "Generated",
+    "GenerationPipeline",
+    "InputError",
+    "RepresentationPipeline",
+    "draw_attention",
+    "load",
+    "train",
+]
 __version__ = "0.1.0"
 
 _MODULES = {
+    "Chat": "blip2.pipelines",
     "Decoding": "blip2.decoding.search",
+    "Generated": "blip2.pipelines",
     "GenerationPipeline": "blip2.pipelines",
     "InputError": "blip2.errors",
     "RepresentationPipeline": "blip2.pipelines",
+    "draw_attention": "blip2.pipelines",
     "load": "blip2.pipelines",
     "train": "blip2.evaluation.in_training",
 }

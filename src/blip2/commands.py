@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from blip2.config import CheckpointFormat, DecodingOptions, EvaluationConfig, Precision
-from blip2.corpus.options import NUCLEUS_SAMPLING, CapFiltConfig, Engine, Sharding
-from blip2.decoding.options import ANSWER_DECODING, CAPTION_DECODING, Decoding, Sampling
+from blip2.config import CheckpointFormat, DecodingOptions, EvaluationConfig, Precision, ScoreName
+from blip2.corpus.options import NUCLEUS_SAMPLING, CapFiltConfig, Check, Engine, Sharding
+from blip2.decoding.options import ANSWER_DECODING, CAPTION_DECODING, CHAT_DECODING, Decoding, Sampling
 from blip2.errors import InputError, escape_control_characters
+from blip2.search.options import SearchOptions, Vectors
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,7 @@ def caption(
     prompt: str | None = None,
     decoding: DecodingOptions = CAPTION_DECODING.options,
     sampling: Sampling,
+    revision: str | None = None,
     loading: Loading,
 ) -> None:
     """Caption images.
@@ -158,13 +160,14 @@ def caption(
             file.
         images: image files.
         prompt: text that each caption continues. null: the prompt with which the model was trained.
+        revision: branch, tag or commit of a hub name. null: the newest commit of the main branch.
 
     Example:
         blip2 caption runs/demo/stage2 cat.jpg
     """
     from blip2.pipelines import load
 
-    pipeline = load(model, stage="generation", **vars(loading))
+    pipeline = load(model, stage="generation", revision=revision, **vars(loading))
     captions = pipeline.caption(images, prompt, _seeded(decoding, sampling))
     for image, text in zip(images, captions, strict=True):
         print_row(*([image] if len(captions) > 1 else []), text)
@@ -177,6 +180,7 @@ def ask(
     *,
     decoding: DecodingOptions = ANSWER_DECODING.options,
     sampling: Sampling,
+    revision: str | None = None,
     loading: Loading,
 ) -> None:
     """Answer questions about an image.
@@ -186,19 +190,53 @@ def ask(
             file.
         image: an image file.
         questions: one or more questions.
+        revision: branch, tag or commit of a hub name. null: the newest commit of the main branch.
 
     Example:
         blip2 ask runs/demo/vqa cat.jpg "What is it?"
     """
     from blip2.pipelines import load
 
-    pipeline = load(model, stage="generation", **vars(loading))
+    pipeline = load(model, stage="generation", revision=revision, **vars(loading))
     answers = pipeline.answer(image, questions, _seeded(decoding, sampling))
     for question, text in zip(questions, answers, strict=True):
         print_row(*([question] if len(answers) > 1 else []), text)
 
 
-def match(model: str, image: str, texts: list[str], *, loading: LoadingStage1) -> None:
+def chat(
+    model: str,
+    images: list[str],
+    *,
+    template: str | None = None,
+    decoding: DecodingOptions = CHAT_DECODING.options,
+    sampling: Sampling,
+    loading: Loading,
+) -> None:
+    """Talk about images: each line is a question, which is answered with all questions and answers before it in mind.
+
+    Answers are shown as they are written. /image PATH adds an image to the next question, /reset forgets the
+    conversation, /help shows all commands, /quit leaves, and Ctrl-C ends an answer. If the standard input is not a
+    terminal, its lines are the questions, and each answer is printed as one line.
+
+    Args:
+        model: stage-2 model: a run or checkpoint folder, a transformers BLIP-2 folder or hub name, or a LAVIS .pth
+            file.
+        images: image files, which come before the first question.
+        template: prompt with {} in the place of each question, or chat for the chat template of the LLM. null: the
+            prompt of questions with which the model was trained, or the paper's.
+
+    Example:
+        blip2 chat runs/demo/vqa cat.jpg
+    """
+    from blip2.pipelines import load
+    from blip2.pipelines.terminal import talk
+
+    chosen = _seeded(decoding, sampling).without_beams()
+    pipeline = load(model, stage="generation", **vars(loading))
+    talk(pipeline.chat(images, template=template, decoding=chosen))
+
+
+def match(model: str, image: str, texts: list[str], *, revision: str | None = None, loading: LoadingStage1) -> None:
     """Rank texts by how well they match an image.
 
     Each line shows the probability that the text matches the image (ITM), the cosine similarity (ITC) and the text.
@@ -208,13 +246,14 @@ def match(model: str, image: str, texts: list[str], *, loading: LoadingStage1) -
             file.
         image: an image file.
         texts: texts to compare with the image.
+        revision: branch, tag or commit of a hub name. null: the newest commit of the main branch.
 
     Example:
         blip2 match runs/demo/stage1 cat.jpg "a cat" "a dog"
     """
     from blip2.pipelines import load
 
-    pipeline = load(model, stage="representation", **vars(loading))
+    pipeline = load(model, stage="representation", revision=revision, **vars(loading))
     matches = pipeline.match(image, texts)[0].tolist()
     similarities = pipeline.similarity(image, texts)[0].tolist()
     print("match\tsimilarity\ttext")
@@ -263,6 +302,125 @@ def embed(
     print(json.dumps({name: metrics[name] for name in ("images", "texts", "skipped")}, indent=1))
 
 
+def index(
+    model: str | None = None,
+    data: str | None = None,
+    *,
+    output: str | None = None,
+    vectors: Vectors | None,
+    split: str,
+    image_column: str | None,
+    caption_column: str | None,
+    check: str | None = None,
+    loading: LoadingStage1,
+) -> None:
+    """Make a library of images that can be searched, or bring it up to date.
+
+    The command embeds the images that are new or have changed, and deletes those that are gone. If it is interrupted
+    and started again, it continues where it stopped.
+
+    The arguments are those of :func:`blip2.search.indexing.index`.
+
+    Args:
+        model: stage-1 model: a run or checkpoint folder, a transformers BLIP-2 folder or hub name, or a LAVIS .pth
+            file.
+        check: measure the recall of the approximate search in this library against exact search, and change nothing.
+
+    Example:
+        blip2 index runs/demo/stage1 ~/photos --output library
+    """
+    if check is not None:
+        if model or data or output:
+            raise InputError("--check only measures a library: leave out MODEL, DATA and --output")
+        from blip2.search.recall import measure_recall
+
+        print(json.dumps(vars(measure_recall(check)), indent=1))
+        return
+    arguments = {"MODEL": model, "DATA": data, "--output": output}
+    if model is None or data is None or output is None:
+        missing = " and ".join(name for name, value in arguments.items() if value is None)
+        raise InputError(f"no {missing} was given: run blip2 index MODEL DATA --output LIBRARY")
+    from blip2.search.indexing import index
+
+    columns = {"image_column": image_column, "caption_column": caption_column}
+    report = index(model, data, output, vectors=vectors, split=split, **columns, **vars(loading))
+    print(json.dumps(report.as_json(), indent=1))
+
+
+def search(
+    library: str, query: str, *, model: str | None = None, options: SearchOptions, loading: LoadingStage1
+) -> None:
+    """Search a library of images with words or with an image.
+
+    Each line shows the probability that image and words match (ITM), the cosine similarity (ITC), the image, its first
+    caption and its metadata.
+
+    Args:
+        library: folder of the library that blip2 index made, or its URI on object storage.
+        query: words; or an image file, whose name ends like one.
+        model: the stage-1 model with which the library was made. null: the checkpoint that the library names.
+
+    Example:
+        blip2 search library "a red bus in the rain" --where "year >= 2020"
+    """
+    from blip2.search.library import Library
+    from blip2.search.report import parse_query, write_page
+
+    opened = Library.open(library, model, **vars(loading))
+    parsed = parse_query(query)
+    hits = opened.search(parsed, options.k, options.where, options.rerank_k)
+    if options.html is not None:
+        write_page(opened, parsed, hits, options.html)
+    if options.as_json:
+        print(json.dumps([hit.as_json() for hit in hits], indent=1))
+        return
+    print_row("match", "similarity", "image", "caption", "metadata")
+    for hit in hits:
+        match = "" if hit.match is None else f"{hit.match:.3f}"
+        metadata = ", ".join(f"{name} {value}" for name, value in hit.metadata.items())
+        more = f"{hit.image} (and {len(hit.duplicates)} with the same bytes)" if hit.duplicates else hit.image
+        print_row(match, f"{hit.similarity:.3f}", more, "".join(hit.captions[:1]), metadata)
+        if hit.problem:
+            print_row("", "", f"not re-ranked: {hit.problem}")
+
+
+def score(
+    data: str,
+    *,
+    model: str,
+    by: ScoreName = "itm",
+    output: Path,
+    prompt: str | None,
+    sharding: Sharding,
+    engine: Engine,
+    loading: Loading,
+) -> None:
+    """Score the captions of a corpus: how well each caption fits its image (docs/scoring.md).
+
+    The output folder has one JSONL file per shard, with the key of each image, its captions and their scores, so that
+    the scores can be joined with the corpus and captions below a score can be left out. An interrupted run resumes.
+
+    Args:
+        data: the corpus: any source that data.train of a recipe can name (docs/data.md).
+        model: a run or checkpoint folder, a transformers BLIP-2 folder or hub name, or a LAVIS .pth file; of stage 1
+            for itc, itm and itg, of stage 2 for lm and pmi.
+        by: the score. itc is the cosine of the embeddings, the fastest. itm is the probability of a match, slower and
+            more accurate. itg and lm are the log-likelihood of the caption, under the Q-Former and under the LLM. pmi
+            is lm minus the log-likelihood given a blank image, so that common sentences gain nothing.
+        output: folder for the scores, metrics.json and skipped.jsonl, which names what could not be read.
+        prompt: text that each caption continues, for lm and pmi. null: the prompt with which the model was trained.
+
+    Example:
+        blip2 score 'shards/{00000..00127}.tar' --model runs/mine/stage1 --by itm --output scores
+    """
+    from blip2.corpus.score import score_corpus
+
+    metrics = score_corpus(
+        model, data, output, by, prompt=prompt, shard_size=sharding.shard_size, engine=engine, **vars(loading)
+    )
+    print(json.dumps({name: metrics[name] for name in ("images", "texts", "mean_score", "skipped")}, indent=1))
+
+
 def capfilt(
     captioner: str,
     ranker: str,
@@ -271,13 +429,17 @@ def capfilt(
     output: Path,
     config: CapFiltConfig,
     decoding: DecodingOptions = CAPFILT_DECODING,
+    check: Check,
     engine: Engine,
     device: Device,
 ) -> None:
     """Bootstrap the captions of a corpus: generate captions, rank them with the originals, keep the best.
 
-    Captions are generated by nucleus sampling. If --num-beams is given, beam search is used instead and --top-p has no
-    effect.
+    Captions are generated by nucleus sampling. If --num-beams is given, beam search is used instead of the default of
+    --top-p.
+
+    With --check, stage 1 is trained on the captions before and after the round, and the command fails if the new
+    captions are worse on held-out pairs (docs/capfilt.md).
 
     The arguments are those of :func:`blip2.corpus.capfilt.capfilt`.
 
@@ -286,13 +448,18 @@ def capfilt(
     """
     from blip2.corpus.capfilt import capfilt
 
-    if decoding.num_beams is not None:
+    if decoding.num_beams is not None and decoding.top_p == NUCLEUS_SAMPLING.top_p:
         decoding = replace(decoding, top_p=None)
     chosen = (NUCLEUS_SAMPLING if decoding.num_beams is None else Decoding()).override(decoding)
     config = replace(config, decoding=chosen)
-    metrics = capfilt(captioner, ranker, data, output, config, engine=engine, **vars(device))
-    print(json.dumps({name: metrics[name] for name in ("counts", "dropped", "skipped", "mean_scores")}, indent=1))
+    metrics = capfilt(captioner, ranker, data, output, config, engine=engine, check=check, **vars(device))
+    shown = ("counts", "dropped", "skipped", "keep_rates", "mean_scores", "check")
+    print(json.dumps({name: metrics[name] for name in shown if name in metrics}, indent=1))
     print(f"report: {output / 'report.html'}")
+    if check.recipe is not None and not metrics["check"]["accepted"]:
+        raise InputError(
+            f"{metrics['check']['reason']}: train on {data}, or repeat the round with better models or stricter filters"
+        )
 
 
 def evaluate(
@@ -334,6 +501,7 @@ def convert(
     to: CheckpointFormat,
     stage1: str | None,
     with_language: bool,
+    revision: str | None,
     overrides: dict[str, object],
 ) -> None:
     """Convert a checkpoint to the format of transformers, vLLM, LAVIS or blip2.
@@ -345,7 +513,7 @@ def convert(
     """
     from blip2.convert import convert
 
-    print_row(convert(source, target, to, overrides, stage1, with_language))
+    print_row(convert(source, target, to, overrides, stage1, with_language, revision))
 
 
 def push(folder: str, repo_id: str, *, private: bool) -> None:
@@ -364,7 +532,8 @@ def push(folder: str, repo_id: str, *, private: bool) -> None:
 COMMANDS: dict[str, Callable[..., None]] = {
     command.__name__: command
     for command in (
-        demo, scenes, train, features, caption, ask, match, embed, capfilt, evaluate, convert, push,
+        demo, scenes, train, features, caption, ask, chat, match, embed, index, search, score, capfilt, evaluate,
+        convert, push,
     )
 }  # fmt: skip
 """The commands by name, in the order of ``blip2 --help``."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     BartConfig,
@@ -20,17 +21,24 @@ from transformers import (
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    MinPLogitsWarper,
     MistralConfig,
     MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 
 from blip2.backbones.language import LanguageModel
-from blip2.decoding.kv_cache import supports_kv_cache
-from blip2.decoding.search import Decoding, generate, generate_with_transformers, sample_top_p
+from blip2.decoding.conversation import ConversationDecoder, make_prompt
+from blip2.decoding.kv_cache import CausalLMDecoder, supports_kv_cache
+from blip2.decoding.search import Decoding, generate, generate_with_transformers, sample_tokens, sample_top_p
+from blip2.decoding.text import make_stopping_criteria
 
 V, WIDTH, QUERIES = 24, 32, 4
 END = 5
@@ -131,6 +139,92 @@ def test_tokens_are_those_of_transformers(name, decoding):
         assert torch.equal(ours(name, *prompts(seed), **given), expected)
         texts |= set(map(tuple, expected.tolist()))
     assert len(texts) > 2
+
+
+@pytest.mark.parametrize("decoding", [GREEDY, BEAMS], ids=["greedy", "beams"])
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_no_ngram_is_repeated(name, decoding):
+    differences = 0
+    for seed in range(3):
+        given: dict[str, Any] = {"decoding": replace(decoding, no_repeat_ngram_size=2, max_new_tokens=20)}
+        given["eos_token_ids"] = [END]
+        new = ours(name, *prompts(seed), **given)
+        assert torch.equal(new, plain(name, *prompts(seed), **given))
+        for row in new.tolist():
+            row = row[: row.index(END)] if END in row else row
+            pairs = list(zip(row, row[1:], strict=False))
+            assert len(set(pairs)) == len(pairs)
+        given["decoding"] = replace(decoding, max_new_tokens=20)
+        differences += not torch.equal(ours(name, *prompts(seed), **given), new)
+    assert differences
+
+
+LETTERS = "abcdefghijklmnopqrstuvwx"
+
+
+def letters() -> PreTrainedTokenizerFast:
+    """Each of the V tokens is a letter."""
+    core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(LETTERS)}, []))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=core)
+
+
+@pytest.mark.parametrize("decoding", [GREEDY, BEAMS, replace(BEAMS, length_penalty=-1.0)])
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_stop_strings_end_sequences_as_in_transformers(name, decoding):
+    """Stop strings are two pairs of tokens that the LLM writes."""
+    stopped = 0
+    for seed in range(3):
+        free = ours(name, *prompts(seed), decoding=decoding, eos_token_ids=NEVER)
+        stop_strings = ["".join(LETTERS[token] for token in row[2:4]) for row in free[:2].tolist()]
+        chosen = replace(decoding, stop_strings=stop_strings)
+        network, asked = llm(name).network, llm(name).prepare_prompts(*prompts(seed))
+        criteria = make_stopping_criteria(letters(), chosen)
+        new = generate(network, asked, chosen, [END], 1, None, criteria)
+        assert torch.equal(new, generate_with_transformers(network, asked, chosen, [END], 1, None, criteria))
+        texts = ["".join(LETTERS[token] for token in row) for row in new.tolist()]
+        stopped += sum(any(each in text for each in stop_strings) for text in texts)
+        assert all(
+            text.find(each) in (-1, len(text) - 2) or END in row
+            for text, row in zip(texts, new.tolist(), strict=True)
+            for each in stop_strings
+            if text[-1] != LETTERS[END]
+        )
+    assert stopped
+
+
+@pytest.mark.parametrize("name", DECODER_ONLY)
+def test_a_conversation_reads_each_token_once(name):
+    """The logits are those of the whole sequence, also after a return to an earlier place."""
+    network, generator = llm(name).network, torch.Generator().manual_seed(0)
+    table = torch.randn(60, WIDTH, generator=generator)
+    decoder, counts = None, []
+    hook = network.register_forward_pre_hook(
+        lambda _, __, given: counts.append(
+            next(given[k].shape[1] for k in ("inputs_embeds", "input_ids") if k in given)
+        ),
+        with_kwargs=True,
+    )
+    kept: ConversationDecoder | None = None
+    sequences = [list(range(5)), list(range(30)), [*range(9), 40, 41], [*range(9), 40, 41], list(range(50))]
+    for step, keys in enumerate(sequences):
+        prompt = make_prompt(torch.tensor(keys) % V, table[keys])
+        counts.clear()
+        with torch.no_grad():
+            if decoder is None:
+                decoder = ConversationDecoder(network, prompt, keys)
+            else:
+                decoder.read(prompt, keys)
+            assert counts == [(5, 25, 2, 1, 41)[step]]
+            torch.testing.assert_close(decoder.logits, CausalLMDecoder(network, prompt).logits, atol=1e-4, rtol=1e-4)
+            if step == 1:
+                kept = decoder.copy()
+    hook.remove()
+    assert kept is not None
+    prompt = make_prompt(torch.tensor([*range(30), 50]) % V, table[[*range(30), 50]])
+    with torch.no_grad():
+        kept.read(prompt, [*range(30), 50])
+        torch.testing.assert_close(kept.logits, CausalLMDecoder(network, prompt).logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("decoding", [GREEDY, BEAMS, replace(BEAMS, length_penalty=-1.0)])
@@ -305,3 +399,34 @@ def test_random_numbers_determine_the_sequences_for_every_function_and_batch(nam
     alone = llm(name).prepare_prompts(visual[1:2], ids[1:2], mask[1:2])
     own = generate(llm(name).network, alone, decoding, [END], 3, uniforms[3:6])
     assert own.tolist() == together[3:6, : own.shape[1]].tolist()
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p", "temperature"),
+    [
+        (5, None, None, 1.0),
+        (None, None, 0.2, 1.0),
+        (8, 0.7, None, 0.7),
+        (None, 0.9, 0.1, 1.5),
+        (9, 0.8, 0.3, 1.3),
+        (50, None, 0.0, 1.0),
+    ],
+)
+def test_sampled_tokens_have_the_probabilities_of_transformers_processors(top_k, top_p, min_p, temperature):
+    logits = 2 * torch.randn(1, V, generator=torch.Generator().manual_seed(4))
+    expected: Any = TemperatureLogitsWarper(temperature)(None, logits)  # type: ignore[arg-type]
+    for option, processor in ((top_k, TopKLogitsWarper), (top_p, TopPLogitsWarper), (min_p, MinPLogitsWarper)):
+        expected = expected if option is None else processor(option)(None, expected)
+    decoding = Decoding(top_k=top_k, top_p=top_p, min_p=min_p, temperature=temperature)
+    uniforms = (torch.arange(4000) + 0.5) / 4000
+    frequencies = sample_tokens(logits.expand(4000, -1), decoding, uniforms).bincount(minlength=V) / 4000
+    torch.testing.assert_close(frequencies, expected.softmax(dim=-1)[0], atol=1 / 2000, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_top_k_and_min_p_sample_the_sequences_of_transformers(name):
+    decoding = Decoding(top_k=6, top_p=0.95, min_p=0.02, temperature=1.2, max_new_tokens=6, no_repeat_ngram_size=3)
+    uniforms = torch.rand(4, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    asked = llm(name).prepare_prompts(*prompts(2))
+    new = generate(llm(name).network, asked, decoding, [END], 1, uniforms)
+    assert torch.equal(new, generate_with_transformers(llm(name).network, asked, decoding, [END], 1, uniforms))

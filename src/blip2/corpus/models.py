@@ -21,9 +21,11 @@ from blip2.builder import choose_device, choose_dtype
 from blip2.checkpoint import CHECKPOINTS_FOLDER, find_checkpoint
 from blip2.config import Precision
 from blip2.decoding.search import Decoding, SampledTokenLogitsProcessor
+from blip2.decoding.text import final_text
 from blip2.errors import InputError
 from blip2.interop.detect import is_pickle
 from blip2.pipelines import GenerationPipeline, RepresentationPipeline, load
+from blip2.pipelines.scoring import Candidate
 
 
 def resolve_checkpoint(name: str) -> str:
@@ -84,6 +86,15 @@ class Blip2Captioner:
         texts = self._pipeline.generate(list(images), prompts, self._decoding, num_return_sequences, uniforms=uniforms)
         return _group(texts, num_return_sequences)
 
+    def score_pmi(self, images: Sequence[Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
+        """Return how much more likely each text is with its image than with a blank image, in natural logarithms.
+
+        Args:
+            images: the images.
+            texts: for each image, its group of texts, at least one.
+        """
+        return _scores(self._pipeline.rank(list(images), texts, by="pmi", prompt=self._prompt), texts)
+
 
 class Blip2Ranker:
     """Compares images with texts by the image-text contrastive similarity of a stage-1 model (§3.2)."""
@@ -97,6 +108,21 @@ class Blip2Ranker:
         text_embeds = self._pipeline.embed_texts([text for group in texts for text in group])
         groups = text_embeds.split([len(group) for group in texts])
         return [(group @ queries.T).amax(dim=-1).tolist() for group, queries in zip(groups, image_embeds, strict=True)]
+
+    def score_itm(self, images: Sequence[Image], texts: Sequence[Sequence[str]]) -> list[list[float]]:
+        """Return the probability that each text matches its image.
+
+        Args:
+            images: the images.
+            texts: for each image, its group of texts, at least one.
+        """
+        return _scores(self._pipeline.rank(list(images), texts, by="itm"), texts)
+
+
+def _scores(ranked: Sequence[Sequence[Candidate]], texts: Sequence[Sequence[str]]) -> list[list[float]]:
+    """Return the scores of ranked texts in the order of `texts`."""
+    scores = [{candidate.text: candidate.score for candidate in group} for group in ranked]
+    return [[found[text] for text in group] for found, group in zip(scores, texts, strict=True)]
 
 
 class TransformersCaptioner:
@@ -117,17 +143,21 @@ class TransformersCaptioner:
         inputs = _prepare(self._processor(images=list(images), **text, return_tensors="pt"), self._model)
         decoding, num_beams = self._decoding, self._decoding.beam_width(num_return_sequences)
         options: dict[str, Any] = {"do_sample": False, "num_beams": num_beams}
-        if decoding.top_p is not None:
+        if decoding.do_sample:
             # The logits processor leaves only one possible token, so that sampling by transformers has no effect.
             options = {"do_sample": True, "num_beams": 1, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
             options["logits_processor"] = [SampledTokenLogitsProcessor(uniforms, decoding)]
         elif num_beams > 1:
             options["length_penalty"] = decoding.length_penalty
+        if decoding.stop_strings:
+            options |= {"stop_strings": list(decoding.stop_strings), "tokenizer": self._processor.tokenizer}
         tokens = self._model.generate(
             **inputs, **options, num_return_sequences=num_return_sequences, max_new_tokens=decoding.max_new_tokens,
-            min_new_tokens=decoding.min_new_tokens,
+            min_new_tokens=decoding.min_new_tokens, repetition_penalty=decoding.repetition_penalty,
+            no_repeat_ngram_size=decoding.no_repeat_ngram_size,
         )  # fmt: skip
         texts = [self._remove_prompt(text) for text in self._processor.batch_decode(tokens, skip_special_tokens=True)]
+        texts = [final_text(text, decoding.stop_strings) for text in texts]
         return _group(texts, num_return_sequences)
 
     def _remove_prompt(self, text: str) -> str:

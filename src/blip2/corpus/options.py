@@ -39,6 +39,24 @@ LOCAL = Engine()
 
 
 @dataclass(frozen=True, kw_only=True)
+class Check:
+    """The check of a round of CapFilt on held-out pairs (:mod:`blip2.corpus.check`)."""
+
+    recipe: str | None = field(default=None, metadata={"option": "check"})
+    """Recipe of stage 1 with evaluation.task retrieval, by which the round is checked: it trains on the captions before
+    and on those after the round, and the round is refused if R@1 on the recipe's evaluation.data is worse by more than
+    the spread over runs. null: no check."""
+    runs: int = bounded(3, 1, MAX_COUNT, option="check_runs")
+    """Number of runs of the check on each of the two, with different seeds."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+NO_CHECK = Check()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sharding:
     """Shards of the output."""
 
@@ -63,8 +81,9 @@ class CapFiltConfig(Sampling, Sharding):
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        if self.decoding.top_p is None and self.num_captions > 1 and self.decoding.num_beams < self.num_captions:
+        num_beams = self.decoding.beam_width(1)
+        if not self.decoding.do_sample and self.num_captions > 1 and num_beams < self.num_captions:
             raise InputError(
-                f"--num-beams is {self.decoding.num_beams}, expected at least the number of captions,"
+                f"--num-beams is {num_beams}, expected at least the number of captions,"
                 f" {self.num_captions}: raise --num-beams, lower --captions, or leave out --num-beams to sample"
             )

@@ -1,6 +1,7 @@
 """Use trained models: caption images, answer questions, embed and compare images and texts."""
 
 from blip2.pipelines.base import Pipeline
+from blip2.pipelines.chat import Chat
 from blip2.pipelines.generation import QUESTION_TEMPLATE, SHORT_QUESTION_TEMPLATE, GenerationPipeline
 from blip2.pipelines.images import Images, OnError
 from blip2.pipelines.loading import load, make_pipeline
@@ -13,6 +14,7 @@ __all__ = [
     "SHORT_QUESTION_TEMPLATE",
     "Alternative",
     "Candidate",
+    "Chat",
     "Generated",
     "GenerationPipeline",
     "Images",

@@ -115,9 +115,8 @@ class Chat:
             self._messages.append(self._make_message(role, parts, places))
         if self._pending and places:
             raise InputError(
-                f"there are {len(self._start)} images, but the messages have only"
-                f" {len(self._start) - len(self._pending)} places for them: add parts {{'type': 'image'}}, or give fewer"
-                " images"
+                f"there are {len(self._start)} images, but only {len(self._start) - len(self._pending)} places for them"
+                " in the messages: add parts {'type': 'image'}, or give fewer images"
             )
 
     @property
@@ -217,9 +216,7 @@ class Chat:
         waits = bool(self._messages) and self._messages[-1].role == "user"
         if content is None:
             if not waits:
-                raise InputError(
-                    "there is no question to answer: give one, or end the messages with one of role 'user'"
-                )
+                raise InputError("there is no question to answer: give one, or end the messages with the user's")
             if self._pending:
                 raise InputError(
                     "images were added after the question that waits for an answer: answer it first, with ask() alone"
@@ -332,8 +329,8 @@ class Chat:
             text = self._pipeline.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # templates raise errors for what they do not support
             raise InputError(
-                f"the LLM's chat template refuses the messages ({type(error).__name__}: {error}): change their roles, or"
-                " leave out template"
+                f"the LLM's chat template refuses the messages ({type(error).__name__}: {error}): change their roles,"
+                " or leave out template"
             ) from error
         assert isinstance(text, str)
         if text.count(IMAGE_TOKEN) != sum(content.count(IMAGE_TOKEN) for content in contents):
@@ -362,11 +359,8 @@ class Chat:
                 keys += segment
                 ids += segment
         input_ids = torch.tensor(ids, dtype=torch.long, device=device)
-        batch = language.prepare_prompts(
-            torch.empty(1, 0, language.hidden_size, device=device),
-            input_ids[None],
-            torch.ones_like(input_ids[None]).bool(),
-        )
+        no_image = torch.empty(1, 0, language.hidden_size, device=device)
+        batch = language.prepare_prompts(no_image, input_ids[None], torch.ones_like(input_ids[None]).bool())
         embeds = batch.text_embeds[0].clone()
         for start, each in visual:
             embeds[start : start + len(each)] = each.to(embeds.dtype)
@@ -405,7 +399,7 @@ class Chat:
         yield [*(before if is_first else ()), *after]
 
     def _special_tokens(self) -> tuple[list[int], list[int]]:
-        """Return the special tokens that the tokenizer puts before and after a prompt. Chat templates have their own."""
+        """Return the special tokens that the tokenizer puts around a prompt; chat templates have their own."""
         if self._template == CHAT_TEMPLATE:
             return [], []
         tokenizer = self._pipeline.tokenizer
@@ -467,20 +461,16 @@ class Chat:
                 if piece:
                     yield piece
         except (GeneratorExit, KeyboardInterrupt):
-            self._add_answer(messages, prompt, streamer.text.rstrip(), tokens, decoding, number)
+            self._add_answer(messages, prompt, streamer.text.rstrip(), tokens, number)
             raise
-        self._add_answer(messages, prompt, streamer.text, tokens, decoding, number)
+        self._add_answer(messages, prompt, streamer.text, tokens, number)
 
-    def _add_answer(
-        self, messages: list[_Message], prompt: str, text: str, tokens: list[int], decoding: Decoding, number: int
-    ) -> None:
+    def _add_answer(self, messages: list[_Message], prompt: str, text: str, tokens: list[int], number: int) -> None:
         if number != self._answer_number:
             return
         self._answer_number += 1
-        tokenizer, ends = (
-            self._pipeline.tokenizer,
-            self._pipeline.model.language.eos_token_ids(self._pipeline.eos_token_id),
-        )
+        tokenizer, language = self._pipeline.tokenizer, self._pipeline.model.language
+        ends = language.eos_token_ids(self._pipeline.eos_token_id)
         kept = tokens[:-1] if tokens and tokens[-1] in ends else tokens
         while kept and final_text(tokenizer.decode(kept, skip_special_tokens=True), None) != text:
             kept = kept[:-1]  # a stop string, or what was not read
@@ -521,8 +511,8 @@ def _parse_messages(messages: Sequence[Mapping[str, Any]]) -> list[tuple[Role, l
     """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         raise InputError(
-            f"the messages are {_shown(messages)}, expected a list of {{'role': ..., 'content': ...}}: give a list, or a"
-            " text to ask()"
+            f"the messages are {_shown(messages)}, expected a list of {{'role': ..., 'content': ...}}: give a list, or"
+            " a text to ask()"
         )
     parsed: list[tuple[Role, list[str | dict[str, Any]]]] = []
     for number, message in enumerate(messages, 1):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from blip2.config import IMAGE_TOKEN, ModelConfig
+from blip2.config import IMAGE_TOKEN, ModelConfig, ScoreName
 from blip2.data.arrays import blank_input
 from blip2.data.collate import (
     check_unicode,
@@ -35,7 +35,7 @@ from blip2.pipelines.base import check_all_used, check_texts, texts_of_images
 from blip2.pipelines.chat import Chat
 from blip2.pipelines.images import Images, ImageStream, OnError
 from blip2.pipelines.results import Generated, until_end
-from blip2.pipelines.scoring import Rows, ScoreName, Scores, ScoringPipeline
+from blip2.pipelines.scoring import Rows, Scores, ScoringPipeline, TextLengthError
 
 QUESTION_TEMPLATE = "Question: {} Answer:"
 """Default prompt of questions for a decoder-only LLM (§4.1)."""
@@ -228,8 +228,8 @@ class GenerationPipeline(ScoringPipeline[GenerationModel]):
             question: a question to answer, instead of a prompt.
 
         Raises:
-            InputError: there are several images, the image cannot be decoded, both `prompt` and `question` are given, or
-                beam search is asked for.
+            InputError: there are several images, the image cannot be decoded, both `prompt` and `question` are given,
+                or beam search is asked for.
         """
         assert self.config.language is not None
         default = CAPTION_DECODING if question is None else ANSWER_DECODING
@@ -759,7 +759,7 @@ class GenerationPipeline(ScoringPipeline[GenerationModel]):
         language, queries = self.model.language, self.config.qformer.num_query_tokens
         needed = max(queries + num_tokens, num_labels if language.is_encoder_decoder else 0)
         if language.max_position_embeddings is not None and needed > language.max_position_embeddings:
-            raise InputError(
+            raise TextLengthError(
                 f"a prompt with its text needs {needed} of the LLM's {language.max_position_embeddings} positions,"
                 f" {queries} of them for the image: shorten the prompt or the text"
             )
