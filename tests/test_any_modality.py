@@ -130,3 +130,109 @@ def test_commands(trained, table, tmp_path, capsys):
         lines("evaluate", trained[name], "--task", task, "--data", data, "--output", tmp_path / task)
         metrics = json.loads((tmp_path / task / "metrics.json").read_text())
         assert metrics["images_skipped"] == 0
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("vision", "data", "message"),
+    [
+        ({"name": "features"}, {}, "vision.name is features, but vision.hidden_size is null: set"),
+        ({"name": "features", "hidden_size": 4}, {}, "vision.max_tokens is null"),
+        ({**VISION, "layer": "last"}, {}, "vision.layer is last, but vision.name is features, for which it has no"),
+        ({**VISION, "image_size": 4}, {}, "vision.image_size is 4, but vision.name is features"),
+        ({**VISION, "position_encoding": "sine2d"}, {}, "no grid of rows and columns"),
+        ({"name": "vit", "max_tokens": 4}, {}, "vision.max_tokens is 4, but vision.name is vit, whose own sizes are used"),
+        ({"name": "module", "layer": "last"}, {}, "vision.layer is last, but vision.name is module"),
+        (VISION, {"cached_views": 1}, "features are read as they are, and cannot be cached"),
+        ({"name": "module"}, {"cached_views": 1}, "its features cannot be cached"),
+    ],
+)
+def test_keys_that_do_not_fit_are_refused(parts, tmp_path, vision, data, message):
+    with pytest.raises(InputError, match=message):
+        parts.recipe(tmp_path, vision={**dict.fromkeys(("layer",)), **vision}, data=data)
+
+
+def test_bad_records_are_skipped_counted_and_named(parts, tmp_path):
+    from blip2.training.trainer import train
+
+    for i, array in enumerate(arrays(5)):
+        np.save(tmp_path / f"{i}.npy", array)
+    np.save(tmp_path / "5.npy", np.full((2, WIDTH), np.nan))
+    np.save(tmp_path / "6.npy", np.zeros((LONGEST + 1, WIDTH)))
+    (tmp_path / "7.npy").write_bytes((tmp_path / "0.npy").read_bytes()[:-1])
+    rows = [{"features": f"{i}.npy", "caption": "a red disc"} for i in range(8)] + [{"features": "", "caption": "a"}]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train": str(tmp_path / "t.jsonl"), "batch_size": 9, "group_by_length": False}
+    train(parts.recipe(tmp_path / "run", vision=VISION, data=data, training={**SHORT, "max_steps": 1}))
+    assert read_metrics(tmp_path / "run")[-1]["skipped_image"] == 4
+    skipped = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    messages = sorted(f"{Path(row['key'].split(' (')[-1]).name} {row['message']}" for row in skipped)
+    for found, expected in zip(messages, ("holds nan", "has the shape", "ends after", "has no features"), strict=False):
+        assert any(expected in message for message in messages), (found, messages)
+
+
+@pytest.mark.parametrize("content", ["nan", "wide", "truncated", "absent"])
+def test_commands_refuse_a_bad_array_in_one_line(trained, tmp_path, capsys, content):
+    path = tmp_path / "a.npy"
+    if content != "absent":
+        np.save(path, np.full((2, WIDTH), np.nan) if content == "nan" else np.zeros((2, WIDTH + (content == "wide"))))
+    if content == "truncated":
+        path.write_bytes(path.read_bytes()[:-1])
+    assert main(["embed", str(trained["stage1"]), str(path), "--output", str(tmp_path / "o.safetensors")]) == 1
+    error = capsys.readouterr().err.strip().splitlines()
+    assert error[-1].startswith("error: ") and str(path) in error[-1]
+
+
+def test_features_that_are_given_must_be_whole(trained):
+    compare = blip2.load(trained["stage1"], "cpu")
+    encoded = compare.encode_images(arrays(3))
+    for spoil in ((0, 0, 3, torch.nan), (1, 0, 0, torch.inf), (0, slice(None), slice(None), torch.nan)):
+        bad = encoded.clone()
+        bad[spoil[0], spoil[1], spoil[2]] = spoil[3]
+        with pytest.raises(InputError, match="the features hold NaN or infinity"):
+            compare.embed_images(bad)
+
+
+def test_commands_on_images_refuse_the_model_in_one_line(trained, table, tmp_path, capsys):
+    recipe = ["--output", str(tmp_path / "x"), "--vision.name", "features", "--vision.hidden_size", "24"]
+    recipe += ["--vision.max_tokens", "9", "--data.cached_views", "0", "--data.train", str(table)]
+    for arguments, message in (
+        (["convert", trained["stage1"], tmp_path / "out", "--to", "transformers"], "reads arrays of features"),
+        (["features", "demo-stage1", *recipe], "vision.name is features, whose features are not cached"),
+        (["caption", trained["llama"], table], "is not an array"),
+    ):
+        assert main([str(each) for each in arguments]) == 1
+        assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+# -- a module of one's own ---------------------------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(WIDTH, 10, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.rnn(x)[0]
+
+
+@pytest.mark.parametrize("rate", ["frozen", 1e-3])
+def test_train_and_load_with_a_module(parts, table, tmp_path, rate):
+    torch.manual_seed(0)
+    encoder = Encoder()
+    rates = {"vision.*": rate, "language.*": "frozen", "*": 1e-3}
+    recipe = parts.recipe(
+        tmp_path / "run", vision=VISION, data={"train": str(table)}, training=SHORT, optimizer={"learning_rate": rates}
+    )
+    blip2.train(recipe, encoder=encoder)
+    again = Encoder()
+    if rate == "frozen":
+        again.load_state_dict(encoder.state_dict())
+    pipeline = blip2.load(tmp_path / "run", "cpu", encoder=again)
+    assert pipeline.embed_images(arrays(3)).shape == (3, 4, 16)
+    assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), again.parameters(), strict=True))
+    with pytest.raises(InputError):  # the Q-Former was trained for features of another width
+        blip2.load(tmp_path / "run", "cpu")

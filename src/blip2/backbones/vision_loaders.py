@@ -78,7 +78,7 @@ def load_image_encoder(
 # -- modules -----------------------------------------------------------------------------------------------------------
 
 
-def wrap_module(module: nn.Module, input_format: Preprocessing | FeatureFormat) -> ImageEncoder:
+def wrap_module(module: nn.Module | Any, input_format: Preprocessing | FeatureFormat) -> ImageEncoder:
     """Wrap a module in an :class:`ImageEncoder`, frozen.
 
     Args:

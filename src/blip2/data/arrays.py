@@ -105,7 +105,9 @@ def read_features(source: Any, form: FeatureFormat) -> Float[Tensor, "P E"]:
             f"features are a {type(source).__name__}, expected an array [P, E], or the path or the bytes of a file"
             f" ({', '.join(FEATURE_SUFFIXES)}): give one of these"
         )
-    tensor = torch.from_numpy(array.astype(np.float32)) if isinstance(array, np.ndarray) else array.detach().cpu().float()
+    with np.errstate(over="ignore"):  # a number that float32 cannot hold becomes infinite
+        array = torch.from_numpy(array.astype(np.float32)) if isinstance(array, np.ndarray) else array
+    tensor = array.detach().cpu().float()
     finite = tensor.isfinite()
     if not finite.all():
         token, channel = (~finite).nonzero()[0].tolist()
@@ -181,7 +183,7 @@ def _read_npy(file: Any, form: FeatureFormat, name: str) -> np.ndarray:
 def _choose_key(key: str | None, keys: list[str], name: str) -> str:
     if key is None and len(keys) == 1:
         return keys[0]
-    listed = ", ".join(keys[:8]) + (", ..." if len(keys) > 8 else "") or "none"
+    listed = ", ".join(sorted(keys)[:8]) + (", ..." if len(keys) > 8 else "") or "none"
     if key is None:
         raise ImageError(f"{name} holds {len(keys)} arrays ({listed}), expected one: name it with #KEY after the path")
     if key not in keys:
