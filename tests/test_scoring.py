@@ -183,7 +183,7 @@ def test_a_prompt_is_read_once(writer):
     reader = reader.get_encoder() if writer.model.language.is_encoder_decoder else reader.get_decoder()
     lengths = []
     hook = reader.register_forward_pre_hook(
-        lambda _, args, kwargs: lengths.append(tuple((kwargs.get("inputs_embeds"), kwargs.get("input_ids")))),
+        lambda _, args, kwargs: lengths.append((kwargs.get("inputs_embeds"), kwargs.get("input_ids"))),
         with_kwargs=True,
     )
     try:
@@ -267,7 +267,7 @@ def test_answers_are_taken_as_they_are_and_captions_as_in_training(saved):
     assert (asked[:, 0] - asked[:, 1]).abs().min() > 1e-3
 
 
-# -- ranking and classification ------------------------------------------------------------------------------------------
+# -- ranking and classification ----------------------------------------------------------------------------------------
 
 
 def test_rank_sorts_by_score(compare, writer):
@@ -331,11 +331,11 @@ def test_classes(compare, writer):
         alone = pipeline.classify(IMAGES, classes)
         named = pipeline.classify(IMAGES, classes, pipeline.class_template)
         assert alone == named and len(alone) == 3
-    asked = writer.classify(IMAGES[0], ["red", "blue"], questions="what color")
-    assert [each.text for each in asked[0]] == [each.text for each in writer.rank(IMAGES[0], ["red", "blue"], "what color")[0]]  # fmt: skip
+    asked, ranked = (call(IMAGES[0], ["red", "blue"], questions="what color") for call in (writer.classify, writer.rank))
+    assert asked == ranked
 
 
-# -- what is refused -----------------------------------------------------------------------------------------------------
+# -- what is refused ---------------------------------------------------------------------------------------------------
 
 
 def test_scores_that_a_stage_does_not_have(compare, writer):
@@ -409,3 +409,20 @@ def test_scores_per_token_need_tokens(compare):
         _ = scores.per_token
     with pytest.raises(InputError, match="per_token divides a likelihood by the number of tokens, but itc is none"):
         compare.rank(IMAGES, TEXTS, by="itc", per_token=True)
+
+
+def test_texts_about_given_images(compare, writer):
+    index = [1, 0, 1, 2, 2]
+    for pipeline in (compare, writer):
+        every = pipeline.score(IMAGES, TEXTS).values
+        own = pipeline.score(IMAGES, TEXTS, image_index=index).values
+        close(own, every[index, range(5)], 2e-5)
+        for given, expected in (
+            ([0], "image_index has 1 entries for 5 texts"),
+            ([0, 1, 2, 3, 0], "image_index contains 3, expected 0 to 2"),
+        ):
+            with pytest.raises(InputError) as error:
+                pipeline.score(IMAGES, TEXTS, image_index=given)
+            assert expected in message(error)
+        with pytest.raises(InputError, match="found both pairs and image_index"):
+            pipeline.score(IMAGES, TEXTS, pairs=True, image_index=index)

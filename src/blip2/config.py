@@ -18,6 +18,7 @@ from blip2.errors import InputError
 Precision = Literal["fp32", "bf16", "fp16"]
 TextNormalization = Literal["none", "lavis"]
 Stage = Literal["representation", "generation"]
+ScoreName = Literal["itc", "itm", "itg", "lm", "pmi"]
 CheckpointFormat = Literal["transformers", "vllm", "lavis", "blip2"]
 QUESTION_PLACEHOLDER = "{}"
 """The part of a prompt that is replaced by the question."""

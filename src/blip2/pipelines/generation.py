@@ -33,7 +33,7 @@ from blip2.model.generation import GenerationModel, Questions
 from blip2.model.losses import IGNORE_INDEX
 from blip2.pipelines.base import check_all_used, check_texts, texts_of_images
 from blip2.pipelines.chat import Chat
-from blip2.pipelines.images import Images, ImageStream, OnError
+from blip2.pipelines.images import Images, ImageStream, OnError, cat_padded
 from blip2.pipelines.results import Generated, until_end
 from blip2.pipelines.scoring import Rows, Scores, ScoringPipeline, TextLengthError
 
@@ -452,7 +452,7 @@ class GenerationPipeline(ScoringPipeline[GenerationModel]):
             if prompts:
                 tokens = self._tokenize_prompts(prompts, decoding)
                 args = (torch.cat(visual), indices, *tokens, decoding)
-                made = self._describe(*args, torch.cat(maps)) if details else self._decode(*args, 1)[0]
+                made = self._describe(*args, cat_padded(maps)) if details else self._decode(*args, 1)[0]
                 for position, result in zip(positions, made, strict=True):
                     results.setdefault(position, []).append(result)
             for each in (positions, prompts, indices, visual, maps):

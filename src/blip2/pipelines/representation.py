@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from blip2.config import ScoreName
 from blip2.data.collate import encode_texts, normalize_captions, pad
 from blip2.data.images import ImageError
 from blip2.decoding.options import CAPTION_DECODING, Decoding
@@ -23,7 +24,7 @@ from blip2.model.text_decoder import TextDecoder
 from blip2.pipelines.base import check_all_used, check_texts, texts_of_images
 from blip2.pipelines.images import Images, OnError
 from blip2.pipelines.results import Generated, until_end
-from blip2.pipelines.scoring import Rows, ScoreName, Scores, ScoringPipeline
+from blip2.pipelines.scoring import Rows, Scores, ScoringPipeline
 
 PairFn = Callable[[ImageMemory, Int[Tensor, "N L"], Bool[Tensor, "N L"]], Float[Tensor, "N"]]
 """Scores pairs: maps the image, the token ids and the mask of each pair to a number."""

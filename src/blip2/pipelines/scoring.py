@@ -20,18 +20,22 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import ClassVar, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from blip2.config import ScoreName
 from blip2.errors import InputError
 from blip2.pipelines.base import Images, Model, Pipeline, check_texts
 
-ScoreName = Literal["itc", "itm", "itg", "lm", "pmi"]
 LIKELIHOODS = ("itg", "lm", "pmi")
 """The scores that are sums over the tokens of a text."""
+
+
+class TextLengthError(InputError):
+    """A text, with its prompt, for which the LLM has too few positions."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Scores:
     """Scores of texts for images, from :meth:`~blip2.GenerationPipeline.score`."""
 
     values: Float[Tensor, "*shape"]
-    """[R, T] for every row with every text, [N] for pairs. A likelihood is the sum over the tokens of the text, in
+    """[R, T] for every image with every text, [N] for pairs. A likelihood is the sum over the tokens of the text, in
     natural logarithms."""
     num_tokens: Int[Tensor, "*shape"] | None = None
     """Number of tokens of each text, with its end token. None: the score is not a likelihood."""
@@ -98,6 +102,7 @@ class ScoringPipeline(Pipeline[Model]):
         by: ScoreName | str | None = None,
         *,
         pairs: bool = False,
+        image_index: Sequence[int] | None = None,
         prompt: str | Sequence[str] | None = None,
         questions: str | Sequence[str] | None = None,
     ) -> Scores:
@@ -116,14 +121,17 @@ class ScoringPipeline(Pipeline[Model]):
                 for stage 2. None: ``itm`` for stage 1, ``lm`` for stage 2. The blank image of ``pmi`` has the mean
                 color of the image encoder's preprocessing: after normalization, all its pixels are 0.
             pairs: whether text i is compared with image i only.
+            image_index: the index of the image of each text, if texts are compared with one image each and several may
+                be about the same image. With several questions or prompts about a single image, it is the index of the
+                question or prompt.
             prompt: stage 2 only: text that each text continues: one for all images, or one per image. None: the prompt
                 with which the model was trained.
             questions: stage 2 only: a question that each text answers: one for all images, or one per image. The prompt
                 is then the model's prompt of questions, and a Q-Former that reads questions reads it.
 
         Returns:
-            :class:`Scores` of every image with every text, [R, T]; with `pairs` those of the N pairs, [N]. R is the
-            number of images, or of questions or prompts if there is a single image.
+            :class:`Scores` of every image with every text, [R, T]; with `pairs` or `image_index` those of the N texts,
+            [N]. R is the number of images, or of questions or prompts if there is a single image.
 
         Raises:
             InputError: the model has no such score; there are no images or texts; an image cannot be decoded; a text is
@@ -132,15 +140,10 @@ class ScoringPipeline(Pipeline[Model]):
         name = self._check_score(by)
         listed = check_texts(texts, "text")
         rows = self._make_rows(images, prompt, questions)
-        if not pairs:
+        if not pairs and image_index is None:
             return self._score(name, rows, listed, None)
-        if len(rows) != len(listed):
-            raise InputError(
-                f"there are {len(rows)} images and {len(listed)} texts, but pairs need as many of both: give one text"
-                " per image, or leave out pairs to compare every image with every text"
-            )
-        index = torch.arange(len(listed))
-        return self._score(name, rows, listed, (index, index))
+        indices = self._check_pairs(len(rows), len(listed), pairs, image_index)
+        return self._score(name, rows, listed, (torch.tensor(indices), torch.arange(len(listed))))
 
     def rank(
         self,
@@ -299,6 +302,28 @@ class ScoringPipeline(Pipeline[Model]):
             f"{self.path} is of stage {self.config.stage}, which cannot score by {by}: use"
             f" {' or '.join(self.score_names)}, or load a model of stage {other}"
         )
+
+    @staticmethod
+    def _check_pairs(num_rows: int, num_texts: int, pairs: bool, image_index: Sequence[int] | None) -> list[int]:
+        """Return the index of the row of each text."""
+        if image_index is None:
+            if num_rows != num_texts:
+                raise InputError(
+                    f"there are {num_rows} images and {num_texts} texts, but pairs need as many of both: give one text"
+                    " per image, or leave out pairs to compare every image with every text"
+                )
+            return list(range(num_texts))
+        if pairs:
+            raise InputError("found both pairs and image_index, expected one of them: leave out pairs")
+        indices = list(image_index)
+        if len(indices) != num_texts:
+            raise InputError(f"image_index has {len(indices)} entries for {num_texts} texts: give one per text")
+        wrong = next((index for index in indices if not 0 <= index < num_rows), None)
+        if wrong is not None:
+            raise InputError(
+                f"image_index contains {wrong}, expected 0 to {num_rows - 1}: give the index of one of the images"
+            )
+        return indices
 
     @staticmethod
     def _group_candidates(
