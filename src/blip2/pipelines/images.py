@@ -22,13 +22,15 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
 
 from blip2.console import Display
 from blip2.data.arrays import stack_inputs
 from blip2.data.images import ImageError, ImageLike
 from blip2.errors import InputError
 
-Images = ImageLike | Iterable[ImageLike]
+Images = ImageLike | Iterable[ImageLike | Mapping[str, Any]] | Dataset[Any]
 """One image, or any iterable of images: a list, a generator, a data set or one of its columns."""
 OnError = Literal["raise", "skip", "return"]
 """What to do with an image that cannot be decoded: raise its error; leave the image out, with a warning; or return the
@@ -78,10 +80,7 @@ class ImageStream:
         on_error: OnError,
         label: str,
     ) -> None:
-        if on_error not in get_args(OnError):
-            raise InputError(
-                f"on_error is {on_error!r}, expected one of {', '.join(get_args(OnError))}: use one of them"
-            )
+        check_on_error(on_error)
         self._items, self.total = iterate(images)
         self._load, self._encode, self._batch_size, self._label = load, encode, batch_size, label
         self.on_error = on_error
@@ -144,7 +143,7 @@ class ImageStream:
         """Return the results of all texts of all images as one tensor; or, with ``return``, as a list with errors."""
         if self.on_error == "return":
             return self.flatten({position: list(rows) for position, rows in results.items()}, texts_of_image)
-        return torch.cat([results[position] for position in sorted(results)])
+        return cat_padded([results[position] for position in sorted(results)])
 
     def _split_features(self, features: Float[Tensor, "I P E"]) -> Iterator[FeatureBatch]:
         for part in features.split(self._batch_size):
@@ -214,6 +213,18 @@ class ImageStream:
         finally:
             if display is not None:
                 display.close()
+
+
+def check_on_error(on_error: str) -> None:
+    """Raise an InputError if `on_error` is not one of the values of :data:`OnError`."""
+    if on_error not in get_args(OnError):
+        raise InputError(f"on_error is {on_error!r}, expected one of {', '.join(get_args(OnError))}: use one of them")
+
+
+def cat_padded(parts: Sequence[Float[Tensor, "_ ..."]]) -> Float[Tensor, "N ..."]:
+    """Concatenate tensors, with zeros after the last dimension of those that are shorter: no attention to padding."""
+    longest = max(part.shape[-1] for part in parts)
+    return torch.cat([F.pad(part, (0, longest - part.shape[-1])) for part in parts])
 
 
 def iterate(images: Any) -> tuple[Iterator[Any], int | None]:
