@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -152,7 +153,7 @@ def test_no_ngram_is_repeated(name, decoding):
         assert torch.equal(new, plain(name, *prompts(seed), **given))
         for row in new.tolist():
             row = row[: row.index(END)] if END in row else row
-            pairs = list(zip(row, row[1:], strict=False))
+            pairs = list(pairwise(row))
             assert len(set(pairs)) == len(pairs)
         given["decoding"] = replace(decoding, max_new_tokens=20)
         differences += not torch.equal(ours(name, *prompts(seed), **given), new)

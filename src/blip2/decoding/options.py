@@ -54,7 +54,7 @@ class Decoding:
         if missing:
             raise InputError(f"{missing[0]} is None, expected a number: give a number, or leave {missing[0]} out")
         check_ranges(self)
-        _ = self.options  # checks the others
+        self.options.check_beams()
 
     @property
     def options(self) -> DecodingOptions:

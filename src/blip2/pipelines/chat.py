@@ -503,7 +503,7 @@ def _check_template(pipeline: GenerationPipeline, template: str | None) -> str:
     return template
 
 
-def _parse_messages(messages: Sequence[Mapping[str, Any]]) -> list[tuple[Role, list[str | dict[str, Any]]]]:
+def _parse_messages(messages: Any) -> list[tuple[Role, list[str | dict[str, Any]]]]:
     """Check messages, and return the role and the parts of each.
 
     Raises:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import TextIO
+from io import TextIOBase
+from typing import Any
 
 from blip2.errors import InputError, escape_control_characters
 from blip2.pipelines.chat import Chat
@@ -17,7 +18,7 @@ HELP = """\
 Ctrl-C ends an answer. Everything else is a question."""
 
 
-def talk(chat: Chat, source: TextIO | None = None) -> None:
+def talk(chat: Chat, source: TextIOBase | None = None) -> None:
     """Answer questions line by line until the input ends.
 
     On a terminal, answers are shown as they are written, and an error is shown in one line before the next question.
@@ -30,11 +31,11 @@ def talk(chat: Chat, source: TextIO | None = None) -> None:
     Raises:
         InputError: an input between pipes cannot be answered.
     """
-    source = sys.stdin if source is None else source
-    is_terminal = source.isatty()
+    lines: Any = sys.stdin if source is None else source
+    is_terminal = lines.isatty()
     if is_terminal:
         print("Ask about the image. /help shows what else can be typed.")
-    for line in _lines(source, is_terminal):
+    for line in _lines(lines, is_terminal):
         try:
             if line in ("/quit", "/exit"):
                 return
@@ -74,7 +75,7 @@ def _answer(chat: Chat, question: str, is_terminal: bool) -> None:
     print(flush=True)
 
 
-def _lines(source: TextIO, is_terminal: bool) -> Iterator[str]:
+def _lines(source: Any, is_terminal: bool) -> Iterator[str]:
     """Yield the lines that are not blank, without white space around them."""
     if is_terminal:
         import readline  # noqa: F401  (lets `input` edit lines and repeat earlier ones)
