@@ -18,7 +18,7 @@ from blip2.builder import build
 from blip2.cli import main
 from blip2.recipe import dump_config
 from conftest import draw
-from fixtures.checkpoints import lavis_state, save_transformers
+from fixtures.checkpoints import lavis_state, save_instructblip, save_transformers
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
@@ -39,6 +39,11 @@ def place(parts, runs, tmp_path_factory):
     for name, folder in (("facebook/opt-2.7b", parts.opt), ("google/flan-t5-xl", parts.t5)):
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).symlink_to(folder)
+    for name, flavor in (("vicuna-7b", "llama"), ("flan-t5-xl", "t5")):
+        save_instructblip(root / "Salesforce" / f"instructblip-{name}", flavor, parts.bert)
+    torch.save({"model": lavis_state("instruct-llama", vision=False)}, root / "instruct_blip_vicuna7b_trimmed.pth")
+    (root / "lmsys").mkdir()
+    (root / "lmsys" / "vicuna-7b-v1.1").symlink_to(parts.llama)
     (root / "google-bert").mkdir()
     (root / "google-bert" / "bert-base-uncased").symlink_to(parts.bert)
     torch.save({"model": lavis_state("1", vision=False)}, root / "blip2_pretrained.pth")
@@ -62,7 +67,7 @@ def place(parts, runs, tmp_path_factory):
     (root / "questions.jsonl").write_text(json.dumps(row) + "\n")
     asks = replace(
         recipe,
-        output=str(root / "runs" / "vqa"),
+        output=str(root / "runs" / "mine" / "vqa"),
         vision=replace(recipe.vision, name="Salesforce/blip2-opt-2.7b"),
         qformer=replace(recipe.qformer, use_qformer_text_input=True),
         language=replace(recipe.language, name="facebook/opt-2.7b", prompt="Question: {} Answer:"),

@@ -38,7 +38,7 @@ from blip2.data.assets import resolve
 from blip2.data.positions import is_position
 from blip2.errors import InputError
 from blip2.interop.checkpoint import Checkpoint, is_text_weight
-from blip2.interop.detect import is_blip2, is_pickle, open_foreign
+from blip2.interop.detect import fetch_revision, is_blip2, is_pickle, open_foreign
 from blip2.interop.weights import open_file
 from blip2.io import read_json, write_tensors
 from blip2.model.generation import GenerationModel
@@ -266,7 +266,7 @@ def is_checkpoint(path: Path) -> bool:
     return (path / WEIGHTS_FILE).is_file() and ((path / CONFIG_FILE).exists() or not (path / "config.json").exists())
 
 
-def open_checkpoint(name: str, changes: Mapping[str, object] | None = None) -> Checkpoint:
+def open_checkpoint(name: str, changes: Mapping[str, object] | None = None, revision: str | None = None) -> Checkpoint:
     """Open a checkpoint of any format.
 
     Args:
@@ -274,11 +274,15 @@ def open_checkpoint(name: str, changes: Mapping[str, object] | None = None) -> C
             of LAVIS.
         changes: new values of keys of the model's config (``{"vision.image_size": 364}``), or values that the file does
             not contain (``{"language.name": "facebook/opt-2.7b"}``).
+        revision: branch, tag or commit of a hub name. The checkpoint then has the name of its folder in the hub's
+            cache. None: the newest commit of the main branch.
 
     Raises:
         InputError: there is no checkpoint, it is damaged, the folder contains checkpoints of two formats, or `changes`
             contains an unknown key or a value that does not fit the weights.
     """
+    if revision is not None:
+        name = str(fetch_revision(name, revision))
     path = Path(resolve(name))
     if is_checkpoint(path) or latest_checkpoint(path) is not None:
         if is_blip2(path):

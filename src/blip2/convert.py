@@ -66,6 +66,7 @@ def convert(
     overrides: Mapping[str, object] | None = None,
     stage1: str | Path | None = None,
     with_language: bool = False,
+    revision: str | None = None,
 ) -> Path:
     """Write a checkpoint in another format.
 
@@ -83,6 +84,7 @@ def convert(
             to convert. Its text transformer and heads are added, so that both ``Blip2ForConditionalGeneration`` and
             ``Blip2ForImageTextRetrieval`` load the folder.
         with_language: for the format ``lavis``: include the LLM, which LAVIS's own files do not contain.
+        revision: branch, tag or commit of the source, if it is a hub name. None: the newest commit of the main branch.
 
     Returns:
         `target`.
@@ -102,7 +104,7 @@ def convert(
         raise InputError(
             f"a stage-1 checkpoint can be included in the format transformers only, not in {to}: leave out stage1"
         )
-    checkpoint = open_checkpoint(str(source), overrides)
+    checkpoint = open_checkpoint(str(source), overrides, revision)
     log.info("%s: %s", checkpoint.name, checkpoint.description)
     reads_text = checkpoint.config.qformer.use_qformer_text_input
     if reads_text and to == "vllm":

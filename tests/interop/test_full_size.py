@@ -12,6 +12,10 @@ from transformers import (
     Blip2QFormerConfig,
     Blip2VisionConfig,
     Blip2VisionModel,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    InstructBlipQFormerConfig,
+    LlamaConfig,
     OPTConfig,
     T5Config,
 )
@@ -49,6 +53,18 @@ FLAN_T5 = T5Config(
     dense_act_fn="gelu",
     tie_word_embeddings=False,
 )
+FLAN_T5_XXL = T5Config(**{**FLAN_T5.to_dict(), "d_model": 4096, "d_ff": 10240, "num_heads": 64})
+VICUNA = {"vocab_size": 32001, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1}
+VICUNA_7B = LlamaConfig(**VICUNA)
+VICUNA_13B = LlamaConfig(
+    **VICUNA, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40
+)
+INSTRUCT = {
+    "instructblip-vicuna-7b": (VICUNA_7B, 6.74e9),
+    "instructblip-vicuna-13b": (VICUNA_13B, 13.02e9),
+    "instructblip-flan-t5-xl": (FLAN_T5, 2.78e9),
+    "instructblip-flan-t5-xxl": (FLAN_T5_XXL, 11.0e9),
+}
 PUBLISHED = {
     "blip2-opt-2.7b": (Blip2ForConditionalGeneration, OPT),
     "blip2-flan-t5-xl": (Blip2ForConditionalGeneration, FLAN_T5),
@@ -66,21 +82,26 @@ def published(request):
 
 
 @pytest.fixture
-def ours(published, monkeypatch):
-    """This project's model of the same sizes."""
+def no_memory(monkeypatch):
+    """Lets models be made on the meta device."""
 
     def probe(self, network, encode, preprocessing, layer="", blocks=()):  # which would need memory
         super(ImageEncoder, self).__init__()
         self.network, self.input_format, self.num_tokens, self.hidden_size = network, preprocessing, 257, 1408
 
     monkeypatch.setattr(ImageEncoder, "__init__", probe)
+    monkeypatch.setattr(LanguageModel, "embedding_scale", lambda self: 1.0)
+    monkeypatch.setattr(GenerationModel, "initialize_projection", lambda self: None)
+
+
+@pytest.fixture
+def ours(published, no_memory):
+    """This project's model of the same sizes."""
     config = published.config
     with torch.device("meta"):
         vision = wrap_transformers(Blip2VisionModel(config.vision_config), Preprocessing(224))
         if isinstance(published, Blip2ForImageTextRetrieval):
             return RepresentationModel(vision, QFormerConfig(), ObjectivesConfig())
-        monkeypatch.setattr(LanguageModel, "embedding_scale", lambda self: 1.0)
-        monkeypatch.setattr(GenerationModel, "initialize_projection", lambda self: None)
         return GenerationModel(vision, QFormerConfig(), LanguageModel(published.language_model))
 
 
@@ -122,3 +143,40 @@ def test_for_lavis(published, ours):
     made = {k: t for k, t in made.items() if "decoder" not in k and "position_ids" not in k}
     table = lavis.QFORMER_KEYS + lavis.OPT_KEYS + lavis.EVA_KEYS
     assert shapes(Weights(made).rename_keys(table, "theirs")) == shapes(state)
+
+
+@pytest.mark.parametrize("name", INSTRUCT)
+def test_instructblip(name, no_memory):
+    """InstructBLIP of transformers, this project's model of its sizes, and LAVIS's names of what it trained."""
+    llm, parameters = INSTRUCT[name]
+    config = InstructBlipConfig(text_config=llm, qformer_config=InstructBlipQFormerConfig(vocab_size=30523))
+    with torch.device("meta"):
+        published = InstructBlipForConditionalGeneration(config)
+        vision = wrap_transformers(Blip2VisionModel(Blip2VisionConfig()), Preprocessing(224))
+        model = GenerationModel(
+            vision, QFormerConfig(use_qformer_text_input=True), LanguageModel(published.language_model)
+        )
+    assert sum(p.numel() for p in published.language_model.parameters()) == pytest.approx(parameters, rel=0.01)
+    theirs = published.state_dict()
+    renamed = rename_keys(theirs, transformers.INSTRUCT_KEY_MAP, "theirs")
+    found = {renamed[name]: shape for name, shape in shapes(theirs).items()}
+    assert found == shapes(model.state_dict())
+    back = rename_keys(found, transformers.INSTRUCT_KEY_MAP, "ours", inverse=True)
+    assert {back[name]: shape for name, shape in found.items()} == shapes(theirs)
+
+    state = {key: t for key, t in model.state_dict().items() if not key.startswith(("language.", "vision."))}
+    kind = "llama" if "vicuna" in name else "t5"
+    checkpoint = Checkpoint(
+        "ours", "blip2", "", lavis.ModelConfig("representation", lavis.VisionConfig("")), Weights(state)
+    )
+    made = lavis.to_state_dict(checkpoint, kind)
+    # Those of blip2_vicuna_instruct and blip2_t5_instruct: 12 blocks with two feed-forwards, 6 with cross-attention.
+    assert {key.split(".")[0] for key in made} == {
+        "query_tokens",
+        "ln_vision",
+        "Qformer",
+        "llm_proj" if kind == "llama" else "t5_proj",
+    }
+    assert len(made) == 1 + 2 + 2 + (1 + 2 + 2) + 12 * (10 + 2 * 6) + 6 * 10
+    again = {key: t for key, t in made.items() if "position_ids" not in key}
+    assert shapes(Weights(again).rename_keys(lavis.QFORMER_KEYS + lavis.LANGUAGE_KEYS[kind], "x")) == shapes(state)

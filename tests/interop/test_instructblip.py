@@ -20,7 +20,7 @@ from blip2.errors import InputError
 from blip2.interop.weights import open_folder
 from blip2.model.generation import GenerationBatch, Questions
 from conftest import byte_tokenizer, draw
-from fixtures.checkpoints import QUERIES, instruct_processor, lavis_state, save_instructblip, save_transformers
+from fixtures.checkpoints import QUERIES, instruct_processor, lavis_state, save_instructblip
 
 FLAVORS = ("llama", "t5")
 IMAGES = [draw("disc", "red", 0), draw("square", "blue", 7), draw("stripe", "green", 3)]
@@ -242,12 +242,33 @@ def test_shards_in_half_precision_with_the_buffers_of_old_files(parts, tmp_path)
     assert same(folder, tmp_path / "new")
 
 
+def test_an_output_matrix_of_its_own(copy, parts):
+    """As the published FlanT5 have it, although transformers ties it to the embeddings when it makes a T5."""
+    folder = copy("t5")
+    weights = load_file(folder / "model.safetensors")
+    words = weights["language_model.shared.weight"]
+    weights["language_model.lm_head.weight"] = words.flip(0).clone()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    theirs = InstructBlipForConditionalGeneration.from_pretrained(folder)
+    inputs = prepare(instruct_processor("t5", parts.bert), QUESTIONS)
+    out = theirs.generate(**inputs, num_beams=2, max_new_tokens=6, min_new_tokens=1)
+    here = blip2.load(folder, device="cpu")
+    expected = [text.strip() for text in here.tokenizer.batch_decode(out[:, 1:], skip_special_tokens=True)]
+    assert here.answer(IMAGES, QUESTIONS, Decoding(num_beams=2, max_new_tokens=6)) == expected
+    convert(folder, folder.parent / "back", "transformers")
+    assert same(folder, folder.parent / "back")
+
+
 def test_published_token_ids_of_vicuna(saved, copy):
-    """In the LLM's configuration they are wrong; texts end with the tokenizer's token, as in training."""
+    """In the LLM's configuration they are wrong; texts begin and end with the tokenizer's tokens, as in training."""
     folder = copy()
     wrong = {"architectures": ["LLaMAForCausalLM"], "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1}
     edit(folder / "config.json", **{f"text_config__{key}": value for key, value in wrong.items()})
+    plain = byte_tokenizer()  # which, unlike the fixture's, does not put </s> first by itself
+    plain.add_special_tokens({"bos_token": "</s>", "additional_special_tokens": ["<image>"]})
+    plain.save_pretrained(folder)
     here, there = (blip2.load(each, device="cpu") for each in (folder, saved["llama"][0]))
+    assert here.config.language.bos_token == "</s>" and there.config.language.bos_token is None
     assert here.eos_token_id == there.eos_token_id == 256 and here.config.language.stop_string is None
     assert here.answer(IMAGES, QUESTIONS) == there.answer(IMAGES, QUESTIONS)
 
@@ -260,9 +281,12 @@ def test_a_question_conditioned_model_of_ours(parts, tmp_path):
     IMAGES[0].save(tmp_path / "red.png")
     table.write_text(json.dumps({"image": "red.png", "question": "what?", "answer": "red"}) + "\n")
     run = tmp_path / "run"
+    eva = {key.removeprefix("visual_encoder."): each for key, each in lavis_state("1").items() if "visual" in key}
+    torch.save(eva, tmp_path / "eva.pth")
     train(
         parts.recipe(
-            run, stage="generation", qformer={"use_qformer_text_input": True},
+            run, stage="generation", vision={"name": str(tmp_path / "eva.pth")},
+            qformer={"use_qformer_text_input": True, "hidden_size": 64, "num_attention_heads": 1},
             language={"name": parts.llama, "prompt": "Question: {} Answer:"},
             data={"train": str(table), "batch_size": 1, "text_normalization": "lavis"},
             training={"max_steps": 1, "device": "cpu", "precision": "fp32"},
@@ -289,19 +313,16 @@ def test_a_question_conditioned_model_of_ours(parts, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "InstructBlipForConditionalGeneration" in card and 'processor.qformer_tokenizer("what is it?"' in card
 
-    convert(run, tmp_path / "lavis.pth", "lavis", {"vision.name": save_vision(parts, tmp_path)})
-    state = torch.load(tmp_path / "lavis.pth", weights_only=True)["model"]
-    assert "llm_proj.weight" in state and "Qformer.bert.encoder.layer.0.intermediate.dense.weight" in state
+    convert(run, tmp_path / "lavis.pth", "lavis")
+    named = {"qformer.tokenizer": parts.bert, "qformer.num_attention_heads": 1, "language.name": parts.llama}
+    same_text = {"language.bos_token": None, "language.prompt": "{}", "text_normalization": "none"}
+    asked = blip2.load(tmp_path / "lavis.pth", device="cpu", overrides=named | same_text)
+    plain = blip2.load(run, device="cpu", overrides={"language.prompt": "{}", "text_normalization": "none"})
+    assert asked.answer(IMAGES, QUESTIONS, decoding) == plain.answer(IMAGES, QUESTIONS, decoding)
     with pytest.raises(InputError, match="reads questions, which the BLIP-2 of vllm does not support: convert"):
         convert(run, tmp_path / "served", "vllm")
     with pytest.raises(InputError, match="becomes an InstructBLIP, which has no place for a stage-1 model: leave out"):
         convert(run, tmp_path / "both", "transformers", stage1=run)
-
-
-def save_vision(parts, tmp_path):
-    """An image encoder that LAVIS's format supports, of the width of the tiny ViT."""
-    save_transformers(tmp_path / "vision", None, parts.bert)
-    return str(tmp_path / "vision")
 
 
 def test_training_starts_from_it(saved, parts, tmp_path):

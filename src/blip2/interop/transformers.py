@@ -79,7 +79,8 @@ BUFFERS = (".position_ids", ".rotary_emb.inv_freq")
 """Suffixes of the names of buffers that older versions of transformers stored with the weights."""
 INCONSISTENT_LLM = "LLaMAForCausalLM"
 """Class of the LLM in the published InstructBLIP with Vicuna. The token ids in the LLM's configuration are wrong (1 for
-the end of a text); those of the tokenizer (2) are the ones of training."""
+the end of a text). In training, texts began with the tokenizer's BOS, </s>, and ended with its EOS, also </s>; some
+versions of transformers begin a text with another token."""
 
 
 class Layout(NamedTuple):
@@ -226,9 +227,9 @@ def _config(
             if reads_text:
                 prompt = str(getattr(config, PROMPT_KEY, QUESTION_PLACEHOLDER))
             # Recorded because the LLM's own files may differ: those of FlanT5 have gelu_new, but LAVIS used gelu.
-            language = LanguageConfig(
-                name=name, prompt=prompt, stop_string=stop, activation=activation_name(config.text_config)
-            )
+            bos: Any = tokenizer.bos_token if _is_inconsistent(config.text_config) else None
+            activation = activation_name(config.text_config)
+            language = LanguageConfig(name=name, prompt=prompt, stop_string=stop, bos_token=bos, activation=activation)
         return ModelConfig(
             stage="generation" if generates else "representation",
             vision=VisionConfig(name=name, position_encoding="none"),
@@ -269,11 +270,16 @@ def _prompt(text_config: Any, tokenizer: PreTrainedTokenizerBase) -> str:
     return text if tokenizer(text)["input_ids"] == [start] else ""
 
 
+def _is_inconsistent(text_config: Any) -> bool:
+    """Return whether the token ids in the configuration of an LLM are wrong; see :data:`INCONSISTENT_LLM`."""
+    return INCONSISTENT_LLM in (getattr(text_config, "architectures", None) or ())
+
+
 def _stop(name: str, text_config: Any, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return the text of the end token, such as the newline of the paper's OPT; None if it is the tokenizer's EOS."""
     ends = getattr(text_config, "eos_token_id", None)
     ends = list(ends) if isinstance(ends, list | tuple) else [ends]
-    if INCONSISTENT_LLM in (getattr(text_config, "architectures", None) or ()):
+    if _is_inconsistent(text_config):
         ends = [tokenizer.eos_token_id]
     end: Any = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
     if end in (None, tokenizer.eos_token_id):

@@ -26,13 +26,15 @@ def load(
     *,
     overrides: Mapping[str, object] | None = None,
     stage: Stage | None = None,
+    revision: str | None = None,
     encoder: nn.Module | None = None,
 ) -> RepresentationPipeline | GenerationPipeline:
     """Load a checkpoint of ``blip2 train``, transformers or LAVIS.
 
     Args:
         path: folder of a run (its last checkpoint is loaded) or of a checkpoint; folder or hub name of transformers'
-            ``Blip2ForConditionalGeneration`` or ``Blip2ForImageTextRetrieval``; or a ``.pth`` file of LAVIS.
+            ``Blip2ForConditionalGeneration``, ``Blip2ForImageTextRetrieval`` or
+            ``InstructBlipForConditionalGeneration``; or a ``.pth`` file of LAVIS.
         device: ``cpu``, ``cuda``, ``cuda:1`` or ``mps``. None: a GPU if there is one.
         dtype: data type of the image encoder and the LLM: ``fp32``, ``bf16`` or ``fp16``. None: the dtype in the
             model's config; if the config sets none, bf16 on a CUDA GPU and fp32 on other devices.
@@ -40,6 +42,7 @@ def load(
             ``.pth`` file does not contain (``{"vision.name": "eva_vit_g.pth", "language.name": "facebook/opt-2.7b"}``).
         stage: the stage to load from a checkpoint that contains both stages, ``representation`` or ``generation``.
             None: the stage in the config of the checkpoint.
+        revision: branch, tag or commit of a hub name. None: the newest commit of the main branch.
         encoder: the image encoder with which the model was trained, if its ``vision.name`` is module, or features that
             such a module encodes; see :func:`blip2.train`.
 
@@ -47,10 +50,10 @@ def load(
         A :class:`RepresentationPipeline` for stage 1, a :class:`GenerationPipeline` for stage 2.
 
     Raises:
-        InputError: there is no checkpoint at `path`, or it is damaged, not a BLIP-2 or not of `stage`; a frozen part
-            cannot be loaded; or the device does not exist.
+        InputError: there is no checkpoint at `path` or no such revision of it, or it is damaged, not a BLIP-2 or not of
+            `stage`; a frozen part cannot be loaded; or the device does not exist.
     """
-    found = checkpoint.open_checkpoint(str(path), overrides).as_stage(stage)
+    found = checkpoint.open_checkpoint(str(path), overrides, revision).as_stage(stage)
     log.info("%s: %s", found.name, found.description)
     config = found.config
     if found.missing_prefixes and config.stage == "representation":
