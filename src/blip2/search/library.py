@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -547,6 +548,7 @@ def connect(uri: str) -> Any:
     Raises:
         InputError: LanceDB is not installed.
     """
+    os.environ.setdefault("LANCEDB_LOG", "error")  # it warns of each partition that is empty
     try:
         import lancedb
     except ImportError as error:
