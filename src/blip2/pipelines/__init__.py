@@ -2,8 +2,9 @@
 
 from blip2.pipelines.base import Pipeline
 from blip2.pipelines.chat import Chat
-from blip2.pipelines.generation import QUESTION_TEMPLATE, SHORT_QUESTION_TEMPLATE, GenerationPipeline
+from blip2.pipelines.generation import GenerationPipeline
 from blip2.pipelines.images import Images, OnError
+from blip2.pipelines.likelihood import QUESTION_TEMPLATE, SHORT_QUESTION_TEMPLATE
 from blip2.pipelines.loading import load, make_pipeline
 from blip2.pipelines.representation import RepresentationPipeline
 from blip2.pipelines.results import Alternative, Generated, draw_attention
