@@ -6,6 +6,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+import torch
 import yaml
 
 from blip2.cli import build_parser
@@ -144,6 +145,46 @@ def test_scores_are_those_of_the_ranker(done, runs):
         about = json.loads(members[f"{name}.json"])
         wanted = model.similarity(members[f"{name}.png"], about["captions"])[0].tolist()
         assert about["scores"] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_filters(runs, shards, tmp_path):
+    """Every kept caption has the scores of the models, and they are within the limits."""
+    from blip2.pipelines import load
+
+    rules = SelectionRules(keep=5, min_itm=0.3, min_pmi=0.5)
+    metrics = run(runs, shards / "0000[01].tar", tmp_path, replace(CONFIG, rules=rules))
+    assert "not about the image (PMI)" in metrics["dropped"]
+    captioner, ranker = load(runs["llama"], "cpu"), load(runs["stage1"], "cpu")
+    members = read_tar(next(tmp_path.glob("*.tar")))
+    name = next(name for name in members if name.endswith("json"))
+    about, image = json.loads(members[name]), members[name.replace("json", "png")]
+    assert about["itm"] == pytest.approx(ranker.match(image, about["captions"])[0].tolist(), abs=1e-4)
+    blank = captioner.encode_pixels(torch.zeros(1, 3, 32, 32))
+    prompts = [captioner.config.language.prompt] * len(about["captions"])
+    zeros = [0] * len(prompts)
+    seen, unseen = (
+        captioner.log_likelihood(each, prompts, about["captions"], zeros).tolist()
+        for each in (captioner.encode_images(image), blank)
+    )
+    assert about["pmi"] == pytest.approx([a - b for a, b in zip(seen, unseen, strict=True)], abs=1e-3)
+    for each in metadata_of(*tmp_path.glob("*.tar")):
+        assert min(each["itm"]) >= 0.3 and min(each["pmi"]) >= 0.5
+    counts, rates, dropped = metrics["counts"], metrics["keep_rates"], metrics["dropped_by_origin"]
+    for origin in ("original", "generated"):
+        kept, rest = (counts.get(f"captions, {origin}, {what}", 0) for what in ("kept", "dropped"))
+        assert rates[origin] == pytest.approx(kept / (kept + rest), abs=1e-4)
+        assert sum(count for reason, count in dropped.items() if reason.startswith(origin)) == rest
+    page = (tmp_path / "report.html").read_text()
+    assert "<h2>Keep rates</h2>" in page and "dropped: not about the image (PMI)" in page
+
+
+def test_filters_need_models_of_this_project(runs, shards, blip, clip, tmp_path):
+    config = replace(CONFIG, rules=SelectionRules(min_itm=0.5))
+    with pytest.raises(InputError, match=r"--min-itm needs a ranker with a matching head .* is a dual encoder: give a"):
+        run(runs, shards / "*.tar", tmp_path / "a", config, ranker=clip)
+    config = replace(CONFIG, rules=SelectionRules(min_pmi=0.5))
+    with pytest.raises(InputError, match=r"--min-pmi needs a captioner of stage 2, but .* is another model of transf"):
+        capfilt(blip, str(runs["stage1"]), str(shards / "*.tar"), tmp_path / "b", config, engine=ONE, device="cpu")
 
 
 def test_the_report(done):

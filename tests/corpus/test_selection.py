@@ -73,3 +73,23 @@ def test_language_where_it_can_be_told():
 def test_rules_that_cannot_be(wrong, says):
     with pytest.raises(InputError, match=says):
         SelectionRules(**wrong)
+
+
+def test_captions_that_do_not_match_or_say_nothing_are_dropped():
+    given = [
+        Caption("a cat", 0.5, True, itm=0.9, pmi=8.0),
+        Caption("a dog", 0.9, False, itm=0.1, pmi=-3.0),
+        Caption("image", 0.8, True, itm=0.7, pmi=0.1),
+        Caption("a kitten", 0.4, False, itm=0.5, pmi=1.0),
+    ]
+    selection = select_captions(given, SelectionRules(keep=4, min_itm=0.5, min_pmi=1.0), unsure)
+    assert [c.text for c in selection.kept] == ["a cat", "a kitten"]
+    assert reasons(selection) == {"a dog": "no match (ITM)", "image": "not about the image (PMI)"}
+    selection = select_captions(given, SelectionRules(keep=4), unsure)
+    assert len(selection.kept) == 4
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.5])
+def test_a_probability_is_between_0_and_1(value):
+    with pytest.raises(InputError, match=r"min_itm is .*, expected 0 to 1"):
+        SelectionRules(min_itm=value)

@@ -21,16 +21,27 @@ import torch
 from PIL.Image import Image
 
 from blip2.config import Precision
+from blip2.corpus.check import check_recipe, check_round
 from blip2.corpus.job import Worker, run_job
-from blip2.corpus.models import Captioner, Ranker, open_captioner, open_ranker, resolve_checkpoint
-from blip2.corpus.options import LOCAL, CapFiltConfig, Engine
+from blip2.corpus.models import (
+    Blip2Captioner,
+    Blip2Ranker,
+    Captioner,
+    Ranker,
+    open_captioner,
+    open_ranker,
+    resolve_checkpoint,
+)
+from blip2.corpus.options import LOCAL, NO_CHECK, CapFiltConfig, Check, Engine
 from blip2.corpus.report import CapFiltStats, write_capfilt_report
 from blip2.corpus.selection import Caption, Selection, load_language_detector, select_captions
 from blip2.corpus.units import Unit, list_units, read_batches
 from blip2.data.cells import CellError, read_text
 from blip2.data.shards import Sample, ShardWriter, SkippedSample
+from blip2.errors import InputError
 from blip2.feature_cache.store import digest
 from blip2.io import atomic_write, convert_os_errors, expand_home, write_json
+from blip2.recipe import find_recipe, load_recipe
 
 
 def capfilt(
@@ -41,6 +52,7 @@ def capfilt(
     config: CapFiltConfig | None = None,
     *,
     engine: Engine = LOCAL,
+    check: Check = NO_CHECK,
     device: str | None = None,
     dtype: Precision | None = None,
 ) -> dict[str, Any]:
@@ -56,19 +68,25 @@ def capfilt(
         output: folder for shards (.tar), metrics.json and report.html.
         config: the options. None: the defaults.
         engine: where the work is done.
+        check: how the round is checked on held-out pairs.
         device: device to run on. None: a GPU if there is one.
         dtype: data type of the frozen parts, or of all weights of a model of transformers. None: as the config of the
             model says, else bf16 on a GPU and fp32 on a CPU.
 
     Returns:
-        The content of ``metrics.json``: the settings, counts of images and captions, and mean scores.
+        The content of ``metrics.json``: the settings, counts of images and captions, mean scores, and the result of the
+        check. A round that ``metrics["check"]["accepted"]`` refuses makes a model worse than the captions before it.
 
     Raises:
-        InputError: a model or the data cannot be read, or `output` cannot be written or holds the results of another
-            model, data set or setting.
+        InputError: a model or the data cannot be read, a model cannot compute the scores of a filter, the recipe of the
+            check does not evaluate retrieval, or `output` cannot be written or holds the results of another model, data
+            set or setting.
     """
     config, folder = config or CapFiltConfig(), expand_home(output)
     load_language_detector(config.rules.language)  # fails early if the extra is missing
+    recipe = None if check.recipe is None else load_recipe(find_recipe(check.recipe))
+    if recipe is not None:
+        check_recipe(recipe)
     units = list_units(data, config.shard_size)
     job = CapFiltJob(
         resolve_checkpoint(captioner), resolve_checkpoint(ranker), str(folder.absolute()), config, device, dtype
@@ -81,6 +99,9 @@ def capfilt(
     for result in run_job(job, units, folder, metadata, engine, "capfilt"):
         stats.merge(result)
     metrics = {**metadata, **stats.metrics()}
+    if recipe is not None:
+        after = str(folder / "*.tar")
+        metrics["check"] = check_round(recipe, data, after, folder / "check", check.runs)
     write_capfilt_report(folder, metrics, stats, units)
     with convert_os_errors(folder / "metrics.json"):
         write_json(folder / "metrics.json", metrics)
@@ -103,6 +124,16 @@ class CapFiltJob:
         config = self.config
         captioner = open_captioner(self.captioner, config.decoding, config.prompt, self.device, self.dtype)
         ranker = open_ranker(self.ranker, self.device, self.dtype)
+        if config.rules.min_itm is not None and not isinstance(ranker, Blip2Ranker):
+            raise InputError(
+                f"--min-itm needs a ranker with a matching head (ITM), but {self.ranker} is a dual encoder: give a"
+                " model of stage 1, or leave out --min-itm"
+            )
+        if config.rules.min_pmi is not None and not isinstance(captioner, Blip2Captioner):
+            raise InputError(
+                f"--min-pmi needs a captioner of stage 2, but {self.captioner} is another model of transformers: give a"
+                " model of stage 2, or leave out --min-pmi"
+            )
         return CapFiltWorker(captioner, ranker, config, Path(self.output))
 
 
@@ -143,16 +174,23 @@ class CapFiltWorker:
         originals = [list(dict.fromkeys(sample.captions)) for sample in samples]
         texts = [[*old, *dict.fromkeys(_normalize(new))] for old, new in zip(originals, generated, strict=True)]
         captioned = [i for i, group in enumerate(texts) if group]
-        scores: list[list[float]] = [[] for _ in texts]
+        captions: list[list[Caption]] = [[] for _ in texts]
         if captioned:
-            ranked = self._ranker.score([images[i] for i in captioned], [texts[i] for i in captioned])
-            for i, group in zip(captioned, ranked, strict=True):
-                scores[i] = group
-        for sample, old, group, cosines in zip(samples, originals, texts, scores, strict=True):
-            captions = [
-                Caption(text, score, i < len(old)) for i, (text, score) in enumerate(zip(group, cosines, strict=True))
-            ]
-            yield sample, select_captions(captions, config.rules, self._language_of)
+            shown, groups = [images[i] for i in captioned], [texts[i] for i in captioned]
+            cosines = self._ranker.score(shown, groups)
+            absent: list[list[Any]] = [[None] * len(group) for group in groups]
+            itm, pmi = absent, absent
+            if config.rules.min_itm is not None and isinstance(self._ranker, Blip2Ranker):
+                itm = self._ranker.score_itm(shown, groups)
+            if config.rules.min_pmi is not None and isinstance(self._captioner, Blip2Captioner):
+                pmi = self._captioner.score_pmi(shown, groups)
+            for i, group, *scores in zip(captioned, groups, cosines, itm, pmi, strict=True):
+                captions[i] = [
+                    Caption(text, score, number < len(originals[i]), match, information)
+                    for number, (text, score, match, information) in enumerate(zip(group, *scores, strict=True))
+                ]
+        for sample, group in zip(samples, captions, strict=True):
+            yield sample, select_captions(group, config.rules, self._language_of)
 
     def _uniforms(self, sample: Sample) -> np.ndarray:
         """Return numbers in [0, 1), one per token to generate, that depend only on the seed and the image's bytes."""
@@ -172,11 +210,16 @@ def to_metadata(selection: Selection) -> dict[str, Any]:
     """Return the metadata of an image, which is stored as the ``.json`` member of its sample in the output shard.
 
     Returns:
-        Three lists of equal length: the kept ``captions``, their ``scores``, rounded to 6 decimals, and for each
-        caption whether it is an ``original`` caption.
+        Lists of equal length: the kept ``captions``, their ``scores``, rounded to 6 decimals, for each caption whether
+        it is an ``original`` caption, and, if captions are filtered by them, ``itm`` and ``pmi``.
     """
-    return {
+    metadata: dict[str, Any] = {
         "captions": [caption.text for caption in selection.kept],
         "scores": [round(caption.score, 6) for caption in selection.kept],
         "original": [caption.is_original for caption in selection.kept],
     }
+    for name in ("itm", "pmi"):
+        values = [getattr(caption, name) for caption in selection.kept]
+        if None not in values:
+            metadata[name] = [round(value, 6) for value in values]
+    return metadata

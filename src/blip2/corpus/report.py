@@ -34,6 +34,7 @@ class CapFiltStats:
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
         self._dropped: Counter[str] = Counter()
+        self._dropped_by_origin: Counter[str] = Counter()
         self._skipped: Counter[str] = Counter()
         self._listed: list[Sequence[str]] = []
         self._histograms = {
@@ -71,6 +72,9 @@ class CapFiltStats:
                 index = int(np.searchsorted(BINS, caption.score, side="right")) - 1
                 self._histograms[name][min(max(index, 0), len(BINS) - 2)] += 1
         self._dropped.update(reason for _, reason in selection.dropped)
+        self._dropped_by_origin.update(
+            f"{ORIGINS[not caption.is_original]}, {reason}" for caption, reason in selection.dropped
+        )
         if not selection.kept:
             self.add_skipped([SkippedSample(sample.key, "no caption left", "the rules keep none of its captions")])
             return
@@ -95,6 +99,7 @@ class CapFiltStats:
             "images": self._counts["images"],
             "counts": dict(self._counts),
             "dropped": dict(self._dropped),
+            "dropped_by_origin": dict(self._dropped_by_origin),
             "skipped": dict(self._skipped),
             "listed": self._listed,
             "histograms": {name: counts.tolist() for name, counts in self._histograms.items()},
@@ -105,6 +110,7 @@ class CapFiltStats:
         """Add the result of :meth:`to_dict` of other statistics."""
         self._counts.update(other["counts"])
         self._dropped.update(other["dropped"])
+        self._dropped_by_origin.update(other["dropped_by_origin"])
         self._skipped.update(other["skipped"])
         self._listed = [*self._listed, *other["listed"]][:MAX_LISTED]
         for name, counts in other["histograms"].items():
@@ -115,14 +121,22 @@ class CapFiltStats:
         self.examples = sorted([*self.examples, *examples], key=lambda example: example["order"])[:MAX_EXAMPLES]
 
     def metrics(self) -> dict[str, Any]:
-        """Return ``counts``, ``dropped`` and ``skipped`` by reason, ``skipped_first`` and ``mean_scores``, for JSON."""
+        """Return ``counts``, ``dropped`` and ``skipped`` by reason, ``keep_rates`` and ``dropped_by_origin``,
+        ``skipped_first`` and ``mean_scores``, for JSON. An origin is ``original`` or ``generated``."""
         return {
             "counts": dict(sorted(self._counts.items())),
             "dropped": dict(sorted(self._dropped.items())),
+            "dropped_by_origin": dict(sorted(self._dropped_by_origin.items())),
+            "keep_rates": {origin: self._keep_rate(origin) for origin in ORIGINS},
             "skipped": dict(sorted(self._skipped.items())),
             "skipped_first": self._listed[:MAX_LISTED],
             "mean_scores": {name: self._mean(name) for name in self._histograms},
         }
+
+    def _keep_rate(self, origin: str) -> float | None:
+        """Return the share of the captions of an origin that are kept; None if there are no such captions."""
+        kept, dropped = (self._counts[f"captions, {origin}, {decision}"] for decision in ("kept", "dropped"))
+        return round(kept / (kept + dropped), 4) if kept + dropped else None
 
     def _mean(self, name: str) -> float | None:
         counts = self._histograms[name]
@@ -175,6 +189,16 @@ def write_capfilt_report(folder: Path, metrics: Mapping[str, Any], stats: CapFil
     ):  # fmt: skip
         if numbers:
             report.table([title, ""], [(name, f"{number:,}") for name, number in numbers.items()])
+    report.section("Keep rates", "Captions by their source: those of the corpus, and those of the captioner.")
+    report.table(*_keep_table(metrics))
+    if "check" in metrics:
+        check = metrics["check"]
+        text = f"{check['reason']}. Stage 1 was trained for {check['steps']} steps on each."
+        report.section("Check on held-out pairs", text[0].upper() + text[1:])
+        report.table(
+            [f"R@1 on {check['held_out']}, %", *(f"run {i + 1}" for i in range(len(check["before"])))],
+            [[side, *(f"{100 * value:.1f}" for value in check[side])] for side in ("before", "after")],
+        )
     if metrics["skipped"]:
         listed = "; ".join(f"{key}: {message}" for key, message in metrics["skipped_first"])
         report.section("Skipped", f"{listed}. The .stats.json files of the shards list all skipped images.")
@@ -186,6 +210,20 @@ def write_capfilt_report(folder: Path, metrics: Mapping[str, Any], stats: CapFil
     report.section("Examples", "Drawn at random. Green: kept. Red: the best dropped captions.")
     report.cards([_card(folder, example) for example in stats.examples])
     report.save(folder / "report.html")
+
+
+def _keep_table(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return the columns and rows of the table of keep rates: a row per origin, with a column for each reason."""
+    counts, dropped = metrics["counts"], metrics["dropped_by_origin"]
+    rows = []
+    for origin in ORIGINS:
+        kept, rest = (counts.get(f"captions, {origin}, {decision}", 0) for decision in ("kept", "dropped"))
+        rate = metrics["keep_rates"][origin]
+        by_reason = [f"{dropped.get(f'{origin}, {reason}', 0):,}" for reason in metrics["dropped"]]
+        rows.append(
+            [origin, f"{kept + rest:,}", f"{kept:,}", "-" if rate is None else f"{100 * rate:.1f} %", *by_reason]
+        )
+    return ["captions", "number", "kept", "keep rate", *(f"dropped: {reason}" for reason in metrics["dropped"])], rows
 
 
 def _card(folder: Path, example: Mapping[str, Any]) -> tuple[Any, list[tuple[str, str]]]:

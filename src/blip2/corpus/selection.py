@@ -29,6 +29,13 @@ class SelectionRules:
     max_word_overlap: float = bounded(1.0, 1e-6, 1)
     """Word overlap from which on only the best of several captions is kept. The word overlap of two captions is the
     number of their common words divided by the number of all their words, counting each word once."""
+    min_itm: float | None = bounded(None, 0, 1)
+    """Minimum probability of a match (ITM) under the ranker; captions below it are dropped. BLIP's filter has 0.5. It
+    needs a ranker of stage 1. null: no filter by ITM."""
+    min_pmi: float | None = bounded(None, -1000, 1000)
+    """Minimum of the caption's log-likelihood minus that given a blank image (PMI), in nats, under the captioner;
+    captions below it are dropped. Texts such as "image", which are as likely without the image, have about 0. It
+    needs a captioner of stage 2. null: no filter by PMI."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -48,6 +55,10 @@ class Caption:
     """Cosine similarity with the image."""
     is_original: bool
     """Whether the caption comes from the corpus rather than from the captioner."""
+    itm: float | None = None
+    """Probability that caption and image match; None if captions are not filtered by it."""
+    pmi: float | None = None
+    """Log-likelihood minus that given a blank image; None if captions are not filtered by it."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,10 @@ def select_captions(
             reason = "too long"
         elif rules.language is not None and language_of(caption.text) not in (rules.language, None):
             reason = "another language"
+        elif rules.min_itm is not None and caption.itm is not None and caption.itm < rules.min_itm:
+            reason = "no match (ITM)"
+        elif rules.min_pmi is not None and caption.pmi is not None and caption.pmi < rules.min_pmi:
+            reason = "not about the image (PMI)"
         elif any(word_overlap(caption.text, other.text) >= rules.max_word_overlap for other in kept):
             reason = "same words"
         elif len(kept) == rules.keep:

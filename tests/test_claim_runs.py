@@ -1,0 +1,164 @@
+"""Scripts of benchmarks/claims that train, with tiny models in place of the demo's, and a few steps."""
+
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from conftest import COLORS, SHAPES, draw
+
+CLAIMS = Path(__file__).parents[1] / "benchmarks" / "claims"
+
+
+def load_script(name):
+    sys.path.insert(0, str(CLAIMS))
+    try:
+        spec = importlib.util.spec_from_file_location(f"claims_{name}", CLAIMS / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(CLAIMS))
+    return module
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """Images and tables with the names of those of the scenes."""
+    folder = tmp_path_factory.mktemp("scenes")
+    for split, shade in (("train", 0), ("test_compositions", 10)):
+        rows = []
+        for shape in SHAPES:
+            for color in COLORS:
+                name = f"{split}-{color}-{shape}"
+                draw(shape, color, shade).save(folder / f"{name}.png")
+                rows.append({"image": f"{name}.png", "caption": f"a {color} {shape}", "key": name})
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{split}_descriptions.jsonl").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def small(parts, scenes, monkeypatch):
+    """Loads a script whose models are tiny and whose scenes are a few images."""
+
+    def recipe(stage, folder, features, seed, steps, train):
+        language = {} if stage == "stage1" else {"language": {"name": parts.llama}, "stage": "generation"}
+        return parts.recipe(
+            folder, **language,
+            data={"train": train, "features": str(features), "cached_views": 1, "streaming": False},
+            training={"max_steps": steps, "save_steps": steps, "seed": seed},
+        )  # fmt: skip
+
+    def load(name):
+        module = load_script(name)
+        for each in (module, sys.modules["common"]):
+            monkeypatch.setattr(each, "fetch", lambda name: scenes, raising=False)
+            monkeypatch.setattr(each, "demo_recipe", recipe, raising=False)
+        return module
+
+    return load
+
+
+def run(module, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+    module.main()
+
+
+# -- CapFilt -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def capfilt():
+    return load_script("capfilt")
+
+
+def test_noise_is_a_third_of_each_kind_and_always_the_same(capfilt):
+    rows = [{"key": f"train-{i}", "caption": f"caption {i}", "image": f"{i}.jpg"} for i in range(30)]
+    noisy = capfilt.make_noisy(rows)
+    kinds = [row["noise"] for row in noisy]
+    assert {kind: kinds.count(kind) for kind in set(kinds)} == {"true": 10, "another's": 10, "empty": 10}
+    assert [row["image"] for row in noisy] == [row["image"] for row in rows]
+    for row, before in zip(noisy, rows, strict=True):
+        assert (row["caption"] == before["caption"]) == (row["noise"] == "true")
+        assert row["caption"].startswith("caption") == (row["noise"] != "empty")
+    assert noisy == capfilt.make_noisy(rows) and kinds[:3] != ["true", "another's", "empty"]
+
+
+def test_a_larger_plan_fits_the_scenes(capfilt):
+    plan = capfilt.Plan()
+    assert capfilt.scaled(plan, 1) == plan
+    assert capfilt.scaled(plan, 2).images == 2 * plan.images
+    large = capfilt.scaled(plan, 100)
+    assert large.steps == 100 * plan.steps and 3990 <= large.images + large.clean <= 4000
+
+
+def scores(*values):
+    """R@1 by seed, the same by each score."""
+    return {
+        seed: {"itc": value, "itm": value, "itm_accuracy": value, "chance": 0.01} for seed, value in enumerate(values)
+    }
+
+
+def test_what_is_won_back(capfilt, tmp_path):
+    found = {
+        "noisy": scores(0.1, 0.2),
+        "round 1": scores(0.3, 0.3),
+        "round 2": scores(0.0, 0.1),
+        "true": scores(0.45, 0.45),
+    }
+    won = capfilt.won_back(found)
+    assert won["round 1"]["itc"] == pytest.approx((0.3 - 0.15) / (0.45 - 0.15))
+    assert won["round 2"]["itm"] < 0
+    assert capfilt.won_back({**found, "true": scores(0.1, 0.1)})["round 1"]["itc"] is None
+    judged = capfilt.check(found)
+    assert judged["round 1"]["accepted"] and not judged["round 2"]["accepted"]
+    rounds = {
+        name: {0: {"kept_by_noise": {"true": 0.9, "another's": 0.2, "empty": 0.0}, "keep_rates": {"generated": 0.5}}}
+        for name in ("round 1", "round 2")
+    }
+    results = {"scores": found, "won_back": won, "checks": judged, "rounds": rounds}
+    text = capfilt.table(results)
+    assert "| round 1 | 30.0 ± 0.0 | 30.0 ± 0.0 | 30.0 ± 0.0 | 50 % | 50 % |" in text
+    assert "| round 2 | 90.0 | 20.0 | 0.0 | 50.0 |" in text and "round 2: the round is refused" in text
+    capfilt.draw(results, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_capfilt(small, tmp_path, monkeypatch, capsys):
+    """End to end, killed in the middle and started again."""
+    module = small("capfilt")
+    plan = replace(module.QUICK, images=9, clean=3)
+    monkeypatch.setattr(module, "QUICK", plan)
+    monkeypatch.setattr(module, "RULES", replace(module.RULES, min_itm=0.1, min_pmi=-100.0))
+    arguments = ["--quick", "--output", tmp_path, "--seeds", "0", "1", "--rounds", "1"]
+    made, capfilt = [], module.capfilt
+
+    def stop(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "capfilt", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(module, monkeypatch, *arguments)
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "done").glob("*.json")}
+    assert tmp_path / "done" / "scores-noisy-0.json" in done and not (tmp_path / "results.json").exists()
+    monkeypatch.setattr(module, "capfilt", lambda *given: made.append(given) or capfilt(*given))
+    run(module, monkeypatch, *arguments)
+    assert all(path.stat().st_mtime_ns == time for path, time in done.items())
+    assert len(made) == 1  # with the first seed alone
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["scores"]) == {"noisy", "round 1", "true"}
+    assert all(set(each) == {"0", "1"} for each in results["scores"].values())
+    kept = results["rounds"]["round 1"]["0"]["kept_by_noise"]
+    assert set(kept) == {"true", "another's", "empty"} and all(0 <= share <= 1 for share in kept.values())
+    assert results["seconds"] > 0 and results["checks"]["round 1"]["accepted"] in (True, False)
+    assert (tmp_path / "capfilt.png").is_file()
+    assert (tmp_path / "table.md").read_text() == capsys.readouterr().out[-len((tmp_path / "table.md").read_text()) :]
+    monkeypatch.setattr(module, "capfilt", None)
+    run(module, monkeypatch, *arguments)  # all is done
+    with pytest.raises(SystemExit):
+        run(module, monkeypatch, "--output", tmp_path, "--scale", "2")
+    assert "has a run of another size" in capsys.readouterr().err
