@@ -19,6 +19,8 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+
 import blip2
 from blip2.config import EvaluationConfig
 from blip2.evaluation.run import evaluate
@@ -26,8 +28,10 @@ from blip2.recipe import find_recipe, load_recipe
 
 PACKAGE = "tuxpaint-stamps-default=2022.06.04-1"
 LANGUAGES = {"ca": "Catalan", "es": "Spanish", "fr": "French", "ro": "Romanian"}
-MAX_TOKENS = 160
-FEATURES = ["--vision.name=features", "--vision.hidden_size=288", f"--vision.max_tokens={MAX_TOKENS}"]
+MAX_TOKENS, MAX_CHARACTERS = 96, 32
+"""Longer recordings, of almost four seconds and more, and longer sentences are left out."""
+MODEL = ["--vision.name=features", "--vision.hidden_size=288", f"--vision.max_tokens={MAX_TOKENS}"]
+MODEL += ["--qformer.num_query_tokens=8", "--data.max_length=24"]
 EXAMPLE = Path(__file__).parents[1] / "examples" / "09_audio_features.py"
 
 
@@ -48,7 +52,7 @@ def collect(output: Path, deb: Path | None) -> dict[str, Path]:
         is_held_out = hashlib.sha256(file.stem.encode()).digest()[0] < 26
         for code, language in LANGUAGES.items():
             sound = file.with_name(f"{file.stem}_desc_{code}.ogg")
-            if sound.is_file() and code in sentences:
+            if sound.is_file() and len(sentences.get(code, " " * 99)) <= MAX_CHARACTERS:
                 target = folders["held-out" if is_held_out else "train"] / f"{file.stem}-{code}"
                 target.with_suffix(".ogg").write_bytes(sound.read_bytes())
                 target.with_suffix(".txt").write_text(f"{language}: {sentences[code].strip()}", encoding="utf-8")
@@ -58,21 +62,25 @@ def collect(output: Path, deb: Path | None) -> dict[str, Path]:
 def train(recipe: str, features: dict[str, Path], output: Path, overrides: list[str]) -> Path:
     """Train with the demo's recipe of a stage."""
     data = [f"--data.train={features['train']}", "--data.validation=null", "--data.cached_views=0"]
-    return blip2.train(load_recipe(find_recipe(recipe), [*FEATURES, *data, f"--output={output}", *overrides]), resume=True)
+    return blip2.train(load_recipe(find_recipe(recipe), [*MODEL, *data, f"--output={output}", *overrides]), resume=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/audio"))
     parser.add_argument("--deb", type=Path, help="the Debian package, if it was downloaded before")
-    parser.add_argument("--stage1-steps", type=int, default=400)
-    parser.add_argument("--stage2-steps", type=int, default=120)
+    parser.add_argument("--stage1-steps", type=int, default=250)
+    parser.add_argument("--stage2-steps", type=int, default=60)
     options = parser.parse_args()
     features: dict[str, Path] = {}
     for name, sounds in collect(options.output, options.deb).items():
         features[name] = options.output / f"{name}-features"
         if not features[name].is_dir():
             subprocess.run([sys.executable, EXAMPLE, sounds, features[name]], check=True)
+            for file in features[name].glob("*.npy"):
+                if len(np.load(file, mmap_mode="r")) > MAX_TOKENS:
+                    file.unlink()
+                    file.with_suffix(".txt").unlink()
 
     result: dict[str, object] = {name: len(list(folder.glob("*.npy"))) for name, folder in features.items()}
     started = time.monotonic()

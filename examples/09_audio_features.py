@@ -3,15 +3,15 @@
 python examples/09_audio_features.py recordings features
 """
 
-import shutil
 import sys
 from pathlib import Path
+from shutil import copy
 
 import numpy as np
 import soundfile
 import torch
 
-RATE, WINDOW, HOP, BANDS, STACK = 16_000, 400, 160, 64, 4  # a frame every 10 ms, four frames a token: [P, 256]
+RATE, WINDOW, HOP, BANDS, STACK = 16_000, 400, 160, 64, 4  # a frame every 10 ms, four frames a token
 
 
 def mel_filters() -> torch.Tensor:  # triangles whose corners are equally far apart in mel
@@ -24,11 +24,10 @@ def mel_filters() -> torch.Tensor:  # triangles whose corners are equally far ap
 def features(path: Path) -> np.ndarray:
     sound, rate = soundfile.read(path, dtype="float32", always_2d=True)
     mono = torch.from_numpy(sound).mean(dim=1)[None, None]
-    mono = torch.nn.functional.interpolate(mono, scale_factor=RATE / rate, mode="linear")[0, 0]
+    mono = torch.nn.functional.interpolate(mono, scale_factor=RATE / rate, mode="linear").flatten()
     spectrum = torch.stft(mono, WINDOW, HOP, window=torch.hann_window(WINDOW), return_complex=True).abs().square()
-    frames = (spectrum.T @ mel_filters()).clamp(min=1e-8).log()
-    frames = (frames - frames.mean()) / frames.std()
-    tokens = frames[: len(frames) // STACK * STACK].unflatten(0, (-1, STACK)).flatten(1)
+    frames = (spectrum.T @ mel_filters()).clamp(min=1e-8).log()  # [T, 64]
+    tokens = ((frames - frames.mean()) / frames.std())[: len(frames) // STACK * STACK].reshape(-1, STACK * BANDS)
     where = torch.arange(len(tokens))[:, None] * 10 ** torch.linspace(0, -2, 16)  # the order of tokens, as in a ViT
     return torch.cat([tokens, where.sin(), where.cos()], dim=1).numpy()  # [P, 288]
 
@@ -37,4 +36,4 @@ sounds, output = map(Path, sys.argv[1:])
 output.mkdir(parents=True, exist_ok=True)
 for text in sorted(sounds.glob("*.txt")):
     np.save(output / f"{text.stem}.npy", features(next(sounds.glob(f"{text.stem}.[ow]*"))))
-    shutil.copy(text, output)
+    copy(text, output)

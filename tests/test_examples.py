@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 
@@ -86,3 +87,26 @@ def test_own_encoder(run):
     assert len(lines) == 10
     first, last = (sum(float(value) for value in line.split()[2::2]) for line in (lines[0], lines[-1]))
     assert last < first
+
+
+def test_audio_features(run, parts, tmp_path):
+    soundfile = pytest.importorskip("soundfile")
+    sounds = tmp_path / "recordings"
+    sounds.mkdir()
+    for i, (rate, suffix) in enumerate([(8000, "wav"), (44100, "ogg"), (16000, "wav")]):
+        seconds = np.arange((1 + i) * rate // 4) / rate
+        soundfile.write(sounds / f"{i}.{suffix}", 0.3 * np.sin(2 * np.pi * 440 * (i + 1) * seconds), rate)
+        (sounds / f"{i}.txt").write_text(f"a tone of {440 * (i + 1)} hertz")
+    run("09", sounds, tmp_path / "features")
+    arrays = [np.load(tmp_path / "features" / f"{i}.npy") for i in range(3)]
+    assert [array.shape for array in arrays] == [(6, 288), (12, 288), (19, 288)]  # a token every 40 ms
+    # The band with the most energy is that of the tone.
+    bands = [array[:, :64].mean(axis=0).argmax() for array in arrays]
+    assert bands[0] < bands[1] < bands[2]
+    tiny = ["--vision.name=features", "--vision.hidden_size=288", "--vision.max_tokens=20", "--data.cached_views=0"]
+    tiny += [f"--qformer.bert={parts.bert}", "--data.batch_size=2"]
+    tiny += [f"--qformer.{value}" for value in TINY_QFORMER]
+    tiny += ["--training.max_steps=2", "--training.device=cpu", "--optimizer.warmup_steps=1"]
+    (line,) = run("05", tmp_path / "features", "stage1", *tiny)
+    (line,) = run("06", tmp_path / "features", "stage1", "stage2", *tiny, f"--language.name={parts.llama}")
+    assert len(run("01", line.split()[2], tmp_path / "features" / "0.npy")) >= 1
