@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from blip2.evaluation.retrieval import evaluate_retrieval
 from conftest import COLORS, SHAPES, draw
 
 CLAIMS = Path(__file__).parents[1] / "benchmarks" / "claims"
@@ -162,3 +164,58 @@ def test_capfilt(small, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(module, monkeypatch, "--output", tmp_path, "--scale", "2")
     assert "has a run of another size" in capsys.readouterr().err
+
+
+# -- re-ranking --------------------------------------------------------------------------------------------------------
+
+
+def test_reranking(small, scenes, runs, tmp_path, monkeypatch, capsys):
+    module = small("reranking")
+    rows = [json.loads(line) for line in (scenes / "test_compositions_descriptions.jsonl").read_text().splitlines()]
+    text = "".join(json.dumps({"image": row["image"], "captions": [row["caption"]]}) + "\n" for row in rows)
+    for name in ("train", "test_compositions", "twins"):
+        (scenes / f"{name}.jsonl").write_text(text)
+    run(module, monkeypatch, "--quick", "--seeds", "0", "--output", tmp_path / "trained")
+    results = json.loads((tmp_path / "trained" / "results.json").read_text())
+    found = results["models"]["0"]
+    assert set(found["recall"]["twins"]) == {"0", *map(str, module.CANDIDATES)} and results["steps"] == 2
+    # A single candidate is the best by ITC; as many as there are texts are all of them.
+    recall = found["recall"]["compositions"]
+    assert recall["1"] == recall["0"] and recall["8"] == recall["128"]
+    assert all(taken > 0 for taken in found["milliseconds"].values())
+    assert "| ITC alone |" in (tmp_path / "trained" / "table.md").read_text()
+    # Of a model that is there, as the library evaluates it.
+    run(module, monkeypatch, "--quick", "--models", runs["stage1"], "--output", tmp_path / "given")
+    found = json.loads((tmp_path / "given" / "results.json").read_text())["models"][str(runs["stage1"])]
+    pipeline = module.load_stage1(runs["stage1"])
+    features = pipeline.encode_images([scenes / row["image"] for row in rows[:8]])
+    texts = [row["caption"] for row in rows[:8]]
+    result = evaluate_retrieval(pipeline, features, texts, torch.eye(8, dtype=torch.bool), rerank_k=4)
+    expected = (result.image_to_text["r1"] + result.text_to_image["r1"]) / 2
+    assert found["recall"]["compositions"]["4"] == pytest.approx(expected)
+    assert (tmp_path / "given" / "reranking.png").is_file()
+    with pytest.raises(SystemExit):
+        run(module, monkeypatch, "--output", tmp_path / "given")
+    assert "has other results: give another --output" in capsys.readouterr().err
+
+
+# -- the number of queries ---------------------------------------------------------------------------------------------
+
+
+def test_collapse(small, scenes, tmp_path, monkeypatch, capsys):
+    module = small("collapse")
+    rows = [json.loads(line) for line in (scenes / "test_compositions_descriptions.jsonl").read_text().splitlines()]
+    text = "".join(json.dumps({"image": row["image"], "captions": [row["caption"]]}) + "\n" for row in rows)
+    for name in ("train", "test_compositions", "twins"):
+        (scenes / f"{name}.jsonl").write_text(text)
+    run(module, monkeypatch, "--quick", "--seeds", "0", "--queries", "1", "2", "--output", tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["scores"]) == {"recipe", "none"} and set(results["scores"]["none"]) == {"1", "2"}
+    found = results["scores"]["none"]["2"]["0"]
+    assert set(found) == {*module.SCORES, "chance"} and -1 <= found["cosine"] <= 1
+    pipeline = module.load_stage1(tmp_path / "runs" / "none-2-0")
+    assert pipeline.config.qformer.num_query_tokens == 2
+    assert "| without it | 2 |" in (tmp_path / "table.md").read_text() and (tmp_path / "collapse.png").is_file()
+    with pytest.raises(SystemExit):
+        run(module, monkeypatch, "--output", tmp_path)
+    assert "has other results: give another --output" in capsys.readouterr().err

@@ -4,7 +4,7 @@
     python benchmarks/claims/capfilt.py --output runs/claims/capfilt-large --scale 8      # larger, on a GPU
     python benchmarks/claims/capfilt.py --output runs/claims/capfilt-try --quick          # to see that it works
 
-1. The noisy corpus has images of package:scenes-20, a third with their caption, a third with another image's, and a
+1. The noisy corpus has images of package:scenes-pairs, a third with their caption, a third with another image's, and a
    third with empty words such as "image" or "click here". Which is which does not depend on the seed.
 2. Stage 1 trains on the noisy captions.
 3. The ranker continues from it on a few clean pairs of other images, and the captioner is stage 2 on the same pairs, as

@@ -22,7 +22,7 @@ from blip2.io import write_json
 from blip2.pipelines import RepresentationPipeline, load
 from blip2.recipe import find_recipe, load_recipe
 
-SCENES = "scenes-20"
+SCENES = "scenes-pairs"
 
 
 def once(path: Path, work: Callable[[], Any]) -> Any:
