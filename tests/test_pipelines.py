@@ -357,7 +357,6 @@ def test_length_is_limited(writer):
 @pytest.mark.parametrize(
     ("method", "arguments", "what"),
     [
-        ("caption", [IMAGES], "write captions"),
         ("answer", [IMAGES, "what?"], "answer questions"),
     ],
 )
