@@ -379,6 +379,7 @@ def test_prompts_and_questions_that_do_not_fit(compare, writer, reader):
         (lambda: writer.score(IMAGES, TEXTS, prompt="a", questions="b"), "found both prompt and questions"),
         (lambda: writer.score(IMAGES, TEXTS, questions=["a", "b"]), "there are 3 images and 2 questions"),
         (lambda: writer.score(IMAGES, TEXTS, prompt=["a", "b"]), "there are 3 images and 2 prompts"),
+        (lambda: writer.score(IMAGES[0], TEXTS, prompt=[]), "no prompt was given"),
         (lambda: writer.score(IMAGES, TEXTS, questions=" "), "question 1 of 1 is ' ', expected words"),
         (lambda: reader.score(IMAGES, TEXTS), "was trained to answer questions: give questions"),
         (lambda: writer.log_likelihood(IMAGES, [""] * 2, TEXTS[:3]), "there are 3 texts and 2 prompts"),

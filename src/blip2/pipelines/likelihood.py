@@ -252,6 +252,8 @@ class LikelihoodPipeline(ScoringPipeline[GenerationModel]):
         listed = None if questions is None else check_texts(questions, "question")
         own = self.config.language.prompt if prompt is None else prompt
         prompts = [own] if isinstance(own, str) else list(own)
+        if not prompts:
+            raise InputError("no prompt was given: give at least one, or leave out prompt")
         if listed is not None:
             prompts = self.format_questions(listed)
         num_rows = len(prompts) if len(features) == 1 else len(features)

@@ -119,7 +119,8 @@ class ScoringPipeline(Pipeline[Model]):
                 the text.
             by: the score (:mod:`blip2.pipelines.scoring`): ``itc``, ``itm`` or ``itg`` for stage 1, ``lm`` or ``pmi``
                 for stage 2. None: ``itm`` for stage 1, ``lm`` for stage 2. The blank image of ``pmi`` has the mean
-                color of the image encoder's preprocessing: after normalization, all its pixels are 0.
+                color of the image encoder's preprocessing: after normalization, all its pixels are 0. For a model that
+                reads arrays of features it is one token of zeros.
             pairs: whether text i is compared with image i only.
             image_index: the index of the image of each text, if texts are compared with one image each and several may
                 be about the same image. With several questions or prompts about a single image, it is the index of the
