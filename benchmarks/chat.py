@@ -30,7 +30,8 @@ from blip2.pipelines import Chat, GenerationPipeline
 
 VISION, LANGUAGE = "package:efficientnet-lite0", "package:smollm2-135m-instruct"
 QUESTIONS = [
-    f"What do you see in part {word} of it?" for word in "one two three four five six seven eight nine ten".split()
+    f"What do you see in part {word} of it?"
+    for word in ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 ]
 
 

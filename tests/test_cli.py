@@ -1,5 +1,6 @@
 import ast
 import inspect
+import io
 import json
 import re
 import subprocess
@@ -273,6 +274,21 @@ def test_caption(capsys, runs, images):
     )
 
 
+def test_chat(capsys, monkeypatch, runs, images):
+    options = ("--max-new-tokens", "4", "--stop-strings", "q", "z")
+    chat = load(runs["llama"], device="cpu").chat(
+        images[:2], decoding=Decoding(num_beams=1, max_new_tokens=4, stop_strings=["q", "z"])
+    )
+    questions = ["what is it?", "and its color?"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(questions)))
+    said = output(capsys, "chat", str(runs["llama"]), *images[:2], *options)
+    assert said == "".join(f"{escape_control_characters(chat.ask(question))}\n" for question in questions)
+    monkeypatch.setattr("sys.stdin", io.StringIO("what?\n/image nowhere.png\nwhy?\n"))
+    assert main(["chat", str(runs["llama"]), images[0], *options]) == 2
+    shown = capsys.readouterr()
+    assert len(shown.out.splitlines()) == 1 and len(shown.err.splitlines()) == 1 and "nowhere.png" in shown.err
+
+
 def test_caption_of_a_sample_follows_the_seed(capsys, runs, images):
     command = ("caption", str(runs["t5"]), *images, "--top-p", "0.95", "--temperature", "1.5", "--seed")
     first = output(capsys, *command, "3")
@@ -356,6 +372,15 @@ def test_dtype(capsys, runs, images):
         ),
         (["caption", "LLAMA", "IMAGE", "--max-new-tokens", "0"], "--max-new-tokens is 0, expected at least 1"),
         (["caption", "LLAMA", "IMAGE", "--num-beams", "0"], "--num-beams is 0, expected at least 1"),
+        (["caption", "LLAMA", "IMAGE", "--num-beams", "3", "--top-p", "0.9"], "num_beams is 3 and top_p is 0.9"),
+        (["ask", "LLAMA", "IMAGE", "what?", "--temperature", "0.5"], "temperature is 0.5, but nothing is sampled"),
+        (["chat", "LLAMA", "IMAGE", "--num-beams", "3"], "num_beams is 3, but beam search knows no token before"),
+        (["chat", "LLAMA", "IMAGE", "--template", "chat"], "has no chat template: leave out template"),
+        (["chat", "STAGE1", "IMAGE"], "contains only stage representation: load a model of stage generation"),
+        (
+            ["capfilt", "LLAMA", "STAGE1", "--data", "x", "--output", "y", "--num-beams", "10", "--top-p", "0.5"],
+            "num_beams is 10 and top_p is 0.5, but sampling has no beams: leave out one of them",
+        ),
         (["caption", "LLAMA", "IMAGE", "--top-p", "0.5", "--seed", "-1"], "--seed is -1, expected at least 0"),
     ],
 )
