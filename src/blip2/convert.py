@@ -41,7 +41,7 @@ from blip2.builder import (
     with_absolute_paths,
 )
 from blip2.checkpoint import open_checkpoint, read_recipe, write_configs
-from blip2.config import IMAGE_TOKEN, QUESTION_PLACEHOLDER, CheckpointFormat, LanguageConfig
+from blip2.config import CheckpointFormat, FEATURES, IMAGE_TOKEN, LanguageConfig, MODULE, QUESTION_PLACEHOLDER
 from blip2.data.assets import resolve
 from blip2.errors import InputError
 from blip2.hub import model_card
@@ -116,6 +116,12 @@ def convert(
         raise InputError(
             f"{checkpoint.name} has a Q-Former that reads questions, and becomes an InstructBLIP, which has no place"
             " for a stage-1 model: leave out stage1"
+        )
+    if to != "blip2" and checkpoint.config.vision.name in (FEATURES, MODULE):
+        raise InputError(
+            f"{checkpoint.name} reads "
+            + ("arrays of features" if checkpoint.config.vision.reads_features else "an encoder that is a torch module")
+            + f", but the BLIP-2 of {to} has an image encoder of its own: convert it to blip2"
         )
     if to != "blip2" and checkpoint.config.vision.position_encoding == "sine2d":
         raise InputError(
