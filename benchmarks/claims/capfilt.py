@@ -73,19 +73,19 @@ RULES = SelectionRules(keep=2, min_itm=0.5, min_pmi=0.0)
 class Plan:
     """Sizes of the experiment."""
 
-    images: int = 600
+    images: int = 500
     """Images of the noisy corpus."""
     clean: int = 400
     """Other images, with true captions, for the ranker and the captioner."""
-    steps: int = 120
+    steps: int = 90
     """Steps of stage 1 on each corpus."""
-    ranker_steps: int = 50
+    ranker_steps: int = 40
     """Steps of the ranker on the clean pairs."""
-    captioner_steps: int = 80
+    captioner_steps: int = 60
     """Steps of the captioner on the clean pairs."""
-    captions: int = 3
+    captions: int = 2
     """Captions that are written of each image."""
-    held_out: int = 200
+    held_out: int = 160
     """Held-out images that are compared."""
 
 
@@ -247,7 +247,7 @@ def run(experiment: Experiment, seeds: list[int], every_seed: bool) -> dict[str,
                 sources[number, origin], rounds[name][origin] = experiment.bootstrap(
                     number, before, corpora["noisy"], corpora["clean"], origin
                 )
-            model = f"bootstrapped-{number}"
+            model = f"bootstrapped-{number}-of-{origin}"
             scores[name][seed] = experiment.measure(model, sources[number, origin], seed)
             before = experiment.output / "runs" / f"{model}-{origin}"
         scores["true"][seed] = experiment.measure("true", corpora["true"], seed)

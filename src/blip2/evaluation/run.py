@@ -109,6 +109,11 @@ def evaluate_pipeline(
     Raises:
         InputError: as for :func:`evaluate`.
     """
+    if config.control and pipeline.config.vision.reads_features:
+        raise InputError(
+            f"a control was asked for {pipeline.path}, which reads arrays of features, of which no blank image is"
+            " known: leave out --control"
+        )
     config = _with_lemmatize(config, data)
     decoding = None if config.task == "retrieval" else asdict(decoding_for(config))
     metadata = to_plain({
