@@ -1,4 +1,4 @@
-"""Arrays of features in place of images: training, every method and every command, with records of different lengths."""
+"""Arrays of features in place of images: training, methods and commands, with records of different lengths."""
 
 import json
 from pathlib import Path
@@ -143,7 +143,7 @@ def test_commands(trained, table, tmp_path, capsys):
         ({**VISION, "layer": "last"}, {}, "vision.layer is last, but vision.name is features, for which it has no"),
         ({**VISION, "image_size": 4}, {}, "vision.image_size is 4, but vision.name is features"),
         ({**VISION, "position_encoding": "sine2d"}, {}, "no grid of rows and columns"),
-        ({"name": "vit", "max_tokens": 4}, {}, "vision.max_tokens is 4, but vision.name is vit, whose own sizes are used"),
+        ({"name": "vit", "max_tokens": 4}, {}, "vision.max_tokens is 4, but vision.name is vit, whose own"),
         ({"name": "module", "layer": "last"}, {}, "vision.layer is last, but vision.name is module"),
         (VISION, {"cached_views": 1}, "features are read as they are, and cannot be cached"),
         ({"name": "module"}, {"cached_views": 1}, "its features cannot be cached"),
@@ -202,6 +202,7 @@ def test_commands_on_images_refuse_the_model_in_one_line(trained, table, tmp_pat
         (["convert", trained["stage1"], tmp_path / "out", "--to", "transformers"], "reads arrays of features"),
         (["features", "demo-stage1", *recipe], "vision.name is features, whose features are not cached"),
         (["caption", trained["llama"], table], "is not an array"),
+        (["embed", trained["stage1"], "--data", table, "--output", tmp_path / "corpus"], "has no image column"),
     ):
         assert main([str(each) for each in arguments]) == 1
         assert message in capsys.readouterr().err.strip().splitlines()[-1]

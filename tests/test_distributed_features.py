@@ -24,7 +24,9 @@ class Encoder(torch.nn.Linear):
 def build() -> RepresentationModel:
     torch.manual_seed(0)
     linear = Encoder(6, 24)
-    model = randomize(RepresentationModel(ImageEncoder(linear, linear, FeatureFormat(6, 9)), QFORMER, ObjectivesConfig()))
+    model = randomize(
+        RepresentationModel(ImageEncoder(linear, linear, FeatureFormat(6, 9)), QFORMER, ObjectivesConfig())
+    )
     model.temperature.data.fill_(0.3)
     model.vision.requires_grad_(True)
     return model.train()

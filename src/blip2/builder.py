@@ -260,13 +260,15 @@ def build_image_encoder(
         assert config.hidden_size is not None and config.max_tokens is not None
         form = FeatureFormat(config.hidden_size, config.max_tokens)
         return wrap_module(nn.Identity() if encoder is None else encoder, form)
-    if (config.name == MODULE) != (encoder is not None):
+    if config.name == MODULE and encoder is None:
         raise InputError(
-            f"vision.name is {MODULE}, but no module was given: pass it in Python, as blip2.train(recipe, encoder=...) or"
-            " blip2.load(path, encoder=...)"
-            if encoder is None
-            else f"encoder is given, but vision.name is {config.name!r}, which names another image encoder: set vision.name"
-            f" to {MODULE} or {FEATURES}, or leave out encoder"
+            f"vision.name is {MODULE}, but no module was given: pass it in Python, as blip2.train(recipe, encoder=...)"
+            " or blip2.load(path, encoder=...)"
+        )
+    if config.name != MODULE and encoder is not None:
+        raise InputError(
+            f"encoder is given, but vision.name is {config.name!r}, which names another image encoder: set vision.name to"
+            f" {MODULE} or {FEATURES}, or leave out encoder"
         )
     if encoder is not None:
         wrapped = wrap_module(encoder, Preprocessing(config.image_size or 224))

@@ -70,7 +70,7 @@ def test_without_a_module_arrays_are_the_features():
     encoder = build_image_encoder(FEATURES, torch.float32)
     assert (encoder.num_tokens, encoder.hidden_size, encoder.is_frozen) == (8, 6, True)
     assert encoder.dtype == torch.float32
-    with pytest.raises(InputError, match="reads arrays of features .vision.name features., but this works on images"):
+    with pytest.raises(InputError, match=r"reads arrays of features .vision.name features., but this works on images"):
         _ = encoder.preprocessing
 
 
@@ -80,7 +80,10 @@ def test_without_a_module_arrays_are_the_features():
         (Recurrent(lambda x: x.mean(dim=(1, 2))), "returns features of shape"),
         (Recurrent(lambda x: x * torch.nan), "returns features that are not finite"),
         (Recurrent(torch.zeros_like), "returns the same features for different"),
-        (Recurrent(lambda x: (x, x)), r"cannot encode features of shape 8 x 6 \(Type.*Error.*: correct vision.hidden_size"),
+        (
+            Recurrent(lambda x: (x, x)),
+            r"cannot encode features of shape 8 x 6 \(Type.*Error.*: correct vision.hidden_size",
+        ),
         (nn.Linear(4, 4), r"cannot encode features of shape 8 x 6 \(.*Error.*: correct vision.hidden_size"),
         ("len", "encoder is a str, expected a torch.nn.Module"),
     ],
@@ -96,7 +99,11 @@ def test_what_a_module_returns_is_checked_once(module, message):
     [
         (VisionConfig("module"), None, "vision.name is module, but no module was given: pass it in Python"),
         (VisionConfig("some/vit"), Patches(), "encoder is given, but vision.name is 'some/vit'"),
-        (VisionConfig("module"), ImageEncoder(nn.Identity(), nn.Identity(), FeatureFormat(6, 8)), "another kind of input"),
+        (
+            VisionConfig("module"),
+            ImageEncoder(nn.Identity(), nn.Identity(), FeatureFormat(6, 8)),
+            "another kind of input",
+        ),
     ],
 )
 def test_name_and_module_must_fit(config, module, message):

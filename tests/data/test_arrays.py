@@ -112,7 +112,7 @@ def test_bad_arrays_are_refused_in_one_line(name, tmp_path, monkeypatch):
     with pytest.raises(ImageError, match=message) as error:
         read_features(content, FORM)
     assert "\n" not in str(error.value) and ": " in str(error.value)
-    assert not os.path.exists("executed")
+    assert not (tmp_path / "executed").exists()
     if isinstance(content, bytes):
         (tmp_path / "file.npy").write_bytes(content)
         with pytest.raises(ImageError):
@@ -139,11 +139,13 @@ def test_files_that_are_not_there_or_never_end(tmp_path):
 def test_a_small_archive_that_unpacks_to_much_is_not_unpacked(tmp_path):
     """Only the header and the bytes that the shape allows are decompressed."""
     header = npy(ARRAY)[:-48]
-    with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
-        with archive.open("x.npy", "w", force_zip64=True) as member:
-            member.write(header + bytes(48))
-            for _ in range(64):
-                member.write(bytes(1 << 20))
+    with (
+        zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("x.npy", "w", force_zip64=True) as member,
+    ):
+        member.write(header + bytes(48))
+        for _ in range(64):
+            member.write(bytes(1 << 20))
     assert read_features(tmp_path / "bomb.npz", FORM).shape == (4, 3)
 
 
@@ -161,7 +163,10 @@ def test_lists_in_parquet_and_json(tmp_path):
     (tmp_path / "t.jsonl").write_text("\n".join(lines))
     for name in ("t.parquet", "t.jsonl"):
         found = records(tmp_path / name)
-        assert [torch.equal(read_features(r.image, FORM), torch.tensor(f)) for r, f in zip(found, rows["features"], strict=True)] == [True, True]
+        assert [
+            torch.equal(read_features(r.image, FORM), torch.tensor(f))
+            for r, f in zip(found, rows["features"], strict=True)
+        ] == [True, True]
         assert found[0].image_id != found[1].image_id
 
 

@@ -127,11 +127,15 @@ def test_losses_of_a_ragged_batch_are_made_of_rows_alone(model):
     pairs = [(i, i) for i in range(4)] + [(i, int(t)) for i, t in enumerate(negatives.text_for_image)]
     pairs += [(int(i), t) for t, i in enumerate(negatives.image_for_text)]
     logits = [
-        model.match(model.build_image_memory(records()[i]), ids[t : t + 1, : mask[t].sum()], mask[t : t + 1, : mask[t].sum()])
+        model.match(
+            model.build_image_memory(records()[i]), ids[t : t + 1, : mask[t].sum()], mask[t : t + 1, : mask[t].sum()]
+        )
         for i, t in pairs
     ]
     labels = torch.tensor([1] * 4 + [0] * 8)
-    torch.testing.assert_close(torch.nn.functional.cross_entropy(torch.cat(logits), labels), whole["itm"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        torch.nn.functional.cross_entropy(torch.cat(logits), labels), whole["itm"], rtol=0, atol=1e-6
+    )
 
 
 def test_attention_maps_give_padding_no_weight(model):

@@ -117,7 +117,10 @@ class ImageEncoder(Freezable):
         if isinstance(form, FeatureFormat) and isinstance(self.network, nn.Identity):
             return form.max_tokens, form.hidden_size
         if isinstance(form, FeatureFormat):
-            shape, what = (form.max_tokens, form.hidden_size), f"features of shape {form.max_tokens} x {form.hidden_size}"
+            shape, what = (
+                (form.max_tokens, form.hidden_size),
+                f"features of shape {form.max_tokens} x {form.hidden_size}",
+            )
             advice = "correct vision.hidden_size, vision.max_tokens or the module"
         else:
             size = form.image_size

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModel, Blip2VisionConfig, Blip2VisionModel, ImageProcessingMixin
 
+from blip2.backbones.features import FeatureFormat
 from blip2.backbones.pretrained import (
     load_config,
     load_model,
@@ -27,7 +28,6 @@ from blip2.backbones.pretrained import (
     short_message,
     wrap_load_errors,
 )
-from blip2.backbones.features import FeatureFormat
 from blip2.backbones.vision import MAX_IMAGE_SIZE, ImageEncoder, Preprocessing
 from blip2.errors import InputError
 from blip2.io import read_json
@@ -82,8 +82,8 @@ def wrap_module(module: nn.Module | Any, input_format: Preprocessing | FeatureFo
     """Wrap a module in an :class:`ImageEncoder`, frozen.
 
     Args:
-        module: maps pixels [B, 3, H, W] or arrays [B, P, E] to features [B, P, E], or to an output of transformers, whose
-            ``last_hidden_state`` is used. An :class:`ImageEncoder` is returned unchanged.
+        module: maps pixels [B, 3, H, W] or arrays [B, P, E] to features [B, P, E], or to an output of transformers,
+            whose ``last_hidden_state`` is used. An :class:`ImageEncoder` is returned unchanged.
         input_format: what the module reads.
 
     Raises:
@@ -92,8 +92,8 @@ def wrap_module(module: nn.Module | Any, input_format: Preprocessing | FeatureFo
     if isinstance(module, ImageEncoder):
         if isinstance(module.input_format, FeatureFormat) != isinstance(input_format, FeatureFormat):
             raise InputError(
-                "encoder is an ImageEncoder for another kind of input than vision.name says: set vision.name to module if"
-                " it reads pixels, or to features if it reads arrays"
+                "encoder is an ImageEncoder for another kind of input than vision.name says: set vision.name to module"
+                " if it reads pixels, or to features if it reads arrays"
             )
         return module
     if not isinstance(module, nn.Module):

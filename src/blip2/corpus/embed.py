@@ -17,7 +17,7 @@ from torch import Tensor
 
 from blip2.config import Precision
 from blip2.corpus.job import Worker, run_job
-from blip2.corpus.models import resolve_checkpoint
+from blip2.corpus.models import check_reads_images, resolve_checkpoint
 from blip2.corpus.options import LOCAL, Engine
 from blip2.corpus.units import Unit, list_units, read_batches
 from blip2.data.shards import SkippedSample
@@ -159,6 +159,7 @@ class EmbedJob:
     def worker(self) -> Worker:
         """Load the model."""
         pipeline = _load(self.model, self.device, self.dtype, self.overrides)
+        check_reads_images(pipeline)
 
         def embed_unit(unit: Unit) -> dict[str, Any]:
             skipped: list[SkippedSample] = []

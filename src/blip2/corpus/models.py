@@ -219,6 +219,7 @@ def open_captioner(
         return TransformersCaptioner(name, decoding, prompt, device, dtype)
     pipeline = load(name, device, dtype, stage="generation")
     assert isinstance(pipeline, GenerationPipeline)
+    check_reads_images(pipeline)
     return Blip2Captioner(pipeline, decoding, prompt)
 
 
@@ -238,7 +239,21 @@ def open_ranker(name: str, device: str | None, dtype: Precision | None) -> Ranke
         return TransformersRanker(name, device, dtype)
     pipeline = load(name, device, dtype, stage="representation")
     assert isinstance(pipeline, RepresentationPipeline)
+    check_reads_images(pipeline)
     return Blip2Ranker(pipeline)
+
+
+def check_reads_images(pipeline: GenerationPipeline | RepresentationPipeline) -> None:
+    """Check that a model reads images, which are all that a pass over a corpus gives it.
+
+    Raises:
+        InputError: the model reads arrays of features.
+    """
+    if pipeline.config.vision.reads_features:
+        raise InputError(
+            f"{pipeline.path} reads arrays of features, but a pass over a corpus reads images: give a model with an image"
+            " encoder, or use its methods in Python on the arrays"
+        )
 
 
 OPTIONAL_WEIGHTS = r"position_ids|decoder\.(bias|weight)$"

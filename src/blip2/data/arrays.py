@@ -15,7 +15,6 @@ import os
 import re
 import zipfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,7 +57,9 @@ def read_input(source: Any, form: Preprocessing | FeatureFormat) -> Float[Tensor
     Raises:
         ImageError: the image or the array cannot be used.
     """
-    return read_features(source, form)[None] if isinstance(form, FeatureFormat) else preprocess(read_image(source), form)
+    return (
+        read_features(source, form)[None] if isinstance(form, FeatureFormat) else preprocess(read_image(source), form)
+    )
 
 
 def stack_inputs(inputs: Sequence[Tensor]) -> Tensor:
@@ -68,7 +69,7 @@ def stack_inputs(inputs: Sequence[Tensor]) -> Tensor:
 
 
 def blank_input(form: Preprocessing | FeatureFormat) -> Float[Tensor, "1 ..."]:
-    """Return an input that shows nothing: pixels of the mean color, which is 0 after normalization, or one zero token."""
+    """Return an input that shows nothing: pixels of the mean color, which are 0 when normalized, or one zero token."""
     if isinstance(form, FeatureFormat):
         return torch.zeros(1, 1, 1, form.hidden_size)
     return torch.zeros(1, 3, form.image_size, form.image_size)
@@ -112,8 +113,8 @@ def read_features(source: Any, form: FeatureFormat) -> Float[Tensor, "P E"]:
     if not finite.all():
         token, channel = (~finite).nonzero()[0].tolist()
         raise ImageError(
-            f"{name} holds {float(tensor[token, channel])} at token {token}, channel {channel}, expected numbers that are"
-            " finite in float32: compute it again, or remove the record"
+            f"{name} holds {float(tensor[token, channel])} at token {token}, channel {channel}, expected numbers that"
+            " are finite in float32: compute it again, or remove the record"
         )
     return tensor
 
@@ -127,7 +128,9 @@ def _guard(read: Any, name: str) -> Any:
     except InputError as error:
         raise ImageError(f"array {error}") from error
     except OSError as error:
-        raise ImageError(f"{name} cannot be read ({error.strerror or error}): check its path and permissions") from error
+        raise ImageError(
+            f"{name} cannot be read ({error.strerror or error}): check its path and permissions"
+        ) from error
     except Exception as error:  # the readers raise nearly anything on damaged files
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ImageError(f"{name} is damaged ({reason}): copy or compute it again") from error

@@ -226,8 +226,8 @@ def read_features_cell(cell: Any) -> str | bytes | None:
             array = np.array(cell, dtype=np.float64).astype(np.float32)
     except (TypeError, ValueError, OverflowError) as error:
         raise CellError(
-            f"holds {describe(cell)} that is no array of numbers ({' '.join(str(error).split())[:100]}), expected P lists"
-            " of E numbers: correct the row"
+            f"holds {describe(cell)} that is no array of numbers ({' '.join(str(error).split())[:100]}), expected P"
+            " lists of E numbers: correct the row"
         ) from error
     if array.ndim != 2:
         raise CellError(f"holds an array of {array.ndim} dimensions, expected P lists of E numbers: correct the row")

@@ -31,7 +31,7 @@ TEXTURES = ("stripes", "checks", "dots", "noise")
 MIN_ALPHA = 24
 """Minimum alpha, in [0, 255], of a pixel that belongs to an object."""
 OBJECT_SIZES = {
-    "pair": (68.0, 90.0),
+    "pair": (88.0, 100.0),
     "count": (60.0, 72.0),
     "triple": (54.0, 63.0),
     "small": (50.0, 60.0),

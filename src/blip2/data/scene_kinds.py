@@ -167,13 +167,6 @@ COLORS = {
 """Background colors with their mean RGB values, in [0, 255]."""
 
 
-FEW_KINDS = (
-    "apple", "banana", "boat", "butterfly", "camera", "car", "cat", "cow", "dog", "elephant", "fish", "flower",
-    "guitar", "horse", "house", "penguin", "plane", "rabbit", "tree", "umbrella",
-)  # fmt: skip
-"""The kinds of ``package:scenes-20``, which a small model learns in minutes."""
-
-
 def plural(kind: str) -> str:
     """Return the plural of a kind."""
     if kind in IRREGULAR:

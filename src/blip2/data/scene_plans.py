@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -67,22 +67,27 @@ def held_out_count(kind: str) -> int:
     return 2 + digest[1] % 2 if digest[0] < HELD_OUT_COUNTS_OF_256 else 0
 
 
-def draw_type(rng: np.random.Generator) -> str:
-    """Draw a type of scene by :data:`TYPE_PROBABILITIES`."""
-    return str(rng.choice(list(TYPE_PROBABILITIES), p=list(TYPE_PROBABILITIES.values())))
-
-
 class Planner:
     """Draws scenes with and without held-out combinations.
 
     Args:
         cutouts: the cut-outs of each kind.
+        types: types of scenes to draw; ``pair`` is always one of them.
 
     Raises:
-        InputError: there are too few kinds or cut-outs to hold some out.
+        InputError: there are too few kinds or cut-outs to hold some out, or a type is unknown.
     """
 
-    def __init__(self, cutouts: Mapping[str, tuple[Cutout, ...]]) -> None:
+    def __init__(
+        self, cutouts: Mapping[str, tuple[Cutout, ...]], types: Collection[str] = tuple(TYPE_PROBABILITIES)
+    ) -> None:
+        unknown = set(types) - set(TYPE_PROBABILITIES)
+        if unknown or "pair" not in types:
+            raise InputError(
+                f"types are {', '.join(types) or 'empty'}, expected pair and any of"
+                f" {', '.join(sorted(set(TYPE_PROBABILITIES) - {'pair'}))}: correct them"
+            )
+        self.types = {type: share for type, share in TYPE_PROBABILITIES.items() if type in types}
         self.kinds = tuple(sorted(cutouts))
         self.held_out_cutouts = {
             kind: these[-1:] for kind, these in cutouts.items() if len(these) >= MIN_CUTOUTS_TO_HOLD_OUT
@@ -131,9 +136,19 @@ class Planner:
             str(rng.choice(["small", "large"])) if type == "single" else "",
         )
 
+    def draw_type(self, rng: np.random.Generator) -> str:
+        """Draw a type of scene by :data:`TYPE_PROBABILITIES`."""
+        shares = np.array(list(self.types.values()))
+        return str(rng.choice(list(self.types), p=shares / shares.sum()))
+
+    @property
+    def twin_types(self) -> tuple[str, ...]:
+        """The types of twins that can be drawn; ``count`` only if scenes show counts."""
+        return tuple(each for each in TWIN_TYPES if each != "count" or "count" in self.types)
+
     def draw(self, rng: np.random.Generator) -> Scene:
         """Draw a scene without held-out combinations."""
-        type = draw_type(rng)
+        type = self.draw_type(rng)
         while True:
             kinds = tuple(rng.permutation(self.kinds)[: {"pair": 2, "triple": 3}.get(type, 1)].tolist())
             if not any(is_held_out(*pair) for pair in combinations(kinds, 2)):

@@ -30,7 +30,7 @@ from blip2.data.scene_images import (
     read_cutouts,
 )
 from blip2.data.scene_kinds import COLORS
-from blip2.data.scene_plans import GROUP_SIZE, TWIN_TYPES, Planner, Scene, draw_type
+from blip2.data.scene_plans import GROUP_SIZE, TYPE_PROBABILITIES, Planner, Scene
 from blip2.data.scene_texts import (
     Question,
     Truth,
@@ -103,10 +103,10 @@ def _groups(planner: Planner, split: str, seed: int, images: int, train: int, gr
     for number in range(images):
         rng = _rng(seed, split, number)
         if split == "twins":
-            twin_type = TWIN_TYPES[number % len(TWIN_TYPES)]
+            twin_type = planner.twin_types[number % len(planner.twin_types)]
             yield _Group(number, planner.twins(twin_type, rng), twin_type)
         elif split == "test_compositions":
-            yield _Group(number, [planner.held_out(rng, count=number % 6 == 5)])
+            yield _Group(number, [planner.held_out(rng, count=number % 6 == 5 and "count" in planner.types)])
         elif split == "test_cutouts":
             yield _Group(number, [planner.vary(_with_held_cutouts(planner, seen, rng), rng, held_out_cutouts=True)])
         else:
@@ -122,7 +122,7 @@ def _with_held_cutouts(planner: Planner, seen: Sequence[Scene], rng: np.random.G
         InputError: there are no candidates.
     """
     candidates = [scene for scene in seen if all(kind in planner.held_out_cutouts for kind in scene.kinds)]
-    type = draw_type(rng)
+    type = planner.draw_type(rng)
     candidates = [scene for scene in candidates if scene.type == type] or candidates
     if not candidates:
         raise InputError(
@@ -153,7 +153,15 @@ def _draw(scene: Scene, placement: Placement, seed: int, split: str, group: int,
 
 
 def _write_split(
-    planner: Planner, folder: Path, split: str, seed: int, images: int, train: int, group_size: int, done: Counter[str]
+    planner: Planner,
+    folder: Path,
+    split: str,
+    seed: int,
+    images: int,
+    train: int,
+    group_size: int,
+    varied_captions: bool,
+    done: Counter[str],
 ) -> _SplitRows:
     (folder / "images" / split).mkdir(parents=True)
     out = _SplitRows()
@@ -170,7 +178,7 @@ def _write_split(
             rng = _rng(seed, split, group.number, 3, member)
             row = {
                 "image": name,
-                "captions": write_captions(truth, rng),
+                "captions": write_captions(truth, rng) if varied_captions else [describe(truth)],
                 "key": f"{split}-{number:05}",
                 "group": f"{split}-group-{group.number:05}",
                 "truth": truth.to_json(),
@@ -183,7 +191,10 @@ def _write_split(
             if done["images"] % LOG_EVERY == 0:
                 log.info("%d of %d images are drawn", done["images"], done["all"])
         if group.twin_type:
-            captions = write_twins((truths[0], truths[1]), group.twin_type, _rng(seed, split, group.number, 4))
+            captions = [describe(truth) for truth in truths]
+            if varied_captions:
+                rng = _rng(seed, split, group.number, 4)
+                captions = write_twins((truths[0], truths[1]), group.twin_type, rng)
             for row, caption in zip(out.records[-2:], captions, strict=True):
                 row |= {"captions": [caption], "twin_type": group.twin_type}
     unpaired = yes_no.unpaired()
@@ -215,6 +226,8 @@ def make_scenes(
     kinds: Sequence[str] | None = None,
     about: str = "",
     group_size: int = GROUP_SIZE,
+    types: Sequence[str] = tuple(TYPE_PROBABILITIES),
+    varied_captions: bool = True,
 ) -> dict[str, int]:
     """Write a data set of scenes.
 
@@ -235,6 +248,9 @@ def make_scenes(
             folder of the cut-outs. Unused if `cutouts` is None.
         group_size: number of near twins per group of training images, 1 to 4. With 1, the same number of images shows
             more different scenes.
+        types: types of scenes to draw: ``pair`` and any of ``count``, ``single`` and ``triple``.
+        varied_captions: write four captions per image in different sentence patterns. False: write one caption per
+            image, in the pattern of the descriptions.
 
     Returns:
         The number of rows in each JSONL file, by the name of the file.
@@ -265,13 +281,13 @@ def make_scenes(
 
         cutouts, about = fetch_cutouts()
     shown = read_cutouts(cutouts, kinds)
-    planner = Planner(shown)
+    planner = Planner(shown, types)
     output.mkdir(parents=True, exist_ok=True)
     done = Counter(all=sum(numbers.values()) + twins)
     rows: dict[str, int] = {}
     texts: list[str] = []
     for split, number in numbers.items():
-        written = _write_split(planner, output, split, seed, number, train, group_size, done)
+        written = _write_split(planner, output, split, seed, number, train, group_size, varied_captions, done)
         files = {
             split: written.records,
             f"{split}_questions": written.questions,

@@ -19,6 +19,7 @@ from datasets.config import HF_DATASETS_CACHE
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from blip2.config import DataConfig
+from blip2.data.arrays import FEATURE_SUFFIXES
 from blip2.data.benchmarks import find_shards, is_benchmark, read_benchmark
 from blip2.data.cells import (
     ANSWER_COLUMNS,
@@ -30,7 +31,6 @@ from blip2.data.cells import (
     QUESTION_COLUMNS,
     class_names,
 )
-from blip2.data.arrays import FEATURE_SUFFIXES
 from blip2.data.folders import list_pairs
 from blip2.data.images import IMAGE_SUFFIXES
 from blip2.data.records import ColumnMapping, Records, RecordStream, next_row
@@ -243,7 +243,17 @@ def _make_records(
     group = config.group_column if config.group_column in features and question is None else None
     others = tuple(name for name in features if all_columns and name not in (image, caption))
     columns = ColumnMapping(
-        source, image, caption, question, metadata, root, classes, allowed_folders, group, config.group_share, others,
+        source,
+        image,
+        caption,
+        question,
+        metadata,
+        root,
+        classes,
+        allowed_folders,
+        group,
+        config.group_share,
+        others,
         reads_features,
     )
     if table is None:
@@ -309,7 +319,7 @@ def _find_column(
     found = [name for name in ([configured] if configured else candidates) if name in columns]
     if not found:
         raise InputError(
-            f"data source {source!r} has no {content or kind} column{f' {configured!r}' if configured else ''}: its columns are"
-            f" {', '.join(columns)}; name one of them with data.{kind}_column"
+            f"data source {source!r} has no {content or kind} column{f' {configured!r}' if configured else ''}:"
+            f" its columns are {', '.join(columns)}; name one of them with data.{kind}_column"
         )
     return found[0]

@@ -51,7 +51,9 @@ class CrossAttentionKV(NamedTuple):
     @property
     def row_mask(self) -> Bool[Tensor, "N P"]:
         """The mask of the image of each row: True for tokens, False for padding."""
-        mask = self.keys.new_ones(len(self.keys), self.keys.shape[2], dtype=torch.bool) if self.mask is None else self.mask
+        mask = (
+            self.keys.new_ones(len(self.keys), self.keys.shape[2], dtype=torch.bool) if self.mask is None else self.mask
+        )
         return mask.repeat(self.row_to_image, 1) if isinstance(self.row_to_image, int) else mask[self.row_to_image]
 
 

@@ -100,7 +100,13 @@ def load_model(
             display.log(line)
     weights_device = torch.device("cpu") if is_sharded(recipe, accelerator) else None
     built = build(
-        recipe.model, accelerator.device, resume_from, weights_device, recipe.objectives, recipe.starts_from_bert, encoder
+        recipe.model,
+        accelerator.device,
+        resume_from,
+        weights_device,
+        recipe.objectives,
+        recipe.starts_from_bert,
+        encoder,
     )
     recipe = _with_position_encoding(recipe, built.model.vision.position_encoding)
     rates = configure_trainable(built.model, recipe.optimizer)
@@ -211,9 +217,7 @@ def open_data(
 
     def open_source(source: str, train: bool) -> tuple[Records | RecordStream, BatchDataset]:
         with accelerator.main_process_first():
-            records = open_records(
-                resolve(source), data, rank, world_size, reads_features=recipe.vision.reads_features
-            )
+            records = open_records(resolve(source), data, rank, world_size, reads_features=recipe.vision.reads_features)
         opened.append(("data.train" if train else "data.validation", source, records))
         features = None
         if data.cached_views:
