@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from blip2.errors import InputError
     from blip2.evaluation.in_training import train
     from blip2.pipelines import Chat, Generated, GenerationPipeline, RepresentationPipeline, draw_attention, load
+    from blip2.search.library import Library
 
 __all__ = [
     "Chat",
@@ -16,6 +17,7 @@ __all__ = [
     "Generated",
     "GenerationPipeline",
     "InputError",
+    "Library",
     "RepresentationPipeline",
     "draw_attention",
     "load",
@@ -29,6 +31,7 @@ _MODULES = {
     "Generated": "blip2.pipelines",
     "GenerationPipeline": "blip2.pipelines",
     "InputError": "blip2.errors",
+    "Library": "blip2.search.library",
     "RepresentationPipeline": "blip2.pipelines",
     "draw_attention": "blip2.pipelines",
     "load": "blip2.pipelines",

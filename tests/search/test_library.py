@@ -184,18 +184,20 @@ def fill(library, vectors):
 
 
 @pytest.mark.parametrize("spread", [0.02, 10.0], ids=["near-identical", "diverse"])
-def test_the_index_finds_what_exact_search_finds(pipeline, tmp_path, monkeypatch, spread):
+def test_the_index_finds_what_exact_search_finds(tmp_path, monkeypatch, spread):
     """Whether the queries of an image are nearly identical, where LanceDB finds a few images several times, or not."""
     monkeypatch.setattr(library_module, "EXACT_ROWS", 500)
     monkeypatch.setattr("blip2.search.indexing.EXACT_ROWS", 500)
-    library = Library.create(tmp_path / "library", pipeline)
+    config = library_module.LibraryConfig("none", "none", "all", 4, 64)
+    table = library_module.connect(str(tmp_path)).create_table("images", schema=library_module.library_schema(config))
+    library = Library(str(tmp_path), table)
     rng = np.random.default_rng(0)
-    vectors = rng.normal(size=(2000, 1, 16)) + spread * rng.normal(size=(2000, 4, 16))
+    vectors = rng.normal(size=(2000, 1, 64)) + spread * rng.normal(size=(2000, 4, 64))
     vectors = (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
     fill(library, vectors)
     optimize(library)
     assert [each.index_type for each in library.table.list_indices()] == ["IvfRq"]
-    queries = rng.normal(size=(20, 16)).astype(np.float32)
+    queries = rng.normal(size=(20, 64)).astype(np.float32)
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
     report = measure_recall(library, queries=queries)
     assert (report.rows, report.has_index, report.queries) == (2000, True, 20)

@@ -58,7 +58,7 @@ EXACT_ROWS = 10_000
 OVERSAMPLING = 4
 """The index is asked for this many times the number of results. LanceDB searches a multivector column vector by vector,
 so that several of the nearest vectors may belong to the same image, and fewer images than asked for are found."""
-MIN_SHORTLIST = 100
+MIN_SHORTLIST = 200
 """Minimum number of images that the index is asked for."""
 NUM_PROBES = 32
 """Number of partitions of the index that are searched."""
