@@ -390,7 +390,7 @@ def score(
     model: str,
     by: ScoreName = "itm",
     output: Path,
-    prompt: str | None,
+    prompt: str | None = None,
     sharding: Sharding,
     engine: Engine,
     loading: Loading,
