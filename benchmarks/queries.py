@@ -113,7 +113,7 @@ def readd_queries() -> None:
 @torch.no_grad()
 def measure(folder: Path, limit: int) -> dict[str, Any]:
     """Return what is measured of a variant's two runs on held-out compositions."""
-    scenes = fetch("scenes-20")
+    scenes = fetch("scenes-pairs")
     rows = read_rows(scenes / "test_compositions.jsonl")[:limit]
     compare, writer = load(folder / "stage1"), load(folder / "stage2")
     assert isinstance(compare, RepresentationPipeline) and isinstance(writer, GenerationPipeline)

@@ -15,7 +15,7 @@ from blip2.data.assets import ASSETS, CUTOUTS, fetch, resolve
 from blip2.data.images import ImageError
 from blip2.data.records import RecordStream
 from blip2.data.scene_images import IMAGE_SIZE, MARGIN, TEXTURES, draw_background, read_cutouts, save_cutouts, trim
-from blip2.data.scene_kinds import COLORS, EMOJI, FEW_KINDS, KINDS, STAMPS, SYNONYMS, plural, with_article
+from blip2.data.scene_kinds import COLORS, EMOJI, KINDS, STAMPS, SYNONYMS, plural, with_article
 from blip2.data.scene_plans import GROUP_SIZE, held_out_count, is_held_out, pair_of
 from blip2.data.scene_texts import Truth
 from blip2.data.scenes import SPLITS, make_scenes, parse_caption, score_caption
@@ -629,5 +629,22 @@ def test_some_kinds_can_be_chosen(cutouts: Path, tmp_path: Path) -> None:
         make_scenes(tmp_path / "none", cutouts=cutouts, kinds=["unicorn"])
 
 
-def test_the_kinds_of_the_demo_are_among_all_kinds() -> None:
-    assert set(FEW_KINDS) <= set(KINDS) and len(set(FEW_KINDS)) == 20
+def test_pairs_alone_in_one_sentence_pattern(cutouts: Path, tmp_path: Path) -> None:
+    made = tmp_path / "pairs"
+    make_scenes(made, cutouts=cutouts, **SIZES, group_size=1, types=("pair",), varied_captions=False)
+    for split in SPLITS:
+        found = rows(made / f"{split}.jsonl")
+        assert {row["truth"]["type"] for row in found} == {"pair"}
+        assert all(len(row["captions"]) == 1 for row in found)
+        for row in found:
+            assert score_caption(row["captions"][0], Truth.from_json(row["truth"]))["all"]
+    described = {row["key"]: row["caption"] for row in rows(made / "train_descriptions.jsonl")}
+    assert [described[row["key"]] for row in rows(made / "train.jsonl")] == [
+        row["captions"][0] for row in rows(made / "train.jsonl")
+    ]
+    twins = rows(made / "twins.jsonl")
+    assert {row["twin_type"] for row in twins} == {"order", "relation", "color"}
+    assert all(one["captions"] != other["captions"] for one, other in zip(twins[::2], twins[1::2], strict=True))
+    for types in (("count",), ("pair", "quadruple"), ()):
+        with pytest.raises(InputError, match=r"types are .*, expected pair and any of count, single, triple: correct"):
+            make_scenes(tmp_path / "none", cutouts=cutouts, types=types)

@@ -55,7 +55,7 @@ class DemoData:
 
 
 def scenes_data(output: Path, quick: bool) -> DemoData:
-    """Return the data of a demo that trains on ``package:scenes-20`` and is also evaluated on Tux Paint's stamps.
+    """Return the data of a demo that trains on ``package:scenes-pairs`` and is also evaluated on Tux Paint's stamps.
 
     Stamps that are cut-outs of scenes are left out of the evaluation, because training shows them. If the stamps
     cannot be downloaded, ``held_out`` is None.
@@ -67,7 +67,7 @@ def scenes_data(output: Path, quick: bool) -> DemoData:
     Raises:
         InputError: the cut-outs of the scenes cannot be downloaded.
     """
-    scenes = fetch("scenes-20")
+    scenes = fetch("scenes-pairs")
     split, held = ("validation", "test_images") if quick else ("train", "validation")
     descriptions, questions = (str(scenes / f"{split}_{part}.jsonl") for part in ("descriptions", "questions"))
     validation = {part: scenes / f"{held}{part}.jsonl" for part in ("", "_descriptions", "_questions")}

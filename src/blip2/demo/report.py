@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,8 @@ WITHOUT_STAGE1 = "stage 2 without stage 1"
 VQA = "trained on questions"
 BLANK = "shown a blank image"
 MAJORITY = "most frequent answer"
-FACTS = ("objects", "color", "relation", "count", "all")
-ANSWERS = ("what", "color", "count", "where", "yesno", "all")
+FACTS = ("objects", "color", "relation", "all")
+ANSWERS = ("what", "color", "where", "yesno", "all")
 MAX_IMAGES = 24
 """Maximum number of images whose generated captions the report shows."""
 
@@ -78,11 +79,8 @@ def tables(metrics: dict[str, Any]) -> list[tuple[tuple[str, ...], Rows]]:
         titles = {"compositions": "held-out compositions", "images": "new images", "cutouts": "held-out cut-outs"}
         for split, title in titles.items():
             numbers = metrics["scenes"][split]
-            captions, answers = numbers["captions"].items(), numbers["answers"].items()
-            rows = [[name, *(_percent(each.get(fact)) for fact in FACTS)] for name, each in captions]
-            out.append(((f"captions of {title}, correct facts", *FACTS), rows))
-            rows = [[name, *(_percent(each.get(kind)) for kind in ANSWERS)] for name, each in answers]
-            out.append(((f"answers about {title}", *ANSWERS), rows))
+            out.append(_shares_table(f"captions of {title}, correct facts", numbers["captions"], FACTS))
+            out.append(_shares_table(f"answers about {title}", numbers["answers"], ANSWERS))
         numbers = metrics["scenes"]["compositions"]
         out.append(_retrieval_table("held-out compositions", numbers))
         kinds = [kind for kind in numbers["twins"]["itm"] if kind != "all"]
@@ -103,6 +101,14 @@ def tables(metrics: dict[str, Any]) -> list[tuple[tuple[str, ...], Rows]]:
     return out
 
 
+def _shares_table(
+    title: str, shares: dict[str, dict[str, float | None]], names: Sequence[str]
+) -> tuple[tuple[str, ...], Rows]:
+    """Return a table with a row per model and a column per name that any model has a share of."""
+    found = [name for name in names if any(each.get(name) is not None for each in shares.values())]
+    return (title, *found), [[model, *(_percent(each.get(name)) for name in found)] for model, each in shares.items()]
+
+
 def _retrieval_table(title: str, numbers: dict[str, Any]) -> tuple[tuple[str, ...], Rows]:
     recalls, rows = numbers["retrieval"], []
     for key, direction in (("text_to_image", "text to image"), ("image_to_text", "image to text")):
@@ -113,13 +119,13 @@ def _retrieval_table(title: str, numbers: dict[str, Any]) -> tuple[tuple[str, ..
 
 
 TABLES_TEXT = (
-    "In percent. Held-out compositions show combinations of kinds, or counts of a kind, that training never shows; new"
-    " images show the compositions of training in other arrangements. Correct facts: share of captions that name all"
-    " objects and no others, the color of the background, the relation between two objects, the count, or all facts of"
-    " the image correctly. Twins are pairs of images whose texts differ in one word or in the order of two words;"
-    " group: both images prefer their own text and both texts prefer their own image. R@k: the match is among the k"
-    " best. Token F1: overlap of the words of the caption and the reference; content F1: the same without articles and"
-    " other function words; exact: the same words in the same order."
+    "In percent. Held-out compositions show pairs of kinds that training never shows together; new images show the"
+    " compositions of training in other arrangements. Correct facts: share of captions that name all objects and no"
+    " others, the color of the background, the relation between the objects, or all facts of the image correctly. Twins"
+    " are pairs of images whose texts differ in one word or in the order of two words; group: both images prefer their"
+    " own text and both texts prefer their own image. R@k: the match is among the k best. Token F1: overlap of the"
+    " words of the caption and the reference; content F1: the same without articles and other function words; exact:"
+    " the same words in the same order."
 )
 
 
@@ -224,9 +230,9 @@ def _references(results: DemoResults) -> list[str]:
 def _add_scenes(report: Report, results: DemoResults) -> None:
     report.section(
         "Captions and answers",
-        "Held-out compositions: no training image shows these kinds together, or this number of the kind. Each card"
-        " shows the reference caption, the caption of the model, the caption of the model without stage 1, and"
-        " questions with the answer of the model and the probability of the answer.",
+        "Held-out compositions: no training image shows these kinds together. Each card shows the reference caption,"
+        " the caption of the model, the caption of the model without stage 1, and questions with the answer of the"
+        " model and the probability of the answer.",
     )
     cards = []
     for i, (image, reference) in enumerate(zip(_images(results), _references(results), strict=True)):
