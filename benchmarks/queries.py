@@ -50,7 +50,7 @@ class Variant:
 
 
 def _diversity(weight: float) -> Callable[[Recipe], Recipe]:
-    return lambda recipe: replace(recipe, objectives=replace(recipe.objectives, query_diversity=weight))
+    return lambda recipe: replace(recipe, objectives=replace(recipe.objectives, query_diversity=float(weight)))
 
 
 def _one_rate(recipe: Recipe) -> Recipe:

@@ -44,7 +44,8 @@ def test_the_numbers_are_those_of_the_runs():
         "the round is refused: held-out R@1 is 10.0 % after the round and 50.0 % before it (spread 10.0, chance 1.0)"
     )
     assert (
-        "no better than chance, so that the check cannot tell: train for more steps" in judge([0], [0], 0.01)["reason"]
+        "no better than chance, so that the check cannot tell: train for more steps"
+        in judge([0.0], [0.0], 0.01)["reason"]
     )
 
 
