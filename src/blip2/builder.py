@@ -267,8 +267,8 @@ def build_image_encoder(
         )
     if config.name != MODULE and encoder is not None:
         raise InputError(
-            f"encoder is given, but vision.name is {config.name!r}, which names another image encoder: set vision.name to"
-            f" {MODULE} or {FEATURES}, or leave out encoder"
+            f"encoder is given, but vision.name is {config.name!r}, which names another image encoder: set vision.name"
+            f" to {MODULE} or {FEATURES}, or leave out encoder"
         )
     if encoder is not None:
         wrapped = wrap_module(encoder, Preprocessing(config.image_size or 224))

@@ -61,6 +61,6 @@ def check_padded(features: Float[Tensor, "B P E"]) -> None:
     is_finite = features.isfinite().all(dim=2) | ~mask
     if not (len(features) == 0 or (is_padded.all() and is_right.all() and is_finite.all() and mask.any(dim=1).all())):
         raise InputError(
-            "the features hold NaN or infinity, expected finite numbers, and NaN only as padding, in whole tokens at the"
-            " end of a record that has at least one other token: compute them again"
+            "the features hold NaN or infinity, expected finite numbers, and NaN only as padding, in whole tokens at"
+            " the end of a record that has at least one other token: compute them again"
         )
