@@ -89,7 +89,8 @@ def main() -> None:
                 "images": options.images, "queries": options.queries, "vectors": options.vectors,
                 "spread": options.spread, "seconds to write": round(written - started, 1),
                 "seconds to build the index": round(built - written, 1),
-                "CPU seconds to build the index": round(built_cpu - written_cpu, 1), "GB of embeddings": round(written_gb, 3),
+                "CPU seconds to build the index": round(built_cpu - written_cpu, 1),
+                "GB of embeddings": round(written_gb, 3),
                 "GB in all": round(size(options.folder), 3), "GB of memory, peak": round(memory, 2),
                 **{name: round(value, 3) if isinstance(value, float) else value for name, value in result.items()},
             }
