@@ -105,7 +105,9 @@ def main() -> None:
     truth = [file.with_suffix(".txt").read_text(encoding="utf-8") for file in files]
     pairs = list(zip(captions, truth, strict=True))
     result["language right"] = sum(a.split(":")[0] == b.split(":")[0] for a, b in pairs) / len(pairs)
-    shared = [len({*a.lower().split()[1:]} & {*b.lower().split()[1:]}) / len({*b.lower().split()[1:]}) for a, b in pairs]
+    shared = [
+        len({*a.lower().split()[1:]} & {*b.lower().split()[1:]}) / len({*b.lower().split()[1:]}) for a, b in pairs
+    ]
     result["share of words right"] = sum(shared) / len(shared)
     result["examples"] = pairs[:: max(len(pairs) // 8, 1)]
     (options.output / "result.json").write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
