@@ -331,7 +331,8 @@ def test_classes(compare, writer):
         alone = pipeline.classify(IMAGES, classes)
         named = pipeline.classify(IMAGES, classes, pipeline.class_template)
         assert alone == named and len(alone) == 3
-    asked, ranked = (call(IMAGES[0], ["red", "blue"], questions="what color") for call in (writer.classify, writer.rank))
+    calls = (writer.classify, writer.rank)
+    asked, ranked = (call(IMAGES[0], ["red", "blue"], questions="what color") for call in calls)
     assert asked == ranked
 
 

@@ -293,7 +293,7 @@ class ScoringPipeline(Pipeline[Model]):
 
     def _check_score(self, by: ScoreName | str | None) -> ScoreName:
         """Return the score to compute, after checking that this stage has it."""
-        found = next((name for name in self.score_names if by in (name, None)), None)
+        found: ScoreName | None = next((name for name in self.score_names if by in (name, None)), None)
         if found is not None:
             return found
         if by not in get_args(ScoreName):
