@@ -135,7 +135,6 @@ def test_capfilt(small, tmp_path, monkeypatch, capsys):
     module = small("capfilt")
     plan = replace(module.QUICK, images=9, clean=3)
     monkeypatch.setattr(module, "QUICK", plan)
-    monkeypatch.setattr(module, "RULES", replace(module.RULES, min_itm=0.1, min_pmi=-100.0))
     arguments = ["--quick", "--output", tmp_path, "--seeds", "0", "1", "--rounds", "1"]
     made, capfilt = [], module.capfilt
 

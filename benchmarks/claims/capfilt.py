@@ -66,7 +66,6 @@ from blip2.training.trainer import train
 EMPTY_WORDS = ("image", "photo {}", "click here", "picture {}", "untitled", "IMG_{}", "buy now", "no description")
 """Captions without information; {} is replaced by a number."""
 SCORES = {"itc": "R@1, ITC", "itm": "R@1, re-ranked by ITM", "itm_accuracy": "ITM on hard negatives"}
-RULES = SelectionRules(keep=2, min_itm=0.5, min_pmi=0.0)
 
 
 @dataclass(frozen=True)
@@ -87,9 +86,15 @@ class Plan:
     """Captions that are written of each image."""
     held_out: int = 160
     """Held-out images that are compared."""
+    min_itm: float = 0.5
+    """The filter by ITM."""
+    min_pmi: float = 0.0
+    """The filter by PMI."""
 
 
-QUICK = Plan(images=12, clean=8, steps=2, ranker_steps=2, captioner_steps=2, captions=1, held_out=8)
+QUICK = Plan(
+    images=12, clean=8, steps=2, ranker_steps=2, captioner_steps=2, captions=1, held_out=8, min_itm=0.0, min_pmi=-100.0
+)
 
 
 def scaled(plan: Plan, scale: float) -> Plan:
@@ -188,7 +193,8 @@ class Experiment:
         )
         folder = self.output / f"bootstrapped-{number}-{seed}"
         config = CapFiltConfig(
-            num_captions=plan.captions, rules=RULES, shard_size=100, seed=seed,
+            num_captions=plan.captions, shard_size=100, seed=seed,
+            rules=SelectionRules(keep=2, min_itm=plan.min_itm, min_pmi=plan.min_pmi),
             decoding=Decoding(num_beams=1, top_p=0.9, max_new_tokens=20),
         )  # fmt: skip
 
@@ -252,7 +258,7 @@ def run(experiment: Experiment, seeds: list[int], every_seed: bool) -> dict[str,
             before = experiment.output / "runs" / f"{model}-{origin}"
         scores["true"][seed] = experiment.measure("true", corpora["true"], seed)
     return {
-        "plan": asdict(experiment.plan), "rules": asdict(RULES), "seeds": seeds, "every_seed": every_seed,
+        "plan": asdict(experiment.plan), "seeds": seeds, "every_seed": every_seed,
         "scores": scores, "rounds": rounds, "checks": check(scores), "won_back": won_back(scores),
         "seconds": seconds(experiment.output / "done"),
     }  # fmt: skip
