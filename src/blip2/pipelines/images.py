@@ -244,7 +244,7 @@ def iterate(images: Any) -> tuple[Iterator[Any], int | None]:
         return iter([find_image(images)]), 1
     total = len(images) if isinstance(images, Sized) else None
     if not isinstance(images, Iterable):
-        items: Iterator[Any] = (images[i] for i in range(total or 0))
+        items: Iterator[Any] = map(images.__getitem__, range(total or 0))  # pyright: ignore[reportAttributeAccessIssue]
     else:
         items = iter(images)
     if total is None:  # whether there is a single image has to be known in advance
