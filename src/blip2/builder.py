@@ -347,7 +347,7 @@ def load_language_tokenizer(config: LanguageConfig) -> PreTrainedTokenizerBase:
                 " exactly one: choose a text of one token, or leave it out to use the tokenizer's own"
             )
         tokenizer.bos_token = token
-        backend: Any = tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+        backend: Any = tokenizer.backend_tokenizer
         backend.post_processor = TemplateProcessing(single=[token, "$A"], special_tokens=[(token, ids[0])])
     return tokenizer
 

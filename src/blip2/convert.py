@@ -41,7 +41,7 @@ from blip2.builder import (
     with_absolute_paths,
 )
 from blip2.checkpoint import open_checkpoint, read_recipe, write_configs
-from blip2.config import CheckpointFormat, FEATURES, IMAGE_TOKEN, LanguageConfig, MODULE, QUESTION_PLACEHOLDER
+from blip2.config import FEATURES, IMAGE_TOKEN, MODULE, QUESTION_PLACEHOLDER, CheckpointFormat, LanguageConfig
 from blip2.data.assets import resolve
 from blip2.errors import InputError
 from blip2.hub import model_card

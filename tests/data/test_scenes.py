@@ -15,7 +15,7 @@ from blip2.data.assets import ASSETS, CUTOUTS, fetch, resolve
 from blip2.data.images import ImageError
 from blip2.data.records import RecordStream
 from blip2.data.scene_images import IMAGE_SIZE, MARGIN, TEXTURES, draw_background, read_cutouts, save_cutouts, trim
-from blip2.data.scene_kinds import COLORS, EMOJI, KINDS, STAMPS, SYNONYMS, plural, with_article
+from blip2.data.scene_kinds import COLORS, DEMO_KINDS, EMOJI, KINDS, STAMPS, SYNONYMS, plural, with_article
 from blip2.data.scene_plans import GROUP_SIZE, held_out_count, is_held_out, pair_of
 from blip2.data.scene_texts import Truth
 from blip2.data.scenes import SPLITS, make_scenes, parse_caption, score_caption
@@ -238,7 +238,7 @@ def test_boxes_agree_with_the_facts(scenes: Path) -> None:
                     middles = np.abs((a[:2] + a[2:]) - (b[:2] + b[2:])) / 2
                     assert middles[axis] > middles[1 - axis]
             longest = (boxes[:, 2:] - boxes[:, :2]).max(1)
-            low, high = {"small": (48, 62), "large": (95, 115)}.get(truth.size, (50, 93))
+            low, high = {"small": (48, 62), "large": (95, 115)}.get(truth.size, (50, 103))
             assert low <= longest.min() and longest.max() <= high
 
 
@@ -637,7 +637,8 @@ def test_pairs_alone_in_one_sentence_pattern(cutouts: Path, tmp_path: Path) -> N
         assert {row["truth"]["type"] for row in found} == {"pair"}
         assert all(len(row["captions"]) == 1 for row in found)
         for row in found:
-            assert score_caption(row["captions"][0], Truth.from_json(row["truth"]))["all"]
+            scores = score_caption(row["captions"][0], Truth.from_json(row["truth"]))
+            assert scores["relation"] and all(score in TRUE for score in scores.values())
     described = {row["key"]: row["caption"] for row in rows(made / "train_descriptions.jsonl")}
     assert [described[row["key"]] for row in rows(made / "train.jsonl")] == [
         row["captions"][0] for row in rows(made / "train.jsonl")
@@ -648,3 +649,7 @@ def test_pairs_alone_in_one_sentence_pattern(cutouts: Path, tmp_path: Path) -> N
     for types in (("count",), ("pair", "quadruple"), ()):
         with pytest.raises(InputError, match=r"types are .*, expected pair and any of count, single, triple: correct"):
             make_scenes(tmp_path / "none", cutouts=cutouts, types=types)
+
+
+def test_the_kinds_of_the_demo_are_among_all_kinds() -> None:
+    assert set(DEMO_KINDS) <= set(KINDS) and len(set(DEMO_KINDS)) == 40

@@ -9,11 +9,11 @@ import torch
 from blip2.cli import main
 from blip2.config import EvaluationConfig
 from blip2.data import images as images_module
+from blip2.data.arrays import blank_input
 from blip2.decoding.search import Decoding
 from blip2.errors import InputError
 from blip2.evaluation import tasks
 from blip2.evaluation.captioning import CaptionScores, MissingMetric
-from blip2.data.arrays import blank_input
 from blip2.evaluation.control import FeatureFiles, add_control, control_rows, derange
 from blip2.evaluation.retrieval import recall
 from blip2.evaluation.run import evaluate as evaluate_config

@@ -5,6 +5,7 @@ Shapes: S tokens of the sequence, L width of the LLM.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -65,8 +66,7 @@ class ConversationDecoder(CausalLMDecoder):
 
     def copy(self) -> ConversationDecoder:
         """Return a decoder that has read the same sequence, with a key-value cache of its own."""
-        copied = object.__new__(type(self))
-        copied.__dict__ |= self.__dict__
+        copied = copy.copy(self)
         copied._keys = list(self._keys)
         copied._cache = type(self._cache)()
         copied._cache.layers = [layer.copy(len(self._keys)) for layer in self._cache.layers]

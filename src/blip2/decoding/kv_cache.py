@@ -421,7 +421,8 @@ class PreallocatedCacheLayer(DynamicLayer):
 
     def copy(self, length: int) -> PreallocatedCacheLayer:
         """Return a layer with the keys and values of the first tokens in buffers of its own."""
-        return PreallocatedCacheLayer(self.keys[..., :length, :], self.values[..., :length, :])
+        keys, values = (buffer[..., :length, :] for buffer in self._buffers)
+        return PreallocatedCacheLayer(keys, values)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select rows of the batch."""

@@ -367,7 +367,7 @@ def process_logits(
         logits = logits.scatter(1, generated_ids, new)
     if decoding.no_repeat_ngram_size:
         ids: Any = generated_ids
-        logits = NoRepeatNGramLogitsProcessor(decoding.no_repeat_ngram_size)(ids, logits)  # pyright: ignore
+        logits = NoRepeatNGramLogitsProcessor(decoding.no_repeat_ngram_size)(ids, logits)
     if generated.shape[1] < decoding.min_new_tokens:
         tokens = torch.arange(logits.shape[1], device=logits.device)
         logits = logits.masked_fill(torch.isin(tokens, eos_token_ids), -torch.inf)
@@ -383,7 +383,7 @@ def sample_tokens(
     """
     if decoding.top_k is not None:
         no_ids: Any = None
-        logits = TopKLogitsWarper(decoding.top_k)(no_ids, logits)  # pyright: ignore[reportArgumentType]
+        logits = TopKLogitsWarper(decoding.top_k)(no_ids, logits)
     top_p = 1.0 if decoding.top_p is None else decoding.top_p
     return sample_top_p(logits, top_p, decoding.temperature, uniforms, decoding.min_p)
 

@@ -174,11 +174,14 @@ class RepresentationModel(nn.Module):
         text = self.qformer(memory, decoder_ids, causal, output_tokens=F.pad(has_label, (0, 1))).text
         labels = ids[:, 1:][has_label]
         size = max(1, MAX_LOGITS_PER_CHUNK // self.qformer.config.vocab_size)
+        labeled: Float[Tensor, "N D"] = text[:, :-1][has_label]
         log_probs = [
-            self.language_head(states, self.qformer.word_embedding.weight).float().log_softmax(dim=-1)
-            .gather(1, targets[:, None])
-            for states, targets in zip(text[:, :-1][has_label].split(size), labels.split(size), strict=True)
-        ]  # fmt: skip
+            self.language_head(labeled[start : start + size], self.qformer.word_embedding.weight)
+            .float()
+            .log_softmax(dim=-1)
+            .gather(1, labels[start : start + size, None])
+            for start in range(0, len(labels), size)
+        ]
         tokens = torch.zeros(has_label.shape, device=ids.device).masked_scatter(has_label, torch.cat(log_probs))
         return tokens.sum(dim=1)
 

@@ -290,7 +290,7 @@ class Chat:
             text = self._qformer_text(message) if reads_text else None
             images += [(part, text) for part in parts if isinstance(part, int)]
             contents.append("".join(part if isinstance(part, str) else IMAGE_TOKEN for part in parts))
-        roles = [message.role for message in messages]
+        roles: list[Role] = [message.role for message in messages]
         if self._template == CHAT_TEMPLATE:
             return _Prompt(self._apply_chat_template(roles, contents), images)
         return _Prompt(self._apply_question_template(roles, contents), images)
@@ -472,7 +472,7 @@ class Chat:
         tokenizer, language = self._pipeline.tokenizer, self._pipeline.model.language
         ends = language.eos_token_ids(self._pipeline.eos_token_id)
         kept = tokens[:-1] if tokens and tokens[-1] in ends else tokens
-        while kept and final_text(tokenizer.decode(kept, skip_special_tokens=True), None) != text:
+        while kept and final_text(str(tokenizer.decode(kept, skip_special_tokens=True)), None) != text:
             kept = kept[:-1]  # a stop string, or what was not read
         self._messages = [*messages, _Message("assistant", (text,))]
         self._pending = [image for image in self._pending if image not in messages[-1].images]

@@ -313,7 +313,7 @@ class RepresentationPipeline(ScoringPipeline[RepresentationModel]):
     def caption(
         self,
         images: Images,
-        prompt: None = None,
+        prompt: str | Sequence[str] | None = None,
         decoding: Decoding | None = None,
         *,
         details: Literal[False] = False,
@@ -324,7 +324,7 @@ class RepresentationPipeline(ScoringPipeline[RepresentationModel]):
     def caption(
         self,
         images: Images,
-        prompt: None = None,
+        prompt: str | Sequence[str] | None = None,
         decoding: Decoding | None = None,
         *,
         details: bool = False,

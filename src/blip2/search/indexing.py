@@ -231,7 +231,7 @@ class _Update:
             rows = self.table.search().select(names).to_arrow()
             self._version = self.table.version
         self._digests: set[str] = set(rows["digest"].to_pylist())
-        own = rows.filter(compute.equal(rows["source"], source))
+        own = rows.filter(compute.field("source") == source)
         self._stored = {name: own[name].to_pylist() for name in names[1:]}
         self._positions = {image: number for number, image in enumerate(self._stored["image"])}
         self._seen = np.zeros(len(own), bool)
@@ -513,7 +513,7 @@ def _list_images(
         types = infer_types(read_columns())
         return ([records[number] for number in group] for group in groups.values()), len(groups), types
     total = len(records) if isinstance(records, Records) else None
-    every = (records[number] for number in range(total)) if isinstance(records, Records) else records.read()
+    every = iter(records) if isinstance(records, Records) else records.read()
     first = list(islice(every, PROBE_RECORDS))
     types = infer_types(record.other_columns for record in first)
     return ([record] for record in chain(first, every)), total, types

@@ -324,19 +324,16 @@ class Library:
         """
         shortlist = max(OVERSAMPLING * wanted, MIN_SHORTLIST)
         candidates = self._count(where)
-        rows: pyarrow.Table | None = None
         if candidates > max(EXACT_ROWS, shortlist):
             rows = self._nearest(query, shortlist, where, exact=False)
-        distinct = 0 if rows is None else len(set(rows["digest"].to_pylist()))
-        if distinct < wanted:  # there is no index, or it found too few
-            exact = wanted
-            while True:
-                rows = self._nearest(query, exact, where, exact=True)
-                distinct = len(set(rows["digest"].to_pylist()))
-                if distinct >= wanted or exact >= candidates:
-                    break
-                exact = min(OVERSAMPLING * exact, candidates)
-        assert rows is not None
+            if _distinct(rows) >= wanted:
+                return _to_hits(rows, query, self.config)[:wanted]
+        exact = wanted  # there is no index, or it found too few
+        while True:
+            rows = self._nearest(query, exact, where, exact=True)
+            if _distinct(rows) >= wanted or exact >= candidates:
+                break
+            exact = min(OVERSAMPLING * exact, candidates)
         return _to_hits(rows, query, self.config)[:wanted]
 
     def _count(self, where: str | None) -> int:
@@ -502,6 +499,11 @@ def read_vectors(rows: pyarrow.Table | pyarrow.RecordBatch, config: LibraryConfi
 def exact_similarity(query: Float[np.ndarray, "V C"], vectors: Float[np.ndarray, "N Q C"]) -> Float[np.ndarray, "N"]:
     """Return the similarity of a query to images: the mean over its vectors of the maximum over the image's queries."""
     return (vectors @ query.T).max(axis=1).mean(axis=1)
+
+
+def _distinct(rows: pyarrow.Table) -> int:
+    """Return the number of images with different bytes."""
+    return len(set(rows["digest"].to_pylist()))
 
 
 def _to_hits(rows: pyarrow.Table, query: np.ndarray, config: LibraryConfig) -> list[Hit]:
