@@ -58,7 +58,16 @@ def test_imports_point_one_way(name):
 
 
 def test_what_uses_a_model_does_not_import_training():
-    users = {"pipelines/loading.py", "pipelines/base.py", "pipelines/generation.py", "pipelines/chat.py", "checkpoint.py", "builder.py", "convert.py", "resumable.py"}
+    users = {
+        "pipelines/loading.py",
+        "pipelines/base.py",
+        "pipelines/generation.py",
+        "pipelines/chat.py",
+        "checkpoint.py",
+        "builder.py",
+        "convert.py",
+        "resumable.py",
+    }
     assert users <= set(FILES) and [name for name in users if "training" in rooms(name)] == []
 
 

@@ -98,13 +98,13 @@ class VisionConfig:
             unused = [name for name, value in sizes.items() if value is not None]
             if unused:
                 raise InputError(
-                    f"vision.{unused[0]} is {sizes[unused[0]]}, but vision.name is {self.name}, whose own sizes are used:"
-                    f" leave out vision.{unused[0]}, or set vision.name to {FEATURES}"
+                    f"vision.{unused[0]} is {sizes[unused[0]]}, but vision.name is {self.name}, whose own sizes are"
+                    f" used: leave out vision.{unused[0]}, or set vision.name to {FEATURES}"
                 )
         elif missing := [name for name, value in sizes.items() if value is None]:
             raise InputError(
-                f"vision.name is {FEATURES}, but vision.{missing[0]} is null: set vision.hidden_size to the width of the"
-                " arrays, and vision.max_tokens to the length of the longest"
+                f"vision.name is {FEATURES}, but vision.{missing[0]} is null: set vision.hidden_size to the width of"
+                " the arrays, and vision.max_tokens to the length of the longest"
             )
         if self.name not in (FEATURES, MODULE):
             return
@@ -113,8 +113,8 @@ class VisionConfig:
         for name in without:
             if getattr(self, name):
                 raise InputError(
-                    f"vision.{name} is {getattr(self, name)}, but vision.name is {self.name}, for which it has no meaning:"
-                    f" leave out vision.{name}"
+                    f"vision.{name} is {getattr(self, name)}, but vision.name is {self.name}, for which it has no"
+                    f" meaning: leave out vision.{name}"
                 )
         if self.reads_features and self.position_encoding == "sine2d":
             raise InputError(

@@ -251,8 +251,8 @@ def check_reads_images(pipeline: GenerationPipeline | RepresentationPipeline) ->
     """
     if pipeline.config.vision.reads_features:
         raise InputError(
-            f"{pipeline.path} reads arrays of features, but a pass over a corpus reads images: give a model with an image"
-            " encoder, or use its methods in Python on the arrays"
+            f"{pipeline.path} reads arrays of features, but a pass over a corpus reads images: give a model with an"
+            " image encoder, or use its methods in Python on the arrays"
         )
 
 
