@@ -1,4 +1,4 @@
-"""python benchmarks/search.py FOLDER [--images 1000000] [--queries 8] [--width 256] [--vectors all] [--spread 0.3]
+"""python benchmarks/search.py FOLDER [--images 1000000] [--spread 0.3] [--bits 3]; other options with --help
 
 An image library of synthetic embeddings: how long its index takes to build, how large it is, how long searches take,
 and how many of the ten exact nearest images they find. Nothing is embedded, and no image is read.
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 
-from blip2.search.indexing import optimize
+from blip2.search import indexing
 from blip2.search.library import MEAN, TABLE, VECTORS, Library, LibraryConfig, connect, library_schema, to_stored
 from blip2.search.recall import measure_recall
 
@@ -71,7 +71,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--vectors", choices=("all", "1"), default="all")
     parser.add_argument("--spread", type=float, default=0.3)
+    parser.add_argument("--bits", type=int, default=indexing.NUM_BITS, help="bits per dimension in the index")
     options = parser.parse_args()
+    indexing.NUM_BITS = options.bits
     shutil.rmtree(options.folder, ignore_errors=True)
     config = LibraryConfig("none", "none", options.vectors, options.queries, options.width)
     table = connect(str(options.folder)).create_table(TABLE, schema=library_schema(config))
@@ -79,7 +81,7 @@ def main() -> None:
     started = time.perf_counter()
     searches = write(library, options.images, options.spread)
     written, written_cpu, written_gb = time.perf_counter(), time.process_time(), size(options.folder)
-    optimize(library)
+    indexing.optimize(library)
     built, built_cpu = time.perf_counter(), time.process_time()
     result = vars(measure_recall(library, queries=searches))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
@@ -87,7 +89,7 @@ def main() -> None:
         json.dumps(
             {
                 "images": options.images, "queries": options.queries, "vectors": options.vectors,
-                "spread": options.spread, "seconds to write": round(written - started, 1),
+                "spread": options.spread, "bits": options.bits, "seconds to write": round(written - started, 1),
                 "seconds to build the index": round(built - written, 1),
                 "CPU seconds to build the index": round(built_cpu - written_cpu, 1),
                 "GB of embeddings": round(written_gb, 3),

@@ -282,6 +282,14 @@ def test_rank_sorts_by_score(compare, writer):
             assert sum(chances) == pytest.approx(1) and chances == sorted(chances, reverse=True)
 
 
+def test_ranking_keeps_no_graph(compare):
+    enabled = []
+    hook = compare.model.qformer.register_forward_hook(lambda *_: enabled.append(torch.is_grad_enabled()))
+    compare.rank(IMAGES[0], TEXTS)
+    hook.remove()
+    assert enabled and not any(enabled)
+
+
 def test_probabilities(compare, writer):
     (ranked,) = compare.rank(IMAGES[0], TEXTS, by="itm")
     total = sum(each.score for each in ranked)

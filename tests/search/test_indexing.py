@@ -214,6 +214,12 @@ def test_names_of_columns():
     assert convert_cell("\ud800", TYPES["text"]) == "\\ud800"
 
 
+def test_two_columns_with_one_name(pipeline, photos, tmp_path):
+    (photos / "images.csv").write_text("image,Taken at,Taken_at\nred-disc.png,1,2\n")
+    with pytest.raises(InputError, match="found the columns 'Taken at' and 'Taken_at', which would both be"):
+        index(pipeline, str(photos / "images.csv"), tmp_path / "library")
+
+
 # -- writing ---------------------------------------------------------------------------------------------------------
 
 

@@ -173,11 +173,11 @@ def test_a_condition_that_is_none(dated, where, expected):
 # -- the index -----------------------------------------------------------------------------------------------------
 
 
-def fill(library, vectors):
-    """Write rows as an index run does, with given vectors [N, Q, C]."""
+def fill(library, vectors, digests=None):
+    """Write rows as an index run does, with given vectors [N, Q, C], each of another image if there are no digests."""
     schema = library.table.schema
     cells = {"source": ["s"] * len(vectors), "image": [f"{n}" for n in range(len(vectors))]}
-    cells["digest"] = [f"{n:032}" for n in range(len(vectors))]
+    cells["digest"] = digests or [f"{n:032}" for n in range(len(vectors))]
     cells |= {"captions": [[]] * len(vectors), library_module.VECTORS: to_stored(vectors, library.config)}
     columns = [cells.get(each.name, [None] * len(vectors)) for each in schema]
     library.table.add(pyarrow.Table.from_arrays([pyarrow.array(c, f.type) for c, f in zip(columns, schema)], schema=schema))  # noqa: B905, E501  # fmt: skip
@@ -208,6 +208,20 @@ def test_the_index_finds_what_exact_search_finds(tmp_path, monkeypatch, spread):
     assert [hit.similarity for hit in hits] == pytest.approx([exact[int(hit.image)] for hit in hits], abs=2e-3)
     assert len(library.find_similar(queries[:1], 600)) == 600
     assert measure_recall(library, k=10, num_queries=5).recall == 1
+
+
+def test_recall_counts_images_with_the_same_bytes_once(tmp_path):
+    """Of 60 images there are nine copies each, of 30 one."""
+    config = library_module.LibraryConfig("none", "none", "all", 2, 8)
+    table = library_module.connect(str(tmp_path)).create_table("images", schema=library_module.library_schema(config))
+    library, rng = Library(str(tmp_path), table), np.random.default_rng(0)
+    vectors = rng.normal(size=(90, 2, 8)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
+    images = rng.permutation([*list(range(60)) * 9, *range(60, 90)])
+    for part in np.split(images, [200]):
+        fill(library, vectors[part], [f"{image:032}" for image in part])
+    report = measure_recall(library, k=10, queries=vectors[:8, 0])
+    assert (report.rows, report.recall) == (570, 1)
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------

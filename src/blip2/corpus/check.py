@@ -52,9 +52,7 @@ def check_round(recipe: Recipe, before: str, after: str, output: Path, runs: int
             streaming = False if recipe.data.cached_views else recipe.data.streaming
             data = replace(recipe.data, train=source, streaming=streaming)
             data = replace(data, features=data.features or str(output / "features"))
-            run = replace(
-                recipe, output=str(folder), data=data, training=replace(recipe.training, seed=seed)
-            )  # fmt: skip
+            run = replace(recipe, output=str(folder), data=data, training=replace(recipe.training, seed=seed))
             train(run, resume=True)
             score, chance = _read_recall(folder, recipe)
             scores[side].append(score)

@@ -12,10 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from blip2.config import IMAGE_TOKEN
-from blip2.data.collate import (
-    encode_prompts,
-    pad,
-)
+from blip2.data.collate import encode_prompts, pad
 from blip2.decoding.options import ANSWER_DECODING, CAPTION_DECODING, Decoding
 from blip2.decoding.text import TextStreamer, final_text, make_stopping_criteria
 from blip2.errors import InputError

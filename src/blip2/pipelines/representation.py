@@ -398,9 +398,7 @@ class RepresentationPipeline(ScoringPipeline[RepresentationModel]):
             for part, attention_map in zip(parts, maps, strict=True)
         ]
 
-    def _token_log_probs(
-        self, memory: ImageMemory, sequences: Sequence[list[int]], count: int
-    ) -> list[list[float]]:  # fmt: skip
+    def _token_log_probs(self, memory: ImageMemory, sequences: Sequence[list[int]], count: int) -> list[list[float]]:
         """Return the log-probability of each token of sequences, of which `count` are about each image."""
         assert self.model.qformer.word_embedding is not None
         lengths = [len(sequence) for sequence in sequences]

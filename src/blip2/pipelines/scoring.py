@@ -146,6 +146,7 @@ class ScoringPipeline(Pipeline[Model]):
         indices = self._check_pairs(len(rows), len(listed), pairs, image_index)
         return self._score(name, rows, listed, (torch.tensor(indices), torch.arange(len(listed))))
 
+    @torch.no_grad()
     def rank(
         self,
         images: Images,

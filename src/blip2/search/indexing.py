@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from itertools import chain, islice
+from itertools import chain, combinations, islice
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,8 @@ MAX_WARNINGS = 20
 RETRAIN_FACTOR = 2
 """The index is trained again when the library has this many times the rows of the last training."""
 NUM_BITS = 3
-"""Bits per dimension of a vector in the index. With LanceDB's default of 1, a shortlist must be ten times as long to
-contain the same share of the nearest images."""
+"""Bits per dimension of a vector in the index. With LanceDB's default of 1, fewer of the nearest images are found: see
+docs/search.md."""
 TRAINED_ROWS = "trained_rows"
 """Key, in the metadata of the column of the vectors, of the number of rows on which the index was trained."""
 
@@ -281,6 +281,12 @@ class _Update:
         with convert_lance_errors(self.library.uri):
             existing = {each.name: each.type for each in self.table.schema}
             names = {name: column_name(name, OWN_COLUMNS) for name in types}
+            for name, same in combinations(names, 2):
+                if names[name] == names[same]:
+                    raise InputError(
+                        f"found the columns {name!r} and {same!r}, which would both be {names[name]} in the library:"
+                        " rename one of them"
+                    )
             new = {names[name]: kind for name, kind in types.items() if names[name] not in existing}
             if new:
                 self._check_version()

@@ -65,13 +65,13 @@ def measure_recall(
         queries = vectors[np.arange(len(vectors)), rng.integers(vectors.shape[1], size=len(vectors))]
     with convert_lance_errors(library.uri):
         reader = library.table.search().select(["digest", column]).to_batches(BATCH_ROWS)
-        top = np.full((len(queries), 0), -np.inf, np.float32)
+        top = np.empty((len(queries), 0), np.float32)
         digests = np.empty((len(queries), 0), "U32")
         for batch in reader:
             if len(batch):
-                vectors = read_vectors(batch, library.config)
+                names, first = np.unique(batch["digest"].to_pylist(), return_index=True)
+                vectors = read_vectors(batch, library.config)[first]
                 similarity = (vectors.reshape(-1, vectors.shape[-1]) @ queries.T).reshape(*vectors.shape[:2], -1).max(1)
-                names = np.asarray(batch["digest"].to_pylist())
                 top, digests = _merge(top, digests, similarity.T, np.broadcast_to(names, similarity.T.shape), k)
     found, seconds = 0, []
     for query, scores in zip(queries, top, strict=True):
@@ -88,8 +88,11 @@ def measure_recall(
 def _merge(
     top: np.ndarray, digests: np.ndarray, similarity: np.ndarray, names: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the `k` largest similarities of each query with the digests of their images, each digest once."""
-    size = min(4 * k, similarity.shape[1])
+    """Return the `k` largest similarities of each query with the digests of their images, each digest once.
+
+    `top` and `similarity` contain each digest at most once, but both may contain the same.
+    """
+    size = min(k, similarity.shape[1])
     part = np.argpartition(-similarity, size - 1, axis=1)[:, :size]
     top = np.concatenate([top, np.take_along_axis(similarity, part, 1)], axis=1)
     digests = np.concatenate([digests, np.take_along_axis(names, part, 1)], axis=1)
