@@ -264,7 +264,8 @@ def test_how_questions_are_put(writer):
     prompt = template.format("what is it?")
     assert writer.answer(IMAGES[0], "what is it?") == writer.generate(IMAGES[0], [prompt], ANSWER_DECODING)
     assert (QUESTION_TEMPLATE, SHORT_QUESTION_TEMPLATE) == ("Question: {} Answer:", "Question: {} Short answer:")
-    assert (CAPTION_DECODING.num_beams, ANSWER_DECODING.num_beams, ANSWER_DECODING.length_penalty) == (
+    beams = [each.beam_width(1) for each in (CAPTION_DECODING, ANSWER_DECODING)]
+    assert (*beams, ANSWER_DECODING.length_penalty) == (
         5,
         5,
         -1.0,

@@ -210,6 +210,7 @@ def chat(
     template: str | None = None,
     decoding: DecodingOptions = CHAT_DECODING.options,
     sampling: Sampling,
+    revision: str | None = None,
     loading: Loading,
 ) -> None:
     """Talk about images: each line is a question, which is answered with all questions and answers before it in mind.
@@ -224,6 +225,7 @@ def chat(
         images: image files, which come before the first question.
         template: prompt with {} in the place of each question, or chat for the chat template of the LLM. null: the
             prompt of questions with which the model was trained, or the paper's.
+        revision: branch, tag or commit of a hub name. null: the newest commit of the main branch.
 
     Example:
         blip2 chat runs/demo/vqa cat.jpg
@@ -232,7 +234,7 @@ def chat(
     from blip2.pipelines.terminal import talk
 
     chosen = _seeded(decoding, sampling).without_beams()
-    pipeline = load(model, stage="generation", **vars(loading))
+    pipeline = load(model, stage="generation", revision=revision, **vars(loading))
     talk(pipeline.chat(images, template=template, decoding=chosen))
 
 

@@ -213,8 +213,8 @@ class CachedDecoder(IncrementalDecoder):
             rows: indices of the selected rows. A row may be selected several times.
         """
         extended = copy.copy(self)
-        extended._cache = copy_cache(self._cache)
-        extended._reorder(rows)
+        extended._cache = _share_cache(self._cache)
+        extended._reorder(rows)  # gives the new cache tensors of its own
         return extended._run(tokens, mask)
 
     @abstractmethod
@@ -446,12 +446,16 @@ class PreallocatedCacheLayer(DynamicLayer):
         return keys, values
 
 
-def copy_cache(cache: Any) -> Any:
-    """Return a copy of a key-value cache that shares its tensors until rows are selected in one of both."""
+def _share_cache(cache: Any) -> Any:
+    """Return another key-value cache with the tensors of `cache`.
+
+    The caller has to select rows in it (``reorder_cache``) before it appends tokens to either of them, because an
+    append writes into the tensors.
+    """
     copied = copy.copy(cache)
     if isinstance(cache, EncoderDecoderCache):
-        copied.self_attention_cache = copy_cache(cache.self_attention_cache)
-        copied.cross_attention_cache = copy_cache(cache.cross_attention_cache)
+        copied.self_attention_cache = _share_cache(cache.self_attention_cache)
+        copied.cross_attention_cache = _share_cache(cache.cross_attention_cache)
         copied.is_updated = dict(cache.is_updated)
     else:
         copied.layers = [copy.copy(layer) for layer in cache.layers]

@@ -5,6 +5,7 @@ Legend: Q queries, S tokens of the conversation, L width of the LLM.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -14,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from blip2.config import IMAGE_TOKEN, QUESTION_PLACEHOLDER
-from blip2.data.collate import check_unicode, encode_questions, normalize_questions, strip_eos
+from blip2.data.collate import MAX_WORDS, check_unicode, encode_questions, normalize_questions, strip_eos
 from blip2.decoding.conversation import ConversationDecoder, make_prompt
 from blip2.decoding.kv_cache import IncrementalDecoder, PromptBatch, get_pad_token_id
 from blip2.decoding.options import CHAT_DECODING, Decoding
@@ -95,7 +96,7 @@ class Chat:
     ) -> None:
         self._pipeline = pipeline
         self._template = _check_template(pipeline, template)
-        self._decoding = CHAT_DECODING if decoding is None else decoding
+        self._decoding = (CHAT_DECODING if decoding is None else decoding).without_beams()
         self._originals: list[Any] = []
         self._features: list[Tensor] = []
         self._visual_prompts: dict[tuple[int, str | None], Float[Tensor, "Q L"]] = {}
@@ -141,18 +142,27 @@ class Chat:
         """Add images to the next question, before its text.
 
         Raises:
-            InputError: an image cannot be decoded.
+            InputError: an image cannot be decoded, or the last message is the user's and has no answer yet.
         """
+        if self._has_open_question:
+            raise InputError(
+                "the last message of the user has no answer yet: answer it first, with ask() alone, then add images"
+            )
+        self._pending += self._store_images(images)
+
+    def _store_images(self, images: Images) -> list[int]:
+        """Encode images, and return their indices."""
         features = self._pipeline.encode_images(images)
         originals: list[Any] = [images]
         if isinstance(images, Sequence) and not isinstance(images, str | bytes | bytearray | memoryview):
             originals = list(images)
-        if len(originals) != len(features):  # features or arrays in one tensor, or an iterator
+        # An iterator cannot be read again, and one tensor can have the features of several images.
+        if isinstance(images, Iterator) or len(originals) != len(features):
             originals = [each[None] for each in features]
-        for original, each in zip(originals, features, strict=True):
-            self._pending.append(len(self._features))
-            self._originals.append(original)
-            self._features.append(each[None])
+        start = len(self._features)
+        self._originals += originals
+        self._features += features.split(1)
+        return list(range(start, len(self._features)))
 
     def ask(self, content: Content | None = None, decoding: Decoding | None = None) -> str:
         """Answer the next message of the user.
@@ -199,11 +209,15 @@ class Chat:
         """Forget all messages. The images with which the chat was made belong to the next question again."""
         self._messages, self._written, self._pending = [], [], list(self._start)
         self._answer_number += 1
+        # The other images are forgotten too. Later ones get their indices, which the keys of the cache contain.
+        kept = len(self._start)
+        self._originals, self._features = self._originals[:kept], self._features[:kept]
+        self._visual_prompts = {key: value for key, value in self._visual_prompts.items() if key[0] < kept}
+        self._decoder = None
 
     def copy(self) -> Chat:
         """Return a chat with the same history, which can go on differently. The two do not affect each other."""
-        copied = object.__new__(type(self))
-        copied.__dict__ |= self.__dict__
+        copied = copy.copy(self)
         for name in ("_originals", "_features", "_visual_prompts", "_pending", "_messages", "_written", "_start"):
             setattr(copied, name, getattr(self, name).copy())
         copied._decoder = None if self._decoder is None else self._decoder.copy()
@@ -211,18 +225,17 @@ class Chat:
 
     # -- messages ------------------------------------------------------------------------------------------------------
 
+    @property
+    def _has_open_question(self) -> bool:
+        return bool(self._messages) and self._messages[-1].role == "user"
+
     def _next_message(self, content: Content | None) -> _Message | None:
         """Return the message of the user to add, or None if it is already there."""
-        waits = bool(self._messages) and self._messages[-1].role == "user"
         if content is None:
-            if not waits:
+            if not self._has_open_question:
                 raise InputError("there is no question to answer: give one, or end the messages with the user's")
-            if self._pending:
-                raise InputError(
-                    "images were added after the question that waits for an answer: answer it first, with ask() alone"
-                )
             return None
-        if waits:
+        if self._has_open_question:
             raise InputError(
                 "the last message of the user has no answer yet: answer it first, with ask() alone, or leave it out"
             )
@@ -254,12 +267,7 @@ class Chat:
             if isinstance(part, str):
                 made.append(part)
             elif part.get("image") is not None:
-                waiting, self._pending = self._pending, []
-                try:
-                    self.add_images(part["image"])
-                    made += self._pending
-                finally:
-                    self._pending = waiting
+                made += self._store_images(part["image"])
             elif self._pending:
                 made.append(self._pending.pop(0))
             else:
@@ -347,8 +355,15 @@ class Chat:
         ids: list[int] = []
         keys: list[Hashable] = []
         visual: list[tuple[int, Tensor]] = []
+        segments = list(self._segments(prompt.text))
+        if segments.count(None) != len(prompt.images):
+            raise InputError(
+                f"the prompt has {segments.count(None)} places for images, expected {len(prompt.images)}: a normalized"
+                f" question keeps its first {MAX_WORDS} words, and no answer may contain {IMAGE_TOKEN}; put images"
+                " before the text, shorten the question, or start again with reset() (/reset)"
+            )
         images = iter(prompt.images)
-        for segment in self._segments(prompt.text):
+        for segment in segments:
             if segment is None:
                 image = next(images)
                 visual.append((len(ids), self._visual_prompt(*image)))

@@ -37,9 +37,13 @@ def talk(chat: Chat, source: TextIOBase | None = None) -> None:
         print("Ask about the image. /help shows what else can be typed.")
     for line in _lines(lines, is_terminal):
         try:
-            if line in ("/quit", "/exit"):
+            if line == "/quit":
                 return
             _run(chat, line, is_terminal)
+        except KeyboardInterrupt:
+            if not is_terminal:
+                raise
+            print(" [interrupted]", flush=True)
         except InputError as error:
             if not is_terminal:
                 raise
@@ -50,7 +54,9 @@ def _run(chat: Chat, line: str, is_terminal: bool) -> None:
     """Run one line of input."""
     name, _, argument = line.partition(" ")
     if not line.startswith("/"):
-        _answer(chat, line, is_terminal)
+        for piece in chat.stream(line):
+            print(escape_control_characters(piece, keep="\n" if is_terminal else ""), end="", flush=True)
+        print(flush=True)
     elif name == "/help":
         print(HELP)
     elif name == "/reset":
@@ -62,17 +68,6 @@ def _run(chat: Chat, line: str, is_terminal: bool) -> None:
             f"{line} is not a command, expected /image PATH, /reset, /help or /quit: correct it, or begin a question"
             " without /"
         )
-
-
-def _answer(chat: Chat, question: str, is_terminal: bool) -> None:
-    """Print the answer piece by piece, until it ends or Ctrl-C is pressed."""
-    pieces = chat.stream(question)
-    try:
-        for piece in pieces:
-            print(escape_control_characters(piece, keep="\n" if is_terminal else ""), end="", flush=True)
-    except KeyboardInterrupt:
-        print(" [interrupted]", end="", file=sys.stderr if not is_terminal else sys.stdout)
-    print(flush=True)
 
 
 def _lines(source: Any, is_terminal: bool) -> Iterator[str]:
@@ -90,6 +85,8 @@ def _lines(source: Any, is_terminal: bool) -> Iterator[str]:
                 raise
             print("\n/quit leaves the conversation.")
             continue
+        except UnicodeDecodeError as error:
+            raise InputError(f"the input is not UTF-8 ({error}): convert it to UTF-8") from error
         if not line and not is_terminal:
             return
         if line.strip():
