@@ -35,8 +35,14 @@ def compare(saved):
 
 
 @pytest.fixture(scope="module", params=FLAVOURS)
-def writer(request, saved):
+def every_writer(request, saved):
+    """A model of each kind of LLM, for what depends on the LLM."""
     return blip2.load(saved[request.param][0], device="cpu")
+
+
+@pytest.fixture(scope="module")
+def writer(saved):
+    return blip2.load(saved["llama"][0], device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +69,14 @@ def one_by_one(pipeline, images, texts, prompts, questions=None):
     """Log-likelihoods of pairs by the pass of training, a pair at a time, with nothing shared."""
     out = []
     language, reading = pipeline.model.language, pipeline.config.qformer.use_qformer_text_input
+    features = {id(image): pipeline.encode_images(image) for image in images[:: len(TEXTS)]}
     with torch.no_grad():
         for i, (image, text, prompt) in enumerate(zip(images, texts, prompts, strict=True)):
             asked = None
             if reading:
                 ids, mask, _ = encode_texts(pipeline.qformer_tokenizer, [questions[i]], 40)
                 asked = Questions(ids, mask)
-            visual = pipeline.model.visual_prompt(pipeline.encode_images(image), asked)
+            visual = pipeline.model.visual_prompt(features[id(image)], asked)
             tokens = pipeline.tokenizer(text if language.is_encoder_decoder or not prompt else f" {text}",
                                         add_special_tokens=False)["input_ids"]  # fmt: skip
             tokens = [*tokens, pipeline.eos_token_id]
@@ -157,8 +164,9 @@ def test_keys_and_values_of_an_image_are_computed_once(compare):
 # -- stage 2 ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prompt", ["", "a photo of", ["a photo of", "", "this is"]])
-def test_lm_is_the_sum_of_log_probabilities_computed_one_by_one(writer, prompt):
+@pytest.mark.parametrize("prompt", ["", ["a photo of", "", "this is"]])
+def test_lm_is_the_sum_of_log_probabilities_computed_one_by_one(every_writer, prompt):
+    writer = every_writer
     scores = writer.score(IMAGES, TEXTS, prompt=prompt)
     prompts = [prompt] * 3 if isinstance(prompt, str) else prompt
     expected, counts = one_by_one(
@@ -170,15 +178,17 @@ def test_lm_is_the_sum_of_log_probabilities_computed_one_by_one(writer, prompt):
     assert scores.values.std(dim=0).min() > 1e-3  # images matter
 
 
-def test_shared_prompts_equal_unshared(writer, monkeypatch):
+def test_shared_prompts_equal_unshared(every_writer, monkeypatch):
+    writer = every_writer
     shared = writer.score(IMAGES, TEXTS, questions=QUESTIONS)
     assert writer.model.language.shares_prompts
     monkeypatch.setattr(writer.model.language, "_shares_prompts", False)
     close(writer.score(IMAGES, TEXTS, questions=QUESTIONS).values, shared.values)
 
 
-def test_a_prompt_is_read_once(writer):
+def test_a_prompt_is_read_once(every_writer):
     """Of 100 answers to a question the LLM reads the image and the question once."""
+    writer = every_writer
     reader = writer.model.language.network
     reader = reader.get_encoder() if writer.model.language.is_encoder_decoder else reader.get_decoder()
     lengths = []
@@ -198,16 +208,15 @@ def test_a_prompt_is_read_once(writer):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", FLAVOURS)
-def test_lm_is_the_loss_of_transformers(saved, parts, name):
+def test_lm_is_the_loss_of_transformers(saved, parts, every_writer):
     """Its mean over the tokens of the text, when the prompt has no label."""
-    folder, theirs = saved[name]
-    ours = blip2.load(folder, device="cpu")
+    ours, name = every_writer, every_writer.path.name
+    theirs = saved[name][1]
     images = processor(name, parts.bert)(images=IMAGES, return_tensors="pt")["pixel_values"]
     scores = ours.score(IMAGES, TEXTS, prompt="a photo of")
     before = ours.tokenizer("a photo of")["input_ids"]
     placeholders = [theirs.config.image_token_index] * QUERIES
-    for i, t in EVERY:
+    for i, t in EVERY[::2]:
         text = TEXTS[t] if name == "t5" else f" {TEXTS[t]}"
         tokens = [*ours.tokenizer(text, add_special_tokens=False)["input_ids"], ours.eos_token_id]
         ids = [*placeholders, *before] if name == "t5" else [*placeholders, *before, *tokens]
@@ -360,9 +369,9 @@ def test_scores_that_a_stage_does_not_have(compare, writer):
         assert message(error) == "by is 'clip', expected one of itc, itm, itg, lm, pmi"
 
 
-@pytest.mark.parametrize("name", ["retrieval", "llama"])
-def test_texts_and_counts_that_do_not_fit(saved, name):
-    pipeline = blip2.load(saved[name][0], device="cpu")
+@pytest.mark.parametrize("name", ["compare", "writer"])
+def test_texts_and_counts_that_do_not_fit(request, name):
+    pipeline = request.getfixturevalue(name)
     cases = [
         (lambda: pipeline.score(IMAGES, []), "no text was given"),
         (lambda: pipeline.score([], TEXTS), "no image was given"),
@@ -389,6 +398,7 @@ def test_prompts_and_questions_that_do_not_fit(compare, writer, reader):
         (lambda: writer.score(IMAGES, TEXTS, questions=["a", "b"]), "there are 3 images and 2 questions"),
         (lambda: writer.score(IMAGES, TEXTS, prompt=["a", "b"]), "there are 3 images and 2 prompts"),
         (lambda: writer.score(IMAGES[0], TEXTS, prompt=[]), "no prompt was given"),
+        (lambda: writer.score(IMAGES[0], TEXTS, prompt="<image> a"), "contains <image>: remove <image>"),
         (lambda: writer.score(IMAGES, TEXTS, questions=" "), "question 1 of 1 is ' ', expected words"),
         (lambda: reader.score(IMAGES, TEXTS), "was trained to answer questions: give questions"),
         (lambda: writer.log_likelihood(IMAGES, [""] * 2, TEXTS[:3]), "there are 3 texts and 2 prompts"),

@@ -16,7 +16,7 @@
 6. Stage 1 trains on the true captions, which no other part sees.
 
 Steps 2, 5 and 6 are repeated with each seed; models and captions of the rounds are made with the first seed, or, with
---every-seed, with each, which takes three times as long. All models are compared on held-out compositions: recall at 1
+--every-seed, with each, which takes longer. All models are compared on held-out compositions: recall at 1
 of images and texts, by ITC and after re-ranking by ITM, and the accuracy of ITM on hard negatives. A round is judged as
 blip2 capfilt --check does.
 

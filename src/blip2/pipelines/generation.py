@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from blip2.config import IMAGE_TOKEN
 from blip2.data.collate import encode_prompts, pad
 from blip2.decoding.options import ANSWER_DECODING, CAPTION_DECODING, Decoding
 from blip2.decoding.text import TextStreamer, final_text, make_stopping_criteria
@@ -20,7 +19,7 @@ from blip2.model.losses import IGNORE_INDEX
 from blip2.pipelines.base import check_all_used, check_texts, texts_of_images
 from blip2.pipelines.chat import Chat
 from blip2.pipelines.images import Images, ImageStream, OnError, cat_padded
-from blip2.pipelines.likelihood import LikelihoodPipeline
+from blip2.pipelines.likelihood import LikelihoodPipeline, check_prompts
 from blip2.pipelines.results import Generated, until_end
 
 WINDOW = 256
@@ -307,10 +306,7 @@ class GenerationPipeline(LikelihoodPipeline):
         Raises:
             InputError: a prompt is too long for the LLM or contains an image placeholder.
         """
-        with_token = next((prompt for prompt in prompts if IMAGE_TOKEN in prompt), None)
-        if with_token is not None:
-            raise InputError(f"the prompt {with_token!r} contains {IMAGE_TOKEN}: remove {IMAGE_TOKEN}, because the"
-                             " image is placed first automatically")  # fmt: skip
+        check_prompts(prompts)
         side = "right" if self.model.language.is_encoder_decoder else "left"
         ids, mask = encode_prompts(self.tokenizer, prompts, side)
         self._check_length(ids.shape[1], decoding)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from blip2.config import ModelConfig, ScoreName
+from blip2.config import IMAGE_TOKEN, ModelConfig, ScoreName
 from blip2.data.arrays import blank_input
 from blip2.data.collate import (
     check_unicode,
@@ -39,6 +39,14 @@ SHORT_QUESTION_TEMPLATE = "Question: {} Short answer:"
 """Default prompt of questions for an encoder-decoder LLM (§4.1)."""
 NO_LIMIT = 2**31
 """A maximum number of tokens that truncates no text."""
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Raise an InputError if a prompt contains an image placeholder."""
+    with_token = next((prompt for prompt in prompts if IMAGE_TOKEN in prompt), None)
+    if with_token is not None:
+        raise InputError(f"the prompt {with_token!r} contains {IMAGE_TOKEN}: remove {IMAGE_TOKEN}, because the"
+                         " image is placed first automatically")  # fmt: skip
 
 
 class LikelihoodPipeline(ScoringPipeline[GenerationModel]):
@@ -104,7 +112,7 @@ class LikelihoodPipeline(ScoringPipeline[GenerationModel]):
 
         Raises:
             InputError: there are no images or texts, the lists differ in length, `image_index` contains an index
-                without image, or a text is too long for the LLM.
+                without image, a prompt contains an image placeholder, or a text is too long for the LLM.
         """
         return self._log_likelihoods(self.encode_images(images), prompts, texts, image_index, questions)[0]
 
@@ -337,6 +345,7 @@ class LikelihoodPipeline(ScoringPipeline[GenerationModel]):
         For a decoder-only LLM, the ids contain prompt and text; for an encoder-decoder LLM, the prompt alone, so that
         the length U of the labels differs from T.
         """
+        check_prompts(prompts)
         check_unicode([*prompts, *texts])
         if not self.model.language.is_encoder_decoder:
             ids, mask, labels, _ = encode_continuations(self.tokenizer, prompts, texts, NO_LIMIT, self.eos_token_id)

@@ -264,6 +264,7 @@ class _Update:
         for name, (count, example) in self._bad_cells.items():
             self.report.notes.append(f"column {name}: {count} cells are stored as missing; the first, of {example}")
         with convert_lance_errors(self.library.uri):
+            self._check_version()  # because optimizing deletes the files of a write that is not complete
             optimize(self.library)
             digests = self.table.search().select(["digest"]).to_arrow()["digest"]
         self.report.images, self.report.duplicates = len(digests), len(digests) - len(digests.unique())
