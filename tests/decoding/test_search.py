@@ -38,7 +38,14 @@ from transformers import (
 from blip2.backbones.language import LanguageModel
 from blip2.decoding.conversation import ConversationDecoder, make_prompt
 from blip2.decoding.kv_cache import CausalLMDecoder, supports_kv_cache
-from blip2.decoding.search import Decoding, generate, generate_with_transformers, sample_tokens, sample_top_p
+from blip2.decoding.search import (
+    Decoding,
+    cached_decoder_class,
+    generate,
+    generate_with_transformers,
+    sample_tokens,
+    sample_top_p,
+)
 from blip2.decoding.text import make_stopping_criteria
 
 V, WIDTH, QUERIES = 24, 32, 4
@@ -226,6 +233,29 @@ def test_a_conversation_reads_each_token_once(name):
     with torch.no_grad():
         kept.read(prompt, [*range(30), 50])
         torch.testing.assert_close(kept.logits, CausalLMDecoder(network, prompt).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_a_decoder_that_was_extended_goes_on_as_if_it_was_not(name):
+    """Also if each row is selected once and in order."""
+    network, rows, one = llm(name).network, torch.arange(4), torch.ones(4, dtype=torch.long)
+    with torch.no_grad():
+        asked = llm(name).prepare_prompts(*prompts(0))
+        straight, decoder = (cached_decoder_class(network)(network, asked) for _ in range(2))
+        expected = []
+        for token in (3, 8, 2):
+            straight.step(token * one, rows)
+            expected.append(straight.logits)
+        decoder.step(3 * one, rows)
+        tokens = torch.tensor([[7, 9, 1]] * 4)
+        decoder.extend(tokens, torch.ones_like(tokens, dtype=torch.bool), rows)
+        extended = decoder.extend(torch.tensor([[8, 2]] * 4), torch.ones(4, 2, dtype=torch.bool), rows)
+        for token, logits, after in zip((8, 2), expected[1:], extended.unbind(1), strict=True):
+            decoder.extend(tokens, torch.ones_like(tokens, dtype=torch.bool), rows)
+            decoder.step(token * one, rows)
+            decoder.extend(tokens, torch.ones_like(tokens, dtype=torch.bool), rows)
+            torch.testing.assert_close(decoder.logits, logits)
+            torch.testing.assert_close(after, logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("decoding", [GREEDY, BEAMS, replace(BEAMS, length_penalty=-1.0)])
