@@ -35,5 +35,6 @@ def features(path: Path) -> np.ndarray:
 sounds, output = map(Path, sys.argv[1:])
 output.mkdir(parents=True, exist_ok=True)
 for text in sorted(sounds.glob("*.txt")):
-    np.save(output / f"{text.stem}.npy", features(next(sounds.glob(f"{text.stem}.[ow]*"))))
+    sound = next(path for path in sounds.iterdir() if path.stem == text.stem and path != text)
+    np.save(output / f"{text.stem}.npy", features(sound))
     copy(text, output)

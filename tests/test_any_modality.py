@@ -168,9 +168,9 @@ def test_bad_records_are_skipped_counted_and_named(parts, tmp_path):
     train(parts.recipe(tmp_path / "run", vision=VISION, data=data, training={**SHORT, "max_steps": 1}))
     assert read_metrics(tmp_path / "run")[-1]["skipped_image"] == 4
     skipped = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
-    messages = sorted(f"{Path(row['key'].split(' (')[-1]).name} {row['message']}" for row in skipped)
-    for found, expected in zip(messages, ("holds nan", "has the shape", "ends after", "has no features"), strict=False):
-        assert any(expected in message for message in messages), (found, messages)
+    messages = [row["message"] for row in skipped]
+    for expected in ("holds nan", "has the shape", "ends after", "has no features"):
+        assert any(expected in message for message in messages), (expected, messages)
 
 
 @pytest.mark.parametrize("content", ["nan", "wide", "truncated", "absent"])

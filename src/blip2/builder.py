@@ -272,6 +272,11 @@ def build_image_encoder(
         )
     if encoder is not None:
         wrapped = wrap_module(encoder, Preprocessing(config.image_size or 224))
+        if config.image_size not in (None, wrapped.preprocessing.image_size):
+            raise InputError(
+                f"vision.image_size is {config.image_size}, but encoder is an ImageEncoder for images of"
+                f" {wrapped.preprocessing.image_size} pixels per side: leave out vision.image_size"
+            )
         return _with_position_encoding(wrapped, config)
     container = opened if opened is not None and opened.has_vision else open_foreign(config.name)
     if container is None:

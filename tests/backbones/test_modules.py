@@ -47,7 +47,8 @@ def test_arrays_of_different_lengths_are_encoded_without_their_padding():
     for row, array in zip(found, arrays, strict=True):
         alone = encoder.encode(array[None])[0]
         torch.testing.assert_close(row[: len(alone)], alone)
-    assert torch.equal(encoder.encode(found), found) or found.isnan().any()  # what is encoded is encoded once
+    again = encoder.encode(found)  # what is encoded is encoded once
+    torch.testing.assert_close(again, found, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_module_that_trains_gets_gradients_through_the_padding():
@@ -103,6 +104,16 @@ def test_what_a_module_returns_is_checked_once(module, message):
             VisionConfig("module"),
             ImageEncoder(nn.Identity(), nn.Identity(), FeatureFormat(6, 8)),
             "another kind of input",
+        ),
+        (
+            FEATURES,
+            ImageEncoder(nn.Identity(), nn.Identity(), FeatureFormat(6, 9)),
+            r"for FeatureFormat\(hidden_size=6, max_tokens=9\), but the config says .*max_tokens=8\): set",
+        ),
+        (
+            VisionConfig("module", image_size=32),
+            ImageEncoder(nn.Conv2d(3, 7, 8, stride=8), nn.Conv2d(3, 7, 8, stride=8), Preprocessing(16)),
+            "vision.image_size is 32, but encoder is an ImageEncoder for images of 16 pixels per side: leave out",
         ),
     ],
 )

@@ -123,6 +123,7 @@ def test_files_that_are_not_there_or_never_end(tmp_path):
     os.mkfifo(tmp_path / "pipe.npy")
     np.savez(tmp_path / "x.npz", x=ARRAY)
     save_file({"x": torch.ones(9, 3)}, tmp_path / "x.safetensors")
+    (tmp_path / "array.npz").write_bytes(npy(ARRAY))
     for name, message in {
         "none.npy": "cannot be read .No such file",
         "pipe.npy": "is a pipe",
@@ -131,6 +132,7 @@ def test_files_that_are_not_there_or_never_end(tmp_path):
         "none.npz#y": "cannot be read .No such file",
         "x.safetensors#y": "has no array 'y'",
         "x.safetensors#x": r"has the shape \[9, 3\]",
+        "array.npz#x": "has a key, but the file is an .npy file of one array: remove the key",
     }.items():
         with pytest.raises(ImageError, match=message):
             read_features(tmp_path / name, FORM)
@@ -186,6 +188,9 @@ def test_samples_of_shards(tmp_path, streaming):
 def test_folder_of_arrays_with_texts(tmp_path):
     for name in ("a", "b"):
         np.save(tmp_path / f"{name}.npy", ARRAY)
+    with pytest.raises(InputError, match=r"holds 2 arrays of features but no captions: .* the keys features and cap"):
+        records(tmp_path)
+    for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(f"text {name}")
     assert [record.captions for record in records(tmp_path)] == [("text a",), ("text b",)]
     with pytest.raises(InputError, match="holds no images"):

@@ -95,6 +95,11 @@ def wrap_module(module: nn.Module | Any, input_format: Preprocessing | FeatureFo
                 "encoder is an ImageEncoder for another kind of input than vision.name says: set vision.name to module"
                 " if it reads pixels, or to features if it reads arrays"
             )
+        if isinstance(input_format, FeatureFormat) and module.input_format != input_format:
+            raise InputError(
+                f"encoder is an ImageEncoder for {module.input_format}, but the config says {input_format}: set"
+                " vision.hidden_size and vision.max_tokens to the encoder's values"
+            )
         return module
     if not isinstance(module, nn.Module):
         raise InputError(f"encoder is a {type(module).__name__}, expected a torch.nn.Module: give a module")

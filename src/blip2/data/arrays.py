@@ -155,6 +155,8 @@ def _read_file(file: Any, key: str | None, form: FeatureFormat, name: str) -> np
     start = file.read(8)
     file.seek(0)
     if start[:6] == npy.MAGIC_PREFIX:
+        if key is not None:
+            raise ImageError(f"{name} has a key, but the file is an .npy file of one array: remove the key")
         return _read_npy(file, form, name)
     if start[:2] == b"PK":
         with zipfile.ZipFile(file) as archive:

@@ -37,25 +37,24 @@ def list_pairs(
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     images = [path for path in files if path.suffix.lower() in suffixes]
-    if not images and suffixes is not IMAGE_SUFFIXES:
-        raise InputError(
-            f"folder {folder} holds no arrays of features ({', '.join(suffixes)}) and no metadata.jsonl"
-            f"{_count_suffixes(files, ', but ')}: give a folder with arrays"
-        )
+    kind, key, known = "images", "file_name", f"{', '.join(COMMON_SUFFIXES)}, and others that Pillow reads"
+    reason = "which are neither images that Pillow reads nor the .txt file of an image"
+    if suffixes is not IMAGE_SUFFIXES:
+        kind, key, known = "arrays of features", "features", ", ".join(suffixes)
+        reason = "which are neither arrays of features nor the .txt file of an array"
     if not images:
         raise InputError(
-            f"folder {folder} holds no images ({', '.join(COMMON_SUFFIXES)}, and others that Pillow reads) and no"
-            f" metadata.jsonl{_count_suffixes(files, ', but ')}: give a folder with images"
+            f"folder {folder} holds no {kind} ({known}) and no metadata.jsonl{_count_suffixes(files, ', but ')}: give"
+            f" a folder with {kind}"
         )
     texts = {path.with_suffix(".txt") for path in images} & set(files)
     if not texts and captions_required:
         raise InputError(
-            f"folder {folder} holds {len(images)} images but no captions: put a .txt file next to each image, or add a"
-            " metadata.jsonl with the keys file_name and caption"
+            f"folder {folder} holds {len(images)} {kind} but no captions: put a .txt file next to each, or add a"
+            f" metadata.jsonl with the keys {key} and caption"
         )
     others = [path for path in files if path not in texts and path.suffix.lower() not in suffixes]
     if others and verbose:
-        reason = "which are neither images that Pillow reads nor the .txt file of an image"
         log.warning("%s: left out %d files, %s%s", folder, len(others), reason, _count_suffixes(others, ": "))
     return _read_pairs(folder, images, texts)
 
