@@ -5,6 +5,9 @@
 Both ways answer the same questions about one image with SmolLM2-135M-Instruct, EfficientNet-Lite0 and an untrained
 Q-Former (the cost does not depend on the weights), and must give the same answers. The turns are of like length: each
 answer is cut at ``--tokens`` tokens, and no end token ends it before.
+
+``--templates`` instead prints the first 18 tokens of the answers to two questions without an image, with the default prompt
+and with the chat template of the LLM.
 """
 
 from __future__ import annotations
@@ -59,8 +62,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=12, help="length of each answer")
     parser.add_argument("--queries", type=int, default=32, help="number of queries of the image")
     parser.add_argument("--repeats", type=int, default=3, help="conversations; the median of each turn is reported")
+    parser.add_argument("--templates", action="store_true", help="print answers with the two kinds of prompt instead")
     options = parser.parse_args()
     pipeline = make_pipeline(options.queries)
+    if options.templates:
+        for template in (None, "chat"):
+            chat = pipeline.chat(template=template, decoding=Decoding(num_beams=1, max_new_tokens=18))
+            for question in ("What is the capital of France?", "And of Italy?"):
+                print(template, question, repr(chat.ask(question)), sep="\t")
+        return
     decoding = Decoding(num_beams=1, max_new_tokens=options.tokens, min_new_tokens=options.tokens)
     image = Image.new("RGB", (224, 224), (200, 80, 40))
     pipeline.chat(image, decoding=replace(decoding, max_new_tokens=2, min_new_tokens=2)).ask("Warm?")
