@@ -6,8 +6,8 @@ Both ways answer the same questions about one image with SmolLM2-135M-Instruct, 
 Q-Former (the cost does not depend on the weights), and must give the same answers. The turns are of like length: each
 answer is cut at ``--tokens`` tokens, and no end token ends it before.
 
-``--templates`` instead prints the first 18 tokens of the answers to two questions without an image, with the default prompt
-and with the chat template of the LLM.
+``--templates`` instead prints the first 18 tokens of the answers to two questions without an image, with the default
+prompt and with the chat template of the LLM.
 """
 
 from __future__ import annotations
