@@ -8,7 +8,6 @@ import torch
 
 from blip2.cli import main
 from blip2.config import EvaluationConfig
-from blip2.data import images as images_module
 from blip2.data.arrays import blank_input
 from blip2.decoding.search import Decoding
 from blip2.errors import InputError
@@ -21,11 +20,16 @@ from blip2.evaluation.run import evaluate_predictions
 from blip2.pipelines import GenerationPipeline, load
 from blip2.training.metrics import read_metrics
 from conftest import COLORS, SHAPES, draw
-from fixtures.processes import start_two
+from fixtures.processes import SMALL_CHUNK, start_two, use_small_chunks
 
 GREEDY = {"num_beams": 1, "max_new_tokens": 4}
-COUNT = 70
+COUNT = 30
 """Images: more than a chunk, so that the image of a record comes from another chunk."""
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(tasks, "CHUNK_SIZE", SMALL_CHUNK)
 
 
 def evaluate(model, task, data, output, seed=0, **options):
@@ -108,23 +112,24 @@ def test_answers(runs, questions, tmp_path, monkeypatch):
         asked.extend(zip(image_index, questions, out, strict=True))
         return out
 
-    read = images_module.read_image
+    read = tasks.read_input
     monkeypatch.setattr(GenerationPipeline, "generate", note)
-    monkeypatch.setattr(tasks, "read_image", lambda *given: reads.append(given) or read(*given))
+    monkeypatch.setattr(tasks, "read_input", lambda *given: reads.append(given) or read(*given))
     metrics = evaluate(runs["llama"], "vqa", questions, tmp_path / "control", seed=3, **GREEDY, control=True)
     for name in ("accuracy", "answered", "by_question_type", "skipped"):
         assert metrics[name] == plain[name]
     rows = [json.loads(line) for line in Path(questions).read_text().splitlines()]
     kept = [row for row in rows if row["image"] != "5.png"]
     assert len(asked) == 3 * len(kept)
-    shared = sum(rows[i]["image"] == rows[i - 1]["image"] for i in range(64, len(rows), 64))
-    assert len(reads) == COUNT + shared  # an image with records in two chunks is read in both, as without a control
+    shared = sum(rows[i]["image"] == rows[i - 1]["image"] for i in range(SMALL_CHUNK, len(rows), SMALL_CHUNK))
+    # An image with records in two chunks is read in both, as without a control.
+    assert shared == 1 and len(reads) == COUNT + shared
     names = list(dict.fromkeys(row["image"] for row in kept))
     donor = dict(zip(names, (names[i] for i in derange(len(names), 3)), strict=True))
     pipeline, folder = load(runs["llama"], device="cpu"), Path(questions).parent
     pipeline.generate = lambda *given, **named: generate(pipeline, *given, **named)
     shuffled, blank = asked[len(kept) : 2 * len(kept)], asked[2 * len(kept) :]
-    for i in (0, 1, 40, len(kept) - 1):
+    for i in (0, 1, 20, len(kept) - 1):
         row = kept[i]
         expected = pipeline.answer(folder / donor[row["image"]], row["question"], Decoding(**GREEDY))
         assert shuffled[i][1:] == (row["question"], *expected)
@@ -180,7 +185,8 @@ def test_a_killed_control_goes_on_and_two_processes_give_the_same(runs, question
     assert evaluate(runs["llama"], "vqa", questions, tmp_path / "killed", **GREEDY, control=True) == whole
     assert len(calls) == 3 * 2 + 1
     command = ["evaluate", str(runs["llama"]), "--task", "vqa", "--data", questions, "--num-beams", "1", "--device"]
-    start_two([*command, "cpu", "--max-new-tokens", "4", "--control", "--output", str(tmp_path / "two")], tmp_path)
+    command += ["cpu", "--max-new-tokens", "4", "--control", "--output", str(tmp_path / "two")]
+    start_two(command, tmp_path, use_small_chunks)
     one, two = ((tmp_path / name / "metrics.json").read_text() for name in ("whole", "two"))
     assert one == two
 
