@@ -34,7 +34,6 @@ def features(path: Path) -> np.ndarray:
 
 sounds, output = map(Path, sys.argv[1:])
 output.mkdir(parents=True, exist_ok=True)
-for text in sorted(sounds.glob("*.txt")):
-    sound = next(path for path in sounds.iterdir() if path.stem == text.stem and path != text)
-    np.save(output / f"{text.stem}.npy", features(sound))
-    copy(text, output)
+for sound in sorted(path for path in sounds.iterdir() if path.suffix != ".txt"):
+    np.save(output / f"{sound.stem}.npy", features(sound))
+    copy(sound.with_suffix(".txt"), output)
