@@ -70,7 +70,10 @@ OURS = {  # docs/paper.md says why, or it has no bearing on results
     "objectives.query_diversity": 0.0,
     "vision.position_encoding": "auto",
     "vision.num_attention_heads": None,
+    "vision.hidden_size": None,
+    "vision.max_tokens": None,
     "vision.trust_remote_code": None,
+    "qformer.text_input": "question",
     "data.group_by_length": True,
     "data.group_column": None,
     "data.group_share": 1.0,
@@ -128,6 +131,7 @@ GENERATION = {
     "language.projection_init": "random",
     "language.lora": None,  # §4.2: the LLM is frozen
     "language.quantization": None,
+    "language.bos_token": None,
 }
 OPT = {
     "language.trust_remote_code": None,
@@ -400,13 +404,13 @@ def test_capfilt():
 def test_generation():
     """§4.1, Tables 7 and 8; lengths are the reference implementation's."""
     assert (
-        CAPTION_DECODING.num_beams,
+        CAPTION_DECODING.beam_width(1),
         CAPTION_DECODING.length_penalty,
         CAPTION_DECODING.max_new_tokens,
         CAPTION_DECODING.top_p,
     ) == (5, 1.0, 30, None)
     assert (
-        ANSWER_DECODING.num_beams,
+        ANSWER_DECODING.beam_width(1),
         ANSWER_DECODING.length_penalty,
         ANSWER_DECODING.max_new_tokens,
         ANSWER_DECODING.top_p,

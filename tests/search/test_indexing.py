@@ -244,7 +244,7 @@ def test_another_writer_is_noticed(pipeline, photos, tmp_path, monkeypatch):
         index(pipeline, str(photos), library)
 
 
-KILLS = int(os.environ.get("BLIP2_KILLS", 3))
+KILLS = int(os.environ.get("BLIP2_KILLS", 2))
 """BLIP2_KILLS=10 kills ten times."""
 
 

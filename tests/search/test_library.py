@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from pathlib import Path
 
 import lancedb
 import numpy as np
@@ -16,19 +17,34 @@ from blip2.search.indexing import index, optimize
 from blip2.search.library import Library, exact_similarity, to_stored
 from blip2.search.recall import measure_recall
 from conftest import draw
+from fixtures.library import draw_photos
 
 
 @pytest.fixture
 def library(pipeline, photos, tmp_path):
+    """A library that a test may change; otherwise it uses ``shared``."""
     index(pipeline, str(photos), tmp_path / "library")
     return Library.open(tmp_path / "library", pipeline)
+
+
+@pytest.fixture(scope="module")
+def shared(pipeline, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shared")
+    index(pipeline, str(draw_photos(folder / "photos")), folder / "library")
+    return Library.open(folder / "library", pipeline)
+
+
+@pytest.fixture(scope="module")
+def images(shared):
+    """The folder of the images of ``shared``."""
+    return Path(shared.uri).parent / "photos"
 
 
 # -- results -------------------------------------------------------------------------------------------------------
 
 
-def test_words_are_ranked_as_the_pipeline_ranks_them(pipeline, photos, library):
-    paths = sorted(map(str, photos.iterdir()))
+def test_words_are_ranked_as_the_pipeline_ranks_them(pipeline, images, shared):
+    library, paths = shared, sorted(map(str, images.iterdir()))
     similarity = pipeline.similarity(paths, "a red disc")[:, 0]
     match = pipeline.match(paths, "a red disc")[:, 0]
     hits = library.search("a red disc", k=12, rerank_k=0)
@@ -47,10 +63,10 @@ def test_words_are_ranked_as_the_pipeline_ranks_them(pipeline, photos, library):
     assert library.search("a red disc", k=1, rerank_k=12)[0].image == paths[int(match.argmax())]
 
 
-def test_an_image_finds_itself(photos, library):
-    query = photos / "green-stripe.png"
+def test_an_image_finds_itself(images, shared):
+    query = images / "green-stripe.png"
     for form in (query, query.read_bytes(), Image.open(query), np.asarray(Image.open(query))):
-        first, second, *_ = library.search(form)
+        first, second, *_ = shared.search(form)
         assert first.image == str(query) and first.similarity == pytest.approx(1, abs=2e-3)
         assert second.similarity < first.similarity and first.match is None
 
@@ -68,13 +84,13 @@ def test_images_with_the_same_bytes_are_one_hit(pipeline, photos, tmp_path):
     assert len(library.search(photos / "red-disc.png", k=2)) == 2
 
 
-def test_the_mean_is_rescored_exactly(pipeline, photos, library, tmp_path):
-    index(pipeline, str(photos), tmp_path / "means", vectors="1")
+def test_the_mean_is_rescored_exactly(pipeline, images, shared, tmp_path):
+    index(pipeline, str(images), tmp_path / "means", vectors="1")
     means = Library.open(tmp_path / "means", pipeline)
     stored = means.table.to_arrow()["mean"].type
     assert stored == pyarrow.list_(pyarrow.float16(), 16)
     for rerank_k in (3, 12):
-        expected = library.search("a blue square", k=12, rerank_k=rerank_k)
+        expected = shared.search("a blue square", k=12, rerank_k=rerank_k)
         found = means.search("a blue square", k=12, rerank_k=rerank_k)
         assert [hit.image for hit in found] == [hit.image for hit in expected]
         assert [hit.similarity for hit in found] == pytest.approx([hit.similarity for hit in expected], abs=2e-3)
@@ -86,7 +102,7 @@ def test_the_mean_is_rescored_exactly(pipeline, photos, library, tmp_path):
     mean /= np.linalg.norm(mean, axis=1, keepdims=True)
     assert [plain[hit.image] for hit in expected] == pytest.approx((mean @ query[0]).tolist(), abs=2e-3)
     with pytest.raises(InputError, match="was made with --vectors 1, not all: leave it out"):
-        index(pipeline, str(photos), tmp_path / "means", vectors="all")
+        index(pipeline, str(images), tmp_path / "means", vectors="all")
 
 
 def test_an_image_that_changed_is_not_reranked(photos, library):
@@ -105,21 +121,23 @@ def test_every_search_reads_the_newest_state(pipeline, photos, library, tmp_path
     assert library.search(photos / "new.png", k=1)[0].image == str(photos / "new.png")
 
 
-def test_the_table_is_an_ordinary_one(library, tmp_path):
-    table = lancedb.connect(tmp_path / "library").open_table("images")
+def test_the_table_is_an_ordinary_one(shared):
+    table = lancedb.connect(shared.uri).open_table("images")
     arrow = table.to_arrow()
     assert arrow.schema.field("vectors").type == pyarrow.list_(pyarrow.list_(pyarrow.float16(), 16))
     assert len(arrow) == 12 and len(arrow["vectors"][0]) == 4
     assert json.loads(arrow.schema.metadata[b"blip2"])["num_query_tokens"] == 4
-    assert len(Library.open(f"file://{tmp_path}/library")) == 12
+    assert len(Library.open(f"file://{shared.uri}")) == 12
 
 
 # -- filters -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def dated(pipeline, photos, tmp_path):
+@pytest.fixture(scope="module")
+def dated(pipeline, tmp_path_factory):
     """Images with years and places."""
+    folder = tmp_path_factory.mktemp("dated")
+    photos = draw_photos(folder / "photos")
     table = photos / "images.jsonl"
     names = sorted(path.name for path in photos.glob("*.png"))
     rows = [
@@ -127,8 +145,8 @@ def dated(pipeline, photos, tmp_path):
         for n, name in enumerate(names)
     ]
     table.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    index(pipeline, str(table), tmp_path / "dated")
-    return Library.open(tmp_path / "dated", pipeline)
+    index(pipeline, str(table), folder / "library")
+    return Library.open(folder / "library", pipeline)
 
 
 @pytest.mark.parametrize(
@@ -227,24 +245,24 @@ def test_recall_counts_images_with_the_same_bytes_once(tmp_path):
 # -- what is refused -----------------------------------------------------------------------------------------------
 
 
-def test_another_model_is_refused(library, other_run, photos, tmp_path):
+def test_another_model_is_refused(shared, other_run, images):
     from blip2.pipelines import load
 
     other = load(other_run, "cpu")
     for refused in (
-        lambda: Library.open(tmp_path / "library", other),
-        lambda: Library.open(tmp_path / "library", other_run).search("a disc"),
-        lambda: index(other, str(photos), tmp_path / "library"),
+        lambda: Library.open(shared.uri, other),
+        lambda: Library.open(shared.uri, other_run).search("a disc"),
+        lambda: index(other, str(images), shared.uri),
     ):
         with pytest.raises(InputError, match="whose weights are not those of"):
             refused()
 
 
-def test_the_library_names_its_model(library, run, tmp_path):
-    assert library.config.model == str(run / "checkpoints" / "step-00000001")
-    assert len(Library.open(tmp_path / "library", device="cpu").search("a disc", k=3)) == 3
+def test_the_library_names_its_model(shared, run):
+    assert shared.config.model == str(run / "checkpoints" / "step-00000001")
+    assert len(Library.open(shared.uri, device="cpu").search("a disc", k=3)) == 3
     with pytest.raises(InputError, match="but nowhere cannot be loaded"):
-        Library.open(tmp_path / "library", "nowhere").search("a disc")
+        Library.open(shared.uri, "nowhere").search("a disc")
 
 
 @pytest.mark.parametrize(
@@ -257,9 +275,9 @@ def test_the_library_names_its_model(library, run, tmp_path):
         ({"query": "a", "k": True}, "k is True"),
     ],
 )
-def test_a_search_that_cannot_be_done(library, arguments, expected):
+def test_a_search_that_cannot_be_done(shared, arguments, expected):
     with pytest.raises(InputError, match=expected):
-        library.search(**arguments)
+        shared.search(**arguments)
 
 
 def test_no_library(pipeline, tmp_path):
@@ -295,7 +313,7 @@ def test_delete(library, photos):
     assert len(library) == 11
 
 
-def test_bytes_of_an_image(library, photos):
-    (hit,) = library.search("a disc", k=1)
-    data = library.read_image(hit)
+def test_bytes_of_an_image(shared):
+    (hit,) = shared.search("a disc", k=1)
+    data = shared.read_image(hit)
     assert Image.open(io.BytesIO(data)).size == (40, 40)
