@@ -181,13 +181,27 @@ FINETUNING = {
     "training.gradient_checkpointing": True,
 }
 EVALUATION = {
-    f"evaluation.{key}": None for key in ("limit", "prompt", "top_p", "temperature", "length_penalty", "max_new_tokens")
+    f"evaluation.{key}": None
+    for key in (
+        "limit",
+        "prompt",
+        "top_p",
+        "top_k",
+        "min_p",
+        "temperature",
+        "length_penalty",
+        "max_new_tokens",
+        "repetition_penalty",
+        "no_repeat_ngram_size",
+        "stop_strings",
+    )
 } | {
     "evaluation.num_beams": None,
     "evaluation.rerank_k": 128,
     "evaluation.fusion": "itm",
     "evaluation.rules": "official",
     "evaluation.lemmatize": False,
+    "evaluation.control": False,
 }
 # Table 7
 CAPTIONING = (
