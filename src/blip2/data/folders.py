@@ -37,10 +37,10 @@ def list_pairs(
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     images = [path for path in files if path.suffix.lower() in suffixes]
-    kind, key, known = "images", "file_name", f"{', '.join(COMMON_SUFFIXES)}, and others that Pillow reads"
+    kind, one, key, known = "images", "image", "file_name", f"{', '.join(COMMON_SUFFIXES)}, and others that Pillow reads"
     reason = "which are neither images that Pillow reads nor the .txt file of an image"
     if suffixes is not IMAGE_SUFFIXES:
-        kind, key, known = "arrays of features", "features", ", ".join(suffixes)
+        kind, one, key, known = "arrays of features", "array", "features", ", ".join(suffixes)
         reason = "which are neither arrays of features nor the .txt file of an array"
     if not images:
         raise InputError(
@@ -50,8 +50,8 @@ def list_pairs(
     texts = {path.with_suffix(".txt") for path in images} & set(files)
     if not texts and captions_required:
         raise InputError(
-            f"folder {folder} holds {len(images)} {kind} but no captions: put a .txt file next to each, or add a"
-            f" metadata.jsonl with the keys {key} and caption"
+            f"folder {folder} holds {len(images)} {kind} but no captions: put a .txt file next to each {one}, or"
+            f" add a metadata.jsonl with the keys {key} and caption"
         )
     others = [path for path in files if path not in texts and path.suffix.lower() not in suffixes]
     if others and verbose:
