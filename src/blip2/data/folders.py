@@ -37,10 +37,12 @@ def list_pairs(
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     images = [path for path in files if path.suffix.lower() in suffixes]
-    kind, one, key, known = "images", "image", "file_name", f"{', '.join(COMMON_SUFFIXES)}, and others that Pillow reads"
+    known = f"{', '.join(COMMON_SUFFIXES)}, and others that Pillow reads"
+    kind, one, key = "images", "image", "file_name"
     reason = "which are neither images that Pillow reads nor the .txt file of an image"
     if suffixes is not IMAGE_SUFFIXES:
-        kind, one, key, known = "arrays of features", "array", "features", ", ".join(suffixes)
+        known = ", ".join(suffixes)
+        kind, one, key = "arrays of features", "array", "features"
         reason = "which are neither arrays of features nor the .txt file of an array"
     if not images:
         raise InputError(
