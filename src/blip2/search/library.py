@@ -151,9 +151,9 @@ class Library:
             InputError: there is no library, LanceDB is not installed, or `model` is another model.
         """
         uri = library_uri(uri)
-        database = connect(uri)
         if not is_url(uri) and not (Path(uri) / f"{TABLE}.lance").is_dir():
             raise InputError(f"there is no library in {uri}: check the path, or make one with blip2 index")
+        database = connect(uri)
         with convert_lance_errors(uri):
             table = database.open_table(TABLE)
         library = cls(uri, table, model if isinstance(model, RepresentationPipeline) else None)
@@ -548,14 +548,15 @@ def connect(uri: str) -> Any:
     """Connect to the database of a library. It is created when the first table is written.
 
     Raises:
-        InputError: LanceDB is not installed.
+        InputError: LanceDB is not installed, or cannot use the URI.
     """
     os.environ.setdefault("LANCEDB_LOG", "error")  # it warns of each partition that is empty
     try:
         import lancedb
     except ImportError as error:
         raise InputError("image search needs LanceDB, which is not installed: pip install 'blip2[search]'") from error
-    return lancedb.connect(uri, read_consistency_interval=timedelta(0))
+    with convert_lance_errors(uri):
+        return lancedb.connect(uri, read_consistency_interval=timedelta(0))
 
 
 def sql_text(text: str) -> str:
