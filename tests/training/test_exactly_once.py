@@ -195,7 +195,7 @@ def test_killed_workers_are_replaced(tmp_path: Path, soon: None) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_workers_that_are_always_killed(soon: None) -> None:
-    made = prefetch(iter(range(40)), Killed({5}, None), 2)
+    made = prefetch(iter(range(40)), Killed({5}, None), 1)
     with pytest.raises(
         InputError, match=f"were killed {MAX_WORKER_FAILURES} times in a row .* lower data.num_workers"
     ) as error:
