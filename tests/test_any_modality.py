@@ -180,7 +180,7 @@ def test_commands_refuse_a_bad_array_in_one_line(trained, tmp_path, capsys, cont
         np.save(path, np.full((2, WIDTH), np.nan) if content == "nan" else np.zeros((2, WIDTH + (content == "wide"))))
     if content == "truncated":
         path.write_bytes(path.read_bytes()[:-1])
-    assert main(["embed", str(trained["stage1"]), str(path), "--output", str(tmp_path / "o.safetensors")]) == 1
+    assert main(["embed", str(trained["stage1"]), str(path), "--output", str(tmp_path / "o.safetensors")]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert error[-1].startswith("error: ") and str(path) in error[-1]
 
@@ -204,7 +204,7 @@ def test_commands_on_images_refuse_the_model_in_one_line(trained, table, tmp_pat
         (["caption", trained["llama"], table], "is not an array"),
         (["embed", trained["stage1"], "--data", table, "--output", tmp_path / "corpus"], "has no image column"),
     ):
-        assert main([str(each) for each in arguments]) == 1
+        assert main([str(each) for each in arguments]) == 2
         assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
 
