@@ -91,7 +91,7 @@ COMMANDS = {
     ),
     "push": (["folder", "name/model"], [PATHS, TEXTS], {}),
     "scenes": (
-        ["scenes", "--cutouts", "folder", "--train", "4", "--kinds", "cat", "dog"],  # without cut-outs it downloads some
+        ["scenes", "--cutouts", "folder", "--train", "4", "--kinds", "cat", "dog"],  # or it downloads some
         [PATHS, None, PATHS, None, NUMBERS, None, TEXTS, TEXTS],
         {"--seed": NUMBERS, "--shards": NUMBERS},
     ),

@@ -15,7 +15,7 @@ from blip2.data.assets import ASSETS, CUTOUTS, fetch, resolve
 from blip2.data.images import ImageError
 from blip2.data.records import RecordStream
 from blip2.data.scene_images import IMAGE_SIZE, MARGIN, TEXTURES, draw_background, read_cutouts, save_cutouts, trim
-from blip2.data.scene_kinds import COLORS, DEMO_KINDS, EMOJI, KINDS, STAMPS, SYNONYMS, plural, with_article
+from blip2.data.scene_kinds import COLORS, EMOJI, KINDS, STAMPS, SYNONYMS, plural, with_article
 from blip2.data.scene_plans import GROUP_SIZE, held_out_count, is_held_out, pair_of
 from blip2.data.scene_texts import Truth
 from blip2.data.scenes import SPLITS, make_scenes, parse_caption, score_caption
@@ -649,7 +649,3 @@ def test_pairs_alone_in_one_sentence_pattern(cutouts: Path, tmp_path: Path) -> N
     for types in (("count",), ("pair", "quadruple"), ()):
         with pytest.raises(InputError, match=r"types are .*, expected pair and any of count, single, triple: correct"):
             make_scenes(tmp_path / "none", cutouts=cutouts, types=types)
-
-
-def test_the_kinds_of_the_demo_are_among_all_kinds() -> None:
-    assert set(DEMO_KINDS) <= set(KINDS) and len(set(DEMO_KINDS)) == 40

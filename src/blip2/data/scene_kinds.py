@@ -166,14 +166,6 @@ COLORS = {
 }
 """Background colors with their mean RGB values, in [0, 255]."""
 
-DEMO_KINDS = (
-    "apple", "ball", "banana", "bear", "bicycle", "boat", "bus", "butterfly", "camel", "camera", "car", "cat",
-    "chicken", "cow", "cup", "dog", "elephant", "fish", "flower", "frog", "giraffe", "guitar", "hat", "horse",
-    "house", "lion", "mushroom", "owl", "penguin", "pig", "pineapple", "plane", "rabbit", "rocket", "snowman",
-    "strawberry", "train", "tree", "umbrella", "zebra",
-)  # fmt: skip
-"""The kinds of ``package:scenes-pairs``, which a small model learns in minutes."""
-
 
 def plural(kind: str) -> str:
     """Return the plural of a kind."""
