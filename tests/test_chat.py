@@ -454,6 +454,7 @@ def test_a_terminal_goes_on_after_errors_and_ctrl_c(parts, capsys, monkeypatch):
 
     monkeypatch.setattr("builtins.input", read)
     passes = []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started the tests without it
 
     def interrupt(*_: object) -> None:
         passes.append(1)
@@ -476,3 +477,4 @@ def test_a_terminal_goes_on_after_errors_and_ctrl_c(parts, capsys, monkeypatch):
     passes.clear()
     with pytest.raises(KeyboardInterrupt):
         talk(chat, io.StringIO("what?\nwhy?\n"))
+    signal.signal(signal.SIGINT, before)
