@@ -151,9 +151,9 @@ class Library:
             InputError: there is no library, LanceDB is not installed, or `model` is another model.
         """
         uri = library_uri(uri)
+        database = connect(uri)
         if not is_url(uri) and not (Path(uri) / f"{TABLE}.lance").is_dir():
             raise InputError(f"there is no library in {uri}: check the path, or make one with blip2 index")
-        database = connect(uri)
         with convert_lance_errors(uri):
             table = database.open_table(TABLE)
         library = cls(uri, table, model if isinstance(model, RepresentationPipeline) else None)
