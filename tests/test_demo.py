@@ -55,7 +55,7 @@ def test_each_run_has_its_data_and_starts_from_the_run_before(folder, tmp_path):
     first, second, alone, vqa = recipes.values()
     assert (second.start_from, alone.start_from) == ([first.output], None)
     assert vqa.start_from == [second.output, first.output]
-    assert [recipe.data.train for recipe in recipes.values()] == [own.train, *[own.generation] * 2, vqa.data.train]
+    assert [recipe.data.train for recipe in recipes.values()] == [*[own.train] * 3, vqa.data.train]
     assert (vqa.data.train, vqa.data.validation) == (with_questions.questions, with_questions.questions_validation)
     assert replace(second, output=alone.output, start_from=None) == alone  # they differ in where they start alone
     assert len({recipe.output for recipe in recipes.values()}) == len(RUNS)

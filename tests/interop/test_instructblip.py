@@ -23,7 +23,7 @@ from blip2.errors import InputError
 from blip2.interop.weights import open_folder
 from blip2.model.generation import GenerationBatch, Questions
 from conftest import byte_tokenizer, draw
-from fixtures.checkpoints import QUERIES, instruct_processor, lavis_state, save_instructblip
+from fixtures.checkpoints import QUERIES, edit, instruct_processor, lavis_state, same, save_instructblip
 
 FLAVORS = ("llama", "t5")
 IMAGES = [draw("disc", "red", 0), draw("square", "blue", 7), draw("stripe", "green", 3)]
@@ -51,22 +51,6 @@ def copy(saved, tmp_path):
         return tmp_path / name
 
     return make
-
-
-def edit(file, **changes):
-    settings = json.loads(file.read_text())
-    for key, value in changes.items():
-        place, *keys = settings, *key.split("__")
-        for part in keys[:-1]:
-            place = place[part]
-        place[keys[-1]] = value
-    file.write_text(json.dumps(settings))
-
-
-def same(first, second):
-    here, there = open_folder(first), open_folder(second)
-    assert set(here) == set(there)
-    return all(here[n].dtype == there[n].dtype and torch.equal(here[n], there[n]) for n in here)
 
 
 def same_files(first, second):

@@ -16,9 +16,8 @@ from blip2.convert import convert
 from blip2.data.collate import encode_prompts, encode_texts
 from blip2.decoding.search import Decoding
 from blip2.errors import InputError
-from blip2.interop.weights import open_folder
 from conftest import byte_tokenizer, draw
-from fixtures.checkpoints import FLAVOURS, QUERIES, processor, save_transformers, share_qformer
+from fixtures.checkpoints import FLAVOURS, QUERIES, edit, processor, same, save_transformers, share_qformer
 
 IMAGES = [draw("disc", "red", 0), draw("square", "blue", 7), draw("stripe", "green", 3)]
 TEXTS = ["a red disc", "the square is blue here and there", "a"]
@@ -42,23 +41,6 @@ def copy(saved, tmp_path):
         return tmp_path / name
 
     return make
-
-
-def edit(file, **changes):
-    settings = json.loads(file.read_text())
-    for key, value in changes.items():
-        place, *keys = settings, *key.split("__")
-        for part in keys[:-1]:
-            place = place[part]
-        place[keys[-1]] = value
-    file.write_text(json.dumps(settings))
-
-
-def same(first, second):
-    """Whether two folders hold the same weights, names and dtypes included, bit for bit."""
-    here, there = open_folder(first), open_folder(second)
-    assert set(here) == set(there)
-    return all(here[n].dtype == there[n].dtype and torch.equal(here[n], there[n]) for n in here)
 
 
 def pixels(flavor, bert):

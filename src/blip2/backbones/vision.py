@@ -84,7 +84,7 @@ class ImageEncoder(Freezable):
                 f" {MAX_IMAGE_SIZE}: set vision.image_size, or correct the encoder's preprocessor_config.json"
             )
         self.input_format = input_format
-        """What the network reads: images with this preprocessing, or arrays of features with this shape."""
+        """The input of the network: images with this preprocessing, or arrays of features with this shape."""
         self.position_encoding: Literal["sine2d", "none"] = "none"
         """Position encoding that the models add to the output of :meth:`encode` (:mod:`blip2.model.image_memory`)."""
         self._forward_features = forward_features

@@ -34,15 +34,11 @@ class DemoData:
     """Data sources of the demo: values of ``data.train`` and ``data.validation``, and files for the evaluation."""
 
     train: str
-    """Captions for stage 1."""
-    generation: str
-    """Captions for stage 2."""
+    """Captions for both stages."""
     questions: str | None
     """Questions with answers, for the fine-tuning; None for a user's images."""
     validation: str
-    """Held-out captions for the validation curves of stage 1."""
-    generation_validation: str
-    """Held-out captions for the validation curves of stage 2."""
+    """Held-out captions for the validation curves of both stages."""
     questions_validation: str | None
     """Held-out questions for the validation curves of the fine-tuning; None for a user's images."""
     held_out: Path | None
@@ -69,8 +65,7 @@ def scenes_data(output: Path, quick: bool) -> DemoData:
     """
     scenes = fetch("scenes-pairs")
     split, held = ("validation", "test_images") if quick else ("train", "validation")
-    descriptions, questions = (str(scenes / f"{split}_{part}.jsonl") for part in ("descriptions", "questions"))
-    validation = {part: scenes / f"{held}{part}.jsonl" for part in ("", "_descriptions", "_questions")}
+    validation = {part: scenes / f"{held}{part}.jsonl" for part in ("", "_questions")}
     if quick:
         for part, path in validation.items():
             validation[part] = output / path.name
@@ -88,10 +83,8 @@ def scenes_data(output: Path, quick: bool) -> DemoData:
         credit = "Tux Paint stamps, GPL-2, by Bill Kendrick and contributors"
     return DemoData(
         str(scenes / f"{split}.jsonl"),
-        descriptions,
-        questions,
+        str(scenes / f"{split}_questions.jsonl"),
         str(validation[""]),
-        str(validation["_descriptions"]),
         str(validation["_questions"]),
         held_out,
         scenes,
@@ -137,9 +130,7 @@ def user_data(source: str, output: Path) -> DemoData:
     held_out, train = output / "held_out.jsonl", output / "train.jsonl"
     _write_rows(held_out, ranked[:count])
     _write_rows(train, ranked[count:])
-    return DemoData(
-        str(train), str(train), None, str(held_out), str(held_out), None, held_out, None, f"your images, {source}"
-    )
+    return DemoData(str(train), None, str(held_out), None, held_out, None, f"your images, {source}")
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

@@ -229,16 +229,10 @@ def demo_recipes(output: Path, demo_data: DemoData, plan: DemoPlan, quick: bool)
         plan: the precision and the factor for the number of training steps.
         quick: train each model for six steps.
     """
-    generation = (demo_data.generation, demo_data.generation_validation)
-    sources = {
-        "stage 1": (demo_data.train, demo_data.validation),
-        "stage 2": generation,
-        WITHOUT_STAGE1: generation,
-        VQA: (demo_data.questions, demo_data.questions_validation),
-    }
+    captions = (demo_data.train, demo_data.validation)
     recipes = {}
     for name, run in RUNS.items():
-        source, validation = sources[name]
+        source, validation = (demo_data.questions, demo_data.questions_validation) if name == VQA else captions
         if source is None:
             continue
         recipe = load_recipe(find_recipe(run.recipe))

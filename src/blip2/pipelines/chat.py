@@ -72,7 +72,7 @@ class _Prompt(NamedTuple):
 class Chat:
     """A conversation about images.
 
-    Each turn costs its new tokens only: the image encoder runs once an image, a visual prompt is computed once, and a
+    Each turn costs its new tokens only: the image encoder runs once per image, a visual prompt is computed once, and a
     decoder-only LLM keeps its keys and values (an encoder-decoder, or an LLM without key-value cache, reads the whole
     conversation again in each turn). A Q-Former that reads questions looks at every image again for each question, and
     the new visual prompts come before the question.

@@ -33,7 +33,7 @@ from blip2.errors import InputError
 Images = ImageLike | Iterable[ImageLike | Mapping[str, Any]] | Dataset[Any]
 """One image, or any iterable of images: a list, a generator, a data set or one of its columns."""
 OnError = Literal["raise", "skip", "return"]
-"""What to do with an image that cannot be decoded: raise its error; leave the image out, with a warning; or return the
+"""The treatment of an image that cannot be decoded: raise its error; leave the image out, with a warning; or return the
 error in the place of the result."""
 T = TypeVar("T")
 

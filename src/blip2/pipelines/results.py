@@ -34,7 +34,7 @@ class Generated:
     """A text that was generated about an image, with its evidence."""
 
     text: str
-    """What is returned without ``details``."""
+    """The text that is returned without ``details``."""
     log_prob: float
     """Natural logarithm of the probability of the text: the sum of `token_log_probs`."""
     tokens: tuple[str, ...]

@@ -89,7 +89,7 @@ class Rows(NamedTuple):
 
 
 class ScoringPipeline(Pipeline[Model]):
-    """What the pipelines of both stages do with scores. Each stage defines how a pair is scored."""
+    """The methods of both stages that use scores. Each stage defines how a pair is scored."""
 
     score_names: ClassVar[tuple[ScoreName, ...]]
     """The scores of this stage, the default first."""
