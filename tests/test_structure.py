@@ -22,6 +22,7 @@ LAYERS = (
     {"evaluation"},
     {"corpus"},
     {"search"},
+    {"serve"},
     {"demo"},
     {"commands"},
     {"cli"},

@@ -1,0 +1,51 @@
+"""Errors of requests in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``."""
+
+from __future__ import annotations
+
+from starlette.responses import JSONResponse
+
+TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "timeout_error",
+    413: "invalid_request_error",
+    422: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+    504: "timeout_error",
+}
+"""The type of an error by its status. Others are ``server_error``."""
+
+
+class ApiError(Exception):
+    """An error that a client is told.
+
+    Args:
+        status: status of the response.
+        message: one line: what was found, what was expected and what to do. It contains nothing of the server.
+        param: the field of the request that is wrong.
+        code: a name of the error for programs.
+        headers: more headers of the response.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        """Return the error in OpenAI's shape."""
+        kind = TYPES.get(self.status, "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """Return the response to the request."""
+        return JSONResponse(self.body(), self.status, self.headers)
