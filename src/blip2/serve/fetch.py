@@ -7,6 +7,7 @@ Redirects are followed by hand, each checked like the first URL.
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
@@ -216,7 +217,8 @@ def _parse_host(host: str) -> tuple[str, int | None]:
         url = httpx2.URL(f"https://{host}/")
     except (httpx2.InvalidURL, UnicodeError, ValueError):
         url = httpx2.URL("")
-    if not url.host or url.raw_path != b"/" or url.userinfo or url.fragment:
+    is_host = re.fullmatch(rb"[a-z0-9_.:-]+", url.raw_host) and 0 < (url.port or 443) < 1 << 16
+    if not is_host or url.raw_path != b"/" or url.userinfo or url.fragment:
         raise InputError(
             f"the image host {host[:80]!r} is not a host, expected example.com or example.com:8443: fix it"
         )

@@ -149,7 +149,7 @@ class ImageReader:
             return read_image(data, "image")
         except ImageError as error:
             raise BadImageError(
-                f"an image is damaged, truncated or has more than {self._max_pixels:,} pixels: send a whole, smaller one"
+                f"an image is damaged, truncated or has over {self._max_pixels:,} pixels: send a whole, smaller one"
             ) from error
 
     def _check(self, kind: str | None, width: int, height: int, scans: int) -> None:
