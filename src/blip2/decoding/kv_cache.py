@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutput
@@ -268,6 +269,37 @@ class CausalLMDecoder(CachedDecoder):
     def _reorder_suffix(self, rows: Int[Tensor, "N"]) -> None:
         for layer in self._cache.layers:
             layer.reorder_suffix(rows)
+
+    def select(self, rows: Int[Tensor, "M"]) -> None:
+        """Select rows, of which one may be selected several times, without appending a token."""
+        self._prompt_index = self._prompt_index[rows]
+        self._reorder(rows)
+        self.logits = self.logits[rows]
+
+    def join(self, other: CausalLMDecoder) -> None:
+        """Add the rows of another decoder of the same LLM after the rows of this one.
+
+        Rows of different lengths are padded on the left, which changes nothing in their logits.
+        """
+        decoders = (self, other)
+        # Columns that are padding in all rows are left over from longer rows that have ended.
+        starts = [int(each._attention_mask.any(dim=0).int().argmax()) for each in decoders]
+        masks = [each._attention_mask[:, start:] for each, start in zip(decoders, starts, strict=True)]
+        length = max(mask.shape[1] for mask in masks)
+        self._attention_mask = torch.cat([F.pad(mask, (length - mask.shape[1], 0)) for mask in masks])
+        layers: list[PreallocatedCacheLayer] = []
+        for own, others in zip(self._cache.layers, other._cache.layers, strict=True):
+            states = [
+                torch.cat([
+                    F.pad(part[..., start:, :], (0, 0, length - part.shape[-2] + start, 0))
+                    for part, start in zip(parts, starts, strict=True)
+                ])
+                for parts in ((own.keys, others.keys), (own.values, others.values))
+            ]
+            layers.append(PreallocatedCacheLayer(*states))
+        self._cache.layers = layers
+        self.logits = torch.cat([self.logits, other.logits])
+        self._prompt_index = torch.arange(len(self.logits), device=self.logits.device)
 
     def _forward(self, new_mask: Bool[Tensor, "N S"], **inputs: Tensor) -> None:
         """Run the LLM over S new columns, padded on the right where `new_mask` is False."""

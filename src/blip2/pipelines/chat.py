@@ -188,8 +188,7 @@ class Chat:
         as far as it was read; if another question is asked before, it gets nothing.
         """
         decoding = (self._decoding if decoding is None else decoding).without_beams()
-        message = self._next_message(content)
-        messages = [*self._messages, *([] if message is None else [message])]
+        messages = self._with_next(content)
         prompt = self._render(messages)
         batch, keys = self._embed(prompt)
         self._check_length(len(keys), decoding)
@@ -204,6 +203,16 @@ class Chat:
             (lambda prompt: self._read(prompt, keys)) if self._keeps_cache else None,
         )
         return self._answer(messages, prompt.text, tokens, decoding, number)
+
+    def encode_prompt(self, content: Content | None = None, decoding: Decoding | None = None) -> PromptBatch:
+        """Return what the LLM reads before its next answer; see :meth:`ask` for the arguments. The chat stays as it is.
+
+        Returns:
+            A batch of one prompt, in which visual prompts are a part of the text.
+        """
+        batch, keys = self._embed(self._render(self._with_next(content)))
+        self._check_length(len(keys), (self._decoding if decoding is None else decoding).without_beams())
+        return batch
 
     def reset(self) -> None:
         """Forget all messages. The images with which the chat was made belong to the next question again."""
@@ -228,6 +237,11 @@ class Chat:
     @property
     def _has_open_question(self) -> bool:
         return bool(self._messages) and self._messages[-1].role == "user"
+
+    def _with_next(self, content: Content | None) -> list[_Message]:
+        """Return the messages up to the next answer."""
+        message = self._next_message(content)
+        return [*self._messages, *([] if message is None else [message])]
 
     def _next_message(self, content: Content | None) -> _Message | None:
         """Return the message of the user to add, or None if it is already there."""
