@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anyio import to_thread
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.staticfiles import StaticFiles
@@ -19,11 +20,15 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from blip2 import __version__
 from blip2.errors import InputError
 from blip2.pipelines import GenerationPipeline, RepresentationPipeline
+from blip2.serve import attention, chat, page, search, vectors
+from blip2.serve.engine import Engine, LocalEngine
 from blip2.serve.errors import ApiError
 from blip2.serve.gate import Gate
 from blip2.serve.images import ImageReader
 from blip2.serve.metrics import Metrics
+from blip2.serve.models import Stage1Model, Stage2Model
 from blip2.serve.options import ServeOptions
+from blip2.serve.service import Service
 
 if TYPE_CHECKING:
     from blip2.search.library import Library
@@ -37,6 +42,7 @@ def create_app(
     library: Library | None = None,
     options: ServeOptions = ServeOptions(),  # noqa: B008  (frozen)
     api_keys: Iterable[str] = (),
+    make_engine: Callable[[Metrics], Engine] | None = None,
 ) -> FastAPI:
     """Return the service as an application for an ASGI server such as uvicorn.
 
@@ -45,17 +51,30 @@ def create_app(
         library: the library of images that ``/v1/search`` searches. None: there is no search.
         options: limits of requests; ``host``, ``port`` and ``api_key_file`` are not used.
         api_keys: keys, one of which each request to ``/v1`` must have. Without keys, everybody may use the service.
+        make_engine: makes the engine that runs the models. None: :class:`~blip2.serve.engine.LocalEngine`.
     """
     metrics = Metrics()
+    engine = make_engine(metrics) if make_engine else LocalEngine(options.max_batch_size, metrics)
+    images = ImageReader(
+        options.max_image_bytes, options.max_image_pixels, options.allow_image_host, options.allow_image_network
+    )
+    models = {
+        name: Stage1Model(name, each) if isinstance(each, RepresentationPipeline) else Stage2Model(name, each)
+        for name, each in pipelines.items()
+    }
+    service = Service(engine, models, images, options, library)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
+        await to_thread.run_sync(engine.close)
 
     app = FastAPI(title="blip2", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.add_middleware(Gate, options=options, keys=list(api_keys), metrics=metrics)
-    app.state.images = ImageReader(options.max_image_bytes, options.max_image_pixels, options.allow_image_host)
-    _add_error_handlers(app)
+    secrets = {str(each.path): name for name, each in pipelines.items()}
+    _add_error_handlers(app, secrets | ({} if library is None else {library.uri: "the library"}))
+    for module in (chat, vectors, search, attention, page):
+        app.include_router(module.make_router(service))
     created = int(time.time())
 
     @app.get("/health")
@@ -79,39 +98,35 @@ def create_app(
         return {"object": "list", "data": models, "search": library is not None}
 
     @app.get("/v1/models/{model}")
-    async def get_model(model: str) -> dict[str, Any]:
+    async def get_model(model: str, request: Request) -> dict[str, Any]:
         """One of the models."""
-        if model not in pipelines:
-            raise unknown_model(model, pipelines)
+        service.find_any(model, request)
         return _describe(model, pipelines[model], created)
 
     @app.get("/", include_in_schema=False)
-    async def page() -> Response:
+    async def index() -> Response:
         return FileResponse(STATIC / "index.html")
 
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     return app
 
 
-def unknown_model(name: str, known: Iterable[str]) -> ApiError:
-    """Return the error for a model that is not served."""
-    return ApiError(
-        404,
-        f"the model {name[:80]!r} does not exist here: use one of {', '.join(known)}",
-        "model",
-        "model_not_found",
-    )
-
-
 def _describe(name: str, pipeline: RepresentationPipeline | GenerationPipeline, created: int) -> dict[str, Any]:
     stage1 = isinstance(pipeline, RepresentationPipeline)
-    tasks = ["embeddings", "rerank", "attention"] if stage1 else ["chat", "attention"]
+    tasks = ["embeddings", "rerank", "attention"] if stage1 else ["chat", "explain", "attention"]
+    if pipeline.config.language is not None and not pipeline.config.language.prompt_has_question:
+        tasks.append("caption")
     model = Model(id=name, created=created, object="model", owned_by="blip2")
     return {**model.model_dump(exclude_none=True), "stage": pipeline.config.stage, "tasks": tasks}
 
 
-def _add_error_handlers(app: FastAPI) -> None:
-    """Give all errors OpenAI's shape."""
+def _add_error_handlers(app: FastAPI, secrets: Mapping[str, str]) -> None:
+    """Give all errors OpenAI's shape.
+
+    Args:
+        app: the application.
+        secrets: paths of the server that messages of the library may contain, and what is shown instead.
+    """
 
     @app.exception_handler(ApiError)
     async def api_error(_: Request, error: ApiError) -> Response:
@@ -119,7 +134,10 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(InputError)
     async def input_error(_: Request, error: InputError) -> Response:
-        return ApiError(400, str(error)).response()
+        message = str(error)
+        for secret, shown in secrets.items():
+            message = message.replace(secret, shown)
+        return ApiError(400, message).response()
 
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> Response:

@@ -1,8 +1,8 @@
 """Where the models run: one interface, and the engine that runs them in this process.
 
 All passes of all models are made by one thread. Requests that arrive while it works are batched into the next pass:
-images, texts and pairs by kind, and the texts that an LLM generates token by token, where complete texts leave the batch
-and new ones join it between two tokens.
+images, texts and pairs by kind, and the texts that an LLM generates token by token, where complete texts leave the
+batch and new ones join it between two tokens.
 """
 
 from __future__ import annotations
@@ -244,7 +244,7 @@ class LocalEngine(Engine):
             room.setdefault(key, self._max_batch_size - running)
             if job.is_done:  # the client has left
                 self._waiting.remove(job)
-            elif len(job.rows) <= room[key] or not running and room[key] == self._max_batch_size:
+            elif len(job.rows) <= room[key] or (not running and room[key] == self._max_batch_size):
                 room[key] -= len(job.rows)
                 self._waiting.remove(job)
                 taken.append(job)

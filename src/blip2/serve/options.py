@@ -37,3 +37,6 @@ class ServeOptions:
     allow_image_host: list[str] | tuple[str, ...] = ()
     """A host from which images may be fetched by their URL, such as example.com or example.com:8443. Repeat the option
     for several. Without it, images are accepted only as data URLs."""
+    allow_image_network: list[str] | tuple[str, ...] = ()
+    """A network such as 10.0.0.0/8 in which these hosts may be, besides the public Internet: for images in a store of
+    your own. Repeat the option for several."""

@@ -1,0 +1,39 @@
+"""``POST /v1/attention``: where the queries look at an image."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from blip2.serve.models import to_grid
+from blip2.serve.schemas import AttentionRequest
+from blip2.serve.service import Service, text_of
+
+
+def make_router(service: Service) -> APIRouter:
+    """Return the endpoint."""
+    router = APIRouter()
+
+    @router.post("/v1/attention")
+    async def attention(body: AttentionRequest, request: Request) -> Response:
+        """Return the attention of the queries over the image in the last cross-attention, as grids of numbers.
+
+        ``queries`` has a grid for each query, and ``mean`` is their mean; each is divided by its maximum.
+        """
+        model = service.find_any(body.model, request)
+        text = None if body.text is None else text_of(body.text, "text")
+        [features] = await service.encode(model, [body.image], "image")
+        [weights] = await service.engine.submit(model.attention, [(features, text)])
+        grids, [mean] = to_grid(weights), to_grid(weights.float().mean(dim=0, keepdim=True))
+        return JSONResponse(
+            {
+                "object": "attention",
+                "model": model.name,
+                "width": mean.shape[1],
+                "height": mean.shape[0],
+                "mean": [[round(each, 4) for each in row] for row in mean.tolist()],
+                "queries": [[[round(each, 4) for each in row] for row in grid] for grid in grids.tolist()],
+            }
+        )
+
+    return router

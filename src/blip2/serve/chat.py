@@ -1,0 +1,279 @@
+"""``POST /v1/chat/completions``: conversations about images, captions and fixed choices."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
+from typing import Any, NamedTuple
+
+from fastapi import APIRouter, Request
+from openai.types import CompletionUsage
+from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage, ChatCompletionTokenLogprob
+from openai.types.chat.chat_completion import Choice, ChoiceLogprobs
+from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
+from openai.types.chat.chat_completion_chunk import ChoiceDelta
+from openai.types.chat.chat_completion_chunk import ChoiceLogprobs as ChunkLogprobs
+from openai.types.chat.chat_completion_token_logprob import TopLogprob
+from sse_starlette import EventSourceResponse
+from starlette.responses import JSONResponse, Response
+
+from blip2.decoding.options import CAPTION_DECODING, CHAT_DECODING, Decoding
+from blip2.pipelines import Candidate
+from blip2.serve.engine import Generation, Piece
+from blip2.serve.errors import ApiError
+from blip2.serve.models import Conversation, Stage2Model
+from blip2.serve.schemas import ChatRequest, ImagePart, Message, ResponseFormat, TextPart
+from blip2.serve.service import Service
+
+MIN_TEMPERATURE = 0.01
+"""Temperatures below are greedy search."""
+MAX_CHOICES = 1000
+"""Maximum number of texts of a fixed choice."""
+
+
+class _Reply(NamedTuple):
+    """What all chunks of an answer have in common."""
+
+    id: str
+    model: str
+    created: int
+
+
+def make_router(service: Service) -> APIRouter:
+    """Return the endpoint."""
+    router = APIRouter()
+
+    @router.post("/v1/chat/completions", responses={200: {"model": ChatCompletion}})
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        """Answer the last message of a conversation about images; see OpenAI's API reference."""
+        model = service.find(body.model, Stage2Model, request)
+        if body.top_logprobs is not None and not body.logprobs:
+            raise ApiError(400, "found top_logprobs without logprobs: set logprobs to true", "top_logprobs")
+        reply = _Reply(f"chatcmpl-{uuid.uuid4().hex}", model.name, int(time.time()))
+        choices = _choices(body.response_format)
+        if choices is not None:
+            return await _choose(service, model, body, choices, reply, request)
+        generation, num_tokens = await _prepare(service, model, body)
+        if body.stream:
+            return EventSourceResponse(_events(service, generation, body, reply, num_tokens, request), ping=15)
+        return await _complete(service, generation, body, reply, num_tokens, request)
+
+    return router
+
+
+# -- the request -------------------------------------------------------------------------------------------------------
+
+
+async def _prepare(service: Service, model: Stage2Model, body: ChatRequest) -> tuple[Generation, int]:
+    """Return what is to be generated, and the number of tokens of the prompt."""
+    messages = await read_messages(service, model, body.messages)
+    caption = _image_alone(messages)
+    decoding = _decoding(body, service.options.max_tokens, CAPTION_DECODING if caption is not None else CHAT_DECODING)
+    if caption is not None:
+        [prompt] = await service.engine.submit(model.caption_prompts, [(caption, decoding)])
+    else:
+        [prompt] = await service.engine.submit(model.chat_prompts, [Conversation(messages, decoding)])
+    num_alternatives = (body.top_logprobs or 0) if body.logprobs else None
+    generation = Generation(model.pipeline, prompt, decoding, body.n or 1, body.seed, num_alternatives)
+    return generation, prompt.visual_prompts.shape[1] + int(prompt.attention_mask.sum())
+
+
+async def read_messages(service: Service, model: Stage2Model, messages: list[Message]) -> list[dict[str, Any]]:
+    """Return messages in the form of :meth:`blip2.GenerationPipeline.chat`, with features in the place of images."""
+    urls = [part.image_url.url for each in messages for part in each.content if isinstance(part, ImagePart)]
+    features = iter(await service.encode(model, urls, "messages"))
+    roles = {"developer": "system"}
+    return [
+        {
+            "role": roles.get(message.role, message.role),
+            "content": message.content
+            if isinstance(message.content, str)
+            else [
+                {"type": "text", "text": part.text}
+                if isinstance(part, TextPart)
+                else {"type": "image", "image": next(features)[None]}
+                for part in message.content
+            ],
+        }
+        for message in messages
+    ]
+
+
+def _image_alone(messages: list[dict[str, Any]]) -> Any:
+    """Return the features of the image if the messages are one image without words, else None."""
+    if len(messages) != 1 or messages[0]["role"] != "user" or isinstance(messages[0]["content"], str):
+        return None
+    parts = messages[0]["content"]
+    images = [part["image"][0] for part in parts if part["type"] == "image"]
+    has_words = any(part["text"].strip() for part in parts if part["type"] == "text")
+    return images[0] if len(images) == 1 and not has_words else None
+
+
+def _decoding(body: ChatRequest, limit: int, default: Decoding) -> Decoding:
+    """Return the options of generation that a request asks for."""
+    if body.max_tokens is not None and body.max_completion_tokens is not None:
+        raise ApiError(
+            400, "found both max_tokens and max_completion_tokens: leave out max_tokens", "max_completion_tokens"
+        )
+    asked = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
+    if asked is not None and asked > limit:
+        raise ApiError(400, f"{asked} tokens were asked for, expected at most {limit}: ask for fewer", "max_tokens")
+    stop = [body.stop] if isinstance(body.stop, str) else body.stop
+    samples = (body.top_p is not None) if body.temperature is None else body.temperature >= MIN_TEMPERATURE
+    return Decoding(
+        num_beams=1,
+        max_new_tokens=asked or min(default.max_new_tokens, limit),
+        top_p=(body.top_p or 1.0) if samples else None,
+        temperature=(body.temperature or 1.0) if samples else 1.0,
+        stop_strings=tuple(stop) if stop else None,
+    )
+
+
+def _choices(response_format: ResponseFormat | None) -> tuple[str | None, tuple[str, ...]] | None:
+    """Return the texts of a fixed choice, and the name of the property that has them; None if text is wanted."""
+    if response_format is None or response_format.type == "text":
+        return None
+    schema: Mapping[str, Any] = {} if response_format.json_schema is None else response_format.json_schema.schema_
+    name: str | None = None
+    if schema.get("type") == "object":
+        properties = schema.get("properties")
+        if isinstance(properties, dict) and len(properties) == 1:
+            [(name, schema)] = properties.items()
+    texts = schema.get("enum") if isinstance(schema, dict) else None
+    if not isinstance(texts, list) or not 1 <= len(texts) <= MAX_CHOICES or not all(
+        isinstance(each, str) and each.strip() for each in texts
+    ) or len(set(texts)) < len(texts):  # fmt: skip
+        raise ApiError(
+            400,
+            f"the JSON schema is not a fixed choice, expected an enum of 1 to {MAX_CHOICES} different texts, or an"
+            " object whose only property has one: change the schema",
+            "response_format",
+            "unsupported_schema",
+        )
+    return name, tuple(texts)
+
+
+# -- the answer --------------------------------------------------------------------------------------------------------
+
+
+async def _complete(
+    service: Service, generation: Generation, body: ChatRequest, reply: _Reply, num_tokens: int, request: Request
+) -> Response:
+    """Answer with the whole texts."""
+    pieces: list[list[Piece]] = [[] for _ in range(generation.n)]
+    async with aclosing(service.engine.stream(generation)) as stream:
+        async for piece in stream:
+            pieces[piece.index].append(piece)
+    choices = [
+        Choice(
+            index=index,
+            message=ChatCompletionMessage(
+                role="assistant", content="".join(piece.text for piece in each), refusal=None
+            ),
+            finish_reason=each[-1].finish_reason or "stop",
+            logprobs=ChoiceLogprobs(content=[one for piece in each for one in piece.log_probs], refusal=None)
+            if body.logprobs
+            else None,
+        )
+        for index, each in enumerate(pieces)
+    ]
+    usage = _usage(num_tokens, sum(piece.num_tokens for each in pieces for piece in each), request)
+    return _respond(reply, choices, usage)
+
+
+def _respond(reply: _Reply, choices: list[Choice], usage: CompletionUsage) -> Response:
+    completion = ChatCompletion(**reply._asdict(), object="chat.completion", choices=choices, usage=usage)
+    return JSONResponse(completion.model_dump(mode="json", exclude_unset=True))
+
+
+async def _events(
+    service: Service, generation: Generation, body: ChatRequest, reply: _Reply, num_tokens: int, request: Request
+) -> AsyncIterator[dict[str, str]]:
+    """Yield the events of a streamed answer."""
+    wants_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+    count = 0
+
+    def chunk(choices: list[ChunkChoice], usage: CompletionUsage | None = None) -> dict[str, str]:
+        made = ChatCompletionChunk(**reply._asdict(), object="chat.completion.chunk", choices=choices)
+        if wants_usage:
+            made.usage = usage
+        return {"data": made.model_dump_json(exclude_unset=True)}
+
+    for index in range(generation.n):
+        delta = ChoiceDelta(role="assistant", content="")
+        yield chunk([ChunkChoice(index=index, delta=delta, finish_reason=None)])
+    try:
+        async with aclosing(service.engine.stream(generation)) as stream:
+            async for piece in stream:
+                count += piece.num_tokens
+                delta = ChoiceDelta(content=piece.text) if piece.text else ChoiceDelta()
+                log_probs = ChunkLogprobs(content=list(piece.log_probs), refusal=None) if piece.log_probs else None
+                if piece.text or piece.log_probs or piece.finish_reason:
+                    yield chunk(
+                        [
+                            ChunkChoice(
+                                index=piece.index, delta=delta, finish_reason=piece.finish_reason, logprobs=log_probs
+                            )
+                        ]
+                    )
+    except ApiError as error:
+        yield {"data": json.dumps(error.body())}
+        return
+    usage = _usage(num_tokens, count, request)
+    if wants_usage:
+        yield chunk([], usage)
+    yield {"data": "[DONE]"}
+
+
+def _usage(prompt: int, completion: int, request: Request) -> CompletionUsage:
+    request.state.log["tokens"] = completion
+    return CompletionUsage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+
+
+async def _choose(
+    service: Service,
+    model: Stage2Model,
+    body: ChatRequest,
+    choices: tuple[str | None, tuple[str, ...]],
+    reply: _Reply,
+    request: Request,
+) -> Response:
+    """Answer with the most likely of several texts."""
+    if body.stream or (body.n or 1) > 1 or body.stop or body.temperature or body.top_p is not None:
+        raise ApiError(
+            400, "a fixed choice is neither streamed nor sampled: leave out stream, n, stop, temperature and top_p",
+            "response_format",
+        )  # fmt: skip
+    messages = await read_messages(service, model, body.messages)
+    parts = messages[0]["content"] if len(messages) == 1 else []
+    images = [part["image"][0] for part in parts if isinstance(part, dict) and part["type"] == "image"]
+    question = "".join(part["text"] for part in parts if isinstance(part, dict) and part["type"] == "text")
+    if len(images) != 1 or not question.strip():
+        raise ApiError(
+            400, "a fixed choice needs one message of the user, with one image and a question: send such a message",
+            "messages",
+        )  # fmt: skip
+    name, texts = choices
+    [ranked] = await service.engine.submit(model.choose, [(images[0], question, texts)])
+    best = ranked[0].text
+    content = json.dumps(best if name is None else {name: best}, ensure_ascii=False)
+    log_probs = None
+    if body.logprobs:
+        log_probs = ChoiceLogprobs(content=[_describe_choice(ranked, body.top_logprobs or 0)], refusal=None)
+    message = ChatCompletionMessage(role="assistant", content=content, refusal=None)
+    choice = Choice(index=0, message=message, finish_reason="stop", logprobs=log_probs)
+    prompt = model.num_query_tokens + model.count_tokens(question)
+    return _respond(reply, [choice], _usage(prompt, model.count_tokens(best), request))
+
+
+def _describe_choice(ranked: list[Candidate], count: int) -> ChatCompletionTokenLogprob:
+    """Return the best candidate as a token with its probability among the candidates, and the others beside it."""
+    values = [
+        TopLogprob(token=each.text, bytes=list(each.text.encode()), logprob=math.log(max(each.probability, 1e-300)))
+        for each in ranked
+    ]
+    return ChatCompletionTokenLogprob(**values[0].model_dump(), top_logprobs=values[:count])

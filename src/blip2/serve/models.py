@@ -1,0 +1,146 @@
+"""The models of the service, as functions of lists that an engine can batch over requests.
+
+Legend: Q queries, P image tokens, C contrastive width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from blip2.data.images import preprocess
+from blip2.decoding.kv_cache import PromptBatch
+from blip2.decoding.options import Decoding
+from blip2.errors import InputError
+from blip2.pipelines import Candidate, GenerationPipeline, RepresentationPipeline
+
+
+class _Model:
+    """What the models of both stages do.
+
+    Args:
+        name: the name by which clients ask for the model.
+        pipeline: the model.
+
+    Raises:
+        InputError: the model does not read images.
+    """
+
+    def __init__(self, name: str, pipeline: RepresentationPipeline | GenerationPipeline) -> None:
+        if pipeline.model.vision.input_format is not None and not hasattr(pipeline.model.vision, "preprocessing"):
+            raise InputError(f"{pipeline.path} does not read images: the service needs a model with an image encoder")
+        self.name, self.num_query_tokens = name, pipeline.config.qformer.num_query_tokens
+        self._pipeline: RepresentationPipeline | GenerationPipeline = pipeline
+
+    def preprocess(self, image: Image.Image) -> Float[Tensor, "3 H W"]:
+        """Return an image as the image encoder reads it."""
+        return preprocess(image, self._pipeline.model.vision.preprocessing)
+
+    def encode(self, pixels: list[Float[Tensor, "3 H W"]]) -> list[Float[Tensor, "P E"]]:
+        """Return the features of preprocessed images."""
+        return list(self._pipeline.encode_pixels(torch.stack(pixels)))
+
+    def attention(self, pairs: list[tuple[Float[Tensor, "P E"], str | None]]) -> list[Float[Tensor, "Q P"]]:
+        """Return the attention of the queries over the image tokens in the last cross-attention.
+
+        Args:
+            pairs: features of images, each with a text that the queries read as well, or None.
+        """
+        return [self._pipeline.attention_maps(features[None], text)[0, -1].cpu() for features, text in pairs]
+
+    def count_tokens(self, text: str) -> int:
+        """Return the number of tokens of a text."""
+        return len(self._pipeline.tokenizer(text, verbose=False)["input_ids"])
+
+
+class Stage1Model(_Model):
+    """A stage-1 model."""
+
+    def __init__(self, name: str, pipeline: RepresentationPipeline) -> None:
+        super().__init__(name, pipeline)
+        self.pipeline = pipeline
+
+    def embed_images(self, features: list[Float[Tensor, "P E"]]) -> list[Float[Tensor, "Q C"]]:
+        """Return the unit vectors of the queries of images."""
+        return list(self.pipeline.embed_images(torch.stack(features)).float().cpu())
+
+    def embed_texts(self, texts: list[str]) -> list[Float[Tensor, "C"]]:
+        """Return the unit vectors of texts."""
+        return list(self.pipeline.embed_texts(texts).float().cpu())
+
+    def match(self, pairs: list[tuple[Float[Tensor, "P E"], str]]) -> list[float]:
+        """Return the probability that image and text match (ITM) of each pair of features and a text."""
+        images = {id(features): features for features, _ in pairs}
+        place = {key: number for number, key in enumerate(images)}
+        scores = self.pipeline.score(
+            torch.stack(list(images.values())),
+            [text for _, text in pairs],
+            "itm",
+            image_index=[place[id(features)] for features, _ in pairs],
+        )
+        return scores.values.tolist()
+
+
+class Conversation(NamedTuple):
+    """Messages whose images are features, and how their answer is generated."""
+
+    messages: Sequence[Mapping[str, Any]]
+    decoding: Decoding
+
+
+class Stage2Model(_Model):
+    """A stage-2 model."""
+
+    def __init__(self, name: str, pipeline: GenerationPipeline) -> None:
+        super().__init__(name, pipeline)
+        self.pipeline = pipeline
+
+    def chat_prompts(self, conversations: list[Conversation]) -> list[PromptBatch]:
+        """Return what the LLM reads before its answer to the last message of each conversation."""
+        return [
+            self.pipeline.chat(messages=messages, decoding=decoding).encode_prompt()
+            for messages, decoding in conversations
+        ]
+
+    def caption_prompts(self, images: list[tuple[Float[Tensor, "P E"], Decoding]]) -> list[PromptBatch]:
+        """Return what the LLM reads before it captions each image."""
+        return [self.pipeline.encode_prompt(features[None], decoding=decoding) for features, decoding in images]
+
+    def choose(self, questions: list[tuple[Float[Tensor, "P E"], str, tuple[str, ...]]]) -> list[list[Candidate]]:
+        """Rank candidate answers to questions.
+
+        Args:
+            questions: features of an image, a question about it, and the candidates.
+        """
+        return [
+            self.pipeline.rank(features[None], candidates, question)[0] for features, question, candidates in questions
+        ]
+
+
+def itc(query: Float[Tensor, "... C"], vectors: Float[Tensor, "... C"]) -> float:
+    """Return the similarity of a text [C] or an image [Q, C] to another one.
+
+    For a text and an image it is the maximum cosine over the queries of the image; for two images, the mean over the
+    queries of the first of this maximum.
+    """
+    if query.ndim == 2 and vectors.ndim == 1:
+        query, vectors = vectors, query
+    cosines = torch.atleast_2d(query) @ torch.atleast_2d(vectors).T
+    return float(cosines.amax(dim=1).mean())
+
+
+def to_grid(weights: Float[Tensor, "Q P"]) -> Float[Tensor, "Q side side"]:
+    """Return attention maps as grids, each divided by its maximum.
+
+    The last side * side tokens are the grid, where side is the integer square root of P; the tokens before it ([CLS],
+    registers) have no place in the image.
+    """
+    side = math.isqrt(weights.shape[1])
+    grid = weights[:, -side * side :].unflatten(1, (side, side)).float()
+    return grid / grid.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)

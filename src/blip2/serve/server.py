@@ -1,0 +1,141 @@
+"""Run the service with uvicorn."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import uvicorn
+from sse_starlette.sse import AppStatus
+
+from blip2.config import Precision
+from blip2.errors import InputError
+from blip2.pipelines import GenerationPipeline, RepresentationPipeline, load
+from blip2.search.library import Library
+from blip2.serve.app import create_app
+from blip2.serve.options import ServeOptions
+from blip2.serve.protocol import HttpProtocol
+
+
+def serve(
+    models: Sequence[str],
+    library: str | None = None,
+    options: ServeOptions = ServeOptions(),  # noqa: B008  (frozen)
+    device: str | None = None,
+    dtype: Precision | None = None,
+) -> None:
+    """Serve models until the process is asked to end (SIGTERM, Ctrl-C); requests that have begun are then answered.
+
+    Args:
+        models: checkpoints, each with a name of its own as ``NAME=PATH``, or named by the last part of its path.
+        library: folder or URI of a library of images to search. None: there is no search.
+        options: where the service listens, and its limits.
+        device, dtype: how the models are loaded; see :func:`blip2.load`.
+
+    Raises:
+        InputError: a model or the library cannot be loaded, two models have the same name, or there are no keys in
+            the file of API keys.
+    """
+    keys = [] if options.api_key_file is None else read_keys(options.api_key_file)
+    paths = name_models(models)
+    pipelines: dict[str, RepresentationPipeline | GenerationPipeline] = {}
+    for name, path in paths.items():
+        pipelines[name] = load(path, device, dtype)
+    app = create_app(pipelines, open_library(library, pipelines, device, dtype), options, keys)
+    AppStatus.disable_automatic_graceful_drain()  # a stream that has begun is written to its end
+    for logger in ("blip2.serve", "blip2.serve.access"):
+        logging.getLogger(logger).setLevel(logging.INFO)
+    # Headers about the client that a proxy sets are not read: nothing depends on them.
+    config = uvicorn.Config(
+        app,
+        host=options.host,
+        port=options.port,
+        http=HttpProtocol,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=15,
+        h11_max_incomplete_event_size=64 << 10,
+        ws="none",
+    )
+    server = _Server(config)
+    server.run()
+    if not server.started:
+        raise InputError(
+            f"the service cannot listen on {options.host}, port {options.port}: give another --host or --port"
+        )
+
+
+class _Server(uvicorn.Server):
+    """Tells on the standard error where it listens."""
+
+    async def startup(self, sockets: list | None = None) -> None:
+        await super().startup(sockets)
+        for server in getattr(self, "servers", []):
+            for socket in server.sockets:
+                host, port = socket.getsockname()[:2]
+                print(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}", file=sys.stderr, flush=True)
+
+
+def name_models(models: Sequence[str]) -> dict[str, str]:
+    """Return the path of each model by its name.
+
+    Raises:
+        InputError: two models have the same name.
+    """
+    paths: dict[str, str] = {}
+    for each in models:
+        name, equals, path = each.partition("=")
+        if not equals or "/" in name:
+            name, path = Path(each).name, each
+        if name in paths:
+            raise InputError(
+                f"the models {paths[name]} and {path} are both named {name}: give one another name as NAME=PATH"
+            )
+        paths[name] = path
+    return paths
+
+
+def read_keys(path: Path) -> list[str]:
+    """Return the API keys in a file, one per line; lines that begin with # are comments.
+
+    Raises:
+        InputError: the file cannot be read or has no key, or a key has fewer than 16 characters.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"the API keys in {path} cannot be read ({error}): check the file") from error
+    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not keys:
+        raise InputError(f"{path} has no API key: write one per line, or leave out --api-key-file")
+    if short := next((key for key in keys if len(key) < 16), None):
+        raise InputError(
+            f"an API key in {path} has {len(short)} characters, expected at least 16: make longer ones, for example"
+            " with openssl rand -hex 32"
+        )
+    return keys
+
+
+def open_library(
+    uri: str | None,
+    pipelines: Mapping[str, RepresentationPipeline | GenerationPipeline],
+    device: str | None,
+    dtype: Precision | None,
+) -> Library | None:
+    """Open a library with the model among those that are served with which it was made, or else with its own."""
+    if uri is None:
+        return None
+    for pipeline in pipelines.values():
+        if isinstance(pipeline, RepresentationPipeline):
+            try:
+                return Library.open(uri, pipeline)
+            except InputError as error:
+                if "whose weights are not those of" not in str(error):
+                    raise
+    library = Library.open(uri, device=device, dtype=dtype)
+    _ = library.pipeline  # so that the first search does not wait for it
+    return library
