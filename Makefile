@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check docs bench gpu gpu-rehearsal clean
+.PHONY: demo test check docs bench claims gpu gpu-rehearsal clean
 
 demo: .venv/ready  ## train both stages on composed scenes in fifteen minutes to an hour and write runs/demo/report.html
 	$(BIN)/blip2 demo
@@ -21,6 +21,13 @@ docs: .venv/docs  ## the documentation as a web site, in site/
 bench: .venv/ready  ## this project compared with its peers: the numbers and the plot of docs/performance.md, in about two hours
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/sweep.py
+
+CLAIMS := itg stages questions shots bridges encoders reranking collapse capfilt
+
+claims: .venv/ready  ## the paper's claims in miniature, for docs/claims.md, in several hours on two cores; continues after a kill
+	$(BIN)/python benchmarks/claims/cost.py
+	set -e; for claim in $(CLAIMS); do $(BIN)/python benchmarks/claims/$$claim.py; done
+	$(BIN)/python benchmarks/claims/stages.py --llm t5 --output runs/claims/stages-t5
 
 gpu:  ## on a machine with an NVIDIA GPU: check results and measure speed, without a network, in minutes
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py

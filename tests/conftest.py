@@ -58,7 +58,7 @@ from blip2.config import (
 )
 from fixtures.hub import Hub
 
-pytest_plugins = ["fixtures.corpus", "fixtures.library"]
+pytest_plugins = ["fixtures.claims", "fixtures.corpus", "fixtures.library"]
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()

@@ -1,30 +1,14 @@
 """Scripts of benchmarks/claims that train, with tiny models in place of the demo's, and a few steps."""
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from blip2.evaluation.retrieval import evaluate_retrieval
 from conftest import COLORS, SHAPES, draw
-
-CLAIMS = Path(__file__).parents[1] / "benchmarks" / "claims"
-
-
-def load_script(name):
-    sys.path.insert(0, str(CLAIMS))
-    try:
-        spec = importlib.util.spec_from_file_location(f"claims_{name}", CLAIMS / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses look their module up
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(CLAIMS))
-    return module
+from fixtures.claims import load_script, run
 
 
 @pytest.fixture(scope="module")
@@ -41,33 +25,6 @@ def scenes(tmp_path_factory):
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{split}_descriptions.jsonl").write_text(text)
     return folder
-
-
-@pytest.fixture
-def small(parts, scenes, monkeypatch):
-    """Loads a script whose models are tiny and whose scenes are a few images."""
-
-    def recipe(stage, folder, features, seed, steps, train):
-        language = {} if stage == "stage1" else {"language": {"name": parts.llama}, "stage": "generation"}
-        return parts.recipe(
-            folder, **language,
-            data={"train": train, "features": str(features), "cached_views": 1, "streaming": False},
-            training={"max_steps": steps, "save_steps": steps, "seed": seed},
-        )  # fmt: skip
-
-    def load(name):
-        module = load_script(name)
-        for each in (module, sys.modules["common"]):
-            monkeypatch.setattr(each, "fetch", lambda name: scenes, raising=False)
-            monkeypatch.setattr(each, "demo_recipe", recipe, raising=False)
-        return module
-
-    return load
-
-
-def run(module, monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
-    module.main()
 
 
 # -- CapFilt -----------------------------------------------------------------------------------------------------------

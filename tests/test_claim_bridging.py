@@ -1,0 +1,257 @@
+"""Scripts of benchmarks/claims that begin with a shared stage 1, with tiny models in place of the demo's."""
+
+import json
+import statistics
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import COLORS, SHAPES, draw
+from fixtures.claims import load_script, run
+
+KINDS = {"square": ("cat", "dog"), "disc": ("dog", "cat"), "stripe": ("cow", "pig")}
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """Images and tables with the names and columns of those of the scenes, with questions about two types."""
+    folder = tmp_path_factory.mktemp("scenes")
+    for split, shade in (("train", 0), ("test_compositions", 10)):
+        rows, questions = [], []
+        for shape in SHAPES:
+            for color in COLORS:
+                name = f"{split}-{color}-{shape}.png"
+                draw(shape, color, shade).save(folder / name)
+                first, second = KINDS[shape]
+                truth = {"type": "pair", "color": color, "texture": "plain", "kinds": [first, second],
+                         "relation": "left", "count": 0, "size": "", "cutouts": [], "boxes": []}  # fmt: skip
+                caption = f"A {first} to the left of a {second} on a {color} background."
+                rows.append({"image": name, "captions": [caption], "key": name, "truth": truth})
+                for type, question, answer in (
+                    ("color", "What color is the background?", color),
+                    ("what", f"What is left of the {second}?", first),
+                ):
+                    questions.append(
+                        {"image": name, "question": question, "answers": [answer], "question_type": type,
+                         "about": type, "key": f"{name}-{type}"}
+                    )  # fmt: skip
+        descriptions = [{key: row[key] for key in ("image", "key")} | {"caption": row["captions"][0]} for row in rows]
+        for file, table in (("", rows), ("_questions", questions), ("_descriptions", descriptions)):
+            (folder / f"{split}{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
+    return folder
+
+
+def read_results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_itg(small, tmp_path, monkeypatch, capsys):
+    """What several claims have in common is trained once, and a script that was killed continues."""
+    module, output = small("itg"), tmp_path / "itg"
+    learn, scored = module.matching_accuracy, []
+
+    def stop(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "matching_accuracy", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(module, monkeypatch, "--quick", "--seeds", "0", "1", "--output", output)
+    done = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("done/*.json")}
+    assert {path.parents[1].name for path in done} == {"itg", "shared"}
+    monkeypatch.setattr(module, "matching_accuracy", lambda *given: scored.append(given) or learn(*given))
+    run(module, monkeypatch, "--quick", "--seeds", "0", "1", "--output", output)
+    assert all(path.stat().st_mtime_ns == time for path, time in done.items()) and len(scored) == 4
+    found = read_results(output)
+    assert set(found["scores"]) == {"ITC + ITM", "ITC + ITM + ITG"} and set(found["scores"]["ITC + ITM"]) == {"0", "1"}
+    assert found["seconds"] > 0 and found["seconds_of_shared_stage1"] > 0
+    recall = [each["text_to_image_r5"] for each in found["scores"]["ITC + ITM"].values()]
+    assert f"{100 * statistics.mean(recall):.1f} ± " in (output / "table.md").read_text()
+    assert (output / "itg.png").read_bytes().startswith(b"\x89PNG")
+    # The losses of the runs differ in ITG alone.
+    for name, losses in (("itg/runs/without-itg-0", {"itc", "itm"}), ("shared/runs/stage1-2-0", {"itc", "itm", "itg"})):
+        row = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])
+        assert losses == {"itc", "itm", "itg"} & set(row), name
+    with pytest.raises(SystemExit):
+        run(module, monkeypatch, "--output", output)
+    assert "has other results: give another --output" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(module, monkeypatch, "--output", tmp_path / "new", "--scale", "0")
+    assert "--scale is 0, expected a number above 0" in capsys.readouterr().err
+
+
+def test_questions(small, tmp_path, monkeypatch):
+    module, output = small("questions"), tmp_path / "questions"
+    run(module, monkeypatch, "--quick", "--seeds", "0", "--output", output)
+    scores = read_results(output)["scores"]
+    assert set(scores) == {*module.VARIANTS, "no image"}
+    # Of the eight questions that are asked, those about colors have four answers, each as frequent as the others.
+    assert scores["no image"][""]["what"] == 1
+    for reads, start in ((True, ["stage2-0", "stage1-2-0"]), (False, ["stage2-0"])):
+        recipe = (output / "runs" / f"reads-{reads}-0" / "recipe.yaml").read_text()
+        assert f"use_qformer_text_input: {str(reads).lower()}" in recipe and all(name in recipe for name in start)
+
+
+@pytest.mark.parametrize("llm", ["smollm2", "t5"])
+def test_stages(small, tmp_path, monkeypatch, llm):
+    module, output = small("stages"), tmp_path / "stages"
+    monkeypatch.setattr(sys.modules["text_t5"], "BATCH_SIZE", 8)
+    run(module, monkeypatch, "--quick", "--seeds", "0", "--llm", llm, "--output", output)
+    found = read_results(output)
+    assert set(found["scores"]) == set(module.VARIANTS) and ("the T5 reads the true caption" in found["levels"]) == (
+        llm == "t5"
+    )
+    each = found["scores"]["without stage 1"]["0"]
+    assert set(each["accuracy"]) == {"1", "2"} and set(each["by_type"]) == {"color", "what"}
+    assert all(0 <= share <= 1 for share in each["accuracy"].values())
+    starts = {
+        variant: "stage1-2-0" in (output / "runs" / f"{variant.replace(' ', '-')}-0" / "recipe.yaml").read_text()
+        for variant in module.VARIANTS
+    }
+    assert starts == {"with stage 1": True, "without stage 1": False}
+    assert "| with stage 1 |" in (output / "table.md").read_text() and (output / "stages.png").is_file()
+
+
+def test_t5_learns_from_text(small, tmp_path, monkeypatch):
+    """It answers from captions, and decodes to their words."""
+    small("stages")
+    common, text_t5 = sys.modules["common"], sys.modules["text_t5"]
+    monkeypatch.setattr(text_t5, "SIZES", {"t5": text_t5.SIZES["t5-tiny"]})
+    monkeypatch.setattr(text_t5, "BATCH_SIZE", 16)
+    monkeypatch.setattr(common.Claim, "steps", lambda self, number: 150)
+    claim = common.Claim(tmp_path / "claim", [0], 1, False)
+    folder, accuracy = text_t5.make_t5(claim, "t5")
+    assert accuracy > 0.5 and text_t5.make_t5(claim, "t5") == (folder, accuracy)
+    tokenizer = text_t5.make_tokenizer(["A cat, on red."])
+    ids = tokenizer("a cat on red.")["input_ids"]
+    assert ids[-1] == tokenizer.eos_token_id and tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(ids, skip_special_tokens=True).replace(" .", ".") == "a cat on red."
+
+
+def test_encoders(small, tmp_path, monkeypatch):
+    module, output = small("encoders"), tmp_path / "encoders"
+    monkeypatch.setattr(module, "SMALL_IMAGES", 16)
+    monkeypatch.setattr(module, "VARIANTS", {"small, t5-tiny": (16, "t5-tiny"), "large, t5": (32, "t5")})
+    monkeypatch.setattr(sys.modules["text_t5"], "BATCH_SIZE", 8)
+    run(module, monkeypatch, "--quick", "--seeds", "0", "--output", output)
+    found = read_results(output)
+    assert set(found["scores"]) == set(module.VARIANTS) and set(found["answers_from_true_captions"]) == {
+        "t5-tiny",
+        "t5",
+    }
+    assert set(module.SCORES) <= set(found["scores"]["large, t5"]["0"])
+    assert module.load_stage2(output / "runs" / "t5-tiny-16-0").model.vision.num_tokens == 5
+    assert module.load_stage2(output / "runs" / "t5-32-0").model.vision.num_tokens == 17
+
+
+# -- bridges -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_bridge():
+    module = load_script("bridges")
+    features = torch.arange(16.0).view(1, 16, 1).expand(2, 16, 3)
+    pooled = module.GridBridge(3, 5, side=2)
+    with torch.no_grad():
+        pooled.linear.weight.fill_(1 / 3)
+        pooled.linear.bias.zero_()
+        # Means of the four corners of the grid of 4 x 4; a class token before it is left out.
+        expected = torch.nn.functional.gelu(torch.tensor([2.5, 4.5, 10.5, 12.5]))
+        for given in (features, torch.cat([torch.full((2, 1, 3), 99.0), features], dim=1)):
+            assert torch.allclose(pooled(given)[1, :, 0], expected)
+    assert module.GridBridge(3, 5, side=None)(features).shape == (2, 16, 5)
+
+
+def test_bridges(small, tmp_path, monkeypatch):
+    module, output = small("bridges"), tmp_path / "bridges"
+    run(module, monkeypatch, "--quick", "--seeds", "0", "--output", output)
+    scores = read_results(output)["scores"]
+    tokens = {variant: each["0"]["tokens"] for variant, each in scores.items()}
+    assert tokens == {"Q-Former": 4, "Q-Former, no stage 1": 4, "MLP": 17, "pooling, MLP": 16}
+    sizes = {variant: each["0"]["parameters"] for variant, each in scores.items()}
+    # Norm of the features, first layer, projection.
+    assert sizes["MLP"] == sizes["pooling, MLP"] == 2 * 24 + (24 * 32 + 32) + (32 * 32 + 32) < sizes["Q-Former"]
+    assert all(each["0"]["lm"] > 0 for each in scores.values())
+    assert "| pooling, MLP | 16 | 0.0M |" in (output / "table.md").read_text()
+
+
+def test_fit_continues_where_it_was_killed(tmp_path):
+    common = load_script("common")
+    config = replace(common.load_recipe(common.find_recipe("demo-stage2")).optimizer, learning_rate={"*": 1e-2})
+
+    def learn(state, kill_at=None):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 1))
+
+        def loss_of(step):
+            if step == kill_at:
+                raise KeyboardInterrupt
+            return model(torch.randn(5, 3, generator=torch.Generator().manual_seed(step))).square().mean()
+
+        try:
+            common.fit(model, config, 60, 3, loss_of, state)
+        except KeyboardInterrupt:
+            return None
+        assert not model.training
+        return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+    whole = learn(tmp_path / "whole.pt")
+    assert learn(tmp_path / "killed.pt", kill_at=40) is None
+    assert torch.equal(learn(tmp_path / "killed.pt"), whole)
+    assert torch.equal(learn(tmp_path / "killed.pt", kill_at=0), whole)  # all steps are done
+
+
+# -- in-context examples -----------------------------------------------------------------------------------------------
+
+
+def test_episodes():
+    module = load_script("shots")
+    by_color = [np.arange(10 * color, 10 * color + 10) for color in range(8)]
+    words = torch.arange(20).view(10, 2)
+    drawn = module.draw_episodes(np.random.default_rng(0), by_color, words, 200, 2, given=False)
+    assert drawn.images.shape == (200, 3) and drawn.words.shape == (200, 3, 2)
+    colors, named = drawn.images // 10, drawn.words[:, :, 0]
+    assert (colors[:, 0] != colors[:, 1]).all()
+    for i in range(2):  # the word belongs to the color within an episode, and to no color in all of them
+        assert ((colors[:, i] == colors[:, 2]) == (named[:, i] == named[:, 2])).all()
+    assert len({(int(c), int(w)) for c, w in zip(colors[:, 0], named[:, 0], strict=True)}) > 60
+    shown = (colors[:, :2] == colors[:, 2:]).any(dim=1).float().mean()
+    assert 0.35 < shown < 0.65
+    drawn = module.draw_episodes(np.random.default_rng(0), by_color, words, 50, 3, given=True)
+    assert (drawn.images[:, :3] // 10 == drawn.images[:, 3:] // 10).any(dim=1).all()
+
+
+def test_an_episode_is_read_as_chat_reads_it(runs, parts):
+    """Images and texts take turns: the LLM's states are those of the whole sequence in one piece."""
+    module = load_script("shots")
+    pipeline = module.load_stage2(runs["llama"])
+    features = torch.randn(3, *pipeline._feature_shape, generator=torch.Generator().manual_seed(0))
+    words = module.Words.make(pipeline.tokenizer)
+    assert len(words.test) == module.NUM_WORDS == len(set(words.test[:, 0].tolist()))
+    assert not set(words.train[:, 0].tolist()) & set(words.test[:, 0].tolist())
+    episodes = module.Episodes(torch.tensor([[2, 0, 1]]), words.test[None, :3])
+    with torch.no_grad():
+        states, tokens, _ = module.Reader(pipeline, features).read(episodes, first_only=False)
+        language, visual = pipeline.model.language, pipeline.model.visual_prompt(features)
+        before, after = (torch.tensor(pipeline.tokenizer(text)["input_ids"]) for text in (module.BEFORE, module.AFTER))
+        pieces = []
+        for image, word in zip((2, 0, 1), words.test[:3], strict=True):
+            pieces += [visual[image], *(language.embed(ids) for ids in (before, word, after))]
+        whole = language.network.model(inputs_embeds=torch.cat(pieces)[None]).last_hidden_state[0]
+    end = sum(map(len, pieces)) - len(after)
+    assert torch.equal(tokens, words.test[2])
+    assert torch.allclose(states, whole[end - len(tokens) - 1 : end - 1], atol=1e-5)
+
+
+def test_shots(small, tmp_path, monkeypatch):
+    module, output = small("shots"), tmp_path / "shots"
+    run(module, monkeypatch, "--quick", "--seeds", "0", "--output", output)
+    scores = read_results(output)["scores"]
+    assert set(scores) == {"pairs alone", "pairs, then episodes"}
+    assert all(set(each["0"]) == {"0", "1", "2", "4"} for each in scores.values())
+    state = torch.load(output / "runs" / "episodes-0" / "state.pt", weights_only=True)
+    assert state["step"] == 2 and not any(name.startswith(("language", "vision")) for name in state["weights"])
+    before = dict(module.load_stage2(output / "runs" / "pairs-0").model.named_parameters())
+    assert any(not torch.equal(weight, before[name]) for name, weight in state["weights"].items())
+    assert "| reads the examples, guesses else | 12.5 | 34.4 | 56.2 | 100.0 |" in (output / "table.md").read_text()
