@@ -28,6 +28,7 @@ from blip2.serve.images import ImageReader
 from blip2.serve.metrics import Metrics
 from blip2.serve.models import Stage1Model, Stage2Model
 from blip2.serve.options import ServeOptions
+from blip2.serve.schemas import ErrorResponse
 from blip2.serve.service import Service
 
 if TYPE_CHECKING:
@@ -69,7 +70,10 @@ def create_app(
         yield
         await to_thread.run_sync(engine.close)
 
-    app = FastAPI(title="blip2", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    failed: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in ("4XX", "5XX")}
+    app = FastAPI(
+        title="blip2", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan, responses=failed
+    )
     app.add_middleware(Gate, options=options, keys=list(api_keys), metrics=metrics)
     secrets = {str(each.path): name for name, each in pipelines.items()}
     _add_error_handlers(app, secrets | ({} if library is None else {library.uri: "the library"}))

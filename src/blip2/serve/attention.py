@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from blip2.serve.models import to_grid
+from blip2.serve.models import Stage1Model, check_length, to_grid
 from blip2.serve.schemas import AttentionRequest
 from blip2.serve.service import Service, text_of
 
@@ -22,6 +22,8 @@ def make_router(service: Service) -> APIRouter:
         """
         model = service.find_any(body.model, request)
         text = None if body.text is None else text_of(body.text, "text")
+        if text is not None and isinstance(model, Stage1Model):
+            check_length(model.pipeline, text, "text")
         [features] = await service.encode(model, [body.image], "image")
         [weights] = await service.engine.submit(model.attention, [(features, text)])
         grids, [mean] = to_grid(weights), to_grid(weights.float().mean(dim=0, keepdim=True))

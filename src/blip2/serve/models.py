@@ -19,6 +19,7 @@ from blip2.decoding.kv_cache import PromptBatch
 from blip2.decoding.options import Decoding
 from blip2.errors import InputError
 from blip2.pipelines import Candidate, GenerationPipeline, RepresentationPipeline
+from blip2.serve.errors import ApiError
 
 
 class _Model:
@@ -57,6 +58,16 @@ class _Model:
     def count_tokens(self, text: str) -> int:
         """Return the number of tokens of a text."""
         return len(self._pipeline.tokenizer(text, verbose=False)["input_ids"])
+
+
+def check_length(pipeline: RepresentationPipeline, text: str, param: str) -> None:
+    """Raise an ApiError if a stage-1 model would truncate a text, which is in the field `param` of a request."""
+    limit = min(pipeline.config.qformer.max_position_embeddings, 2 * pipeline.config.max_length)
+    count = len(pipeline.tokenizer(text, verbose=False)["input_ids"])
+    if count > limit:
+        raise ApiError(
+            400, f"a text has {count} tokens, expected at most {limit}: shorten it", param, "context_length_exceeded"
+        )
 
 
 class Stage1Model(_Model):

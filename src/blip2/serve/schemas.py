@@ -15,6 +15,24 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
 
+class ErrorDetail(BaseModel):
+    """What is wrong with a request."""
+
+    message: str
+    """One line: what was found, what was expected and what to do."""
+    type: str
+    param: str | None
+    """The field of the request that is wrong."""
+    code: str | None
+    """A name of the error for programs."""
+
+
+class ErrorResponse(BaseModel):
+    """The body of every answer to a request that fails, in OpenAI's shape."""
+
+    error: ErrorDetail
+
+
 # -- texts and images ------------------------------------------------------------------------------------------------
 
 
@@ -106,16 +124,16 @@ class ChatRequest(Body):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     """Maximum number of generated tokens: 100 by default, 30 for a caption."""
-    temperature: Annotated[float, Field(ge=0, le=2, strict=False)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     """0, the default here, is greedy search; any other value samples."""
-    top_p: Annotated[float, Field(gt=0, le=1, strict=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
-    frequency_penalty: Annotated[float, Field(ge=0, le=0, strict=False)] | None = None
-    presence_penalty: Annotated[float, Field(ge=0, le=0, strict=False)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     user: str | None = None
     """Without effect, and not kept."""
 

@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from blip2.search.library import Hit, Library, sql_text
 from blip2.serve.errors import ApiError
+from blip2.serve.models import check_length
 from blip2.serve.schemas import Condition, SearchRequest, Value
 from blip2.serve.service import Service, image_url, text_of
 
@@ -40,6 +41,8 @@ def make_router(service: Service) -> APIRouter:
         url = image_url(body.query)
         query = text_of(body.query, "query") if url is None else await service.images.read(url)
         assert query is not None
+        if isinstance(query, str):
+            check_length(library.pipeline, query, "query")
         [hits] = await service.engine.submit(search, [_Query(query, body.top_k, where, body.rerank_k)])
         return JSONResponse({"object": "list", "data": [_describe(hit) for hit in hits]})
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blip2.serve.errors import ApiError
-from blip2.serve.models import Stage1Model, itc
+from blip2.serve.models import Stage1Model, check_length, itc
 from blip2.serve.schemas import EmbeddingRequest, Item, RerankRequest
 from blip2.serve.service import Service, image_url, text_of
 
@@ -114,6 +114,8 @@ async def _embed(service: Service, model: Stage1Model, items: list[Item], param:
     for number, each in zip(urls, features, strict=True):
         embedded.features[number] = each
     texts = {number: text for number, text in enumerate(embedded.texts) if text is not None}
+    for text in texts.values():
+        check_length(model.pipeline, text, param)
     vectors = await service.engine.submit(model.embed_texts, list(texts.values()))
     vectors += await service.engine.submit(model.embed_images, features)
     for number, each in zip((*texts, *urls), vectors, strict=True):
