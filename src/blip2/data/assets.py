@@ -29,7 +29,7 @@ from PIL import Image
 from blip2.backbones.pretrained import load_pickle, load_pretrained
 from blip2.data.images import ImageError, read_image
 from blip2.data.scene_images import CUTOUTS, save_cutouts
-from blip2.data.scene_kinds import EMOJI, STAMPS
+from blip2.data.scene_kinds import DISTINCT_KINDS, EMOJI, STAMPS
 from blip2.data.scenes import make_scenes
 from blip2.errors import InputError
 from blip2.io import apply_umask, expand_home, write_tensors
@@ -45,10 +45,19 @@ HELD_OUT_OF_256 = 37
 """An image is held out if the first byte of the hash of its key is less than this number."""
 SCENES: dict[str, dict[str, Any]] = {
     "scenes": {},
-    "scenes-pairs": {"train": 5000, "group_size": 1, "types": ("pair",), "varied_captions": False},
+    "scenes-pairs": {
+        "train": 5000,
+        "train_twins": 2400,
+        "group_size": 1,
+        "types": ("pair",),
+        "varied_captions": False,
+        "textured": False,
+        "cutouts_per_kind": 1,
+        "kinds": DISTINCT_KINDS,
+    },
 }
 """Assets that :func:`make_scenes` makes from the cut-outs of another asset, with the arguments of the call."""
-SCENES_VERSION = 4
+SCENES_VERSION = 5
 """Version of the scenes, which is part of the names of the folders in the cache."""
 CATEGORY_COLUMN = "captions_with_category"
 """Column with the sentence of an image and, if the image has a category, the sentence followed by the category."""

@@ -73,13 +73,20 @@ class Planner:
     Args:
         cutouts: the cut-outs of each kind.
         types: types of scenes to draw; ``pair`` is always one of them.
+        textured: whether half of the backgrounds have a texture.
+        cutouts_per_kind: maximum number of cut-outs of each kind outside the held-out ones. None: all.
 
     Raises:
-        InputError: there are too few kinds or cut-outs to hold some out, or a type is unknown.
+        InputError: there are too few kinds or cut-outs to hold some out, a type is unknown, or cutouts_per_kind is less
+            than 1.
     """
 
     def __init__(
-        self, cutouts: Mapping[str, tuple[Cutout, ...]], types: Collection[str] = tuple(TYPE_PROBABILITIES)
+        self,
+        cutouts: Mapping[str, tuple[Cutout, ...]],
+        types: Collection[str] = tuple(TYPE_PROBABILITIES),
+        textured: bool = True,
+        cutouts_per_kind: int | None = None,
     ) -> None:
         unknown = set(types) - set(TYPE_PROBABILITIES)
         if unknown or "pair" not in types:
@@ -87,13 +94,17 @@ class Planner:
                 f"types are {', '.join(types) or 'empty'}, expected pair and any of"
                 f" {', '.join(sorted(set(TYPE_PROBABILITIES) - {'pair'}))}: correct them"
             )
+        if cutouts_per_kind is not None and cutouts_per_kind < 1:
+            raise InputError(f"cutouts_per_kind is {cutouts_per_kind}, expected 1 or more: choose such a number")
+        self.textured = textured
         self.types = {type: share for type, share in TYPE_PROBABILITIES.items() if type in types}
         self.kinds = tuple(sorted(cutouts))
         self.held_out_cutouts = {
             kind: these[-1:] for kind, these in cutouts.items() if len(these) >= MIN_CUTOUTS_TO_HOLD_OUT
         }
         self.train_cutouts = {
-            kind: these[:-1] if kind in self.held_out_cutouts else these for kind, these in cutouts.items()
+            kind: (these[:-1] if kind in self.held_out_cutouts else these)[:cutouts_per_kind]
+            for kind, these in cutouts.items()
         }
         self.held_out_pairs = [pair for pair in combinations(self.kinds, 2) if is_held_out(*pair)]
         self.held_out_counts = [(kind, n) for kind in self.kinds if (n := held_out_count(kind))]
@@ -130,7 +141,7 @@ class Planner:
             tuple(bool(flip) for flip in rng.integers(2, size=len(cutouts))),
             tuple(rng.random(len(cutouts)).tolist()),
             str(rng.choice(list(COLORS))),
-            "plain" if rng.random() < 0.5 else str(rng.choice(TEXTURES)),
+            "plain" if rng.random() < 0.5 or not self.textured else str(rng.choice(TEXTURES)),
             str(rng.choice(["left", "above"])) if type in ("pair", "triple") else "",
             count or (1 if type == "single" else 0),
             str(rng.choice(["small", "large"])) if type == "single" else "",

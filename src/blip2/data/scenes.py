@@ -47,7 +47,7 @@ __all__ = ["Facts", "Truth", "make_scenes", "parse_caption", "score_caption"]
 
 log = logging.getLogger("blip2")
 
-SPLITS = ("train", "validation", "test_images", "test_compositions", "test_cutouts", "twins")
+SPLITS = ("train", "validation", "test_images", "test_compositions", "test_cutouts", "twins", "train_twins")
 REUSED_GROUPS = 1000
 """Number of groups of training images that determine the combinations of kinds in validation, test_images and
 test_cutouts. The number is fixed, so that these splits do not change when the training split grows."""
@@ -85,9 +85,9 @@ def _rng(seed: int, split: str, *numbers: int) -> np.random.Generator:
 # -- content of the splits -----------------------------------------------------------------------------------------
 
 
-def _training(planner: Planner, seed: int, images: int, group_size: int) -> Iterator[_Group]:
+def _training(planner: Planner, seed: int, images: int, group_size: int, split: str = "train") -> Iterator[_Group]:
     for number in range(-(-images // group_size)):
-        rng = _rng(seed, "train", number)
+        rng = _rng(seed, split, number)
         base = planner.draw(rng)
         members = [base, *planner.variants(base, rng)] if group_size > 1 else [base]
         yield _Group(number, members[: min(group_size, images - number * group_size)])
@@ -95,8 +95,8 @@ def _training(planner: Planner, seed: int, images: int, group_size: int) -> Iter
 
 def _groups(planner: Planner, split: str, seed: int, images: int, train: int, group_size: int) -> Iterator[_Group]:
     """Yield the groups of a split; for twins, `images` is the number of pairs."""
-    if split == "train":
-        yield from _training(planner, seed, images, group_size)
+    if split in ("train", "train_twins"):
+        yield from _training(planner, seed, images, GROUP_SIZE if split == "train_twins" else group_size, split)
         return
     first = _training(planner, seed, min(train, REUSED_GROUPS * group_size), group_size)
     seen = [scene for group in first for scene in group.scenes]
@@ -228,6 +228,9 @@ def make_scenes(
     group_size: int = GROUP_SIZE,
     types: Sequence[str] = tuple(TYPE_PROBABILITIES),
     varied_captions: bool = True,
+    textured: bool = True,
+    cutouts_per_kind: int | None = None,
+    train_twins: int = 0,
 ) -> dict[str, int]:
     """Write a data set of scenes.
 
@@ -251,6 +254,10 @@ def make_scenes(
         types: types of scenes to draw: ``pair`` and any of ``count``, ``single`` and ``triple``.
         varied_captions: write four captions per image in different sentence patterns. False: write one caption per
             image, in the pattern of the descriptions.
+        textured: half of the images have textured backgrounds. False: all backgrounds are plain.
+        cutouts_per_kind: maximum number of cut-outs of each kind that all splits but ``test_cutouts`` show. None: all.
+        train_twins: number of training images in a further split, ``train_twins``, in groups of four near twins. 0: no
+            such split.
 
     Returns:
         The number of rows in each JSONL file, by the name of the file.
@@ -259,7 +266,10 @@ def make_scenes(
         InputError: `output` exists and is not an empty folder, the cut-outs cannot be used, or a number is out of
             range.
     """
-    numbers = dict(zip(SPLITS, (train, validation, test_images, test_compositions, test_cutouts, twins), strict=True))
+    sizes = (train, validation, test_images, test_compositions, test_cutouts, twins, train_twins)
+    numbers = dict(zip(SPLITS, sizes, strict=True))
+    if train_twins == 0:
+        del numbers["train_twins"]
     if not 1 <= group_size <= GROUP_SIZE:
         raise InputError(f"group_size is {group_size}, expected 1 to {GROUP_SIZE}: choose such a number")
     for name, number in numbers.items():
@@ -281,7 +291,7 @@ def make_scenes(
 
         cutouts, about = fetch_cutouts()
     shown = read_cutouts(cutouts, kinds)
-    planner = Planner(shown, types)
+    planner = Planner(shown, types, textured, cutouts_per_kind)
     output.mkdir(parents=True, exist_ok=True)
     done = Counter(all=sum(numbers.values()) + twins)
     rows: dict[str, int] = {}
