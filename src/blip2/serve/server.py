@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import uvicorn
@@ -15,6 +17,8 @@ from blip2.errors import InputError
 from blip2.pipelines import GenerationPipeline, RepresentationPipeline, load
 from blip2.search.library import Library
 from blip2.serve.app import create_app
+from blip2.serve.engine import Engine
+from blip2.serve.metrics import Metrics
 from blip2.serve.options import ServeOptions
 from blip2.serve.protocol import HttpProtocol
 
@@ -43,7 +47,8 @@ def serve(
     pipelines: dict[str, RepresentationPipeline | GenerationPipeline] = {}
     for name, path in paths.items():
         pipelines[name] = load(path, device, dtype)
-    app = create_app(pipelines, open_library(library, pipelines, device, dtype), options, keys)
+    make_engine = None if options.vllm_url is None else find_vllm(pipelines, options)
+    app = create_app(pipelines, open_library(library, pipelines, device, dtype), options, keys, make_engine)
     AppStatus.disable_automatic_graceful_drain()  # a stream that has begun is written to its end
     for logger in ("blip2.serve", "blip2.serve.access"):
         logging.getLogger(logger).setLevel(logging.INFO)
@@ -62,7 +67,10 @@ def serve(
         ws="none",
     )
     server = _Server(config)
-    server.run()
+    # After its end, uvicorn raises the signal again that it got. SIGTERM is how a service is meant to end: status 0.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    with contextlib.suppress(SystemExit):  # if it cannot listen, for a reason that uvicorn has logged
+        server.run()
     if not server.started:
         raise InputError(
             f"the service cannot listen on {options.host}, port {options.port}: give another --host or --port"
@@ -78,6 +86,28 @@ class _Server(uvicorn.Server):
             for socket in server.sockets:
                 host, port = socket.getsockname()[:2]
                 print(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}", file=sys.stderr, flush=True)
+
+
+def find_vllm(
+    pipelines: Mapping[str, RepresentationPipeline | GenerationPipeline], options: ServeOptions
+) -> Callable[[Metrics], Engine]:
+    """Return the function that makes an engine with vLLM.
+
+    Raises:
+        InputError: there is not exactly one stage-2 model, or its LLM is an encoder-decoder.
+    """
+    from blip2.serve.vllm import VllmEngine, check_decoder_only
+
+    stage2 = [each for each in pipelines.values() if isinstance(each, GenerationPipeline)]
+    if len(stage2) != 1:
+        raise InputError(
+            f"--vllm-url runs the LLM of one stage-2 model, but there are {len(stage2)}: serve one in each process"
+        )
+    [pipeline] = stage2
+    check_decoder_only(pipeline)
+    assert options.vllm_url is not None and pipeline.config.language is not None
+    url, name = options.vllm_url, options.vllm_model or pipeline.config.language.name
+    return lambda metrics: VllmEngine(url, name, options.max_batch_size, metrics)
 
 
 def name_models(models: Sequence[str]) -> dict[str, str]:

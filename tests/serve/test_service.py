@@ -1,0 +1,415 @@
+"""The service as OpenAI's own client sees it: each answer is that of the pipelines for the same request alone."""
+
+import asyncio
+import base64
+import json
+import logging
+import threading
+import time
+
+import httpx2
+import numpy as np
+import openai
+import pytest
+import torch
+
+from blip2.decoding.options import CAPTION_DECODING, CHAT_DECODING, Decoding
+from blip2.search.indexing import index
+from blip2.search.library import Library
+from blip2.serve.app import create_app
+from blip2.serve.engine import Generation, LocalEngine
+from blip2.serve.options import ServeOptions
+from conftest import COLORS, SHAPES, draw
+from fixtures.library import draw_photos
+from fixtures.service import build_writer, data_url, serve
+
+KEY = "a-key-of-some-length"
+GREEDY = Decoding(num_beams=1, max_new_tokens=12)
+IMAGES = [draw(shape, color, 0) for shape in SHAPES for color in COLORS]
+
+
+@pytest.fixture(scope="module")
+def writer(parts):
+    return build_writer(parts)
+
+
+@pytest.fixture(scope="module")
+def library(pipeline, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("library")
+    photos = draw_photos(folder / "photos")
+    rows = [{"image": path.name, "captions": ["a thing"], "year": n} for n, path in enumerate(sorted(photos.iterdir()))]
+    (photos / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    index(pipeline, str(photos / "table.jsonl"), folder / "library")
+    return Library.open(folder / "library", pipeline)
+
+
+@pytest.fixture(scope="module")
+def address(writer, pipeline, library):
+    app = create_app({"writer": writer, "reader": pipeline}, library, ServeOptions(max_batch_size=8), [KEY])
+    with serve(app) as port:
+        yield f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="module")
+def client(address):
+    with openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def http(address):
+    with httpx2.Client(base_url=address, headers={"Authorization": f"Bearer {KEY}"}, timeout=60) as http:
+        yield http
+
+
+def picture(number=0):
+    return {"type": "image_url", "image_url": {"url": data_url(IMAGES[number])}}
+
+
+def ask(text="what is it", *numbers):
+    parts = [picture(number) for number in numbers or (0,)]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+def chat(client, messages, **options):
+    return client.chat.completions.create(**{"model": "writer", "messages": messages, "max_tokens": 12, **options})
+
+
+# -- conversations -----------------------------------------------------------------------------------------------------
+
+
+def test_models(client):
+    assert [(each.id, each.stage) for each in client.models.list()] == [
+        ("writer", "generation"),
+        ("reader", "representation"),
+    ]
+    assert client.models.retrieve("reader").id == "reader"
+
+
+def test_answers_are_those_of_a_chat(client, writer):
+    first = chat(client, ask())
+    assert first.choices[0].message.content == writer.chat(IMAGES[0], decoding=GREEDY).ask("what is it") != ""
+    assert first.choices[0].finish_reason == "length" and first.usage.completion_tokens == 12
+    assert first.usage.prompt_tokens == writer.chat(IMAGES[0]).encode_prompt("what is it").attention_mask.sum()
+    history = [*ask(), {"role": "assistant", "content": first.choices[0].message.content}]
+    second = chat(client, [*history, {"role": "user", "content": "and now"}])
+    again = [{"role": "user", "content": "what is it"}, {"role": "assistant", "content": history[1]["content"]}]
+    assert second.choices[0].message.content == writer.chat(IMAGES[0], again, decoding=GREEDY).ask("and now")
+    two = chat(client, [{"role": "system", "content": "be brief"}, *ask("compare", 1, 2)])
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "compare"}]
+    assert two.choices[0].message.content == writer.chat(IMAGES[1:3], messages, decoding=GREEDY).ask()
+
+
+def test_an_image_alone_is_captioned(client, writer):
+    made = chat(client, [{"role": "user", "content": [picture(3)]}], logprobs=True, top_logprobs=2)
+    [own] = writer.caption(IMAGES[3], decoding=GREEDY, details=True)
+    [choice] = made.choices
+    assert choice.message.content == own.text
+    assert tuple(each.token for each in choice.logprobs.content) == own.tokens
+    np.testing.assert_allclose([each.logprob for each in choice.logprobs.content], own.token_log_probs, atol=1e-3)
+    best = [each.top_logprobs for each in choice.logprobs.content]
+    assert all(len(each) == 2 and each[0].logprob >= each[1].logprob for each in best)
+    default = chat(client, [{"role": "user", "content": [picture(3)]}], max_tokens=openai.omit)
+    assert default.usage.completion_tokens == CAPTION_DECODING.max_new_tokens < CHAT_DECODING.max_new_tokens
+
+
+def test_a_stream_is_the_answer_in_pieces(client):
+    whole = chat(client, ask(), n=2, temperature=1.0, seed=3, logprobs=True)
+    texts, reasons, tokens, usage = ["", ""], [None, None], [[], []], None
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    for chunk in chat(client, ask(), n=2, temperature=1.0, seed=3, logprobs=True, **options):
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+            reasons[choice.index] = choice.finish_reason or reasons[choice.index]
+            tokens[choice.index] += choice.logprobs.content if choice.logprobs else []
+    assert texts == [choice.message.content for choice in whole.choices] and texts[0] != texts[1]
+    assert reasons == [choice.finish_reason for choice in whole.choices]
+    assert usage == whole.usage
+    assert [[each.token for each in one] for one in tokens] == [
+        [each.token for each in choice.logprobs.content] for choice in whole.choices
+    ]
+
+
+def test_a_stop_string_ends_the_text_before_it(client):
+    text = chat(client, ask()).choices[0].message.content
+    stop = text[5:7]
+    stopped = chat(client, ask(), stop=stop)
+    assert stopped.choices[0].message.content == text[: text.index(stop)].strip()
+    assert stopped.choices[0].finish_reason == "stop"
+    pieces = [chunk.choices[0].delta.content or "" for chunk in chat(client, ask(), stop=[stop, "zz"], stream=True)]
+    assert "".join(pieces) == stopped.choices[0].message.content
+
+
+def test_a_fixed_choice_is_the_most_likely_text(client, writer):
+    texts = ["a red disc", "b", "a blue stripe"]
+    enum = {"type": "json_schema", "json_schema": {"name": "c", "schema": {"enum": texts}}}
+    made = chat(client, ask(), response_format=enum, logprobs=True, top_logprobs=3, max_tokens=openai.omit)
+    [ranked] = writer.rank(IMAGES[0], texts, "what is it")
+    assert json.loads(made.choices[0].message.content) == ranked[0].text
+    found = made.choices[0].logprobs.content[0].top_logprobs
+    assert [each.token for each in found] == [each.text for each in ranked]
+    np.testing.assert_allclose(np.exp([each.logprob for each in found]), [each.probability for each in ranked], 1e-3)
+    properties = {"type": "object", "properties": {"answer": {"enum": texts}}}
+    enum["json_schema"]["schema"] = properties
+    answer = chat(client, ask(), response_format=enum).choices[0].message.content
+    assert json.loads(answer) == {"answer": ranked[0].text}
+    with pytest.raises(openai.BadRequestError, match="not a fixed choice"):
+        enum["json_schema"]["schema"] = {"type": "number"}
+        chat(client, ask(), response_format=enum)
+
+
+# -- texts and images as vectors ---------------------------------------------------------------------------------------
+
+
+def test_embeddings(client, http, pipeline):
+    texts = ["a red disc", "a blue stripe"]
+    made = client.embeddings.create(model="reader", input=texts)  # the client asks for base64
+    np.testing.assert_allclose([each.embedding for each in made.data], pipeline.embed_texts(texts), atol=1e-5)
+    items = [picture(1), {"image": data_url(IMAGES[2])}, {"text": "a red disc"}]
+    body = {"model": "reader", "input": items, "multivector": True}
+    data = http.post("/v1/embeddings", json=body).json()["data"]
+    own = pipeline.embed_images(IMAGES[1:3])
+    np.testing.assert_allclose([each["vectors"] for each in data[:2]], own, atol=1e-5)
+    mean = torch.nn.functional.normalize(own.mean(dim=1), dim=-1)
+    np.testing.assert_allclose([each["embedding"] for each in data[:2]], mean, atol=1e-5)
+    np.testing.assert_allclose(data[2]["embedding"], pipeline.embed_texts("a red disc")[0], atol=1e-5)
+
+
+def test_rerank(http, pipeline):
+    body = {"model": "reader", "query": "a red disc", "documents": ["a disc", "a stripe"]}
+    texts = http.post("/v1/rerank", json=body)
+    assert texts.status_code == 400 and "are texts" in texts.json()["error"]["message"]
+    body["documents"] = [{"image": data_url(each)} for each in IMAGES[:5]]
+    made = http.post("/v1/rerank", json={**body, "top_n": 4}).json()
+    itm, itc = (function(IMAGES[:5], "a red disc")[:, 0] for function in (pipeline.match, pipeline.similarity))
+    order = itm.argsort(descending=True)[:4]
+    assert [each["index"] for each in made["results"]] == order.tolist()
+    np.testing.assert_allclose([each["relevance_score"] for each in made["results"]], itm[order], atol=1e-5)
+    np.testing.assert_allclose([each["itc"] for each in made["results"]], itc[order], atol=1e-5)
+    about = {"model": "reader", "query": {"image": data_url(IMAGES[0])}, "documents": ["a b", "c", picture(0)]}
+    results = http.post("/v1/rerank", json={**about, "return_documents": True}).json()["results"]
+    by_index = {each["index"]: each for each in results}
+    np.testing.assert_allclose(by_index[1]["itm"], pipeline.match(IMAGES[0], "c")[0, 0], atol=1e-5)
+    assert by_index[2]["itm"] is None and by_index[2]["itc"] == pytest.approx(1, abs=1e-5)
+    assert by_index[0]["document"] == {"text": "a b"} and "document" not in by_index[2]
+
+
+def test_search(http, library):
+    made = http.post("/v1/search", json={"query": "a red disc", "top_k": 3}).json()["data"]
+    hits = library.search("a red disc", 3)
+    assert [each["id"] for each in made] == [hit.digest for hit in hits]
+    np.testing.assert_allclose([each["itm"] for each in made], [hit.match for hit in hits], atol=1e-5)
+    assert "photos" not in json.dumps(made)
+    some = {"query": {"image": data_url(IMAGES[0])}, "filter": {"year": {"gte": 3, "lt": 8}}}
+    found = http.post("/v1/search", json=some).json()["data"]
+    assert sorted(each["metadata"]["year"] for each in found) == [3, 4, 5, 6, 7]
+    some["filter"] = {"year": [1, 2]}
+    assert len(http.post("/v1/search", json=some).json()["data"]) == 2
+    for wrong in ({"year` OR 1=1 --": 3}, {"source": "x"}, {"year": []}, {"year": {}}):
+        answer = http.post("/v1/search", json={**some, "filter": wrong})
+        assert answer.status_code == 400 and str(library.uri) not in answer.text
+
+
+def test_attention(http, pipeline, writer):
+    weights = pipeline.attention_maps(IMAGES[0], "a red disc")[0, -1]
+    body = {"model": "reader", "image": data_url(IMAGES[0]), "text": "a red disc"}
+    made = http.post("/v1/attention", json=body).json()
+    grid = weights[0, -made["width"] * made["height"] :].view(made["height"], made["width"])
+    np.testing.assert_allclose(made["queries"][0], grid / grid.max(), atol=1e-4)
+    assert len(made["queries"]) == 4 and np.max(made["mean"]) == 1
+    other = http.post("/v1/attention", json={"model": "writer", "image": data_url(IMAGES[0])})
+    assert other.status_code == 200
+    refused = http.post("/v1/attention", json={**body, "model": "writer"})
+    assert refused.status_code == 400 and "does not read questions" in refused.json()["error"]["message"]
+
+
+# -- many clients ------------------------------------------------------------------------------------------------------
+
+
+def test_each_of_many_clients_gets_its_own_answer(address, client, pipeline):
+    """Conversations, captions and embeddings at the same time; each as it is when it comes alone."""
+    requests = []
+    for number, _ in enumerate(IMAGES):
+        seed = {"temperature": 1.2, "top_p": 0.9, "seed": number} if number % 2 else {}
+        requests.append({"messages": ask(f"what is {number}", number), "max_tokens": 3 + number, **seed})
+    alone = [chat(client, **each).choices[0].message.content for each in requests]
+    assert len(set(alone)) > 8
+    vectors = pipeline.embed_texts([f"thing {number}" for number in range(12)])
+
+    async def ask_all():
+        async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0, timeout=60) as many:
+            chats = [many.chat.completions.create(model="writer", **each) for each in requests]
+            texts = [many.embeddings.create(model="reader", input=f"thing {n}") for n in range(12)]
+            return await asyncio.gather(*chats, *texts)
+
+    answers = asyncio.run(ask_all())
+    assert [each.choices[0].message.content for each in answers[:12]] == alone
+    np.testing.assert_allclose([each.data[0].embedding for each in answers[12:]], vectors, atol=1e-5)
+    assert "blip2_requests_in_flight 0" in httpx2.get(f"{address}/metrics").text
+
+
+def test_sampled_texts_are_those_of_the_pipeline(writer):
+    """A seed gives the texts that the pipeline writes with the same random numbers."""
+    engine = LocalEngine(4)
+    decoding = Decoding(top_p=0.9, temperature=1.3, max_new_tokens=10)
+    prompt = writer.encode_prompt(IMAGES[0], decoding=decoding)
+
+    async def collect():
+        texts = [""] * 3
+        async for piece in engine.stream(Generation(writer, prompt, decoding, 3, seed=5)):
+            texts[piece.index] += piece.text
+        return texts
+
+    uniforms = torch.rand(3, 10, generator=torch.Generator().manual_seed(5))
+    own = writer.generate(IMAGES[0], [writer.config.language.prompt], decoding, 3, uniforms=uniforms)
+    assert asyncio.run(collect()) == own
+    engine.close()
+
+
+def long(client, **options):
+    return chat(client, ask(), max_tokens=1000, **options)
+
+
+def wait_until(true):
+    for _ in range(300):
+        if true():
+            return
+        time.sleep(0.02)
+    raise AssertionError
+
+
+def test_a_full_queue_and_clients_that_leave(writer):
+    app = create_app({"writer": writer}, options=ServeOptions(max_queue=2))
+    with (
+        serve(app) as port,
+        openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=0) as client,
+    ):
+        metrics = lambda: httpx2.get(f"http://127.0.0.1:{port}/metrics").text  # noqa: E731
+        streams = [long(client, stream=True) for _ in range(2)]
+        assert [next(iter(each)).choices[0].index for each in streams] == [0, 0]
+        with pytest.raises(openai.RateLimitError) as full:
+            chat(client, ask())
+        assert full.value.response.headers["retry-after"] == "1" and full.value.code == "queue_full"
+        streams[0].close()
+        wait_until(lambda: "blip2_requests_in_flight 1" in metrics())
+        assert chat(client, ask(), max_tokens=2).choices[0].message.content is not None
+        streams[1].close()
+        wait_until(lambda: "blip2_running_texts 0" in metrics() and "blip2_requests_in_flight 0" in metrics())
+        with pytest.raises(openai.APITimeoutError):  # this client does not wait either
+            long(client.with_options(timeout=0.3))
+        wait_until(lambda: 'outcome="client_left",route="/v1/chat/completions",status="0"' in metrics())
+        wait_until(lambda: "blip2_running_texts 0" in metrics())
+
+
+def test_a_request_ends_at_its_deadline(writer):
+    app = create_app({"writer": writer}, options=ServeOptions(deadline=0.5))
+    with (
+        serve(app) as port,
+        openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=0) as client,
+    ):
+        with pytest.raises(openai.InternalServerError) as late:
+            long(client)
+        assert late.value.status_code == 504 and late.value.code == "deadline"
+        with pytest.raises(openai.APIError, match=r"not ready within 0\.5 seconds"):
+            list(long(client, stream=True))
+
+
+# -- who may ask, and what is told -------------------------------------------------------------------------------------
+
+
+def test_errors_have_openai_s_shape(client, address, library):
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="wrong", max_retries=0) as stranger:
+        with pytest.raises(openai.AuthenticationError):
+            stranger.models.list()
+        with pytest.raises(openai.AuthenticationError):
+            chat(stranger, ask())
+    for status, kind, options in (
+        (404, openai.NotFoundError, {"model": "other"}),
+        (400, openai.BadRequestError, {"model": "reader"}),
+        (400, openai.BadRequestError, {"max_tokens": 10_000}),
+        (400, openai.BadRequestError, {"top_logprobs": 2}),
+        (400, openai.BadRequestError, {"temperature": 3.0}),
+        (400, openai.BadRequestError, {"messages": [{"role": "assistant", "content": "a"}]}),
+        (400, openai.BadRequestError, {"messages": ask("words " * 10_000)}),
+        (400, openai.BadRequestError, {"messages": ask("x", *range(12), *range(12))}),
+        (400, openai.BadRequestError, {"tools": []}),
+        (400, openai.BadRequestError, {"frequency_penalty": 1.0}),
+    ):
+        with pytest.raises(kind) as error:
+            chat(client, **{"messages": ask(), **options})
+        assert error.value.status_code == status
+        assert set(error.value.body) == {"message", "type", "param", "code"}
+        assert "/" not in error.value.body["message"].replace("reset() (/reset)", "")
+
+
+def test_the_log_has_no_content(client, http, caplog):
+    caplog.set_level(logging.INFO, "blip2.serve")
+    words = "xylophone"
+    text = chat(client, ask(words)).choices[0].message.content
+    http.get(f"/{words}?q={words}")
+    assert client.embeddings.create(model="reader", input=words).data
+    wait_until(lambda: len(caplog.records) >= 3)
+    lines = [json.loads(record.getMessage()) for record in caplog.records]
+    assert [(line["route"], line["status"]) for line in lines] == [
+        ("/v1/chat/completions", 200),
+        ("none", 404),
+        ("/v1/embeddings", 200),
+    ]
+    assert lines[0]["model"] == "writer" and lines[0]["tokens"] == 12
+    assert words not in caplog.text and text not in caplog.text and KEY not in caplog.text
+
+
+def test_the_page_and_what_needs_no_key(address):
+    page = httpx2.get(address)
+    assert page.status_code == 200 and "default-src 'self'" in page.headers["content-security-policy"]
+    for path in ("/health", "/ready", "/metrics", "/openapi.json"):
+        assert httpx2.get(address + path).status_code == 200
+    for path in ("/docs", "/static/../app.py", "/static/%2e%2e/app.py"):
+        assert httpx2.get(address + path).status_code in (401, 404)
+    assert httpx2.post(address, content=b"x").json()["error"]["type"] == "invalid_request_error"
+
+
+def test_base64_of_an_embedding(http, pipeline):
+    body = {"model": "reader", "input": "a", "encoding_format": "base64"}
+    encoded = http.post("/v1/embeddings", json=body).json()["data"][0]["embedding"]
+    np.testing.assert_allclose(np.frombuffer(base64.b64decode(encoded), "<f4"), pipeline.embed_texts("a")[0], atol=1e-5)
+
+
+def test_a_failing_request_does_not_fail_those_beside_it():
+    """Requests that are computed in one pass fail one by one."""
+    engine, entered, go = LocalEngine(), threading.Event(), threading.Event()
+
+    def block(items):
+        entered.set()
+        go.wait(10)
+        return items
+
+    def halve(items):
+        if "bad" in items:
+            raise ValueError("bad")
+        return [(item, len(items)) for item in items]
+
+    async def run():
+        first = asyncio.ensure_future(engine.submit(block, [1]))
+        await asyncio.to_thread(entered.wait)
+        rest = [asyncio.ensure_future(engine.submit(halve, [each])) for each in ("a", "b")]
+        await asyncio.sleep(0)
+        together = asyncio.gather(*rest)
+        go.set()
+        assert await together == [[("a", 2)], [("b", 2)]]
+        go.clear()
+        entered.clear()
+        again = asyncio.ensure_future(engine.submit(block, [1]))
+        await asyncio.to_thread(entered.wait)
+        mixed = [asyncio.ensure_future(engine.submit(halve, [each])) for each in ("a", "bad", "c")]
+        await asyncio.sleep(0)
+        mixed[2].cancel()
+        go.set()
+        results = await asyncio.gather(*mixed, return_exceptions=True)
+        assert results[0] == [("a", 1)] and isinstance(results[1], ValueError)
+        assert isinstance(results[2], asyncio.CancelledError)
+        await asyncio.gather(first, again)
+
+    asyncio.run(run())
+    engine.close()
