@@ -88,7 +88,9 @@ def create_app(
 
     @app.get("/ready")
     async def ready() -> dict[str, str]:
-        """Whether requests will be answered: the models are loaded."""
+        """Whether requests will be answered: the models are loaded, and their thread runs."""
+        if not engine.is_ready():
+            raise ApiError(503, "the models do not run: start the server again", code="not_ready")
         return {"status": "ok"}
 
     @app.get("/metrics", include_in_schema=False)

@@ -86,11 +86,16 @@ class Engine(ABC):
         """Generate texts, and yield their pieces as they are written. If the iterator is closed, the work ends."""
 
     @abstractmethod
+    def is_ready(self) -> bool:
+        """Return whether requests will be answered."""
+
+    @abstractmethod
     def close(self) -> None:
         """Finish what was submitted, and free what the engine holds."""
 
 
-class _Call(NamedTuple):
+@dataclass(eq=False)
+class _Call:
     """Items that wait for a function."""
 
     function: Callable[[list[Any]], Sequence[Any]]
@@ -164,6 +169,9 @@ class LocalEngine(Engine):
         finally:
             for row in job.rows:  # the thread drops them before the next token
                 row.is_done = True
+
+    def is_ready(self) -> bool:
+        return self._thread.is_alive() and not self._is_closed
 
     def close(self) -> None:
         with self._condition:
@@ -255,8 +263,12 @@ class LocalEngine(Engine):
     def _join(self, jobs: list[_Job]) -> None:
         for job in jobs:
             pipeline = job.generation.pipeline
-            running = self._running.setdefault(id(pipeline), _Running(pipeline))
-            running.pending.append(job)
+            try:
+                if id(pipeline) not in self._running:
+                    self._running[id(pipeline)] = _Running(pipeline)
+                self._running[id(pipeline)].pending.append(job)
+            except Exception as error:
+                job.publish(error)
         for running in self._running.values():
             running.join()
 

@@ -34,6 +34,11 @@ class ServeOptions:
     """Maximum number of pixels of an image."""
     max_tokens: int = bounded(1024, 1, 1_000_000)
     """Maximum number of tokens that a request may ask for."""
+    vllm_url: str | None = None
+    """API of a vLLM server that runs the LLM of the stage-2 model, such as http://10.0.0.5:8000/v1 (docs/serving.md).
+    null: the LLM runs in this process."""
+    vllm_model: str | None = None
+    """Name of the LLM in the vLLM server. null: the name of the LLM in the model's config."""
     allow_image_host: list[str] | tuple[str, ...] = ()
     """A host from which images may be fetched by their URL, such as example.com or example.com:8443. Repeat the option
     for several. Without it, images are accepted only as data URLs."""

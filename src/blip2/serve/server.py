@@ -46,7 +46,9 @@ def serve(
     paths = name_models(models)
     pipelines: dict[str, RepresentationPipeline | GenerationPipeline] = {}
     for name, path in paths.items():
-        pipelines[name] = load(path, device, dtype)
+        pipeline = pipelines[name] = load(path, device, dtype)
+        if isinstance(pipeline, GenerationPipeline):
+            _ = pipeline.model.language.shares_prompts  # tests the LLM now, so that the first request does not wait
     make_engine = None if options.vllm_url is None else find_vllm(pipelines, options)
     app = create_app(pipelines, open_library(library, pipelines, device, dtype), options, keys, make_engine)
     AppStatus.disable_automatic_graceful_drain()  # a stream that has begun is written to its end

@@ -1,0 +1,108 @@
+"""``blip2 serve`` as a process: it answers what it has begun before it ends, and refuses what it cannot serve."""
+
+import os
+import re
+import signal
+import threading
+import time
+
+import openai
+import pytest
+import torch
+
+from blip2.errors import InputError
+from blip2.serve.server import name_models, read_keys
+from conftest import draw
+from fixtures.processes import start
+from fixtures.service import data_url
+
+KEY = "a-key-of-some-length"
+
+
+@pytest.fixture(scope="module")
+def writer_run(parts, tmp_path_factory):
+    """A checkpoint of a tiny stage-2 model."""
+    from blip2.builder import build
+    from blip2.checkpoint import save_checkpoint
+    from fixtures.tiny import randomize
+
+    folder = tmp_path_factory.mktemp("writer")
+    recipe = parts.recipe(folder, stage="generation", language={"name": parts.llama})
+    built = build(recipe.model, torch.device("cpu"))
+    randomize(built.model.qformer)
+    save_checkpoint(folder, 1, built.model, recipe, built.tokenizer, {}, {}, 1)
+    return folder
+
+
+def wait_for(log, pattern, process):
+    for _ in range(1200):
+        if found := re.search(pattern, log.read_text() if log.exists() else ""):
+            return found
+        assert process.is_alive(), log.read_text()
+        time.sleep(0.1)
+    raise AssertionError(log.read_text())
+
+
+def test_sigterm_under_load(writer_run, run, tmp_path):
+    """Requests that have begun are answered in full, streams too; then the process ends with status 0."""
+    keys, log = tmp_path / "keys", tmp_path / "log"
+    keys.write_text(f"# keys of clients\n{KEY}\n")
+    arguments = ["serve", f"writer={writer_run}", f"reader={run}", "--api-key-file", str(keys), "--port", "0"]
+    process = start([*arguments, "--device", "cpu", "--max-batch-size", "4"], log)
+    url = wait_for(log, r"listening on (http://\S+)", process)[1]
+    image = {"type": "image_url", "image_url": {"url": data_url(draw("disc", "red", 0))}}
+    messages = [{"role": "user", "content": [image, {"type": "text", "text": "what is it"}]}]
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=60)
+    options = {"model": "writer", "messages": messages, "max_tokens": 300}
+    expected = client.chat.completions.create(**options)
+    begun, answers = threading.Semaphore(0), {}
+
+    def ask(number):
+        if number % 2:
+            text = ""
+            for chunk in client.chat.completions.create(**options, stream=True):
+                begun.release()
+                text += chunk.choices[0].delta.content or ""
+            answers[number] = text
+        else:
+            begun.release()
+            answers[number] = client.chat.completions.create(**options).choices[0].message.content
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for _ in range(9):  # all streams have begun, and the other requests have been sent
+        assert begun.acquire(timeout=60)
+    while "blip2_requests_in_flight 6" not in client.get("../metrics", cast_to=str):
+        assert len(answers) < 6
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGTERM)
+    for thread in threads:
+        thread.join(60)
+    assert answers == dict.fromkeys(range(6), expected.choices[0].message.content)
+    process.join(60)
+    printed = log.read_text()
+    assert process.exitcode == 0, printed
+    with pytest.raises(openai.APIConnectionError):
+        client.models.list()
+    client.close()
+    assert "Traceback" not in printed and "what is it" not in printed and KEY not in printed
+    assert printed.count('"route": "/v1/chat/completions", "status": 200') == 7
+
+
+def test_names_of_models():
+    assert name_models(["runs/vqa", "a=runs/x", "/b=/c"]) == {"vqa": "runs/vqa", "a": "runs/x", "c": "/b=/c"}
+    with pytest.raises(InputError, match="both named vqa: give one another name as NAME=PATH"):
+        name_models(["runs/vqa", "other/vqa"])
+
+
+def test_files_of_keys(tmp_path):
+    path = tmp_path / "keys"
+    path.write_text(f"\n# a comment\n  {KEY}  \n")
+    assert read_keys(path) == [KEY]
+    for text, message in (("\n# none\n", "has no API key"), ("short\n", "has 5 characters, expected at least 16")):
+        path.write_text(text)
+        with pytest.raises(InputError, match=message):
+            read_keys(path)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_keys(tmp_path / "missing")
