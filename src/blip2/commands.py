@@ -15,6 +15,7 @@ from blip2.corpus.options import NUCLEUS_SAMPLING, CapFiltConfig, Check, Engine,
 from blip2.decoding.options import ANSWER_DECODING, CAPTION_DECODING, CHAT_DECODING, Decoding, Sampling
 from blip2.errors import InputError, escape_control_characters
 from blip2.search.options import SearchOptions, Vectors
+from blip2.serve.options import ServeOptions
 
 
 @dataclass(frozen=True)
@@ -386,6 +387,29 @@ def search(
             print_row("", "", f"not re-ranked: {hit.problem}")
 
 
+def serve(models: list[str], *, library: str | None, options: ServeOptions, device: Device) -> None:
+    """Answer requests over HTTP: OpenAI's chat and embeddings with images, re-ranking, image search, and a web page.
+
+    The command ends on SIGTERM or Ctrl-C, after it has answered the requests that have begun.
+
+    The arguments are those of :func:`blip2.serve.server.serve`.
+
+    Example:
+        blip2 serve runs/demo/vqa runs/demo/stage1 --library library
+    """
+    try:
+        import fastapi  # noqa: F401
+        import openai  # noqa: F401
+        import sse_starlette  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            f"the service needs {error.name}, which is not installed: pip install 'blip2[serve]'"
+        ) from error
+    from blip2.serve.server import serve
+
+    serve(models, library, options, **vars(device))
+
+
 def score(
     data: str,
     *,
@@ -534,7 +558,7 @@ def push(folder: str, repo_id: str, *, private: bool) -> None:
 COMMANDS: dict[str, Callable[..., None]] = {
     command.__name__: command
     for command in (
-        demo, scenes, train, features, caption, ask, chat, match, embed, index, search, score, capfilt, evaluate,
+        demo, scenes, train, features, caption, ask, chat, match, embed, index, search, serve, score, capfilt, evaluate,
         convert, push,
     )
 }  # fmt: skip
