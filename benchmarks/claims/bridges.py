@@ -49,6 +49,7 @@ from blip2.training.projection import fit_projection
 from blip2.training.setup import NUM_PROJECTION_IMAGES
 
 QFORMER, WITHOUT, MLP, POOLING = "Q-Former", "Q-Former, no stage 1", "MLP", "pooling, MLP"
+VARIANTS = (QFORMER, WITHOUT, MLP, POOLING)
 STEPS, IMAGES_PER_STEP = 80, 8
 POOLED_SIDE = 4
 """Rows and columns of the pooled grid."""
@@ -188,9 +189,7 @@ def main() -> None:
     def held_out() -> tuple[list[dict[str, Any]], Tensor]:
         return read_images(encoder(), "test_compositions.jsonl", claim.limit(160))
 
-    scores = claim.compare(
-        [QFORMER, WITHOUT, MLP, POOLING], lambda variant, seed: measure(claim, variant, seed, train, held_out)
-    )
+    scores = claim.compare(VARIANTS, lambda variant, seed: measure(claim, variant, seed, train, held_out))
     claim.finish({"scores": scores}, table(scores), draw_scores(scores, SCORES))
 
 
