@@ -8,7 +8,7 @@ Each row is a server of its own, asked by so many clients, each of which sends i
 to the last one. A request has an image and a question of its own, and its answer is known from the server without
 batches, asked by one client: a request that is lost, or has another answer, is counted.
 
-``--peer`` makes a BLIP-2 in transformers' format with a small untrained ViT, an untrained Q-Former and the LLM
+``--peer`` makes a BLIP-2 in transformers' format with a small untrained ViT, MiniLM as the Q-Former and the LLM
 SmolLM2-135M-Instruct, and lets both servers caption the same images with it, with the same number of tokens. The median
 of the ratio over ``--rounds`` rounds is printed, in which the servers take turns.
 
@@ -227,7 +227,7 @@ def measure_load(options: argparse.Namespace) -> list[dict[str, Any]]:
 def make_peer_folder(folder: Path) -> Path:
     """Write a BLIP-2 in transformers' format that both servers can load, and return its folder."""
     import torch
-    from transformers import BertConfig, ViTConfig, ViTModel
+    from transformers import ViTConfig, ViTModel
 
     from blip2.builder import build
     from blip2.checkpoint import save_checkpoint
@@ -235,7 +235,9 @@ def make_peer_folder(folder: Path) -> Path:
     from blip2.convert import convert
 
     torch.manual_seed(0)
-    vit = ViTConfig(hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768)
+    vit = ViTConfig(
+        hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768, layer_norm_eps=1e-5
+    )
     ViTModel(vit, add_pooling_layer=False).save_pretrained(folder / "vit")
     recipe = Recipe(
         stage="generation",
@@ -243,8 +245,8 @@ def make_peer_folder(folder: Path) -> Path:
         vision=VisionConfig(str(folder / "vit")),
         language=LanguageConfig("package:smollm2-135m-instruct"),
         qformer=QFormerConfig(
-            hidden_size=256, num_hidden_layers=6, num_attention_heads=4, intermediate_size=1024, num_query_tokens=16,
-            vocab_size=BertConfig().vocab_size,
+            bert="package:minilm", hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536,
+            num_query_tokens=16,
         ),
         data=DataConfig(train="none"),
     )  # fmt: skip
