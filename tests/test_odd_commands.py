@@ -84,6 +84,11 @@ COMMANDS = {
         [PATHS, TEXTS],
         {"--k": NUMBERS, "--where": TEXTS, "--rerank-k": NUMBERS, "--html": PATHS, "--model": PATHS},
     ),
+    "calibrate": (
+        ["OTHER", "table.jsonl"],
+        [PATHS, PATHS],
+        {"--by": ("itm", "lm", "x"), "--limit": NUMBERS, "--answer-list": PATHS, "--calibration.itm": NUMBERS},
+    ),
     "convert": (
         ["MODEL", "converted", "--to", "blip2"],
         [PATHS, PATHS, None, ("transformers", "vllm", "lavis", "x")],

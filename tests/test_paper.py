@@ -194,6 +194,8 @@ EVALUATION = {
         "repetition_penalty",
         "no_repeat_ngram_size",
         "stop_strings",
+        "rank_by",
+        "answer_list",
     )
 } | {
     "evaluation.num_beams": None,
@@ -202,6 +204,7 @@ EVALUATION = {
     "evaluation.rules": "official",
     "evaluation.lemmatize": False,
     "evaluation.control": False,
+    "evaluation.calibration": False,
 }
 # Table 7
 CAPTIONING = (

@@ -33,14 +33,14 @@ from transformers import PreTrainedTokenizerBase
 from blip2.backbones.frozen import Freezable
 from blip2.backbones.pretrained import check_finite, check_tied_weights, load_pickle
 from blip2.builder import Built
-from blip2.config import ModelConfig, QFormerConfig, Recipe
+from blip2.config import CalibrationConfig, ModelConfig, QFormerConfig, Recipe
 from blip2.data.assets import resolve
 from blip2.data.positions import is_position
 from blip2.errors import InputError
 from blip2.interop.checkpoint import Checkpoint, is_text_weight
 from blip2.interop.detect import fetch_revision, is_blip2, is_pickle, open_foreign
 from blip2.interop.weights import open_file
-from blip2.io import read_json, write_tensors
+from blip2.io import atomic_write, read_json, write_tensors
 from blip2.model.generation import GenerationModel
 from blip2.recipe import dump_config, load_stored, override
 
@@ -171,6 +171,23 @@ def write_configs(folder: Path, config: ModelConfig, recipe: Recipe | None) -> N
     (folder / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
     if recipe is not None:
         (folder / RECIPE_FILE).write_text(dump_config(recipe), encoding="utf-8")
+
+
+def write_calibration(folder: Path, temperatures: Mapping[str, float]) -> None:
+    """Replace temperatures in ``model.yaml`` of a checkpoint folder of blip2, atomically.
+
+    Args:
+        folder: the checkpoint.
+        temperatures: new values of fields of :class:`~blip2.config.CalibrationConfig`. The other fields are kept.
+
+    Raises:
+        InputError: the file is damaged.
+        OSError: the file cannot be written.
+    """
+    config = load_stored(ModelConfig, folder / CONFIG_FILE)
+    config = replace(config, calibration=replace(config.calibration or CalibrationConfig(), **temperatures))
+    with atomic_write(folder / CONFIG_FILE) as file:
+        file.write(dump_config(config).encode())
 
 
 def save_best(run: Path, step: int, metadata: dict[str, Any]) -> None:

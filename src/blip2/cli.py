@@ -24,7 +24,7 @@ from blip2.memory import tune_malloc
 from blip2.options import add_options, call, takes
 from blip2.training.interruption import TrainingInterrupted
 
-OVERRIDE = r"--((vision|language|qformer)\.[a-z_]+|text_normalization)"
+OVERRIDE = r"--((vision|language|qformer|calibration)\.[a-z_]+|text_normalization)"
 """Options that override a key of a model's config."""
 NO_COMMAND = {"-h", "--help", "--version"}
 """Arguments with which no command is needed."""

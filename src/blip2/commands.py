@@ -9,8 +9,9 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
-from blip2.config import CheckpointFormat, DecodingOptions, EvaluationConfig, Precision, ScoreName
+from blip2.config import CheckpointFormat, DecodingOptions, EvaluationConfig, Precision, ScoreName, TemperatureName
 from blip2.corpus.options import NUCLEUS_SAMPLING, CapFiltConfig, Check, Engine, Sharding
 from blip2.decoding.options import ANSWER_DECODING, CAPTION_DECODING, CHAT_DECODING, Decoding, Sampling
 from blip2.errors import InputError, escape_control_characters
@@ -520,6 +521,36 @@ def evaluate(
     print(json.dumps(metrics, indent=1))
 
 
+def calibrate(
+    model: str,
+    data: str,
+    *,
+    by: list[TemperatureName] | None,
+    answer_list: str | None,
+    limit: int | None,
+    rules: Literal["official", "lavis"] = "official",
+    decoding: DecodingOptions = ANSWER_DECODING.options,
+    loading: Loading,
+) -> None:
+    """Fit temperatures to held-out data, so that probabilities agree with how often the model is right.
+
+    The temperatures are stored in the checkpoint, and change no text, no ranking and no accuracy: only the
+    probabilities of ranked candidates, of matches and of answers (docs/calibration.md).
+
+    The arguments are those of :func:`blip2.evaluation.temperatures.calibrate`.
+
+    Example:
+        blip2 calibrate runs/demo/vqa held_out_questions.jsonl --answer-list answers.txt
+    """
+    from blip2.evaluation.temperatures import calibrate
+
+    chosen = Decoding().override(decoding)
+    results = calibrate(
+        model, data, by, answer_list=answer_list, limit=limit, rules=rules, decoding=chosen, **vars(loading)
+    )
+    print(json.dumps(results, indent=1))
+
+
 def convert(
     source: str,
     target: str,
@@ -559,7 +590,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     command.__name__: command
     for command in (
         demo, scenes, train, features, caption, ask, chat, match, embed, index, search, serve, score, capfilt, evaluate,
-        convert, push,
+        calibrate, convert, push,
     )
 }  # fmt: skip
 """The commands by name, in the order of ``blip2 --help``."""

@@ -19,6 +19,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 TextNormalization = Literal["none", "lavis"]
 Stage = Literal["representation", "generation"]
 ScoreName = Literal["itc", "itm", "itg", "lm", "pmi"]
+TemperatureName = Literal["itc", "itm", "lm", "pmi", "answer"]
+"""The names of the temperatures of :class:`CalibrationConfig`."""
 CheckpointFormat = Literal["transformers", "vllm", "lavis", "blip2"]
 QUESTION_PLACEHOLDER = "{}"
 """The part of a prompt that is replaced by the question."""
@@ -236,6 +238,25 @@ class LanguageConfig:
 
 
 @dataclass(frozen=True)
+class CalibrationConfig:
+    """Temperatures with which the probabilities of a model agree with how often it is right. blip2 calibrate fits them
+    to held-out data (docs/calibration.md). A temperature above 1 makes the model less certain."""
+
+    itc: float | None = bounded(None, 1e-3, 1e3)
+    """Temperature of the probabilities of candidates that are ranked by ITC, in addition to the temperature that was
+    learned in training. null: not calibrated."""
+    itm: float | None = bounded(None, 1e-3, 1e3)
+    """Temperature of the probability that an image and a text match (ITM). null: not calibrated."""
+    lm: float | None = bounded(None, 1e-3, 1e3)
+    """Temperature of the probabilities of candidates that are ranked by their log-likelihood under the LLM. null: not
+    calibrated."""
+    pmi: float | None = bounded(None, 1e-3, 1e3)
+    """Temperature of the probabilities of candidates that are ranked by pmi. null: not calibrated."""
+    answer: float | None = bounded(None, 1e-3, 1e3)
+    """Temperature of the confidence of generated answers. null: not calibrated."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The config of a model: its sizes, the names of its frozen parts, and how its texts are prepared.
 
@@ -254,6 +275,8 @@ class ModelConfig:
     max_length: int = bounded(32, 2, MAX_COUNT)
     """Maximum length in tokens of a caption in training; the value of data.max_length in a recipe. Texts that
     :meth:`blip2.RepresentationPipeline.match` and similar methods compare with images may have twice this length."""
+    calibration: CalibrationConfig | None = None
+    """Temperatures that blip2 calibrate has fitted. null: the model is not calibrated."""
 
     def __post_init__(self) -> None:
         if self.stage == "generation" and self.language is None:
@@ -607,10 +630,32 @@ class EvaluationConfig(DecodingOptions):
     control: bool = False
     """Also score the same records with the images shuffled and with blank images, and report how far the scores with
     the true images are above them (docs/evaluation.md)."""
+    rank_by: Literal["lm", "pmi"] | None = None
+    """VQA: also answer by ranking candidates by this score (docs/scoring.md). The candidates are the answers in
+    answer_list or, without it, those in the column choices of each record. null: answers are only generated."""
+    answer_list: str | None = None
+    """VQA: file with the candidates for all questions, which rank_by ranks: one answer per line, or a JSON list. null:
+    each record has its own choices."""
+    calibration: bool = False
+    """VQA: also report how well the confidence of the generated answers agrees with their accuracy, and the accuracy of
+    the most certain answers (docs/calibration.md)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_beams()
+        if self.task != "vqa" and (self.rank_by is not None or self.answer_list is not None or self.calibration):
+            used = next(name for name in ("rank_by", "answer_list", "calibration") if getattr(self, name))
+            raise InputError(f"{used} is set, but the task is {self.task}: leave out {used}, or set the task to vqa")
+        if self.answer_list is not None and self.rank_by is None:
+            raise InputError(
+                f"answer_list is {self.answer_list}, but rank_by is null, so that nothing ranks these answers: set"
+                " rank_by to lm or pmi, or leave out answer_list"
+            )
+        if self.calibration and self.prompt is not None:
+            raise InputError(
+                f"calibration is on and prompt is {self.prompt!r}, but the confidence of an answer is known for the"
+                " model's own prompt only: leave out one of them"
+            )
 
 
 @dataclass(frozen=True)

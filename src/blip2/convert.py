@@ -132,6 +132,12 @@ def convert(
         raise InputError(
             f"{checkpoint.name} has LoRA adapters in its LLM, which {to} does not support: convert it to blip2"
         )
+    if to != "blip2" and checkpoint.config.calibration is not None:
+        log.warning(
+            "%s is calibrated, but the format %s has no place for temperatures: the output is not calibrated",
+            checkpoint.name,
+            to,
+        )
     if to == "blip2":
         write = _blip2(checkpoint)
     elif to == "lavis":

@@ -21,6 +21,9 @@ IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "image_path", "file_name
 CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "texts", "sentence", "sentences")
 ANSWER_COLUMNS = ("answers", "answer")
 QUESTION_COLUMNS = ("question",)
+CHOICE_COLUMNS = ("choices", "multiple_choices", "options")
+"""Names of the column with the candidate answers of multiple-choice questions, in A-OKVQA and ScienceQA, in VQA v1 and
+Visual7W, and in MMMU."""
 IMAGE_ID_COLUMNS = ("image_key", "coco_id")
 FEATURE_COLUMNS = ("features", "npy", "npz", "safetensors")
 METADATA_COLUMNS = ("image_id", "question_id", "question_type", "answer_type", "domain")

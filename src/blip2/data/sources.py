@@ -24,6 +24,7 @@ from blip2.data.benchmarks import find_shards, is_benchmark, read_benchmark
 from blip2.data.cells import (
     ANSWER_COLUMNS,
     CAPTION_COLUMNS,
+    CHOICE_COLUMNS,
     FEATURE_COLUMNS,
     IMAGE_COLUMNS,
     IMAGE_ID_COLUMNS,
@@ -242,6 +243,8 @@ def _make_records(
     # Questions are never grouped, so that their answers are mixed.
     group = config.group_column if config.group_column in features and question is None else None
     others = tuple(name for name in features if all_columns and name not in (image, caption))
+    if question is not None:  # evaluation reads the choices, and says what is wrong with them
+        others = tuple(name for name in CHOICE_COLUMNS if name in features)[:1]
     columns = ColumnMapping(
         source,
         image,

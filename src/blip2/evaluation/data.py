@@ -8,9 +8,45 @@ from typing import Any
 
 from blip2.config import DataConfig
 from blip2.data.assets import resolve
+from blip2.data.cells import CHOICE_COLUMNS, CellError, read_texts
 from blip2.data.records import Record, Records
 from blip2.data.sources import open_records
 from blip2.errors import InputError
+from blip2.io import expand_home, parse_json, read_regular_file
+
+MAX_ANSWER_LIST = 1 << 26
+"""Maximum number of bytes of a list of answers."""
+
+
+def read_answer_list(path: str) -> tuple[str, ...]:
+    """Read the candidate answers to all questions from a file: one answer per line, or a JSON list of texts.
+
+    Args:
+        path: the file. A JSON list must be in a file whose name ends in .json. Blank lines of other files are ignored.
+
+    Raises:
+        InputError: the file cannot be read, or does not contain at least two texts that differ and are not blank.
+    """
+    file = expand_home(path)
+    try:
+        text = read_regular_file(file, MAX_ANSWER_LIST).decode("utf-8-sig")
+        listed: Any = (
+            parse_json(text) if file.suffix == ".json" else [line for line in text.splitlines() if line.strip()]
+        )
+    except (OSError, ValueError, InputError) as error:
+        raise InputError(
+            f"the answer list {path} cannot be read ({getattr(error, 'strerror', None) or error}), expected a text file"
+            " with one answer per line, or a JSON list of texts in a .json file: correct the path or the file"
+        ) from error
+    entries = listed if isinstance(listed, list) else []
+    answers = [" ".join(each.split()) if isinstance(each, str) else "" for each in entries]
+    num_blank, num_repeated = answers.count(""), len(answers) - len(set(answers))
+    if len(answers) < 2 or num_blank or num_repeated:
+        raise InputError(
+            f"the answer list {path} has {len(answers)} entries, {num_blank} of them blank or not text and"
+            f" {num_repeated} repeated, expected at least two texts that differ: correct the file"
+        )
+    return tuple(answers)
 
 
 class EvalData:
@@ -67,6 +103,32 @@ class EvalData:
         for i, record in enumerate(self.records):
             groups.setdefault(record.metadata.get("image_id", self.image_ids[i]), []).append(i)
         return list(groups.values())
+
+    def choices(self) -> list[tuple[str, ...]]:
+        """Return the candidate answers to the question of each record, from the column of choices.
+
+        Raises:
+            InputError: there is no such column, or a record does not have at least two choices that differ.
+        """
+        return [self._choices(record) for record in self.records]
+
+    @staticmethod
+    def _choices(record: Record) -> tuple[str, ...]:
+        for name, cell in record.other_columns.items():
+            try:
+                choices, num_blank = read_texts(cell)
+            except CellError as error:
+                raise InputError(f"{record.key}: {name} {error}") from error
+            if num_blank or len(choices) < 2 or len(set(choices)) < len(choices):
+                raise InputError(
+                    f"{record.key}: {name} holds {list(choices) + [''] * num_blank}, expected at least two texts that"
+                    " differ and are not blank: correct the row"
+                )
+            return choices
+        raise InputError(
+            f"{record.key} has no choices, among which to rank answers: add a column {CHOICE_COLUMNS[0]} with a list of"
+            " candidate answers, or give a file of answers as answer_list"
+        )
 
     def question_ids(self) -> list[Any]:
         """Return the ``question_id`` of each record, or the index of the record if there is no ``question_id``.

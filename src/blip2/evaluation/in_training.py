@@ -66,7 +66,7 @@ class Evaluation:
                 values |= {f"{name}_{key.replace(' ', '_')}": score for key, score in flatten_scores(value)}
             elif isinstance(value, dict) and not name.startswith("by_"):  # scores by type are only in the folder
                 prefix = "" if name == "missing" else f"{name}_"
-                values |= {f"{prefix}{key}": each for key, each in value.items()}
+                values |= {f"{prefix}{key}": each for key, each in value.items() if not isinstance(each, dict)}
             elif isinstance(value, float):
                 values[name] = value
         return {f"evaluation_{name}": value for name, value in values.items()}

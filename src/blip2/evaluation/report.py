@@ -7,6 +7,7 @@ import html
 import io
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from blip2.data.images import ImageError, read_image
 from blip2.errors import InputError
+from blip2.evaluation.calibration import coverage_curves
 from blip2.evaluation.control import COLUMNS, CONTROLS, GAPS, control_rows
 
 STYLE = """
@@ -137,6 +139,13 @@ def write_evaluation_report(path: Path, metrics: Mapping[str, Any], examples: Se
             " the images. A dash stands for a score that has no meaning: images that are all blank have no order.",
         )
         report.table(COLUMNS, rows)
+    if curves := coverage_curves(metrics):
+        report.section(
+            "Certainty",
+            "Accuracy of the most certain answers, by their share of all questions (docs/calibration.md).",
+        )
+        with suppress(InputError):  # matplotlib is not installed: the results above have the numbers
+            report.plot(plot_coverage(curves), "accuracy of the most certain answers")
     scored = sorted((each for each in examples if each.score is not None), key=lambda each: each.score or 0.0)
     drawn = random.Random(0).sample(list(examples), min(MAX_EXAMPLES, len(examples)))
     sections = {"Best": scored[::-1][:MAX_EXAMPLES], "Worst": scored[:MAX_EXAMPLES], "Drawn at random": drawn}
@@ -215,6 +224,26 @@ def plot_curves(curves: dict[str, list[dict[str, Any]]], names: Sequence[tuple[s
         if axes.lines:
             axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
+    return figure
+
+
+def plot_coverage(curves: Mapping[str, Mapping[str, float]]) -> Any:
+    """Plot the accuracy of the most certain predictions against their share.
+
+    Args:
+        curves: :func:`~blip2.evaluation.calibration.accuracy_at_coverage` of each way of predicting, by its name.
+
+    Returns:
+        The matplotlib figure.
+    """
+    figure = new_figure(4.2, 3.0)
+    axes = figure.add_subplot()
+    for name, curve in curves.items():
+        axes.plot([int(share) for share in curve], [100 * value for value in curve.values()], "o-", label=name)
+    axes.set_xlabel("coverage: % of the questions that are answered", fontsize=9)
+    axes.set_ylabel("accuracy in %", fontsize=9)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     return figure
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ from blip2.distributed import all_gather_objects, on_rank_0, rank
 from blip2.errors import InputError
 from blip2.evaluation import tasks
 from blip2.evaluation.control import COLUMNS, control_rows
-from blip2.evaluation.data import EvalData
+from blip2.evaluation.data import EvalData, read_answer_list
 from blip2.evaluation.predictions import write_predictions
 from blip2.evaluation.report import write_evaluation_report
 from blip2.evaluation.tasks import EvalResult, decoding_for
@@ -121,6 +122,7 @@ def evaluate_pipeline(
         "records": len(data), "dtype": str(pipeline.model.vision.dtype), "decoding": decoding,
         "prompt": config.prompt, "rerank_k": config.rerank_k, "fusion": config.fusion, "rules": config.rules,
         "lemmatize": config.lemmatize, "seed": seed, **({"control": True} if config.control else {}),
+        **_certainty_metadata(pipeline, config),
     })  # fmt: skip
 
     def work(resumable: ResumableMap) -> EvalResult:
@@ -157,6 +159,11 @@ def evaluate_predictions(file: str | Path, config: EvaluationConfig, output: str
             f"a control was asked for {file}, but a file of predictions has no model that could see other images: give"
             " a model, or leave out --control"
         )
+    if config.rank_by is not None or config.calibration:
+        raise InputError(
+            f"{'rank_by' if config.rank_by is not None else 'calibration'} is set for {file}, but a file of predictions"
+            " has no probabilities: give a model, or leave it out"
+        )
     data = EvalData(DataConfig(train=config.data), config.limit)
     config = _with_lemmatize(config, data)
     try:
@@ -172,6 +179,24 @@ def evaluate_predictions(file: str | Path, config: EvaluationConfig, output: str
         return SCORE_PREDICTIONS[config.task](data, file, config, resumable)
 
     return {**metadata, **_run_once(expand_home(output), metadata, work)}
+
+
+def _certainty_metadata(
+    pipeline: RepresentationPipeline | GenerationPipeline, config: EvaluationConfig
+) -> dict[str, Any]:
+    """Return what determines the ranked answers and the probabilities, if the evaluation has any."""
+    metadata: dict[str, Any] = {}
+    if config.rank_by is not None:
+        metadata["rank_by"] = config.rank_by
+        if config.answer_list is not None:
+            listed = json.dumps(read_answer_list(config.answer_list)).encode()
+            metadata["answer_list"] = config.answer_list
+            metadata["answer_list_digest"] = hashlib.blake2b(listed, digest_size=8).hexdigest()
+    if config.calibration:
+        metadata["calibration"] = True
+    if metadata and pipeline.config.calibration is not None:
+        metadata["temperatures"] = asdict(pipeline.config.calibration)
+    return metadata
 
 
 def _with_lemmatize(config: EvaluationConfig, data: EvalData) -> EvaluationConfig:
@@ -197,6 +222,8 @@ def _run_once(
             metrics = {**metadata, **result.metrics}
             if result.format is not None:
                 write_predictions(folder / "predictions.json", result.format, result.predictions)
+            if result.ranked:
+                write_json(folder / "ranked.json", result.ranked, indent=None)
             write_evaluation_report(folder / "report.html", metrics, result.examples)
             write_json(folder / METRICS, metrics)  # last: it marks the evaluation as finished
         all_gather_objects(None)  # wait until everything is written and every process has read the chunks

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate.utils import set_seed
@@ -19,9 +19,10 @@ from blip2.data.arrays import blank_input, read_input, stack_inputs
 from blip2.data.images import ImageError
 from blip2.decoding.options import ANSWER_DECODING, CAPTION_DECODING, Decoding
 from blip2.errors import InputError
+from blip2.evaluation.calibration import measure
 from blip2.evaluation.captioning import CaptionScores, MissingMetric, official_scores, scores_by_domain
 from blip2.evaluation.control import FeatureFiles, add_control, derange
-from blip2.evaluation.data import EvalData
+from blip2.evaluation.data import EvalData, read_answer_list
 from blip2.evaluation.predictions import PredictionFormat, read_predictions
 from blip2.evaluation.report import Example
 from blip2.evaluation.retrieval import (
@@ -34,17 +35,23 @@ from blip2.evaluation.retrieval import (
     rerank,
     select_candidates,
 )
-from blip2.evaluation.vqa import Question, lemmatize, score_answers, score_exact
+from blip2.evaluation.vqa import AnswerScores, Question, Rules, lemmatize, score_answers, score_exact
 from blip2.model.losses import image_text_similarity
-from blip2.pipelines import GenerationPipeline, Pipeline, RepresentationPipeline
+from blip2.pipelines import Candidate, GenerationPipeline, Pipeline, RepresentationPipeline
 from blip2.resumable import ResumableMap
 
 Key = TypeVar("Key")
+Output = TypeVar("Output")
+Answered = dict[str, Any]
+"""The answer to a question in plain values, which can be stored: ``answer``, the generated text; with ``calibration``
+its ``confidence``; with ``rank_by`` the best candidate, ``ranked``, and its ``probability``."""
 LEMMATIZED = "accuracy_lemmatized"
 MAX_LISTED = 20
 """Maximum number of unusable images that are listed in the metrics; their total number is there too."""
 CHUNK_SIZE = 64
 """Number of records or images in a chunk of work. It is fixed, because the last digits of results may depend on it."""
+MAX_RANKED = 20_000
+"""Maximum number of pairs of a question and a candidate that are ranked together."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,8 @@ class EvalResult:
     """Predicted texts, by question id or image id."""
     examples: list[Example]
     """An example for each image, text or question that was evaluated."""
+    ranked: list[dict[str, Any]] = field(default_factory=list)
+    """The best candidate of each question: ``question_id``, ``answer`` and ``probability``."""
 
 
 def decoding_for(config: EvaluationConfig) -> Decoding:
@@ -83,7 +92,8 @@ def answer(
 
     Raises:
         InputError: the prompt has no place for the question, a record has no question, the questions have different
-            numbers of reference answers, or a control is asked for without reference answers or with a single image.
+            numbers of reference answers, a record has no choices to rank, or a control is asked for without reference
+            answers or with a single image.
     """
     prompt = config.prompt or pipeline.question_template
     if QUESTION_PLACEHOLDER not in prompt:
@@ -91,7 +101,8 @@ def answer(
             f"the prompt {prompt!r} has no {QUESTION_PLACEHOLDER}, which stands for the question: add"
             f" {QUESTION_PLACEHOLDER} to the prompt"
         )
-    ids, references = data.question_ids(), _reference_answers(data)
+    ids, references = data.question_ids(), reference_answers(data)
+    candidates = None if config.rank_by is None else find_candidates(data, config.answer_list, references, config.rules)
     if config.control and not references:
         raise _nothing_to_compare(data, "answers")
     chunk_of_image: dict[int, int] = {}
@@ -99,15 +110,27 @@ def answer(
         chunk_of_image.setdefault(image, i // CHUNK_SIZE)
     encoded = FeatureFiles(resumable.folder / "features", chunk_of_image) if config.control else None
 
-    def ask(features: Float[Tensor, "I P E"], rows: Sequence[int], image_index: Sequence[int]) -> dict[int, str]:
+    def ask(features: Float[Tensor, "I P E"], rows: Sequence[int], image_index: Sequence[int]) -> dict[int, Answered]:
         questions = [data.records[i].question or "" for i in rows]
-        answers = pipeline.generate(
-            features, pipeline.format_questions(questions, prompt), decoding_for(config),
-            image_index=image_index, questions=questions,
-        )  # fmt: skip
-        return dict(zip(rows, answers, strict=True))
+        found: list[Answered]
+        if config.calibration:
+            described = pipeline.answer(features[list(image_index)], questions, decoding_for(config), details=True)
+            found = [{"answer": each.text, "confidence": each.confidence} for each in described]
+        else:
+            answers = pipeline.generate(
+                features, pipeline.format_questions(questions, prompt), decoding_for(config),
+                image_index=image_index, questions=questions,
+            )  # fmt: skip
+            found = [{"answer": text} for text in answers]
+        if candidates is not None and config.rank_by is not None:
+            chosen, images = [candidates[i] for i in rows], features[list(image_index)]
+            for each, ranked in zip(
+                found, rank_answers(pipeline, images, questions, chosen, config.rank_by, prompt), strict=True
+            ):
+                each |= {"ranked": ranked[0].text, "probability": ranked[0].probability}
+        return dict(zip(rows, found, strict=True))
 
-    def generate(chunk: range) -> tuple[dict[int, str], list[str]]:
+    def generate(chunk: range) -> tuple[dict[int, Answered], list[str]]:
         first: dict[int, int] = {}
         for i in chunk:
             first.setdefault(data.image_ids[i], i)
@@ -127,7 +150,7 @@ def answer(
     images = list(dict.fromkeys(data.image_ids[i] for i in answers))
     donor = {image: images[i] for image, i in zip(images, derange(len(images), seed), strict=True)}
 
-    def generate_shuffled(chunk: range) -> tuple[dict[int, str], list[str]]:
+    def generate_shuffled(chunk: range) -> tuple[dict[int, Answered], list[str]]:
         rows = [i for i in chunk if i in answers]
         if not rows:
             return {}, []
@@ -135,7 +158,7 @@ def answer(
         features = encoded.read(donors).to(pipeline.device)
         return ask(features, rows, [donors.index(donor[data.image_ids[i]]) for i in rows]), []
 
-    def generate_blank(chunk: range) -> tuple[dict[int, str], list[str]]:
+    def generate_blank(chunk: range) -> tuple[dict[int, Answered], list[str]]:
         rows = [i for i in chunk if i in answers]
         return (ask(_encode_blank(pipeline), rows, [0] * len(rows)) if rows else {}), []
 
@@ -160,11 +183,70 @@ def score_answer_predictions(
     Raises:
         InputError: the file cannot be read, or ids are missing, repeated or unknown.
     """
-    ids, references = data.question_ids(), _reference_answers(data)
-    return _score_answers(data, ids, references, dict(enumerate(_read(file, "answer", ids))), config, {})
+    ids, references = data.question_ids(), reference_answers(data)
+    answers: dict[int, Answered] = {i: {"answer": text} for i, text in enumerate(_read(file, "answer", ids))}
+    return _score_answers(data, ids, references, answers, config, {})
 
 
-def _reference_answers(data: EvalData) -> dict[int, Question]:
+def find_candidates(
+    data: EvalData, answer_list: str | None, references: Mapping[int, Question], rules: Rules
+) -> list[tuple[str, ...]]:
+    """Return the candidate answers to each question: those of a file, or the choices of each record.
+
+    Args:
+        data: the records with the questions.
+        answer_list: the file; see :func:`~blip2.evaluation.data.read_answer_list`. None: the choices of the records.
+        references: the reference answers, by record index.
+        rules: the rules for comparing answers.
+
+    Raises:
+        InputError: the file cannot be used, or a record has no choices, or its only reference answer is not among its
+            choices, as if the answer were the number of a choice.
+    """
+    if answer_list is not None:
+        return [read_answer_list(answer_list)] * len(data)
+    candidates = data.choices()
+    for i, question in references.items():
+        if len(question.answers) == 1 and not _is_among(candidates[i], question, rules):
+            raise InputError(
+                f"{data.records[i].key} has the answer {question.answers[0]!r}, which is not one of its choices"
+                f" {list(candidates[i])}: write the text of the right choice as the answer"
+            )
+    return candidates
+
+
+def _is_among(candidates: Sequence[str], question: Question, rules: Rules) -> bool:
+    return any(score_exact({0: text}, {0: question}, rules).accuracy for text in candidates)
+
+
+def rank_answers(
+    pipeline: GenerationPipeline,
+    images: Float[Tensor, "N P E"],
+    questions: Sequence[str],
+    candidates: Sequence[tuple[str, ...]],
+    by: Literal["lm", "pmi"],
+    prompt: str | None = None,
+) -> list[list[Candidate]]:
+    """Rank the candidates of each question, the best first, at most :data:`MAX_RANKED` pairs at a time.
+
+    Args:
+        pipeline: the model.
+        images: features of the image of each question.
+        questions: the questions.
+        candidates: the candidate answers to each question.
+        by: the score.
+        prompt: prompt with {} in the place of the question. None: the model's own.
+    """
+    ranked: list[list[Candidate]] = []
+    size = max(MAX_RANKED // max(map(len, candidates)), 1)
+    for start in range(0, len(questions), size):
+        part = slice(start, start + size)
+        listed = [list(each) for each in candidates[part]]
+        ranked += pipeline.rank(images[part], listed, questions[part], by, prompt=prompt)
+    return ranked
+
+
+def reference_answers(data: EvalData) -> dict[int, Question]:
     """Return the reference answers, by record index. Blank answers count, as in the official scripts.
 
     Raises:
@@ -195,35 +277,64 @@ def _score_answers(
     data: EvalData,
     ids: Sequence[Any],
     references: Mapping[int, Question],
-    answers: Mapping[int, str],
+    found: Mapping[int, Answered],
     config: EvaluationConfig,
     extra: Mapping[str, Any],
 ) -> EvalResult:
     """Score answers, given by record index. `extra` is added to the metrics."""
+    answers: dict[int, str] = {i: each["answer"] for i, each in found.items()}
     metrics: dict[str, Any] = {"answered": len(answers), **extra}
     references = {i: references[i] for i in answers if i in references}
     per_question: dict[Any, float] = {}
     if references:
-        single = all(len(question.answers) == 1 for question in references.values())
-        score = partial(score_exact if single else score_answers, questions=references, rules=config.rules)
-        scores = score({i: answers[i] for i in references})
-        metrics |= {
-            "accuracy": scores.accuracy, "by_question_type": scores.by_question_type,
-            "by_answer_type": scores.by_answer_type,
-        }  # fmt: skip
+        scores = score_texts(answers, references, config.rules)
+        metrics |= _format_accuracy(scores)
         per_question = scores.per_question
+        if config.calibration:
+            metrics |= measure([found[i]["confidence"] for i in references], list(per_question.values()))
+        if config.rank_by is not None:
+            ranked = score_texts({i: each["ranked"] for i, each in found.items()}, references, config.rules)
+            certainty = measure([found[i]["probability"] for i in references], list(ranked.per_question.values()))
+            metrics["ranked"] = {**_format_accuracy(ranked), **certainty}
         if config.lemmatize:
             try:
-                lemmas = lemmatize([answers[i] for i in references])
-                metrics[LEMMATIZED] = score(dict(zip(references, lemmas, strict=True))).accuracy
+                lemmas = dict(zip(references, lemmatize([answers[i] for i in references]), strict=True))
+                metrics[LEMMATIZED] = score_texts(lemmas, references, config.rules).accuracy
             except InputError as error:
                 metrics |= {LEMMATIZED: None, "missing": {LEMMATIZED: str(error)}}
     examples = []
     for i, text in answers.items():
         expected = f"true: {_format_counts(references[i].answers)}" if i in references else ""
         lines = (data.records[i].question or "", text, expected)
+        if "ranked" in found[i]:
+            lines += (f"ranked first: {found[i]['ranked']} ({found[i]['probability']:.2f})",)
         examples.append(Example(per_question.get(i), partial(data.image, i), lines))
-    return _to_result(metrics, "answer", {ids[i]: text for i, text in answers.items()}, examples)
+    result = _to_result(metrics, "answer", {ids[i]: text for i, text in answers.items()}, examples)
+    ranked_rows = [
+        {"question_id": ids[i], "answer": each["ranked"], "probability": each["probability"]}
+        for i, each in found.items()
+        if "ranked" in each
+    ]
+    return replace(result, ranked=ranked_rows)
+
+
+def score_texts(answers: Mapping[int, str], references: Mapping[int, Question], rules: Rules) -> AnswerScores:
+    """Compute the accuracy of answers, by the rules for one reference answer or for several, whichever there are.
+
+    Args:
+        answers: answers by record index. Those without reference answers are left out.
+        references: the reference answers, by record index; all questions have one, or all have several.
+        rules: the rules for comparing answers.
+    """
+    single = all(len(question.answers) == 1 for question in references.values())
+    return (score_exact if single else score_answers)({i: answers[i] for i in references}, references, rules)
+
+
+def _format_accuracy(scores: AnswerScores) -> dict[str, Any]:
+    return {
+        "accuracy": scores.accuracy, "by_question_type": scores.by_question_type,
+        "by_answer_type": scores.by_answer_type,
+    }  # fmt: skip
 
 
 # -- captioning ------------------------------------------------------------------------------------------------------
@@ -531,18 +642,18 @@ def _chunks(count: int) -> list[range]:
 def _generate(
     name: str,
     count: int,
-    generate: Callable[[range], tuple[dict[int, str], list[str]]],
+    generate: Callable[[range], tuple[dict[int, Output], list[str]]],
     resumable: ResumableMap,
     seed: int,
-) -> tuple[dict[int, str], list[str]]:
+) -> tuple[dict[int, Output], list[str]]:
     """Generate texts chunk by chunk. Each chunk has its own seed, so that any process can process it at any time.
 
     Returns:
-        The texts, by index in ``range(count)``, and the messages about images that were skipped.
+        What was generated, by index in ``range(count)``, and the messages about images that were skipped.
     """
     chunks = _chunks(count)
 
-    def work(chunk: int) -> tuple[dict[int, str], list[str]]:
+    def work(chunk: int) -> tuple[dict[int, Output], list[str]]:
         set_seed((seed * 1_000_003 + chunk) % 2**32)
         return generate(chunks[chunk])
 

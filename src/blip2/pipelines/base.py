@@ -99,6 +99,10 @@ class Pipeline(Generic[Model]):
             f"{self.path} is of stage {self.config.stage}, which cannot {task}: load a model of stage {stage}"
         )
 
+    def _temperature(self, name: str) -> float | None:
+        """Return a temperature of the model's calibration by its name; None if the model is not calibrated."""
+        return getattr(self.config.calibration, name, None)
+
     # Each stage overrides the tasks it supports.
 
     def answer(

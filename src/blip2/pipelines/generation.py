@@ -173,7 +173,7 @@ class GenerationPipeline(LikelihoodPipeline):
             asked = [question for each in of_image(position) for question in each]
             return [Request(*pair) for pair in zip(self.format_questions(asked), asked, strict=True)]
 
-        answers = self._generate_stream(stream, requests, decoding, details)
+        answers = self._generate_stream(stream, requests, decoding, details, self._temperature("answer"))
         check_all_used(lists, of_image, stream, kind, advice)
         return stream.arrange(answers) if nested else stream.flatten(answers, requests)
 
@@ -366,7 +366,12 @@ class GenerationPipeline(LikelihoodPipeline):
 
     @torch.no_grad()
     def _generate_stream(
-        self, stream: ImageStream, requests: Callable[[int], list[Request]], decoding: Decoding, details: bool
+        self,
+        stream: ImageStream,
+        requests: Callable[[int], list[Request]],
+        decoding: Decoding,
+        details: bool,
+        temperature: float | None = None,
     ) -> dict[int, list[Any]]:
         """Generate text about a stream of images, and return the results of each image by its position.
 
@@ -390,13 +395,14 @@ class GenerationPipeline(LikelihoodPipeline):
             if prompts:
                 tokens = self._tokenize_prompts(prompts, decoding)
                 args = (torch.cat(visual), indices, *tokens, decoding)
-                made = self._describe(*args, cat_padded(maps)) if details else self._decode(*args, 1)[0]
+                made = self._describe(*args, cat_padded(maps), temperature) if details else self._decode(*args, 1)[0]
                 for position, result in zip(positions, made, strict=True):
                     results.setdefault(position, []).append(result)
             for each in (positions, prompts, indices, visual, maps):
                 each.clear()
 
         for batch in stream:
+            temperature: temperature of the confidence of the results. None: 1.
             asked = [(i, request) for i, each in enumerate(batch.positions) for request in requests(each)]
             new = [request.prompt for _, request in asked]
             questions = [request.question for _, request in asked if request.question is not None]
@@ -442,12 +448,14 @@ class GenerationPipeline(LikelihoodPipeline):
             sequences,
         )
         return [
-            Generated.make(self.tokenizer, texts[part], sequences[part], log_probs[part], maps[index])
+            Generated.make(self.tokenizer, texts[part], sequences[part], log_probs[part], maps[index], temperature)
+        temperature: float | None,
             for index, part in zip(indices, (slice(i, i + count) for i in range(0, len(texts), count)), strict=True)
         ]
 
     def _token_log_probs(
         self,
+            temperature: temperature of the confidence. None: 1.
         visual: Float[Tensor, "V Q L"],
         indices: Sequence[int],
         prompts: Sequence[list[int]],

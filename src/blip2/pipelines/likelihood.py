@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from blip2.config import IMAGE_TOKEN, ModelConfig, ScoreName
+from blip2.config import IMAGE_TOKEN, QUESTION_PLACEHOLDER, ModelConfig, ScoreName
 from blip2.data.arrays import blank_input
 from blip2.data.collate import (
     check_unicode,
@@ -250,9 +250,11 @@ class LikelihoodPipeline(ScoringPipeline[GenerationModel]):
         self, images: Images, prompt: str | Sequence[str] | None, questions: str | Sequence[str] | None
     ) -> Rows:
         assert self.config.language is not None
-        if prompt is not None and questions is not None:
+        is_template = isinstance(prompt, str) and QUESTION_PLACEHOLDER in prompt
+        if prompt is not None and questions is not None and not is_template:
             raise InputError("found both prompt and questions, expected one of them: leave out prompt, because the"
-                             " model's own prompt contains the question")  # fmt: skip
+                             " model's own prompt contains the question, or put {} into it in the place of the"
+                             " question")  # fmt: skip
         if prompt is None and questions is None and self.config.language.prompt_has_question:
             raise InputError(f"{self.path} was trained to answer questions: give questions, or a prompt that the texts"
                              " continue")  # fmt: skip
@@ -263,7 +265,7 @@ class LikelihoodPipeline(ScoringPipeline[GenerationModel]):
         if not prompts:
             raise InputError("no prompt was given: give at least one, or leave out prompt")
         if listed is not None:
-            prompts = self.format_questions(listed)
+            prompts = self.format_questions(listed, prompt if isinstance(prompt, str) else None)
         num_rows = len(prompts) if len(features) == 1 else len(features)
         if len(prompts) == 1:
             prompts, listed = prompts * num_rows, listed and listed * num_rows

@@ -157,7 +157,8 @@ class RepresentationPipeline(ScoringPipeline[RepresentationModel]):
     ) -> Tensor | list[Tensor | ImageError]:
         """Return the probability in [0, 1] that an image and a text match, for every image and text (§3.2, ITM).
 
-        This method is slower and more accurate than :meth:`similarity`, because the Q-Former processes every pair.
+        The probability is calibrated if the model is (docs/calibration.md). This method is slower and more accurate
+        than :meth:`similarity`, because the Q-Former processes every pair.
 
         Args:
             images: images.
@@ -179,7 +180,7 @@ class RepresentationPipeline(ScoringPipeline[RepresentationModel]):
         for positions, features in stream:
             candidates = every_text.expand(len(features), -1)
             logits = self.model.match_candidates(features, ids, mask, candidates, 4 * self.batch_size)
-            results |= zip(positions, logits.softmax(dim=-1)[..., 1].split(1), strict=True)
+            results |= zip(positions, self.match_probability(logits).split(1), strict=True)
         return stream.stack(results)
 
     @torch.no_grad()
@@ -210,6 +211,11 @@ class RepresentationPipeline(ScoringPipeline[RepresentationModel]):
                 " image"
             )
         return stream.stack(logits)
+
+    def match_probability(self, logits: Float[Tensor, "*shape 2"]) -> Float[Tensor, "*shape"]:
+        """Return the probability of a match for ITM logits (not matched, matched), calibrated if the model is."""
+        temperature = self._temperature("itm")
+        return (logits if temperature is None else logits / temperature).softmax(dim=-1)[..., 1]
 
     # -- the Q-Former --------------------------------------------------------------------------------------------------
 
@@ -474,7 +480,7 @@ class RepresentationPipeline(ScoringPipeline[RepresentationModel]):
         return Scores(values.view(shape), num_tokens.view(shape))
 
     def _match(self, memory: ImageMemory, ids: Int[Tensor, "N L"], mask: Bool[Tensor, "N L"]) -> Float[Tensor, "N"]:
-        return self.model.match(memory, ids, mask).softmax(dim=-1)[:, 1]
+        return self.match_probability(self.model.match(memory, ids, mask))
 
     def _score_pairs(
         self,

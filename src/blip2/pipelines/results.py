@@ -47,17 +47,23 @@ class Generated:
     attention_map: Float[Tensor, "Q P"] = field(compare=False, repr=False)
     """Attention of each query over the image tokens in the last cross-attention, averaged over the heads. If the
     Q-Former reads questions, it depends on the question."""
+    temperature: float = 1.0
+    """Temperature of the confidence: that of the model's calibration for answers, otherwise 1."""
 
     @property
     def confidence(self) -> float:
-        """The geometric mean of the probabilities of the tokens, in (0, 1]."""
-        return math.exp(self.log_prob / len(self.token_log_probs))
+        """The geometric mean of the probabilities of the tokens to the power of 1 / temperature, in (0, 1].
+
+        For an answer of a calibrated model, it is an estimate of the probability that the answer is right.
+        """
+        return math.exp(self.log_prob / len(self.token_log_probs) / self.temperature)
 
     def is_unsure(self, threshold: float = 0.5) -> bool:
         """Return whether the confidence is below a threshold.
 
         Args:
-            threshold: a number in [0, 1]. The confidence is not calibrated: choose the threshold on data with known
+            threshold: a number in [0, 1]. The confidence is calibrated only in answers of a model for which
+                ``blip2 calibrate`` was run (docs/calibration.md); otherwise choose the threshold on data with known
                 answers.
         """
         if not 0 <= threshold <= 1:
@@ -72,6 +78,7 @@ class Generated:
         sequences: Sequence[Sequence[int]],
         token_log_probs: Sequence[Sequence[float]],
         attention_map: Float[Tensor, "Q P"],
+        temperature: float | None = None,
     ) -> Generated:
         """Return the first of several texts, with the others as its alternatives. Texts that are equal count once.
 
@@ -81,6 +88,7 @@ class Generated:
             sequences: the token ids of each text.
             token_log_probs: the log-probability of each token of each text.
             attention_map: the attention of the queries.
+            temperature: the temperature of the confidence. None: 1.
         """
         others: dict[str, float] = {}
         for text, values in zip(texts[1:], token_log_probs[1:], strict=True):
@@ -89,7 +97,34 @@ class Generated:
         tokens = tuple(str(tokenizer.decode([token])) for token in sequences[0])
         values = tuple(token_log_probs[0])
         alternatives = tuple(Alternative(*each) for each in others.items())
-        return cls(texts[0], math.fsum(values), tokens, values, alternatives, attention_map)
+        log_prob = math.fsum(values)
+        return cls(texts[0], log_prob, tokens, values, alternatives, attention_map, temperature or 1.0)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The queries that each token of a text about an image depends on; made by ``GenerationPipeline.explain``."""
+
+    tokens: tuple[str, ...]
+    """The text of each of the U tokens. The last one is the end token."""
+    token_log_probs: tuple[float, ...]
+    """Natural logarithm of the probability of each token, given the image, the prompt and the tokens before."""
+    blank_log_probs: tuple[float, ...]
+    """The same with a blank image. A token that the LLM would write without the image has a similar value in both."""
+    effects: Float[Tensor, "U Q"] = field(compare=False, repr=False)
+    """The effect of each query on each token, in nats: by how much the log-probability of the token falls without the
+    query. It is negative if the query spoke against the token."""
+    attention_map: Float[Tensor, "Q P"] = field(compare=False, repr=False)
+    """Attention of each query over the image tokens in the last cross-attention, averaged over the heads."""
+
+    def token_maps(self) -> Float[Tensor, "U P"]:
+        """Return what was looked at for each token: the attention of the queries, weighted by their positive effects.
+
+        Each row sums to 1. For a token that no query speaks for, all queries have the same weight.
+        """
+        weights = self.effects.clamp(min=0)
+        weights = torch.where(weights.sum(dim=1, keepdim=True) > 0, weights, torch.ones_like(weights))
+        return weights / weights.sum(dim=1, keepdim=True) @ self.attention_map
 
 
 def until_end(sequence: list[int], end_tokens: Container[int]) -> list[int]:

@@ -125,10 +125,11 @@ class ScoringPipeline(Pipeline[Model]):
             image_index: the index of the image of each text, if texts are compared with one image each and several may
                 be about the same image. With several questions or prompts about a single image, it is the index of the
                 question or prompt.
-            prompt: stage 2 only: text that each text continues: one for all images, or one per image. None: the prompt
-                with which the model was trained.
+            prompt: stage 2 only: text that each text continues: one for all images, or one per image. With `questions`:
+                a prompt with {} in the place of the question. None: the prompt with which the model was trained.
             questions: stage 2 only: a question that each text answers: one for all images, or one per image. The prompt
-                is then the model's prompt of questions, and a Q-Former that reads questions reads it.
+                is then the model's prompt of questions unless `prompt` is given, and a Q-Former that reads questions
+                reads it.
 
         Returns:
             :class:`Scores` of every image with every text, [R, T]; with `pairs` or `image_index` those of the N texts,
@@ -172,7 +173,8 @@ class ScoringPipeline(Pipeline[Model]):
             For each image, or each question if there are several, all its candidates, the best first; equal candidates
             keep their order. The probabilities of the candidates of an image sum to 1. They are the softmax of the
             likelihoods by which they are ranked, or of the cosines divided by the model's temperature (``itc``), or the
-            probabilities of a match divided by their sum (``itm``).
+            probabilities of a match divided by their sum (``itm``). If the model is calibrated for `by`, they are the
+            calibrated probabilities, except with `per_token` (docs/calibration.md).
 
         Raises:
             InputError: as :meth:`score`; or the score is not a likelihood, so that there are no tokens to divide by.
@@ -194,7 +196,7 @@ class ScoringPipeline(Pipeline[Model]):
             flat = [text for group in groups for text in group]
             scores = self._score(name, rows, flat, (row_index, torch.arange(len(flat))))
             values = list((scores.per_token if per_token else scores.values).split(sizes))
-        return [self._order(name, group, each) for group, each in zip(groups, values, strict=True)]
+        return [self._order(name, group, each, per_token) for group, each in zip(groups, values, strict=True)]
 
     @torch.no_grad()
     def classify(
@@ -286,8 +288,14 @@ class ScoringPipeline(Pipeline[Model]):
 
     # -- helpers -------------------------------------------------------------------------------------------------------
 
-    def _order(self, by: ScoreName, texts: Sequence[str], scores: Float[Tensor, "K"]) -> list[Candidate]:
-        probabilities = self._choice_logits(by, scores).softmax(dim=0).tolist()
+    def _order(
+        self, by: ScoreName, texts: Sequence[str], scores: Float[Tensor, "K"], per_token: bool = False
+    ) -> list[Candidate]:
+        logits, temperature = self._choice_logits(by, scores), self._temperature(by)
+        # The scores of ITM are calibrated probabilities already; the temperature of a likelihood is that of its sum.
+        if temperature is not None and by != "itm" and not per_token:
+            logits = logits / temperature
+        probabilities = logits.softmax(dim=0).tolist()
         values = scores.tolist()
         order = sorted(range(len(texts)), key=lambda i: -values[i])
         return [Candidate(texts[i], values[i], probabilities[i]) for i in order]

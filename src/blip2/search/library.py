@@ -301,7 +301,10 @@ class Library:
                 stacked = torch.stack([features[number] for number in chosen])
                 candidates = torch.zeros(len(chosen), 1, dtype=torch.long)
                 logits = self.pipeline.match_candidates(stacked, [text], candidates)[:, 0].float().cpu()
-                odds, probabilities = (logits[:, 1] - logits[:, 0]).tolist(), logits.softmax(dim=-1)[:, 1].tolist()
+                odds, probabilities = (
+                    (logits[:, 1] - logits[:, 0]).tolist(),
+                    self.pipeline.match_probability(logits).tolist(),
+                )
                 matches = dict(zip(chosen, zip(odds, probabilities, strict=True), strict=True))
                 order.sort(key=lambda number: -matches[number][0] if number in matches else math.inf)
         return [
