@@ -383,6 +383,7 @@ class GenerationPipeline(LikelihoodPipeline):
             requests: maps the position of an image to what is generated about the image.
             decoding: options of text generation.
             details: whether the results are :class:`Generated` objects instead of strings.
+            temperature: temperature of the confidence of the results. None: 1.
         """
         results: dict[int, list[Any]] = {}
         positions: list[int] = []
@@ -402,7 +403,6 @@ class GenerationPipeline(LikelihoodPipeline):
                 each.clear()
 
         for batch in stream:
-            temperature: temperature of the confidence of the results. None: 1.
             asked = [(i, request) for i, each in enumerate(batch.positions) for request in requests(each)]
             new = [request.prompt for _, request in asked]
             questions = [request.question for _, request in asked if request.question is not None]
@@ -430,11 +430,13 @@ class GenerationPipeline(LikelihoodPipeline):
         mask: Bool[Tensor, "B T"],
         decoding: Decoding,
         maps: Float[Tensor, "V Q P"],
+        temperature: float | None,
     ) -> list[Generated]:
         """Generate text for prompts, with its probabilities and alternatives; see :meth:`_decode`.
 
         Args:
             maps: the attention of the queries of each visual prompt.
+            temperature: temperature of the confidence. None: 1.
         """
         count = decoding.beam_width(1)
         texts, sequences = self._decode(visual, indices, ids, mask, decoding, count)
@@ -449,13 +451,11 @@ class GenerationPipeline(LikelihoodPipeline):
         )
         return [
             Generated.make(self.tokenizer, texts[part], sequences[part], log_probs[part], maps[index], temperature)
-        temperature: float | None,
             for index, part in zip(indices, (slice(i, i + count) for i in range(0, len(texts), count)), strict=True)
         ]
 
     def _token_log_probs(
         self,
-            temperature: temperature of the confidence. None: 1.
         visual: Float[Tensor, "V Q L"],
         indices: Sequence[int],
         prompts: Sequence[list[int]],
