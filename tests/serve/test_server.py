@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import threading
 import time
 
@@ -11,8 +12,11 @@ import pytest
 import torch
 
 from blip2.errors import InputError
-from blip2.serve.server import name_models, read_keys
+from blip2.serve.app import create_app
+from blip2.serve.options import ServeOptions
+from blip2.serve.server import find_vllm, name_models, read_keys, run
 from conftest import draw
+from fixtures.library import save_run
 from fixtures.processes import start
 from fixtures.service import data_url
 
@@ -34,6 +38,11 @@ def writer_run(parts, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def reader_run(parts, tmp_path_factory):
+    return save_run(parts, tmp_path_factory.mktemp("reader"), seed=0)
+
+
 def wait_for(log, pattern, process):
     for _ in range(1200):
         if found := re.search(pattern, log.read_text() if log.exists() else ""):
@@ -43,11 +52,11 @@ def wait_for(log, pattern, process):
     raise AssertionError(log.read_text())
 
 
-def test_sigterm_under_load(writer_run, run, tmp_path):
+def test_sigterm_under_load(writer_run, reader_run, tmp_path):
     """Requests that have begun are answered in full, streams too; then the process ends with status 0."""
     keys, log = tmp_path / "keys", tmp_path / "log"
     keys.write_text(f"# keys of clients\n{KEY}\n")
-    arguments = ["serve", f"writer={writer_run}", f"reader={run}", "--api-key-file", str(keys), "--port", "0"]
+    arguments = ["serve", f"writer={writer_run}", f"reader={reader_run}", "--api-key-file", str(keys), "--port", "0"]
     process = start([*arguments, "--device", "cpu", "--max-batch-size", "4"], log)
     url = wait_for(log, r"listening on (http://\S+)", process)[1]
     image = {"type": "image_url", "image_url": {"url": data_url(draw("disc", "red", 0))}}
@@ -88,6 +97,20 @@ def test_sigterm_under_load(writer_run, run, tmp_path):
     client.close()
     assert "Traceback" not in printed and "what is it" not in printed and KEY not in printed
     assert printed.count('"route": "/v1/chat/completions", "status": 200') == 7
+
+
+def test_a_port_that_is_taken():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"cannot listen on 127.0.0.1, port {port}: give another"):
+            run(create_app({}), ServeOptions(port=port))
+
+
+def test_vllm_runs_the_llm_of_one_model():
+    with pytest.raises(InputError, match="of one stage-2 model, but there are 0"):
+        find_vllm({}, ServeOptions(vllm_url="http://127.0.0.1:1/v1"))
 
 
 def test_names_of_models():

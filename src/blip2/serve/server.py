@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import uvicorn
+from fastapi import FastAPI
 from sse_starlette.sse import AppStatus
 
 from blip2.config import Precision
@@ -50,7 +51,15 @@ def serve(
         if isinstance(pipeline, GenerationPipeline):
             _ = pipeline.model.language.shares_prompts  # tests the LLM now, so that the first request does not wait
     make_engine = None if options.vllm_url is None else find_vllm(pipelines, options)
-    app = create_app(pipelines, open_library(library, pipelines, device, dtype), options, keys, make_engine)
+    run(create_app(pipelines, open_library(library, pipelines, device, dtype), options, keys, make_engine), options)
+
+
+def run(app: FastAPI, options: ServeOptions) -> None:
+    """Run an application until the process is asked to end.
+
+    Raises:
+        InputError: the address or the port cannot be used.
+    """
     AppStatus.disable_automatic_graceful_drain()  # a stream that has begun is written to its end
     for logger in ("blip2.serve", "blip2.serve.access"):
         logging.getLogger(logger).setLevel(logging.INFO)
@@ -70,9 +79,12 @@ def serve(
     )
     server = _Server(config)
     # After its end, uvicorn raises the signal again that it got. SIGTERM is how a service is meant to end: status 0.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    with contextlib.suppress(SystemExit):  # if it cannot listen, for a reason that uvicorn has logged
-        server.run()
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with contextlib.suppress(SystemExit):  # if it cannot listen, for a reason that uvicorn has logged
+            server.run()
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if not server.started:
         raise InputError(
             f"the service cannot listen on {options.host}, port {options.port}: give another --host or --port"
