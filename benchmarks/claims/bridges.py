@@ -23,9 +23,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import Claim, Scores, draw_scores, fit, load_stage1, make_parser, markdown, mean_spread, read_images
+from common import Claim, Scores, draw_scores, fit, make_parser, markdown, mean_spread
 
 from blip2.builder import Built, build, build_collator, choose_device
 from blip2.checkpoint import load_start_from
@@ -44,7 +42,7 @@ from blip2.data.dataset import to_device
 from blip2.decoding.options import Decoding
 from blip2.evaluation.scenes import read_truths, score_facts
 from blip2.model.generation import GenerationBatch, GenerationModel
-from blip2.pipelines import GenerationPipeline, RepresentationPipeline, make_pipeline
+from blip2.pipelines import GenerationPipeline, make_pipeline
 from blip2.training.projection import fit_projection
 from blip2.training.setup import NUM_PROJECTION_IMAGES
 
@@ -114,11 +112,7 @@ def make_bridge(recipe: Recipe, variant: str) -> tuple[Built, Recipe]:
     return replace(built, model=BridgeModel(built.model, bridge).to(device)), recipe
 
 
-Images = Callable[[], tuple[list[dict[str, Any]], Tensor]]
-"""Returns rows of a table and the features of their images."""
-
-
-def measure(claim: Claim, variant: str, seed: int, train: Images, held_out: Images) -> dict[str, float]:
+def measure(claim: Claim, variant: str, seed: int) -> dict[str, float]:
     """Train a bridge, and return the scores of :data:`SCORES`, the loss, and the sizes of the bridge."""
     recipe = claim.recipe("stage2", f"{variant.replace(' ', '-').replace(',', '')}-{seed}", seed, STEPS)
     recipe = replace(recipe, start_from=str(claim.stage1(seed)) if variant == QFORMER else None)
@@ -127,7 +121,7 @@ def measure(claim: Claim, variant: str, seed: int, train: Images, held_out: Imag
     pipeline = make_pipeline(built, recipe.model, Path(recipe.output))
     assert isinstance(pipeline, GenerationPipeline)
     model, collator = pipeline.model, build_collator(recipe.model, built)
-    rows, features = train()
+    rows, features = claim.images("train.jsonl", IMAGES_PER_STEP * claim.steps(STEPS))
     size = min(recipe.data.batch_size, len(rows))
 
     def collate(rows: list[dict[str, Any]], features: Tensor) -> GenerationBatch:
@@ -148,7 +142,7 @@ def measure(claim: Claim, variant: str, seed: int, train: Images, held_out: Imag
 
     fit_projection(model, (draw(step) for step in range(-(-NUM_PROJECTION_IMAGES // size))))
     fit(model, recipe.optimizer, recipe.training.max_steps, seed, loss_of, Path(recipe.output) / "state.pt")
-    test_rows, test_features = held_out()
+    test_rows, test_features = claim.images("test_compositions.jsonl", claim.limit(160))
     with torch.no_grad():
         lm = float(model(collate(test_rows[:64], test_features[:64])).losses["lm"])
         tokens = model.visual_prompt(test_features[:1]).shape[1]
@@ -176,20 +170,7 @@ def table(scores: Scores) -> str:
 def main() -> None:
     parser = make_parser(__doc__, "bridges")
     claim = Claim.start(parser, parser.parse_args())
-
-    @cache
-    def encoder() -> RepresentationPipeline:  # all models have the same one
-        return load_stage1(claim.stage1(claim.seeds[0]))
-
-    @cache
-    def train() -> tuple[list[dict[str, Any]], Tensor]:
-        return read_images(encoder(), "train.jsonl", IMAGES_PER_STEP * claim.steps(STEPS))
-
-    @cache
-    def held_out() -> tuple[list[dict[str, Any]], Tensor]:
-        return read_images(encoder(), "test_compositions.jsonl", claim.limit(160))
-
-    scores = claim.compare(VARIANTS, lambda variant, seed: measure(claim, variant, seed, train, held_out))
+    scores = claim.compare(VARIANTS, lambda variant, seed: measure(claim, variant, seed))
     claim.finish({"scores": scores}, table(scores), draw_scores(scores, SCORES))
 
 

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,12 @@ def read_images(
     folder = fetch(SCENES)
     rows = read_rows(folder / file)[:limit]
     return rows, pipeline.encode_images([read_image(folder / row["image"]) for row in rows])
+
+
+@cache
+def read_features(run: Path, file: str, limit: int) -> tuple[list[dict[str, Any]], torch.Tensor]:
+    """Return what :func:`read_images` returns with the image encoder of a run of stage 1, and keep it in memory."""
+    return read_images(load_stage1(run), file, limit)
 
 
 def read_questions(pipeline: GenerationPipeline, limit: int) -> tuple[list[dict[str, Any]], torch.Tensor, list[int]]:
@@ -220,6 +227,10 @@ class Claim:
         recipe = self.recipe("stage1", "", seed, STAGE1_STEPS)
         name = f"stage1-{recipe.training.max_steps}-{seed}"
         return self.learn(replace(recipe, output=str(self.shared / "runs" / name)))
+
+    def images(self, file: str, limit: int) -> tuple[list[dict[str, Any]], torch.Tensor]:
+        """Return the first rows of a table of the scenes, and the features of their images in the demo's encoder."""
+        return read_features(self.stage1(self.seeds[0]), file, limit)
 
     def compare(self, variants: Sequence[str], measure: Callable[[str, int], dict[str, Any]]) -> dict[str, Any]:
         """Return what `measure` returns for a variant and a seed, by variant and seed. It is called once for each."""

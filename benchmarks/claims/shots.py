@@ -25,9 +25,7 @@ is not done again.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +34,15 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import Claim, draw_curves, fit, load_stage1, load_stage2, make_parser, markdown, mean_spread, read_images
+from common import Claim, draw_curves, fit, load_stage2, make_parser, markdown, mean_spread
 
 from blip2.model.losses import IGNORE_INDEX, language_modeling, query_diversity
-from blip2.pipelines import GenerationPipeline, RepresentationPipeline
+from blip2.pipelines import GenerationPipeline
 
 STEPS, EPISODE_STEPS = 100, 150
 """Steps of stage 2 on pairs, and on episodes."""
-BATCH_SIZE, TRAIN_IMAGES = 4, 1200
+BATCH_SIZE = 4
+TRAIN_IMAGES, QUICK_IMAGES = 1200, 32
 NUM_COLORS = 4
 """Number of colors of an episode."""
 SHOTS = (0, 1, 2, 4)
@@ -170,35 +169,31 @@ class Reader:
         return float((starts[best] == tokens).float().mean())
 
 
-Images = Callable[[], tuple[list[dict[str, Any]], Tensor]]
-"""Returns rows of a table and the features of their images."""
-
-
 def group_by_color(rows: list[dict[str, Any]]) -> list[np.ndarray]:
     """Return the indices of the images of each background color."""
     colors = sorted({row["truth"]["color"] for row in rows})
     return [np.array([i for i, row in enumerate(rows) if row["truth"]["color"] == color]) for color in colors]
 
 
-def evaluate(pipeline: GenerationPipeline, held_out: Images, count: int) -> dict[str, float]:
+def evaluate(claim: Claim, pipeline: GenerationPipeline) -> dict[str, float]:
     """Return the share of right words by the number of examples; the episodes are the same for every model."""
-    rows, features = held_out()
+    rows, features = claim.images("test_compositions.jsonl", QUICK_IMAGES if claim.quick else 240)
     reader, words, by_color = Reader(pipeline, features), Words.make(pipeline.tokenizer), group_by_color(rows)
     found = {}
     for shots in SHOTS:
         rng, shares = np.random.default_rng([0, shots]), []
-        for _ in range(-(-count // BATCH_SIZE)):
+        for _ in range(-(-claim.limit(QUESTIONS) // BATCH_SIZE)):
             shares.append(reader.right(draw_episodes(rng, by_color, words.test, BATCH_SIZE, shots, False), words.test))
         found[str(shots)] = sum(shares) / len(shares)
     return found
 
 
-def measure(claim: Claim, variant: str, seed: int, train: Images, held_out: Images) -> dict[str, float]:
+def measure(claim: Claim, variant: str, seed: int) -> dict[str, float]:
     """Train on pairs and, for :data:`EPISODES`, on episodes, and return the share of right words by shots."""
     recipe = replace(claim.recipe("stage2", f"pairs-{seed}", seed, STEPS), start_from=str(claim.stage1(seed)))
     pipeline = load_stage2(claim.learn(recipe))
     if variant == EPISODES:
-        rows, features = train()
+        rows, features = claim.images("train.jsonl", QUICK_IMAGES if claim.quick else TRAIN_IMAGES)
         reader, words, by_color = Reader(pipeline, features), Words.make(pipeline.tokenizer), group_by_color(rows)
 
         def loss_of(step: int) -> Tensor:
@@ -210,26 +205,13 @@ def measure(claim: Claim, variant: str, seed: int, train: Images, held_out: Imag
         optimizer = replace(recipe.optimizer, learning_rate=RATES)
         pipeline.model.objectives = recipe.objectives
         fit(pipeline.model, optimizer, claim.steps(EPISODE_STEPS), seed, loss_of, state)
-    return evaluate(pipeline, held_out, claim.limit(QUESTIONS))
+    return evaluate(claim, pipeline)
 
 
 def main() -> None:
     parser = make_parser(__doc__, "shots")
     claim = Claim.start(parser, parser.parse_args())
-
-    @cache
-    def encoder() -> RepresentationPipeline:  # all models have the same one
-        return load_stage1(claim.stage1(claim.seeds[0]))
-
-    @cache
-    def train() -> tuple[list[dict[str, Any]], Tensor]:
-        return read_images(encoder(), "train.jsonl", 4 * NUM_WORDS if claim.quick else TRAIN_IMAGES)
-
-    @cache
-    def held_out() -> tuple[list[dict[str, Any]], Tensor]:
-        return read_images(encoder(), "test_compositions.jsonl", 4 * NUM_WORDS if claim.quick else 240)
-
-    scores = claim.compare([PAIRS, EPISODES], lambda variant, seed: measure(claim, variant, seed, train, held_out))
+    scores = claim.compare([PAIRS, EPISODES], lambda variant, seed: measure(claim, variant, seed))
     rows = [
         [variant, *(mean_spread([run[str(shots)] for run in by_seed.values()]) for shots in SHOTS)]
         for variant, by_seed in scores.items()

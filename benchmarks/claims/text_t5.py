@@ -75,12 +75,11 @@ def make_t5(claim: Claim, name: str) -> tuple[Path, float]:
         tokenizer = make_tokenizer([*captions, PROMPT, *(text for pair in questions for text in pair)])
         torch.manual_seed(0)
         # The padding token begins the decoder's text, as in T5's checkpoints.
-        config = T5Config(
-            vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, dropout_rate=0,
-            **SIZES[name],
-        )  # fmt: skip
+        special = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+        sizes: dict[str, Any] = {"vocab_size": len(tokenizer), "dropout_rate": 0.0, **SIZES[name], **special}
+        model: Any = T5ForConditionalGeneration(T5Config(**sizes))
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model: Any = T5ForConditionalGeneration(config).to(device)
+        model.to(device)
 
         def encode(texts: list[str], padding: int) -> Tensor:
             return pad(tokenizer(texts)["input_ids"], padding).to(device)
