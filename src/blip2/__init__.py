@@ -8,12 +8,21 @@ if TYPE_CHECKING:
     from blip2.decoding.search import Decoding
     from blip2.errors import InputError
     from blip2.evaluation.in_training import train
-    from blip2.pipelines import Chat, Generated, GenerationPipeline, RepresentationPipeline, draw_attention, load
+    from blip2.pipelines import (
+        Chat,
+        Explanation,
+        Generated,
+        GenerationPipeline,
+        RepresentationPipeline,
+        draw_attention,
+        load,
+    )
     from blip2.search.library import Library
 
 __all__ = [
     "Chat",
     "Decoding",
+    "Explanation",
     "Generated",
     "GenerationPipeline",
     "InputError",
@@ -28,6 +37,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "Chat": "blip2.pipelines",
     "Decoding": "blip2.decoding.search",
+    "Explanation": "blip2.pipelines",
     "Generated": "blip2.pipelines",
     "GenerationPipeline": "blip2.pipelines",
     "InputError": "blip2.errors",

@@ -7,7 +7,7 @@ from blip2.pipelines.images import Images, OnError
 from blip2.pipelines.likelihood import QUESTION_TEMPLATE, SHORT_QUESTION_TEMPLATE
 from blip2.pipelines.loading import load, make_pipeline
 from blip2.pipelines.representation import RepresentationPipeline
-from blip2.pipelines.results import Alternative, Generated, draw_attention
+from blip2.pipelines.results import Alternative, Explanation, Generated, draw_attention
 from blip2.pipelines.scoring import Candidate, Scores
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Alternative",
     "Candidate",
     "Chat",
+    "Explanation",
     "Generated",
     "GenerationPipeline",
     "Images",

@@ -133,6 +133,10 @@ class Pipeline(Generic[Model]):
         """Raise an InputError; see :meth:`~blip2.pipelines.GenerationPipeline.chat`, for stage-2 models."""
         self._refuse("talk about images", "generation")
 
+    def explain(self, image: Images, text: str, prompt: str | None = None, *, question: str | None = None) -> Any:
+        """Raise an InputError; see :meth:`~blip2.pipelines.GenerationPipeline.explain`, for stage-2 models."""
+        self._refuse("explain a text", "generation")
+
     def embed(self, images: Images, texts: str | Sequence[str], *, on_error: OnError = "raise") -> Any:
         """Raise an InputError; see :meth:`~blip2.pipelines.RepresentationPipeline.embed`, for stage-1 models."""
         self._refuse("embed pairs of an image and a text", "representation")

@@ -204,6 +204,13 @@ class Chat:
         )
         return self._answer(messages, prompt.text, tokens, decoding, number)
 
+    def prompt_text(self, content: Content | None = None) -> str:
+        """Return the text that the LLM reads before its next answer, with ``<image>`` in the place of each image.
+
+        See :meth:`ask` for the argument. The chat stays as it is.
+        """
+        return self._render(self._with_next(content)).text
+
     def encode_prompt(self, content: Content | None = None, decoding: Decoding | None = None) -> PromptBatch:
         """Return what the LLM reads before its next answer; see :meth:`ask` for the arguments. The chat stays as it is.
 

@@ -11,7 +11,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from blip2.data.arrays import blank_input
 from blip2.data.collate import encode_prompts, pad
+from blip2.decoding.kv_cache import PromptBatch
 from blip2.decoding.options import ANSWER_DECODING, CAPTION_DECODING, Decoding
 from blip2.decoding.text import TextStreamer, final_text, make_stopping_criteria
 from blip2.errors import InputError
@@ -20,7 +22,7 @@ from blip2.pipelines.base import check_all_used, check_texts, texts_of_images
 from blip2.pipelines.chat import Chat
 from blip2.pipelines.images import Images, ImageStream, OnError, cat_padded
 from blip2.pipelines.likelihood import LikelihoodPipeline, check_prompts
-from blip2.pipelines.results import Generated, until_end
+from blip2.pipelines.results import Explanation, Generated, until_end
 
 WINDOW = 256
 """Number of visual prompts that are collected before the LLM reads them."""
@@ -195,9 +197,32 @@ class GenerationPipeline(LikelihoodPipeline):
             InputError: there are several images, the image cannot be decoded, both `prompt` and `question` are given,
                 or beam search is asked for.
         """
-        assert self.config.language is not None
         default = CAPTION_DECODING if question is None else ANSWER_DECODING
         decoding = (replace(default, num_beams=1) if decoding is None else decoding).without_beams()
+        batch = self.encode_prompt(image, prompt, decoding, question=question)
+        criteria = make_stopping_criteria(self.tokenizer, decoding)
+        steps = self.model.language.stream(batch, decoding, self.eos_token_id, criteria)
+        return TextStreamer(self.tokenizer, decoding.stop_strings).pieces(steps)
+
+    @torch.no_grad()
+    def encode_prompt(
+        self, image: Images, prompt: str | None = None, decoding: Decoding | None = None, *, question: str | None = None
+    ) -> PromptBatch:
+        """Return what the LLM reads before it writes a text about an image, as a batch of one prompt.
+
+        See :meth:`stream` for the arguments and errors.
+        """
+        decoding = decoding or (CAPTION_DECODING if question is None else ANSWER_DECODING)
+        features, prompts, asked = self._one_request(image, prompt, question)
+        ids, mask = (each.to(self.device) for each in self._tokenize_prompts(prompts, decoding))
+        visual = self._visual_prompts(features, self._encode_questions(asked, prompts), torch.tensor([0]))
+        return self.model.language.prepare_prompts(visual, ids, mask)
+
+    def _one_request(
+        self, image: Images, prompt: str | None, question: str | None
+    ) -> tuple[Float[Tensor, "1 P E"], list[str], list[str] | None]:
+        """Return the features of one image, the prompt, and the question if there is one; see :meth:`stream`."""
+        assert self.config.language is not None
         if prompt is not None and question is not None:
             raise InputError("found both prompt and question, expected one of them: leave out prompt, because the"
                              " model's own prompt contains the question")  # fmt: skip
@@ -210,13 +235,7 @@ class GenerationPipeline(LikelihoodPipeline):
         features = self.encode_images(image)
         if len(features) != 1:
             raise InputError(f"there are {len(features)} images, expected one: use chat() for several")
-        ids, mask = (each.to(self.device) for each in self._tokenize_prompts(prompts, decoding))
-        with torch.no_grad():
-            visual = self._visual_prompts(features, self._encode_questions(asked, prompts), torch.tensor([0]))
-            batch = self.model.language.prepare_prompts(visual, ids, mask)
-        criteria = make_stopping_criteria(self.tokenizer, decoding)
-        steps = self.model.language.stream(batch, decoding, self.eos_token_id, criteria)
-        return TextStreamer(self.tokenizer, decoding.stop_strings).pieces(steps)
+        return features, prompts, asked
 
     def chat(
         self,
@@ -538,6 +557,52 @@ class GenerationPipeline(LikelihoodPipeline):
         """
         maps = partial(self.model.attention_maps, average_heads=average)
         return self._map_pairs(maps, images, questions, on_error)
+
+    @torch.no_grad()
+    def explain(
+        self, image: Images, text: str, prompt: str | None = None, *, question: str | None = None
+    ) -> Explanation:
+        """Explain a text about an image: which queries each of its tokens depends on.
+
+        The text may be one that the model wrote, or any other. A query is removed by putting its output for a blank
+        image in the place of its output for the image. The LLM reads the text once for each query.
+
+        Args:
+            image: one image.
+            text: the text, without the prompt.
+            prompt: the prompt that the text continues. None: the prompt with which the model was trained.
+            question: the question that the text answers, instead of a prompt.
+
+        Raises:
+            InputError: the text is blank or too long for the LLM, there are several images, the image cannot be
+                decoded, or both `prompt` and `question` are given.
+        """
+        (text,) = check_texts(text, "text")
+        features, prompts, asked = self._one_request(image, prompt, question)
+        check_prompts(prompts)
+        batch = self._continuations([text], prompts)
+        self._check_scored_length(batch[0].shape[1], batch[2].shape[1])
+        questions, index = self._encode_questions(asked, prompts), torch.tensor([0])
+        blank = self.encode_pixels(blank_input(self.model.vision.input_format))
+        seen, unseen = (self._visual_prompts(each, questions, index)[0] for each in (features, blank))
+        every = torch.arange(len(seen), device=self.device)
+        removed = seen.repeat(len(seen), 1, 1)
+        removed[every, every] = unseen
+        log_probs = []
+        for part in torch.cat([seen[None], unseen[None], removed]).split(self.batch_size):
+            states, labels = self.model.language.hidden_states(part, *(each.repeat(len(part), 1) for each in batch))
+            token = self.model.language.lm_head(states).float().log_softmax(dim=-1).gather(1, labels[:, None])
+            log_probs.append(token.view(len(part), -1).cpu())
+        with_image, without_image, *without_query = torch.cat(log_probs)
+        maps = self._map_rows(self.model.attention_maps, features, questions, index)
+        tokens = batch[2][batch[2] != IGNORE_INDEX].tolist()
+        return Explanation(
+            tuple(str(self.tokenizer.decode([token])) for token in tokens),
+            tuple(with_image.tolist()),
+            tuple(without_image.tolist()),
+            torch.stack([with_image - each for each in without_query], dim=1),
+            maps[0, -1].cpu(),
+        )
 
     def _map_pairs(
         self, function: Callable[..., Tensor], images: Images, questions: str | Sequence[str] | None, on_error: OnError

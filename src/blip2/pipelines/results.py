@@ -1,6 +1,6 @@
 """Generated texts with their evidence: probabilities, alternatives, and what the queries attended to.
 
-Legend: Q queries, P image tokens.
+Legend: Q queries, P image tokens, U tokens of a text.
 """
 
 from __future__ import annotations

@@ -388,6 +388,20 @@ class Library:
             raise ImageError(f"image {hit.image} has changed since it was indexed: run blip2 index again")
         return data
 
+    def read_image_by_digest(self, image_digest: str) -> bytes | None:
+        """Return the encoded bytes of the image with a digest, the ``digest`` of its hits; None if there is none.
+
+        Raises:
+            ImageError: see :meth:`read_image`.
+        """
+        with convert_lance_errors(self.uri):
+            condition = f"digest = {sql_text(image_digest)}"
+            rows = self._read(self.table.search().where(condition).select(["source", "image", "digest"]).limit(1))
+        if not len(rows):
+            return None
+        source, image, found = (rows[name][0].as_py() for name in ("source", "image", "digest"))
+        return self.read_image(Hit(image, 0.0, source=source, digest=found))
+
     def _read_features(self, hits: Sequence[Hit]) -> tuple[dict[int, Tensor], dict[int, str]]:
         """Encode images again.
 
