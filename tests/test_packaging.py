@@ -37,10 +37,11 @@ def wheel(tmp_path_factory):
 def test_a_wheel_has_the_package_and_the_recipes_and_nothing_else(wheel):
     source = ROOT / "src"
     package = {path.relative_to(source).as_posix() for path in source.rglob("*.py")} | {"blip2/py.typed"}
+    package |= {path.relative_to(source).as_posix() for path in (source / "blip2/serve/static").iterdir()}
     recipes = {f"blip2/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
     info = f"blip2-{blip2.__version__}.dist-info"
     found = set(zipfile.ZipFile(wheel).namelist())
-    assert len(recipes) > 20 and "blip2/model/qformer.py" in package
+    assert len(recipes) > 20 and {"blip2/model/qformer.py", "blip2/serve/static/index.html"} <= package
     assert {name for name in found if not name.startswith(info)} == package | recipes
     names = ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE")
     assert {name for name in found if name.startswith(info)} == {f"{info}/{name}" for name in names}
