@@ -1,6 +1,6 @@
 import * as server from "./server.js";
 import { ImagePlace, drawMap, drawMapOver, meanMap, readImage, showError } from "./images.js";
-import { bar, percent, showWords, toWords } from "./words.js";
+import { bar, paragraph, percent, showWords, toWords } from "./words.js";
 
 const get = (id) => document.getElementById(id);
 const VIEWS = { image: "What is in an image", compare: "Compare two images", search: "Search the library" };
@@ -115,7 +115,7 @@ async function writeCaption() {
 
 /**
  * Return what is called when a word of a text is pointed at: it draws what the queries looked at for this word, and
- * returns the probability of the word without the image. The server is asked once, when the first word is pointed at.
+ * returns it for the details, with the probability of the word without the image. The server is asked once, when the first word is pointed at.
  */
 function pointAtWords(model, asked, text) {
   if (!able("explain").some((each) => each.id === model)) return undefined;
@@ -133,13 +133,23 @@ function pointAtWords(model, asked, text) {
     try {
       found = await explained;
     } catch (error) {
-      return error.message;
+      return [paragraph(error.message)];
     }
     const own = toWords(found.tokens)[index];
     if (!own || own.text.trim() !== word.text.trim()) return undefined;
-    if (current === index && place.image === image) place.previewMap(wordMap(own, found.maps), `For “${word.text.trim()}”`);
-    return `With a blank image: ${percent(Math.exp(own.tokens.reduce((sum, each) => sum + each.blank_logprob, 0)))}`;
+    const map = wordMap(own, found.maps);
+    if (current === index && place.image === image) place.previewMap(map, `For “${word.text.trim()}”`);
+    const blank = percent(Math.exp(own.tokens.reduce((sum, each) => sum + each.blank_logprob, 0)));
+    return [paragraph(`With a blank image: ${blank}`), smallMap(map, image)];
   };
+}
+
+/** Return a canvas with an image and a map over it, for screens on which the image itself may be out of sight. */
+function smallMap(map, { element }) {
+  const canvas = make("canvas", [], { class: "small-map", "aria-hidden": "true" });
+  const scale = THUMBNAIL * 4 / Math.max(element.naturalWidth, element.naturalHeight);
+  drawMap(canvas, map, element.naturalWidth * scale, element.naturalHeight * scale, element);
+  return canvas;
 }
 
 /** Return the attention of the queries, weighted by how much each of them speaks for a word. */

@@ -2,6 +2,7 @@
 
 const details = document.getElementById("details");
 let opened = null;
+let openings = 0;
 
 /** Group tokens (the entries of `logprobs.content`) into words, each with the spaces before it. */
 export function toWords(tokens) {
@@ -33,8 +34,8 @@ export function percent(probability) {
 
 /**
  * Show a text as words that open their details. `text` is what the server wrote; `tokens` its log-probabilities.
- * `onWord` gets the index of the word that is pointed at, and null when none is; it may return a promise of one more
- * line of the details.
+ * `onWord` gets the index of the word that is pointed at, and null when none is; it may return a promise of more elements
+ * of the details.
  */
 export function showWords(place, text, tokens, label, onWord) {
   place.replaceChildren();
@@ -67,8 +68,9 @@ export function showWords(place, text, tokens, label, onWord) {
     const open = async () => {
       if (opened === button) return;
       openDetails(button, word);
+      const opening = ++openings;
       const more = await onWord?.(index, word);
-      if (more && opened === button) details.append(paragraph(more));
+      if (more && opened === button && opening === openings) details.append(...more);
     };
     const close = () => {
       if (opened !== button) return;
@@ -128,7 +130,8 @@ function closeDetails() {
   details.hidden = true;
 }
 
-function paragraph(text, tag = "span") {
+/** A paragraph of the details. */
+export function paragraph(text, tag = "span") {
   const element = document.createElement("p");
   const inner = document.createElement(tag);
   inner.textContent = text;
