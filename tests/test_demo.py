@@ -49,14 +49,20 @@ def test_each_run_has_its_data_and_starts_from_the_run_before(folder, tmp_path):
     plan = DemoPlan("fp32", 1.0)
     recipes = demo_recipes(tmp_path / "demo", own, plan, quick=True)
     assert list(recipes) == ["stage 1", "stage 2", WITHOUT_STAGE1]  # there are no questions
-    with_questions = replace(own, questions="questions.jsonl", questions_validation="held_out_questions.jsonl")
-    recipes = demo_recipes(tmp_path / "demo", with_questions, plan, quick=True)
+    first, second, _ = recipes.values()
+    assert second.start_from == [first.output]
+    scenes = replace(
+        own, twins="twins.jsonl", questions="questions.jsonl", questions_validation="held_out_questions.jsonl"
+    )
+    recipes = demo_recipes(tmp_path / "demo", scenes, plan, quick=True)
     assert list(recipes) == list(RUNS)
-    first, second, alone, vqa = recipes.values()
-    assert (second.start_from, alone.start_from) == ([first.output], None)
-    assert vqa.start_from == [second.output, first.output]
-    assert [recipe.data.train for recipe in recipes.values()] == [*[own.train] * 3, vqa.data.train]
-    assert (vqa.data.train, vqa.data.validation) == (with_questions.questions, with_questions.questions_validation)
+    first, twins, second, vqa, alone = recipes.values()
+    assert (twins.start_from, alone.start_from) == ([first.output], None)
+    assert second.start_from == [twins.output, first.output]
+    assert vqa.start_from == [second.output, twins.output]
+    assert [recipe.data.train for recipe in (first, second, alone)] == [own.train] * 3
+    assert (twins.data.train, twins.data.validation) == (scenes.twins, own.validation)
+    assert (vqa.data.train, vqa.data.validation) == (scenes.questions, scenes.questions_validation)
     assert replace(second, output=alone.output, start_from=None) == alone  # they differ in where they start alone
     assert len({recipe.output for recipe in recipes.values()}) == len(RUNS)
     longer = demo_recipes(tmp_path / "demo", own, replace(plan, scale=2.0), quick=False)

@@ -24,7 +24,7 @@ log = logging.getLogger("blip2")
 HELD_OUT = 0.1
 """Share of a user's images that are held out."""
 QUICK_IMAGES = 48
-"""Number of validation images in a quick demo."""
+"""Number of validation images, questions and near twins in a quick demo."""
 MIN_IMAGES = 20
 """Minimum number of a user's images."""
 
@@ -35,6 +35,8 @@ class DemoData:
 
     train: str
     """Captions for both stages."""
+    twins: str | None
+    """Captions of near twins, for the end of stage 1; None for a user's images."""
     questions: str | None
     """Questions with answers, for the fine-tuning; None for a user's images."""
     validation: str
@@ -65,11 +67,11 @@ def scenes_data(output: Path, quick: bool) -> DemoData:
     """
     scenes = fetch("scenes-pairs")
     split, held = ("validation", "test_images") if quick else ("train", "validation")
+    twins = scenes / "train_twins.jsonl"
     validation = {part: scenes / f"{held}{part}.jsonl" for part in ("", "_questions")}
     if quick:
-        for part, path in validation.items():
-            validation[part] = output / path.name
-            _write_rows(validation[part], _read_rows(path)[:QUICK_IMAGES])
+        twins = _head(twins, output)
+        validation = {part: _head(path, output) for part, path in validation.items()}
     held_out = None
     credit = "OpenMoji, CC BY-SA 4.0"
     try:
@@ -83,6 +85,7 @@ def scenes_data(output: Path, quick: bool) -> DemoData:
         credit = "Tux Paint stamps, GPL-2, by Bill Kendrick and contributors"
     return DemoData(
         str(scenes / f"{split}.jsonl"),
+        str(twins),
         str(scenes / f"{split}_questions.jsonl"),
         str(validation[""]),
         str(validation["_questions"]),
@@ -130,7 +133,13 @@ def user_data(source: str, output: Path) -> DemoData:
     held_out, train = output / "held_out.jsonl", output / "train.jsonl"
     _write_rows(held_out, ranked[:count])
     _write_rows(train, ranked[count:])
-    return DemoData(str(train), None, str(held_out), None, held_out, None, f"your images, {source}")
+    return DemoData(str(train), None, None, str(held_out), None, held_out, None, f"your images, {source}")
+
+
+def _head(path: Path, output: Path) -> Path:
+    """Write the first :data:`QUICK_IMAGES` rows of a file to the folder `output`, and return the new file."""
+    _write_rows(output / path.name, _read_rows(path)[:QUICK_IMAGES])
+    return output / path.name
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ from blip2.pipelines import RepresentationPipeline
 from blip2.training.metrics import read_metrics
 
 WITHOUT_STAGE1 = "stage 2 without stage 1"
+TWINS = "stage 1 on near twins"
 VQA = "trained on questions"
 BLANK = "shown a blank image"
 MAJORITY = "most frequent answer"
@@ -196,8 +197,9 @@ def write_demo_report(
     report.section("Training", "Dashed lines: held-out images.")
     curves = {name: read_metrics(Path(recipe.output)) for name, recipe in recipes.items()}
     first = [("itc", "ITC"), ("itm", "ITM"), ("itm_accuracy", "ITM accuracy"), ("itg", "ITG")]
-    report.plot(plot_curves({"stage 1": curves["stage 1"]}, first), "losses of stage 1")
-    later = {name: rows for name, rows in curves.items() if name != "stage 1"}
+    stage1 = {name: rows for name, rows in curves.items() if recipes[name].stage == "representation"}
+    report.plot(plot_curves(stage1, first), "losses of stage 1")
+    later = {name: rows for name, rows in curves.items() if name not in stage1}
     report.plot(plot_curves(later, [("lm", "LM loss"), ("lm_accuracy", "LM accuracy")]), "losses of stage 2")
     report.plot(plot_curves(curves, [("query_similarity", "cosine similarity of queries")]), "similarity of queries")
     results = scenes or images

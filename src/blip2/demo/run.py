@@ -31,6 +31,7 @@ from blip2.demo.data import DemoData, scenes_data, user_data
 from blip2.demo.report import (
     BLANK,
     MAJORITY,
+    TWINS,
     VQA,
     WITHOUT_STAGE1,
     DemoResults,
@@ -97,11 +98,13 @@ class Run:
 
 RUNS = {
     "stage 1": Run("demo-stage1", "stage1"),
-    "stage 2": Run("demo-stage2", "stage2", ("stage 1",)),
+    TWINS: Run("demo-twins", "twins", ("stage 1",)),
+    "stage 2": Run("demo-stage2", "stage2", (TWINS, "stage 1")),
+    VQA: Run("demo-vqa", "vqa", ("stage 2", TWINS)),
     WITHOUT_STAGE1: Run("demo-stage2", "stage2-without-stage1"),
-    VQA: Run("demo-vqa", "vqa", ("stage 2", "stage 1")),
 }
-"""The runs by name, in the order of training. The run on questions is left out if there are no questions."""
+"""The runs by name, in the order of training. The runs on near twins and on questions are left out if there are no such
+data."""
 
 
 @dataclass
@@ -221,7 +224,7 @@ def demo(output: Path, quick: bool = False, data: str | None = None, scale: floa
 
 
 def demo_recipes(output: Path, demo_data: DemoData, plan: DemoPlan, quick: bool) -> dict[str, Recipe]:
-    """Return the recipes of :data:`RUNS` by name, without the run on questions if `demo_data` has no questions.
+    """Return the recipes of :data:`RUNS` by name, without those for which `demo_data` has no data.
 
     Args:
         output: folder of the demo, in which each run gets a folder.
@@ -229,10 +232,13 @@ def demo_recipes(output: Path, demo_data: DemoData, plan: DemoPlan, quick: bool)
         plan: the precision and the factor for the number of training steps.
         quick: train each model for six steps.
     """
-    captions = (demo_data.train, demo_data.validation)
-    recipes = {}
+    sources = {
+        VQA: (demo_data.questions, demo_data.questions_validation),
+        TWINS: (demo_data.twins, demo_data.validation),
+    }
+    recipes: dict[str, Recipe] = {}
     for name, run in RUNS.items():
-        source, validation = (demo_data.questions, demo_data.questions_validation) if name == VQA else captions
+        source, validation = sources.get(name, (demo_data.train, demo_data.validation))
         if source is None:
             continue
         recipe = load_recipe(find_recipe(run.recipe))
@@ -243,7 +249,7 @@ def demo_recipes(output: Path, demo_data: DemoData, plan: DemoPlan, quick: bool)
         recipes[name] = replace(
             in_precision(recipe, plan.precision, steps),
             output=str(output / run.folder),
-            start_from=[str(output / RUNS[name].folder) for name in run.start_from] or None,
+            start_from=[recipes[each].output for each in run.start_from if each in recipes] or None,
             data=data,
         )
     return recipes
@@ -306,7 +312,7 @@ class Evaluator:
 
     def __init__(self, recipes: dict[str, Recipe], timer: StageTimer, quick: bool) -> None:
         self.timer, self.quick = timer, quick
-        pipeline = load(recipes["stage 1"].output)
+        pipeline = load(recipes[TWINS if TWINS in recipes else "stage 1"].output)
         assert isinstance(pipeline, RepresentationPipeline)
         self.representation = pipeline
         # Decoding token by token is fastest in fp32 on CPUs, whatever the precision of training.
