@@ -11,10 +11,10 @@ import asyncio
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from openai.types.chat import ChatCompletionTokenLogprob
@@ -52,7 +52,8 @@ class Generation:
     """Number of tokens whose probability is told for each token. None: no probabilities."""
 
 
-class Piece(NamedTuple):
+@dataclass(frozen=True)
+class Piece:
     """The next piece of one of the texts."""
 
     index: int
@@ -82,7 +83,7 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def stream(self, generation: Generation) -> AsyncIterator[Piece]:
+    def stream(self, generation: Generation) -> AsyncGenerator[Piece, None]:
         """Generate texts, and yield their pieces as they are written. If the iterator is closed, the work ends."""
 
     @abstractmethod
@@ -143,7 +144,7 @@ class LocalEngine(Engine):
         self._put(self._calls, _Call(function, items, future))
         return await asyncio.wrap_future(future)
 
-    async def stream(self, generation: Generation) -> AsyncIterator[Piece]:
+    async def stream(self, generation: Generation) -> AsyncGenerator[Piece, None]:
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[list[NewToken] | Exception] = asyncio.Queue()
         job = _Job(generation, make_rows(generation), lambda event: _publish(loop, events, event))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -44,7 +44,7 @@ class VllmEngine(LocalEngine):
         self._model = model
         self._client = openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0)
 
-    async def stream(self, generation: Generation) -> AsyncIterator[Piece]:
+    async def stream(self, generation: Generation) -> AsyncGenerator[Piece, None]:
         try:
             async with aclosing(self._stream(generation)) as pieces:
                 async for piece in pieces:
@@ -52,7 +52,7 @@ class VllmEngine(LocalEngine):
         except openai.APIError as error:  # its message may name the server
             raise ApiError(503, "the language model does not answer: try again later", code="engine") from error
 
-    async def _stream(self, generation: Generation) -> AsyncIterator[Piece]:
+    async def _stream(self, generation: Generation) -> AsyncGenerator[Piece, None]:
         check_decoder_only(generation.pipeline)
         decoding, language = generation.decoding, generation.pipeline.model.language
         embeds, mask = generation.prompt.inputs_embeds()
