@@ -232,8 +232,11 @@ class _Request:
         raise ClientLeft
 
     async def _disconnected(self) -> None:
+        """Wait until the client leaves before its answer is complete."""
         while (await self._receive())["type"] != "http.disconnect":
             pass
+        if self._is_complete:  # the server says that a client has left after its answer, too
+            await asyncio.Event().wait()
 
     async def _fail(self, error: ApiError) -> None:
         """Send an error: as the response or, if it has begun, as the last event of a stream."""
