@@ -13,7 +13,7 @@ from conftest import COLORS, SHAPES, draw
 from fixtures.service import build_writer, data_url, serve
 
 CLIENTS, TOKENS = 16, 6
-WORDS = ("what is it", "which color", "how many things are there", "a", "is it a disc or a square")
+WORDS = ("what is it", "how many things are there", "is it a disc or a square")
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def text_of(answer):
 def test_every_request_of_many_clients_has_its_own_answer(writer, pipeline):
     wanted = requests(writer, pipeline)
     texts = [expected for _, _, expected in wanted if isinstance(expected, str)]
-    assert len(wanted) == 60 and len(set(texts)) > len(texts) * 3 // 4  # a swapped answer would be seen
+    assert len(wanted) == 36 and len(set(texts)) > len(texts) * 3 // 4  # a swapped answer would be seen
     with serve(create_app({"reader": pipeline, "writer": writer})) as port:
         answers = asyncio.run(send(port, wanted))
     for answer, (_, body, expected) in zip(answers, wanted, strict=True):
