@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--data", default="package:scenes-pairs", help="scenes on which the model was trained")
     parser.add_argument("--fit", type=int, default=200, help="questions to which the temperatures are fitted")
     parser.add_argument("--test", type=int, default=300, help="questions on which the errors are measured")
-    parser.add_argument("--generated", type=int, default=200, help="of both, how many are also answered by generation")
+    parser.add_argument("--generated", type=int, default=200, help="of both, how many are also generated")
     parser.add_argument("--output", type=Path, default=Path("calibration"))
     options = parser.parse_args()
     import blip2
@@ -132,18 +132,19 @@ def error_by_chance(confidences: torch.Tensor, draws: int = 200) -> float:
 def report(questions: dict[str, Rows], ranked: dict[str, Rows], generated: dict[str, Rows]) -> None:
     from blip2.evaluation.calibration import accuracy_at_coverage, expected_calibration_error, fit_temperature
 
-    count = len(generated["test"])
+    ways = {"generated": generated, "ranked": ranked} if generated["test"] else {"ranked": ranked}
+    count = min(len(answers["test"]) for answers in ways.values())
     asked = questions["test"][:count]
     print(f"\nthe first {count} questions\n")
     kinds = sorted({row["question_type"] for row in asked})
     print("| answers | all |", " | ".join(kinds), "|")
-    for name, answers in (("generated", generated["test"]), ("ranked", ranked["test"][:count])):
-        found = right(answers, asked)
+    for name, answers in ways.items():
+        found = right(answers["test"][:count], asked)
         by_kind = [[a for a, row in zip(found, asked, strict=True) if row["question_type"] == kind] for kind in kinds]
         print(f"| {name} | {mean(found):.3f} |", " | ".join(f"{mean(each):.3f}" for each in by_kind), "|")
     titles = ("fitted to", "temperature", "measured on", "error before", "error after", "by chance")
     print("\n| answers |", " | ".join(titles), "| right at coverage 100 % | 90 % | 80 % | 50 % |")
-    for name, answers in (("generated", generated), ("ranked", ranked)):
+    for name, answers in ways.items():
         target = torch.tensor(right(answers["fit"], questions["fit"])).double()
         temperature = fit_temperature(lambda t, a=answers["fit"]: confidences(a, t), target)
         outcomes = right(answers["test"], questions["test"])

@@ -91,18 +91,19 @@ def fit_temperature(confidences: Callable[[float], Float64[Tensor, "N"]], accura
         return float(-(accuracies * p.log() + (1 - accuracies) * (-p).log1p()).mean())
 
     low, high = TEMPERATURES
+    temperature = low
     for _ in range(3):  # each grid is twenty times as fine as the one before
         grid = torch.logspace(math.log10(low), math.log10(high), 41, dtype=torch.float64).tolist()
         losses = [loss(each) for each in grid]
         best = losses.index(min(losses))
-        low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
-    if not TEMPERATURES[0] * 1.01 < grid[best] < TEMPERATURES[1] / 1.01:
+        low, temperature, high = grid[max(best - 1, 0)], grid[best], grid[min(best + 1, len(grid) - 1)]
+    if not TEMPERATURES[0] * 1.01 < temperature < TEMPERATURES[1] / 1.01:
         raise InputError(
             f"no temperature from {TEMPERATURES[0]:g} to {TEMPERATURES[1]:g} makes the probabilities of these"
             f" {len(accuracies)} predictions, of which {100 * float(accuracies.mean()):.1f} % are right, agree with"
             " their accuracy: calibrate on more held-out data, with right and wrong predictions"
         )
-    return grid[best]
+    return temperature
 
 
 def coverage_curves(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
