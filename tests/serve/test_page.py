@@ -308,8 +308,16 @@ def test_a_phone_shows_everything_in_one_column(visit, address, scheme):
     page = visit(address, color_scheme=scheme, **PHONE)
     drop(page, draw("disc", "red", 0))
     words_of(page, "#caption-text")
-    page.locator("#caption-text .word").first.tap()
-    wait(lambda: page.locator("#details .small-map").is_visible())
+    word, details = page.locator("#caption-text .word").first, page.locator("#details")
+    word.tap()
+    wait(lambda: "With a blank image" in details.inner_text())
+    assert page.locator("#drop canvas").is_visible() and not details.locator(".small-map").count()
+    page.locator("h1").tap()
+    assert not details.is_visible()
+    word.evaluate("word => word.scrollIntoView()")
+    word.tap()
+    wait(lambda: details.locator(".small-map").is_visible())  # the image is out of sight
+    assert details.bounding_box()["y"] >= word.bounding_box()["y"] + word.bounding_box()["height"]
     assert serious(page) == []
     for view in ("#image", "#compare", "#search"):
         page.locator(f"nav a[href='{view}']").tap()

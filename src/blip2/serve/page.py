@@ -104,7 +104,7 @@ def describe(found: Explanation) -> dict[str, Any]:
 
 
 def load_image(library: Library, digest: str) -> bytes | None:
-    """Return an image of a library as a small JPEG without metadata; None if it is missing, cannot be read or changed."""
+    """Return an image of a library as a small JPEG without metadata; None if it cannot be read, or has changed."""
     try:
         data = library.read_image_by_digest(digest)
         if data is None:

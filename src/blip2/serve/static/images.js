@@ -166,6 +166,12 @@ export class ImagePlace {
     this.onImage(image);
   }
 
+  /** Whether most of the image is on the screen. */
+  get isInSight() {
+    const { top, bottom, height } = this.shown.getBoundingClientRect();
+    return Math.min(bottom, window.innerHeight) - Math.max(top, 0) > height / 2;
+  }
+
   /** Draw a map over the image, with a note that says what it is. */
   showMap(map, note) {
     this.map = { map, note };

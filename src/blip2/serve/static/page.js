@@ -140,11 +140,11 @@ function pointAtWords(model, asked, text) {
     const map = wordMap(own, found.maps);
     if (current === index && place.image === image) place.previewMap(map, `For “${word.text.trim()}”`);
     const blank = percent(Math.exp(own.tokens.reduce((sum, each) => sum + each.blank_logprob, 0)));
-    return [paragraph(`With a blank image: ${blank}`), smallMap(map, image)];
+    return [paragraph(`With a blank image: ${blank}`), ...(place.isInSight ? [] : [smallMap(map, image)])];
   };
 }
 
-/** Return a canvas with an image and a map over it, for screens on which the image itself may be out of sight. */
+/** Return a canvas with an image and a map over it, for when the image itself is out of sight. */
 function smallMap(map, { element }) {
   const canvas = make("canvas", [], { class: "small-map", "aria-hidden": "true" });
   const scale = THUMBNAIL * 4 / Math.max(element.naturalWidth, element.naturalHeight);
@@ -387,7 +387,7 @@ function showView() {
     if (each === view) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
-  document.title = `${VIEWS[view]} – blip2`;
+  document.title = `${VIEWS[view]} | blip2`;
 }
 
 function askForKey(error) {

@@ -70,7 +70,9 @@ export function showWords(place, text, tokens, label, onWord) {
       openDetails(button, word);
       const opening = ++openings;
       const more = await onWord?.(index, word);
-      if (more && opened === button && opening === openings) details.append(...more);
+      if (!more || opened !== button || opening !== openings) return;
+      details.append(...more);
+      placeDetails(button);
     };
     const close = () => {
       if (opened !== button) return;
@@ -116,6 +118,11 @@ function openDetails(button, word) {
     if (token.top_logprobs?.length) details.append(bars(token));
   }
   details.hidden = false;
+  placeDetails(button);
+}
+
+/** Put the details below a word, or above it where there is no room below. */
+function placeDetails(button) {
   const box = button.getClientRects()[0];
   const left = Math.min(Math.max(box.left, 16), document.documentElement.clientWidth - details.offsetWidth - 16);
   const below = box.bottom + 6 + details.offsetHeight <= window.innerHeight || box.top < details.offsetHeight + 6;
