@@ -133,7 +133,12 @@ class Fetcher:
     async def _request(self, url: httpx2.URL) -> bytes | str:
         """Return the body of a URL, or the target if it is a redirect."""
         target = httpcore2.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
-        headers = {"Host": url.netloc, "Accept": "image/*", "Accept-Encoding": "identity", "Connection": "close"}
+        headers: dict[bytes | str, bytes | str] = {
+            "Host": url.netloc,
+            "Accept": "image/*",
+            "Accept-Encoding": "identity",
+            "Connection": "close",
+        }
         timeout = dict.fromkeys(("pool", "connect", "read", "write"), self._seconds)
         async with self._pool.stream("GET", target, headers=headers, extensions={"timeout": timeout}) as response:
             fields = {name.lower(): value.decode("latin-1") for name, value in response.headers}
@@ -165,7 +170,8 @@ class CheckedNetwork(httpcore2.AsyncNetworkBackend):
     """Connects to a host only if all its addresses are on the public Internet or in one of the networks given."""
 
     def __init__(self, networks: Sequence[Network]) -> None:
-        self._networks, self._backend = networks, httpcore2.AnyIOBackend()
+        self._networks = networks
+        self._backend: httpcore2.AsyncNetworkBackend = httpcore2.AnyIOBackend()
 
     async def connect_tcp(
         self,
