@@ -147,7 +147,7 @@ class _Request:
         self._gate, self._scope, self._receive, self._send = gate, scope, receive, send
         self._id = uuid.uuid4().hex
         self._status: int | None = None
-        self._is_complete = self._is_event_stream = False
+        self._is_complete = self._is_event_stream = self._is_inside = False
         self._num_bytes = 0
 
     async def run(self) -> None:
@@ -188,12 +188,18 @@ class _Request:
             await gate.app(scope, self._receive, self._send_with_headers)
             return "answered"
         gate.enter()
+        self._is_inside = True
         try:
             body = await gate.read_body(scope, self._receive)
             self._num_bytes = len(body)
             return await self._work(body)
         finally:
-            gate.leave()
+            self._leave()
+
+    def _leave(self) -> None:
+        if self._is_inside:
+            self._is_inside = False
+            self._gate.leave()
 
     async def _work(self, body: bytes) -> str:
         """Run the application with a body that has arrived, until it ends, the client leaves or the time is over."""
@@ -258,4 +264,5 @@ class _Request:
             message = {**message, "headers": headers}
         elif not message.get("more_body", False):
             self._is_complete = True
+            self._leave()  # before the client can send its next request
         await self._send(message)
