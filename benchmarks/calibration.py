@@ -77,7 +77,7 @@ def complete(file: Path, rows: Rows, answer: Any) -> Rows:
     for start in range(done, len(rows), CHUNK):
         with file.open("a", encoding="utf-8") as out:
             out.writelines(json.dumps(each) + "\n" for each in answer(rows[start : start + CHUNK]))
-    return read(file)[: len(rows)]
+    return read(file)[: len(rows)] if rows else []
 
 
 def images(pipeline: Any, folder: Path, rows: Rows) -> torch.Tensor:
