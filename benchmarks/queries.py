@@ -86,7 +86,7 @@ def recipes(folder: Path, variant: Variant, seed: int, steps: tuple[int, int] | 
             output=str(folder / stage),
             start_from=str(folder / "stage1") if number else None,
             data=replace(recipe.data, features=str(folder.parents[1] / "features")),
-            training=replace(recipe.training, seed=seed, eval_steps=25, save_steps=25),
+            training=replace(recipe.training, seed=seed, eval_steps=50, save_steps=25),
         )
     return out
 

@@ -25,6 +25,8 @@ HELD_OUT = 0.1
 """Share of a user's images that are held out."""
 QUICK_IMAGES = 48
 """Number of validation images, questions and near twins in a quick demo."""
+VALIDATION_QUESTIONS = 240
+"""Number of validation questions in a full demo: more would take as long as training."""
 MIN_IMAGES = 20
 """Minimum number of a user's images."""
 
@@ -69,9 +71,10 @@ def scenes_data(output: Path, quick: bool) -> DemoData:
     split, held = ("validation", "test_images") if quick else ("train", "validation")
     twins = scenes / "train_twins.jsonl"
     validation = {part: scenes / f"{held}{part}.jsonl" for part in ("", "_questions")}
+    counts = {"": QUICK_IMAGES, "_questions": QUICK_IMAGES} if quick else {"_questions": VALIDATION_QUESTIONS}
+    validation |= {part: _head(validation[part], output, count) for part, count in counts.items()}
     if quick:
-        twins = _head(twins, output)
-        validation = {part: _head(path, output) for part, path in validation.items()}
+        twins = _head(twins, output, QUICK_IMAGES)
     held_out = None
     credit = "OpenMoji, CC BY-SA 4.0"
     try:
@@ -136,9 +139,9 @@ def user_data(source: str, output: Path) -> DemoData:
     return DemoData(str(train), None, None, str(held_out), None, held_out, None, f"your images, {source}")
 
 
-def _head(path: Path, output: Path) -> Path:
-    """Write the first :data:`QUICK_IMAGES` rows of a file to the folder `output`, and return the new file."""
-    _write_rows(output / path.name, _read_rows(path)[:QUICK_IMAGES])
+def _head(path: Path, output: Path, count: int) -> Path:
+    """Write the first `count` rows of a file to the folder `output`, and return the new file."""
+    _write_rows(output / path.name, _read_rows(path)[:count])
     return output / path.name
 
 
