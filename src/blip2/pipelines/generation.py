@@ -17,7 +17,7 @@ from blip2.decoding.kv_cache import PromptBatch
 from blip2.decoding.options import ANSWER_DECODING, CAPTION_DECODING, Decoding
 from blip2.decoding.text import TextStreamer, final_text, make_stopping_criteria
 from blip2.errors import InputError
-from blip2.model.losses import IGNORE_INDEX
+from blip2.model.losses import IGNORE_INDEX, MAX_LOGITS_PER_CHUNK
 from blip2.pipelines.base import check_all_used, check_texts, texts_of_images
 from blip2.pipelines.chat import Chat
 from blip2.pipelines.images import Images, ImageStream, OnError, cat_padded
@@ -589,10 +589,14 @@ class GenerationPipeline(LikelihoodPipeline):
         removed = seen.repeat(len(seen), 1, 1)
         removed[every, every] = unseen
         log_probs = []
+        chunk_size = max(MAX_LOGITS_PER_CHUNK // self.model.language.vocab_size, 1)
         for part in torch.cat([seen[None], unseen[None], removed]).split(self.batch_size):
             states, labels = self.model.language.hidden_states(part, *(each.repeat(len(part), 1) for each in batch))
-            token = self.model.language.lm_head(states).float().log_softmax(dim=-1).gather(1, labels[:, None])
-            log_probs.append(token.view(len(part), -1).cpu())
+            chunks = zip(states.split(chunk_size), labels.split(chunk_size), strict=True)
+            token = [
+                self.model.language.lm_head(x).float().log_softmax(dim=-1).gather(1, y[:, None]) for x, y in chunks
+            ]
+            log_probs.append(torch.cat(token).view(len(part), -1).cpu())
         with_image, without_image, *without_query = torch.cat(log_probs)
         maps = self._map_rows(self.model.attention_maps, features, questions, index)
         tokens = batch[2][batch[2] != IGNORE_INDEX].tolist()

@@ -46,13 +46,16 @@ def make_router(service: Service) -> APIRouter:
     async def explain(body: ExplainRequest, request: Request) -> dict[str, Any]:
         """Explain an answer: for each token, its probability without the image, and the effect of each query on it."""
         model = service.find(body.model, Stage2Model, request)
+        num_tokens, limit = model.count_tokens(body.text), service.options.max_tokens
+        if num_tokens > limit:
+            raise ApiError(400, f"the text has {num_tokens} tokens, expected at most {limit}: shorten it", "text")
         messages = await read_messages(service, model, body.messages)
         [found] = await service.engine.submit(
             lambda requests: [explain_answer(model, *each) for each in requests], [(messages, body.text)]
         )
         return {"model": model.name, **describe(found)}
 
-    @router.get("/v1/search/images/{digest}", response_class=Response)
+    @router.get("/v1/search/images/{digest}", response_class=Response, responses={200: {"content": {"image/jpeg": {}}}})
     async def library_image(digest: str) -> Response:
         """Return an image of the library by its digest, as a JPEG of at most 1024 x 1024 pixels."""
         data = None
@@ -60,7 +63,7 @@ def make_router(service: Service) -> APIRouter:
             data = await to_thread.run_sync(load_image, service.library, digest)
         if data is None:
             raise ApiError(404, "there is no such image in the library: use the digest of a result of /v1/search")
-        return Response(data, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=3600"})
+        return Response(data, media_type="image/jpeg")
 
     return router
 
