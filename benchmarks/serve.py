@@ -258,10 +258,15 @@ def make_peer_folder(folder: Path) -> Path:
 
 
 def never_end(folder: Path) -> None:
-    """Let a token that the LLM does not write end a text, so that all texts have the maximum number of tokens."""
+    """Let a token that the LLM does not write end a text, so that all texts have the maximum number of tokens.
+
+    Greedy search is made the default as well: BLIP-2's is beam search, which transformers would use.
+    """
     for name in ("config.json", "generation_config.json"):
         settings = json.loads((folder / name).read_text())
         settings.get("text_config", settings)["eos_token_id"] = NEVER_WRITTEN
+        if "num_beams" in settings:
+            settings["num_beams"] = 1
         (folder / name).write_text(json.dumps(settings, indent=1))
 
 

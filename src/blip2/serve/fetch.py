@@ -171,7 +171,7 @@ class CheckedNetwork(httpcore2.AsyncNetworkBackend):
 
     def __init__(self, networks: Sequence[Network]) -> None:
         self._networks = networks
-        self._backend: httpcore2.AsyncNetworkBackend = httpcore2.AnyIOBackend()
+        self._backend: Any = httpcore2.AnyIOBackend()
 
     async def connect_tcp(
         self,
