@@ -312,7 +312,7 @@ def test_a_phone_shows_everything_in_one_column(visit, address, scheme):
     word.tap()
     wait(lambda: "With a blank image" in details.inner_text())
     assert page.locator("#drop canvas").is_visible() and not details.locator(".small-map").count()
-    page.locator("h1").tap()
+    page.locator("#title-image").tap()
     assert not details.is_visible()
     word.evaluate("word => word.scrollIntoView()")
     word.tap()
