@@ -218,7 +218,7 @@ def main() -> None:
     ]
     ceiling = [(k + (NUM_COLORS - k) / NUM_WORDS) / NUM_COLORS for k in SHOTS]
     rows.append(["reads the examples, guesses else", *(f"{100 * share:.1f}" for share in ceiling)])
-    text = markdown(["right words, %", *(f"{k} examples" for k in SHOTS)], rows)
+    text = markdown(["right words, %, by the number of examples", *map(str, SHOTS)], rows)
     figure = draw_curves(scores, ("examples", "right words, %"), {"chance": 1 / NUM_WORDS})
     claim.finish({"scores": scores, "chance": 1 / NUM_WORDS}, text, figure)
 
