@@ -401,7 +401,9 @@ def serve(models: list[str], *, library: str | None, options: ServeOptions, devi
     try:
         import fastapi  # noqa: F401
         import openai  # noqa: F401
+        import prometheus_client  # noqa: F401
         import sse_starlette  # noqa: F401
+        import uvicorn  # noqa: F401
     except ImportError as error:
         raise InputError(
             f"the service needs {error.name}, which is not installed: pip install 'blip2[serve]'"

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from blip2.decoding import continuous
 from blip2.decoding.continuous import ContinuousBatch, Row
 from blip2.decoding.conversation import make_prompt
 from blip2.decoding.kv_cache import CausalLMDecoder, Seq2SeqLMDecoder, UncachedDecoder
@@ -93,6 +94,24 @@ def test_probabilities_are_those_of_the_logits(language):
     best = log_probs.topk(3)
     assert new.token == int(best.indices[0]) and new.log_prob == pytest.approx(float(best.values[0]), abs=1e-4)
     assert [token for token, _ in new.alternatives] == best.indices.tolist()
+
+
+def test_a_text_that_is_given_up_while_its_token_is_chosen_stays_given_up(parts, monkeypatch):
+    """Another thread sets is_done at any time."""
+    network = AutoModelForCausalLM.from_pretrained(parts.llama).eval()
+    row = Row(OPTIONS[0])
+    batch = ContinuousBatch(CausalLMDecoder, network, EOS)
+    batch.join(prompts(network, [3]), [[row]])
+    process_logits = continuous.process_logits
+
+    def process(*args):
+        row.is_done = True
+        return process_logits(*args)
+
+    monkeypatch.setattr(continuous, "process_logits", process)
+    assert len(batch.choose()) == 1
+    batch.advance()
+    assert row.is_done and len(batch) == 0 and batch.choose() == []
 
 
 def test_beams_are_refused():

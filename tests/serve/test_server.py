@@ -6,6 +6,7 @@ import signal
 import socket
 import threading
 import time
+from pathlib import Path
 
 import openai
 import pytest
@@ -115,13 +116,14 @@ def test_vllm_runs_the_llm_of_one_model():
 
 def test_names_of_models():
     assert name_models(["runs/vqa", "a=runs/x", "/b=/c"]) == {"vqa": "runs/vqa", "a": "runs/x", "c": "/b=/c"}
+    assert list(name_models([".", "a/b/"])) == [Path.cwd().name, "b"]
     with pytest.raises(InputError, match="both named vqa: give one another name as NAME=PATH"):
         name_models(["runs/vqa", "other/vqa"])
 
 
 def test_files_of_keys(tmp_path):
     path = tmp_path / "keys"
-    path.write_text(f"\n# a comment\n  {KEY}  \n")
+    path.write_text(f"\ufeff# one comment\n\n  # another comment\n  {KEY}  \n")
     assert read_keys(path) == [KEY]
     for text, message in (("\n# none\n", "has no API key"), ("short\n", "has 5 characters, expected at least 16")):
         path.write_text(text)

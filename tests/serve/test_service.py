@@ -6,6 +6,7 @@ import json
 import logging
 import threading
 import time
+import weakref
 
 import httpx2
 import numpy as np
@@ -13,11 +14,16 @@ import openai
 import pytest
 import torch
 
+from blip2.decoding.continuous import ContinuousBatch
 from blip2.decoding.options import CAPTION_DECODING, CHAT_DECODING, Decoding
+from blip2.errors import InputError
 from blip2.search.indexing import index
 from blip2.search.library import Library
 from blip2.serve.app import create_app
-from blip2.serve.engine import Generation, LocalEngine
+from blip2.serve.engine import Generation, LocalEngine, describe_token
+from blip2.serve.errors import ApiError
+from blip2.serve.gate import Gate
+from blip2.serve.metrics import Metrics
 from blip2.serve.options import ServeOptions
 from conftest import COLORS, SHAPES, draw
 from fixtures.library import draw_photos
@@ -60,6 +66,9 @@ def client(address):
 def http(address):
     with httpx2.Client(base_url=address, headers={"Authorization": f"Bearer {KEY}"}, timeout=60) as http:
         yield http
+
+
+ENUM = {"type": "json_schema", "json_schema": {"name": "c", "schema": {"enum": ["a", "b"]}}}
 
 
 def picture(number=0):
@@ -267,6 +276,50 @@ def test_sampled_texts_are_those_of_the_pipeline(writer):
     engine.close()
 
 
+def test_a_failing_pass_ends_its_texts_and_nothing_else(writer, monkeypatch):
+    engine = LocalEngine(4)
+    decoding = Decoding(num_beams=1, max_new_tokens=3)
+    generation = Generation(writer, writer.encode_prompt(IMAGES[0], decoding=decoding), decoding, 2)
+
+    async def collect():
+        return [piece.num_tokens async for piece in engine.stream(generation)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ContinuousBatch, "advance", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            asyncio.run(collect())
+    assert engine.is_ready() and len(asyncio.run(collect())) == 6
+    engine.close()
+
+
+def test_an_idle_engine_holds_nothing():
+    engine, items = LocalEngine(), [np.zeros(1)]
+    held = weakref.ref(items[0])
+    asyncio.run(engine.submit(lambda arrays: [each.sum() for each in arrays], items))
+    items.clear()
+    wait_until(lambda: held() is None)
+    engine.close()
+
+
+def test_bytes_of_a_part_of_a_character(writer):
+    tokens = writer.tokenizer("é", add_special_tokens=False)["input_ids"]
+    made = [describe_token(writer.tokenizer, token) for token in tokens]
+    assert len(made) == 2 and bytes(byte for each in made for byte in each["bytes"]).decode() == "é"
+    assert describe_token(writer.tokenizer, writer.tokenizer("a")["input_ids"][-1]) == {"token": "a", "bytes": [97]}
+
+
+def test_keys_of_an_application_below_a_path():
+    gate = Gate(None, ServeOptions(), [KEY], Metrics())
+    for path, root in (("/v1/models", ""), ("/below/v1/models", "/below"), ("/below/v1/models", "/below/")):
+        scope = {"path": path, "root_path": root, "headers": []}
+        with pytest.raises(ApiError, match="missing or wrong"):
+            gate.check_key(scope)
+        gate.check_key({**scope, "headers": [(b"authorization", f"Bearer {KEY}".encode())]})
+    gate.check_key({"path": "/below/health", "root_path": "/below", "headers": []})
+    with pytest.raises(InputError, match="api_keys is a text"):
+        create_app({}, api_keys=KEY)
+
+
 def long(client, **options):
     return chat(client, ask(), max_tokens=1000, **options)
 
@@ -329,6 +382,8 @@ def test_errors_have_openai_s_shape(client, address, library):
         (400, openai.BadRequestError, {"model": "reader"}),
         (400, openai.BadRequestError, {"max_tokens": 10_000}),
         (400, openai.BadRequestError, {"top_logprobs": 2}),
+        (400, openai.BadRequestError, {"stream_options": {"include_usage": True}}),
+        (400, openai.BadRequestError, {"messages": [{**ask()[0], "role": "assistant"}], "response_format": ENUM}),
         (400, openai.BadRequestError, {"temperature": 3.0}),
         (400, openai.BadRequestError, {"messages": [{"role": "assistant", "content": "a"}]}),
         (400, openai.BadRequestError, {"messages": ask("words " * 10_000)}),

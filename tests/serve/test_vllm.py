@@ -40,9 +40,10 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(b'{"error": {"message": "secret address"}}')
             return
         pieces = [(0, " a", None), (1, "b ", None), (0, " red", None), (1, "c", "length"), (0, " ", "stop")]
-        for count, (index, text, reason) in enumerate(pieces, 1):
+        for number, (index, text, reason) in enumerate(pieces[: len(pieces) - (body["seed"] == 4)]):
+            count = sum(each[0] == index for each in pieces[: number + 1])  # as in vLLM, of this text alone
             usage = {"prompt_tokens": 9, "completion_tokens": count, "total_tokens": 9 + count}
-            log_probs = {"tokens": [text], "token_logprobs": [-0.5], "top_logprobs": [{text: -0.5}]}
+            log_probs = {"tokens": [text], "token_logprobs": [-0.5], "top_logprobs": [{text: -0.5, "z": -0.25}]}
             choice = {"index": index, "text": text, "finish_reason": reason, "logprobs": log_probs}
             chunk = {"id": "1", "object": "text_completion", "created": 1, "model": "llm", "choices": [choice]}
             self.wfile.write(f"data: {json.dumps({**chunk, 'usage': usage})}\n\n".encode())
@@ -73,8 +74,12 @@ def run(engine, generation):
     return pieces
 
 
-def test_what_is_sent_and_read(parts, server):
-    writer = build_writer(parts)
+@pytest.fixture(scope="module")
+def writer(parts):
+    return build_writer(parts)
+
+
+def test_what_is_sent_and_read(writer, server):
     prompt = writer.chat(draw("disc", "red", 0)).encode_prompt("what is it")
     decoding = Decoding(top_p=0.8, temperature=0.7, max_new_tokens=7, stop_strings=("x",))
     url = f"http://127.0.0.1:{server.server_port}/v1"
@@ -83,6 +88,7 @@ def test_what_is_sent_and_read(parts, server):
     assert texts == ["a red", "b c"] and sum(piece.num_tokens for piece in pieces) == 5
     assert [piece.finish_reason for piece in pieces] == [None, None, None, "length", "stop"]
     assert pieces[0].log_probs[0].logprob == -0.5
+    assert [(best.token, best.logprob) for best in pieces[0].log_probs[0].top_logprobs] == [("z", -0.25)]
     [sent] = server.received
     tensor = torch.load(io.BytesIO(base64.b64decode(sent.pop("prompt_embeds"))), weights_only=True)
     assert torch.equal(tensor, prompt.text_embeds[0]) and tensor.ndim == 2
@@ -93,11 +99,12 @@ def test_what_is_sent_and_read(parts, server):
     with pytest.raises(ApiError, match="does not answer") as error:
         run(VllmEngine(url, "other"), Generation(writer, prompt, GREEDY))
     assert "secret" not in str(error.value)
+    with pytest.raises(ApiError, match="does not answer"):  # the answer ends before one of the texts
+        run(VllmEngine(url, "llm"), Generation(writer, prompt, decoding, n=2, seed=4))
 
 
-def test_an_encoder_decoder_is_refused(parts):
-    writer = build_writer(parts)
-    writer.model.language.is_encoder_decoder = True
+def test_an_encoder_decoder_is_refused(writer, monkeypatch):
+    monkeypatch.setattr(writer.model.language, "is_encoder_decoder", True)
     with pytest.raises(InputError, match="leave out --vllm-url"):
         check_decoder_only(writer)
 

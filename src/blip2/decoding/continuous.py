@@ -90,9 +90,11 @@ class ContinuousBatch:
             rows: the texts that continue each prompt, at least one.
         """
         if self._decoder_class is not CausalLMDecoder:
-            for prompt, texts in zip(prompts, rows, strict=True):
-                for row in texts:
-                    self._groups.append((self._decoder_class(self._network, prompt), [row]))
+            self._groups += [
+                (self._decoder_class(self._network, prompt), [row])
+                for prompt, texts in zip(prompts, rows, strict=True)
+                for row in texts
+            ]
             return
         merged = merge_prompts(prompts, get_pad_token_id(self._network))
         copies = torch.tensor([i for i, texts in enumerate(rows) for _ in texts], device=merged.input_ids.device)
@@ -135,7 +137,8 @@ class ContinuousBatch:
             for i, token in zip(members, tokens.tolist(), strict=True):
                 row = rows[i]
                 row.tokens.append(token)
-                row.is_done = token in self._eos or len(row.tokens) == decoding.max_new_tokens
+                if token in self._eos or len(row.tokens) == decoding.max_new_tokens:
+                    row.is_done = True  # never False: another thread may have given the text up meanwhile
                 chosen.append(self._describe(row, token, decoder.logits[i]))
         return chosen
 

@@ -286,19 +286,22 @@ class CausalLMDecoder(CachedDecoder):
         starts = [int(each._attention_mask.any(dim=0).int().argmax()) for each in decoders]
         masks = [each._attention_mask[:, start:] for each, start in zip(decoders, starts, strict=True)]
         length = max(mask.shape[1] for mask in masks)
-        self._attention_mask = torch.cat([F.pad(mask, (length - mask.shape[1], 0)) for mask in masks])
+        attention_mask = torch.cat([F.pad(mask, (length - mask.shape[1], 0)) for mask in masks])
         layers: list[PreallocatedCacheLayer] = []
         for own, others in zip(self._cache.layers, other._cache.layers, strict=True):
             states = [
-                torch.cat([
-                    F.pad(part[..., start:, :], (0, 0, length - part.shape[-2] + start, 0))
-                    for part, start in zip(parts, starts, strict=True)
-                ])
+                torch.cat(
+                    [
+                        F.pad(part[..., start:, :], (0, 0, length - part.shape[-2] + start, 0))
+                        for part, start in zip(parts, starts, strict=True)
+                    ]
+                )
                 for parts in ((own.keys, others.keys), (own.values, others.values))
             ]
             layers.append(PreallocatedCacheLayer(*states))
-        self._cache.layers = layers
-        self.logits = torch.cat([self.logits, other.logits])
+        logits = torch.cat([self.logits, other.logits])
+        # Nothing is changed before, so that this decoder goes on if there is not enough memory.
+        self._attention_mask, self._cache.layers, self.logits = attention_mask, layers, logits
         self._prompt_index = torch.arange(len(self.logits), device=self.logits.device)
 
     def _forward(self, new_mask: Bool[Tensor, "N S"], **inputs: Tensor) -> None:

@@ -53,9 +53,12 @@ def create_app(
         options: limits of requests; ``host``, ``port`` and ``api_key_file`` are not used.
         api_keys: keys, one of which each request to ``/v1`` must have. Without keys, everybody may use the service.
         make_engine: makes the engine that runs the models. None: :class:`~blip2.serve.engine.LocalEngine`.
+
+    Raises:
+        InputError: a model does not read images, a host or a network in `options` is not one, or `api_keys` is a text.
     """
-    metrics = Metrics()
-    engine = make_engine(metrics) if make_engine else LocalEngine(options.max_batch_size, metrics)
+    if isinstance(api_keys, str):  # each of its characters would be a key
+        raise InputError("api_keys is a text, expected a list of keys: put the key into a list")
     images = ImageReader(
         options.max_image_bytes, options.max_image_pixels, options.allow_image_host, options.allow_image_network
     )
@@ -63,6 +66,8 @@ def create_app(
         name: Stage1Model(name, each) if isinstance(each, RepresentationPipeline) else Stage2Model(name, each)
         for name, each in pipelines.items()
     }
+    metrics = Metrics()
+    engine = make_engine(metrics) if make_engine else LocalEngine(options.max_batch_size, metrics)
     service = Service(engine, models, images, options, library)
 
     @asynccontextmanager
@@ -147,7 +152,11 @@ def _add_error_handlers(app: FastAPI, secrets: Mapping[str, str]) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> Response:
-        known = {404: "there is no such endpoint: see /openapi.json", 405: "the endpoint has another method"}
+        known = {
+            400: "the body cannot be read: send a JSON object in UTF-8",
+            404: "there is no such endpoint: see /openapi.json",
+            405: "the endpoint has another method: see /openapi.json",
+        }
         message = known.get(error.status_code, "the request cannot be answered")
         return ApiError(error.status_code, message, headers=dict(error.headers or {})).response()
 

@@ -53,6 +53,8 @@ def make_router(service: Service) -> APIRouter:
         model = service.find(body.model, Stage2Model, request)
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "found top_logprobs without logprobs: set logprobs to true", "top_logprobs")
+        if body.stream_options is not None and not body.stream:
+            raise ApiError(400, "found stream_options without stream: set stream to true", "stream_options")
         reply = _Reply(f"chatcmpl-{uuid.uuid4().hex}", model.name, int(time.time()))
         choices = _choices(body.response_format)
         if choices is not None:
@@ -249,7 +251,7 @@ async def _choose(
             "response_format",
         )  # fmt: skip
     messages = await read_messages(service, model, body.messages)
-    parts = messages[0]["content"] if len(messages) == 1 else []
+    parts = messages[0]["content"] if len(messages) == 1 and messages[0]["role"] == "user" else []
     images = [part["image"][0] for part in parts if isinstance(part, dict) and part["type"] == "image"]
     question = "".join(part["text"] for part in parts if isinstance(part, dict) and part["type"] == "text")
     if len(images) != 1 or not question.strip():

@@ -8,6 +8,8 @@ batch and new ones join it between two tokens.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import re
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
@@ -20,19 +22,22 @@ import torch
 from openai.types.chat import ChatCompletionTokenLogprob
 from openai.types.chat.chat_completion_token_logprob import TopLogprob
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from blip2.backbones.language import LanguageModel
 from blip2.decoding.continuous import ContinuousBatch, NewToken, Row
 from blip2.decoding.kv_cache import PromptBatch, UncachedDecoder
 from blip2.decoding.options import Decoding
 from blip2.decoding.search import cached_decoder_class
-from blip2.decoding.text import TextStreamer
+from blip2.decoding.text import INCOMPLETE_CHARACTER, TextStreamer
 from blip2.pipelines import GenerationPipeline
 from blip2.serve.metrics import Metrics
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 FinishReason = Literal["stop", "length"]
+BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
+"""The byte for which each character stands in the vocabulary of a byte-level tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -190,26 +195,35 @@ class LocalEngine(Engine):
     # -- the thread ----------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        while True:
-            with self._condition:
-                while not (self._calls or self._waiting or self._running):
-                    if self._is_closed:
-                        return
-                    self._condition.wait()
-                calls, jobs = self._take_calls(), self._take_jobs()
-            if calls:
-                self._run_calls(calls)
-            self._join(jobs)
-            for key, running in list(self._running.items()):
-                try:
-                    num_tokens = running.step()
-                except Exception as error:
-                    running.fail(error)
-                    num_tokens = 0
-                self._metrics.tokens.inc(num_tokens)
-                if not len(running):
-                    del self._running[key]
-            self._metrics.rows.set(sum(len(each) for each in self._running.values()))
+        while self._wait():
+            self._take_turn()  # a function, so that nothing of it is kept in memory while the thread waits
+
+    def _wait(self) -> bool:
+        """Wait for work, and return whether there is some: otherwise the engine is closed."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._has_work() or self._is_closed)
+            return self._has_work()
+
+    def _has_work(self) -> bool:
+        return bool(self._calls or self._waiting or self._running)
+
+    def _take_turn(self) -> None:
+        """Make a pass for the oldest calls, and generate a token of each text."""
+        with self._condition:
+            calls, jobs = self._take_calls(), self._take_jobs()
+        if calls:
+            self._run_calls(calls)
+        self._join(jobs)
+        for key, running in list(self._running.items()):
+            try:
+                self._metrics.tokens.inc(running.step())
+            except Exception as error:
+                running.fail(error)
+                del self._running[key]
+                continue
+            if not len(running):
+                del self._running[key]
+        self._metrics.rows.set(sum(len(each) for each in self._running.values()))
 
     def _take_calls(self) -> list[_Call]:
         """Return the oldest call, and those that can be made in the same pass."""
@@ -324,10 +338,9 @@ class _Running:
         return len(new)
 
     def fail(self, error: Exception) -> None:
-        for row, job in self._jobs.items():
-            row.is_done = True
+        """End all texts with an error. The object must not be used after it."""
+        for job in dict.fromkeys(self._jobs.values()):
             job.publish(error)
-        self._batch.advance()
 
 
 class _Text:
@@ -364,17 +377,24 @@ class _Text:
     def _describe(self, new: NewToken) -> tuple[ChatCompletionTokenLogprob, ...]:
         if new.log_prob is None:
             return ()
-        text = self._text(new.token)
         best = [
-            TopLogprob(token=self._text(token), logprob=value, bytes=list(self._text(token).encode()))
-            for token, value in new.alternatives
+            TopLogprob(**describe_token(self._tokenizer, token), logprob=value) for token, value in new.alternatives
         ]
-        return (
-            ChatCompletionTokenLogprob(token=text, logprob=new.log_prob, bytes=list(text.encode()), top_logprobs=best),
-        )
+        chosen = describe_token(self._tokenizer, new.token)
+        return (ChatCompletionTokenLogprob(**chosen, logprob=new.log_prob, top_logprobs=best),)
 
-    def _text(self, token: int) -> str:
-        return str(self._tokenizer.decode([token]))
+
+def describe_token(tokenizer: PreTrainedTokenizerBase, token: int) -> dict[str, Any]:
+    """Return the text of a token, and its bytes: None if they are no character and the tokenizer does not tell them."""
+    text = str(tokenizer.decode([token]))
+    found: list[int] | None = list(text.encode())
+    if INCOMPLETE_CHARACTER in text:  # a part of a character, whose other bytes are in the tokens beside it
+        name = str(tokenizer.convert_ids_to_tokens(token))
+        if match := re.fullmatch("<0x([0-9A-F]{2})>", name):
+            found = [int(match[1], 16)]
+        else:
+            found = [BYTES[each] for each in name] if all(each in BYTES for each in name) else None
+    return {"token": text, "bytes": found}
 
 
 def make_rows(generation: Generation) -> list[Row]:
@@ -392,5 +412,5 @@ def make_rows(generation: Generation) -> list[Row]:
 
 
 def _publish(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Any], event: Any) -> None:
-    if not loop.is_closed():
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
         loop.call_soon_threadsafe(events.put_nowait, event)

@@ -5,18 +5,14 @@ from __future__ import annotations
 from starlette.responses import JSONResponse
 
 TYPES = {
-    400: "invalid_request_error",
     401: "authentication_error",
     404: "not_found_error",
-    405: "invalid_request_error",
     408: "timeout_error",
-    413: "invalid_request_error",
-    422: "invalid_request_error",
     429: "rate_limit_error",
     503: "service_unavailable_error",
     504: "timeout_error",
 }
-"""The type of an error by its status. Others are ``server_error``."""
+"""The type of an error by its status. Others are ``invalid_request_error``, and from 500 on ``server_error``."""
 
 
 class ApiError(Exception):
@@ -43,7 +39,7 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, dict[str, str | None]]:
         """Return the error in OpenAI's shape."""
-        kind = TYPES.get(self.status, "server_error")
+        kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:

@@ -27,12 +27,19 @@ MAX_FETCHES = 16
 """Maximum number of images that are fetched at the same time."""
 
 REDIRECTS = (301, 302, 303, 307, 308)
-PROTOCOLS = ("http", "https")
+PORTS = {"http": 80, "https": 443}
+"""The default port of each protocol that is spoken."""
 GLOBAL_UNICAST = ip_network("2000::/3")
 """The IPv6 addresses of hosts on the Internet. Outside of it are the addresses of this machine and of local networks,
 and those that contain an IPv4 address: mapped (``::ffff:0:0/96``) and translated (NAT64, ``64:ff9b::/96``)."""
-TUNNELS = (ip_network("2001::/23"), ip_network("2002::/16"), ip_network("3fff::/20"), ip_network("192.88.99.0/24"))
-"""Addresses that lead to another address (Teredo, 6to4), and those for protocols and documents."""
+NOT_PUBLIC = tuple(
+    map(
+        ip_network,
+        ("2001::/23", "2002::/16", "3fff::/20", "192.88.99.0/24", "192.0.0.0/24", "168.63.129.16/32"),
+    )
+)
+"""Addresses that Python may call global, but that lead to another address (Teredo, 6to4), are for protocols (such as
+those of routers, 192.0.0.9) or documents, or are those of a cloud's own services (168.63.129.16 in Azure)."""
 
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
@@ -50,8 +57,8 @@ class Fetcher:
     """Fetches images from the hosts on a list.
 
     Args:
-        hosts: the hosts that may be asked, each as ``host`` (with the port of the protocol, 80 or 443) or
-            ``host:port``. Names below a host are not included.
+        hosts: the hosts that may be asked, each as ``host`` (at the ports 80 and 443) or ``host:port``. Names below a
+            host are not included.
         networks: networks such as ``10.0.0.0/8`` in which these hosts may be, besides the public Internet: for images
             in a store of your own.
         max_bytes: maximum size of a file in bytes.
@@ -63,7 +70,7 @@ class Fetcher:
     """
 
     def __init__(self, hosts: Iterable[str], networks: Iterable[str], max_bytes: int, seconds: float) -> None:
-        self._hosts = frozenset(_parse_host(host) for host in hosts)
+        self._hosts = frozenset(each for host in hosts for each in _parse_host(host))
         self._max_bytes, self._seconds = max_bytes, seconds
         self._limiter = anyio.CapacityLimiter(MAX_FETCHES)
         # Connections are not kept, and httpcore neither reads proxies from the environment, nor follows redirects, nor
@@ -117,13 +124,14 @@ class Fetcher:
             parsed = httpx2.URL(url) if base is None else base.join(url)
         except (httpx2.InvalidURL, UnicodeError, ValueError) as error:
             raise BadImageError(f"{subject} is not a URL: give one such as https://example.com/image.png") from error
-        if parsed.scheme not in PROTOCOLS:
+        if parsed.scheme not in PORTS:
             raise BadImageError(
                 f"{subject} begins with {parsed.scheme[:20]!r}, expected https or http: give such a URL"
             )
         if parsed.userinfo:
             raise BadImageError(f"{subject} contains a user name or a password, expected none: leave them out")
-        if (_host_name(parsed.raw_host.decode("ascii")), parsed.port) not in self._hosts:
+        port = PORTS[parsed.scheme] if parsed.port is None else parsed.port
+        if (_host_name(parsed.raw_host.decode("ascii")), port) not in self._hosts:
             raise BadImageError(
                 f"{subject} names a host that this server may not ask: send the image as a data URL, or have the"
                 " server's operator allow the host"
@@ -204,31 +212,34 @@ def is_allowed(address: str, networks: Iterable[Network] = ()) -> bool:
     """Return whether an address is that of a host on the public Internet, or is in one of the networks given."""
     try:
         parsed = ip_address(address)
-    except ValueError:  # with a zone (fe80::1%eth0), for example
+    except ValueError:
+        return False
+    if isinstance(parsed, IPv6Address) and parsed.scope_id is not None:  # fe80::1%eth0 is of a local network
         return False
     if any(parsed in network for network in networks):
         return True
     if isinstance(parsed, IPv6Address) and parsed not in GLOBAL_UNICAST:
         return False
-    return parsed.is_global and not parsed.is_multicast and not any(parsed in network for network in TUNNELS)
+    return parsed.is_global and not parsed.is_multicast and not any(parsed in network for network in NOT_PUBLIC)
 
 
 def _host_name(host: str) -> str:
     return host.lower().removesuffix(".")
 
 
-def _parse_host(host: str) -> tuple[str, int | None]:
-    """Return an entry of the list of hosts as a name and a port; None is the port of the protocol."""
+def _parse_host(host: str) -> list[tuple[str, int]]:
+    """Return an entry of the list of hosts as a name with each port at which it may be asked."""
     try:
-        url = httpx2.URL(f"https://{host}/")
+        url = httpx2.URL(f"image://{host}/")  # a protocol whose default port is not left out
     except (httpx2.InvalidURL, UnicodeError, ValueError):
         url = httpx2.URL("")
-    is_host = re.fullmatch(rb"[a-z0-9_.:-]+", url.raw_host) and 0 < (url.port or 443) < 1 << 16
+    ports = PORTS.values() if url.port is None else [url.port]
+    is_host = re.fullmatch(rb"[a-z0-9_.:-]+", url.raw_host) and all(0 < port < 1 << 16 for port in ports)
     if not is_host or url.raw_path != b"/" or url.userinfo or url.fragment:
         raise InputError(
             f"the image host {host[:80]!r} is not a host, expected example.com or example.com:8443: fix it"
         )
-    return _host_name(url.raw_host.decode("ascii")), url.port
+    return [(_host_name(url.raw_host.decode("ascii")), port) for port in ports]
 
 
 def _parse_network(network: str) -> Network:

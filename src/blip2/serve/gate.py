@@ -15,7 +15,7 @@ import logging
 import time
 import traceback
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -28,6 +28,8 @@ error_log = logging.getLogger("blip2.serve")
 
 BODY_SECONDS = 30.0
 """Maximum duration of receiving a body, in seconds."""
+BODIES_IN_MEMORY = 8
+"""Maximum size of all bodies in memory, as a multiple of the maximum size of one."""
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -51,7 +53,7 @@ class Gate:
     def __init__(self, app: ASGIApp, options: ServeOptions, keys: Iterable[str], metrics: Metrics) -> None:
         self._app, self._options, self._metrics = app, options, metrics
         self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
-        self._in_flight = 0
+        self._in_flight = self._num_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -63,7 +65,7 @@ class Gate:
 
     def check_key(self, scope: Scope) -> None:
         """Raise an ApiError if the service needs an API key and the request has none of them."""
-        if not self._keys or not scope["path"].startswith("/v1/"):
+        if not self._keys or not route_path(scope).startswith("/v1/"):
             return
         headers = dict(scope["headers"])
         kind, _, key = headers.get(b"authorization", b"").partition(b" ")
@@ -81,23 +83,29 @@ class Gate:
     def enter(self) -> None:
         """Count a request that will be worked on, or raise an ApiError if there are too many."""
         if self._in_flight >= self._options.max_queue:
-            raise ApiError(
-                429,
-                f"{self._in_flight} requests are waiting, as many as are allowed: try again after the time in"
-                " Retry-After",
-                code="queue_full",
-                headers={"Retry-After": "1"},
-            )
+            raise _full(f"{self._in_flight} requests are waiting, as many as are allowed")
         self._in_flight += 1
         self._metrics.in_flight.set(self._in_flight)
 
-    def leave(self) -> None:
-        """Count a request that is done."""
+    def add_bytes(self, number: int) -> None:
+        """Count bytes of bodies in memory, or raise an ApiError if there are too many."""
+        if number + self._num_bytes > BODIES_IN_MEMORY * self._options.max_body_bytes:
+            raise _full(f"the requests that wait have {self._num_bytes:,} bytes, as many as are allowed")
+        self._num_bytes += number
+
+    def leave(self, num_bytes: int) -> None:
+        """Count a request that is done, and whose body had so many bytes."""
+        self._num_bytes -= num_bytes
         self._in_flight -= 1
         self._metrics.in_flight.set(self._in_flight)
 
-    async def read_body(self, scope: Scope, receive: Receive) -> bytes:
-        """Return the body of a request, or raise an ApiError as soon as it is larger than allowed or takes too long."""
+    async def read_body(self, scope: Scope, receive: Receive, count: Callable[[int], None]) -> bytes:
+        """Return the body of a request, or raise an ApiError as soon as it is larger than allowed or takes too long.
+
+        Args:
+            scope, receive: of the request.
+            count: called with the number of bytes of each part that arrives, before the part is kept.
+        """
         limit = self._options.max_body_bytes
         too_large = ApiError(
             413, f"the body is larger than the {limit:,} bytes allowed: send smaller images", code="body_too_large"
@@ -112,9 +120,11 @@ class Gate:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise ClientLeft
-                    body += message.get("body", b"")
-                    if len(body) > limit:
+                    part = message.get("body", b"")
+                    if len(body) + len(part) > limit:
                         raise too_large
+                    count(len(part))
+                    body += part
                     if not message.get("more_body", False):
                         return bytes(body)
         except TimeoutError:
@@ -134,6 +144,17 @@ class Gate:
     def metrics(self) -> Metrics:
         """Where requests are counted."""
         return self._metrics
+
+
+def route_path(scope: Scope) -> str:
+    """Return the path of a request below the one at which the application is mounted, as its endpoints have it."""
+    return scope["path"].removeprefix(scope.get("root_path", "").rstrip("/"))
+
+
+def _full(found: str) -> ApiError:
+    return ApiError(
+        429, f"{found}: try again after the time in Retry-After", code="queue_full", headers={"Retry-After": "1"}
+    )
 
 
 class ClientLeft(Exception):  # noqa: N818
@@ -184,22 +205,24 @@ class _Request:
         gate, scope = self._gate, self._scope
         scope.setdefault("state", {})["log"] = {}
         gate.check_key(scope)
-        if scope["method"] in ("GET", "HEAD") and not scope["path"].startswith("/v1/"):
+        if scope["method"] in ("GET", "HEAD") and not route_path(scope).startswith("/v1/"):
             await gate.app(scope, self._receive, self._send_with_headers)
             return "answered"
         gate.enter()
         self._is_inside = True
         try:
-            body = await gate.read_body(scope, self._receive)
-            self._num_bytes = len(body)
-            return await self._work(body)
+            return await self._work(await gate.read_body(scope, self._receive, self._count))
         finally:
             self._leave()
+
+    def _count(self, num_bytes: int) -> None:
+        self._gate.add_bytes(num_bytes)
+        self._num_bytes += num_bytes
 
     def _leave(self) -> None:
         if self._is_inside:
             self._is_inside = False
-            self._gate.leave()
+            self._gate.leave(self._num_bytes)
 
     async def _work(self, body: bytes) -> str:
         """Run the application with a body that has arrived, until it ends, the client leaves or the time is over."""

@@ -144,25 +144,25 @@ class ImageReader:
             raise BadImageError(f"an image is called image/{media_type}, but its bytes are {found}: send image/{found}")
         try:
             with open_image(data, "image", show_bytes=False) as opened:  # reads the header alone
-                kind, width, height = opened.format or "", opened.width, opened.height
-            self._check(FORMATS.get(kind), width, height, data.count(START_OF_SCAN))
-            return read_image(data, "image")
+                kind = FORMATS.get(opened.format or "")
+                problem = self._find_problem(kind, opened.width, opened.height, data.count(START_OF_SCAN))
+                if problem is None:
+                    return read_image(opened)
         except ImageError as error:
             raise BadImageError(
                 f"an image is damaged, truncated or has over {self._max_pixels:,} pixels: send a whole, smaller one"
             ) from error
+        raise BadImageError(problem)  # not above, where it would become an ImageError
 
-    def _check(self, kind: str | None, width: int, height: int, scans: int) -> None:
+    def _find_problem(self, kind: str | None, width: int, height: int, scans: int) -> str | None:
+        """Return what is wrong with the header of an image; None if nothing is."""
         if kind is None:
-            raise BadImageError(f"the bytes of an image are not {EXPECTED}: convert it")
+            return f"the bytes of an image are not {EXPECTED}: convert it"
         if width * height > self._max_pixels:
-            raise BadImageError(
-                f"an image has {width} x {height} pixels, expected at most {self._max_pixels:,}: make it smaller"
-            )
+            return f"an image has {width} x {height} pixels, expected at most {self._max_pixels:,}: make it smaller"
         if kind == "jpeg" and scans * width * height > MAX_SCANS * self._max_pixels:
-            raise BadImageError(
-                f"a JPEG of {width} x {height} pixels has {scans} scans: save it without progressive encoding"
-            )
+            return f"a JPEG of {width} x {height} pixels has {scans} scans: save it without progressive encoding"
+        return None
 
     def _too_large(self, size: int) -> BadImageError:
         return BadImageError(f"an image has {size:,} bytes, expected at most {self._max_bytes:,}: make it smaller")

@@ -17,7 +17,6 @@ from torch import Tensor
 from blip2.data.images import preprocess
 from blip2.decoding.kv_cache import PromptBatch
 from blip2.decoding.options import Decoding
-from blip2.errors import InputError
 from blip2.pipelines import Candidate, GenerationPipeline, RepresentationPipeline
 from blip2.serve.errors import ApiError
 
@@ -34,14 +33,13 @@ class _Model:
     """
 
     def __init__(self, name: str, pipeline: RepresentationPipeline | GenerationPipeline) -> None:
-        if pipeline.model.vision.input_format is not None and not hasattr(pipeline.model.vision, "preprocessing"):
-            raise InputError(f"{pipeline.path} does not read images: the service needs a model with an image encoder")
+        self._preprocessing = pipeline.model.vision.preprocessing
         self.name, self.num_query_tokens = name, pipeline.config.qformer.num_query_tokens
         self._pipeline: RepresentationPipeline | GenerationPipeline = pipeline
 
     def preprocess(self, image: Image.Image) -> Float[Tensor, "3 H W"]:
         """Return an image as the image encoder reads it."""
-        return preprocess(image, self._pipeline.model.vision.preprocessing)
+        return preprocess(image, self._preprocessing)
 
     def encode(self, pixels: list[Float[Tensor, "3 H W"]]) -> list[Float[Tensor, "P E"]]:
         """Return the features of preprocessed images."""
@@ -60,14 +58,19 @@ class _Model:
         return len(self._pipeline.tokenizer(text, verbose=False)["input_ids"])
 
 
-def check_length(pipeline: RepresentationPipeline, text: str, param: str) -> None:
-    """Raise an ApiError if a stage-1 model would truncate a text, which is in the field `param` of a request."""
+def check_length(pipeline: RepresentationPipeline, text: str, param: str) -> int:
+    """Return the number of tokens of a text, which is in the field `param` of a request.
+
+    Raises:
+        ApiError: a stage-1 model would truncate the text.
+    """
     limit = min(pipeline.config.qformer.max_position_embeddings, 2 * pipeline.config.max_length)
     count = len(pipeline.tokenizer(text, verbose=False)["input_ids"])
     if count > limit:
         raise ApiError(
             400, f"a text has {count} tokens, expected at most {limit}: shorten it", param, "context_length_exceeded"
         )
+    return count
 
 
 class Stage1Model(_Model):

@@ -23,7 +23,7 @@ class ServeOptions:
     max_batch_size: int = bounded(16, 1, 4096)
     """Maximum number of texts that are generated at the same time, and of images or pairs in a pass of the model."""
     deadline: float = bounded(60.0, 0.01, 86_400)
-    """Seconds after which a request ends with status 504."""
+    """Seconds after the arrival of its body after which a request ends with status 504."""
     max_body_bytes: int = bounded(32 << 20, 1024, 1 << 30)
     """Maximum size of the body of a request in bytes."""
     max_images: int = bounded(16, 1, 4096)

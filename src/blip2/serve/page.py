@@ -7,6 +7,7 @@ import math
 import re
 from typing import Annotated, Any
 
+import anyio
 from anyio import to_thread
 from fastapi import APIRouter, Request
 from PIL import Image
@@ -19,6 +20,7 @@ from blip2.pipelines import Explanation
 from blip2.search.library import Library
 from blip2.serve.chat import read_messages
 from blip2.serve.errors import ApiError
+from blip2.serve.images import DECODERS
 from blip2.serve.models import Stage2Model
 from blip2.serve.schemas import Body, Message, Text
 from blip2.serve.service import Service
@@ -41,6 +43,7 @@ class ExplainRequest(Body):
 def make_router(service: Service) -> APIRouter:
     """Return the endpoints."""
     router = APIRouter()
+    decoders = anyio.CapacityLimiter(DECODERS)
 
     @router.post("/v1/explain")
     async def explain(body: ExplainRequest, request: Request) -> dict[str, Any]:
@@ -60,7 +63,7 @@ def make_router(service: Service) -> APIRouter:
         """Return an image of the library by its digest, as a JPEG of at most 1024 x 1024 pixels."""
         data = None
         if service.library is not None and DIGEST.fullmatch(digest):
-            data = await to_thread.run_sync(load_image, service.library, digest)
+            data = await to_thread.run_sync(load_image, service.library, digest, limiter=decoders)
         if data is None:
             raise ApiError(404, "there is no such image in the library: use the digest of a result of /v1/search")
         return Response(data, media_type="image/jpeg")

@@ -83,8 +83,9 @@ class Message(Body):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart | ImagePart]
+    content: Annotated[str, Field(max_length=100_000)] | list[TextPart | ImagePart]
     name: str | None = None
+    """Without effect."""
 
 
 class JSONSchema(Body):
@@ -109,6 +110,7 @@ class StreamOptions(Body):
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
+    """Without effect."""
 
 
 class ChatRequest(Body):

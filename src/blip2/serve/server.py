@@ -134,7 +134,7 @@ def name_models(models: Sequence[str]) -> dict[str, str]:
     for each in models:
         name, equals, path = each.partition("=")
         if not equals or "/" in name:
-            name, path = Path(each).name, each
+            name, path = Path(each).absolute().name, each
         if name in paths:
             raise InputError(
                 f"the models {paths[name]} and {path} are both named {name}: give one another name as NAME=PATH"
@@ -150,10 +150,10 @@ def read_keys(path: Path) -> list[str]:
         InputError: the file cannot be read or has no key, or a key has fewer than 16 characters.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeError) as error:
         raise InputError(f"the API keys in {path} cannot be read ({error}): check the file") from error
-    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:
         raise InputError(f"{path} has no API key: write one per line, or leave out --api-key-file")
     if short := next((key for key in keys if len(key) < 16), None):

@@ -7,6 +7,7 @@ import uuid
 from typing import Any
 
 import torch
+from anyio import to_thread
 from fastapi import APIRouter, Request
 from jaxtyping import Float
 from openai.types import CreateEmbeddingResponse
@@ -49,20 +50,21 @@ def make_router(service: Service) -> APIRouter:
         """
         model = service.find(body.model, Stage1Model, request)
         items = [body.query, *body.documents]
+        both = next((i for i, each in enumerate(items[1:]) if image_url(each) is None), None)
+        if image_url(body.query) is None and both is not None:
+            raise ApiError(
+                400,
+                f"the query and document {both} are texts, expected that one of them is an image: this model compares"
+                " images with texts and with images",
+                "documents",
+            )
         embedded = await _embed(service, model, items, "documents")
         pairs: list[tuple[int, Tensor, str]] = []
         for number in range(1, len(items)):
             texts = [embedded.texts[each] for each in (0, number)]
             images = [embedded.features[each] for each in (0, number)]
             text, image = texts[0] or texts[1], images[0] if images[1] is None else images[1]
-            if image is None:
-                raise ApiError(
-                    400,
-                    f"the query and document {number - 1} are texts, expected that one of them is an image: this model"
-                    " compares images with texts and with images",
-                    "documents",
-                )
-            if text is not None:
+            if text is not None and image is not None:
                 pairs.append((number, image, text))
         matches = await service.engine.submit(model.match, [(image, text) for _, image, text in pairs])
         itm = dict(zip((number for number, _, _ in pairs), matches, strict=True))
@@ -114,13 +116,16 @@ async def _embed(service: Service, model: Stage1Model, items: list[Item], param:
     for number, each in zip(urls, features, strict=True):
         embedded.features[number] = each
     texts = {number: text for number, text in enumerate(embedded.texts) if text is not None}
-    for text in texts.values():
-        check_length(model.pipeline, text, param)
+
+    def count_tokens() -> int:
+        return sum(check_length(model.pipeline, text, param) for text in texts.values())
+
+    num_tokens = await to_thread.run_sync(count_tokens)  # takes seconds for megabytes of text
     vectors = await service.engine.submit(model.embed_texts, list(texts.values()))
     vectors += await service.engine.submit(model.embed_images, features)
     for number, each in zip((*texts, *urls), vectors, strict=True):
         embedded.vectors[number] = each
-    embedded.num_tokens = sum(map(model.count_tokens, texts.values())) + len(urls) * model.num_query_tokens
+    embedded.num_tokens = num_tokens + len(urls) * model.num_query_tokens
     return embedded
 
 

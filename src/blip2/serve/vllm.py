@@ -28,6 +28,8 @@ from blip2.serve.engine import FinishReason, Generation, LocalEngine, Piece
 from blip2.serve.errors import ApiError
 from blip2.serve.metrics import Metrics
 
+UNAVAILABLE = "the language model does not answer: try again later"
+
 
 class VllmEngine(LocalEngine):
     """Runs the LLM of one stage-2 model in a vLLM server, and everything else in this process.
@@ -50,7 +52,7 @@ class VllmEngine(LocalEngine):
                 async for piece in pieces:
                     yield piece
         except openai.APIError as error:  # its message may name the server
-            raise ApiError(503, "the language model does not answer: try again later", code="engine") from error
+            raise ApiError(503, UNAVAILABLE, code="engine") from error
 
     async def _stream(self, generation: Generation) -> AsyncGenerator[Piece, None]:
         check_decoder_only(generation.pipeline)
@@ -76,21 +78,25 @@ class VllmEngine(LocalEngine):
             extra_body=more,
         )
         texts, shown = [""] * generation.n, [""] * generation.n
-        count = 0
+        counts, open_texts = [0] * generation.n, generation.n
         async with chunks:
             async for chunk in chunks:
-                total = count + 1 if chunk.usage is None else chunk.usage.completion_tokens
                 for choice in chunk.choices:
                     index = choice.index
+                    # vLLM tells the tokens of this text alone.
+                    total = counts[index] + 1 if chunk.usage is None else chunk.usage.completion_tokens
+                    new, counts[index] = total - counts[index], total
                     reason: FinishReason | None = None
                     if choice.finish_reason is not None:
                         reason = "length" if choice.finish_reason == "length" else "stop"
+                        open_texts -= 1
                     texts[index] += choice.text
                     text = final_text(texts[index], None)  # white space at the end may be followed by more text
                     piece, shown[index] = text[len(shown[index]) :], text
-                    self._metrics.tokens.inc(total - count)
-                    yield Piece(index, piece, total - count, _describe(choice), reason)
-                    count = total
+                    self._metrics.tokens.inc(new)
+                    yield Piece(index, piece, new, _describe(choice, generation.num_alternatives or 0), reason)
+        if open_texts:
+            raise ApiError(503, UNAVAILABLE, code="engine")
 
 
 def check_decoder_only(pipeline: GenerationPipeline) -> None:
@@ -109,7 +115,7 @@ def encode_tensor(tensor: Float[Tensor, "T L"]) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _describe(choice: CompletionChoice) -> tuple[ChatCompletionTokenLogprob, ...]:
+def _describe(choice: CompletionChoice, num_alternatives: int) -> tuple[ChatCompletionTokenLogprob, ...]:
     found = choice.logprobs
     if found is None or not found.tokens or not found.token_logprobs:
         return ()
@@ -121,7 +127,10 @@ def _describe(choice: CompletionChoice) -> tuple[ChatCompletionTokenLogprob, ...
             bytes=list(token.encode()),
             top_logprobs=[
                 TopLogprob(token=other, logprob=log_prob, bytes=list(other.encode()))
-                for other, log_prob in (alternatives or {}).items()
+                # vLLM adds the token itself if it is not one of the most likely.
+                for other, log_prob in sorted((alternatives or {}).items(), key=lambda each: -each[1])[
+                    :num_alternatives
+                ]
             ],
         )
         for token, value, alternatives in zip(found.tokens, found.token_logprobs, best, strict=True)

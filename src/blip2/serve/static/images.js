@@ -15,9 +15,14 @@ export async function readImage(blob, name) {
     URL.revokeObjectURL(url);
     throw new Error(`“${name}” is not an image that this browser can read. Choose a JPEG, PNG or WebP file.`);
   }
-  const type = await findType(blob);
-  const sent = type && blob.size <= MAX_BYTES ? new Blob([blob], { type }) : await shrink(element);
-  return { name, url, element, data: await toDataUrl(sent) };
+  try {
+    const type = await findType(blob);
+    const sent = type && blob.size <= MAX_BYTES ? new Blob([blob], { type }) : await shrink(element);
+    return { name, url, element, data: await toDataUrl(sent) };
+  } catch {
+    URL.revokeObjectURL(url);
+    throw new Error(`“${name}” cannot be read or made smaller by this browser. Choose a smaller image.`);
+  }
 }
 
 /** Return the type of the bytes of an image that is sent as it is. The name of a file may say another. */
@@ -94,6 +99,7 @@ export class ImagePlace {
   constructor(element, title, label, onImage) {
     this.onImage = onImage;
     this.image = null;
+    this.reads = 0;
     this.label = label;
     element.append(document.getElementById("drop-template").content.cloneNode(true));
     const find = (selector) => element.querySelector(selector);
@@ -141,11 +147,16 @@ export class ImagePlace {
 
   async read(blob, name = blob.name || "image") {
     showError(this.error, null);
+    const number = ++this.reads;
+    let image;
     try {
-      this.show(await readImage(blob, name));
+      image = await readImage(blob, name);
     } catch (error) {
-      showError(this.error, error);
+      if (number === this.reads) showError(this.error, error);
+      return;
     }
+    if (number === this.reads) this.show(image);
+    else URL.revokeObjectURL(image.url); // a later image was read faster
   }
 
   show(image) {

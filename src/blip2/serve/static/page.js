@@ -1,6 +1,6 @@
 import * as server from "./server.js";
 import { ImagePlace, drawMap, drawMapOver, meanMap, readImage, showError } from "./images.js";
-import { bar, paragraph, percent, showWords, toWords } from "./words.js";
+import { bar, closeWord, paragraph, percent, showWords, toWords } from "./words.js";
 
 const get = (id) => document.getElementById(id);
 const VIEWS = { image: "What is in an image", compare: "Compare two images", search: "Search the library" };
@@ -59,8 +59,12 @@ function fillSelect(id, models) {
 const able = (task) => offer.models.filter((model) => model.tasks.includes(task));
 const chosen = (id) => get(id).value;
 
+const writers = new WeakMap(); // the stream that a place shows
+
 /** Stream an answer into a place, and return it; its words show their probabilities at the end. */
 async function write(place, stream, label, pointAt) {
+  writers.set(place, stream);
+  closeWord();
   place.textContent = "";
   place.classList.add("waiting");
   let text = "";
@@ -74,8 +78,10 @@ async function write(place, stream, label, pointAt) {
       place.textContent = text;
     }
   } finally {
-    place.classList.remove("waiting");
-    if (text) showWords(place, text, tokens, label, pointAt?.(text));
+    if (writers.get(place) === stream) {
+      place.classList.remove("waiting");
+      if (text) showWords(place, text, tokens, label, pointAt?.(text));
+    }
   }
   say(`${label}: ${text}`);
   return text;
@@ -92,7 +98,9 @@ function openImage(image) {
   get("caption").hidden = !able("caption").length;
   get("ask").hidden = !able("chat").length;
   get("match").hidden = !able("rerank").length;
+  begin("match"); // so that the results of the last image do not arrive
   get("match-results").replaceChildren();
+  showError(get("match-error"), null);
   get("search-image").hidden = !offer.library;
   restart();
   writeCaption();
@@ -133,6 +141,7 @@ function pointAtWords(model, asked, text) {
     try {
       found = await explained;
     } catch (error) {
+      explained = null; // so that the next word asks again
       return [paragraph(error.message)];
     }
     const own = toWords(found.tokens)[index];
@@ -193,8 +202,10 @@ place.frame.addEventListener("map-hidden", () => {
 });
 
 function restart() {
-  begin("ask").throwIfAborted();
+  begin("ask");
+  closeWord();
   messages = [];
+  get("ask-stop").hidden = true;
   get("turns").replaceChildren();
   get("ask-again").hidden = true;
   showError(get("ask-error"), null);
@@ -212,14 +223,15 @@ async function ask(question) {
   const stream = server.streamAnswer(model, asked, TOP_LOGPROBS, signal);
   const pointAt = (text) => pointAtWords(model, asked, text);
   const text = await attempt(get("ask-error"), () => write(answer, stream, "Answer", pointAt));
-  get("ask-stop").hidden = true;
+  const isLast = runs.get("ask").signal === signal;
+  if (isLast) get("ask-stop").hidden = true;
   get("ask-again").hidden = !get("turns").childElementCount;
   if (text === undefined) {
     if (!answer.textContent) turn.remove();
-    if (runs.get("ask").signal === signal && !get("question").value) get("question").value = question;
+    if (isLast && !get("question").value) get("question").value = question;
     return;
   }
-  if (runs.get("ask").signal === signal) messages = [...asked, { role: "assistant", content: text }];
+  if (isLast) messages = [...asked, { role: "assistant", content: text }];
 }
 
 get("ask-form").addEventListener("submit", (event) => {
@@ -268,6 +280,7 @@ const second = new ImagePlace(get("drop-second"), "Choose the second image", "Th
 async function compare() {
   if (!first.image || !second.image) return;
   get("both").hidden = !able("chat").length;
+  begin("both");
   get("both-turns").replaceChildren();
   if (!able("rerank").length) return;
   const signal = begin("compare");
@@ -380,7 +393,7 @@ get("search-image").addEventListener("click", () => search({ image: place.image.
 
 function showView() {
   const name = location.hash.slice(1);
-  const view = name in VIEWS && (name !== "search" || offer?.library) ? name : "image";
+  const view = Object.hasOwn(VIEWS, name) && (name !== "search" || offer?.library) ? name : "image";
   for (const each of Object.keys(VIEWS)) {
     get(`view-${each}`).hidden = each !== view || !offer;
     const link = document.querySelector(`nav a[href="#${each}"]`);
@@ -422,11 +435,18 @@ get("key-form").addEventListener("submit", (event) => {
   server.useKey(get("key").value);
   start();
 });
+// The view is in the fragment of the address, which the link to the content would change.
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault();
+  get("main").focus();
+});
 window.addEventListener("hashchange", () => {
   showView();
   get("main").focus();
 });
 document.addEventListener("paste", (event) => {
+  // Office programs put an image of a text beside it.
+  if (!offer || (event.target.matches?.("input, textarea") && event.clipboardData.types.includes("text/plain"))) return;
   const places = get("view-compare").hidden ? [place] : [first.image ? second : first];
   if (get("view-search").hidden && places[0].take(event.clipboardData)) event.preventDefault();
 });

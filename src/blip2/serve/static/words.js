@@ -107,8 +107,13 @@ document.addEventListener("pointerdown", (event) => {
   if (opened && !opened.contains(event.target) && !details.contains(event.target)) opened.closeWord();
 });
 
-function openDetails(button, word) {
+/** Close the details if they are open: their word may be removed. */
+export function closeWord() {
   opened?.closeWord();
+}
+
+function openDetails(button, word) {
+  closeWord();
   opened = button;
   button.setAttribute("aria-expanded", "true");
   button.setAttribute("aria-describedby", "details");
