@@ -120,13 +120,21 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def error_by_chance(confidences: torch.Tensor, draws: int = 200) -> float:
-    """Return the mean calibration error of a model that is right exactly as often as its confidences say."""
+def error_by_chance(confidences: torch.Tensor, count: int | None = None, draws: int = 200) -> float:
+    """Return the mean calibration error of a model that is right exactly as often as its confidences say.
+
+    With `count`, the error is that of so many answers, whose confidences are drawn from those given.
+    """
     from blip2.evaluation.calibration import expected_calibration_error
 
-    generator, listed = torch.Generator().manual_seed(0), confidences.tolist()
-    outcomes = torch.rand(draws, len(listed), generator=generator) < confidences
-    return mean([expected_calibration_error(listed, each.double().tolist()) for each in outcomes])
+    generator, errors = torch.Generator().manual_seed(0), []
+    for _ in range(draws):
+        drawn = confidences
+        if count is not None:
+            drawn = confidences[torch.randint(len(confidences), (count,), generator=generator)]
+        outcomes = torch.rand(len(drawn), generator=generator) < drawn
+        errors.append(expected_calibration_error(drawn.tolist(), outcomes.double().tolist()))
+    return mean(errors)
 
 
 def report(questions: dict[str, Rows], ranked: dict[str, Rows], generated: dict[str, Rows]) -> None:
@@ -144,6 +152,7 @@ def report(questions: dict[str, Rows], ranked: dict[str, Rows], generated: dict[
         print(f"| {name} | {mean(found):.3f} |", " | ".join(f"{mean(each):.3f}" for each in by_kind), "|")
     titles = ("fitted to", "temperature", "measured on", "error before", "error after", "by chance")
     print("\n| answers |", " | ".join(titles), "| right at coverage 100 % | 90 % | 80 % | 50 % |")
+    by_count = []
     for name, answers in ways.items():
         target = torch.tensor(right(answers["fit"], questions["fit"])).double()
         temperature = fit_temperature(lambda t, a=answers["fit"]: confidences(a, t), target)
@@ -157,6 +166,10 @@ def report(questions: dict[str, Rows], ranked: dict[str, Rows], generated: dict[
         cells = [len(target), f"{temperature:.2f}", len(outcomes), *(f"{each:.3f}" for each in errors)]
         print("|", name, "|", " | ".join(map(str, cells)), "|", end=" ")
         print(" | ".join(f"{curve[share]:.3f}" for share in ("100", "90", "80", "50")), "|")
+        fitted = confidences(answers["test"], temperature)
+        counts = {count: error_by_chance(fitted, count) for count in (100, 300, 1000, 3000)}
+        by_count.append(", ".join(f"{error:.3f} with {count}" for count, error in counts.items()) + f" ({name})")
+    print("\nby chance, with other numbers of answers:", *by_count, sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,15 @@
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
+from blip2.checkpoint import find_checkpoint, write_calibration
 from blip2.cli import main
-from blip2.corpus.options import Engine
+from blip2.corpus import capfilt
+from blip2.corpus.options import CapFiltConfig, Engine
 from blip2.corpus.score import score_corpus
+from blip2.corpus.selection import SelectionRules
 from blip2.errors import InputError
 from blip2.pipelines import load
 from fixtures.checkpoints import save_transformers
@@ -86,3 +91,23 @@ def test_the_command(models, shards, tmp_path, capsys):
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 2 and "contains another pass, whose by is itc" in errors[0]
     assert "reads no prompt: leave out prompt" in errors[1]
+
+
+def test_a_pass_does_not_mix_temperatures(runs, models, parts, tmp_path, monkeypatch):
+    def refuse(job, units, folder, metadata, *others):
+        raise InputError(json.dumps(metadata))
+
+    model = shutil.copytree(runs["stage1"], tmp_path / "model")
+    image = Path(parts.images).parent / rows(Path(parts.images))[0]["image"]
+    (tmp_path / "one.jsonl").write_text(json.dumps({"image": str(image), "caption": "a disc"}))
+    arguments = (str(model), str(tmp_path / "one.jsonl"), tmp_path / "out", "itm")
+    assert "itm_temperature" not in score_corpus(*arguments, device="cpu")
+    write_calibration(find_checkpoint(model), {"itm": 2.0})
+    with pytest.raises(InputError, match="another pass, whose itm_temperature is None instead of 2"):
+        score_corpus(*arguments, device="cpu")
+    monkeypatch.setattr(capfilt, "run_job", refuse)
+    for threshold, count in ((0.5, 1), (None, 0)):
+        config = CapFiltConfig(rules=SelectionRules(min_itm=threshold))
+        with pytest.raises(InputError) as error:
+            capfilt.capfilt(models["stage2"], str(model), parts.images, tmp_path / "shards", config)
+        assert str(error.value).count("itm_temperature") == count

@@ -336,7 +336,7 @@ def test_models_and_data_that_do_not_fit(copy, parts, table, tmp_path):
             calibrate(**{"model": run, "data": data, "device": "cpu", **changes})
         assert expected in message(error)
     stage1 = copy("stage1")
-    same = [{"image": str(table / f"{i}.png"), "caption": "a disc"} for i in range(12)]
+    same = [{"image": str(table / f"{i}.png"), "caption": "a disc" if i % 2 else "A disc."} for i in range(12)]
     (tmp_path / "same.jsonl").write_text("".join(json.dumps(row) + "\n" for row in same))
     with pytest.raises(InputError, match="has 1 images with captions of their own, expected at least 8"):
         calibrate(stage1, str(tmp_path / "same.jsonl"), device="cpu")

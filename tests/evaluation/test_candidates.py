@@ -1,6 +1,7 @@
 """Answers by ranking candidates: choices of each record, and lists of answers for all."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -235,7 +236,7 @@ def test_the_command(runs, folder, tmp_path, capsys):
 
 
 def test_training_records_the_accuracy_of_ranked_answers(parts, folder, tmp_path):
-    from blip2.evaluation.in_training import train
+    from blip2.evaluation.in_training import Evaluation, train
     from blip2.training.metrics import read_metrics
 
     recipe = parts.recipe(
@@ -243,6 +244,9 @@ def test_training_records_the_accuracy_of_ranked_answers(parts, folder, tmp_path
         data={"train": str(folder / "some.jsonl")}, training={"max_steps": 1, "save_steps": 1},
         evaluation={"task": "vqa", "data": str(folder / "some.jsonl"), "limit": 4, "rank_by": "lm", **GREEDY},
     )  # fmt: skip
+    missing = replace(recipe.evaluation, answer_list=str(tmp_path / "no.txt"))
+    with pytest.raises(InputError, match=r"no\.txt cannot be read"):  # before the training
+        Evaluation(replace(recipe, evaluation=missing))
     torch.manual_seed(0)
     train(recipe)
     last = read_metrics(tmp_path / "run")[-1]

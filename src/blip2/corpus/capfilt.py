@@ -31,6 +31,7 @@ from blip2.corpus.models import (
     open_captioner,
     open_ranker,
     resolve_checkpoint,
+    stored_itm_temperature,
 )
 from blip2.corpus.options import LOCAL, NO_CHECK, CapFiltConfig, Check, Engine
 from blip2.corpus.report import CapFiltStats, write_capfilt_report
@@ -94,6 +95,7 @@ def capfilt(
     metadata = {
         "pass": "capfilt", "captioner": job.captioner, "ranker": job.ranker, "data": data, "dtype": dtype,
         "config": asdict(config), "transformers": version("transformers"), "torch": version("torch"),
+        **({} if config.rules.min_itm is None else stored_itm_temperature(job.ranker)),
     }  # fmt: skip
     stats = CapFiltStats()
     for result in run_job(job, units, folder, metadata, engine, "capfilt"):

@@ -18,14 +18,15 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from blip2.backbones.pretrained import load_config, load_model, load_pretrained, wrap_load_errors
 from blip2.builder import choose_device, choose_dtype
-from blip2.checkpoint import CHECKPOINTS_FOLDER, find_checkpoint
-from blip2.config import Precision
+from blip2.checkpoint import CHECKPOINTS_FOLDER, CONFIG_FILE, find_checkpoint
+from blip2.config import ModelConfig, Precision
 from blip2.decoding.search import Decoding, SampledTokenLogitsProcessor
 from blip2.decoding.text import final_text
 from blip2.errors import InputError
 from blip2.interop.detect import is_pickle
 from blip2.pipelines import GenerationPipeline, RepresentationPipeline, load
 from blip2.pipelines.scoring import Candidate
+from blip2.recipe import load_stored
 
 
 def resolve_checkpoint(name: str) -> str:
@@ -37,6 +38,23 @@ def resolve_checkpoint(name: str) -> str:
     if not path.exists():
         return name
     return str((find_checkpoint(path) if (path / CHECKPOINTS_FOLDER).is_dir() else path).absolute())
+
+
+def stored_itm_temperature(name: str) -> dict[str, float]:
+    """Return the temperature of ITM that is stored in a checkpoint, as an entry of a pass's metadata.
+
+    Without it, a pass that is resumed after ``blip2 calibrate`` would mix the probabilities of two temperatures.
+
+    Args:
+        name: the model, from :func:`resolve_checkpoint`.
+
+    Returns:
+        ``itm_temperature``, or nothing if the model is not calibrated for ITM.
+    """
+    file = Path(name) / CONFIG_FILE
+    calibration = load_stored(ModelConfig, file).calibration if file.is_file() else None
+    found = None if calibration is None else calibration.itm
+    return {} if found is None else {"itm_temperature": found}
 
 
 CAPTIONING_MODEL = "captioning model"

@@ -41,7 +41,7 @@ def measure(confidences: Sequence[float], accuracies: Sequence[float]) -> dict[s
 def expected_calibration_error(confidences: Sequence[float], accuracies: Sequence[float]) -> float:
     """Return the difference between confidence and accuracy, averaged over predictions with similar confidence.
 
-    The predictions are divided into :data:`NUM_BINS` bins of equal width by their confidence: (0, 1/15], (1/15, 2/15]
+    The predictions are divided into :data:`NUM_BINS` bins of equal width by their confidence: [0, 1/15], (1/15, 2/15]
     and so on. The error is the sum over the bins of ``|mean accuracy - mean confidence|``, weighted by the share of the
     predictions in the bin.
 

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from blip2.checkpoint import open_checkpoint, write_calibration
 from blip2.config import DataConfig, Precision, Stage, TemperatureName
 from blip2.console import Display
+from blip2.data.collate import normalize_captions
 from blip2.decoding.options import Decoding
 from blip2.errors import InputError
 from blip2.evaluation.calibration import expected_calibration_error, fit_temperature
@@ -267,8 +268,8 @@ def _image(data: EvalData, index: int) -> str | bytes:
 def predict_matches(
     pipeline: RepresentationPipeline, data: EvalData, names: Sequence[TemperatureName] | None
 ) -> dict[str, Predictions]:
-    """Compare images and captions: the first caption of each image. If images have a caption in common, only the first
-    of them is compared.
+    """Compare images and captions: the first caption of each image. If images have a caption in common, ignoring case
+    and punctuation, only the first of them is compared.
 
     For ``itc``, a prediction is the most similar of all captions. For ``itm``, it is that an image matches a caption:
     its own, or one of the :data:`HARD_NEGATIVES` most similar captions of other images.
@@ -281,8 +282,10 @@ def predict_matches(
     first: dict[str, int] = {}
     for group in data.group_by_image():
         if captions := data.records[group[0]].captions:
-            first.setdefault(captions[0], group[0])
-    texts, images = list(first), [_image(data, i) for i in first.values()]
+            (key,) = normalize_captions(captions[:1], "lavis")  # most text encoders ignore the case
+            first.setdefault(key, group[0])
+    texts = [data.records[i].captions[0] for i in first.values()]
+    images = [_image(data, i) for i in first.values()]
     if len(texts) < MIN_IMAGES:
         raise InputError(
             f"{data.source} has {len(texts)} images with captions of their own, expected at least {MIN_IMAGES}: give"
