@@ -5,14 +5,14 @@
     python benchmarks/serve.py runs/demo/vqa --quick    # a few requests: does it run?
 
 Each row is a server of its own, asked by so many clients, each of which sends its next request when it has the answer
-to the last one. A request has an image and a question of its own, and its answer is known from the server without
-batches, asked by one client: a request that is lost, or has another answer, is counted.
+to the last one. A request has an image of its own and one of five questions, and its answer is known from the server
+without batches, asked by one client: a request that is lost, or has another answer, is counted.
 
 ``--peer`` makes a BLIP-2 in transformers' format with a small untrained ViT, MiniLM as the Q-Former and the LLM
 SmolLM2-135M-Instruct, and lets both servers caption the same images with it, with the same number of tokens. The median
 of the ratio over ``--rounds`` rounds is printed, in which the servers take turns.
 
-The result is added to ``--output`` as JSON, and printed as a table.
+The result is written to ``--output`` as JSON, and printed as a table.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def draw(number: int) -> str:
 def make_request(number: int, max_tokens: int, caption: bool, model: str = MODEL) -> dict[str, Any]:
     content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": draw(number)}}]
     if not caption:
-        content.append({"type": "text", "text": f"{QUESTIONS[number % len(QUESTIONS)]}"})
+        content.append({"type": "text", "text": QUESTIONS[number % len(QUESTIONS)]})
     body = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": max_tokens}
     return {**body, "temperature": 0}
 
@@ -177,6 +177,7 @@ def _wait(process: subprocess.Popen[bytes], log: Any, ready: str | None) -> str:
                 httpx2.get(ready, timeout=5, trust_env=False)
                 return ready.rsplit("/", 1)[0]
         time.sleep(0.1)
+    log.seek(0)
     raise SystemExit(f"the server is not ready:\n{log.read()[-2000:]}")
 
 
@@ -335,6 +336,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few requests: whether it runs, not how fast")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    options.clients = sorted({1, *options.clients})  # one client is what the others are compared with
     if options.quick:
         options.clients, options.requests, options.known, options.tokens, options.rounds = [1, 4], 4, 8, 4, 1
     result: dict[str, Any] = {"threads": os.environ.get("OMP_NUM_THREADS"), "rows": measure_load(options)}

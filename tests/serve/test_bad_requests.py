@@ -3,6 +3,7 @@
 ``BAD_REQUESTS=5000`` tries so many examples of each operation instead of a few.
 """
 
+import asyncio
 import copy
 import gc
 import json
@@ -19,11 +20,13 @@ import pytest
 import schemathesis
 from schemathesis import GenerationMode, checks
 from schemathesis.specs.openapi import checks as more_checks
+from starlette.responses import Response
 
 from blip2.search.indexing import index
 from blip2.search.library import Library
 from blip2.serve import gate, protocol
 from blip2.serve.app import create_app
+from blip2.serve.metrics import Metrics
 from blip2.serve.options import ServeOptions
 from conftest import draw
 from fixtures.bad_images import LOCAL_HOSTS, SVG, bad_images
@@ -313,6 +316,7 @@ def image_cases(endpoints=2):
             (name, RERANK, {"model": "reader", "query": "a", "documents": [{"image": URL}, {"image": url}]}),
             (name, SEARCH, {"query": {"image": url}}),
             (name, ATTENTION, {"model": "reader", "image": url}),
+            (name, EXPLAIN, changed(EXPLAIN, (*MESSAGE, "content", 0, "image_url", "url"), url)),
         ]
         yield from (everywhere[(number + each) % len(everywhere)] for each in range(endpoints))
 
@@ -385,6 +389,40 @@ def test_bad_bodies(client):
     assert len(cases) >= 40
     send(client, cases)
     check_alive(client)
+
+
+def test_all_bodies_in_memory_are_bounded():
+    """Eight bodies of the maximum size wait; the next request is asked to come again, and finds room afterwards."""
+    release = asyncio.Event()
+
+    async def app(scope, receive, send):
+        await receive()
+        await release.wait()
+        await Response()(scope, receive, send)
+
+    around = gate.Gate(app, ServeOptions(max_body_bytes=1024), (), Metrics())
+
+    async def call():
+        parts, statuses = iter([{"type": "http.request", "body": bytes(1024)}]), []
+
+        async def receive():
+            return next(parts, None) or await asyncio.Event().wait()
+
+        async def send(message):
+            statuses.append(message.get("status"))
+
+        await around({"type": "http", "method": "POST", "path": CHAT, "headers": []}, receive, send)
+        return statuses[0]
+
+    async def work():
+        waiting = [asyncio.create_task(call()) for _ in range(gate.BODIES_IN_MEMORY)]
+        await asyncio.sleep(0)
+        assert await call() == 429
+        release.set()
+        assert await asyncio.gather(*waiting) == [200] * gate.BODIES_IN_MEMORY
+        assert await call() == 200
+
+    asyncio.run(work())
 
 
 def test_bad_methods_paths_and_types(client):

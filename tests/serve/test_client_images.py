@@ -10,16 +10,17 @@ import socket
 import ssl
 import subprocess
 import time
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from ipaddress import ip_network
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from blip2.data.images import read_image
 from blip2.errors import InputError
 from blip2.serve import images as module
-from blip2.serve.fetch import BadImageError, is_allowed
+from blip2.serve.fetch import BadImageError, Fetcher, is_allowed
 from blip2.serve.images import ImageReader
 from fixtures.bad_images import SVG, bombs, data_url, encode, large_png
 
@@ -158,7 +159,7 @@ SPECIAL = """
 198.18.0.1 198.51.100.1 203.0.113.1 224.0.0.1 239.1.1.1 240.0.0.1 255.255.255.255 :: ::1 ::ffff:127.0.0.1
 ::ffff:8.8.8.8 ::8.8.8.8 64:ff9b::7f00:1 64:ff9b::8.8.8.8 64:ff9b:1::1 100::1 fc00::1 fd12::1 fe80::1 fe80::1%eth0
 fec0::1 ff02::1 2001::1 2001:db8::1 2002:7f00:1::1 3fff::1 5f00::1 4000::1 2130706433 0177.0.0.1 0x7f000001 127.1
-localhost
+localhost 168.63.129.16 192.0.0.9 2606:4700::1%eth0
 """
 OTHER_NAMES = """
 127.0.0.2 169.254.169.254 [::1] [::ffff:127.0.0.1] 2130706433 0x7f000001 0177.0.0.1 127.1 localhost 0 [::]
@@ -180,7 +181,7 @@ def test_public_addresses_and_networks_that_are_given_are_allowed():
 
 
 @pytest.mark.parametrize(
-    "host", ["", "a b", "https://example.com", "example.com/path", "me@example.com", "a:99999", "#"]
+    "host", ["", "a b", "https://example.com", "example.com/path", "me@example.com", "a:99999", "a:0", "#"]
 )
 def test_a_host_that_is_none_is_an_error_of_the_operator(host):
     with pytest.raises(InputError, match=r"is not a host, expected example\.com"):
@@ -190,6 +191,33 @@ def test_a_host_that_is_none_is_an_error_of_the_operator(host):
 def test_a_network_that_is_none_is_an_error_of_the_operator():
     with pytest.raises(InputError, match=r"'10\.0\.0\.1/8' is not a network .* expected one such as"):
         ImageReader(hosts=["example.com"], networks=["10.0.0.1/8"])
+
+
+@pytest.mark.parametrize(("host", "ports"), [("example.com", [80, 443]), ("example.com:80", [80]), ("a.b:443", [443])])
+def test_a_host_with_a_port_is_asked_at_this_port_alone(host, ports):
+    name, fetcher = host.partition(":")[0], Fetcher([host], (), 100, 1.0)
+    for port, urls in {80: ("http://{}/", "http://{}:80/"), 443: ("https://{}./", "https://{}:443/")}.items():
+        for url in urls:
+            with nullcontext() if port in ports else pytest.raises(BadImageError, match="may not ask"):
+                fetcher._check(url.format(name))
+
+
+def test_rotated_gray_and_transparent_images_are_read_as_in_a_file():
+    palette = Image.new("P", (4, 2), 1)
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for image, options in (
+        (palette, {"transparency": 1}),
+        (Image.new("LA", (4, 2), (9, 100)), {}),
+        (Image.new("I;16", (4, 2), 40_000), {}),
+        (Image.new("RGB", (4, 2), "red"), {"exif": exif}),
+    ):
+        file = io.BytesIO()
+        image.save(file, "PNG", **options)
+        found, expected = read(data_url(file.getvalue())), read_image(file.getvalue())
+        assert found.mode == "RGB" and found.size == ((2, 4) if "exif" in options else (4, 2))
+        assert found.tobytes() == expected.tobytes()
 
 
 class Web:

@@ -51,11 +51,12 @@ def make_router(service: Service) -> APIRouter:
         library = _library(service)
         where = make_condition(library, body)
         url = image_url(body.query)
-        preprocessing = library.pipeline.model.vision.preprocessing
         query = (
             text_of(body.query, "query")
             if url is None
-            else await service.images.read(url, lambda image: preprocess(image, preprocessing))
+            else await service.images.read(
+                url, lambda image: preprocess(image, library.pipeline.model.vision.preprocessing)
+            )
         )
         assert query is not None
         if isinstance(query, str):
