@@ -213,6 +213,9 @@ def test_search(http, library):
     some = {"query": {"image": data_url(IMAGES[0])}, "filter": {"year": {"gte": 3, "lt": 8}}}
     found = http.post("/v1/search", json=some).json()["data"]
     assert sorted(each["metadata"]["year"] for each in found) == [3, 4, 5, 6, 7]
+    own = library.search(IMAGES[0], 10, "year >= 3 AND year < 8")
+    assert [each["id"] for each in found] == [hit.digest for hit in own]
+    np.testing.assert_allclose([each["itc"] for each in found], [hit.similarity for hit in own], atol=1e-5)
     some["filter"] = {"year": [1, 2]}
     assert len(http.post("/v1/search", json=some).json()["data"]) == 2
     for wrong in ({"year` OR 1=1 --": 3}, {"source": "x"}, {"year": []}, {"year": {}}):
@@ -309,7 +312,7 @@ def test_bytes_of_a_part_of_a_character(writer):
 
 
 def test_keys_of_an_application_below_a_path():
-    gate = Gate(None, ServeOptions(), [KEY], Metrics())
+    gate = Gate(create_app({}), ServeOptions(), [KEY], Metrics())
     for path, root in (("/v1/models", ""), ("/below/v1/models", "/below"), ("/below/v1/models", "/below/")):
         scope = {"path": path, "root_path": root, "headers": []}
         with pytest.raises(ApiError, match="missing or wrong"):
