@@ -8,55 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import COLORS, SHAPES, draw
-from fixtures.claims import load_script, run
-
-KINDS = {"square": ("cat", "dog"), "disc": ("dog", "cat"), "stripe": ("cow", "pig")}
+from fixtures.claims import load_script, read_results, run
 
 
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    """Images and tables with the names and columns of those of the scenes, with questions about two types."""
-    folder = tmp_path_factory.mktemp("scenes")
-    for split, shade in (("train", 0), ("test_compositions", 10)):
-        rows, questions = [], []
-        for shape in SHAPES:
-            for color in COLORS:
-                name = f"{split}-{color}-{shape}.png"
-                draw(shape, color, shade).save(folder / name)
-                first, second = KINDS[shape]
-                truth = {"type": "pair", "color": color, "texture": "plain", "kinds": [first, second],
-                         "relation": "left", "count": 0, "size": "", "cutouts": [], "boxes": []}  # fmt: skip
-                caption = f"A {first} to the left of a {second} on a {color} background."
-                rows.append({"image": name, "captions": [caption], "key": name, "truth": truth})
-                for type, question, answer in (
-                    ("color", "What color is the background?", color),
-                    ("what", f"What is left of the {second}?", first),
-                ):
-                    questions.append(
-                        {"image": name, "question": question, "answers": [answer], "question_type": type,
-                         "about": type, "key": f"{name}-{type}"}
-                    )  # fmt: skip
-        descriptions = [{key: row[key] for key in ("image", "key")} | {"caption": row["captions"][0]} for row in rows]
-        for file, table in (("", rows), ("_questions", questions), ("_descriptions", descriptions)):
-            (folder / f"{split}{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def claims(tmp_path_factory):
-    """The folder of the output folders, whose runs of stage 1 are shared."""
-    return tmp_path_factory.mktemp("claims")
-
-
-def read_results(folder):
-    return json.loads((folder / "results.json").read_text())
-
-
-def test_itg(small, tmp_path, monkeypatch, capsys):
+def test_itg(small, claims, tmp_path, monkeypatch, capsys):
     """What several claims have in common is trained once, and a script that was killed continues."""
-    module, output = small("itg"), tmp_path / "itg"
-    learn, scored = module.matching_accuracy, []
+    module, output = small("itg"), claims / "itg"
+    score, scored = module.matching_accuracy, []
 
     def stop(*given):
         raise KeyboardInterrupt
@@ -64,30 +22,36 @@ def test_itg(small, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "matching_accuracy", stop)
     with pytest.raises(KeyboardInterrupt):
         run(module, monkeypatch, "--quick", "--seeds", "0", "--output", output)
-    done = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("done/*.json")}
-    assert {path.parents[1].name for path in done} == {"itg", "shared"}
-    monkeypatch.setattr(module, "matching_accuracy", lambda *given: scored.append(given) or learn(*given))
+    names = [output / "done" / "train-without-itg-0.json", claims / "shared-quick" / "done" / "train-stage1-2-0.json"]
+    done = {path: path.stat().st_mtime_ns for path in names}
+    monkeypatch.setattr(module, "matching_accuracy", lambda *given: scored.append(given) or score(*given))
     run(module, monkeypatch, "--quick", "--seeds", "0", "--output", output)
     assert all(path.stat().st_mtime_ns == time for path, time in done.items()) and len(scored) == 2
     found = read_results(output)
     assert set(found["scores"]) == {"ITC + ITM", "ITC + ITM + ITG"} and set(found["scores"]["ITC + ITM"]) == {"0"}
-    assert found["seconds"] > 0 and found["seconds_of_shared_stage1"] > 0
+    assert found["seconds"] > 0 and found["seconds_of_shared_models"] > 0
     recall = found["scores"]["ITC + ITM"]["0"]["text_to_image_r5"]
     assert f"| {100 * recall:.1f} |" in (output / "table.md").read_text()
     assert (output / "itg.png").read_bytes().startswith(b"\x89PNG")
     # The losses of the runs differ in ITG alone.
-    for name, losses in (("itg/runs/without-itg-0", {"itc", "itm"}), ("shared/runs/stage1-2-0", {"itc", "itm", "itg"})):
-        row = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])
+    for name, losses in (
+        ("itg/runs/without-itg-0", {"itc", "itm"}),
+        ("shared-quick/runs/stage1-2-0", {"itc", "itm", "itg"}),
+    ):
+        row = json.loads((claims / name / "metrics.jsonl").read_text().splitlines()[0])
         assert losses == {"itc", "itm", "itg"} & set(row), name
     with pytest.raises(SystemExit):
         run(module, monkeypatch, "--output", output)
-    assert "has other results: give another --output" in capsys.readouterr().err
+    assert (
+        "has other results, of other options, recipes or scenes: give an --output in another folder"
+        in capsys.readouterr().err
+    )
     with pytest.raises(SystemExit):
         run(module, monkeypatch, "--output", tmp_path / "new", "--scale", "0")
     assert "--scale is 0, expected a number above 0" in capsys.readouterr().err
 
 
-def test_questions(small, claims, monkeypatch):
+def test_questions(small, claims, monkeypatch, capsys):
     module, output = small("questions"), claims / "questions"
     run(module, monkeypatch, "--quick", "--seeds", "0", "--output", output)
     scores = read_results(output)["scores"]
@@ -97,18 +61,18 @@ def test_questions(small, claims, monkeypatch):
     for reads, start in ((True, ["stage2-0", "stage1-2-0"]), (False, ["stage2-0"])):
         recipe = (output / "runs" / f"reads-{reads}-0" / "recipe.yaml").read_text()
         assert f"use_qformer_text_input: {str(reads).lower()}" in recipe and all(name in recipe for name in start)
+    with pytest.raises(SystemExit):  # the runs with seed 0 began with stage 2 of seed 0
+        run(module, monkeypatch, "--quick", "--seeds", "1", "0", "--output", output)
+    assert "has other results" in capsys.readouterr().err
 
 
 def test_stages(small, claims, monkeypatch):
     module, output = small("stages"), claims / "stages"
+    monkeypatch.setattr(module, "VARIANTS", ("with stage 1",))
     run(module, monkeypatch, "--quick", "--seeds", "0", "--output", output)
     found = read_results(output)
-    assert set(found["scores"]) == set(module.VARIANTS) and set(found["levels"]) == {"guessing"}
-    starts = {
-        variant: "stage1-2-0" in (output / "runs" / f"{variant.replace(' ', '-')}-0" / "recipe.yaml").read_text()
-        for variant in module.VARIANTS
-    }
-    assert starts == {"with stage 1": True, "without stage 1": False}
+    assert set(found["scores"]) == {"with stage 1"} and set(found["levels"]) == {"guessing"}
+    assert "stage1-2-0" in (output / "runs" / "with-stage-1-0" / "recipe.yaml").read_text()
     assert "| with stage 1 |" in (output / "table.md").read_text() and (output / "stages.png").is_file()
 
 
@@ -128,6 +92,7 @@ def test_stages_of_a_t5_that_learns_from_text(small, claims, monkeypatch):
     # Of eight questions, in turns of both types.
     assert each["accuracy"]["2"] == sum(each["by_type"].values()) / 2 in {n / 8 for n in range(1, 9)}
     assert f"| without stage 1 | {100 * each['accuracy']['1']:.1f} |" in (output / "table.md").read_text()
+    assert "start_from: null" in (output / "runs" / "without-stage-1-0" / "recipe.yaml").read_text()
     tokenizer = text_t5.make_tokenizer(["A cat, on red."])
     ids = tokenizer("a cat on red.")["input_ids"]
     assert ids[-1] == tokenizer.eos_token_id and tokenizer.unk_token_id not in ids
@@ -137,14 +102,13 @@ def test_stages_of_a_t5_that_learns_from_text(small, claims, monkeypatch):
 def test_encoders(small, claims, monkeypatch):
     module, output = small("encoders"), claims / "encoders"
     monkeypatch.setattr(module, "SMALL_IMAGES", 16)
-    monkeypatch.setattr(module, "VARIANTS", {"small, t5-tiny": (16, "t5-tiny"), "large, t5-tiny": (32, "t5-tiny")})
+    monkeypatch.setattr(module, "VARIANTS", {"small, t5-tiny": (16, "t5-tiny")})
     monkeypatch.setattr(sys.modules["text_t5"], "BATCH_SIZE", 8)
     run(module, monkeypatch, "--quick", "--seeds", "0", "--output", output)
     found = read_results(output)
     assert set(found["scores"]) == set(module.VARIANTS) and set(found["answers_from_true_captions"]) == {"t5-tiny"}
-    assert set(module.SCORES) <= set(found["scores"]["large, t5-tiny"]["0"])
+    assert set(module.SCORES) <= set(found["scores"]["small, t5-tiny"]["0"])
     assert module.load_stage2(output / "runs" / "t5-tiny-16-0").model.vision.num_tokens == 5
-    assert module.load_stage2(output / "runs" / "t5-tiny-32-0").model.vision.num_tokens == 17
 
 
 # -- bridges -----------------------------------------------------------------------------------------------------------
@@ -257,6 +221,52 @@ def test_shots(small, claims, monkeypatch):
     before = dict(module.load_stage2(output / "runs" / "pairs-0").model.named_parameters())
     assert any(not torch.equal(weight, before[name]) for name, weight in state["weights"].items())
     assert "| reads the examples, guesses else | 12.5 | 34.4 | 56.2 | 100.0 |" in (output / "table.md").read_text()
+
+
+# -- results of earlier runs -------------------------------------------------------------------------------------------
+
+
+def test_results_of_other_scenes_or_recipes_are_refused(tmp_path, monkeypatch):
+    common = load_script("common")
+    monkeypatch.setattr(common, "fetch", lambda name: tmp_path / "scenes-1")
+    assert common.is_same_plan(tmp_path, {"scale": 1.0}) and common.is_same_plan(tmp_path, {"scale": 1.0})
+    assert not common.is_same_plan(tmp_path, {"scale": 2.0})
+    monkeypatch.setattr(common, "fetch", lambda name: tmp_path / "scenes-2")
+    assert not common.is_same_plan(tmp_path, {"scale": 1.0})
+    monkeypatch.setattr(common, "fetch", lambda name: tmp_path / "scenes-1")
+    monkeypatch.setattr(common, "dump_config", lambda recipe: "changed")
+    assert not common.is_same_plan(tmp_path, {"scale": 1.0})
+
+
+def test_runs_that_are_compared_have_one_precision(tmp_path, monkeypatch):
+    common = load_script("common")
+    found = []
+    for precision in ("bf16", "fp32"):  # of a machine on which both are equally fast
+        monkeypatch.setattr(common, "faster_precision", lambda precision=precision: precision)
+        recipe = common.demo_recipe("stage1", tmp_path / "run", tmp_path / "features", 0, 2, "train.jsonl")
+        found.append(recipe.training.precision)
+    assert found == ["bf16", "bf16"]
+
+
+def test_quick_runs_are_not_taken_for_full_ones(tmp_path):
+    common = load_script("common")
+    shared = {common.Claim(tmp_path / "itg", [0], 1.0, quick).shared for quick in (False, True)}
+    assert shared == {tmp_path / "shared", tmp_path / "shared-quick"}
+
+
+def test_a_table_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    common = load_script("common")
+
+    def stop(*given):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.os, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            common.write_rows(tmp_path / "table.jsonl", [{"a": 1}])
+    assert not (tmp_path / "table.jsonl").exists()
+    common.write_rows(tmp_path / "table.jsonl", [{"a": 1}, {"a": 2}])
+    assert (tmp_path / "table.jsonl").read_text() == '{"a": 1}\n{"a": 2}\n'
 
 
 # -- output ------------------------------------------------------------------------------------------------------------

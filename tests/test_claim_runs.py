@@ -7,25 +7,7 @@ import pytest
 import torch
 
 from blip2.evaluation.retrieval import evaluate_retrieval
-from conftest import COLORS, SHAPES, draw
-from fixtures.claims import load_script, run
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    """Images and tables with the names of those of the scenes."""
-    folder = tmp_path_factory.mktemp("scenes")
-    for split, shade in (("train", 0), ("test_compositions", 10)):
-        rows = []
-        for shape in SHAPES:
-            for color in COLORS:
-                name = f"{split}-{color}-{shape}"
-                draw(shape, color, shade).save(folder / f"{name}.png")
-                rows.append({"image": f"{name}.png", "caption": f"a {color} {shape}", "key": name})
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{split}_descriptions.jsonl").write_text(text)
-    return folder
-
+from fixtures.claims import load_script, read_results, run
 
 # -- CapFilt -----------------------------------------------------------------------------------------------------------
 
@@ -52,7 +34,7 @@ def test_a_larger_plan_fits_the_scenes(capfilt):
     assert capfilt.scaled(plan, 1) == plan
     assert capfilt.scaled(plan, 2).images == 2 * plan.images
     large = capfilt.scaled(plan, 100)
-    assert large.steps == 100 * plan.steps and 3990 <= large.images + large.clean <= 4000
+    assert large.steps == 100 * plan.steps and 4990 <= large.images + large.clean <= 5000
 
 
 def scores(*values):
@@ -87,12 +69,35 @@ def test_what_is_won_back(capfilt, tmp_path):
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("every_seed", [False, True])
+def test_rounds_are_made_with_the_first_seed_or_with_each(capfilt, scenes, tmp_path, monkeypatch, every_seed):
+    made, measured = [], []
+
+    class Recorder(capfilt.Experiment):
+        def measure(self, name, source, seed):
+            measured.append((name, seed))
+            return {"itc": 0.5, "itm": 0.5, "itm_accuracy": 0.5, "chance": 0.1}
+
+        def bootstrap(self, number, before, noisy, clean, seed):
+            made.append((number, before.name, seed))
+            return f"{number}-{seed}", {}
+
+    monkeypatch.setattr(capfilt, "fetch", lambda name: scenes)
+    capfilt.run(Recorder(tmp_path, replace(capfilt.QUICK, clean=3, images=9), 2), [3, 4], every_seed)
+    expected = [(1, "noisy-3", 3), (2, "bootstrapped-1-of-3-3", 3)]
+    expected += [(1, "noisy-4", 4), (2, "bootstrapped-1-of-4-4", 4)] if every_seed else []
+    assert made == expected
+    origin = 4 if every_seed else 3
+    names = ["noisy", f"bootstrapped-1-of-{origin}", f"bootstrapped-2-of-{origin}", "true"]
+    assert measured[4:] == [(name, 4) for name in names]
+
+
 def test_capfilt(small, tmp_path, monkeypatch, capsys):
     """End to end, killed in the middle and started again."""
     module = small("capfilt")
     plan = replace(module.QUICK, images=9, clean=3)
     monkeypatch.setattr(module, "QUICK", plan)
-    arguments = ["--quick", "--output", tmp_path, "--seeds", "0", "1", "--rounds", "1"]
+    arguments = ["--quick", "--output", tmp_path, "--seeds", "0", "--rounds", "1"]
     made, capfilt = [], module.capfilt
 
     def stop(*given):
@@ -106,10 +111,10 @@ def test_capfilt(small, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "capfilt", lambda *given: made.append(given) or capfilt(*given))
     run(module, monkeypatch, *arguments)
     assert all(path.stat().st_mtime_ns == time for path, time in done.items())
-    assert len(made) == 1  # with the first seed alone
+    assert len(made) == 1
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results["scores"]) == {"noisy", "round 1", "true"}
-    assert all(set(each) == {"0", "1"} for each in results["scores"].values())
+    assert all(set(each) == {"0"} for each in results["scores"].values())
     kept = results["rounds"]["round 1"]["0"]["kept_by_noise"]
     assert set(kept) == {"true", "another's", "empty"} and all(0 <= share <= 1 for share in kept.values())
     assert results["seconds"] > 0 and results["checks"]["round 1"]["accepted"] in (True, False)
@@ -119,59 +124,56 @@ def test_capfilt(small, tmp_path, monkeypatch, capsys):
     run(module, monkeypatch, *arguments)  # all is done
     with pytest.raises(SystemExit):
         run(module, monkeypatch, "--output", tmp_path, "--scale", "2")
-    assert "has a run of another size" in capsys.readouterr().err
+    assert "has other results, of another size, recipe or scenes: give another --output" in capsys.readouterr().err
 
 
 # -- re-ranking --------------------------------------------------------------------------------------------------------
 
 
-def test_reranking(small, scenes, runs, tmp_path, monkeypatch, capsys):
-    module = small("reranking")
-    rows = [json.loads(line) for line in (scenes / "test_compositions_descriptions.jsonl").read_text().splitlines()]
-    text = "".join(json.dumps({"image": row["image"], "captions": [row["caption"]]}) + "\n" for row in rows)
-    for name in ("train", "test_compositions", "twins"):
-        (scenes / f"{name}.jsonl").write_text(text)
-    run(module, monkeypatch, "--quick", "--seeds", "0", "--output", tmp_path / "trained")
-    results = json.loads((tmp_path / "trained" / "results.json").read_text())
-    found = results["models"]["0"]
-    assert set(found["recall"]["twins"]) == {"0", *map(str, module.CANDIDATES)} and results["steps"] == 2
+def test_reranking(small, scenes, claims, runs, monkeypatch, capsys):
+    module, output = small("reranking"), claims / "reranking"
+    run(module, monkeypatch, "--quick", "--seeds", "0", "--output", output)
+    found = read_results(output)["models"]["0"]
+    assert set(found["recall"]["twins"]) == {"0", *map(str, module.CANDIDATES)}
     # A single candidate is the best by ITC; as many as there are texts are all of them.
     recall = found["recall"]["compositions"]
     assert recall["1"] == recall["0"] and recall["8"] == recall["128"]
     assert all(taken > 0 for taken in found["milliseconds"].values())
-    assert "| ITC alone |" in (tmp_path / "trained" / "table.md").read_text()
-    # Of a model that is there, as the library evaluates it.
-    run(module, monkeypatch, "--quick", "--models", runs["stage1"], "--output", tmp_path / "given")
-    found = json.loads((tmp_path / "given" / "results.json").read_text())["models"][str(runs["stage1"])]
+    assert "| ITC alone |" in (output / "table.md").read_text()
+    recipe = (output / "runs" / "twins-0" / "recipe.yaml").read_text()
+    assert "stage1-2-0" in recipe and "train_twins.jsonl" in recipe
+    # A given model, as the library evaluates it.
+    given = claims / "reranking-given"
+    run(module, monkeypatch, "--quick", "--models", runs["stage1"], "--output", given)
+    found = read_results(given)["models"][str(runs["stage1"])]
     pipeline = module.load_stage1(runs["stage1"])
-    features = pipeline.encode_images([scenes / row["image"] for row in rows[:8]])
-    texts = [row["caption"] for row in rows[:8]]
+    rows, features = module.read_images(pipeline, "test_compositions.jsonl", 8)
+    texts = [row["captions"][0] for row in rows]
     result = evaluate_retrieval(pipeline, features, texts, torch.eye(8, dtype=torch.bool), rerank_k=4)
     expected = (result.image_to_text["r1"] + result.text_to_image["r1"]) / 2
     assert found["recall"]["compositions"]["4"] == pytest.approx(expected)
-    assert (tmp_path / "given" / "reranking.png").is_file()
+    assert (given / "reranking-given.png").is_file()
     with pytest.raises(SystemExit):
-        run(module, monkeypatch, "--output", tmp_path / "given")
-    assert "has other results: give another --output" in capsys.readouterr().err
+        run(module, monkeypatch, "--quick", "--output", given)
+    assert "has other results, of other options" in capsys.readouterr().err
 
 
 # -- the number of queries ---------------------------------------------------------------------------------------------
 
 
-def test_collapse(small, scenes, tmp_path, monkeypatch, capsys):
-    module = small("collapse")
-    rows = [json.loads(line) for line in (scenes / "test_compositions_descriptions.jsonl").read_text().splitlines()]
-    text = "".join(json.dumps({"image": row["image"], "captions": [row["caption"]]}) + "\n" for row in rows)
-    for name in ("train", "test_compositions", "twins"):
-        (scenes / f"{name}.jsonl").write_text(text)
-    run(module, monkeypatch, "--quick", "--seeds", "0", "--queries", "1", "2", "--output", tmp_path)
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert set(results["scores"]) == {"recipe", "none"} and set(results["scores"]["none"]) == {"1", "2"}
-    found = results["scores"]["none"]["2"]["0"]
+def test_collapse(small, claims, monkeypatch, capsys):
+    module, output = small("collapse"), claims / "collapse"
+    monkeypatch.setattr(module, "KINDS", {"none": "without it"})
+    run(module, monkeypatch, "--quick", "--seeds", "0", "--queries", "1", "2", "--output", output)
+    scores = read_results(output)["scores"]
+    assert set(scores) == {"none"} and set(scores["none"]) == {"1", "2"}
+    found = scores["none"]["2"]["0"]
     assert set(found) == {*module.SCORES, "chance"} and -1 <= found["cosine"] <= 1
-    pipeline = module.load_stage1(tmp_path / "runs" / "none-2-0")
-    assert pipeline.config.qformer.num_query_tokens == 2
-    assert "| without it | 2 |" in (tmp_path / "table.md").read_text() and (tmp_path / "collapse.png").is_file()
+    assert scores["none"]["1"]["0"]["cosine"] == 1
+    run_folder = output / "runs" / "none-2-0"
+    assert module.load_stage1(run_folder).config.qformer.num_query_tokens == 2
+    assert "query_diversity: 0.0" in (run_folder / "recipe.yaml").read_text()
+    assert "| without it | 2 |" in (output / "table.md").read_text() and (output / "collapse.png").is_file()
     with pytest.raises(SystemExit):
-        run(module, monkeypatch, "--output", tmp_path)
-    assert "has other results: give another --output" in capsys.readouterr().err
+        run(module, monkeypatch, "--queries", "0", "--output", output)
+    assert "--queries has 0, expected numbers of at least 1" in capsys.readouterr().err

@@ -93,7 +93,7 @@ class BridgeModel(GenerationModel):
         self.projection, self.bridge = model.projection, bridge
 
     def query_outputs(self, images: Tensor, questions: Any = None, image_index: Any = None) -> Tensor:
-        return self.bridge(self.image_norm(images))
+        return self.bridge(self.image_norm(images.float()))
 
 
 def make_bridge(recipe: Recipe, variant: str) -> tuple[Built, Recipe]:

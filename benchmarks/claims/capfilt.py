@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import statistics
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -40,6 +39,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from common import (
     SCENES,
     demo_recipe,
+    is_same_plan,
+    learn,
     load_stage1,
     markdown,
     mean_spread,
@@ -48,6 +49,7 @@ from common import (
     recall_at_1,
     same_text,
     seconds,
+    write_rows,
 )
 
 from blip2.corpus.capfilt import capfilt
@@ -61,7 +63,6 @@ from blip2.evaluation.retrieval import evaluate_retrieval
 from blip2.evaluation.scenes import matching_accuracy, read_rows
 from blip2.io import write_json
 from blip2.memory import tune_malloc
-from blip2.training.trainer import train
 
 EMPTY_WORDS = ("image", "photo {}", "click here", "picture {}", "untitled", "IMG_{}", "buy now", "no description")
 """Captions without information; {} is replaced by a number."""
@@ -76,7 +77,7 @@ class Plan:
     """Images of the noisy corpus."""
     clean: int = 400
     """Other images, with true captions, for the ranker and the captioner."""
-    steps: int = 90
+    steps: int = 80
     """Steps of stage 1 on each corpus."""
     ranker_steps: int = 40
     """Steps of the ranker on the clean pairs."""
@@ -98,12 +99,12 @@ QUICK = Plan(
 
 
 def scaled(plan: Plan, scale: float) -> Plan:
-    """Return a plan with more images and steps. There are 4000 images with captions at most."""
+    """Return a plan with more images and steps. There are 5000 images with captions at most."""
     names = ("images", "clean", "steps", "ranker_steps", "captioner_steps")
     larger = {name: max(1, round(scale * getattr(plan, name))) for name in names}
     total = larger["images"] + larger["clean"]
-    if total > 4000:
-        larger |= {name: larger[name] * 4000 // total for name in ("images", "clean")}
+    if total > 5000:
+        larger |= {name: larger[name] * 5000 // total for name in ("images", "clean")}
     return replace(plan, **larger)
 
 
@@ -134,12 +135,10 @@ def make_corpora(folder: Path, plan: Plan) -> dict[str, str]:
     rows = [{**row, "image": str(scenes / row["image"])} for row in rows]
     corpus, clean = rows[: plan.images], rows[plan.images :]
     paths = {}
-    folder.mkdir(parents=True, exist_ok=True)
     for name, table in (("noisy", make_noisy(corpus)), ("true", corpus), ("clean", clean)):
-        paths[name] = str(folder / f"{name}.jsonl")
-        text = "".join(json.dumps(row) + "\n" for row in table)
-        if not Path(paths[name]).is_file():  # a run that continues must find the same file
-            Path(paths[name]).write_text(text, encoding="utf-8")
+        path = folder / f"{name}.jsonl"
+        # CapFilt continues only with a file that was not written again.
+        paths[name] = str(path) if path.is_file() else write_rows(path, table)
     return paths
 
 
@@ -163,13 +162,8 @@ class Experiment:
         folder = self.output / "runs" / f"{name}-{seed}"
         steps = options.get("steps", self.plan.steps)
         recipe = demo_recipe(stage, folder, self.output / "features", seed, steps, source)
-        recipe = replace(recipe, start_from=None if options.get("start") is None else str(options["start"]))
-
-        def work() -> None:
-            train(recipe, resume=True)
-
-        once(self.output / "done" / f"train-{name}-{seed}.json", work)
-        return folder
+        start = options.get("start")
+        return learn(replace(recipe, start_from=None if start is None else str(start)))
 
     def measure(self, name: str, source: str, seed: int) -> dict[str, float]:
         """Train stage 1 on a source, and return its scores on held-out compositions."""
@@ -269,8 +263,8 @@ def check(scores: dict[str, dict[int, dict[str, float]]]) -> dict[str, Any]:
     names = list(scores)[:-1]
     found = {}
     for before, after in pairwise(names):
-        sides = [[each["itc"] for each in scores[name].values()] for name in (before, after)]
-        found[after] = judge(*sides, next(iter(scores[before].values()))["chance"])
+        recalls = {name: [each["itc"] for each in scores[name].values()] for name in (before, after)}
+        found[after] = judge(recalls[before], recalls[after], next(iter(scores[before].values()))["chance"])
     return found
 
 
@@ -344,10 +338,8 @@ def main() -> None:
         parser.error("--scale has to be above 0, and --rounds at least 1")
     tune_malloc()
     plan = QUICK if options.quick else scaled(Plan(), options.scale)
-    options.output.mkdir(parents=True, exist_ok=True)
-    stored = once(options.output / "done" / "plan.json", lambda: asdict(plan))
-    if stored != asdict(plan):
-        parser.error(f"{options.output} has a run of another size, {stored}: give another --output")
+    if not is_same_plan(options.output, asdict(plan)):
+        parser.error(f"{options.output} has other results, of another size, recipe or scenes: give another --output")
     results = run(Experiment(options.output, plan, options.rounds), options.seeds, options.every_seed)
     write_json(options.output / "results.json", results)
     draw(results, options.output / "capfilt.png")

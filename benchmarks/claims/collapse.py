@@ -13,35 +13,31 @@ done is not done again.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 from common import (
-    SCENES,
-    demo_recipe,
+    Claim,
+    learn,
     load_stage1,
+    make_parser,
     markdown,
     mean_spread,
     once,
     read_images,
     recall_at_1,
     same_text,
-    seconds,
 )
 from queries import VARIANTS, by_block
 
-from blip2.data.assets import fetch
 from blip2.evaluation.report import new_figure
 from blip2.evaluation.retrieval import evaluate_retrieval
 from blip2.evaluation.scenes import matching_accuracy, score_twins
-from blip2.io import write_json
-from blip2.memory import tune_malloc
-from blip2.training.trainer import train
 
 KINDS = {"recipe": "with the diversity term", "none": "without it"}
 """The variants of benchmarks/queries.py that are compared."""
@@ -56,23 +52,11 @@ SCORES = {
 }
 
 
-def learn(output: Path, kind: str, num_queries: int, seed: int, steps: int) -> Path:
-    """Train stage 1, and return its folder."""
-    name = f"{kind}-{num_queries}-{seed}"
-    source = str(fetch(SCENES) / "train.jsonl")
-    recipe = demo_recipe("stage1", output / "runs" / name, output / "features", seed, steps, source)
-    recipe = VARIANTS[kind].change(recipe)
-    recipe = replace(recipe, qformer=replace(recipe.qformer, num_query_tokens=num_queries))
-
-    def work() -> None:
-        train(recipe, resume=True)
-
-    once(output / "done" / f"train-{name}.json", work)
-    return output / "runs" / name
-
-
-def measure(run: Path, limit: int) -> dict[str, float]:
-    """Return the scores of :data:`SCORES`; shares are in [0, 1]."""
+def measure(claim: Claim, kind: str, num_queries: int, seed: int) -> dict[str, float]:
+    """Train stage 1, and return the scores of :data:`SCORES`; shares are in [0, 1]."""
+    recipe = VARIANTS[kind].change(claim.recipe("stage1", f"{kind}-{num_queries}-{seed}", seed, STEPS))
+    run = learn(replace(recipe, qformer=replace(recipe.qformer, num_query_tokens=num_queries)))
+    limit = claim.limit(160)
     pipeline = load_stage1(run)
     rows, features = read_images(pipeline, "test_compositions.jsonl", limit)
     texts = [row["captions"][0] for row in rows]
@@ -104,8 +88,8 @@ def table(scores: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
     return markdown(["stage 1", "queries", *SCORES.values()], rows)
 
 
-def draw(scores: dict[str, dict[str, dict[str, dict[str, float]]]], path: Path) -> None:
-    """Draw each score by the number of queries, a line for each kind and a point for each seed."""
+def draw(scores: dict[str, dict[str, dict[str, dict[str, float]]]]) -> Any:
+    """Return a figure with each score by the number of queries, a line for each kind and a point for each seed."""
     figure = new_figure(3.0 * len(SCORES), 3.2)
     for number, (key, title) in enumerate(SCORES.items(), 1):
         axes = figure.add_subplot(1, len(SCORES), number)
@@ -123,40 +107,27 @@ def draw(scores: dict[str, dict[str, dict[str, dict[str, float]]]], path: Path) 
         axes.grid(alpha=0.3)
         if number == 1:
             axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("runs/claims/collapse"))
+    parser = make_parser(__doc__, "collapse")
     parser.add_argument("--queries", nargs="+", type=int, default=list(QUERIES))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--scale", type=float, default=1.0, help=f"factor for the {STEPS} steps (default: 1)")
-    parser.add_argument("--quick", action="store_true", help="a few steps and images, which show nothing")
     options = parser.parse_args()
-    if options.scale <= 0 or min(options.queries) < 1:
-        parser.error("--scale has to be above 0, and --queries at least 1")
-    tune_malloc()
-    output, limit = options.output, 8 if options.quick else 160
-    steps = 2 if options.quick else max(1, round(options.scale * STEPS))
-    settings = {"steps": steps, "limit": limit}
-    if once(output / "done" / "plan.json", lambda: settings) != settings:
-        parser.error(f"{output} has other results: give another --output")
+    if min(options.queries) < 1:
+        parser.error(f"--queries has {min(options.queries)}, expected numbers of at least 1")
+    claim = Claim.start(parser, options)
     scores: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
-    for seed in options.seeds:
+    for seed in claim.seeds:
         for kind in KINDS:
             for num_queries in options.queries:
-                run = learn(output, kind, num_queries, seed, steps)
 
-                def work(run: Path = run) -> dict[str, float]:
-                    return measure(run, limit)
+                def work(kind: str = kind, num_queries: int = num_queries, seed: int = seed) -> dict[str, float]:
+                    return measure(claim, kind, num_queries, seed)
 
-                found = once(output / "done" / f"scores-{kind}-{num_queries}-{seed}.json", work)
+                found = once(claim.output / "done" / f"scores-{kind}-{num_queries}-{seed}.json", work)
                 scores.setdefault(kind, {}).setdefault(str(num_queries), {})[str(seed)] = found
-    write_json(output / "results.json", {**settings, "scores": scores, "seconds": seconds(output / "done")})
-    draw(scores, output / "collapse.png")
-    (output / "table.md").write_text(table(scores) + "\n", encoding="utf-8")
-    print(table(scores))
+    claim.finish({"scores": scores}, table(scores), draw(scores))
 
 
 if __name__ == "__main__":

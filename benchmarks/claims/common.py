@@ -31,7 +31,7 @@ from blip2.evaluation.scenes import majority_answers, read_rows, score_answers
 from blip2.io import write_json
 from blip2.memory import tune_malloc
 from blip2.pipelines import GenerationPipeline, RepresentationPipeline, load
-from blip2.recipe import find_recipe, load_recipe
+from blip2.recipe import dump_config, find_recipe, load_recipe
 from blip2.training.optimizer import build_optimizer, configure_trainable, update_learning_rate
 from blip2.training.trainer import derive_seed
 
@@ -56,6 +56,31 @@ def once(path: Path, work: Callable[[], Any]) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))["result"]
 
 
+def is_same_plan(folder: Path, settings: Mapping[str, Any]) -> bool:
+    """Return whether the results in a folder, if there are any, were computed with the same settings, recipes and
+    scenes."""
+    stages = ("stage1", "twins", "stage2", "vqa")
+    recipes = {stage: dump_config(load_recipe(find_recipe(f"demo-{stage}"))) for stage in stages}
+    plan = {**settings, "scenes": fetch(SCENES).name, "recipes": recipes}
+    return once(folder / "done" / "plan.json", lambda: plan) == plan
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Write a table, and return its path. A kill leaves no part of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(temporary, path)  # noqa: PTH105
+    return str(path)
+
+
+def learn(recipe: Recipe) -> Path:
+    """Train a recipe, or continue its training, and return the folder of its run."""
+    run = Path(recipe.output)
+    once(run.parents[1] / "done" / f"train-{run.name}.json", lambda: str(train(recipe, resume=True)))
+    return run
+
+
 def seconds(folder: Path) -> float:
     """Return the seconds of all stored work in a folder. A part that was interrupted counts from its last start."""
     stored = (json.loads(path.read_text(encoding="utf-8")) for path in folder.rglob("*.json"))
@@ -64,7 +89,9 @@ def seconds(folder: Path) -> float:
 
 def demo_recipe(stage: str, folder: Path, features: Path, seed: int, steps: int, train: str) -> Recipe:
     """Return a recipe of the demo for a run of a claim: no validation, and features in a folder that runs share."""
-    recipe = in_precision(load_recipe(find_recipe(f"demo-{stage}")), faster_precision(), steps)
+    # Two precisions may be equally fast, but all runs that are compared have the same one, also after a kill.
+    precision = once(features.parent / "precision.json", faster_precision)
+    recipe = in_precision(load_recipe(find_recipe(f"demo-{stage}")), precision, steps)
     return replace(
         recipe,
         output=str(folder),
@@ -158,8 +185,8 @@ def make_parser(description: str | None, output: str) -> argparse.ArgumentParser
 class Claim:
     """One claim: its output folder, its seeds and its size.
 
-    Runs of stage 1 and cached features are in the folder ``shared`` beside the output folder, so that several claims
-    have them in common.
+    Runs of stage 1 and cached features are in the folder ``shared`` beside the output folder, or ``shared-quick``, so
+    that several claims have them in common.
     """
 
     output: Path
@@ -179,14 +206,19 @@ class Claim:
         if options.scale <= 0:
             parser.error(f"--scale is {options.scale:g}, expected a number above 0")
         tune_malloc()
-        settings = {"scale": options.scale, "quick": options.quick, **settings}
-        if once(options.output / "done" / "plan.json", lambda: settings) != settings:
-            parser.error(f"{options.output} has other results: give another --output")
-        return cls(options.output, options.seeds, options.scale, options.quick)
+        claim = cls(options.output, options.seeds, options.scale, options.quick)
+        plans = ((claim.output, {"scale": claim.scale, "quick": claim.quick, **settings}), (claim.shared, {}))
+        for folder, plan in plans:
+            if not is_same_plan(folder, plan):
+                parser.error(
+                    f"{folder} has other results, of other options, recipes or scenes: give an --output in another"
+                    " folder"
+                )
+        return claim
 
     @property
     def shared(self) -> Path:
-        return self.output.parent / "shared"
+        return self.output.parent / ("shared-quick" if self.quick else "shared")
 
     def steps(self, number: int) -> int:
         """Return a number of steps, multiplied by the scale."""
@@ -202,31 +234,18 @@ class Claim:
         if not self.quick:
             return str(scenes / file)
         rows = [{**row, "image": str(scenes / row["image"])} for row in read_rows(scenes / file)[:QUICK_ROWS]]
-        path = self.shared / "quick" / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        return str(path)
+        return write_rows(self.shared / "tables" / file, rows)
 
     def recipe(self, stage: str, name: str, seed: int, steps: int, train: str = "train.jsonl") -> Recipe:
         """Return the recipe ``demo-{stage}`` for the run `name` of this claim; see :func:`demo_recipe`."""
         folder = self.output / "runs" / name
         return demo_recipe(stage, folder, self.shared / "features", seed, self.steps(steps), self.source(train))
 
-    def learn(self, recipe: Recipe) -> Path:
-        """Train a recipe of this claim, and return the folder of its run."""
-        run = Path(recipe.output)
-
-        def work() -> None:
-            train(recipe, resume=True)
-
-        once(run.parents[1] / "done" / f"train-{run.name}.json", work)
-        return run
-
     def stage1(self, seed: int) -> Path:
         """Train stage 1 of the demo's recipe for all claims, and return the folder of its run."""
         recipe = self.recipe("stage1", "", seed, STAGE1_STEPS)
         name = f"stage1-{recipe.training.max_steps}-{seed}"
-        return self.learn(replace(recipe, output=str(self.shared / "runs" / name)))
+        return learn(replace(recipe, output=str(self.shared / "runs" / name)))
 
     def images(self, file: str, limit: int) -> tuple[list[dict[str, Any]], torch.Tensor]:
         """Return the first rows of a table of the scenes, and the features of their images in the demo's encoder."""
@@ -248,7 +267,7 @@ class Claim:
     def finish(self, results: Mapping[str, Any], text: str, figure: Any) -> None:
         """Write the raw numbers, the table and the figure, and print the table."""
         name = self.output.name
-        times = {"seconds": seconds(self.output / "done"), "seconds_of_shared_stage1": seconds(self.shared / "done")}
+        times = {"seconds": seconds(self.output / "done"), "seconds_of_shared_models": seconds(self.shared / "done")}
         write_json(self.output / "results.json", {"scale": self.scale, "quick": self.quick, **results, **times})
         (self.output / "table.md").write_text(text + "\n", encoding="utf-8")
         figure.savefig(self.output / f"{name}.png", dpi=110)
@@ -277,6 +296,7 @@ def fit(
         state: file of the weights that train, with the state of the optimizer.
     """
     rates = configure_trainable(model, optimizer_config)
+    model.train()
     optimizer = build_optimizer(model, rates, optimizer_config)
     trained = {name: parameter for name, parameter in model.named_parameters() if name in rates}
     device, first = next(iter(trained.values())).device, 0

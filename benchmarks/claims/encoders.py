@@ -26,6 +26,7 @@ from common import (
     STAGE1_STEPS,
     Claim,
     draw_scores,
+    learn,
     load_stage2,
     make_parser,
     read_images,
@@ -56,9 +57,9 @@ def measure(claim: Claim, variant: str, seed: int) -> dict[str, float]:
     recipe = replace(recipe, language=replace(recipe.language, name=str(make_t5(claim, llm)[0]), prompt=PROMPT))
     if pixels == SMALL_IMAGES:
         first = claim.recipe("stage1", f"stage1-{pixels}-{seed}", seed, STAGE1_STEPS)
-        stage1 = claim.learn(replace(first, vision=replace(first.vision, image_size=pixels)))
+        stage1 = learn(replace(first, vision=replace(first.vision, image_size=pixels)))
         recipe = replace(recipe, vision=replace(recipe.vision, image_size=pixels))
-    pipeline = load_stage2(claim.learn(replace(recipe, start_from=str(stage1))))
+    pipeline = load_stage2(learn(replace(recipe, start_from=str(stage1))))
     rows, features = read_images(pipeline, "test_compositions.jsonl", claim.limit(160))
     captions = pipeline.caption(features, decoding=Decoding(num_beams=1, max_new_tokens=24))
     asked, features, image_index = read_questions(pipeline, claim.limit(300))

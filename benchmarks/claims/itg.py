@@ -20,7 +20,17 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import STAGE1_STEPS, Claim, draw_scores, load_stage1, make_parser, read_images, same_text, score_table
+from common import (
+    STAGE1_STEPS,
+    Claim,
+    draw_scores,
+    learn,
+    load_stage1,
+    make_parser,
+    read_images,
+    same_text,
+    score_table,
+)
 
 from blip2.evaluation.retrieval import evaluate_retrieval
 from blip2.evaluation.scenes import matching_accuracy
@@ -40,7 +50,7 @@ def measure(claim: Claim, variant: str, seed: int) -> dict[str, float]:
     run = claim.stage1(seed)
     if variant == WITHOUT:
         recipe = claim.recipe("stage1", f"without-itg-{seed}", seed, STAGE1_STEPS)
-        run = claim.learn(replace(recipe, objectives=replace(recipe.objectives, itg=0.0)))
+        run = learn(replace(recipe, objectives=replace(recipe.objectives, itg=0.0)))
     pipeline = load_stage1(run)
     rows, features = read_images(pipeline, "test_compositions_descriptions.jsonl", claim.limit(240))
     texts = [row["caption"] for row in rows]

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import Claim, draw_curves, fit, load_stage2, make_parser, markdown, mean_spread
+from common import Claim, draw_curves, fit, learn, load_stage2, make_parser, markdown, mean_spread
 
 from blip2.model.losses import IGNORE_INDEX, language_modeling, query_diversity
 from blip2.pipelines import GenerationPipeline
@@ -191,7 +191,7 @@ def evaluate(claim: Claim, pipeline: GenerationPipeline) -> dict[str, float]:
 def measure(claim: Claim, variant: str, seed: int) -> dict[str, float]:
     """Train on pairs and, for :data:`EPISODES`, on episodes, and return the share of right words by shots."""
     recipe = replace(claim.recipe("stage2", f"pairs-{seed}", seed, STEPS), start_from=str(claim.stage1(seed)))
-    pipeline = load_stage2(claim.learn(recipe))
+    pipeline = load_stage2(learn(recipe))
     if variant == EPISODES:
         rows, features = claim.images("train.jsonl", QUICK_IMAGES if claim.quick else TRAIN_IMAGES)
         reader, words, by_color = Reader(pipeline, features), Words.make(pipeline.tokenizer), group_by_color(rows)

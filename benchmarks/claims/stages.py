@@ -6,11 +6,11 @@
     python benchmarks/claims/stages.py --output runs/claims/stages-try --quick    # to see that it works
 
 Stage 2 of the demo's recipe is trained on captions with each seed, once from stage 1 and once without it, and asked
-questions about held-out compositions on the way. It never sees a question in training. An LLM as small as SmolLM2 often
-answers with a sentence or repeats the caption, so the answer is the likeliest of at most eight choices; results.json
-also has the share of right answers among those that are generated as in the paper. A T5 that is trained here on the
-text of the scenes alone (text_t5.py) stands for FlanT5, which was trained on instructions. The dashed line is what
-guessing reaches; the dotted line, for the T5, what it generates when it reads the true caption.
+questions about held-out compositions on the way. It never sees a question in training. An LLM as small as SmolLM2 may
+answer with a sentence, so the answer is the likeliest of at most eight choices; results.json also has the share of
+right answers among those that are generated as in the paper. A T5 that is trained here on the text of the scenes alone
+(text_t5.py) stands for FlanT5, which was trained on instructions. The dashed line is what guessing reaches; the dotted
+line, for the T5, what it generates when it reads the true caption.
 
 Results go to results.json, a figure with the name of the output folder, and table.md. A run that was killed continues;
 what is done is not done again.
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import SCENES, Claim, draw_curves, make_parser, markdown, mean_spread
+from common import SCENES, Claim, draw_curves, learn, make_parser, markdown, mean_spread, write_rows
 from text_t5 import PROMPT, QUESTION_PROMPT, make_t5
 
 from blip2.config import EvaluationConfig
@@ -37,7 +37,7 @@ from blip2.training.metrics import read_metrics
 VARIANTS = ("with stage 1", "without stage 1")
 STEPS, EVALUATIONS = 120, 4
 """Steps of stage 2, and how often the model is asked on the way."""
-QUESTIONS, MAX_CHOICES = 150, 8
+QUESTIONS, MAX_CHOICES = 100, 8
 SMOLLM2_PROMPT = "\nQuestion: {} Answer:"
 
 
@@ -59,10 +59,8 @@ def write_questions(claim: Claim) -> tuple[str, float]:
     scenes = fetch(SCENES)
     # The choices are drawn from all questions, so that they do not depend on how many are asked.
     rows = add_choices(read_rows(scenes / "test_compositions_questions.jsonl"))[: claim.limit(QUESTIONS)]
-    path = claim.output / "questions.jsonl"
-    text = "".join(json.dumps({**row, "image": str(scenes / row["image"])}) + "\n" for row in rows)
-    path.write_text(text, encoding="utf-8")
-    return str(path), sum(1 / len(row["choices"]) for row in rows) / len(rows)
+    path = write_rows(claim.output / "questions.jsonl", [{**row, "image": str(scenes / row["image"])} for row in rows])
+    return path, sum(1 / len(row["choices"]) for row in rows) / len(rows)
 
 
 def measure(claim: Claim, llm: str, variant: str, seed: int) -> dict[str, Any]:
@@ -78,7 +76,7 @@ def measure(claim: Claim, llm: str, variant: str, seed: int) -> dict[str, Any]:
         max_new_tokens=5, rules="lavis",  # which normalize answers: "A zebra." is right
     )  # fmt: skip
     start_from = str(claim.stage1(seed)) if variant == "with stage 1" else None
-    run = claim.learn(replace(recipe, start_from=start_from, evaluation=evaluation))
+    run = learn(replace(recipe, start_from=start_from, evaluation=evaluation))
     curve = {row["step"]: row for row in read_metrics(run) if "evaluation_accuracy" in row}
     last = run / "evaluation" / f"step-{steps:08d}" / "metrics.json"
     return {

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Claim, fit, once
+from common import SCENES, Claim, fit, once
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
@@ -69,7 +69,7 @@ def make_t5(claim: Claim, name: str) -> tuple[Path, float]:
     folder = claim.shared / "t5" / f"{name}-{steps}"
 
     def work() -> float:
-        scenes = fetch("scenes-pairs")
+        scenes = fetch(SCENES)
         captions, rows = read_pairs(scenes, "train")
         questions = [(row["caption"], QUESTION_PROMPT.format(row["question"]), row["answers"][0]) for row in rows]
         tokenizer = make_tokenizer([*captions, PROMPT, *(text for pair in questions for text in pair)])
