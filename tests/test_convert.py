@@ -66,7 +66,7 @@ def test_a_conversion_invents_no_recipe(parts, runs, tmp_path):
     written = {path.name for path in (tmp_path / "ours").iterdir()}
     assert written == {"README.md", "model.safetensors", "model.yaml"}
     values = yaml.safe_load((tmp_path / "ours" / "model.yaml").read_text())
-    assert set(values) == {"stage", "vision", "qformer", "language", "text_normalization", "max_length"}
+    assert set(values) == {"stage", "vision", "qformer", "language", "text_normalization", "max_length", "calibration"}
     assert read_recipe(open_checkpoint(str(tmp_path / "ours"))) is None
     convert(runs["llama"], tmp_path / "copy", "blip2")
     run, copy = (open_checkpoint(str(path)) for path in (runs["llama"], tmp_path / "copy"))

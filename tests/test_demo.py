@@ -9,7 +9,7 @@ from blip2.config import DataConfig
 from blip2.data.sources import open_records
 from blip2.demo.data import MIN_IMAGES, user_data
 from blip2.demo.report import WITHOUT_STAGE1, tables
-from blip2.demo.run import MAX_SCALE, RUNS, DemoPlan, demo_recipes, fitting_scale, make_plan
+from blip2.demo.run import RUNS, DemoPlan, demo_recipes, make_plan
 from blip2.errors import InputError
 from conftest import draw
 
@@ -70,11 +70,9 @@ def test_each_run_has_its_data_and_starts_from_the_run_before(folder, tmp_path):
     assert [r.training.max_steps for r in longer.values()] == [2 * r.training.max_steps for r in once.values()]
 
 
-def test_a_faster_machine_trains_more_in_the_same_time_and_a_killed_demo_keeps_its_plan(tmp_path):
-    scales = [fitting_scale(rate) for rate in (1e9, 2e11, 8e11, 1e15)]
-    assert scales == sorted(scales) and scales[0] == 1.0 < scales[-1] <= MAX_SCALE
+def test_a_killed_demo_keeps_its_plan(tmp_path):
     first = make_plan(tmp_path / "demo")
-    assert first.precision in ("bf16", "fp32") and 1.0 <= first.scale <= MAX_SCALE
+    assert first.precision in ("bf16", "fp32") and first.scale == 1.0
     other = DemoPlan("bf16" if first.precision == "fp32" else "fp32", 3.5)
     (tmp_path / "demo" / "plan.json").write_text(json.dumps({"precision": other.precision, "scale": other.scale}))
     assert make_plan(tmp_path / "demo") == other  # it was not measured again

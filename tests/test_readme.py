@@ -18,7 +18,7 @@ def test_there_is_python():
 def test_its_python_runs(runs, tmp_path, monkeypatch):
     """Tiny models stand in for those of the folders that it names."""
     (tmp_path / "runs" / "demo").mkdir(parents=True)
-    (tmp_path / "runs" / "demo" / "stage1").symlink_to(runs["stage1"])
+    (tmp_path / "runs" / "demo" / "twins").symlink_to(runs["stage1"])
     (tmp_path / "runs" / "demo" / "stage2").symlink_to(runs["llama"])
     (tmp_path / "runs" / "demo" / "vqa").symlink_to(runs["llama"])
     for name in set(re.findall(r'"(\w+\.(?:png|jpg))"', PYTHON[0])):

@@ -162,7 +162,7 @@ def test_drop_an_image_read_its_caption_and_ask_twice(visit, address, models):
     assert ask(page, "and where") == writer.chat(image, turns).ask("and where").strip()
     page.uncheck("#remember")
     assert ask(page, "and where") == writer.chat(image).ask("and where").strip()
-    assert page.locator("#spoken").inner_text().startswith("Answer: ")
+    wait(lambda: page.locator("#spoken").inner_text().startswith("Answer: "))
     page.click("#ask-again")
     assert page.locator("#turns .turn").count() == 0
     assert serious(page) == []
@@ -299,7 +299,7 @@ def test_all_of_it_works_with_the_keyboard(visit, address):
     wait(lambda: page.locator("#match-results tbody tr").count() == 1)
     page.focus("nav a[href='#compare']")
     page.keyboard.press("Enter")
-    assert page.evaluate("() => document.activeElement.id") == "main"
+    wait(lambda: page.evaluate("() => document.activeElement.id") == "main")
     page.focus(".skip")
     page.keyboard.press("Enter")  # stays in this view
     assert page.evaluate("() => document.activeElement.id") == "main" and page.locator("#view-compare").is_visible()

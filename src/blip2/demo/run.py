@@ -67,20 +67,6 @@ RERANK_K = 16
 EVAL_SIZES = {"compositions": (160, 300), "images": (80, 100), "cutouts": (80, 100)}
 """For each test split, the numbers of images and questions that are evaluated: the first ones in the files."""
 PLAN = "plan.json"
-TARGET_MINUTES = 15
-"""Duration in minutes for which :func:`fitting_scale` chooses the factor, for a demo on scenes."""
-MAX_SCALE = 4.0
-"""Maximum factor for the number of training steps that :func:`fitting_scale` returns."""
-REFERENCE_RATE = 165e9
-"""FLOP/s of fp32 matrix multiplication on the reference machine, on which the next three constants were measured: two
-CPU threads without AVX-512."""
-TRAINING_SECONDS = 2200
-"""Seconds of training on the reference machine, with the numbers of steps in the recipes: estimated from the images per
-second of each stage."""
-EVALUATION_SECONDS = 300
-"""Seconds of all other work on the reference machine."""
-FIXED_SHARE = 0.35
-"""Share of the time on the reference machine that does not depend on the speed of matrix multiplication, in [0, 1]."""
 BATCH_SIZE = 48
 """Number of texts that are generated in one batch."""
 
@@ -136,7 +122,7 @@ def make_plan(output: Path, scale: float | None = None) -> DemoPlan:
     Args:
         output: folder of the demo.
         scale: factor for the number of training steps, which also replaces the factor of a saved plan. None: the factor
-            of the saved plan, or that of :func:`fitting_scale` in a new plan.
+            of the saved plan, or 1 in a new plan.
 
     Raises:
         InputError: the saved plan cannot be read.
@@ -154,24 +140,10 @@ def make_plan(output: Path, scale: float | None = None) -> DemoPlan:
             return saved
         plan = replace(saved, scale=scale)
     else:
-        rates = matrix_rates()
-        precision = faster_precision(rates)
-        plan = DemoPlan(precision, fitting_scale(rates[precision]) if scale is None else scale)
+        plan = DemoPlan(faster_precision(), 1.0 if scale is None else scale)
     output.mkdir(parents=True, exist_ok=True)
     write_json(path, asdict(plan))
     return plan
-
-
-def fitting_scale(rate: float) -> float:
-    """Return the factor for the number of training steps with which a demo takes about :data:`TARGET_MINUTES` on this
-    machine, in [1, :data:`MAX_SCALE`].
-
-    Args:
-        rate: measured throughput of matrix multiplication in FLOP/s.
-    """
-    slowness = FIXED_SHARE + (1 - FIXED_SHARE) * REFERENCE_RATE / rate
-    seconds = 60 * TARGET_MINUTES / slowness - EVALUATION_SECONDS
-    return round(min(max(seconds / TRAINING_SECONDS, 1.0), MAX_SCALE), 1)
 
 
 def demo(output: Path, quick: bool = False, data: str | None = None, scale: float | None = None) -> dict[str, Any]:
@@ -184,8 +156,8 @@ def demo(output: Path, quick: bool = False, data: str | None = None, scale: floa
         quick: run a short version, which takes two to three minutes.
         data: your own images with captions, to train on instead of the scenes: a folder of images with a .txt file for
             each image, or a table with the paths of the images.
-        scale: factor by which the numbers of training steps in the recipes are multiplied. None: from 1 to 4, such
-            that the demo takes about 15 minutes, or longer on a slow machine.
+        scale: factor by which the numbers of training steps in the recipes are multiplied. None: that of the
+            interrupted demo in `output`, or 1.
 
     Returns:
         The content of ``metrics.json``.
@@ -269,21 +241,21 @@ def in_precision(recipe: Recipe, precision: Precision, steps: int | None = None)
     )
 
 
-def matrix_rates() -> dict[Precision, float]:
-    """Measure the throughput of matrix multiplication in bf16 and fp32, in FLOP/s.
+def faster_precision() -> Precision:
+    """Return the precision in which this machine multiplies matrices faster; always bf16 on a GPU.
 
     The matrices have the shapes of those in SmolLM2's MLP.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.cuda.is_available():
+        return "bf16"
     dtypes: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
     matrices = {
-        name: (torch.ones(256, 576, dtype=dtype, device=device), torch.ones(576, 1536, dtype=dtype, device=device))
-        for name, dtype in dtypes.items()
+        name: (torch.ones(256, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)) for name, dtype in dtypes.items()
     }
 
     def seconds(name: Precision) -> float:
         started = time.perf_counter()
-        torch.mm(*matrices[name]).sum().item()  # item() waits for a GPU
+        torch.mm(*matrices[name])
         return time.perf_counter() - started
 
     # The minimum over alternating rounds is robust against other load on the machine. Where bf16 is emulated, one round
@@ -292,19 +264,7 @@ def matrix_rates() -> dict[Precision, float]:
     started = time.perf_counter()
     while len(rounds) < 3 or (len(rounds) < 20 and time.perf_counter() - started < 1):
         rounds.append({name: seconds(name) for name in dtypes})
-    return {name: 2 * 256 * 576 * 1536 / min(each[name] for each in rounds) for name in dtypes}
-
-
-def faster_precision(rates: dict[Precision, float] | None = None) -> Precision:
-    """Return the precision in which this machine multiplies matrices faster; always bf16 on a GPU.
-
-    Args:
-        rates: the throughput in each precision, in FLOP/s; None: that of :func:`matrix_rates`.
-    """
-    if torch.cuda.is_available():
-        return "bf16"
-    rates = rates or matrix_rates()
-    return "bf16" if rates["bf16"] > rates["fp32"] else "fp32"
+    return min(dtypes, key=lambda name: min(each[name] for each in rounds))
 
 
 class Evaluator:
