@@ -8,7 +8,7 @@ demo: .venv/ready  ## train both stages on composed scenes in a quarter of an ho
 	$(BIN)/blip2 demo
 
 test: .venv/ready  ## the whole test suite
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: .venv/ready docs  ## style, types and shapes of what will be committed, and the documentation
 	$(BIN)/ruff check .
