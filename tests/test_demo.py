@@ -58,7 +58,7 @@ def test_each_run_has_its_data_and_starts_from_the_run_before(folder, tmp_path):
     assert list(recipes) == list(RUNS)
     first, twins, second, vqa, alone = recipes.values()
     assert (twins.start_from, alone.start_from) == ([first.output], None)
-    assert second.start_from == [twins.output, first.output]
+    assert second.start_from == [twins.output]
     assert vqa.start_from == [second.output, twins.output]
     assert [recipe.data.train for recipe in (first, second, alone)] == [own.train] * 3
     assert (twins.data.train, twins.data.validation) == (scenes.twins, own.validation)

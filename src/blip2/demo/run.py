@@ -85,12 +85,12 @@ class Run:
 RUNS = {
     "stage 1": Run("demo-stage1", "stage1"),
     TWINS: Run("demo-twins", "twins", ("stage 1",)),
-    "stage 2": Run("demo-stage2", "stage2", (TWINS, "stage 1")),
+    "stage 2": Run("demo-stage2", "stage2", (TWINS,)),
     VQA: Run("demo-vqa", "vqa", ("stage 2", TWINS)),
     WITHOUT_STAGE1: Run("demo-stage2", "stage2-without-stage1"),
 }
 """The runs by name, in the order of training. The runs on near twins and on questions are left out if there are no such
-data."""
+data; runs that would start from the former then start from stage 1."""
 
 
 @dataclass
@@ -221,7 +221,7 @@ def demo_recipes(output: Path, demo_data: DemoData, plan: DemoPlan, quick: bool)
         recipes[name] = replace(
             in_precision(recipe, plan.precision, steps),
             output=str(output / run.folder),
-            start_from=[recipes[each].output for each in run.start_from if each in recipes] or None,
+            start_from=[recipes[each if each in recipes else "stage 1"].output for each in run.start_from] or None,
             data=data,
         )
     return recipes
