@@ -42,11 +42,15 @@ def models(parts, pipeline):
     writer = build_writer(parts)
     tokens = [writer.tokenizer.decode([token]) for token in range(len(writer.tokenizer))]
     head = writer.model.language.network.get_output_embeddings().weight
+    images = [draw(shape, color, 0) for shape, color in (("disc", "red"), ("square", "blue"))]
     with torch.no_grad():
         head[[token not in string.ascii_letters + "  " for token in tokens]] = 0
-        for number, token in enumerate((256, tokens.index(" "))):  # the end and the space come soon
-            head[token] = 0.5 * torch.randn(head.shape[1], generator=torch.Generator().manual_seed(number))
-    return {"writer": writer, "matcher": pipeline}
+        for seed in range(200):  # the end and the space come soon, and captions have several words
+            generator = torch.Generator().manual_seed(seed)
+            head[[256, tokens.index(" ")]] = 0.5 * torch.randn(2, head.shape[1], generator=generator)
+            if all(len(text.split()) > 1 for text in writer.caption(images, decoding=greedy())):
+                return {"writer": writer, "matcher": pipeline}
+    raise AssertionError("no captions of several words")
 
 
 @pytest.fixture(scope="module")
