@@ -16,6 +16,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -28,6 +29,8 @@ error_log = logging.getLogger("blip2.serve")
 
 BODY_SECONDS = 30.0
 """Maximum duration of receiving a body, in seconds."""
+DISCARD_SECONDS = 2.0
+"""Maximum duration of receiving the rest of a body that is too large, in seconds."""
 BODIES_IN_MEMORY = 8
 """Maximum size of all bodies in memory, as a multiple of the maximum size of one."""
 HEADERS = {
@@ -112,6 +115,7 @@ class Gate:
         )
         length = dict(scope["headers"]).get(b"content-length", b"")
         if length.isdigit() and (len(length) > 18 or int(length) > limit):
+            await _discard(receive, limit)
             raise too_large
         body = bytearray()
         try:
@@ -122,6 +126,7 @@ class Gate:
                         raise ClientLeft
                     part = message.get("body", b"")
                     if len(body) + len(part) > limit:
+                        await _discard(receive, limit)
                         raise too_large
                     count(len(part))
                     body += part
@@ -149,6 +154,17 @@ class Gate:
 def route_path(scope: Scope) -> str:
     """Return the path of a request below the one at which the application is mounted, as its endpoints have it."""
     return scope["path"].removeprefix(scope.get("root_path", "").rstrip("/"))
+
+
+async def _discard(receive: Receive, limit: int) -> None:
+    """Receive the rest of a body for a while, because clients that are still sending would not see an answer."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_SECONDS):
+            while limit >= 0:
+                message = await receive()
+                if not message.get("more_body", False):
+                    return
+                limit -= len(message.get("body", b""))
 
 
 def _full(found: str) -> ApiError:
