@@ -1,7 +1,7 @@
 """The service under load: requests per second, latencies and the time to the first token, with batching and without.
 
     python benchmarks/serve.py runs/demo/vqa            # the whole table, with 2,000 requests whose answers are known
-    python benchmarks/serve.py runs/demo/vqa --peer     # also `transformers serve`, beside this service
+    python benchmarks/serve.py runs/demo/vqa --peer     # also `transformers serve`, for comparison
     python benchmarks/serve.py runs/demo/vqa --quick    # a few requests: does it run?
 
 Each row is a server of its own, asked by so many clients, each of which sends its next request when it has the answer

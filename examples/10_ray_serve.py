@@ -1,6 +1,6 @@
 """Serve models on all machines of a Ray cluster behind one address; needs ray[serve].
 
-python examples/10_ray_serve.py runs/demo/vqa runs/demo/stage1
+python examples/10_ray_serve.py runs/demo/vqa runs/demo/twins
 """
 
 import sys

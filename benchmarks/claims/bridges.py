@@ -1,4 +1,4 @@
-"""A Q-Former beside simpler bridges from the image encoder to the LLM, on the same recipe.
+"""A Q-Former compared with simpler bridges from the image encoder to the LLM, on the same recipe.
 
     python benchmarks/claims/bridges.py --output runs/claims/bridges
     python benchmarks/claims/bridges.py --output runs/claims/bridges-large --scale 8      # larger, on a GPU

@@ -399,17 +399,11 @@ def serve(models: list[str], *, library: str | None, options: ServeOptions, devi
         blip2 serve runs/demo/vqa runs/demo/stage1 --library library
     """
     try:
-        import fastapi  # noqa: F401
-        import openai  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import sse_starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
+        from blip2.serve.server import serve
+    except ModuleNotFoundError as error:
         raise InputError(
             f"the service needs {error.name}, which is not installed: pip install 'blip2[serve]'"
         ) from error
-    from blip2.serve.server import serve
-
     serve(models, library, options, **vars(device))
 
 

@@ -220,6 +220,14 @@ def test_rotated_gray_and_transparent_images_are_read_as_in_a_file():
         assert found.tobytes() == expected.tobytes()
 
 
+WITHOUT_END = {
+    "drip": (b"HTTP/1.1 200 OK\r\n\r\n", b"x", 0.01),
+    "drip headers": (b"HTTP/1.1 200 OK\r\n", b"X: y\r\n", 0.01),
+    "endless": (b"HTTP/1.1 200 OK\r\n\r\n", bytes(1 << 16), 0),
+}
+"""The start of each response without an end, the part that repeats, and the seconds between two parts."""
+
+
 class Web:
     """A web server of this machine that remembers what it was asked."""
 
@@ -248,25 +256,15 @@ class Web:
         self.asked.append(request)
         page = self.pages[request.split()[1]]
         try:
-            if page == "drip":
-                writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
-                while True:
-                    writer.write(b"x")
-                    await writer.drain()
-                    await asyncio.sleep(0.01)
-            if page == "drip headers":
-                writer.write(b"HTTP/1.1 200 OK\r\n")
-                while True:
-                    writer.write(b"X: y\r\n")
-                    await writer.drain()
-                    await asyncio.sleep(0.01)
             if page == "silence":
                 await asyncio.sleep(60)
-            if page == "endless":
-                writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+            if page in WITHOUT_END:
+                page, part, seconds = WITHOUT_END[page]
+                writer.write(page)
                 while True:
-                    writer.write(bytes(1 << 16))
+                    writer.write(part)
                     await writer.drain()
+                    await asyncio.sleep(seconds)
             writer.write(page)
             await writer.drain()
             writer.write_eof()

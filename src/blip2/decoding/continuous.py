@@ -29,8 +29,8 @@ class Row:
     """A text that is generated."""
 
     decoding: Decoding
-    """How to generate, without beam search and, in :class:`ContinuousBatch`, without stop strings: who reads the tokens
-    sets `is_done`."""
+    """Options of text generation, without beam search. :class:`ContinuousBatch` does not look for stop strings: whoever
+    reads the tokens sets `is_done`."""
     uniforms: Float[Tensor, "max_new_tokens"] | None = None
     """Random numbers in [0, 1), one for each token, so that a sampled text does not depend on the others. They are
     needed if the decoding samples."""

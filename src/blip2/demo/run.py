@@ -221,7 +221,7 @@ def demo_recipes(output: Path, demo_data: DemoData, plan: DemoPlan, quick: bool)
         recipes[name] = replace(
             in_precision(recipe, plan.precision, steps),
             output=str(output / run.folder),
-            start_from=[recipes[each if each in recipes else "stage 1"].output for each in run.start_from] or None,
+            start_from=[recipes.get(each, recipes["stage 1"]).output for each in run.start_from] or None,
             data=data,
         )
     return recipes
@@ -272,7 +272,7 @@ class Evaluator:
 
     def __init__(self, recipes: dict[str, Recipe], timer: StageTimer, quick: bool) -> None:
         self.timer, self.quick = timer, quick
-        pipeline = load(recipes[TWINS if TWINS in recipes else "stage 1"].output)
+        pipeline = load(recipes.get(TWINS, recipes["stage 1"]).output)
         assert isinstance(pipeline, RepresentationPipeline)
         self.representation = pipeline
         # Decoding token by token is fastest in fp32 on CPUs, whatever the precision of training.

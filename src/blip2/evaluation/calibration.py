@@ -1,4 +1,4 @@
-"""How far the probabilities of a model can be trusted, and the temperature that corrects them.
+"""Calibration: a measure of how far the probabilities of a model can be trusted, and a temperature that corrects them.
 
 A model is calibrated if it is right in 80 % of the cases in which it says 80 %. :func:`expected_calibration_error`
 measures how far it is from that. :func:`accuracy_at_coverage` says how much is gained by answering only what the model

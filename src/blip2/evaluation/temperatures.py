@@ -36,7 +36,7 @@ NAMES: dict[Stage, tuple[TemperatureName, ...]] = {
 MIN_IMAGES = 20
 """Minimum number of held-out images."""
 HARD_NEGATIVES = 2
-"""Number of wrong captions of each image to which ITM is fitted, beside the right one; as in training (§3.2)."""
+"""Number of wrong captions of each image to which ITM is fitted, besides the right one; as in training (§3.2)."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Predictions:
     """Predictions for held-out records, whose confidence depends on a temperature."""
 
     logits: Shaped[Tensor, "N ..."]
-    """What is divided by the temperature, in float64."""
+    """The values that are divided by the temperature, in float64."""
     to_confidence: Callable[[Tensor], Tensor]
     """Maps the divided logits to N confidences in [0, 1]."""
     accuracies: Float64[Tensor, "N"]
-    """How far each prediction is right, in [0, 1]."""
+    """The accuracy of each prediction, in [0, 1]."""
     images: Sequence[int]
     """The number of the image of each prediction."""
 

@@ -133,6 +133,16 @@ def until_end(sequence: list[int], end_tokens: Container[int]) -> list[int]:
     return sequence[: end + 1]
 
 
+def to_grid(weights: Float[Tensor, "*maps P"]) -> Float[Tensor, "*maps side side"]:
+    """Return attention maps as square grids.
+
+    The last side * side tokens are the grid, where side is the integer square root of P; the tokens before it ([CLS],
+    registers) have no place in the image.
+    """
+    side = math.isqrt(weights.shape[-1])
+    return weights[..., -side * side :].unflatten(-1, (side, side))
+
+
 def draw_attention(image: ImageLike, attention_map: Float[Tensor, "*queries P"]) -> Image.Image:
     """Draw an attention map over an image: the more attention a place has, the brighter it is.
 
@@ -156,8 +166,7 @@ def draw_attention(image: ImageLike, attention_map: Float[Tensor, "*queries P"])
             " image and a layer, as in maps[0, -1]"
         )
     weights = weights.mean(dim=0) if weights.ndim == 2 else weights
-    side = math.isqrt(len(weights))
-    grid = weights[-side * side :].unflatten(0, (side, side))
+    grid = to_grid(weights)
     original = read_image(image)
     heat = Image.fromarray((grid / grid.max().clamp(min=1e-12)).numpy()).resize(original.size, Image.Resampling.BICUBIC)
     brightness = 0.25 + 0.75 * np.asarray(heat, np.float32).clip(0, 1)[..., None]

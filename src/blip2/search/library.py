@@ -109,6 +109,10 @@ class Hit:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
+class OtherModelError(InputError):
+    """A library is opened with a model whose weights are not those with which it was made."""
+
+
 class Library:
     """A library of images that can be searched with words or with an image.
 
@@ -224,7 +228,7 @@ class Library:
 
     def _use(self, pipeline: RepresentationPipeline) -> None:
         if model_digest(pipeline) != self.config.model_digest:
-            raise InputError(
+            raise OtherModelError(
                 f"the library {self.uri} was made with the model {self.config.model}, whose weights are not those of"
                 f" {pipeline.path}: give that model, or make a library with this one"
             )

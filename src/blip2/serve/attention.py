@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Request
+from jaxtyping import Float
 from starlette.responses import JSONResponse, Response
+from torch import Tensor
 
-from blip2.serve.models import Stage1Model, check_length, to_grid
+from blip2.pipelines.results import to_grid
+from blip2.serve.models import Stage1Model, check_length
 from blip2.serve.schemas import AttentionRequest
 from blip2.serve.service import Service, text_of
 
@@ -26,7 +29,7 @@ def make_router(service: Service) -> APIRouter:
             check_length(model.pipeline, text, "text")
         [features] = await service.encode(model, [body.image], "image")
         [weights] = await service.engine.submit(model.attention, [(features, text)])
-        grids, [mean] = to_grid(weights), to_grid(weights.float().mean(dim=0, keepdim=True))
+        grids, [mean] = _scale(to_grid(weights.float())), _scale(to_grid(weights.float().mean(dim=0, keepdim=True)))
         return JSONResponse(
             {
                 "object": "attention",
@@ -39,3 +42,8 @@ def make_router(service: Service) -> APIRouter:
         )
 
     return router
+
+
+def _scale(grids: Float[Tensor, "Q side side"]) -> Float[Tensor, "Q side side"]:
+    """Divide each grid by its maximum."""
+    return grids / grids.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)

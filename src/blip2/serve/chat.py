@@ -6,7 +6,7 @@ import json
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from blip2.decoding.options import CAPTION_DECODING, CHAT_DECODING, Decoding
 from blip2.pipelines import Candidate
 from blip2.serve.engine import Generation, Piece
 from blip2.serve.errors import ApiError
-from blip2.serve.models import Conversation, Stage2Model
+from blip2.serve.models import Conversation, Stage2Model, count_tokens
 from blip2.serve.schemas import ChatRequest, ImagePart, Message, ResponseFormat, TextPart
 from blip2.serve.service import Service
 
@@ -36,7 +36,7 @@ MAX_CHOICES = 1000
 
 
 class _Reply(NamedTuple):
-    """What all chunks of an answer have in common."""
+    """The fields that are the same in all chunks of an answer."""
 
     id: str
     model: str
@@ -109,10 +109,14 @@ def _image_alone(messages: list[dict[str, Any]]) -> Any:
     """Return the features of the image if the messages are one image without words, else None."""
     if len(messages) != 1 or messages[0]["role"] != "user" or isinstance(messages[0]["content"], str):
         return None
-    parts = messages[0]["content"]
-    images = [part["image"][0] for part in parts if part["type"] == "image"]
-    has_words = any(part["text"].strip() for part in parts if part["type"] == "text")
-    return images[0] if len(images) == 1 and not has_words else None
+    images, words = split_content(messages[0]["content"])
+    return images[0][0] if len(images) == 1 and not words.strip() else None
+
+
+def split_content(parts: Sequence[Mapping[str, Any]]) -> tuple[list[Any], str]:
+    """Return the images of a message, as features [1, P, E], and its words, which are joined."""
+    images = [part["image"] for part in parts if part["type"] == "image"]
+    return images, "".join(part["text"] for part in parts if part["type"] == "text")
 
 
 def _decoding(body: ChatRequest, limit: int, default: Decoding) -> Decoding:
@@ -252,15 +256,14 @@ async def _choose(
         )  # fmt: skip
     messages = await read_messages(service, model, body.messages)
     parts = messages[0]["content"] if len(messages) == 1 and messages[0]["role"] == "user" else []
-    images = [part["image"][0] for part in parts if isinstance(part, dict) and part["type"] == "image"]
-    question = "".join(part["text"] for part in parts if isinstance(part, dict) and part["type"] == "text")
+    images, question = split_content([] if isinstance(parts, str) else parts)
     if len(images) != 1 or not question.strip():
         raise ApiError(
             400, "a fixed choice needs one message of the user, with one image and a question: send such a message",
             "messages",
         )  # fmt: skip
     name, texts = choices
-    [ranked] = await service.engine.submit(model.choose, [(images[0], question, texts)])
+    [ranked] = await service.engine.submit(model.choose, [(images[0][0], question, texts)])
     best = ranked[0].text
     content = json.dumps(best if name is None else {name: best}, ensure_ascii=False)
     log_probs = None
@@ -268,12 +271,12 @@ async def _choose(
         log_probs = ChoiceLogprobs(content=[_describe_choice(ranked, body.top_logprobs or 0)], refusal=None)
     message = ChatCompletionMessage(role="assistant", content=content, refusal=None)
     choice = Choice(index=0, message=message, finish_reason="stop", logprobs=log_probs)
-    prompt = model.num_query_tokens + model.count_tokens(question)
-    return _respond(reply, [choice], _usage(prompt, model.count_tokens(best), request))
+    prompt = model.num_query_tokens + count_tokens(model.pipeline, question)
+    return _respond(reply, [choice], _usage(prompt, count_tokens(model.pipeline, best), request))
 
 
 def _describe_choice(ranked: list[Candidate], count: int) -> ChatCompletionTokenLogprob:
-    """Return the best candidate as a token with its probability among the candidates, and the others beside it."""
+    """Return the best candidate as a token with its probability among the candidates, which are its alternatives."""
     values = [
         TopLogprob(token=each.text, bytes=list(each.text.encode()), logprob=math.log(max(each.probability, 1e-300)))
         for each in ranked

@@ -1,4 +1,4 @@
-"""Where the models run: one interface, and the engine that runs them in this process.
+"""Engines, which run the models: their interface, and the engine that runs them in this process.
 
 All passes of all models are made by one thread. Requests that arrive while it works are batched into the next pass:
 images, texts and pairs by kind, and the texts that an LLM generates token by token, where complete texts leave the
@@ -48,7 +48,7 @@ class Generation:
     prompt: PromptBatch
     """A batch of one prompt."""
     decoding: Decoding
-    """How to generate, without beam search."""
+    """Options of text generation, without beam search."""
     n: int = 1
     """Number of texts."""
     seed: int | None = None
@@ -388,7 +388,7 @@ def describe_token(tokenizer: PreTrainedTokenizerBase, token: int) -> dict[str, 
     """Return the text of a token, and its bytes: None if they are no character and the tokenizer does not tell them."""
     text = str(tokenizer.decode([token]))
     found: list[int] | None = list(text.encode())
-    if INCOMPLETE_CHARACTER in text:  # a part of a character, whose other bytes are in the tokens beside it
+    if INCOMPLETE_CHARACTER in text:  # a part of a character, whose other bytes are in the adjacent tokens
         name = str(tokenizer.convert_ids_to_tokens(token))
         if match := re.fullmatch("<0x([0-9A-F]{2})>", name):
             found = [int(match[1], 16)]

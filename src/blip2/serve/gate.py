@@ -1,4 +1,4 @@
-"""What every request passes before and after its endpoint.
+"""The gate that every request passes before and after its endpoint.
 
 The API key is checked first, then whether there is room, then the size of the body is bounded while it arrives: nothing
 is parsed before. A client that leaves, and a request that takes too long, end the work for it. Each request is counted
@@ -30,7 +30,7 @@ error_log = logging.getLogger("blip2.serve")
 BODY_SECONDS = 30.0
 """Maximum duration of receiving a body, in seconds."""
 DISCARD_SECONDS = 2.0
-"""Maximum duration of receiving the rest of a body that is too large, in seconds."""
+"""Maximum duration of receiving the rest of a body that is refused, in seconds."""
 BODIES_IN_MEMORY = 8
 """Maximum size of all bodies in memory, as a multiple of the maximum size of one."""
 HEADERS = {
@@ -97,7 +97,7 @@ class Gate:
         self._num_bytes += number
 
     def leave(self, num_bytes: int) -> None:
-        """Count a request that is done, and whose body had so many bytes."""
+        """Count a request that is done, and whose body had `num_bytes` bytes."""
         self._num_bytes -= num_bytes
         self._in_flight -= 1
         self._metrics.in_flight.set(self._in_flight)
@@ -115,7 +115,6 @@ class Gate:
         )
         length = dict(scope["headers"]).get(b"content-length", b"")
         if length.isdigit() and (len(length) > 18 or int(length) > limit):
-            await _discard(receive, limit)
             raise too_large
         body = bytearray()
         try:
@@ -126,7 +125,6 @@ class Gate:
                         raise ClientLeft
                     part = message.get("body", b"")
                     if len(body) + len(part) > limit:
-                        await _discard(receive, limit)
                         raise too_large
                     count(len(part))
                     body += part
@@ -134,6 +132,20 @@ class Gate:
                         return bytes(body)
         except TimeoutError:
             raise ApiError(408, "the body did not arrive in time: send it faster", code="body_timeout") from None
+
+    async def discard_body(self, receive: Receive) -> None:
+        """Receive a body that is refused for a while: a client that is still sending would not see the answer.
+
+        At most the maximum size of a body is received, for at most :data:`DISCARD_SECONDS`.
+        """
+        left = self._options.max_body_bytes
+        with suppress(TimeoutError):
+            async with asyncio.timeout(DISCARD_SECONDS):
+                while left >= 0:
+                    message = await receive()
+                    if not message.get("more_body", False):
+                        return
+                    left -= len(message.get("body", b""))
 
     @property
     def app(self) -> ASGIApp:
@@ -154,17 +166,6 @@ class Gate:
 def route_path(scope: Scope) -> str:
     """Return the path of a request below the one at which the application is mounted, as its endpoints have it."""
     return scope["path"].removeprefix(scope.get("root_path", "").rstrip("/"))
-
-
-async def _discard(receive: Receive, limit: int) -> None:
-    """Receive the rest of a body for a while, because clients that are still sending would not see an answer."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(DISCARD_SECONDS):
-            while limit >= 0:
-                message = await receive()
-                if not message.get("more_body", False):
-                    return
-                limit -= len(message.get("body", b""))
 
 
 def _full(found: str) -> ApiError:
@@ -193,7 +194,8 @@ class _Request:
             outcome = await self._answer()
         except ClientLeft:
             outcome = "client_left"
-        except ApiError as error:
+        except ApiError as error:  # of the gate itself, before the body has arrived
+            await self._gate.discard_body(self._receive)
             await self._fail(error)
         except Exception as error:  # a bug; its message may contain what the client sent, its place does not
             places = [line.strip() for line in traceback.format_tb(error.__traceback__)]

@@ -5,9 +5,8 @@ Legend: Q queries, P image tokens, C contrastive width.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -20,9 +19,11 @@ from blip2.decoding.options import Decoding
 from blip2.pipelines import Candidate, GenerationPipeline, RepresentationPipeline
 from blip2.serve.errors import ApiError
 
+P = TypeVar("P", RepresentationPipeline, GenerationPipeline)
 
-class _Model:
-    """What the models of both stages do.
+
+class _Model(Generic[P]):
+    """The functions of the models of both stages.
 
     Args:
         name: the name by which clients ask for the model.
@@ -32,10 +33,10 @@ class _Model:
         InputError: the model does not read images.
     """
 
-    def __init__(self, name: str, pipeline: RepresentationPipeline | GenerationPipeline) -> None:
+    def __init__(self, name: str, pipeline: P) -> None:
         self._preprocessing = pipeline.model.vision.preprocessing
         self.name, self.num_query_tokens = name, pipeline.config.qformer.num_query_tokens
-        self._pipeline: RepresentationPipeline | GenerationPipeline = pipeline
+        self.pipeline = pipeline
 
     def preprocess(self, image: Image.Image) -> Float[Tensor, "3 H W"]:
         """Return an image as the image encoder reads it."""
@@ -43,7 +44,7 @@ class _Model:
 
     def encode(self, pixels: list[Float[Tensor, "3 H W"]]) -> list[Float[Tensor, "P E"]]:
         """Return the features of preprocessed images."""
-        return list(self._pipeline.encode_pixels(torch.stack(pixels)))
+        return list(self.pipeline.encode_pixels(torch.stack(pixels)))
 
     def attention(self, pairs: list[tuple[Float[Tensor, "P E"], str | None]]) -> list[Float[Tensor, "Q P"]]:
         """Return the attention of the queries over the image tokens in the last cross-attention.
@@ -51,11 +52,12 @@ class _Model:
         Args:
             pairs: features of images, each with a text that the queries read as well, or None.
         """
-        return [self._pipeline.attention_maps(features[None], text)[0, -1].cpu() for features, text in pairs]
+        return [self.pipeline.attention_maps(features[None], text)[0, -1].cpu() for features, text in pairs]
 
-    def count_tokens(self, text: str) -> int:
-        """Return the number of tokens of a text."""
-        return len(self._pipeline.tokenizer(text, verbose=False)["input_ids"])
+
+def count_tokens(pipeline: RepresentationPipeline | GenerationPipeline, text: str) -> int:
+    """Return the number of tokens of a text."""
+    return len(pipeline.tokenizer(text, verbose=False)["input_ids"])
 
 
 def check_length(pipeline: RepresentationPipeline, text: str, param: str) -> int:
@@ -65,7 +67,7 @@ def check_length(pipeline: RepresentationPipeline, text: str, param: str) -> int
         ApiError: a stage-1 model would truncate the text.
     """
     limit = min(pipeline.config.qformer.max_position_embeddings, 2 * pipeline.config.max_length)
-    count = len(pipeline.tokenizer(text, verbose=False)["input_ids"])
+    count = count_tokens(pipeline, text)
     if count > limit:
         raise ApiError(
             400, f"a text has {count} tokens, expected at most {limit}: shorten it", param, "context_length_exceeded"
@@ -73,12 +75,8 @@ def check_length(pipeline: RepresentationPipeline, text: str, param: str) -> int
     return count
 
 
-class Stage1Model(_Model):
+class Stage1Model(_Model[RepresentationPipeline]):
     """A stage-1 model."""
-
-    def __init__(self, name: str, pipeline: RepresentationPipeline) -> None:
-        super().__init__(name, pipeline)
-        self.pipeline = pipeline
 
     def embed_images(self, features: list[Float[Tensor, "P E"]]) -> list[Float[Tensor, "Q C"]]:
         """Return the unit vectors of the queries of images."""
@@ -108,12 +106,8 @@ class Conversation(NamedTuple):
     decoding: Decoding
 
 
-class Stage2Model(_Model):
+class Stage2Model(_Model[GenerationPipeline]):
     """A stage-2 model."""
-
-    def __init__(self, name: str, pipeline: GenerationPipeline) -> None:
-        super().__init__(name, pipeline)
-        self.pipeline = pipeline
 
     def chat_prompts(self, conversations: list[Conversation]) -> list[PromptBatch]:
         """Return what the LLM reads before its answer to the last message of each conversation."""
@@ -147,14 +141,3 @@ def itc(query: Float[Tensor, "... C"], vectors: Float[Tensor, "... C"]) -> float
         query, vectors = vectors, query
     cosines = torch.atleast_2d(query) @ torch.atleast_2d(vectors).T
     return float(cosines.amax(dim=1).mean())
-
-
-def to_grid(weights: Float[Tensor, "Q P"]) -> Float[Tensor, "Q side side"]:
-    """Return attention maps as grids, each divided by its maximum.
-
-    The last side * side tokens are the grid, where side is the integer square root of P; the tokens before it ([CLS],
-    registers) have no place in the image.
-    """
-    side = math.isqrt(weights.shape[1])
-    grid = weights[:, -side * side :].unflatten(1, (side, side)).float()
-    return grid / grid.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)

@@ -1,9 +1,8 @@
-"""What the web page asks for beside the other endpoints: explanations of answers, and the images of the library."""
+"""Further endpoints that the web page needs: explanations of answers, and the images of the library."""
 
 from __future__ import annotations
 
 import io
-import math
 import re
 from typing import Annotated, Any
 
@@ -17,11 +16,12 @@ from starlette.responses import Response
 from blip2.config import IMAGE_TOKEN
 from blip2.data.images import ImageError, read_image
 from blip2.pipelines import Explanation
+from blip2.pipelines.results import to_grid
 from blip2.search.library import Library
-from blip2.serve.chat import read_messages
+from blip2.serve.chat import read_messages, split_content
 from blip2.serve.errors import ApiError
 from blip2.serve.images import DECODERS
-from blip2.serve.models import Stage2Model
+from blip2.serve.models import Stage2Model, count_tokens
 from blip2.serve.schemas import Body, Message, Text
 from blip2.serve.service import Service
 
@@ -49,7 +49,7 @@ def make_router(service: Service) -> APIRouter:
     async def explain(body: ExplainRequest, request: Request) -> dict[str, Any]:
         """Explain an answer: for each token, its probability without the image, and the effect of each query on it."""
         model = service.find(body.model, Stage2Model, request)
-        num_tokens, limit = model.count_tokens(body.text), service.options.max_tokens
+        num_tokens, limit = count_tokens(model.pipeline, body.text), service.options.max_tokens
         if num_tokens > limit:
             raise ApiError(400, f"the text has {num_tokens} tokens, expected at most {limit}: shorten it", "text")
         messages = await read_messages(service, model, body.messages)
@@ -79,10 +79,9 @@ def explain_answer(model: Stage2Model, messages: list[dict[str, Any]], text: str
     """
     pipeline = model.pipeline
     parts = [part for each in messages if not isinstance(each["content"], str) for part in each["content"]]
-    images = [part["image"] for part in parts if part["type"] == "image"]
+    images, words = split_content(parts)
     if len(images) != 1:
         raise ApiError(400, f"the messages have {len(images)} images, expected one: send one", "messages")
-    words = "".join(part["text"] for part in parts if part["type"] == "text")
     if len(messages) == 1 and messages[0]["role"] == "user" and not words.strip():
         return pipeline.explain(images[0], text)
     before, image, prompt = pipeline.chat(messages=messages).prompt_text().partition(IMAGE_TOKEN)
@@ -99,13 +98,12 @@ def explain_answer(model: Stage2Model, messages: list[dict[str, Any]], text: str
 def describe(found: Explanation) -> dict[str, Any]:
     """Return an explanation as JSON. The maps are grids of weights over the image; see ``/v1/attention``."""
     tokens = zip(found.tokens, found.token_log_probs, found.blank_log_probs, found.effects.tolist(), strict=True)
-    side = math.isqrt(found.attention_map.shape[1])
     return {
         "tokens": [
             {"token": token, "logprob": log_prob, "blank_logprob": blank, "effects": effects}
             for token, log_prob, blank, effects in tokens
         ],
-        "maps": found.attention_map[:, -side * side :].unflatten(1, (side, side)).tolist(),
+        "maps": to_grid(found.attention_map).tolist(),
     }
 
 

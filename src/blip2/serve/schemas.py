@@ -144,7 +144,7 @@ class ChatRequest(Body):
 
 
 class EmbeddingRequest(Body):
-    """The body of ``POST /v1/embeddings``, as OpenAI defines it, with images beside texts."""
+    """The body of ``POST /v1/embeddings``, as OpenAI defines it, with images as well as texts."""
 
     model: str
     input: Item | Annotated[list[Item], Field(min_length=1, max_length=2048)]

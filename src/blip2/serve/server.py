@@ -16,7 +16,7 @@ from sse_starlette.sse import AppStatus
 from blip2.config import Precision
 from blip2.errors import InputError
 from blip2.pipelines import GenerationPipeline, RepresentationPipeline, load
-from blip2.search.library import Library
+from blip2.search.library import Library, OtherModelError
 from blip2.serve.app import create_app
 from blip2.serve.engine import Engine
 from blip2.serve.metrics import Metrics
@@ -175,11 +175,8 @@ def open_library(
         return None
     for pipeline in pipelines.values():
         if isinstance(pipeline, RepresentationPipeline):
-            try:
+            with contextlib.suppress(OtherModelError):
                 return Library.open(uri, pipeline)
-            except InputError as error:
-                if "whose weights are not those of" not in str(error):
-                    raise
     library = Library.open(uri, device=device, dtype=dtype)
     _ = library.pipeline  # so that the first search does not wait for it
     return library

@@ -78,7 +78,7 @@ export function drawMap(canvas, map, width, height, image) {
   context.drawImage(grid, 0, 0, width, height);
 }
 
-/** Draw a map over an image of the page with `object-fit: contain`, on a canvas beside it. */
+/** Draw a map over an image of the page with `object-fit: contain`, on a canvas in the same place. */
 export function drawMapOver(image, canvas, map) {
   const scale = Math.min(image.clientWidth / image.naturalWidth, image.clientHeight / image.naturalHeight);
   const [width, height] = [image.naturalWidth * scale, image.naturalHeight * scale];

@@ -445,12 +445,12 @@ window.addEventListener("hashchange", () => {
   get("main").focus();
 });
 document.addEventListener("paste", (event) => {
-  // Office programs put an image of a text beside it.
+  // Office programs copy a text together with an image of it.
   if (!offer || (event.target.matches?.("input, textarea") && event.clipboardData.types.includes("text/plain"))) return;
   const places = get("view-compare").hidden ? [place] : [first.image ? second : first];
   if (get("view-search").hidden && places[0].take(event.clipboardData)) event.preventDefault();
 });
-// A file that is dropped beside a place is not opened in place of the page.
+// A file that is dropped outside of a place is not opened in place of the page.
 for (const type of ["dragover", "drop"]) window.addEventListener(type, (event) => event.preventDefault());
 
 start();

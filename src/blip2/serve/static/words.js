@@ -102,7 +102,7 @@ export function showWords(place, text, tokens, label, onWord) {
   return words;
 }
 
-// A tap beside the words does not take the focus from them in every browser.
+// A tap outside of the words does not take the focus from them in every browser.
 document.addEventListener("pointerdown", (event) => {
   if (opened && !opened.contains(event.target) && !details.contains(event.target)) opened.closeWord();
 });
