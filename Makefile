@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: demo test check docs bench claims gpu gpu-rehearsal clean
 
-demo: .venv/ready  ## train both stages on composed scenes, in about an hour on two cores, and write runs/demo/report.html
+demo: .venv/ready  ## train both stages on composed scenes, in half an hour to an hour on two cores, and write runs/demo/report.html
 	$(BIN)/blip2 demo
 
 test: .venv/ready  ## the whole test suite

@@ -24,7 +24,7 @@ SECTIONS = {
     for field in fields(Recipe)
     for kind in (get_type_hints(Recipe)[field.name], *get_args(get_type_hints(Recipe)[field.name]))
     if is_dataclass(kind)
-} | {"language.lora": LoraConfig}
+} | {"qformer.lora": LoraConfig, "language.lora": LoraConfig}
 RANGES = {
     f"{name}.{field.name}": field.metadata["range"]
     for name, section in SECTIONS.items()

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from blip2.backbones.features import FeatureFormat
 from blip2.backbones.language import LanguageModel, load_language_model
-from blip2.backbones.lora import add_adapters
+from blip2.backbones.lora import add_adapters, add_qformer_adapters
 from blip2.backbones.pretrained import check_finite
 from blip2.backbones.vision import ImageEncoder, Preprocessing
 from blip2.backbones.vision_loaders import load_image_encoder, wrap_module
@@ -202,6 +202,8 @@ def build(
         model = RepresentationModel(vision, config.qformer, objectives)
         if bert is not None:
             initialize_from_bert(resolve(bert), model.qformer, model.language_head)
+        if config.qformer.lora is not None:
+            add_qformer_adapters(model.qformer, config.qformer.lora)
         return Built(_to_device(model, config, weights_device), tokenizer)
     dtype = choose_dtype(config.language.dtype, device)
     language = build_language_model(config.language, dtype, checkpoint, device)
@@ -220,6 +222,8 @@ def build(
     if bert is not None:
         initialize_from_bert(resolve(bert), model.qformer)
         model.initialize_projection()
+    if config.qformer.lora is not None:
+        add_qformer_adapters(model.qformer, config.qformer.lora)
     eos_token_id = find_eos_token_id(tokenizer, config.language.stop_string, config.language.name)
     model = _to_device(model, config, weights_device)
     model.language.check()
@@ -455,28 +459,29 @@ def build_collator(config: ModelConfig, built: Built) -> Collator:
             check_prompt(built.tokenizer, prompt)
     collator = kind(
         built.tokenizer, max_length, config.language.prompt, built.eos_token_id, built.question_tokenizer,
-        config.language.question_prompt, _max_prompt_tokens(config, language), config.text_normalization,
+        config.language.question_prompt, _max_prompt_tokens(config, built.model), config.text_normalization,
         config.qformer.text_input == "prompt",
     )  # fmt: skip
     longest = max(collator.num_prompt_tokens(each) for each in (config.language.prompt, collator.question_prompt or ""))
     if collator.max_prompt_tokens is not None and longest > collator.max_prompt_tokens:
         raise InputError(
-            f"the LLM has {language.max_position_embeddings} positions, too few for {config.qformer.num_query_tokens}"
+            f"the LLM has {language.max_position_embeddings} positions, too few for {built.model.max_visual_tokens}"
             f" queries, a prompt of {longest} tokens and data.max_length {max_length}: make data.max_length or"
             " language.prompt shorter, or set language.name to another LLM"
         )
     return collator
 
 
-def _max_prompt_tokens(config: ModelConfig, language: LanguageModel) -> int | None:
+def _max_prompt_tokens(config: ModelConfig, model: GenerationModel) -> int | None:
     """Return the maximum length of a prompt in tokens: None: no limit, below 0: not even an empty prompt fits."""
+    language = model.language
     if language.max_position_embeddings is None:
         return None
     max_length = config.max_length
     if not language.is_encoder_decoder:
-        return language.max_position_embeddings - config.qformer.num_query_tokens - max_length
+        return language.max_position_embeddings - model.max_visual_tokens - max_length
     # The decoder generates the caption; without a prompt, the encoder reads a prefix of the caption.
-    max_prompt_tokens = language.max_position_embeddings - config.qformer.num_query_tokens
+    max_prompt_tokens = language.max_position_embeddings - model.max_visual_tokens
     if max_length > language.max_position_embeddings or (
         config.language is not None and not config.language.prompt and max_length > max_prompt_tokens
     ):

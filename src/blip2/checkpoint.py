@@ -20,7 +20,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from blip2.backbones.frozen import Freezable
+from blip2.backbones.lora import ADAPTER_KEY
 from blip2.backbones.pretrained import check_finite, check_tied_weights, load_pickle
 from blip2.builder import Built
 from blip2.config import CalibrationConfig, ModelConfig, QFormerConfig, Recipe
@@ -290,7 +291,8 @@ def open_checkpoint(name: str, changes: Mapping[str, object] | None = None, revi
         name: folder of a run or checkpoint of blip2, folder or hub name of a BLIP-2 of transformers, or a ``.pth`` file
             of LAVIS.
         changes: new values of keys of the model's config (``{"vision.image_size": 364}``), or values that the file does
-            not contain (``{"language.name": "facebook/opt-2.7b"}``).
+            not contain (``{"language.name": "facebook/opt-2.7b"}``). ``{"qformer.lora": None}`` merges the Q-Former's
+            adapters into its weights.
         revision: branch, tag or commit of a hub name. The checkpoint then has the name of its folder in the hub's
             cache. None: the newest commit of the main branch.
 
@@ -351,6 +353,8 @@ def open_native(folder: Path, changes: Mapping[str, object] | None = None) -> Ch
         weights=weights,
         tokenizer=tokenizer if tokenizer.is_dir() else None,
     )
+    if override(config, changes or {}).qformer.lora is None:
+        checkpoint = checkpoint.merge_adapters()
     return replace(checkpoint, config=_change(checkpoint, changes))
 
 
@@ -395,8 +399,9 @@ def check_qformer_config(checkpoint: Checkpoint, qformer: QFormerConfig) -> None
     Raises:
         InputError: a field differs from the checkpoint's config. ``bert``, ``tokenizer`` and ``dropout`` may differ.
     """
+    trained = asdict(checkpoint.config.qformer)
     for field in fields(QFormerConfig):
-        old, new = getattr(checkpoint.config.qformer, field.name), getattr(qformer, field.name)
+        old, new = trained[field.name], asdict(qformer)[field.name]
         if old != new and field.name not in ("bert", "tokenizer", "dropout"):
             raise InputError(
                 f"qformer.{field.name} is {new}, but {checkpoint.name} was trained with {old}: leave out"
@@ -534,13 +539,22 @@ def load_start_from(recipe: Recipe, built: Built, log: Callable[[str], None]) ->
     if recipe.language is not None:
         known["language.name"] = recipe.language.name
     new = sorted(trained_state_dict(built.model))
-    for name in recipe.start_checkpoints:
-        # A LAVIS file does not name its frozen parts.
-        checkpoint = (open_foreign(name, known) if is_pickle(name) else None) or open_checkpoint(name)
+    # A LAVIS file does not name its frozen parts.
+    checkpoints = [
+        (open_foreign(name, known) if is_pickle(name) else None) or open_checkpoint(name)
+        for name in recipe.start_checkpoints
+    ]
+    # Adapters belong to the weights that they adapt: a model goes on with them only if it takes both from one file.
+    if any(each.config.qformer.lora != recipe.qformer.lora for each in checkpoints):
+        merged = [each.name for each in checkpoints if each.config.qformer.lora is not None]
+        checkpoints = [each.merge_adapters() for each in checkpoints]
+        if merged:
+            log(f"the Q-Former's adapters in {', '.join(merged)} are merged into its weights")
+    for checkpoint in checkpoints:
         names, new = new, load_previous_stage(checkpoint, built.model, new)
         log(f"starting from {checkpoint.name} ({checkpoint.description}): {_parts(set(names) - set(new))}")
         _log_differences(checkpoint, recipe, built, log)
-    missing = [name for name in new if name.startswith("qformer.")]
+    missing = [name for name in new if name.startswith("qformer.") and ADAPTER_KEY not in name]
     if missing and not recipe.starts_from_bert:
         raise InputError(
             f"no checkpoint in start_from ({', '.join(recipe.start_checkpoints)}) contains all weights of"

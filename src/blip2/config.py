@@ -6,6 +6,7 @@ overridden on the command line (``--data.batch_size 32``). A key that is not a f
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
@@ -126,6 +127,23 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (LoRA) that train in an LLM or a Q-Former whose own weights stay frozen. They need the extra
+    blip2[lora], and a learning rate for the pattern "language.*lora_*" or "qformer.*lora_*" in optimizer.learning_rate,
+    before the pattern "language.*" or "qformer.*"."""
+
+    r: int = bounded(16, 1, 8192)
+    """Rank of the update matrices."""
+    lora_alpha: int = bounded(32, 0, MAX_COUNT)
+    """Numerator of the scaling: the update is multiplied by lora_alpha / r."""
+    lora_dropout: float = bounded(0.0, 0, 1)
+    """Dropout probability of the adapters' inputs."""
+    target_modules: list[str] | None = None
+    """Suffixes of the names of the linear layers that get an adapter, such as q_proj. null: PEFT's default for the
+    LLM; in the Q-Former query and value, PEFT's default for BERT."""
+
+
+@dataclass(frozen=True)
 class QFormerConfig:
     """The Querying Transformer (§3.1). The default sizes are BERT-base's, as in the paper."""
 
@@ -144,6 +162,14 @@ class QFormerConfig:
     """Inner width of the feed-forward networks."""
     num_query_tokens: int = bounded(32, 1, MAX_COUNT)
     """Q, the number of learned queries."""
+    window: int | None = bounded(None, 1, MAX_COUNT)
+    """Number of feature tokens in a window, for long sequences (audio, signals, video) in stage generation with
+    vision.name features: the Q-Former is applied to each window by itself, and the num_query_tokens outputs of all
+    windows are concatenated for the LLM, as in SALMONN (docs/any-modality.md). null: the queries read the whole
+    sequence at once."""
+    stride: int | None = bounded(None, 1, MAX_COUNT)
+    """Distance in tokens between the beginnings of successive windows, from 1 to qformer.window. null: qformer.window,
+    so that windows do not overlap."""
     cross_attention_frequency: int = bounded(2, 1, MAX_COUNT)
     """The distance between blocks with cross-attention to the image features: with 2, every second block has
     cross-attention, starting with the first block."""
@@ -166,22 +192,50 @@ class QFormerConfig:
     image_norm_eps: float = bounded(1e-5, 0, 1)
     """Epsilon of the LayerNorm of the image features. The default is that of LAVIS; transformers' checkpoints use
     1e-6."""
+    lora: LoraConfig | None = None
+    """Adapters that train in the Q-Former. null: none."""
 
+    def check_windows(self, stage: Stage, vision: VisionConfig) -> None:
+        """Check that ``window`` and ``stride`` fit each other, the stage and the image encoder.
 
-@dataclass(frozen=True)
-class LoraConfig:
-    """Low-rank adapters (LoRA) that train in an LLM whose own weights stay frozen. They need the extra blip2[lora], and
-    a learning rate for the pattern "language.*lora_*" in optimizer.learning_rate, before the pattern "language.*"."""
+        Raises:
+            InputError: they do not.
+        """
+        if self.window is None:
+            if self.stride is not None:
+                raise InputError(
+                    f"qformer.stride is {self.stride}, but qformer.window is null, so that there are no windows: set"
+                    " qformer.window, or leave out qformer.stride"
+                )
+            return
+        if self.stride is not None and self.stride > self.window:
+            raise InputError(
+                f"qformer.stride is {self.stride}, expected 1 to {self.window}, the value of qformer.window, so that no"
+                " token lies between two windows: make qformer.stride smaller, or qformer.window larger"
+            )
+        if not vision.reads_features:
+            raise InputError(
+                f"qformer.window is {self.window}, but vision.name is {vision.name}, and windows are for sequences of"
+                f" features: leave out qformer.window, or set vision.name to {FEATURES}"
+            )
+        if stage == "representation":
+            raise InputError(
+                f"qformer.window is {self.window}, but in stage representation a text belongs to one set of queries,"
+                " not to several windows: leave out qformer.window here, and set it in stage generation"
+            )
 
-    r: int = bounded(16, 1, 8192)
-    """Rank of the update matrices."""
-    lora_alpha: int = bounded(32, 0, MAX_COUNT)
-    """Numerator of the scaling: the update is multiplied by lora_alpha / r."""
-    lora_dropout: float = bounded(0.0, 0, 1)
-    """Dropout probability of the adapters' inputs."""
-    target_modules: list[str] | None = None
-    """Suffixes of the names of the linear layers that get an adapter, such as q_proj. null: PEFT's default for the
-    LLM."""
+    def count_windows(self, num_tokens: int) -> int:
+        """Return the number of windows of a sequence of features; 1 without ``window``.
+
+        Windows begin at the tokens 0, ``stride``, 2 * ``stride`` ... The first one that reaches the end of the sequence
+        is the last, and may be shorter than ``window``. Every token is in a window.
+
+        Args:
+            num_tokens: P, the length of the sequence.
+        """
+        if self.window is None:
+            return 1
+        return 1 + math.ceil(max(num_tokens - self.window, 0) / (self.stride or self.window))
 
 
 @dataclass(frozen=True)
@@ -287,6 +341,7 @@ class ModelConfig:
             )
         check_ranges(self)
         self.vision.check()
+        self.qformer.check_windows(self.stage, self.vision)
         for name, part in (("vision", self.vision), ("language", self.language)):
             if part is not None and part.trust_remote_code not in (None, part.name):
                 raise InputError(

@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from blip2.backbones.language import load_network, set_activation
+from blip2.backbones.lora import ADAPTER_KEY
 from blip2.backbones.pretrained import init_empty_model, short_message
 from blip2.builder import (
     build_image_encoder,
@@ -138,12 +139,15 @@ def convert(
             checkpoint.name,
             to,
         )
+    if to != "blip2" and checkpoint.config.qformer.lora is not None:
+        log.info("the adapters of the Q-Former are merged into its weights")
+        checkpoint = checkpoint.merge_adapters()
     if to == "blip2":
         write = _blip2(checkpoint)
     elif to == "lavis":
         write = _lavis(checkpoint, with_language)
     else:
-        heads = None if stage1 is None else open_checkpoint(str(stage1)).as_stage("representation")
+        heads = None if stage1 is None else open_checkpoint(str(stage1)).merge_adapters().as_stage("representation")
         write = _transformers(checkpoint, heads, to)
     tmp_dir = None
     try:
@@ -329,7 +333,8 @@ def _check_fits(checkpoint: Checkpoint) -> None:
     with torch.device("meta"):
         network = QFormer(checkpoint.config.qformer, vision_width, has_text)
     expected = {f"qformer.{name}": tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.select("qformer.").items()}
+    own = weights.select("qformer.").filter(lambda name: ADAPTER_KEY not in name)
+    found = {name: tuple(tensor.shape) for name, tensor in own.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
         raise InputError(

@@ -44,7 +44,12 @@ def recipe_help() -> str:
         parser.add_class_arguments(Recipe, as_group=False)
         pages = [parser.format_help().strip()]
         # jsonargparse does not list the fields of optional sections.
-        sections = ((LanguageConfig, "language"), (LoraConfig, "language.lora"), (EvaluationConfig, "evaluation"))
+        sections = (
+            (LoraConfig, "qformer.lora"),
+            (LanguageConfig, "language"),
+            (LoraConfig, "language.lora"),
+            (EvaluationConfig, "evaluation"),
+        )
         for section, name in sections:
             parser = ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
             parser.add_class_arguments(section, name)

@@ -107,6 +107,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one(parts, tmp_path, name, dtype)
     assert_same_run(tmp_path / "run", copy)
 
 
+@pytest.mark.parametrize(("name", "adapts"), [("llama", True), ("t5", True), ("llama", False)])
+def test_gradient_checkpointing_changes_nothing(parts, tmp_path, name, adapts):
+    """With adapters and their dropout, and in an LLM whose own weights train."""
+    for checkpointing in (False, True):
+        training = {"max_steps": 2, "save_steps": 2, "gradient_checkpointing": checkpointing}
+        recipe = tune(parts, tmp_path / str(checkpointing), name, training=training)
+        if not adapts:
+            optimizer = replace(recipe.optimizer, learning_rate={"vision.*": "frozen", "*": 1e-3})
+            recipe = replace(recipe, language=replace(recipe.language, lora=None), optimizer=optimizer)
+        train(recipe)
+    assert_same_run(tmp_path / "False", tmp_path / "True")
+    kept = load_file(checkpoint.latest_checkpoint(tmp_path / "True") / "model.safetensors")
+    adapters = [key for key in kept if key.startswith("language.") and ".lora_" in key]
+    assert bool(adapters) is adapts and any(key.startswith("language.") for key in kept)
+
+
 @pytest.mark.parametrize(
     ("rates", "message"),
     [

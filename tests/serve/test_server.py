@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 
+import httpx2
 import openai
 import pytest
 import torch
@@ -15,7 +16,7 @@ import torch
 from blip2.errors import InputError
 from blip2.serve.app import create_app
 from blip2.serve.options import ServeOptions
-from blip2.serve.server import find_vllm, name_models, read_keys, run
+from blip2.serve.server import default_hosts, find_vllm, name_models, read_keys, run
 from conftest import draw
 from fixtures.library import save_run
 from fixtures.processes import start
@@ -65,6 +66,7 @@ def test_sigterm_under_load(writer_run, reader_run, tmp_path):
     client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=60)
     options = {"model": "writer", "messages": messages, "max_tokens": 300}
     expected = client.chat.completions.create(**options)
+    rebound = httpx2.get(f"{url}/health", headers={"Host": "evil.example"}).status_code
     begun, answers = threading.Semaphore(0), {}
 
     def ask(number):
@@ -96,6 +98,7 @@ def test_sigterm_under_load(writer_run, reader_run, tmp_path):
     with pytest.raises(openai.APIConnectionError):
         client.models.list()
     client.close()
+    assert rebound == 400
     assert "Traceback" not in printed and "what is it" not in printed and KEY not in printed
     assert printed.count('"route": "/v1/chat/completions", "status": 200') == 7
 
@@ -107,6 +110,12 @@ def test_a_port_that_is_taken():
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=f"cannot listen on 127.0.0.1, port {port}: give another"):
             run(create_app({}), ServeOptions(port=port))
+
+
+def test_only_a_server_on_a_loopback_address_has_names_by_default():
+    assert default_hosts("127.0.0.1") == default_hosts("localhost") == ["localhost", "127.0.0.1", "[::1]"]
+    assert default_hosts("127.0.0.5")[-1] == "127.0.0.5" and default_hosts("::1") == default_hosts("localhost")
+    assert default_hosts("0.0.0.0") == default_hosts("::") == default_hosts("server.example") == []
 
 
 def test_vllm_runs_the_llm_of_one_model():

@@ -20,11 +20,12 @@ from blip2.errors import InputError
 from blip2.search.indexing import index
 from blip2.search.library import Library
 from blip2.serve.app import create_app
-from blip2.serve.engine import Generation, LocalEngine, describe_token
+from blip2.serve.engine import Generation, LocalEngine
 from blip2.serve.errors import ApiError
 from blip2.serve.gate import Gate
 from blip2.serve.metrics import Metrics
 from blip2.serve.options import ServeOptions
+from blip2.serve.tokens import ShownTokens, describe_token
 from conftest import COLORS, SHAPES, draw
 from fixtures.library import draw_photos
 from fixtures.service import build_writer, data_url, serve
@@ -141,13 +142,18 @@ def test_a_stream_is_the_answer_in_pieces(client):
 
 
 def test_a_stop_string_ends_the_text_before_it(client):
-    text = chat(client, ask()).choices[0].message.content
+    [choice] = chat(client, ask(), logprobs=True).choices
+    text = choice.message.content
+    assert "".join(each.token for each in choice.logprobs.content).strip() == text
     stop = text[5:7]
     stopped = chat(client, ask(), stop=stop)
     assert stopped.choices[0].message.content == text[: text.index(stop)].strip()
     assert stopped.choices[0].finish_reason == "stop"
-    pieces = [chunk.choices[0].delta.content or "" for chunk in chat(client, ask(), stop=[stop, "zz"], stream=True)]
-    assert "".join(pieces) == stopped.choices[0].message.content
+    choices = [chunk.choices[0] for chunk in chat(client, ask(), stop=[stop, "zz"], logprobs=True, stream=True)]
+    assert "".join(each.delta.content or "" for each in choices) == stopped.choices[0].message.content
+    listed = [one.token for each in choices for one in (each.logprobs.content if each.logprobs else [])]
+    whole = [one.token for one in choice.logprobs.content]
+    assert listed == whole[: len(listed)] and "".join(listed).strip() == stopped.choices[0].message.content
 
 
 def test_a_fixed_choice_is_the_most_likely_text(client, writer):
@@ -276,7 +282,7 @@ def test_sampled_texts_are_those_of_the_pipeline(writer):
     uniforms = torch.rand(3, 10, generator=torch.Generator().manual_seed(5))
     own = writer.generate(IMAGES[0], [writer.config.language.prompt], decoding, 3, uniforms=uniforms)
     assert asyncio.run(collect()) == own
-    engine.close()
+    asyncio.run(engine.close())
 
 
 def test_a_failing_pass_ends_its_texts_and_nothing_else(writer, monkeypatch):
@@ -292,7 +298,18 @@ def test_a_failing_pass_ends_its_texts_and_nothing_else(writer, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             asyncio.run(collect())
     assert engine.is_ready() and len(asyncio.run(collect())) == 6
-    engine.close()
+    asyncio.run(engine.close())
+
+
+def test_tokens_that_the_client_does_not_see_are_not_listed(writer):
+    """White space at both ends, the end token and a stop text; what may be one of them waits."""
+    shown, listed = ShownTokens(writer.tokenizer), []
+    ids = [writer.tokenizer(each, add_special_tokens=False)["input_ids"][0] for each in " a b xy "]
+    seen = ["", "a", "a", "a b", "a b", "a b", "a b", "a b", "a b"]  # what the client has after each token
+    for token, text in zip([*ids, writer.eos_token_id], seen, strict=True):
+        shown.add(token, -1.0, [])
+        listed.append("".join(each.token for each in shown.take(text)))
+    assert listed == ["", "a", "", " b", "", "", "", "", ""]
 
 
 def test_an_idle_engine_holds_nothing():
@@ -301,14 +318,50 @@ def test_an_idle_engine_holds_nothing():
     asyncio.run(engine.submit(lambda arrays: [each.sum() for each in arrays], items))
     items.clear()
     wait_until(lambda: held() is None)
-    engine.close()
+    asyncio.run(engine.close())
 
 
 def test_bytes_of_a_part_of_a_character(writer):
     tokens = writer.tokenizer("é", add_special_tokens=False)["input_ids"]
     made = [describe_token(writer.tokenizer, token) for token in tokens]
     assert len(made) == 2 and bytes(byte for each in made for byte in each["bytes"]).decode() == "é"
+    # Both are listed as soon as the character is there.
+    shown = ShownTokens(writer.tokenizer)
+    shown.add(tokens[0], -1.0, [])
+    assert shown.take("") == ()
+    shown.add(tokens[1], -2.0, [(tokens[1], -2.0)])
+    assert [each.logprob for each in shown.take("é")] == [-1.0, -2.0] and shown.take("é") == ()
     assert describe_token(writer.tokenizer, writer.tokenizer("a")["input_ids"][-1]) == {"token": "a", "bytes": [97]}
+
+
+def test_hosts_by_which_the_service_may_be_called():
+    options = ServeOptions(allowed_hosts=["blip2.example.com", "*.Example.org", "[::1]", "127.0.0.1"])
+    with serve(create_app({}, options=options)) as port:
+        for host, status in (
+            ("blip2.example.com", 200),
+            ("BLIP2.example.com:8443", 200),
+            ("a.b.example.org", 200),
+            ("[::1]:8000", 200),
+            (f"127.0.0.1:{port}", 200),
+            ("example.com", 400),
+            ("example.org", 400),
+            ("evil-example.org", 400),
+            ("blip2.example.com.evil.com", 400),
+            ("blip2.example.com@evil.com", 400),
+            ("evil.com#.example.org", 400),
+            ("blip2.example.com:x", 400),
+            ("[::1", 400),
+            ("", 400),
+        ):
+            for path in ("/health", "/v1/models"):
+                response = httpx2.get(f"http://127.0.0.1:{port}{path}", headers={"Host": host})
+                assert response.status_code == status, host
+                assert status == 200 or response.json()["error"]["code"] == "invalid_host"
+    with serve(create_app({}, options=ServeOptions(allowed_hosts=["a.com", "*"]))) as port:
+        assert httpx2.get(f"http://127.0.0.1:{port}/health", headers={"Host": "evil.com"}).status_code == 200
+    for wrong in ("https://example.com", "example.com:80", "", "*example.com", "a b"):
+        with pytest.raises(InputError, match="expected the name of a host"):
+            create_app({}, options=ServeOptions(allowed_hosts=[wrong]))
 
 
 def test_keys_of_an_application_below_a_path():
@@ -384,6 +437,8 @@ def test_errors_have_openai_s_shape(client, address, library):
         (404, openai.NotFoundError, {"model": "other"}),
         (400, openai.BadRequestError, {"model": "reader"}),
         (400, openai.BadRequestError, {"max_tokens": 10_000}),
+        (400, openai.BadRequestError, {"n": 9}),  # --max-batch-size is 8
+        (400, openai.BadRequestError, {"n": 9, "temperature": 1.0, "stream": True}),
         (400, openai.BadRequestError, {"top_logprobs": 2}),
         (400, openai.BadRequestError, {"stream_options": {"include_usage": True}}),
         (400, openai.BadRequestError, {"messages": [{**ask()[0], "role": "assistant"}], "response_format": ENUM}),
@@ -469,4 +524,4 @@ def test_a_failing_request_does_not_fail_those_beside_it():
         await asyncio.gather(first, again)
 
     asyncio.run(run())
-    engine.close()
+    asyncio.run(engine.close())

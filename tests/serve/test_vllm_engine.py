@@ -39,11 +39,15 @@ class Handler(BaseHTTPRequestHandler):
         if status != 200:
             self.wfile.write(b'{"error": {"message": "secret address"}}')
             return
-        pieces = [(0, " a", None), (1, "b ", None), (0, " red", None), (1, "c", "length"), (0, " ", "stop")]
+        pieces = [(0, " a", None), (1, "b ", None), (0, " r", None), (1, "c", "length")]
+        pieces += [(0, "", None), (0, " ", "stop")]  # a token whose text vLLM holds back, and the end token
+        tokens = {0: [[" ", "a"], [" ", "r"], ["x"], ["end"]], 1: [["b", " "], ["c"]]}
         for number, (index, text, reason) in enumerate(pieces[: len(pieces) - (body["seed"] == 4)]):
             count = sum(each[0] == index for each in pieces[: number + 1])  # as in vLLM, of this text alone
             usage = {"prompt_tokens": 9, "completion_tokens": count, "total_tokens": 9 + count}
-            log_probs = {"tokens": [text], "token_logprobs": [-0.5], "top_logprobs": [{text: -0.5, "z": -0.25}]}
+            names = [f"token_id:{self.server.ids[each]}" for each in tokens[index][count - 1]]
+            best = [{name: -0.5, f"token_id:{self.server.ids['z']}": -0.25} for name in names]
+            log_probs = {"tokens": names, "token_logprobs": [-0.5 for _ in names], "top_logprobs": best}
             choice = {"index": index, "text": text, "finish_reason": reason, "logprobs": log_probs}
             chunk = {"id": "1", "object": "text_completion", "created": 1, "model": "llm", "choices": [choice]}
             self.wfile.write(f"data: {json.dumps({**chunk, 'usage': usage})}\n\n".encode())
@@ -54,9 +58,11 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server():
+def server(writer):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.received = []
+    server.ids = {each: writer.tokenizer(each, add_special_tokens=False)["input_ids"][0] for each in " abcrxz"}
+    server.ids["end"] = writer.eos_token_id
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     yield server
@@ -67,11 +73,12 @@ def server():
 
 def run(engine, generation):
     async def collect():
-        return [piece async for piece in engine.stream(generation)]
+        try:
+            return [piece async for piece in engine.stream(generation)]
+        finally:
+            await engine.close()
 
-    pieces = asyncio.run(collect())
-    engine.close()
-    return pieces
+    return asyncio.run(collect())
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +91,14 @@ def test_what_is_sent_and_read(writer, server):
     decoding = Decoding(top_p=0.8, temperature=0.7, max_new_tokens=7, stop_strings=("x",))
     url = f"http://127.0.0.1:{server.server_port}/v1"
     pieces = run(VllmEngine(url, "llm"), Generation(writer, prompt, decoding, n=2, seed=3, num_alternatives=1))
-    texts = ["".join(piece.text for piece in pieces if piece.index == index) for index in (0, 1)]
-    assert texts == ["a red", "b c"] and sum(piece.num_tokens for piece in pieces) == 5
-    assert [piece.finish_reason for piece in pieces] == [None, None, None, "length", "stop"]
-    assert pieces[0].log_probs[0].logprob == -0.5
-    assert [(best.token, best.logprob) for best in pieces[0].log_probs[0].top_logprobs] == [("z", -0.25)]
     [sent] = server.received
+    texts = ["".join(piece.text for piece in pieces if piece.index == index) for index in (0, 1)]
+    assert texts == ["a r", "b c"] and sum(piece.num_tokens for piece in pieces) == 6
+    assert [piece.finish_reason for piece in pieces] == [None, None, None, "length", None, "stop"]
+    tokens = [[one.token for piece in pieces if piece.index == index for one in piece.log_probs] for index in (0, 1)]
+    assert tokens == [["a", " ", "r"], ["b", " ", "c"]]  # neither the stop text nor the end token
+    assert pieces[0].log_probs[0].logprob == -0.5 and sent["return_tokens_as_token_ids"]
+    assert [(best.token, best.logprob) for best in pieces[0].log_probs[0].top_logprobs] == [("z", -0.25)]
     tensor = torch.load(io.BytesIO(base64.b64decode(sent.pop("prompt_embeds"))), weights_only=True)
     assert torch.equal(tensor, prompt.text_embeds[0]) and tensor.ndim == 2
     assert {name: sent[name] for name in ("n", "seed", "max_tokens", "top_p", "temperature", "stop", "logprobs")} == {

@@ -10,6 +10,7 @@ width of the LLM, S width of the input of :meth:`LanguageModel.lm_head`, V vocab
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -18,6 +19,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -51,6 +53,9 @@ from blip2.model.losses import IGNORE_INDEX, MAX_LOGITS_PER_CHUNK
 
 POSITION_KEYS = ("max_position_embeddings", "max_target_positions", "n_positions", "max_seq_len", "n_ctx")
 """Names under which configurations of transformers store the maximum number of positions."""
+VISUAL_PADDING = -math.inf
+"""Every value of a token of a visual prompt that is padding, which the LLM does not see. It is not NaN, because a model
+whose training diverges writes NaN, which must reach the loss."""
 
 
 class LanguageModel(Freezable):
@@ -123,14 +128,23 @@ class LanguageModel(Freezable):
         """Run the LLM, and return the inputs of :meth:`lm_head` and the labels at the M positions that have a label.
 
         Args:
-            visual: the soft visual prompt, which comes before the text.
+            visual: the soft visual prompt, which comes before the text. Tokens of :data:`VISUAL_PADDING` are left out.
             ids: token ids, padded on the right: the whole text for a decoder-only LLM, the text that the encoder reads
                 for an encoder-decoder.
             mask: True for text tokens, False for padding.
             labels: token ids to predict: a copy of `ids` for a decoder-only LLM (U = T), the targets of the decoder for
                 an encoder-decoder. -100 at positions without a label.
         """
-        inputs_embeds, attention_mask = self._concat_inputs(visual, ids, mask)
+        text_embeds = self.embed(ids)
+        self._select_attn_implementation(text_embeds)
+        visual, is_padding = _trim_padding(visual.to(text_embeds.dtype))
+        if is_padding is not None:
+            text_embeds, ids, mask, order = self._pack(visual, is_padding, text_embeds, ids, mask)
+            if not self.is_encoder_decoder:
+                labels = F.pad(labels, (visual.shape[1], 0), value=IGNORE_INDEX).gather(1, order)
+            visual = visual[:, :0]
+        inputs_embeds = torch.cat([visual, text_embeds], dim=1)
+        attention_mask = torch.cat([mask.new_ones(visual.shape[:2]), mask], dim=1).long()
         has_label = labels != IGNORE_INDEX
         columns = has_label.any(dim=0).nonzero().squeeze(1)
         kwargs: dict[str, Any] = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
@@ -212,7 +226,7 @@ class LanguageModel(Freezable):
         """Generate continuations of prompts.
 
         Args:
-            visual: soft visual prompts.
+            visual: soft visual prompts. Tokens of :data:`VISUAL_PADDING` are left out.
             ids: token ids of the texts of the prompts, padded on either side. T may be 0.
             mask: True for text tokens, False for padding.
             decoding: how to generate.
@@ -282,14 +296,22 @@ class LanguageModel(Freezable):
         mask: Bool[Tensor, "B T"],
         image_index: Int[Tensor, "B"] | None = None,
     ) -> PromptBatch:
-        """Embed prompts and move their padding to the right; see :meth:`generate` for the arguments."""
+        """Embed prompts and move their padding to the right; see :meth:`generate` for the arguments.
+
+        If visual prompts differ in length, they become a part of the texts.
+        """
         order = (~mask).long().argsort(dim=1, stable=True)
         ids, mask = ids.gather(1, order), mask.gather(1, order)
         text_embeds = self.embed(ids)
         self._select_attn_implementation(text_embeds)
         if image_index is None:
             image_index = torch.arange(len(ids), device=ids.device)
-        return PromptBatch(visual.to(text_embeds.dtype), text_embeds, ids, mask, image_index)
+        visual, is_padding = _trim_padding(visual.to(text_embeds.dtype))
+        if is_padding is not None:
+            visual, is_padding = visual[image_index], is_padding[image_index]
+            text_embeds, ids, mask, _ = self._pack(visual, is_padding, text_embeds, ids, mask)
+            visual, image_index = visual[:, :0], torch.arange(len(ids), device=ids.device)
+        return PromptBatch(visual, text_embeds, ids, mask, image_index)
 
     @property
     def generate_fn(self) -> GenerateFn:
@@ -329,7 +351,7 @@ class LanguageModel(Freezable):
         """Return the log-probability of texts that continue prompts. Each prompt is computed once for all its texts.
 
         Args:
-            visual: soft visual prompts.
+            visual: soft visual prompts. Tokens of :data:`VISUAL_PADDING` are left out.
             ids: token ids of the texts of the prompts, padded on either side. T may be 0.
             mask: True for text tokens, False for padding.
             image_index: the row of `visual` with which each prompt begins, in [0, I).
@@ -417,14 +439,29 @@ class LanguageModel(Freezable):
             return [eos_token_id]
         return [eos_token_id, *(other for other in own if other != eos_token_id)]
 
-    def _concat_inputs(
-        self, visual: Float[Tensor, "B Q L"], ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]
-    ) -> tuple[Float[Tensor, "B Q+T L"], Int[Tensor, "B Q+T"]]:
-        """Return the embeddings of visual prompt and text in one sequence, and the attention mask of the sequence."""
-        text_embeds = self.embed(ids)
-        self._select_attn_implementation(text_embeds)
-        attention_mask = torch.cat([mask.new_ones(visual.shape[:2]), mask], dim=1).long()
-        return torch.cat([visual.to(text_embeds.dtype), text_embeds], dim=1), attention_mask
+    def _pack(
+        self,
+        visual: Float[Tensor, "B Q L"],
+        is_padding: Bool[Tensor, "B Q"],
+        text_embeds: Float[Tensor, "B T L"],
+        ids: Int[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+    ) -> tuple[Float[Tensor, "B S L"], Int[Tensor, "B S"], Bool[Tensor, "B S"], Int[Tensor, "B S"]]:
+        """Concatenate visual prompts of different lengths and texts, with all padding on the right.
+
+        No position between a visual prompt and its text is left empty, since not all LLMs compute positions from the
+        attention mask.
+
+        Returns:
+            The embeddings; the token ids, with padding tokens in the place of the visual prompts; the mask, True for
+            tokens; and the column of [visual; text] from which each column is.
+        """
+        embeds = torch.cat([visual.masked_fill(is_padding[..., None], 0), text_embeds], dim=1)
+        ids = torch.cat([ids.new_full(is_padding.shape, get_pad_token_id(self.network)), ids], dim=1)
+        mask = torch.cat([~is_padding, mask], dim=1)
+        order = (~mask).long().argsort(dim=1, stable=True)[:, : int(mask.sum(dim=1).max())]
+        embeds = embeds.gather(1, order[..., None].expand(-1, -1, embeds.shape[2]))
+        return embeds, ids.gather(1, order), mask.gather(1, order), order
 
     def _select_attn_implementation(self, text_embeds: Tensor) -> None:
         if self._attn_implementation == "sdpa":
@@ -433,6 +470,19 @@ class LanguageModel(Freezable):
             implementation = "eager" if is_slow else "sdpa"
             if self.network.config._attn_implementation != implementation:
                 self.network.set_attn_implementation(implementation)
+
+
+def _trim_padding(visual: Float[Tensor, "I _ L"]) -> tuple[Float[Tensor, "I Q L"], Bool[Tensor, "I Q"] | None]:
+    """Cut off the columns in which all visual prompts are padding, and return True for padding in the others.
+
+    The second result is None if no padding is left.
+    """
+    is_padding = (visual == VISUAL_PADDING).all(dim=2)
+    if not is_padding.any():
+        return visual, None
+    length = int((~is_padding).sum(dim=1).max())
+    visual, is_padding = visual[:, :length], is_padding[:, :length]
+    return visual, is_padding if bool(is_padding.any()) else None
 
 
 def load_language_model(

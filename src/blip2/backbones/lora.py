@@ -1,10 +1,12 @@
-"""Low-rank adapters (LoRA) in a frozen LLM, created by PEFT."""
+"""Low-rank adapters (LoRA) in a frozen LLM and in a frozen Q-Former, created by PEFT."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from blip2.backbones.language import LanguageModel
 from blip2.backbones.pretrained import short_message
@@ -13,6 +15,11 @@ from blip2.errors import InputError
 
 ADAPTER_KEY = ".lora_"
 """Substring of the names of all adapter parameters."""
+BASE_LAYER_KEY = ".base_layer."
+"""Substring of the names of the parameters of layers that have adapters."""
+QFORMER_TARGET_MODULES = ["query", "value"]
+"""PEFT's default target modules for BERT, whose layers the Q-Former has. They match self-attention and
+cross-attention."""
 
 
 def add_adapters(language: LanguageModel, config: LoraConfig) -> None:
@@ -28,22 +35,92 @@ def add_adapters(language: LanguageModel, config: LoraConfig) -> None:
         InputError: PEFT is not installed, PEFT has no default target modules for this LLM, or the LLM has no module
             with a name in ``config.target_modules``.
     """
-    try:
-        import peft
-    except ImportError as error:
-        raise InputError("language.lora needs PEFT: pip install 'blip2[lora]'") from error
-    lora_config: Any = peft.LoraConfig(
-        r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=config.target_modules
-    )
-    try:
-        peft.inject_adapter_in_model(lora_config, language.network)
-    except ValueError as error:
-        raise InputError(
-            f"no adapters fit the LLM, a {type(language.network).__name__} ({short_message(error)}): set"
-            " language.lora.target_modules to suffixes of the names of its linear layers"
-        ) from error
+    what = f"the LLM, a {type(language.network).__name__}"
+    _inject(language.network, config, config.target_modules, "language.lora", what)
     language.adapter_key = ADAPTER_KEY
     for name, parameter in language.named_parameters():
         if ADAPTER_KEY in name:
             parameter.data = parameter.data.to(torch.float32)
     language.freeze()
+
+
+def add_qformer_adapters(qformer: nn.Module, config: LoraConfig) -> None:
+    """Add low-rank adapters to linear layers of a Q-Former. The output of the adapters is zero at first.
+
+    A checkpoint contains both the adapters and the weights that they adapt, because no other file has these weights. In
+    the state dict, the adapted weights therefore keep their names (``query.weight``); only as parameters they have
+    PEFT's (``query.base_layer.weight``).
+
+    Args:
+        qformer: the Q-Former, changed in place.
+        config: size, dropout and target modules of the adapters.
+
+    Raises:
+        InputError: PEFT is not installed, or a name in ``config.target_modules`` matches a module that is not a linear
+            layer, or all names match nothing.
+    """
+    targets = config.target_modules or QFORMER_TARGET_MODULES
+    _inject(qformer, config, targets, "qformer.lora", "the Q-Former")
+    for name, module in qformer.named_modules():
+        base: Any = getattr(module, "base_layer", None)
+        if base is None:
+            continue
+        if not isinstance(base, nn.Linear):
+            raise InputError(
+                f"qformer.lora.target_modules matches {name}, a {type(base).__name__}, but only linear layers of the"
+                " Q-Former can have adapters: name linear layers, such as query"
+            )
+        module.register_state_dict_post_hook(_use_own_names)
+        module.register_load_state_dict_pre_hook(_use_peft_names)
+
+
+def _inject(network: nn.Module, config: LoraConfig, targets: list[str] | None, section: str, what: str) -> None:
+    """Replace the target modules of a network by PEFT's layers with adapters; `section` and `what` are for errors."""
+    try:
+        import peft
+    except ImportError as error:
+        raise InputError(f"{section} needs PEFT: pip install 'blip2[lora]'") from error
+    lora_config: Any = peft.LoraConfig(
+        r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=targets
+    )
+    try:
+        peft.inject_adapter_in_model(lora_config, network)
+    except ValueError as error:
+        raise InputError(
+            f"no adapters fit {what} ({short_message(error)}): set {section}.target_modules to suffixes of the names of"
+            " its linear layers"
+        ) from error
+
+
+def _use_own_names(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, local_metadata: Any) -> None:
+    """Rename the adapted weights in a state dict: ``query.base_layer.weight`` to ``query.weight``."""
+    for name in [name for name in state_dict if name.startswith(f"{prefix}base_layer.")]:
+        state_dict[name.replace(f"{prefix}base_layer.", prefix)] = state_dict.pop(name)
+
+
+def _use_peft_names(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+    """Undo :func:`_use_own_names` before a state dict is loaded."""
+    for name in (f"{prefix}weight", f"{prefix}bias"):
+        if name in state_dict:
+            state_dict[f"{prefix}base_layer.{name.removeprefix(prefix)}"] = state_dict.pop(name)
+
+
+def merged_weights(weights: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
+    """Return W + lora_alpha / r * B A for each linear layer that has an adapter B A.
+
+    Args:
+        weights: the weights of a Q-Former with adapters, named as in its state dict.
+        config: the config of the adapters.
+
+    Returns:
+        The merged weights by the name of W, in the dtype of W.
+    """
+    merged: dict[str, Tensor] = {}
+    for name in weights:
+        layer, found, adapter = name.partition(".lora_A.")
+        if found:
+            weight, b = weights[f"{layer}.weight"], weights[f"{layer}.lora_B.{adapter}"]
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            update = config.lora_alpha / config.r * (b.to(dtype) @ weights[name].to(dtype))
+            merged[f"{layer}.weight"] = (weight.to(dtype) + update).to(weight.dtype)
+    return merged

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, Blip2VisionConfig, PreTrainedTokenizerBase
 
 from blip2.backbones.language import LanguageModel, set_activation
+from blip2.backbones.lora import ADAPTER_KEY, merged_weights
 from blip2.backbones.pretrained import load_pretrained, load_submodule, wrap_load_errors
 from blip2.backbones.vision import ImageEncoder, Preprocessing
 from blip2.backbones.vision_loaders import Layer, check_image_size, interpolate_pos_embed, wrap_transformers
@@ -119,6 +120,16 @@ class Checkpoint:
             raise InputError(f"{self.name} contains only stage {self.config.stage}: load a model of stage {stage}")
         tokenizer = None if self.tokenizer is None else self.tokenizer / QFORMER_TOKENIZER
         return replace(self, config=replace(self.config, stage=stage, language=None), tokenizer=tokenizer)
+
+    def merge_adapters(self) -> Checkpoint:
+        """Return this checkpoint with the Q-Former's adapters (``qformer.lora``) merged into the weights they adapt."""
+        qformer = self.config.qformer
+        if qformer.lora is None:
+            return self
+        merged = merged_weights(self.weights.select("qformer."), qformer.lora)
+        weights = self.weights.filter(lambda name: not (name.startswith("qformer.") and ADAPTER_KEY in name))
+        config = replace(self.config, qformer=replace(qformer, lora=None))
+        return replace(self, config=config, weights=weights | merged)
 
     def with_config(self, config: ModelConfig) -> Checkpoint:
         """Return this checkpoint with another config.

@@ -1,7 +1,11 @@
 """Stage 2: vision-to-language generative learning from a frozen LLM (paper §3.3).
 
-Legend: B batch, I images, N prompts, Q queries, T text tokens, U target tokens, W tokens of a question, P image tokens,
-D Q-Former width, E image encoder width, S = Q + W, L width of the LLM.
+With ``qformer.window``, the Q-Former is applied to windows of a long sequence of features, as in SALMONN (Tang et al.,
+2024, §3.1), and the outputs of all windows of a sequence are concatenated.
+
+Legend: B batch, I images, N prompts, M windows, Q queries (of all windows of a prompt), T text tokens, U target tokens,
+W tokens of a question, P image tokens, D Q-Former width, E image encoder width, S = queries of a window + W, L width of
+the LLM.
 """
 
 from __future__ import annotations
@@ -13,8 +17,10 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
-from blip2.backbones.language import LanguageModel
+from blip2.backbones.language import VISUAL_PADDING, LanguageModel
 from blip2.backbones.vision import ImageEncoder
 from blip2.config import ObjectivesConfig, QFormerConfig
 from blip2.model.image_memory import ImageMemory, encode_images, padding_mask
@@ -52,6 +58,20 @@ class GenerationBatch:
     def num_labels(self) -> int:
         """Number of tokens that the LLM predicts."""
         return int((self.labels != IGNORE_INDEX).sum())
+
+
+class _QFormerInputs(NamedTuple):
+    """What the Q-Former reads for N prompts, in M windows; without windows, M = N."""
+
+    memory: ImageMemory
+    ids: Int[Tensor, "M W"] | None
+    """Token ids of the questions; None without questions."""
+    mask: Bool[Tensor, "M S S"] | None
+    """The attention mask over [queries; question]; None without questions."""
+    num_windows: list[int] | None
+    """Number of windows of each prompt; None without windows."""
+    num_tokens: int
+    """P, the number of tokens of the longest sequence."""
 
 
 class GenerationModel(nn.Module):
@@ -106,8 +126,13 @@ class GenerationModel(nn.Module):
                 result has one prompt per image (N = I).
             image_index: index in [0, I) of the image of each question. An image is encoded once, even if several
                 questions have the same image. None: question i has image i (N = I).
+
+        Returns:
+            The prompts. With windows, a prompt of fewer windows than the longest is padded at its end with
+            :data:`~blip2.backbones.language.VISUAL_PADDING`, which the LLM does not see.
         """
-        return self.projection(self.query_outputs(images, questions, image_index))
+        queries, num_windows = self._run_qformer(images, questions, image_index)
+        return _cat_windows(self.projection(queries), num_windows, VISUAL_PADDING)
 
     def query_outputs(
         self,
@@ -115,9 +140,19 @@ class GenerationModel(nn.Module):
         questions: Questions | None = None,
         image_index: Int[Tensor, "N"] | None = None,
     ) -> Float[Tensor, "N Q D"]:
-        """Return Z, the outputs of the queries before the projection; see :meth:`visual_prompt` for the arguments."""
-        memory, ids, mask = self._qformer_inputs(images, questions, image_index)
-        return self.qformer(memory, ids, mask, output_tokens=False).queries
+        """Return Z, the outputs of the queries before the projection; see :meth:`visual_prompt` for the arguments.
+
+        With windows, the outputs of a sequence of fewer windows than the longest are padded at their end with NaN.
+        """
+        return _cat_windows(*self._run_qformer(images, questions, image_index), torch.nan)
+
+    def _run_qformer(
+        self, images: Shaped[Tensor, "I ..."], questions: Questions | None, image_index: Int[Tensor, "N"] | None = None
+    ) -> tuple[Float[Tensor, "M _ D"], list[int] | None]:
+        """Return Z of each prompt, or of each window of each prompt; and the number of windows of each prompt, None
+        without windows."""
+        memory, ids, mask, num_windows, _ = self._qformer_inputs(images, questions, image_index)
+        return self.qformer(memory, ids, mask, output_tokens=False).queries, num_windows
 
     def attention_maps(
         self,
@@ -129,23 +164,61 @@ class GenerationModel(nn.Module):
         """Return the attention weights of the queries over the image tokens.
 
         See :meth:`visual_prompt` for `images`, `questions` and `image_index`, and
-        :meth:`~blip2.model.qformer.QFormer.attention_maps` for `average_heads` and the result.
+        :meth:`~blip2.model.qformer.QFormer.attention_maps` for `average_heads` and the result. With windows, the
+        weights of a query are zero outside of its window, and those of padded queries are zero everywhere.
         """
-        memory, ids, mask = self._qformer_inputs(images, questions, image_index)
-        return self.qformer.attention_maps(memory, ids, mask, average_heads)
+        memory, ids, mask, num_windows, num_tokens = self._qformer_inputs(images, questions, image_index)
+        maps = self.qformer.attention_maps(memory, ids, mask, average_heads)
+        if num_windows is None:
+            return maps
+        # Each window's map is placed where the window is in the sequence. The last window may end after the sequence.
+        total = (max(num_windows) - 1) * self._stride + maps.shape[-1]
+        starts = [window * self._stride for count in num_windows for window in range(count)]
+        placed = [
+            F.pad(each, (start, total - start - each.shape[-1])) for start, each in zip(starts, maps, strict=True)
+        ]
+        windows = torch.stack(placed).movedim(-2, 1)  # [M, _, layers, *heads, total]
+        return _cat_windows(windows, num_windows, 0.0).movedim(1, -2)[..., :num_tokens]
 
     def _qformer_inputs(
         self, images: Shaped[Tensor, "I ..."], questions: Questions | None, image_index: Int[Tensor, "N"] | None
-    ) -> tuple[ImageMemory, Int[Tensor, "N W"] | None, Bool[Tensor, "N S S"] | None]:
-        """Return the image memory, and token ids and mask of the questions if there are any."""
+    ) -> _QFormerInputs:
         features = encode_images(self.vision, images)
-        memory = self.qformer.project_image(features, self.image_norm, padding_mask(self.vision, features))
+        token_mask = padding_mask(self.vision, features)
+        memory = self.qformer.project_image(features, self.image_norm, token_mask)
+        config, num_windows, num_tokens = self.qformer.config, None, memory.layer_kv[0][0].keys.shape[2]
+        if config.window is not None:
+            assert token_mask is not None
+            lengths: list[int] = token_mask.sum(dim=1).cpu().numpy().tolist()
+            num_windows = [config.count_windows(length) for length in lengths]
+            memory = memory.split_windows(num_windows, config.window, self._stride)
         if questions is None:
-            return memory, None, None
+            return _QFormerInputs(memory, None, None, num_windows, num_tokens)
+        ids, mask = questions
         if image_index is not None:
-            memory = memory.select(image_index)
-        mask = attention_mask("bidirectional", self.qformer.config.num_query_tokens, questions.mask)
-        return memory, questions.ids, mask
+            rows = image_index
+            if num_windows is not None:
+                indices: list[int] = image_index.cpu().numpy().tolist()
+                of_image = torch.split(torch.arange(len(memory), device=ids.device), num_windows)
+                rows, num_windows = torch.cat([of_image[i] for i in indices]), [num_windows[i] for i in indices]
+            memory = memory.select(rows)
+        if num_windows is not None:  # each window reads the question
+            repeats = torch.tensor(num_windows, device=ids.device)
+            ids, mask = (each.repeat_interleave(repeats, dim=0) for each in (ids, mask))
+        mask = attention_mask("bidirectional", config.num_query_tokens, mask)
+        return _QFormerInputs(memory, ids, mask, num_windows, num_tokens)
+
+    @property
+    def _stride(self) -> int:
+        config = self.qformer.config
+        assert config.window is not None
+        return config.stride or config.window
+
+    @property
+    def max_visual_tokens(self) -> int:
+        """The largest number of tokens of a visual prompt."""
+        config = self.qformer.config
+        return config.num_query_tokens * config.count_windows(self.vision.num_tokens)
 
     def forward(self, batch: GenerationBatch, num_labels: float | None = None, seed: int | None = None) -> LossOutput:
         """Return the language-modeling loss ``lm`` of captions, given images and prompts.
@@ -162,8 +235,8 @@ class GenerationModel(nn.Module):
             The losses ``lm`` and, if the recipe enables it, ``query_diversity``; and the metrics ``lm_perplexity``,
             ``lm_accuracy`` (share of tokens predicted correctly) and those of :func:`query_statistics`.
         """
-        queries = self.query_outputs(batch.images, batch.questions)
-        visual_prompt = self.projection(queries)
+        queries, num_windows = self._run_qformer(batch.images, batch.questions)
+        visual_prompt = _cat_windows(self.projection(queries), num_windows, VISUAL_PADDING)
         hidden_states, labels = self.language.hidden_states(visual_prompt, batch.ids, batch.mask, batch.labels)
         lm = language_modeling(hidden_states, self.language.lm_head, labels, num_labels)
         losses = {"lm": lm.loss}
@@ -171,3 +244,18 @@ class GenerationModel(nn.Module):
             losses["query_diversity"] = query_diversity(queries)
         metrics = {"lm_perplexity": lm.perplexity, "lm_accuracy": lm.accuracy}
         return LossOutput(losses, metrics | query_statistics(queries))
+
+
+def _cat_windows(
+    windows: Float[Tensor, "M _ *rest"], num_windows: list[int] | None, padding: float
+) -> Float[Tensor, "N Q *rest"]:
+    """Concatenate what belongs to the queries of each prompt's windows.
+
+    Args:
+        windows: one row per window, prompt by prompt.
+        num_windows: the number of windows of each prompt. None: `windows` has one row per prompt, and is returned.
+        padding: the value after the last window of prompts that have fewer windows than others.
+    """
+    if num_windows is None:
+        return windows
+    return pad_sequence([each.flatten(0, 1) for each in torch.split(windows, num_windows)], True, padding)

@@ -12,6 +12,7 @@ Q-Former, H heads, d = D / H.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -92,6 +93,39 @@ class ImageMemory:
                     CrossAttentionKV(k, v, rows * repeats if isinstance(rows, int) else rows.repeat(repeats), mask)
                     for k, v, rows, mask in layer
                 )
+                for layer in self.layer_kv
+            )
+        )
+
+    def split_windows(self, num_windows: Sequence[int], window: int, stride: int) -> ImageMemory:
+        """Return a memory that has the windows of all sequences as its rows, sequence by sequence.
+
+        The keys and values of a token are those of this memory, also if the token is in several windows.
+
+        Args:
+            num_windows: number of windows of each sequence (:meth:`~blip2.config.QFormerConfig.count_windows`). This
+                memory must have one row per sequence.
+            window: number of tokens of a window. The last window of a sequence may have fewer.
+            stride: distance in tokens between the beginnings of successive windows.
+        """
+        keys, _, _, mask = self.layer_kv[0][0]
+        num_tokens = keys.shape[2]
+        window = min(window, num_tokens)
+        missing = (max(num_windows) - 1) * stride + window - num_tokens
+        counts = torch.tensor(num_windows, device=keys.device)
+        exists = torch.arange(max(num_windows), device=keys.device) < counts[:, None]  # [B, windows]
+        if mask is None:
+            mask = keys.new_ones(len(keys), num_tokens, dtype=torch.bool)
+        mask = F.pad(mask, (0, missing)).unfold(1, window, stride)[exists]
+        window_mask = None if bool(mask.all()) else mask
+
+        def split(tokens: Float[Tensor, "B H P d"]) -> Float[Tensor, "N H _ d"]:
+            windows = F.pad(tokens, (0, 0, 0, missing)).unfold(2, window, stride)  # [B, H, windows, d, window]
+            return windows.transpose(1, 2)[exists].mT
+
+        return ImageMemory(
+            tuple(
+                tuple(CrossAttentionKV(split(kv.keys), split(kv.values), mask=window_mask) for kv in layer)
                 for layer in self.layer_kv
             )
         )

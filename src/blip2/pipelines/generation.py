@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from blip2.backbones.language import VISUAL_PADDING
 from blip2.data.arrays import blank_input
 from blip2.data.collate import encode_prompts, pad
 from blip2.decoding.kv_cache import PromptBatch
@@ -299,7 +300,8 @@ class GenerationPipeline(LikelihoodPipeline):
         encoded = self._encode_questions(questions, prompts)
         if encoded is None:  # what the LLM reads is smaller than the features, which are not needed again
             parts = self._stream(images, label="generate")
-            inputs = torch.cat([self._visual_prompts(part, None, torch.arange(len(part))) for _, part in parts])
+            visual = [self._visual_prompts(part, None, torch.arange(len(part))) for _, part in parts]
+            inputs = cat_padded(visual, VISUAL_PADDING)
         else:
             inputs = self.encode_images(images)
         indices = list(range(len(inputs)) if image_index is None else image_index)
@@ -414,7 +416,7 @@ class GenerationPipeline(LikelihoodPipeline):
         def flush() -> None:
             if prompts:
                 tokens = self._tokenize_prompts(prompts, decoding)
-                args = (torch.cat(visual), indices, *tokens, decoding)
+                args = (cat_padded(visual, VISUAL_PADDING), indices, *tokens, decoding)
                 made = self._describe(*args, cat_padded(maps), temperature) if details else self._decode(*args, 1)[0]
                 for position, result in zip(positions, made, strict=True):
                     results.setdefault(position, []).append(result)
@@ -523,13 +525,14 @@ class GenerationPipeline(LikelihoodPipeline):
             on_error: what to do with images that cannot be decoded: ``raise``, ``skip`` or ``return``.
 
         Returns:
-            A tensor [I, Q, D], or [N, Q, D] with questions.
+            A tensor [I, Q, D], or [N, Q, D] with questions. With ``qformer.window``, Q counts the queries of all
+            windows of the longest sequence, and those that a shorter sequence lacks are NaN.
 
         Raises:
             InputError: an image cannot be decoded, the numbers of images and questions differ and neither is 1, or the
                 Q-Former does not read questions.
         """
-        return self._map_pairs(self.model.query_outputs, images, questions, on_error)
+        return self._map_pairs(self.model.query_outputs, images, questions, on_error, torch.nan)
 
     @torch.no_grad()
     def attention_maps(
@@ -549,7 +552,9 @@ class GenerationPipeline(LikelihoodPipeline):
             on_error: what to do with images that cannot be decoded: ``raise``, ``skip`` or ``return``.
 
         Returns:
-            A tensor [N, layers, Q, P] whose rows sum to 1; without `average`, [N, layers, heads, Q, P].
+            A tensor [N, layers, Q, P] whose rows sum to 1; without `average`, [N, layers, heads, Q, P]. With
+            ``qformer.window``, a row is zero outside of its window, and zero everywhere if the sequence is too short to
+            have the window.
             :func:`~blip2.draw_attention` draws a map.
 
         Raises:
@@ -585,6 +590,7 @@ class GenerationPipeline(LikelihoodPipeline):
         questions, index = self._encode_questions(asked, prompts), torch.tensor([0])
         blank = self.encode_pixels(blank_input(self.model.vision.input_format))
         seen, unseen = (self._visual_prompts(each, questions, index)[0] for each in (features, blank))
+        unseen = unseen.repeat(len(seen) // len(unseen), 1)  # the blank image has one window
         every = torch.arange(len(seen), device=self.device)
         removed = seen.repeat(len(seen), 1, 1)
         removed[every, every] = unseen
@@ -609,9 +615,17 @@ class GenerationPipeline(LikelihoodPipeline):
         )
 
     def _map_pairs(
-        self, function: Callable[..., Tensor], images: Images, questions: str | Sequence[str] | None, on_error: OnError
+        self,
+        function: Callable[..., Tensor],
+        images: Images,
+        questions: str | Sequence[str] | None,
+        on_error: OnError,
+        padding: float = 0.0,
     ) -> Any:
-        """Apply a method of the model to images, or to pairs of an image and a question."""
+        """Apply a method of the model to images, or to pairs of an image and a question.
+
+        `padding` fills up results that are smaller than others.
+        """
         if questions is not None and self.qformer_tokenizer is None:
             raise InputError(f"the Q-Former of {self.path} does not read questions: leave out questions")
         stream = self._stream(images, on_error)
@@ -623,15 +637,15 @@ class GenerationPipeline(LikelihoodPipeline):
             asked = [(i, question) for i, position in enumerate(positions) for question in of_image(position)]
             texts = [question for _, question in asked]
             encoded = None if questions is None else self._encode_questions(texts, self.format_questions(texts))
-            rows = self._map_rows(function, features, encoded, torch.tensor([i for i, _ in asked]))
+            rows = self._map_rows(function, features, encoded, torch.tensor([i for i, _ in asked]), padding)
             counts = [len(of_image(position)) for position in positions]
             results |= zip(positions, rows.split(counts), strict=True)
         if questions is not None:
             check_all_used(listed, of_image, stream, "question", advice)
-        return stream.stack(results, of_image)
+        return stream.stack(results, of_image, padding)
 
     def _check_length(self, tokens: int, decoding: Decoding) -> None:
-        language, queries = self.model.language, self.config.qformer.num_query_tokens
+        language, queries = self.model.language, self.model.max_visual_tokens
         positions = language.max_position_embeddings
         new = 0 if language.is_encoder_decoder else decoding.max_new_tokens
         if positions is not None and queries + tokens + new > positions:

@@ -139,11 +139,15 @@ class ImageStream:
         self,
         results: Mapping[int, Float[Tensor, "_ ..."]],
         texts_of_image: Callable[[int], Sequence[object]] = lambda _: ("",),
+        padding: float = 0.0,
     ) -> Any:
-        """Return the results of all texts of all images as one tensor; or, with ``return``, as a list with errors."""
+        """Return the results of all texts of all images as one tensor; or, with ``return``, as a list with errors.
+
+        `padding` fills up results that are smaller than others.
+        """
         if self.on_error == "return":
             return self.flatten({position: list(rows) for position, rows in results.items()}, texts_of_image)
-        return cat_padded([results[position] for position in sorted(results)])
+        return cat_padded([results[position] for position in sorted(results)], padding)
 
     def _split_features(self, features: Float[Tensor, "I P E"]) -> Iterator[FeatureBatch]:
         for part in features.split(self._batch_size):
@@ -221,10 +225,20 @@ def check_on_error(on_error: str) -> None:
         raise InputError(f"on_error is {on_error!r}, expected one of {', '.join(get_args(OnError))}: use one of them")
 
 
-def cat_padded(parts: Sequence[Float[Tensor, "_ ..."]]) -> Float[Tensor, "N ..."]:
-    """Concatenate tensors, with zeros after the last dimension of those that are shorter: no attention to padding."""
-    longest = max(part.shape[-1] for part in parts)
-    return torch.cat([F.pad(part, (0, longest - part.shape[-1])) for part in parts])
+def cat_padded(parts: Sequence[Float[Tensor, "_ ..."]], padding: float = 0.0) -> Float[Tensor, "N ..."]:
+    """Concatenate tensors, each padded at the end of its other dimensions to the largest.
+
+    Args:
+        parts: the tensors.
+        padding: the value of the padding. Zero suits attention weights: there is no attention to padding.
+    """
+    sizes = [max(each) for each in zip(*(part.shape[1:] for part in parts), strict=True)]
+
+    def pad(part: Float[Tensor, "_ ..."]) -> Float[Tensor, "_ ..."]:
+        missing = [size - own for size, own in zip(sizes, part.shape[1:], strict=True)]
+        return F.pad(part, [n for each in reversed(missing) for n in (0, each)], value=padding)
+
+    return torch.cat([pad(part) for part in parts])
 
 
 def iterate(images: Any) -> tuple[Iterator[Any], int | None]:

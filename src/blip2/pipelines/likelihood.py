@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from blip2.backbones.language import VISUAL_PADDING
 from blip2.config import IMAGE_TOKEN, QUESTION_PLACEHOLDER, ModelConfig, ScoreName
 from blip2.data.arrays import blank_input
 from blip2.data.collate import (
@@ -30,7 +31,7 @@ from blip2.errors import InputError
 from blip2.model.generation import GenerationModel, Questions
 from blip2.model.losses import IGNORE_INDEX
 from blip2.pipelines.base import check_texts
-from blip2.pipelines.images import Images
+from blip2.pipelines.images import Images, cat_padded
 from blip2.pipelines.scoring import Rows, Scores, ScoringPipeline, TextLengthError
 
 QUESTION_TEMPLATE = "Question: {} Answer:"
@@ -231,7 +232,7 @@ class LikelihoodPipeline(ScoringPipeline[GenerationModel]):
             num_tokens: tokens of prompt and text, or of the prompt alone for an encoder-decoder.
             num_labels: tokens of the text, which the decoder of an encoder-decoder reads.
         """
-        language, queries = self.model.language, self.config.qformer.num_query_tokens
+        language, queries = self.model.language, self.model.max_visual_tokens
         needed = max(queries + num_tokens, num_labels if language.is_encoder_decoder else 0)
         if language.max_position_embeddings is not None and needed > language.max_position_embeddings:
             raise TextLengthError(
@@ -361,7 +362,7 @@ class LikelihoodPipeline(ScoringPipeline[GenerationModel]):
         self, features: Float[Tensor, "I P E"], questions: Questions | None, image_index: Int[Tensor, "B"]
     ) -> Float[Tensor, "N Q L"]:
         """Return the visual prompt of each image, or of each question if there are any. L is the width of the LLM."""
-        return self._map_rows(self.model.visual_prompt, features, questions, image_index)
+        return self._map_rows(self.model.visual_prompt, features, questions, image_index, VISUAL_PADDING)
 
     def _map_rows(
         self,
@@ -369,14 +370,18 @@ class LikelihoodPipeline(ScoringPipeline[GenerationModel]):
         features: Float[Tensor, "I P E"],
         questions: Questions | None,
         image_index: Int[Tensor, "B"],
+        padding: float = 0.0,
     ) -> Float[Tensor, "N ..."]:
-        """Apply a method of the model, which takes features and questions, to all images or questions in batches."""
+        """Apply a method of the model, which takes features and questions, to all images or questions in batches.
+
+        `padding` fills up results that are smaller than others.
+        """
         if questions is None:
-            return torch.cat([function(part) for part in features.split(self.batch_size)])
+            return cat_padded([function(part) for part in features.split(self.batch_size)], padding)
         parts = []
         for rows in torch.arange(len(image_index)).split(self.batch_size):
             used, image = image_index[rows].unique(return_inverse=True)
             words = int(questions.mask[rows].sum(dim=1).max())
             part = Questions(*(each[rows, :words].to(self.device) for each in questions))
             parts.append(function(features[used.to(self.device)], part, image.to(self.device)))
-        return torch.cat(parts)
+        return cat_padded(parts, padding)

@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anyio import to_thread
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.staticfiles import StaticFiles
@@ -23,7 +22,7 @@ from blip2.pipelines import GenerationPipeline, RepresentationPipeline
 from blip2.serve import attention, chat, page, search, vectors
 from blip2.serve.engine import Engine, LocalEngine
 from blip2.serve.errors import ApiError
-from blip2.serve.gate import Gate
+from blip2.serve.gate import Gate, read_hosts
 from blip2.serve.images import ImageReader
 from blip2.serve.metrics import Metrics
 from blip2.serve.models import Stage1Model, Stage2Model
@@ -50,7 +49,8 @@ def create_app(
     Args:
         pipelines: the models by the names under which clients ask for them.
         library: the library of images that ``/v1/search`` searches. None: there is no search.
-        options: limits of requests; ``host``, ``port`` and ``api_key_file`` are not used.
+        options: limits of requests; ``host``, ``port`` and ``api_key_file`` are not used. Without ``allowed_hosts``,
+            requests may have any Host header.
         api_keys: keys, one of which each request to ``/v1`` must have. Without keys, everybody may use the service.
         make_engine: makes the engine that runs the models. None: :class:`~blip2.serve.engine.LocalEngine`.
 
@@ -59,6 +59,7 @@ def create_app(
     """
     if isinstance(api_keys, str):  # each of its characters would be a key
         raise InputError("api_keys is a text, expected a list of keys: put the key into a list")
+    read_hosts(options.allowed_hosts)  # wrong names are an error now, not at the first request
     images = ImageReader(
         options.max_image_bytes, options.max_image_pixels, options.allow_image_host, options.allow_image_network
     )
@@ -73,7 +74,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await to_thread.run_sync(engine.close)
+        await engine.close()
 
     failed: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in ("4XX", "5XX")}
     app = FastAPI(

@@ -72,6 +72,7 @@ def make_router(service: Service) -> APIRouter:
 
 async def _prepare(service: Service, model: Stage2Model, body: ChatRequest) -> tuple[Generation, int]:
     """Return what is to be generated, and the number of tokens of the prompt."""
+    service.engine.check_n(body.n or 1)
     messages = await read_messages(service, model, body.messages)
     caption = _image_alone(messages)
     decoding = _decoding(body, service.options.max_tokens, CAPTION_DECODING if caption is not None else CHAT_DECODING)
@@ -218,7 +219,7 @@ async def _events(
                 count += piece.num_tokens
                 delta = ChoiceDelta(content=piece.text) if piece.text else ChoiceDelta()
                 log_probs = ChunkLogprobs(content=list(piece.log_probs), refusal=None) if piece.log_probs else None
-                if piece.text or piece.log_probs or piece.finish_reason:
+                if piece.text or piece.finish_reason:
                     yield chunk(
                         [
                             ChunkChoice(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
@@ -19,25 +18,24 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import torch
+from anyio import to_thread
 from openai.types.chat import ChatCompletionTokenLogprob
-from openai.types.chat.chat_completion_token_logprob import TopLogprob
 from transformers import PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from blip2.backbones.language import LanguageModel
 from blip2.decoding.continuous import ContinuousBatch, NewToken, Row
 from blip2.decoding.kv_cache import PromptBatch, UncachedDecoder
 from blip2.decoding.options import Decoding
 from blip2.decoding.search import cached_decoder_class
-from blip2.decoding.text import INCOMPLETE_CHARACTER, TextStreamer
+from blip2.decoding.text import TextStreamer
 from blip2.pipelines import GenerationPipeline
+from blip2.serve.errors import ApiError
 from blip2.serve.metrics import Metrics
+from blip2.serve.tokens import ShownTokens
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 FinishReason = Literal["stop", "length"]
-BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
-"""The byte for which each character stands in the vocabulary of a byte-level tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,8 @@ class Piece:
     num_tokens: int
     """Number of tokens of the text that were generated since its last piece."""
     log_probs: tuple[ChatCompletionTokenLogprob, ...] = ()
-    """These tokens with their probabilities, if they are wanted."""
+    """Tokens of the text that is there now, with their probabilities, if they are wanted. The tokens of all pieces are
+    those of the whole text."""
     finish_reason: FinishReason | None = None
     """Why the text ends here: ``stop`` at its end token or a stop string, ``length`` at its maximum length. None: it
     goes on."""
@@ -88,6 +87,10 @@ class Engine(ABC):
         """
 
     @abstractmethod
+    def check_n(self, n: int) -> None:
+        """Raise an ApiError if `n` texts cannot be generated for one prompt."""
+
+    @abstractmethod
     def stream(self, generation: Generation) -> AsyncGenerator[Piece, None]:
         """Generate texts, and yield their pieces as they are written. If the iterator is closed, the work ends."""
 
@@ -96,7 +99,7 @@ class Engine(ABC):
         """Return whether requests will be answered."""
 
     @abstractmethod
-    def close(self) -> None:
+    async def close(self) -> None:
         """Finish what was submitted, and free what the engine holds."""
 
 
@@ -149,7 +152,16 @@ class LocalEngine(Engine):
         self._put(self._calls, _Call(function, items, future))
         return await asyncio.wrap_future(future)
 
+    def check_n(self, n: int) -> None:
+        if n > self._max_batch_size:
+            raise ApiError(
+                400,
+                f"n is {n}, but at most {self._max_batch_size} texts are generated at the same time: ask for fewer",
+                "n",
+            )
+
     async def stream(self, generation: Generation) -> AsyncGenerator[Piece, None]:
+        self.check_n(generation.n)
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[list[NewToken] | Exception] = asyncio.Queue()
         job = _Job(generation, make_rows(generation), lambda event: _publish(loop, events, event))
@@ -179,11 +191,11 @@ class LocalEngine(Engine):
     def is_ready(self) -> bool:
         return self._thread.is_alive() and not self._is_closed
 
-    def close(self) -> None:
+    async def close(self) -> None:
         with self._condition:
             self._is_closed = True
             self._condition.notify()
-        self._thread.join()
+        await to_thread.run_sync(self._thread.join)
 
     def _put(self, queue: deque[Any], what: Any) -> None:
         with self._condition:
@@ -267,7 +279,7 @@ class LocalEngine(Engine):
             room.setdefault(key, self._max_batch_size - running)
             if job.is_done:  # the client has left
                 self._waiting.remove(job)
-            elif len(job.rows) <= room[key] or (not running and room[key] == self._max_batch_size):
+            elif len(job.rows) <= room[key]:
                 room[key] -= len(job.rows)
                 self._waiting.remove(job)
                 taken.append(job)
@@ -350,7 +362,7 @@ class _Text:
         self, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str] | None, generation: Generation
     ) -> None:
         self._tokenizer, self._stop_strings = tokenizer, tuple(stop_strings or ())
-        self._streamer = TextStreamer(tokenizer, stop_strings)
+        self._streamer, self._shown = TextStreamer(tokenizer, stop_strings), ShownTokens(tokenizer)
         self._eos = generation.pipeline.model.language.eos_token_ids(generation.pipeline.eos_token_id)
         self._limit = generation.decoding.max_new_tokens
         self._tokens: list[int] = []
@@ -368,33 +380,14 @@ class _Text:
             reason = "length"
         self._is_done = reason is not None
         text = self._streamer.put(self._tokens) if reason is None else self._streamer.end(self._tokens)
-        return Piece(index, text, 1, self._describe(new), reason)
+        if new.log_prob is None:
+            return Piece(index, text, 1, finish_reason=reason)
+        self._shown.add(new.token, new.log_prob, new.alternatives)
+        return Piece(index, text, 1, self._shown.take(self._streamer.text), reason)
 
     def _has_stop_string(self) -> bool:
         text = str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
         return any(each in text for each in self._stop_strings)
-
-    def _describe(self, new: NewToken) -> tuple[ChatCompletionTokenLogprob, ...]:
-        if new.log_prob is None:
-            return ()
-        best = [
-            TopLogprob(**describe_token(self._tokenizer, token), logprob=value) for token, value in new.alternatives
-        ]
-        chosen = describe_token(self._tokenizer, new.token)
-        return (ChatCompletionTokenLogprob(**chosen, logprob=new.log_prob, top_logprobs=best),)
-
-
-def describe_token(tokenizer: PreTrainedTokenizerBase, token: int) -> dict[str, Any]:
-    """Return the text of a token, and its bytes: None if they are no character and the tokenizer does not tell them."""
-    text = str(tokenizer.decode([token]))
-    found: list[int] | None = list(text.encode())
-    if INCOMPLETE_CHARACTER in text:  # a part of a character, whose other bytes are in the adjacent tokens
-        name = str(tokenizer.convert_ids_to_tokens(token))
-        if match := re.fullmatch("<0x([0-9A-F]{2})>", name):
-            found = [int(match[1], 16)]
-        else:
-            found = [BYTES[each] for each in name] if all(each in BYTES for each in name) else None
-    return {"token": text, "bytes": found}
 
 
 def make_rows(generation: Generation) -> list[Row]:

@@ -1,8 +1,8 @@
 """The gate that every request passes before and after its endpoint.
 
-The API key is checked first, then whether there is room, then the size of the body is bounded while it arrives: nothing
-is parsed before. A client that leaves, and a request that takes too long, end the work for it. Each request is counted
-and logged, without anything that the client sent.
+The Host header is checked first, then the API key, then whether there is room, then the size of the body is bounded
+while it arrives: nothing is parsed before. A client that leaves, and a request that takes too long, end the work for
+it. Each request is counted and logged, without anything that the client sent.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import hmac
 import json
 import logging
+import re
 import time
 import traceback
 import uuid
@@ -20,6 +21,7 @@ from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from blip2.errors import InputError
 from blip2.serve.errors import ApiError
 from blip2.serve.metrics import Metrics
 from blip2.serve.options import ServeOptions
@@ -33,6 +35,8 @@ DISCARD_SECONDS = 2.0
 """Maximum duration of receiving the rest of a body that is refused, in seconds."""
 BODIES_IN_MEMORY = 8
 """Maximum size of all bodies in memory, as a multiple of the maximum size of one."""
+HOST = re.compile(r"([a-zA-Z0-9._-]+|\[[0-9a-fA-F:.]+\])(?::[0-9]*)?")
+"""A Host header: a name or an address, and a port."""
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -56,6 +60,7 @@ class Gate:
     def __init__(self, app: ASGIApp, options: ServeOptions, keys: Iterable[str], metrics: Metrics) -> None:
         self._app, self._options, self._metrics = app, options, metrics
         self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self._hosts = read_hosts(options.allowed_hosts)
         self._in_flight = self._num_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -65,6 +70,22 @@ class Gate:
         await _Request(self, scope, receive, send).run()
 
     # -- steps of a request, used by _Request ------------------------------------------------------------------------
+
+    def check_host(self, scope: Scope) -> None:
+        """Raise an ApiError if the service has names and the Host header has none of them.
+
+        A page of another site can let the name of that site resolve to the address of this server (DNS rebinding), and
+        then reads its answers as its own. Its requests have the name of that site.
+        """
+        if not self._hosts:
+            return
+        host = host_name(dict(scope["headers"]).get(b"host", b"").decode("latin-1"))
+        if not any(host.endswith(each[1:]) if each.startswith("*") else host == each for each in self._hosts):
+            raise ApiError(
+                400,
+                "the Host header is not a name of this server: use one that its --allowed-hosts names",
+                code="invalid_host",
+            )
 
     def check_key(self, scope: Scope) -> None:
         """Raise an ApiError if the service needs an API key and the request has none of them."""
@@ -168,6 +189,31 @@ def route_path(scope: Scope) -> str:
     return scope["path"].removeprefix(scope.get("root_path", "").rstrip("/"))
 
 
+def host_name(header: str) -> str:
+    """Return the name or address in a Host header in lower case, without its port; an empty text if it is not one."""
+    match = HOST.fullmatch(header)
+    return match[1].lower() if match else ""
+
+
+def read_hosts(allowed: Iterable[str]) -> list[str]:
+    """Return the names of a server in lower case; none: any name.
+
+    Raises:
+        InputError: a name has a port or is none.
+    """
+    names: list[str] = []
+    for each in allowed:
+        prefix = "*." if each.startswith("*.") else ""
+        name = host_name(each.removeprefix(prefix))
+        if each != "*" and (not name or name != each.removeprefix(prefix).lower()):
+            raise InputError(
+                f"allowed_hosts contains {each!r}, expected the name of a host such as example.com or *.example.com:"
+                " leave out scheme and port"
+            )
+        names.append(prefix + name)
+    return [] if "*" in allowed else names
+
+
 def _full(found: str) -> ApiError:
     return ApiError(
         429, f"{found}: try again after the time in Retry-After", code="queue_full", headers={"Retry-After": "1"}
@@ -222,6 +268,7 @@ class _Request:
         """Run the application, and return how it ended."""
         gate, scope = self._gate, self._scope
         scope.setdefault("state", {})["log"] = {}
+        gate.check_host(scope)
         gate.check_key(scope)
         if scope["method"] in ("GET", "HEAD") and not route_path(scope).startswith("/v1/"):
             await gate.app(scope, self._receive, self._send_with_headers)

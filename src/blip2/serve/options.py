@@ -18,6 +18,10 @@ class ServeOptions:
     """Port to listen on; 0 for a free one."""
     api_key_file: Path | None = None
     """File with the API keys of clients, one per line. null: everybody who reaches the port may use the service."""
+    allowed_hosts: list[str] | tuple[str, ...] = ()
+    """A name of this server that the Host header of requests may have, such as blip2.example.com or *.example.com.
+    Repeat the option for several; * allows all. Without it, a server that listens on a loopback address, as by default,
+    accepts localhost and loopback addresses, and another one all names."""
     max_queue: int = bounded(64, 1, 100_000)
     """Maximum number of requests that wait or are worked on. Others get status 429 with Retry-After."""
     max_batch_size: int = bounded(16, 1, 4096)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import logging
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import uvicorn
@@ -43,6 +45,7 @@ def serve(
         InputError: a model or the library cannot be loaded, two models have the same name, or there are no keys in
             the file of API keys.
     """
+    options = replace(options, allowed_hosts=options.allowed_hosts or default_hosts(options.host))
     keys = [] if options.api_key_file is None else read_keys(options.api_key_file)
     paths = name_models(models)
     pipelines: dict[str, RepresentationPipeline | GenerationPipeline] = {}
@@ -100,6 +103,20 @@ class _Server(uvicorn.Server):
             for socket in server.sockets:
                 host, port = socket.getsockname()[:2]
                 print(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}", file=sys.stderr, flush=True)
+
+
+def default_hosts(host: str) -> list[str]:
+    """Return the names that requests to a server may use, by the address on which it listens; none: any name.
+
+    A server on a loopback address is only reached under the names of its own machine, unless there is a proxy before
+    it, or a page of another site lets its name resolve to this address.
+    """
+    try:
+        is_loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return []
+    own = f"[{host}]" if ":" in host else host
+    return list(dict.fromkeys(["localhost", "127.0.0.1", "[::1]", own])) if is_loopback else []
 
 
 def find_vllm(

@@ -17,8 +17,6 @@ import openai
 import torch
 from jaxtyping import Float
 from openai.types import CompletionChoice
-from openai.types.chat import ChatCompletionTokenLogprob
-from openai.types.chat.chat_completion_token_logprob import TopLogprob
 from torch import Tensor
 
 from blip2.decoding.text import final_text
@@ -27,6 +25,7 @@ from blip2.pipelines import GenerationPipeline
 from blip2.serve.engine import FinishReason, Generation, LocalEngine, Piece
 from blip2.serve.errors import ApiError
 from blip2.serve.metrics import Metrics
+from blip2.serve.tokens import ShownTokens
 
 UNAVAILABLE = "the language model does not answer: try again later"
 
@@ -46,6 +45,13 @@ class VllmEngine(LocalEngine):
         self._model = model
         self._client = openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0)
 
+    def check_n(self, n: int) -> None:
+        """vLLM generates as many texts at the same time as it has room for, and the others wait there."""
+
+    async def close(self) -> None:
+        await super().close()
+        await self._client.close()
+
     async def stream(self, generation: Generation) -> AsyncGenerator[Piece, None]:
         try:
             async with aclosing(self._stream(generation)) as pieces:
@@ -63,6 +69,7 @@ class VllmEngine(LocalEngine):
             "min_tokens": decoding.min_new_tokens,
             "stop_token_ids": language.eos_token_ids(generation.pipeline.eos_token_id),
             "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+            "return_tokens_as_token_ids": True,
         }
         chunks = await self._client.completions.create(
             model=self._model,
@@ -77,6 +84,7 @@ class VllmEngine(LocalEngine):
             stream=True,
             extra_body=more,
         )
+        tokens = [ShownTokens(generation.pipeline.tokenizer) for _ in range(generation.n)]
         texts, shown = [""] * generation.n, [""] * generation.n
         counts, open_texts = [0] * generation.n, generation.n
         async with chunks:
@@ -94,7 +102,8 @@ class VllmEngine(LocalEngine):
                     text = final_text(texts[index], None)  # white space at the end may be followed by more text
                     piece, shown[index] = text[len(shown[index]) :], text
                     self._metrics.tokens.inc(new)
-                    yield Piece(index, piece, new, _describe(choice, generation.num_alternatives or 0), reason)
+                    _add_tokens(tokens[index], choice, generation.num_alternatives or 0)
+                    yield Piece(index, piece, new, tokens[index].take(text), reason)
         if open_texts:
             raise ApiError(503, UNAVAILABLE, code="engine")
 
@@ -115,23 +124,17 @@ def encode_tensor(tensor: Float[Tensor, "T L"]) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _describe(choice: CompletionChoice, num_alternatives: int) -> tuple[ChatCompletionTokenLogprob, ...]:
+def _add_tokens(tokens: ShownTokens, choice: CompletionChoice, num_alternatives: int) -> None:
+    """Add the tokens of a chunk, which vLLM names ``token_id:NUMBER``, with their probabilities if there are any."""
     found = choice.logprobs
     if found is None or not found.tokens or not found.token_logprobs:
-        return ()
+        return
     best = found.top_logprobs or [{} for _ in found.tokens]
-    return tuple(
-        ChatCompletionTokenLogprob(
-            token=token,
-            logprob=value,
-            bytes=list(token.encode()),
-            top_logprobs=[
-                TopLogprob(token=other, logprob=log_prob, bytes=list(other.encode()))
-                # vLLM adds the token itself if it is not one of the most likely.
-                for other, log_prob in sorted((alternatives or {}).items(), key=lambda each: -each[1])[
-                    :num_alternatives
-                ]
-            ],
-        )
-        for token, value, alternatives in zip(found.tokens, found.token_logprobs, best, strict=True)
-    )
+    for token, log_prob, alternatives in zip(found.tokens, found.token_logprobs, best, strict=True):
+        # vLLM adds the token itself if it is not one of the most likely.
+        ranked = sorted((alternatives or {}).items(), key=lambda each: -each[1])[:num_alternatives]
+        tokens.add(_token_id(token), log_prob, [(_token_id(other), value) for other, value in ranked])
+
+
+def _token_id(name: str) -> int:
+    return int(name.removeprefix("token_id:"))

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from blip2.backbones.frozen import Freezable
+from blip2.backbones.lora import ADAPTER_KEY, BASE_LAYER_KEY
 from blip2.backbones.vision import ImageEncoder
 from blip2.config import OptimizerConfig
 from blip2.errors import InputError
@@ -76,13 +77,21 @@ def configure_trainable(model: nn.Module, config: OptimizerConfig) -> dict[str, 
 
 
 def _check_adapters(model: nn.Module, rates: dict[str, float]) -> None:
-    """Check that adapters train, and that the other parameters of a part with adapters are frozen."""
+    """Check that adapters train, and that the weights that they adapt are frozen.
+
+    In a :class:`Freezable`, whose checkpoint has the adapters alone, all other parameters must be frozen.
+    """
     for part, module in model.named_children():
-        if not isinstance(module, Freezable) or not module.adapter_key:
+        if not any(ADAPTER_KEY in name for name, _ in module.named_parameters()):
             continue
         trained = [name for name in rates if name.startswith(f"{part}.")]
-        others = [name for name in trained if module.adapter_key not in name]
-        if others or not trained:
+        adapters = [name for name in trained if ADAPTER_KEY in name]
+        others = [
+            name
+            for name in trained
+            if name not in adapters and (isinstance(module, Freezable) or BASE_LAYER_KEY in name)
+        ]
+        if others or not adapters:
             problem = f"also trains {others[0]}, which is not an adapter" if others else "freezes the adapters"
             raise InputError(
                 f"{part} has adapters, but optimizer.learning_rate {problem}: begin optimizer.learning_rate with"

@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
+from blip2.backbones.features import token_mask
 from blip2.model.generation import GenerationBatch, GenerationModel
 from blip2.model.losses import IGNORE_INDEX
 
@@ -27,8 +28,9 @@ def fit_projection(model: GenerationModel, batches: Iterable[GenerationBatch]) -
     """Set the projection to the ridge regression, with the penalty :data:`RIDGE`, from Z to the LLM's token embeddings
     of the captions.
 
-    Query q (0 to Q - 1) is fitted to token floor(q T / Q) of a caption with T tokens. The result is scaled to the
-    standard deviation of the LLM's token embeddings.
+    Query q (0 to Q - 1) is fitted to token floor(q T / Q) of a caption with T tokens; with ``qformer.window``, Q counts
+    the queries of all windows of a sequence. The result is scaled to the standard deviation of the LLM's token
+    embeddings.
 
     Args:
         model: the model; only its projection is changed.
@@ -46,9 +48,9 @@ def fit_projection(model: GenerationModel, batches: Iterable[GenerationBatch]) -
     yy, y, count = xx.new_zeros(()), xx.new_zeros(width), 0
     for batch in batches:
         z = model.query_outputs(batch.images, batch.questions).double()
-        targets = model.language.embed(_aligned_tokens(batch.labels, z.shape[1])).double()  # [B, Q, L]
-        x = torch.cat([z, torch.ones_like(z[..., :1])], dim=-1).flatten(0, 1)
-        targets = targets.flatten(0, 1)
+        exists = token_mask(z)  # False for the queries of windows that a sequence lacks
+        targets = model.language.embed(_aligned_tokens(batch.labels, exists))[exists].double()
+        x = torch.cat([z, torch.ones_like(z[..., :1])], dim=-1)[exists]
         xx += x.T @ x
         xy += x.T @ targets
         yy += targets.square().sum()
@@ -67,12 +69,15 @@ def fit_projection(model: GenerationModel, batches: Iterable[GenerationBatch]) -
     return float(1 - (yy - explained) / total)
 
 
-def _aligned_tokens(labels: Int[Tensor, "B U"], num_queries: int) -> Int[Tensor, "B Q"]:
-    """Return, for each query, the id of the caption token to which the query is fitted."""
+def _aligned_tokens(labels: Int[Tensor, "B U"], exists: Bool[Tensor, "B Q"]) -> Int[Tensor, "B Q"]:
+    """Return, for each query, the id of the caption token to which the query is fitted.
+
+    Where `exists` is False, the id has no meaning.
+    """
     rows = []
-    for row in labels:
+    for row, num_queries in zip(labels, exists.sum(dim=1).tolist(), strict=True):
         tokens = row[row != IGNORE_INDEX][:-1]  # without the end-of-text token
         tokens = tokens if len(tokens) else row[row != IGNORE_INDEX]
-        indices = torch.arange(num_queries, device=row.device) * len(tokens) // num_queries
-        rows.append(tokens[indices])
+        indices = torch.arange(exists.shape[1], device=row.device) * len(tokens) // num_queries
+        rows.append(tokens[indices.clamp(max=len(tokens) - 1)])
     return torch.stack(rows)

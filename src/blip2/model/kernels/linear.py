@@ -128,17 +128,26 @@ class _GeluLinear(torch.autograd.Function):
         return linear(F.gelu(x), weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad_output = grad_outputs[0].flatten(0, -2)
-        grad_input = torch.ops.aten.gelu_backward(linear(grad_output, weight.T).view_as(x), x)
-        # For this weight, unlike for others, oneDNN computes the gradient a tenth faster than MKL.
-        grad_weight = linear(grad_output.T, F.gelu(x).flatten(0, -2).T)
-        return grad_input, grad_weight, grad_output.sum(dim=0)
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            torch.ops.aten.gelu_backward(linear(grad_output, weight.T).view_as(x), x) if needs_x else None,
+            # For this weight, unlike for others, oneDNN computes the gradient a tenth faster than MKL.
+            linear(grad_output.T, F.gelu(x).flatten(0, -2).T) if needs_weight else None,
+            grad_output.sum(dim=0) if needs_bias else None,
+        )
 
 
-def mlp(x: Float[Tensor, "*shape I"], fc1: nn.Linear, fc2: nn.Linear) -> Float[Tensor, "*shape O"]:
-    """Return ``fc2(gelu(fc1(x)))``, with the exact GELU."""
+def mlp(x: Float[Tensor, "*shape I"], fc1: nn.Module, fc2: nn.Module) -> Float[Tensor, "*shape O"]:
+    """Return ``fc2(gelu(fc1(x)))``, with the exact GELU.
+
+    The operations are fused if both layers are ``torch.nn.Linear``. A layer with adapters of PEFT is not: its `weight`
+    lacks the adapters.
+    """
+    if not (isinstance(fc1, nn.Linear) and isinstance(fc2, nn.Linear)):
+        return fc2(F.gelu(fc1(x)))
     if not torch.is_grad_enabled():
         return fc2(linear_gelu(x, fc1.weight, fc1.bias))
     hidden = fc1(x)
@@ -168,9 +177,11 @@ class NormalizedFeatures:
             return cls(to_autocast_dtype(norm(features)), None)
         return cls(to_autocast_dtype(F.layer_norm(features, norm.normalized_shape, eps=norm.eps)), norm)
 
-    def project(self, projection: nn.Linear) -> Float[Tensor, "B P O"]:
-        """Return ``projection(norm(features))``."""
+    def project(self, projection: nn.Module) -> Float[Tensor, "B P O"]:
+        """Return ``projection(norm(features))``. The projection may have adapters, as in :func:`mlp`."""
         if self.norm is None:
             return projection(self.x)
+        if not isinstance(projection, nn.Linear):
+            return projection(self.x * self.norm.weight + self.norm.bias)
         weight, norm = projection.weight, self.norm
         return linear(self.x, weight * norm.weight, projection.bias + (weight * norm.bias).sum(dim=1))
