@@ -85,6 +85,39 @@ def test_a_killed_run_continues_exactly(parts, table, trained):
     assert_same_run(run, trained["stage1"])
 
 
+def test_stage_2_with_windows(parts, table, trained, tmp_path, capsys):
+    """It starts from a stage 1 without windows, continues exactly, and each sequence has its own result in a batch."""
+    from blip2.training.trainer import train
+
+    def recipe(folder):
+        return parts.recipe(
+            folder, stage="generation", vision=VISION, data={"train": str(table), "validation": str(table)},
+            qformer={"window": 4, "stride": 3}, training={**SHORT, "eval_steps": 2},
+            language={"name": parts.llama, "projection_init": "least_squares"}, start_from=str(trained["stage1"]),
+        )  # fmt: skip
+
+    train(recipe(tmp_path / "whole"))
+    cut = cut_short(tmp_path / "whole", 2)
+    train(recipe(cut), resume=True)
+    assert_same_run(cut, tmp_path / "whole")
+
+    model, found = blip2.load(tmp_path / "whole", "cpu"), arrays()
+    assert model.caption(found) == [model.caption([each])[0] for each in found]
+    texts = ["a red disc", "the green square"]
+    for by in ("lm", "pmi"):
+        alone = torch.cat([model.score([each], texts, by=by).values for each in found])
+        torch.testing.assert_close(model.score(found, texts, by=by).values, alone, rtol=0, atol=1e-4)
+    long = max(found, key=len)
+    assert model.explain(long, "a red disc").effects.shape[1] == 4 * model.config.qformer.count_windows(len(long)) > 4
+
+    assert main(["convert", str(tmp_path / "whole"), str(tmp_path / "blip2"), "--to", "blip2"]) == 0
+    assert "for each window of 4 tokens" in (tmp_path / "blip2" / "README.md").read_text()
+    assert blip2.load(tmp_path / "blip2", "cpu").caption(found) == model.caption(found)
+    capsys.readouterr()
+    assert main(["convert", str(tmp_path / "whole"), str(tmp_path / "hf"), "--to", "transformers"]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
 # -- methods -----------------------------------------------------------------------------------------------------------
 
 

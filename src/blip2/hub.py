@@ -69,6 +69,8 @@ def model_card(checkpoint: Checkpoint, to: str, *, stage1: Checkpoint | None = N
         task = (
             "writes about images: it turns the features of a frozen image encoder into {} soft prompts of a frozen LLM"
         )
+        if config.qformer.window is not None:
+            task += f" for each window of {config.qformer.window} tokens"
     rows = [[role, f"`{name}`", licenses[name] or UNKNOWN_LICENSE] for role, name in parts]
     sections = [
         f"---\n{_front_matter(checkpoint, to, licenses)}\n---",
