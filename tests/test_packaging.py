@@ -2,6 +2,7 @@
 
 import tarfile
 import zipfile
+from configparser import ConfigParser
 from email.parser import BytesParser
 from pathlib import Path
 
@@ -67,4 +68,9 @@ def test_the_metadata_names_the_version_the_command_and_every_requirement(wheel)
     assert metadata["Requires-Python"] == ">=3.11" and metadata["License-Expression"] == "Apache-2.0"
     required = {line.split(">=")[0] for line in metadata.get_all("Requires-Dist") if "extra ==" not in line}
     assert {"torch", "transformers", "datasets", "safetensors"} <= required and "pytest" not in required
-    assert commands.split() == ["[console_scripts]", "blip2", "=", "blip2.__main__:main"]
+    entry_points = ConfigParser()
+    entry_points.read_string(commands)
+    assert {name: dict(entry_points[name]) for name in entry_points.sections()} == {
+        "console_scripts": {"blip2": "blip2.__main__:main"},
+        "lmms_eval.models": {"blip2": "blip2.evaluation.lmms_eval:MANIFEST"},
+    }

@@ -92,8 +92,12 @@ class BridgeModel(GenerationModel):
         self.vision, self.image_norm, self.language = model.vision, model.image_norm, model.language
         self.projection, self.bridge = model.projection, bridge
 
-    def query_outputs(self, images: Tensor, questions: Any = None, image_index: Any = None) -> Tensor:
-        return self.bridge(self.image_norm(images.float()))
+    def _run_qformer(self, images: Tensor, questions: Any, image_index: Any = None) -> tuple[Tensor, None]:
+        return self.bridge(self.image_norm(images.float())), None
+
+    @property
+    def max_visual_tokens(self) -> int:
+        return self.vision.num_tokens
 
 
 def make_bridge(recipe: Recipe, variant: str) -> tuple[Built, Recipe]:

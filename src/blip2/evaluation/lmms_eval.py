@@ -23,6 +23,7 @@ from tqdm import tqdm
 from blip2.config import IMAGE_TOKEN, Precision
 from blip2.decoding.options import Decoding
 from blip2.errors import InputError
+from blip2.io import parse_json
 from blip2.pipelines import GenerationPipeline, load
 
 log = logging.getLogger("blip2")
@@ -94,7 +95,7 @@ class Blip2(lmms):
 
             def flush(key: str) -> None:
                 numbers, images, contexts = zip(*single.pop(key), strict=True)
-                texts.update(zip(numbers, self._answer(images, contexts, json.loads(key)), strict=True))
+                texts.update(zip(numbers, self._answer(images, contexts, parse_json(key)), strict=True))
                 progress.update(len(numbers))
 
             for number, request in enumerate(requests):
