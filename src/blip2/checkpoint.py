@@ -20,7 +20,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -399,13 +399,13 @@ def check_qformer_config(checkpoint: Checkpoint, qformer: QFormerConfig) -> None
     Raises:
         InputError: a field differs from the checkpoint's config. ``bert``, ``tokenizer`` and ``dropout`` may differ.
     """
-    trained = asdict(checkpoint.config.qformer)
-    for field in fields(QFormerConfig):
-        old, new = trained[field.name], asdict(qformer)[field.name]
-        if old != new and field.name not in ("bert", "tokenizer", "dropout"):
+    given = asdict(qformer)
+    for name, old in asdict(checkpoint.config.qformer).items():
+        new = given[name]
+        if old != new and name not in ("bert", "tokenizer", "dropout"):
             raise InputError(
-                f"qformer.{field.name} is {new}, but {checkpoint.name} was trained with {old}: leave out"
-                f" qformer.{field.name}, or set it to {old}"
+                f"qformer.{name} is {new}, but {checkpoint.name} was trained with {old}: leave out"
+                f" qformer.{name}, or set it to {old}"
             )
 
 

@@ -10,11 +10,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
 
 from blip2.decoding.options import Decoding
 from blip2.errors import InputError
 from conftest import COLORS, SHAPES, draw
+from fixtures.tiny import save_writer
 
 ROOT = Path(__file__).parents[2]
 needs_lmms_eval = pytest.mark.skipif(find_spec("lmms_eval") is None, reason="lmms-eval is not installed")
@@ -57,16 +57,7 @@ def test_the_entry_point_names_the_manifest():
 @pytest.fixture(scope="module")
 def checkpoint(parts, tmp_path_factory):
     """A tiny stage-2 model with random weights."""
-    from blip2.builder import build
-    from blip2.checkpoint import save_checkpoint
-    from fixtures.tiny import randomize
-
-    folder = tmp_path_factory.mktemp("writer")
-    recipe = parts.recipe(folder, stage="generation", language={"name": parts.llama})
-    built = build(recipe.model, torch.device("cpu"))
-    randomize(built.model.qformer)
-    save_checkpoint(folder, 1, built.model, recipe, built.tokenizer, {}, {}, 1)
-    return folder
+    return save_writer(parts, tmp_path_factory.mktemp("writer"))
 
 
 def evaluate(folder, checkpoint, rows, task, **options):

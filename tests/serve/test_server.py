@@ -11,7 +11,6 @@ from pathlib import Path
 import httpx2
 import openai
 import pytest
-import torch
 
 from blip2.errors import InputError
 from blip2.serve.app import create_app
@@ -21,6 +20,7 @@ from conftest import draw
 from fixtures.library import save_run
 from fixtures.processes import start
 from fixtures.service import data_url
+from fixtures.tiny import save_writer
 
 KEY = "a-key-of-some-length"
 
@@ -28,16 +28,7 @@ KEY = "a-key-of-some-length"
 @pytest.fixture(scope="module")
 def writer_run(parts, tmp_path_factory):
     """A checkpoint of a tiny stage-2 model."""
-    from blip2.builder import build
-    from blip2.checkpoint import save_checkpoint
-    from fixtures.tiny import randomize
-
-    folder = tmp_path_factory.mktemp("writer")
-    recipe = parts.recipe(folder, stage="generation", language={"name": parts.llama})
-    built = build(recipe.model, torch.device("cpu"))
-    randomize(built.model.qformer)
-    save_checkpoint(folder, 1, built.model, recipe, built.tokenizer, {}, {}, 1)
-    return folder
+    return save_writer(parts, tmp_path_factory.mktemp("writer"))
 
 
 @pytest.fixture(scope="module")

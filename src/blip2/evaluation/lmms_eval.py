@@ -23,13 +23,12 @@ from tqdm import tqdm
 from blip2.config import IMAGE_TOKEN, Precision
 from blip2.decoding.options import Decoding
 from blip2.errors import InputError
-from blip2.io import parse_json
 from blip2.pipelines import GenerationPipeline, load
 
 log = logging.getLogger("blip2")
 
 MANIFEST = ModelManifest("blip2", simple_class_path="blip2.evaluation.lmms_eval.Blip2")
-"""What lmms-eval registers: the name of the model and its class."""
+"""Tells lmms-eval the name of the model and its class."""
 MAX_NEW_TOKENS = 100
 """Maximum number of generated tokens for tasks that set none."""
 
@@ -90,23 +89,23 @@ class Blip2(lmms):
         or none as an answer in :meth:`~blip2.GenerationPipeline.chat`.
         """
         texts: dict[int, str] = {}
-        single: dict[str, list[tuple[int, Image.Image, str]]] = {}
+        single: dict[str, list[tuple[int, Image.Image, str, dict[str, Any]]]] = {}
         with tqdm(total=len(requests), disable=self.rank != 0, desc="blip2") as progress:
 
             def flush(key: str) -> None:
-                numbers, images, contexts = zip(*single.pop(key), strict=True)
-                texts.update(zip(numbers, self._answer(images, contexts, parse_json(key)), strict=True))
+                numbers, images, contexts, options = zip(*single.pop(key), strict=True)
+                texts.update(zip(numbers, self._answer(images, contexts, options[0]), strict=True))
                 progress.update(len(numbers))
 
             for number, request in enumerate(requests):
-                context, options, doc_to_visual, *document = _arguments(request)
+                context, options, doc_to_visual, *document = request.args
                 images = self._images(doc_to_visual, *document)
                 if len(images) != 1:
                     texts[number] = self._write(images, context, options)
                     progress.update()
                     continue
                 key = json.dumps(options, sort_keys=True)
-                single.setdefault(key, []).append((number, images[0], context))
+                single.setdefault(key, []).append((number, images[0], context, options))
                 if len(single[key]) == self.batch_size:
                     flush(key)
             for key in list(single):
@@ -120,7 +119,7 @@ class Blip2(lmms):
         """
         answers: list[list[str]] = []
         for request in tqdm(requests, disable=self.rank != 0, desc="blip2"):
-            context, options, doc_to_visual, doc_to_text, *document = _arguments(request)
+            context, options, doc_to_visual, doc_to_text, *document = request.args
             images, written, info = self._images(doc_to_visual, *document), [], None
             for number in count(1):
                 written = [*written, self._write(images, context, options)]
@@ -147,7 +146,7 @@ class Blip2(lmms):
                     raise InputError(
                         "a likelihood without an image was asked for: leave out the metric acc_mutual_info"
                     )
-                context, target, doc_to_visual, *document = _arguments(request)
+                context, target, doc_to_visual, *document = request.args
                 found = self._images(doc_to_visual, *document)
                 if len(found) != 1:
                     raise InputError(
@@ -192,7 +191,7 @@ class Blip2(lmms):
         """Generate a text about each image."""
         prompts, questions = self._prompts(contexts)
         tokens = max(len(ids) for ids in self._pipeline.tokenizer(prompts)["input_ids"])
-        decoding = self._decoding(options, self._pipeline.config.qformer.num_query_tokens + tokens)
+        decoding = self._decoding(options, self._pipeline.model.max_visual_tokens + tokens)
         return self._pipeline.generate(list(images), prompts, decoding, questions=questions)
 
     def _write(self, images: Sequence[Image.Image], context: str, options: Mapping[str, Any]) -> str:
@@ -238,7 +237,3 @@ class Blip2(lmms):
         if new := names - self._ignored:
             self._ignored |= new
             log.warning("generation_kwargs without effect on this model: %s", ", ".join(sorted(new)))
-
-
-def _arguments(request: Instance) -> tuple[Any, ...]:
-    return request.args
