@@ -134,7 +134,8 @@ def test_memory_is_not_taken_twice():
     done = subprocess.run([sys.executable, script, "--gigabytes", "0.6"], check=True, capture_output=True, text=True)
     rows = [line.split("|") for line in done.stdout.splitlines() if line.startswith("| bf16")]
     assert [row[2].strip() for row in rows] == ["bf16", "fp32"]
-    assert all(float(row[4]) < 1.3 and float(row[5]) < 1.3 for row in rows), done.stdout
+    # A second copy would add 1 to the first row and 0.5 to the second; the pages of libraries add 0.1 to 0.3 GiB.
+    assert all(max(float(row[4]), float(row[5])) < most for row, most in zip(rows, (1.7, 1.4), strict=True)), done.stdout
 
 
 def test_a_conversion_is_not_written_over(place, monkeypatch, capsys):

@@ -376,6 +376,15 @@ def test_keys_of_an_application_below_a_path():
         create_app({}, api_keys=KEY)
 
 
+@pytest.fixture(scope="module")
+def endless(parts):
+    """A model that never writes its end token, so that an answer takes as long as it may on every machine."""
+    writer = build_writer(parts)
+    with torch.no_grad():
+        writer.model.language.network.lm_head.weight[writer.tokenizer.eos_token_id] = 0
+    return writer
+
+
 def long(client, **options):
     return chat(client, ask(), max_tokens=1000, **options)
 
@@ -388,8 +397,8 @@ def wait_until(true):
     raise AssertionError
 
 
-def test_a_full_queue_and_clients_that_leave(writer):
-    app = create_app({"writer": writer}, options=ServeOptions(max_queue=2))
+def test_a_full_queue_and_clients_that_leave(endless):
+    app = create_app({"writer": endless}, options=ServeOptions(max_queue=2))
     with (
         serve(app) as port,
         openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=0) as client,
@@ -405,15 +414,14 @@ def test_a_full_queue_and_clients_that_leave(writer):
         assert chat(client, ask(), max_tokens=2).choices[0].message.content is not None
         streams[1].close()
         wait_until(lambda: "blip2_running_texts 0" in metrics() and "blip2_requests_in_flight 0" in metrics())
-        with pytest.raises(openai.APITimeoutError):  # this client does not wait either, however fast the machine is
-            for timeout in (0.3, 0.1, 0.05, 0.02):
-                long(client.with_options(timeout=timeout))
+        with pytest.raises(openai.APITimeoutError):  # this client does not wait either
+            long(client.with_options(timeout=0.1))
         wait_until(lambda: 'outcome="client_left",route="/v1/chat/completions",status="0"' in metrics())
         wait_until(lambda: "blip2_running_texts 0" in metrics())
 
 
-def test_a_request_ends_at_its_deadline(writer):
-    app = create_app({"writer": writer}, options=ServeOptions(deadline=0.2))
+def test_a_request_ends_at_its_deadline(endless):
+    app = create_app({"writer": endless}, options=ServeOptions(deadline=0.2))
     with (
         serve(app) as port,
         openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=0) as client,
