@@ -55,7 +55,7 @@ NUM_WORDS = 8
 """Number of the words of the evaluation; the others are for training."""
 PAIRS, EPISODES = "pairs alone", "pairs, then episodes"
 RATES = {"vision.*": "frozen", "language.*": "frozen", "projection.*": 1e-3, "*": 2e-4}
-"""Learning rates on episodes, which are those of the demo's recipe for questions."""
+"""Learning rates on episodes."""
 
 
 @dataclass(frozen=True)
