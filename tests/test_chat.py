@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from blip2.backbones.language import LanguageModel, load_language_model
 from blip2.backbones.vision_loaders import load_image_encoder
 from blip2.config import LanguageConfig, ModelConfig, QFormerConfig, VisionConfig
+from blip2.data.arrays import blank_input
 from blip2.decoding.options import Decoding
 from blip2.decoding.search import generate, generate_without_cache
 from blip2.decoding.text import TextStreamer, final_text
@@ -226,6 +227,71 @@ def test_the_chat_template_of_the_llm(parts):
     pipeline.tokenizer.chat_template = None
     with pytest.raises(InputError, match="has no chat template: leave out template"):
         pipeline.chat(IMAGES[0], template="chat")
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("reads_questions", [False, True])
+def test_the_explanation_of_an_answer(parts, name, reads_questions):
+    pipeline = shared(parts, name, reads_questions=reads_questions)
+    before = pipeline.chat(IMAGES[0], template="chat", decoding=GREEDY)
+    before.ask("what is it?")
+    chat = before.copy()
+    chat.ask("and its color?")
+    found = chat.explain()
+    tokens = list(chat._written[-1].tokens)
+    assert found.tokens == tuple(pipeline.tokenizer.decode([token]) for token in tokens)
+    blank = pipeline.encode_pixels(blank_input(pipeline.model.vision.input_format))
+    other = pipeline.chat(blank)
+
+    def log_probs(change):
+        """Ask the network itself, with other visual prompts."""
+        asked = before.copy()
+        asked.encode_prompt("and its color?")
+        for key in asked._visual_prompts:
+            asked._visual_prompts[key] = change(asked._visual_prompts[key], other._visual_prompt(0, key[1]))
+        prompt = asked.encode_prompt("and its color?").inputs_embeds()[0]
+        network, ids = pipeline.model.language.network, torch.tensor([tokens])
+        with torch.no_grad():
+            if name == "t5":
+                logits = network(inputs_embeds=prompt, labels=ids).logits
+            else:
+                embeds = torch.cat([prompt, network.get_input_embeddings()(ids)], dim=1)
+                logits = network(inputs_embeds=embeds).logits[:, prompt.shape[1] - 1 : -1]
+        return logits.log_softmax(dim=-1)[0]
+
+    def without(query):
+        return lambda seen, unseen: torch.where((torch.arange(QUERIES) == query)[:, None], unseen, seen)
+
+    own = log_probs(lambda seen, unseen: seen)
+    places = torch.arange(len(tokens)), torch.tensor(tokens)
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(torch.tensor(found.token_log_probs), own[places], **close)
+    unseen = log_probs(lambda seen, unseen: unseen)[places]
+    torch.testing.assert_close(torch.tensor(found.blank_log_probs), unseen, **close)
+    effects = torch.stack([own[places] - log_probs(without(query))[places] for query in range(QUERIES)], dim=1)
+    torch.testing.assert_close(found.effects, effects, **close)
+    assert effects.abs().max() > 1e-3
+    question = "and its color?" if reads_questions else None
+    torch.testing.assert_close(found.attention_map, pipeline.attention_maps(IMAGES[0], question)[0, -1])
+    others = own.clone()
+    others[places] = -torch.inf
+    values = torch.tensor([[other.log_prob for other in each] for each in found.alternatives])
+    torch.testing.assert_close(values, others.topk(4).values, **close)
+    assert chat.ask("why?") == chat.messages[-1]["content"]  # the chat goes on
+
+
+def test_an_answer_that_cannot_be_explained(pipeline):
+    chat = pipeline.chat(IMAGES[0], decoding=GREEDY)
+    with pytest.raises(InputError, match="is not an answer of this chat"):
+        chat.explain()
+    told = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    with pytest.raises(InputError, match="is not an answer of this chat"):
+        pipeline.chat(IMAGES[0], told).explain()
+    for images, count in ((None, 0), (IMAGES[:2], 2)):
+        chat = pipeline.chat(images, decoding=GREEDY)
+        chat.ask("what is it?")
+        with pytest.raises(InputError, match=f"has {count} images, expected one"):
+            chat.explain()
 
 
 def test_a_conversation_that_no_longer_fits(parts):

@@ -156,6 +156,16 @@ def test_what_is_not_a_recipe(write, changes, words):
         assert word in message(raised)
 
 
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [("seed: 010", "the number 010, which YAML reads in base 8"), ("tag: 12:30", "12:30, which YAML reads in base 60")],
+)
+def test_numbers_that_are_not_what_they_look_like(tmp_path, line, found):
+    (tmp_path / "recipe.yaml").write_text(f"{line}\nstage: representation\n")
+    with pytest.raises(InputError, match=found):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
 def test_an_unknown_key_on_the_command_line(write):
     with pytest.raises(InputError) as raised:
         load_recipe(write(), ["--data.batchsize", "3"])
@@ -237,6 +247,8 @@ def test_every_number_has_a_range():
     [
         ({"stage": "generation"}, "stage generation needs an LLM, but language is null: set language.name"),
         ({"language": {"name": "opt"}}, "stage representation has no LLM: leave out language"),
+        ({"output": " "}, "output is ' ', which would be the current folder: give a name, or . to mean that"),
+        ({"data": {"train": {"a": 1, "": 2}}}, "data.train is '', which would be the current folder"),
         ({"objectives": {"itc": 0, "itm": 0, "itg": 0}}, "all objectives are switched off: give one"),
         (
             {"qformer": {"num_attention_heads": 7}},
@@ -338,6 +350,14 @@ def test_shipped_recipes(path):
     load_recipe(path)
     first, *_ = path.read_text().splitlines()
     assert re.match(rf"# (torchrun .* )?blip2 train recipes/{re.escape(path.name)}( |$)", first)
+
+
+@pytest.mark.parametrize("character", ["\\0", "\\ud800"])
+def test_characters_that_no_path_can_have(tmp_path, character):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f'stage: representation\noutput: "run{character}"\nvision: {{name: v}}\ndata: {{train: d}}\n')
+    with pytest.raises(InputError, match=r"output is 'run.*', expected a valid text"):
+        load_recipe(path)
 
 
 def test_a_base(tmp_path):

@@ -1,17 +1,24 @@
 """Parts of the demo; `blip2 demo --quick` runs it as a whole."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
 
 from blip2.config import DataConfig
+from blip2.data.records import Record
+from blip2.data.scene_texts import Truth
 from blip2.data.sources import open_records
+from blip2.demo.conversations import ANIMAL, COLOR, STORY, judge, write_conversations
 from blip2.demo.data import MIN_IMAGES, user_data
-from blip2.demo.report import WITHOUT_STAGE1, tables
+from blip2.demo.report import WITHOUT_STAGE1, DemoResults, tables
 from blip2.demo.run import RUNS, DemoPlan, demo_recipes, make_plan
 from blip2.errors import InputError
+from blip2.pipelines import GenerationPipeline, load
 from conftest import draw
+
+CHATML = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}<assistant>"
 
 
 @pytest.fixture
@@ -94,3 +101,52 @@ def test_tables_hold_what_was_measured():
     assert retrieval == ("retrieval, 3 images of mine", "R@1", "R@5", "R@10")
     assert rows[0] == ["text to image, ITC", "10.0", "50.0", "100.0"] and rows[-1] == ["chance", "1.0", "5.0", "10.0"]
     assert captions[0] == "captions of mine" and lines == [["stage 2", "50.0", "25.0", "0.0"]]
+
+
+@pytest.mark.parametrize(
+    ("instruction", "answer", "mistake"),
+    [
+        (COLOR, "The background is Red.", ""),
+        (COLOR, "Red or blue.", "it is red"),
+        (COLOR, "It is bright.", "it is red"),
+        (ANIMAL, "The pig is the animal.", ""),
+        (ANIMAL, "A pig and a crown.", "the animals are: pig"),
+        (ANIMAL, "None.", "the animals are: pig"),
+        (STORY, "Once upon a time there were two pigs.", ""),
+        (STORY, "Emma found a zebra.", "it tells of no pig and no crown"),
+    ],
+)
+def test_answers_are_judged_by_the_scene(instruction, answer, mistake):
+    truth = Truth("pair", "red", "plain", ("pig", "crown"), "left", 0, "")
+    assert judge(instruction, answer, truth) == mistake
+
+
+def test_conversations_show_right_and_wrong_answers_with_their_evidence(runs, tmp_path):
+    writer = load(runs["llama"], device="cpu")
+    assert isinstance(writer, GenerationPipeline)
+    writer.tokenizer.chat_template = CHATML
+    image = draw("disc", "red", 0)
+    image.save(tmp_path / "scene.png")
+    truth = Truth("pair", "red", "plain", ("pig", "crown"), "left", 0, "")
+    row = {"image": "scene.png", "captions": ["A pig left of a crown on red."], "truth": truth.to_json()}
+    features = writer.encode_images([image, image])
+    captions = ["A pig to the left of a crown on red.", "A cat <script> on a blue background."]
+    questions = {0: [("Is there a pig?", "yes", "yes", 0.9), ("What is on the left?", "owl", "pig", 0.5)]}
+    scenes = DemoResults([], features, {"stage 2": captions}, None, tmp_path, [row, row], questions)
+    others = DemoResults(
+        [Record("0", str(tmp_path / "scene.png"), ("A pigeon.",))], features[:1], {"stage 2": ["A dove."]}
+    )
+    write_conversations(tmp_path / "page.html", writer, writer, scenes, others, 2)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    talks, wrong = page.split("<h2>Wrong answers</h2>")
+    assert "<script" not in page and page.count("A cat &lt;script&gt;") == 2
+    assert talks.count('<div class="card">') == 3 * 5  # an image and four turns for each of three images
+    assert talks.count('<div class="right">A pig to the left of a crown on red.</div>') == 1
+    assert "wrong objects, relation, color: A pig left of a crown on red" in talks and "A pig to the" not in wrong
+    evidence = (r"p 0\.\d\d, blank image 0\.\d\d<", "least certain: ", "bright: looked at for ")
+    assert [len(re.findall(each, talks)) for each in evidence] == [3 * 4] * 3
+    # Exactly the wrong answers are shown again, with the wrong one of the other model.
+    assert wrong.count('<div class="card">') == talks.count("\N{BALLOT X}") + 1
+    assert "it is pig (" in wrong and "owl" in wrong and "Is there a pig?" not in wrong and "it is: A pigeon" in wrong
+    order = [float(each) for each in re.findall(r"p (0\.\d\d), blank", wrong)]
+    assert order == sorted(order, reverse=True) and len(order) == wrong.count('<div class="card">')

@@ -12,7 +12,17 @@ import torch
 from blip2.corpus.job import Worker, run_job
 from blip2.corpus.options import LOCAL
 from blip2.errors import InputError
-from blip2.io import LOCK, atomic_write, convert_os_errors, expand_home, lock_folder, write_json, write_tensors
+from blip2.io import (
+    LOCK,
+    atomic_write,
+    convert_os_errors,
+    expand_home,
+    lock_folder,
+    read_json,
+    read_regular_file,
+    write_json,
+    write_tensors,
+)
 from blip2.resumable import claim_folder
 
 
@@ -93,6 +103,14 @@ def test_a_pass_has_its_output_alone(tmp_path: Path) -> None:
     (tmp_path / "about.json").write_text('{"pass": ')
     with pytest.raises(InputError, match=r"about\.json is damaged .*: delete this file if the other files"):
         claim_folder(tmp_path / "about.json", {"pass": "x"}, "pass")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800"])
+def test_names_that_no_file_can_have(name):
+    with pytest.raises(OSError, match=r"null byte|surrogates"):
+        read_regular_file(name, 10)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_json(name)
 
 
 def test_only_regular_files_are_replaced(tmp_path):

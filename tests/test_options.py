@@ -93,9 +93,10 @@ def test_values(monkeypatch):
         ("--size", "0", "--size is 0, expected 1 to 10"),
         ("--share", "1.5", "--share is 1.5, expected 0 to 1"),
         ("--share", "nan", "--share is nan, expected 0 to 1"),
+        ("--folder", "", "--folder is '', which would be the current folder: give a name, or . to mean that"),
     ],
 )
-def test_a_number_out_of_range_names_the_option(option, value, message):
+def test_a_value_that_is_refused_names_the_option(option, value, message):
     with pytest.raises(InputError) as raised:
         parse("1", "2", "--name", "a", option, value)
     assert str(raised.value) == message

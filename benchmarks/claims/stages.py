@@ -8,9 +8,10 @@
 Stage 2 of the demo's recipe is trained on captions with each seed, once from stage 1 and once without it, and asked
 questions about held-out compositions on the way. It never sees a question in training. An LLM as small as SmolLM2 may
 answer with a sentence, so the answer is the likeliest of at most eight choices; results.json also has the share of
-right answers among those that are generated as in the paper. A T5 that is trained here on the text of the scenes alone
-(text_t5.py) stands for FlanT5, which was trained on instructions. The dashed line is what guessing reaches; the dotted
-line, for the T5, what it generates when it reads the true caption.
+right answers among those that are generated as in the paper. At the end, both are also compared by the facts in their
+captions. A T5 that is trained here on the text of the scenes alone (text_t5.py) stands for FlanT5, which was trained on
+instructions. The dashed line is what guessing reaches; the dotted line, for the T5, what it generates when it reads the
+true caption.
 
 Results go to results.json, a figure with the name of the output folder, and table.md. A run that was killed continues;
 what is done is not done again.
@@ -22,22 +23,39 @@ import json
 import random
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import SCENES, Claim, draw_curves, learn, make_parser, markdown, mean_spread, write_rows
+from common import (
+    SCENES,
+    Claim,
+    draw_curves,
+    learn,
+    load_stage2,
+    make_parser,
+    markdown,
+    mean_spread,
+    once,
+    read_images,
+    write_rows,
+)
 from text_t5 import PROMPT, QUESTION_PROMPT, make_t5
 
 from blip2.config import EvaluationConfig
 from blip2.data.assets import fetch
-from blip2.evaluation.scenes import read_rows
+from blip2.decoding.options import Decoding
+from blip2.evaluation.scenes import read_rows, read_truths, score_facts
 from blip2.training.metrics import read_metrics
 
 VARIANTS = ("with stage 1", "without stage 1")
 STEPS, EVALUATIONS = 120, 4
 """Steps of stage 2, and how often the model is asked on the way."""
 QUESTIONS, MAX_CHOICES = 100, 8
+CAPTIONS = 160
+"""Number of images whose captions are compared at the end."""
+FACTS = ("objects", "color", "relation", "all")
 SMOLLM2_PROMPT = "\nQuestion: {} Answer:"
 
 
@@ -87,8 +105,16 @@ def measure(claim: Claim, llm: str, variant: str, seed: int) -> dict[str, Any]:
     }
 
 
+def measure_captions(claim: Claim, variant: str, seed: int) -> dict[str, float]:
+    """Return the shares of right facts in captions of held-out compositions, after the last step."""
+    pipeline = load_stage2(claim.output / "runs" / f"{variant.replace(' ', '-')}-{seed}")
+    rows, features = read_images(pipeline, "test_compositions.jsonl", claim.limit(CAPTIONS))
+    captions = pipeline.caption(features, decoding=Decoding(num_beams=1, max_new_tokens=24))
+    return {**dict.fromkeys(FACTS, 0.0), **score_facts(captions, read_truths(rows))}
+
+
 def table(scores: dict[str, Any]) -> str:
-    """Return the right answers by step, and by type of question at the end, in percent."""
+    """Return the right answers by step, and by type of question and the facts in captions at the end, in percent."""
     runs = {variant: list(by_seed.values()) for variant, by_seed in scores.items()}
     first = next(iter(runs.values()))[0]
     rows = [
@@ -99,12 +125,18 @@ def table(scores: dict[str, Any]) -> str:
         [variant, *(mean_spread([run["by_type"][name] for run in each]) for name in first["by_type"])]
         for variant, each in runs.items()
     ]
+    facts = [
+        [variant, *(mean_spread([run["captions"][name] for run in each]) for name in FACTS)]
+        for variant, each in runs.items()
+    ]
     columns = [f"after {step} steps" for step in first["accuracy"]]
     return "\n".join(
         [
             markdown(["right answers, %", *columns], rows),
             "",
             markdown(["at the end, by type, %", *first["by_type"]], by_type),
+            "",
+            markdown(["facts in captions at the end, %", *FACTS], facts),
         ]
     )
 
@@ -115,6 +147,12 @@ def main() -> None:
     options = parser.parse_args()
     claim = Claim.start(parser, options, llm=options.llm)
     scores = claim.compare(VARIANTS, lambda variant, seed: measure(claim, options.llm, variant, seed))
+    for variant, by_seed in scores.items():
+        for seed, each in by_seed.items():
+            each["captions"] = once(
+                claim.output / "done" / f"captions-{variant.replace(' ', '-')}-{seed}.json",
+                partial(measure_captions, claim, variant, int(seed)),
+            )
     levels = {"guessing": write_questions(claim)[1]}
     if options.llm == "t5":
         levels["the T5 reads the true caption"] = make_t5(claim, "t5")[1]

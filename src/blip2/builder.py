@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from accelerate import dispatch_model
 from tokenizers.processors import TemplateProcessing
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from blip2.backbones.features import FeatureFormat
 from blip2.backbones.language import LanguageModel, load_language_model
@@ -43,6 +47,8 @@ from blip2.model.bert_init import check_compatible, initialize_from_bert
 from blip2.model.generation import GenerationModel
 from blip2.model.image_memory import encodes_positions
 from blip2.model.representation import RepresentationModel
+
+log = logging.getLogger("blip2")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DECODER_START_TOKEN = "[DEC]"
@@ -171,6 +177,7 @@ def build(
     objectives: ObjectivesConfig | None = None,
     from_bert: bool = True,
     encoder: nn.Module | None = None,
+    load_kwargs: Mapping[str, Any] | None = None,
 ) -> Built:
     """Build a model: load the pretrained parts and initialize the rest.
 
@@ -185,6 +192,8 @@ def build(
         objectives: weights of the losses in training. None: the defaults.
         from_bert: whether ``qformer.bert`` initializes the Q-Former if there is no checkpoint.
         encoder: the module for ``vision.name`` module or features (:func:`build_image_encoder`).
+        load_kwargs: further arguments of ``from_pretrained`` for the LLM. If there is a ``device_map``, the LLM is not
+            moved to `weights_device`. A ``quantization_config`` is used for the image encoder too.
 
     Returns:
         The model and its tokenizers.
@@ -193,7 +202,15 @@ def build(
         InputError: a part cannot be loaded, or the parts do not fit each other.
     """
     weights_device, objectives = weights_device or device, objectives or ObjectivesConfig()
-    vision = build_image_encoder(config.vision, choose_dtype(config.vision.dtype, device), checkpoint, encoder)
+    load_kwargs = load_kwargs or {}
+    quantization = {key: value for key, value in load_kwargs.items() if key == "quantization_config"}
+    vision_kwargs = {**quantization, "device_map": {"": device}} if quantization else None
+    dtype = choose_dtype(config.vision.dtype, device)
+    vision = build_image_encoder(config.vision, dtype, checkpoint, encoder, vision_kwargs)
+    if quantization and all(parameter.is_floating_point() for parameter in vision.parameters()):
+        log.warning("the image encoder %s is not a model of transformers and is not quantized", config.vision.name)
+    if load_kwargs:  # before the LLM, which gets what is left of the memory
+        vision = vision.to(weights_device)
     bert = config.qformer.bert if from_bert and checkpoint is None else None
     if config.language is None:
         if bert is not None:
@@ -206,7 +223,7 @@ def build(
             add_qformer_adapters(model.qformer, config.qformer.lora)
         return Built(_to_device(model, config, weights_device), tokenizer)
     dtype = choose_dtype(config.language.dtype, device)
-    language = build_language_model(config.language, dtype, checkpoint, device)
+    language = build_language_model(config.language, dtype, checkpoint, device, load_kwargs)
     if config.language.lora is not None:
         add_adapters(language, config.language.lora)
     tokenizer = load_language_tokenizer(config.language)
@@ -234,8 +251,12 @@ Model = TypeVar("Model", RepresentationModel, GenerationModel)
 
 
 def _to_device(model: Model, config: ModelConfig, device: torch.device) -> Model:
-    """Move a model to a device, and check on that device that its weights are finite."""
-    model = model.to(device)
+    """Move a model to a device, unless its LLM has devices of its own, and check that the weights are finite there."""
+    if isinstance(model, GenerationModel) and hasattr(model.language.network, "_hf_hook"):
+        for part in (model.vision, model.image_norm, model.qformer, model.projection):
+            part.to(device)
+    else:
+        model = model.to(device)
     sources = {"vision": config.vision.name, "language": config.language.name if config.language else ""}
     for name, parameter in model.named_parameters():
         check_finite(name, parameter, sources.get(name.split(".")[0]) or config.qformer.bert or "")
@@ -243,7 +264,11 @@ def _to_device(model: Model, config: ModelConfig, device: torch.device) -> Model
 
 
 def build_image_encoder(
-    config: VisionConfig, dtype: torch.dtype, opened: Checkpoint | None = None, encoder: nn.Module | None = None
+    config: VisionConfig,
+    dtype: torch.dtype,
+    opened: Checkpoint | None = None,
+    encoder: nn.Module | None = None,
+    load_kwargs: Mapping[str, Any] | None = None,
 ) -> ImageEncoder:
     """Load an image encoder from its own files or from a BLIP-2 checkpoint that contains it, or wrap a module.
 
@@ -254,6 +279,7 @@ def build_image_encoder(
         encoder: a module that maps pixels [B, 3, H, W] (``vision.name`` module) or arrays [B, P, E] (features) to
             features. It keeps its data type unless ``config.dtype`` is set. None, for features: the arrays are the
             features.
+        load_kwargs: further arguments of ``from_pretrained``, which apply to image encoders of transformers only.
 
     Raises:
         InputError: the image encoder cannot be loaded, or `config` or `encoder` does not fit it.
@@ -290,10 +316,11 @@ def build_image_encoder(
                 " determine the number of heads: leave out vision.num_attention_heads"
             )
         trusts = config.trust_remote_code is not None  # ModelConfig accepts only the name
-        loaded = load_image_encoder(resolve(config.name), config.layer, config.image_size, dtype, trusts)
+        name = resolve(config.name)
+        loaded = load_image_encoder(name, config.layer, config.image_size, dtype, trusts, load_kwargs)
     elif container.has_vision:
         loaded = container.with_num_attention_heads(config.num_attention_heads).load_image_encoder(
-            config.layer, config.image_size, dtype
+            config.layer, config.image_size, dtype, load_kwargs
         )
     else:
         raise InputError(
@@ -310,7 +337,11 @@ def _with_position_encoding(encoder: ImageEncoder, config: VisionConfig) -> Imag
 
 
 def build_language_model(
-    config: LanguageConfig, dtype: torch.dtype, opened: Checkpoint | None = None, device: torch.device | None = None
+    config: LanguageConfig,
+    dtype: torch.dtype,
+    opened: Checkpoint | None = None,
+    device: torch.device | None = None,
+    load_kwargs: Mapping[str, Any] | None = None,
 ) -> LanguageModel:
     """Load an LLM from its own files or from a BLIP-2 checkpoint that contains it.
 
@@ -318,26 +349,54 @@ def build_language_model(
         config: section ``language`` of the model's config.
         dtype: data type of the weights; of a quantized LLM, data type of the computation.
         opened: a checkpoint that is already open. If it contains an LLM, that one is returned.
-        device: device on which a quantized LLM is loaded.
+        device: device on which a quantized LLM is loaded. None: the CPU.
+        load_kwargs: further arguments of ``from_pretrained``. ``device_map`` and ``quantization_config`` take
+            precedence over `device` and `config`.
 
     Raises:
-        InputError: the LLM cannot be loaded, or `config` does not fit it.
+        InputError: the LLM cannot be loaded, `config` does not fit it, or bitsandbytes is needed and is not installed.
     """
+    load_kwargs, is_placed = dict(load_kwargs or {}), "device_map" in (load_kwargs or {})
+    if config.quantization is not None:
+        check_bitsandbytes(f"language.quantization {config.quantization}")
+        bits = {"load_in_4bit": True} if config.quantization == "4bit" else {"load_in_8bit": True}
+        default = BitsAndBytesConfig(**bits, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        load_kwargs.setdefault("quantization_config", default)
+    if "quantization_config" in load_kwargs:
+        load_kwargs.setdefault("device_map", {"": device or torch.device("cpu")})
+    language = _load_language_model(config, dtype, opened, load_kwargs)
+    network = language.network
+    # An LLM on one device has no hooks yet that move its inputs there.
+    if is_placed and not hasattr(network, "_hf_hook"):
+        if len({parameter.device for parameter in network.parameters()}) > 1:
+            raise InputError(
+                f"{config.name!r} is an LLM within a larger model, which cannot be spread over devices: leave out"
+                " device_map, or give one device"
+            )
+        skip_keys = network._skip_keys_device_placement
+        dispatch_model(network, {"": network.device}, skip_keys=skip_keys, force_hooks=True)
+    return language
+
+
+def check_bitsandbytes(what: str) -> None:
+    """Raise InputError if bitsandbytes, which `what` needs, is not installed."""
+    if find_spec("bitsandbytes") is None:
+        raise InputError(f"{what} needs bitsandbytes: pip install 'blip2[quantization]', or leave it out")
+
+
+def _load_language_model(
+    config: LanguageConfig, dtype: torch.dtype, opened: Checkpoint | None, load_kwargs: Mapping[str, Any]
+) -> LanguageModel:
     container = opened if opened is not None and opened.has_language else open_foreign(config.name)
     if container is None:
         trusts = config.trust_remote_code is not None
-        return load_language_model(resolve(config.name), dtype, config.activation, config.quantization, device, trusts)
+        return load_language_model(resolve(config.name), dtype, config.activation, load_kwargs, trusts)
     if not container.has_language:
         raise InputError(
             f"{config.name!r} ({container.description}) contains no LLM: set language.name to an LLM, or to a"
             " checkpoint that contains one"
         )
-    if config.quantization is not None:
-        raise InputError(
-            f"language.quantization is {config.quantization}, but the LLM in the checkpoint {container.name} cannot be"
-            " quantized: set language.name to the folder or hub name of the LLM itself"
-        )
-    return container.load_language_model(dtype, config.activation)
+    return container.load_language_model(dtype, config.activation, load_kwargs)
 
 
 def load_language_tokenizer(config: LanguageConfig) -> PreTrainedTokenizerBase:

@@ -112,10 +112,13 @@ def _run(argv: Sequence[str]) -> None:
     logging.getLogger("blip2").setLevel(logging.INFO)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # it logs its exceptions, which become the error
     try:
         Path.cwd()
     except FileNotFoundError as error:
         raise InputError("the current folder no longer exists: change to another folder") from error
+    if any("\0" in argument for argument in argv):  # possible only if another program calls main
+        raise InputError("an argument contains the character NUL, expected a text or a path: leave it out")
     tune_malloc()
     arguments, overrides = split_overrides(argv)
     named = [argument for argument in arguments if argument in COMMANDS][:1]

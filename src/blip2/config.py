@@ -750,6 +750,12 @@ class Recipe:
             )
         if not self.data.sources:
             raise InputError("data.train is empty, expected at least one source: name the training data")
+        names = [("output", self.output), ("vision.name", self.vision.name), ("data.validation", self.data.validation)]
+        for key, name in [*names, *(("data.train", source) for source in self.data.sources)]:
+            if name is not None and not name.strip():
+                raise InputError(
+                    f"{key} is {name!r}, which would be the current folder: give a name, or . to mean that"
+                )
         if self.data.cached_views and self.vision.name in (FEATURES, MODULE):
             raise InputError(
                 f"data.cached_views is {self.data.cached_views}, but vision.name is {self.vision.name}:"

@@ -31,8 +31,8 @@ from transformers import (
 )
 
 from blip2.backbones.language import load_network, set_activation
-from blip2.backbones.lora import ADAPTER_KEY
-from blip2.backbones.pretrained import init_empty_model, short_message
+from blip2.backbones.lora import ADAPTER_KEY, merge_adapters
+from blip2.backbones.pretrained import init_empty_model, load_submodule, short_message
 from blip2.builder import (
     build_image_encoder,
     choose_dtype,
@@ -129,16 +129,14 @@ def convert(
             f"{checkpoint.name} was trained with vision.position_encoding sine2d, which the BLIP-2 of {to} does not add"
             " to the image features: convert it to blip2"
         )
-    if to != "blip2" and checkpoint.config.language is not None and checkpoint.config.language.lora is not None:
-        raise InputError(
-            f"{checkpoint.name} has LoRA adapters in its LLM, which {to} does not support: convert it to blip2"
-        )
     if to != "blip2" and checkpoint.config.calibration is not None:
         log.warning(
             "%s is calibrated, but the format %s has no place for temperatures: the output is not calibrated",
             checkpoint.name,
             to,
         )
+    if to != "blip2" and checkpoint.config.language is not None and checkpoint.config.language.lora is not None:
+        log.info("the adapters of the LLM are merged into its weights")
     if to != "blip2" and checkpoint.config.qformer.lora is not None:
         log.info("the adapters of the Q-Former are merged into its weights")
         checkpoint = checkpoint.merge_adapters()
@@ -440,6 +438,11 @@ def _with_language(checkpoint: Checkpoint) -> Checkpoint:
             config = network.config
             weights = _drop_tied(config, Weights(network.state_dict()).add_prefix(LANGUAGE_PREFIX))
         trained = checkpoint.weights.select(LANGUAGE_PREFIX)
+        if language.lora is not None:
+            network = load_submodule(config, weights.strip_prefix(LANGUAGE_PREFIX), language.name, "language model")
+            trained = merge_adapters(network, language.lora, trained.strip_prefix(LANGUAGE_PREFIX))
+            trained = Weights(trained).add_prefix(LANGUAGE_PREFIX)
+            checkpoint = replace(checkpoint, weights=checkpoint.weights.drop(LANGUAGE_PREFIX))
         weights = (_drop_tied(config, weights) | trained) if trained else weights
     set_activation(config, language.activation)
     return replace(checkpoint, weights=checkpoint.weights | weights, language_config=config)

@@ -7,6 +7,7 @@ dictionaries, within limits of size and depth (docs/security.md).
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import json
 import os
@@ -53,8 +54,10 @@ def read_regular_file(path: str | os.PathLike[str], limit: int) -> bytes:
         OSError: the file cannot be read.
         InputError: `path` is not a regular file, or the file has more than `limit` bytes.
     """
-    # Opening a pipe would wait for its other end.
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    try:  # opening a pipe would wait for its other end
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    except ValueError as error:  # NUL or a lone surrogate, which no path can contain
+        raise OSError(errno.EINVAL, str(error), os.fspath(path)) from error
     try:
         status = os.fstat(handle)
         check_regular_file(path, status, limit)
@@ -249,6 +252,12 @@ def _check_size(root: yaml.Node) -> None:
             stack += [(child, depth + 1) for child in node.value]
         elif node.tag.endswith((":int", ":float")) and len(node.value) > MAX_DIGITS:
             raise InputError(f"it has a number of more than {MAX_DIGITS} digits")
+        elif re.match(r"[+-]?0[\d_]", node.value) and node.tag.endswith(":int"):
+            raise InputError(
+                f"it has the number {node.value}, which YAML reads in base 8: leave out the zero, or quote it"
+            )
+        elif ":" in node.value and node.tag.endswith((":int", ":float")):
+            raise InputError(f"it has the number {node.value}, which YAML reads in base 60: quote it")
 
 
 # -- writing -------------------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def call(target: Callable[..., Any], values: Mapping[str, Any]) -> Any:
         The result of `target`.
 
     Raises:
-        InputError: a number is outside its range.
+        InputError: a number is outside its range, or a path is blank.
     """
     arguments = {}
     for option in _options(target):
@@ -78,6 +78,9 @@ def call(target: Callable[..., Any], values: Mapping[str, Any]) -> Any:
         expected = None if option.range is None or value is None else out_of_range(value, *option.range)
         if expected is not None:
             raise InputError(f"{option.flag} is {value}, expected {expected}")
+        if option.hint is Path and isinstance(value, str) and not value.strip():
+            name = option.flag or option.name.upper()
+            raise InputError(f"{name} is {value!r}, which would be the current folder: give a name, or . to mean that")
         arguments[option.name] = expand_home(value) if option.hint is Path and value is not None else value
     return target(**arguments)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -328,8 +329,12 @@ def _member(hint: Any, value: Any) -> Any:
     elif hint is float and type(value) in (int, float):
         if abs(value) <= sys.float_info.max:
             return float(value)
-    elif hint in (int, str, bool) and type(value) is hint:
+    elif hint in (int, bool) and type(value) is hint:
         return value
+    elif hint is str and type(value) is str:
+        with contextlib.suppress(UnicodeEncodeError):  # a path may have surrogates, but only those of os.fsdecode
+            if b"\0" not in os.fsencode(value):
+                return value
     elif origin is list and isinstance(value, list | tuple):
         return [_member(args[0], each) for each in value]
     elif origin is tuple and isinstance(value, list | tuple) and len(value) == len(args):
@@ -366,7 +371,13 @@ def _is_one(members: tuple[Any, ...], value: Any) -> bool:
     return True
 
 
-TYPE_NAMES = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false", NoneType: "null"}
+TYPE_NAMES = {
+    int: "a whole number",
+    float: "a finite number",
+    str: "a valid text",
+    bool: "true or false",
+    NoneType: "null",
+}
 
 
 def _name(hint: Any) -> str:

@@ -1,3 +1,4 @@
+import copy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -5,16 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import blip2
 from blip2 import checkpoint
-from blip2.backbones.language import load_language_model
-from blip2.backbones.lora import add_adapters
+from blip2.backbones.language import LanguageModel, load_language_model
+from blip2.backbones.lora import add_adapters, merge_adapters
 from blip2.config import LanguageConfig, LoraConfig
 from blip2.convert import convert
 from blip2.errors import InputError
 from blip2.training.trainer import train
 from fixtures.runs import assert_same_run, cut_short
+from fixtures.tiny import randomize
 
 pytest.importorskip("peft")
 LLMS = ("llama", "opt", "t5")
@@ -72,6 +75,56 @@ def test_a_loaded_run_computes_with_its_adapters(parts, tuned, name):
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
     without = load_language_model(getattr(parts, name))
     assert (without.lm_head(without.hidden_states(visual, ids, mask, ids)[0]) - logits[0]).abs().max() > 1e-2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", LLMS)
+def test_converting_to_transformers_merges(parts, tuned, tmp_path, name):
+    convert(tuned / name, tmp_path / "converted", "transformers")
+    found = blip2.load(tuned / name, device="cpu")
+    merged = blip2.load(tmp_path / "converted", device="cpu")
+    assert merged.config.language.lora is None
+    assert not any(".lora_" in key or ".base_layer." in key for key in merged.model.state_dict())
+    visual = torch.randn(2, 3, 32)
+    ids, mask = torch.randint(0, 250, (2, 5)), torch.ones(2, 5, dtype=torch.bool)
+    logits = [
+        each.lm_head(each.hidden_states(visual, ids, mask, ids)[0])[..., :257]
+        for each in (found.model.language, merged.model.language)
+    ]
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+    image = next(Path(parts.images).parent.glob("*.png"))
+    decoding = blip2.Decoding(num_beams=1, max_new_tokens=6)
+    assert merged.generate([image], ["a"], decoding) == found.generate([image], ["a"], decoding)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_a_gpt2_merges_transposed_weights():
+    """The layers of GPT-2 are no linear layers: their matrices are transposed."""
+    network = randomize(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20, n_positions=16)))
+    llm = LanguageModel(copy.deepcopy(network))
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["c_proj"])  # one of the two is square
+    add_adapters(llm, config)
+    randomize(llm, 1)
+    plain = {key: tensor for key, tensor in llm.network.state_dict().items() if ".lora_" in key}
+    base = {key.replace(".base_layer", ""): t for key, t in llm.network.state_dict().items() if ".lora_" not in key}
+    network.load_state_dict(base)
+    merged = merge_adapters(network, config, plain)
+    assert set(merged) == {f"transformer.h.0.{part}.c_proj.weight" for part in ("attn", "mlp")}
+    again = GPT2LMHeadModel(network.config).eval()
+    again.load_state_dict(base | merged)
+    ids = torch.arange(8)[None]
+    torch.testing.assert_close(again(ids).logits, llm.network(ids).logits, atol=1e-5, rtol=1e-5)
+    again.load_state_dict(base)
+    assert (again(ids).logits - llm.network(ids).logits).abs().max() > 1e-2
+
+
+def test_adapters_of_another_config_are_not_merged(parts):
+    llm = load_language_model(parts.llama)
+    add_adapters(llm, LoraConfig(target_modules=["q_proj"]))
+    adapters = {key: tensor for key, tensor in llm.network.state_dict().items() if ".lora_" in key}
+    with pytest.raises(InputError, match=r"the adapters do not fit the LLM, a LlamaForCausalLM \(.*v_proj"):
+        merge_adapters(load_language_model(parts.llama).network, LoraConfig(), adapters)
 
 
 def test_captioning(parts, tuned):
@@ -167,8 +220,6 @@ def test_adapters_are_never_lost(parts, tuned, tmp_path):
         match=r"contains the weight language\..*lora_.*, which the model does not have: copy the section language",
     ):
         train(replace(plain, start_from=str(tuned / "llama")))
-    with pytest.raises(InputError, match=r"has LoRA adapters in its LLM, which transformers does not support"):
-        convert(tuned / "llama", tmp_path / "converted", "transformers")
     train(plain)
     path = checkpoint.latest_checkpoint(tmp_path / "plain") / "model.yaml"
     text = path.read_text()

@@ -3,10 +3,13 @@
 import json
 import logging
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from blip2.config import DataConfig
@@ -133,7 +136,11 @@ def test_invalid_image_cells_are_refused(cell: object, found: str) -> None:
         ("a.csv", 'image,caption\na.png,"a" cat\n', "a.csv line 2 is not CSV"),
         ("a.csv", "image,image\na.png,b.png\n", "a.csv has the column image more than once"),
         ("a.tsv", "image\tcaption\na.png\ta\tcat\n", "a.tsv line 2 has 3 cells, expected 2"),
-        ("a.jsonl", '{"image": "a.png", "caption": "a"}\n\n["a"]\n', "a.jsonl line 3 is a list, expected an object"),
+        (
+            "a.jsonl",
+            '{"image": "a.png", "caption": "a"}\n\n["a"]\n',
+            "a.jsonl line 3 is a list of 1, expected an object",
+        ),
         ("a.jsonl", "[" * 100_000, "a.jsonl"),
         ("a.json", '[{"image": "a.png", "caption": "a"}, {"image"]', "a.json is not JSON after entry 1"),
         ("a.json", '{\n "data": []\n}', "a.json line 1 is not JSON"),
@@ -235,6 +242,40 @@ def test_class_labels_and_objects(tmp_path: Path, kind: str) -> None:
 
 
 # -- folders and shards -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("listed", [False, True])
+def test_parquet_with_texts_that_are_not_utf_8(tmp_path: Path, streaming: bool, listed: bool) -> None:
+    """Arrow does not check texts. One such text makes one row unusable."""
+    buffers = [None, pyarrow.py_buffer(struct.pack("<3i", 0, 4, 9)), pyarrow.py_buffer(b"caf\xe9a dog")]
+    captions = pyarrow.Array.from_buffers(pyarrow.string(), 2, buffers)
+    captions = pyarrow.ListArray.from_arrays([0, 1, 2], captions) if listed else captions
+    table = pyarrow.table({"image": ["a.png", "b.png"], "caption": captions})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    bad, good = read(tmp_path / "rows.parquet", streaming=streaming)
+    assert "caption holds the byte 0xe9, which is not UTF-8, after 'caf'" in skip_reason(bad)
+    assert good.captions == ("a dog",)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_class_without_a_name_is_one_unusable_row(tmp_path: Path, streaming: bool) -> None:
+    features = datasets.Features(
+        {"image": datasets.Value("string"), "caption": datasets.ClassLabel(names=["cat", "dog"])}
+    )
+    table = pyarrow.table({"image": ["a.png", "b.png"], "caption": [5, 1]}, metadata=features.arrow_schema.metadata)
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    bad, good = read(tmp_path / "rows.parquet", streaming=streaming)
+    assert "caption holds the class 5, expected a number from 0 to 1" in skip_reason(bad)
+    assert good.captions == ("dog",)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch", "arrow"])
+def test_the_format_of_a_saved_dataset_has_no_effect(tmp_path: Path, kind: str) -> None:
+    pairs = datasets.Dataset.from_dict({"image": ["a.png"], "caption": [["a", "b"]], "question_id": [7]})
+    pairs.with_format(kind, columns=["image"]).save_to_disk(str(tmp_path / "saved"))
+    (record,) = read(tmp_path / "saved")
+    assert (record.captions, record.metadata) == (("a", "b"), {"question_id": 7})
 
 
 def test_text_files_in_other_encodings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

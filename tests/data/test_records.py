@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
+from datasets.config import HF_DATASETS_CACHE
 from PIL import Image
 
 from blip2.config import DataConfig
@@ -394,6 +397,44 @@ def unlike_tables(folder: Path) -> Path:
     return folder / "*.csv"
 
 
+def parquet(**files: dict[str, list[Any]]) -> Callable[[Path], Path]:
+    """Writes a Parquet file for each keyword, of columns, and returns their pattern."""
+
+    def write(folder: Path) -> Path:
+        for name, columns in files.items():
+            pyarrow.parquet.write_table(pyarrow.table(columns), folder / f"{name}.parquet")
+        return folder / "*.parquet"
+
+    return write
+
+
+def repeated_column(folder: Path) -> Path:
+    columns = [pyarrow.array([text]) for text in ("a.png", "b.png", "a")]
+    table = pyarrow.Table.from_arrays(columns, names=["image", "image", "caption"])
+    pyarrow.parquet.write_table(table, folder / "rows.parquet")
+    return folder / "rows.parquet"
+
+
+def saved_elsewhere(folder: Path) -> Path:
+    """A saved dataset whose state.json names a file of another folder."""
+    pairs = datasets.Dataset.from_dict({"image": ["a.png"], "caption": ["a"]})
+    for name in ("secret", "saved"):
+        pairs.save_to_disk(str(folder / name))
+    state = json.loads((folder / "saved" / "state.json").read_text())
+    (file,) = state["_data_files"]
+    file["filename"] = f"../secret/{file['filename']}"
+    (folder / "saved" / "state.json").write_text(json.dumps(state))
+    return folder / "saved"
+
+
+def saved_empty(folder: Path) -> Path:
+    datasets.Dataset.from_dict({"image": [], "caption": []}).save_to_disk(str(folder / "saved"))
+    return folder / "saved"
+
+
+INTEGERS: dict[str, list[Any]] = {"image": ["a.png"], "caption": [7]}
+TEXTS: dict[str, list[Any]] = {"image": ["b.png"], "caption": ["007"]}
+NO_ROWS = {"image": pyarrow.array([], pyarrow.string()), "caption": pyarrow.array([], pyarrow.string())}
 ONE_ROW = '{"image": "a.png", "words": "x", "caption": "y"}\n'
 
 
@@ -427,6 +468,14 @@ ONE_ROW = '{"image": "a.png", "words": "x", "caption": "y"}\n'
         (text("rows.parquet", "no"), {"streaming": True}, r"rows\.parquet' cannot be read: .*[Pp]arquet"),
         (unlike_tables, {}, r"\*\.csv' cannot be read: .*1\.csv has the columns photo, words, expected image, cap"),
         (broken_shard, {"streaming": False}, r"\*\.tar' cannot be read: unexpected end of data"),
+        (nothing("{9..1}.tar"), {}, r"\{9\.\.1\} in '.*' ends before it begins: write the smaller number first"),
+        (text("rows.jsonl", '{"image": "a.png", "caption": "a", "caption": "b"}'), {}, r"line 1 .*the key cap"),
+        (parquet(a=NO_ROWS), {}, r"\*\.parquet' is empty: it has no rows"),
+        (parquet(a=INTEGERS, b=TEXTS), {}, r"b\.parquet holds texts in the column caption, expected integers as in"),
+        (repeated_column, {}, r"the column image occurs more than once: give each column its own name"),
+        (repeated_column, {"streaming": True}, r"the column image occurs more than once: give each column its own"),
+        (saved_elsewhere, {}, r"state\.json is damaged \(its _data_files do not list files of the same folder\)"),
+        (saved_empty, {}, r"saved' is empty: it has no rows"),
         (saved_splits, {"split": "val"}, r"saved has the splits train, test, not val: name one with data\.split"),
     ],
 )  # fmt: skip
@@ -437,6 +486,27 @@ def test_unreadable_sources_are_refused(
     with pytest.raises(InputError, match=found) as error:
         read_all(open_(source, **settings))
     assert "\n" not in str(error.value)
+
+
+def test_parquet_files_that_differ(tmp_path: Path) -> None:
+    """A file without rows is passed over, and a stream reads each file in its own types."""
+    source = parquet(a=NO_ROWS, b=TEXTS)(tmp_path)
+    assert [record.captions for record in read_all(open_(source))] == [("007",)]
+    source = parquet(a=INTEGERS, b=TEXTS)(tmp_path)
+    assert [record.captions for record in read_all(open_(source, streaming=True))] == [("7",), ("007",)]
+
+
+def test_a_damaged_cache_is_built_again(tmp_path: Path) -> None:
+    source = text("rows.jsonl", ONE_ROW)(tmp_path)
+    cache = Path(HF_DATASETS_CACHE) / "blip2"
+    before = set(cache.glob("*.arrow"))
+    first = read_all(open_(source))
+    (cached,) = set(cache.glob("*.arrow")) - before
+    content = cached.read_bytes()
+    for kept in (0, 100, len(content) - 200):
+        cached.write_bytes(content[:kept])
+        assert read_all(open_(source)) == first
+        assert cached.read_bytes() == content
 
 
 def test_hub_dataset_without_a_network() -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from blip2.config import DataConfig
 from blip2.data.records import Record, RecordStream
+from blip2.data.shards import Sample, SkippedSample, read_samples
 from blip2.data.sources import open_records
 from blip2.errors import InputError
 
@@ -97,6 +98,41 @@ def test_columns_are_collected_from_several_samples(tmp_path: Path) -> None:
     (tmp_path / "0.tar").write_bytes(shard([{"png": b"0"}, {"txt": b"one"}, *pairs(2)]))
     read = list(open_(tmp_path / "0.tar").read())
     assert [(r.image, r.captions) for r in read[:2]] == [(b"0", ()), (None, ("one",))]
+
+
+# Members of a sample, and its image and captions; an image of None means that it has none.
+UNUSUAL: dict[str, tuple[dict[str, bytes], bytes | None, tuple[str, ...]]] = {
+    "a text under the name of an image format": ({"json": b'{"jpg": "a.jpg"}', "png": b"1", "txt": b"a"}, b"1", ("a",)),
+    "only a text under that name": ({"json": b'{"jpg": "a.jpg", "image": "b.jpg"}', "txt": b"a"}, None, ("a",)),
+    "a number under that name": ({"json": b'{"png": 3, "txt": "b"}', "bmp": b"1", "txt": b"a"}, b"1", ("a",)),
+    "two images": ({"json": b'{"jpg": 1, "png": 2}', "png": b"1", "jpg": b"2", "txt": b"a"}, b"1", ("a",)),
+    "an unusual and a usual format": ({"avif": b"1", "jpg": b"2", "txt": b"a"}, b"2", ("a",)),
+    "a member named image": ({"image": b"1", "txt": b"a"}, b"1", ("a",)),
+    "a member named image and another": (
+        {"png": b"2", "image": b"1", "json": b'{"image": 3}', "txt": b"a"},
+        b"1",
+        ("a",),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", UNUSUAL)
+def test_training_and_corpus_passes_read_the_same(tmp_path: Path, what: str) -> None:
+    members, image, words = UNUSUAL[what]
+    path = tmp_path / "0.tar"
+    path.write_bytes(shard([*pairs(1), members]))
+    for streaming in (True, False):
+        records = open_records(str(path), DataConfig(train=str(path), streaming=streaming))
+        _, record = records.read() if isinstance(records, RecordStream) else (records[0], records[1])
+        assert (record.image, record.captions) == (image, words)
+    _, sample = read_samples(str(path))
+    if image is None:
+        assert isinstance(sample, SkippedSample)
+        assert sample.reason == "no image"
+    else:
+        assert isinstance(sample, Sample)
+        assert (sample.image, sample.captions) == (image, words)
+        assert members[sample.suffix] == image
 
 
 # -- damaged shards --------------------------------------------------------------------------------------------------

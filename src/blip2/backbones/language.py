@@ -13,8 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,7 +26,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
-    BitsAndBytesConfig,
     GenerationConfig,
     StoppingCriteria,
 )
@@ -72,6 +70,10 @@ class LanguageModel(Freezable):
         super().__init__()
         self.network: Any = network
         convert_linears(network)
+        for module in network.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):  # a layer of bitsandbytes
+                # After a pass without gradients, this kernel does not propagate gradients in later passes.
+                setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
         self.is_encoder_decoder: bool = bool(self.network.config.is_encoder_decoder)
         # The options in Decoding determine how text is generated, not the generation_config.json of the LLM.
         start = get_decoder_start_token_id(self.network) if self.is_encoder_decoder else None
@@ -106,7 +108,7 @@ class LanguageModel(Freezable):
         return torch.autocast(device.type, enabled=False) if self.adapter_key else super().autocast_context(device)
 
     def embed(self, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T L"]:
-        return self.network.get_input_embeddings()(ids)
+        return self.network.get_input_embeddings()(ids).to(ids.device)  # the layer may be on another device
 
     @torch.no_grad()
     def embedding_scale(self) -> float:
@@ -169,7 +171,7 @@ class LanguageModel(Freezable):
     def lm_head(self, hidden_states: Float[Tensor, "M S"]) -> Float[Tensor, "M V"]:
         """Compute logits from the first output of :meth:`hidden_states`."""
         with self.autocast_context(hidden_states.device):
-            return self._lm_head(hidden_states)
+            return self._lm_head(hidden_states).to(hidden_states.device)
 
     @property
     def _lm_head(self) -> Any:
@@ -185,12 +187,8 @@ class LanguageModel(Freezable):
         if not self._has_plain_lm_head:
             yield
             return
-        layer = self.network.get_output_embeddings()
-        layer.forward = nn.Identity().forward
-        try:
+        with _replaced_forward(self.network.get_output_embeddings(), nn.Identity().forward):
             yield
-        finally:
-            del layer.forward
 
     @torch.no_grad()
     def _detect_plain_lm_head(self) -> bool:
@@ -201,14 +199,12 @@ class LanguageModel(Freezable):
         ids = torch.zeros(1, 1, dtype=torch.long, device=layer.weight.device)
         decoder_inputs = {"decoder_input_ids": ids} if self.is_encoder_decoder else {}
         inputs: list[Tensor] = []
-        setattr(layer, "forward", lambda hidden_states: inputs.append(hidden_states) or hidden_states)  # noqa: B010
         try:
-            logits = self.network(input_ids=ids, use_cache=False, **decoder_inputs).logits
+            with _replaced_forward(layer, lambda hidden_states: inputs.append(hidden_states) or hidden_states):
+                logits = self.network(input_ids=ids, use_cache=False, **decoder_inputs).logits
         except Exception:  # for example because a bias is added to the logits
             return False
-        finally:
-            del layer.forward
-        return len(inputs) == 1 and logits.shape == inputs[0].shape and torch.equal(logits, inputs[0].to(logits.dtype))
+        return len(inputs) == 1 and logits.shape == inputs[0].shape and torch.equal(logits, inputs[0].to(logits))
 
     @torch.no_grad()
     def generate(
@@ -472,6 +468,19 @@ class LanguageModel(Freezable):
                 self.network.set_attn_implementation(implementation)
 
 
+@contextmanager
+def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Replace the ``forward`` of a module within a context. A module on a device of its own has one of accelerate."""
+    own = vars(module).get("forward")
+    vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
+        if own is not None:
+            vars(module)["forward"] = own
+
+
 def _trim_padding(visual: Float[Tensor, "I _ L"]) -> tuple[Float[Tensor, "I Q L"], Bool[Tensor, "I Q"] | None]:
     """Cut off the columns in which all visual prompts are padding, and return True for padding in the others.
 
@@ -489,8 +498,7 @@ def load_language_model(
     name: str,
     dtype: torch.dtype = torch.float32,
     activation: str | None = None,
-    quantization: Literal["4bit", "8bit"] | None = None,
-    device: torch.device | None = None,
+    load_kwargs: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> LanguageModel:
     """Load a pretrained LLM, frozen: any ``AutoModelForCausalLM`` or ``AutoModelForSeq2SeqLM`` of transformers.
@@ -499,31 +507,13 @@ def load_language_model(
         name: a folder or hub name in transformers' format.
         dtype: data type of the weights and of the computation. The paper uses float16 for OPT, bfloat16 for FlanT5.
         activation: transformers' name of the activation of the feed-forwards. None: the LLM's own activation.
-        quantization: precision of the weights of all linear layers except the output layer. None: not quantized.
-        device: device of a quantized LLM, which cannot be moved afterwards. None: the CPU. Other LLMs are loaded on the
-            CPU.
+        load_kwargs: further arguments of ``from_pretrained``. Without a ``device_map`` the LLM is loaded on the CPU.
         trust_remote_code: whether Python code from the model's folder may run.
 
     Raises:
-        InputError: there is no such model, it is not a language model, or bitsandbytes is needed and is not installed.
+        InputError: there is no such model, or it is not a language model.
     """
-    if quantization is None:
-        return LanguageModel(load_network(name, dtype, activation, trust_remote_code=trust_remote_code))
-    if find_spec("bitsandbytes") is None:
-        raise InputError(
-            f"language.quantization {quantization} needs bitsandbytes: pip install 'blip2[quantization]', or leave out"
-            " language.quantization"
-        )
-    bits = {"load_in_4bit": True} if quantization == "4bit" else {"load_in_8bit": True}
-    quantization_config = BitsAndBytesConfig(**bits, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    device_map = {"": torch.device("cpu") if device is None else device}
-    load_kwargs = {"quantization_config": quantization_config, "device_map": device_map}
-    network = load_network(name, dtype, activation, load_kwargs, trust_remote_code)
-    for module in network.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # After a pass without gradients, this kernel does not propagate gradients in later passes.
-            module.support_avx512bf16_for_cpu = False
-    return LanguageModel(network)
+    return LanguageModel(load_network(name, dtype, activation, load_kwargs, trust_remote_code))
 
 
 def load_network(

@@ -105,6 +105,36 @@ def _use_peft_names(module: nn.Module, state_dict: dict[str, Tensor], prefix: st
             state_dict[f"{prefix}base_layer.{name.removeprefix(prefix)}"] = state_dict.pop(name)
 
 
+@torch.no_grad()
+def merge_adapters(network: nn.Module, config: LoraConfig, adapters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Add adapters to the weights of an LLM that they adapt.
+
+    Args:
+        network: the LLM, without adapters. It is changed.
+        config: the config of the adapters.
+        adapters: the weights of the adapters, named as in the state dict of an LLM with adapters.
+
+    Returns:
+        The weights that change, by their names in an LLM without adapters and in its dtype.
+
+    Raises:
+        InputError: `adapters` are not those of `config`; or see :func:`add_adapters`.
+    """
+    what = f"the LLM, a {type(network).__name__}"
+    _inject(network, config, config.target_modules, "language.lora", what)
+    missing, unknown = network.load_state_dict(dict(adapters), strict=False, assign=True)
+    wrong = [*unknown, *(name for name in missing if ADAPTER_KEY in name)]
+    if wrong:
+        raise InputError(f"the adapters do not fit {what} ({wrong[0]}): use the config with which they were trained")
+    merged: dict[str, Tensor] = {}
+    for name, module in network.named_modules():
+        layer: Any = module
+        if hasattr(layer, "base_layer"):
+            layer.merge()
+            merged[f"{name}.weight"] = layer.base_layer.weight.detach()
+    return merged
+
+
 def merged_weights(weights: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
     """Return W + lora_alpha / r * B A for each linear layer that has an adapter B A.
 

@@ -247,7 +247,14 @@ def load_model(
     return model, set(info["missing_keys"])
 
 
-def load_submodule(config: Any, weights: Mapping[str, Tensor], name: str, what: str, optional: str = "(?!)") -> Any:
+def load_submodule(
+    config: Any,
+    weights: Mapping[str, Tensor],
+    name: str,
+    what: str,
+    optional: str = "(?!)",
+    load_kwargs: Mapping[str, Any] | None = None,
+) -> Any:
     """Create a transformers model from the weights of a larger checkpoint, without copying the weights.
 
     Args:
@@ -256,6 +263,7 @@ def load_submodule(config: Any, weights: Mapping[str, Tensor], name: str, what: 
         name: name of the checkpoint, for messages.
         what: kind of model, for messages.
         optional: regular expression for the names of weights that may be missing.
+        load_kwargs: further arguments of ``from_pretrained``, such as ``device_map``.
 
     Raises:
         InputError: weights are missing, unexpected, or of other shapes than `config` has.
@@ -267,7 +275,7 @@ def load_submodule(config: Any, weights: Mapping[str, Tensor], name: str, what: 
         dtype = next(iter(weights.values())).dtype
         model, info = model_class.from_pretrained(
             None, config=config, state_dict=dict(weights), dtype=dtype, output_loading_info=True,
-            ignore_mismatched_sizes=True,
+            ignore_mismatched_sizes=True, **load_kwargs or {},
         )  # fmt: skip
     for key, found, expected in sorted(info["mismatched_keys"])[:1]:
         raise InputError(

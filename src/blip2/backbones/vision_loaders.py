@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,6 +51,7 @@ def load_image_encoder(
     image_size: int | None = None,
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
+    load_kwargs: Mapping[str, Any] | None = None,
 ) -> ImageEncoder:
     """Load a pretrained image encoder, frozen.
 
@@ -62,6 +64,7 @@ def load_image_encoder(
             own size.
         dtype: data type of the weights and of the computation.
         trust_remote_code: whether Python code from the model's folder may run.
+        load_kwargs: further arguments of ``from_pretrained``, which do not apply to models of other libraries.
 
     Raises:
         InputError: there is no such model, it has no image encoder, or its patch size does not divide `image_size`.
@@ -72,7 +75,7 @@ def load_image_encoder(
         settings = read_json(Path(name) / "config.json")
         if isinstance(settings, dict) and settings.get("model_type") == "efficientnet-lite0":
             return _load_efficientnet_lite0(Path(name), settings, layer, image_size, dtype)
-    return _load_transformers(name, layer, image_size, dtype, trust_remote_code)
+    return _load_transformers(name, layer, image_size, dtype, trust_remote_code, load_kwargs)
 
 
 # -- modules -----------------------------------------------------------------------------------------------------------
@@ -115,18 +118,26 @@ def wrap_module(module: nn.Module | Any, input_format: Preprocessing | FeatureFo
 
 
 def _load_transformers(
-    name: str, layer: Layer | None, image_size: int | None, dtype: torch.dtype, trust_remote_code: bool
+    name: str,
+    layer: Layer | None,
+    image_size: int | None,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    load_kwargs: Mapping[str, Any] | None,
 ) -> ImageEncoder:
     config = load_config(name, "image encoder", trust_remote_code)
     auto_class = Blip2VisionModel if isinstance(config, Blip2VisionConfig) else AutoModel
-    model, _ = load_model(
-        auto_class, name, "image encoder", dtype, optional="pooler", trust_remote_code=trust_remote_code
-    )
+    model, missing = load_model(
+        auto_class, name, "image encoder", dtype, optional="pooler", load_kwargs=load_kwargs,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     network = next((getattr(model, tower) for tower in VISION_TOWERS if hasattr(model, tower)), model)
     if getattr(network, "main_input_name", None) != "pixel_values":
         raise InputError(
             f"{name!r} is a {type(model).__name__}, which has no image encoder: set vision.name to an image encoder"
         )
+    if load_kwargs and any("pooler" in key for key in missing):
+        network.pooler = None  # it is not needed, and a quantized layer without weights cannot compute
     return wrap_transformers(network, load_preprocessing(name, network.config, image_size), layer)
 
 

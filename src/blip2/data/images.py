@@ -86,7 +86,7 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
         return read_regular_file(path, MAX_FILE_BYTES)
     except InputError as error:
         raise ImageError(f"image {error}") from error
-    except (OSError, ValueError) as error:  # ValueError: the path contains NUL
+    except OSError as error:
         raise unreadable_image(path, error) from error
 
 

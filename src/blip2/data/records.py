@@ -163,6 +163,8 @@ class ColumnMapping:
             return ()
 
     def _with_class_names(self, cell: Any, name: str) -> Any:
+        if isinstance(cell, CellError):  # the reader of a shard could not name the class
+            raise cell
         return labels_to_names(cell, self.class_names[name]) if name in self.class_names else cell
 
 

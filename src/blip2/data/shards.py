@@ -11,7 +11,7 @@ import contextlib
 import json
 import re
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -24,7 +24,7 @@ import pyarrow.parquet
 
 from blip2.data.cells import CAPTION_COLUMNS, CellError, class_names, decode_text, labels_to_names, read_texts
 from blip2.data.images import COMMON_SUFFIXES, IMAGE_SUFFIXES, MAX_FILE_BYTES
-from blip2.data.tables import JSON_DECODER, is_text_table, read_text_table
+from blip2.data.tables import JSON_DECODER, is_text_table, read_text_table, to_rows
 from blip2.errors import InputError
 
 ERROR_COLUMN = "__broken__"
@@ -70,6 +70,8 @@ def expand_files(pattern: str) -> list[str]:
         first, last = span[1], span[2]
         if len(last) > 9 or int(last) - int(first) >= MAX_RANGE:
             raise InputError(f"{span[0]} in {pattern!r} is more than {MAX_RANGE:,} files: use a shorter range")
+        if int(last) < int(first):
+            raise InputError(f"{span[0]} in {pattern!r} ends before it begins: write the smaller number first")
         return [
             file
             for number in range(int(first), int(last) + 1)
@@ -156,14 +158,74 @@ def read_shard(shard: str) -> Iterator[Row]:
 def _read_parquet(file: Any) -> Iterator[Row]:
     number, parquet = 0, pyarrow.parquet.ParquetFile(file)
     schema = parquet.schema_arrow
+    _check_names(schema)
     columns = datasets.Features.from_arrow_schema(schema) if b"huggingface" in (schema.metadata or {}) else {}
     classes = {name: names for name, feature in columns.items() if (names := class_names(feature))}
     for batch in parquet.iter_batches(PARQUET_BATCH_ROWS):
         for part in _split_large(batch):
-            for row in part.to_pylist():
-                named = {name: labels_to_names(row[name], names) for name, names in classes.items()}
+            for row in to_rows(part):
+                named = {name: _class_of(row[name], names) for name, names in classes.items()}
                 yield {**_without_reserved(row), **named, KEY_COLUMN: f"row {number}"}
                 number += 1
+
+
+def _class_of(cell: Any, names: list[str]) -> Any:
+    """Return the class name of a cell, or the error for a label without a name, which makes only its row unusable."""
+    try:
+        return labels_to_names(cell, names)
+    except CellError as error:
+        return error
+
+
+def _check_names(schema: pyarrow.Schema) -> None:
+    if repeated := sorted({name for name in schema.names if schema.names.count(name) > 1}):
+        raise InputError(f"the column {', '.join(repeated)} occurs more than once: give each column its own name")
+
+
+def check_parquet(files: list[str], columns: Collection[str | None]) -> list[str]:
+    """Check the schemas of Parquet files before they are read as one table.
+
+    The ``datasets`` library converts the cells of all files to the types of the first file, which changes them (``007``
+    to 7), and cannot read a file without rows.
+
+    Args:
+        files: paths or URLs of the files.
+        columns: names of the columns whose cells must not be converted.
+
+    Returns:
+        The files that have rows.
+
+    Raises:
+        InputError: the columns have different types, or a name occurs twice.
+        Exception: a file cannot be read.
+    """
+    kinds: dict[str, tuple[str, str]] = {}
+    with_rows = []
+    for file in files:
+        with fsspec.open(file, "rb") as opened:
+            parquet = pyarrow.parquet.ParquetFile(opened)
+            schema, num_rows = parquet.schema_arrow, parquet.metadata.num_rows
+        _check_names(schema)
+        for column in schema:
+            kind = _kind(column.type)
+            expected, first = kinds.setdefault(column.name, (kind, file)) if kind else (kind, file)
+            if kind != expected and column.name in columns:
+                raise InputError(
+                    f"{file} holds {kind} in the column {column.name}, expected {expected} as in {first}: write the"
+                    " files with equal types, or set data.streaming to true, which reads each file as it is"
+                )
+        if num_rows:
+            with_rows.append(file)
+    return with_rows
+
+
+def _kind(arrow_type: pyarrow.DataType) -> str:
+    """Return the kind of simple values, and an empty string for other types."""
+    types = pyarrow.types
+    value = arrow_type.value_type if isinstance(arrow_type, pyarrow.DictionaryType) else arrow_type
+    if types.is_string(value) or types.is_large_string(value) or types.is_string_view(value):
+        return "texts"
+    return "integers" if types.is_integer(value) else "floating-point numbers" if types.is_floating(value) else ""
 
 
 def _split_large(batch: pyarrow.RecordBatch) -> Iterator[pyarrow.RecordBatch]:
@@ -362,11 +424,11 @@ def read_samples(shard: str) -> Iterator[Sample | SkippedSample]:
     """
     for row in read_shard(shard):
         key = row.get(KEY_COLUMN, "")
-        name, suffix = f"{key} in {shard}", _find_image(row)
+        name, image = f"{key} in {shard}", row.get("image")
         if ERROR_COLUMN in row:
             message = f"{shard} cannot be read to its end ({row[ERROR_COLUMN]}): download or create it again"
             yield SkippedSample(shard, "shard broken", message)
-        elif suffix is None or not isinstance(row[suffix], bytes):  # a value of a .json member is not an image
+        elif not isinstance(image, bytes):  # a value of a .json member is not an image
             found = ", ".join(column for column in row if column != KEY_COLUMN)
             expected = f"{', '.join(COMMON_SUFFIXES)}, or another format that Pillow reads"
             yield SkippedSample(name, "no image", f"the sample has {found}, expected an image ({expected})")
@@ -377,7 +439,9 @@ def read_samples(shard: str) -> Iterator[Sample | SkippedSample]:
             except CellError as error:
                 yield SkippedSample(name, "caption not read", f"{column} {error}")
                 continue
-            yield Sample(key, row[suffix], captions, suffix)
+            # Two columns contain the image: the member, and "image".
+            suffix = next((column for column in row if column != "image" and row[column] is image), "image")
+            yield Sample(key, image, captions, suffix)
 
 
 class ShardWriter:

@@ -39,6 +39,7 @@ from blip2.data.shards import (
     ERROR_COLUMN,
     KEY_COLUMN,
     STARTS_SHARD_COLUMN,
+    check_parquet,
     expand_files,
     is_url,
     read_shard,
@@ -118,6 +119,9 @@ def open_records(
     if streaming:
         dataset = stream_shards(files)
     elif suffix == ".parquet":
+        files = _load(source, check_parquet, files, _text_columns(config))
+        if not files:
+            raise _empty(source)
         literal = [file if remote else glob.escape(file) for file in files]  # load_dataset expands globs again
         dataset = _load(source, datasets.load_dataset, "parquet", data_files={"train": literal}, split="train")
     elif suffix == ".tar":
@@ -131,6 +135,12 @@ def open_records(
     allowed_folders = {".tar": (), ".parquet": (str(path.parent),)}.get(suffix)
     root = path.parent
     return _make_records(dataset, source, config, root, rank, world_size, allowed_folders, all_columns, reads_features)
+
+
+def _text_columns(config: DataConfig) -> tuple[str | None, ...]:
+    """Return the names of the columns that may have texts or paths."""
+    named = (config.image_column, config.caption_column, config.question_column)
+    return (*named, *IMAGE_COLUMNS, *CAPTION_COLUMNS, *QUESTION_COLUMNS, *ANSWER_COLUMNS, *METADATA_COLUMNS)
 
 
 def _read_whole_shard(shard: str, images: tuple[str, ...]) -> Iterator[dict[str, Any]]:
@@ -161,6 +171,7 @@ def _open_folder(
 ) -> Records | RecordStream:
     for saved in (folder, folder / config.split):
         if (saved / "dataset_info.json").is_file():
+            _check_saved(saved)
             dataset = _load(str(saved), datasets.load_from_disk, str(saved))
             name = str(saved)
             return _make_records(dataset, name, config, folder, rank, world_size, None, all_columns, reads_features)
@@ -177,6 +188,20 @@ def _open_folder(
     pairs = list_pairs(folder, verbose=rank == 0, captions_required=not all_columns, suffixes=suffixes)
     columns = ColumnMapping(str(folder), "image", "captions", None, (), folder, reads_features=reads_features)
     return Records(table_from_rows(pairs), columns)
+
+
+def _check_saved(folder: Path) -> None:
+    """Check the files of a folder that ``save_to_disk`` wrote: the library would read files of other folders, too."""
+    state = read_json(folder / "state.json")
+    files = state.get("_data_files") if isinstance(state, dict) else None
+    names = [file.get("filename") if isinstance(file, dict) else None for file in files or ()]
+    if not isinstance(files, list) or not all(isinstance(name, str) and name == Path(name).name for name in names):
+        raise InputError(
+            f"{folder / 'state.json'} is damaged (its _data_files do not list files of the same folder): copy or save"
+            " the dataset again"
+        )
+    if not files:
+        raise _empty(str(folder))
 
 
 def _load(source: str, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -7,6 +7,7 @@ a separate column. The table is a memory-mapped dataset of the ``datasets`` libr
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -23,7 +24,7 @@ import pyarrow
 from datasets.config import HF_DATASETS_CACHE
 from filelock import FileLock
 
-from blip2.data.cells import METADATA_COLUMNS, detect_encoding
+from blip2.data.cells import METADATA_COLUMNS, describe, detect_encoding
 from blip2.data.json_stream import iter_members
 from blip2.errors import InputError
 from blip2.io import atomic_write
@@ -140,8 +141,18 @@ def _parse_int(digits: str) -> int | str:
     return int(digits) if len(digits) < 19 and digits != "-0" else digits
 
 
-JSON_DECODER = json.JSONDecoder(parse_float=str, parse_int=_parse_int)
-"""Decodes JSON. Numbers with a decimal point or an exponent become texts, as they are written."""
+def _parse_object(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(members)
+    if len(values) < len(members):
+        names = [name for name, _ in members]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {repeated} occurs more than once in an object")
+    return values
+
+
+JSON_DECODER = json.JSONDecoder(parse_float=str, parse_int=_parse_int, object_pairs_hook=_parse_object)
+"""Decodes JSON. Numbers with a decimal point or an exponent become texts, as they are written. A repeated key, of whose
+values only one could be kept, raises ValueError."""
 
 
 def _read_json(text: io.TextIOWrapper) -> Iterator[Row]:
@@ -165,9 +176,10 @@ def _read_json(text: io.TextIOWrapper) -> Iterator[Row]:
     for number, line in chain([first], lines):
         try:
             value = JSON_DECODER.decode(line)
-        except json.JSONDecodeError as error:
+        except ValueError as error:
+            reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
             raise _TableError(
-                f"line {number} is not JSON ({error.msg} at column {error.colno}), expected one object per line, or an"
+                f"line {number} is not JSON ({reason}), expected one object per line, or an"
                 " array of objects: correct the file"
             ) from error
         except RecursionError as error:
@@ -180,7 +192,7 @@ def _read_json(text: io.TextIOWrapper) -> Iterator[Row]:
 def _check_object(value: Any, where: str) -> Row:
     if not isinstance(value, dict):
         raise _TableError(
-            f'{where} is a {type(value).__name__}, expected an object: write it as {{"image": ..., "caption": ...}}'
+            f'{where} is {describe(value)}, expected an object: write it as {{"image": ..., "caption": ...}}'
         )
     return value
 
@@ -209,6 +221,26 @@ def _pack(rows: Iterable[Row]) -> Iterator[pyarrow.RecordBatch]:
         yield pyarrow.RecordBatch.from_arrays(arrays, schema=_SCHEMA)
 
 
+def to_rows(table: pyarrow.Table | pyarrow.RecordBatch) -> list[Row]:
+    """Convert an Arrow table to rows.
+
+    Arrow does not check that texts are UTF-8. A text that is not, or the cell that contains it, becomes a text with
+    lone surrogates, as :func:`~blip2.data.cells.decode_text` returns it, so that one row is unusable and not the table.
+    """
+    try:
+        return table.to_pylist()
+    except UnicodeDecodeError:
+        columns = [map(_to_cell, column) for column in table.columns]
+        return [dict(zip(table.column_names, cells, strict=True)) for cells in zip(*columns, strict=True)]
+
+
+def _to_cell(scalar: pyarrow.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return error.object.decode("utf-8", "surrogateescape")
+
+
 class Table:
     """Rows with random access.
 
@@ -218,7 +250,7 @@ class Table:
     """
 
     def __init__(self, dataset: datasets.Dataset) -> None:
-        self.dataset = dataset
+        self.dataset = dataset.with_format("arrow")  # a saved dataset may have another format, such as NumPy's
         self._packed = dataset.column_names == _SCHEMA.names
         self.features: dict[str, Any] = dict(dataset.features)
         """The type of each column, in order; None for columns whose type may differ from row to row."""
@@ -226,7 +258,7 @@ class Table:
             listed = [json.loads(names) for names in dataset.unique(_NAMES) if names is not None]
             self.features = {name: None for names in listed for name in names}
             if dataset.data.column(_BYTES).null_count == len(dataset):
-                self.dataset = dataset.select_columns([_ROW])
+                self.dataset = self.dataset.select_columns([_ROW])
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -248,22 +280,20 @@ class Table:
 
     def row(self, index: int) -> Row:
         """Return one row with the cells of all columns."""
-        row = self.dataset[index]
+        row = to_rows(self.dataset[index])[0]
         return _unpack(**row) if self._packed else row
 
     def read_column(self, name: str, indices: Sequence[int] | slice) -> list[Any]:
         """Return the cells of one column at `indices`, without reading images. The cells must not be bytes."""
-        if not self._packed:
-            return self.dataset.select_columns([name])[indices][name]
-        return [json.loads(row).get(name) for row in self.dataset.select_columns([_ROW])[indices][_ROW]]
+        column = _ROW if self._packed else name
+        cells = [row[column] for row in to_rows(self.dataset.select_columns([column])[indices])]
+        return [json.loads(cell).get(name) for cell in cells] if self._packed else cells
 
     def iter_rows(self, names: Sequence[str]) -> Iterator[Row]:
         """Iterate over all rows, in order. Only the columns `names` are certain to be in the rows."""
         dataset = self.select_columns(names).dataset
         for start in range(0, len(self), BATCH_ROWS):
-            batch = dataset[start : start + BATCH_ROWS]
-            for cells in zip(*batch.values(), strict=True):
-                row = dict(zip(batch, cells, strict=True))
+            for row in to_rows(dataset[start : start + BATCH_ROWS]):
                 yield _unpack(**row) if self._packed else row
 
 
@@ -295,11 +325,13 @@ def build_cached_table(files: Sequence[str], read: Callable[[str], Iterator[Row]
     cached = Path(HF_DATASETS_CACHE) / "blip2" / f"{key.hexdigest()}.arrow"
     cached.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{cached}.lock"):  # one process builds the table for all
-        if not cached.exists():
-            with atomic_write(cached) as out, pyarrow.ipc.new_stream(out, _SCHEMA) as writer:
-                for batch in _pack(row for file in files for row in read(file)):
-                    writer.write_batch(batch)
-    return Table(datasets.Dataset.from_file(str(cached)))
+        # After a crash of the machine, the file may be incomplete.
+        with contextlib.suppress(OSError, pyarrow.ArrowException):
+            return Table(datasets.Dataset.from_file(str(cached)))
+        with atomic_write(cached) as out, pyarrow.ipc.new_stream(out, _SCHEMA) as writer:
+            for batch in _pack(row for file in files for row in read(file)):
+                writer.write_batch(batch)
+        return Table(datasets.Dataset.from_file(str(cached)))
 
 
 def _check_headers(files: Sequence[str]) -> None:

@@ -117,8 +117,14 @@ def forward_without_cache(
     if logits_to_keep is None:
         return network(**kwargs).logits
     if "logits_to_keep" in accepted:
-        return network(**kwargs, logits_to_keep=logits_to_keep).logits
+        return network(**kwargs, logits_to_keep=_for_any_device(logits_to_keep, network)).logits
     return network(**kwargs).logits[:, logits_to_keep]
+
+
+def _for_any_device(indices: Int[Tensor, "C"], network: Any) -> Any:
+    """Return indices of columns; as a list for an LLM with hooks of accelerate, which would move a tensor to a device
+    that may not be the one of the columns."""
+    return indices.tolist() if hasattr(network, "_hf_hook") else indices
 
 
 def supports_kv_cache(network: Any) -> bool:
@@ -308,14 +314,15 @@ class CausalLMDecoder(CachedDecoder):
         """Run the LLM over S new columns, padded on the right where `new_mask` is False."""
         last = (new_mask.sum(dim=1) - 1).clamp(min=0)
         if self._accepts_logits_to_keep and new_mask.shape[1] > 1:
-            inputs["logits_to_keep"], last = last.unique(return_inverse=True)
+            columns, last = last.unique(return_inverse=True)
+            inputs["logits_to_keep"] = _for_any_device(columns, self.network)
         logits = self._append(new_mask, **inputs)
         self.logits = logits[torch.arange(len(last)), last].float()
 
     def _run(self, tokens: Int[Tensor, "N U"], mask: Bool[Tensor, "N U"]) -> Float[Tensor, "N U V"]:
         return self._append(mask, input_ids=tokens)
 
-    def _append(self, new_mask: Bool[Tensor, "N S"], **inputs: Tensor) -> Float[Tensor, "N C V"]:
+    def _append(self, new_mask: Bool[Tensor, "N S"], **inputs: Any) -> Float[Tensor, "N C V"]:
         """Run the LLM over S new columns, and return its logits."""
         self._attention_mask = torch.cat([self._attention_mask, new_mask], dim=1)
         if self._accepts_position_ids:
@@ -331,7 +338,8 @@ class CausalLMDecoder(CachedDecoder):
         self._attention_mask = self._attention_mask.gather(1, order)
         for layer in self._cache.layers:
             layer.keys, layer.values = (
-                states.gather(2, order[:, None, :, None].expand_as(states)) for states in (layer.keys, layer.values)
+                states.gather(2, order.to(states.device)[:, None, :, None].expand_as(states))
+                for states in (layer.keys, layer.values)
             )
 
 
@@ -346,7 +354,7 @@ class Seq2SeqLMDecoder(CachedDecoder):
         encoder = network.get_encoder()
         self._encoder_hidden_states = encoder(
             inputs_embeds=inputs_embeds, attention_mask=self._attention_mask
-        ).last_hidden_state
+        ).last_hidden_state.to(inputs_embeds.device)
         # The cache keeps all tokens even for an LLM with a sliding window: cross-attention has no window.
         self._cache: Any = EncoderDecoderCache(DynamicCache(), DynamicCache())
         self._step(torch.full_like(self._prompt_index, start))
@@ -389,7 +397,7 @@ class UncachedDecoder(IncrementalDecoder):
             encoder = network.get_encoder()
             self._encoder_hidden_states = encoder(
                 inputs_embeds=self._inputs_embeds, attention_mask=self._attention_mask.long()
-            ).last_hidden_state
+            ).last_hidden_state.to(self._inputs_embeds.device)
         self._forward()
 
     def _step(self, tokens: Int[Tensor, "N"]) -> None:
@@ -420,7 +428,7 @@ class UncachedDecoder(IncrementalDecoder):
         mask = torch.cat([self._attention_mask, self._attention_mask.new_ones(self._generated.shape)], dim=1)
         order = (~mask).long().argsort(dim=1, stable=True)  # moves padding from between prompt and text to the right
         embed = self.network.get_input_embeddings()
-        inputs_embeds = torch.cat([self._inputs_embeds, embed(self._generated).to(self._inputs_embeds.dtype)], dim=1)
+        inputs_embeds = torch.cat([self._inputs_embeds, embed(self._generated).to(self._inputs_embeds)], dim=1)
         inputs_embeds = inputs_embeds.gather(1, order[..., None].expand_as(inputs_embeds))
         padding = self._input_ids.new_full((len(mask), self._num_visual_tokens), get_pad_token_id(self.network))
         input_ids = torch.cat([padding, self._input_ids, self._generated], dim=1).gather(1, order)
@@ -462,7 +470,7 @@ class PreallocatedCacheLayer(DynamicLayer):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select rows of the batch."""
         length = self.get_seq_length()
-        self._buffers = [buffer.index_select(0, beam_idx) for buffer in self._buffers]
+        self._buffers = [buffer.index_select(0, beam_idx.to(buffer.device)) for buffer in self._buffers]
         self._set_length(length)
 
     def reorder_suffix(self, rows: Int[Tensor, "N"]) -> None:
@@ -473,7 +481,7 @@ class PreallocatedCacheLayer(DynamicLayer):
         """
         suffix = slice(self._prompt_length, self.get_seq_length())
         for buffer in self._buffers:
-            buffer[..., suffix, :] = buffer[rows, :, suffix]
+            buffer[..., suffix, :] = buffer[rows.to(buffer.device), :, suffix]
 
     def _set_length(self, length: int) -> tuple[Tensor, Tensor]:
         keys, values = (buffer[..., :length, :] for buffer in self._buffers)

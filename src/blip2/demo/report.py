@@ -33,6 +33,7 @@ BLANK = "shown a blank image"
 MAJORITY = "most frequent answer"
 FACTS = ("objects", "color", "relation", "all")
 ANSWERS = ("what", "color", "where", "yesno", "all")
+CONVERSATIONS = "conversations.html"
 MAX_IMAGES = 24
 """Maximum number of images whose generated captions the report shows."""
 
@@ -149,7 +150,7 @@ def print_tables(metrics: dict[str, Any], output: Path) -> None:
         )
     lines = [
         f"in {metrics['seconds']:.0f} s",
-        f"report: {output / 'report.html'}   numbers: {output / 'metrics.json'}",
+        f"report: {output / 'report.html'}, {output / CONVERSATIONS}   numbers: {output / 'metrics.json'}",
         f"try: blip2 caption {output / 'stage2'} YOUR_IMAGE.jpg",
     ]
     if "scenes" in metrics:
@@ -283,7 +284,7 @@ def _add_records(report: Report, results: DemoResults) -> None:
         [
             (
                 image,
-                [("", reference), ("right" if _is_close(caption, reference) else "wrong", caption), ("dim", baseline)],
+                [("", reference), ("right" if is_close(caption, reference) else "wrong", caption), ("dim", baseline)],
             )
             for image, reference, (caption, baseline) in zip(
                 _images(results), _references(results), captions, strict=False
@@ -304,5 +305,6 @@ def _add_records(report: Report, results: DemoResults) -> None:
     report.cards(cards[:24], columns=6)  # two sentences per row
 
 
-def _is_close(caption: str, reference: str) -> bool:
+def is_close(caption: str, reference: str) -> bool:
+    """Return whether a caption has at least about half of its content words in common with a reference."""
     return score_captions([caption], [reference])["content_f1"] >= 0.5

@@ -27,9 +27,11 @@ from blip2.data.images import preprocess, read_image
 from blip2.data.records import Records
 from blip2.data.sources import open_records
 from blip2.decoding.search import Decoding
+from blip2.demo.conversations import write_conversations
 from blip2.demo.data import DemoData, scenes_data, user_data
 from blip2.demo.report import (
     BLANK,
+    CONVERSATIONS,
     MAJORITY,
     TWINS,
     VQA,
@@ -66,6 +68,8 @@ RERANK_K = 16
 """Number of candidates that the matching head re-ranks in each direction."""
 EVAL_SIZES = {"compositions": (160, 300), "images": (80, 100), "cutouts": (80, 100)}
 """For each test split, the numbers of images and questions that are evaluated: the first ones in the files."""
+NUM_CONVERSATIONS = 4
+"""Number of scenes about which the page of conversations has a conversation."""
 PLAN = "plan.json"
 BATCH_SIZE = 48
 """Number of texts that are generated in one batch."""
@@ -185,6 +189,10 @@ def demo(output: Path, quick: bool = False, data: str | None = None, scale: floa
     images = None
     if demo_data.held_out is not None:
         metrics["images"], images = evaluator.images(demo_data.held_out)
+    generators = evaluator.generators
+    with timer.measure("conversations"):
+        count = 1 if quick else NUM_CONVERSATIONS
+        write_conversations(output / CONVERSATIONS, generators["stage 2"], generators.get(VQA), scenes, images, count)
     metrics |= {"seconds": sum(timer.seconds.values()), "seconds_by_part": timer.seconds}
     for name, recipe in recipes.items():
         rows = [row for row in read_metrics(Path(recipe.output)) if "validation_loss" in row]

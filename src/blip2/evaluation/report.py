@@ -32,7 +32,11 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 .card { border: 1px solid #e2e2e2; border-radius: .4rem; padding: .6rem; font-size: .85rem; }
 .card img { width: 100%; height: 8rem; object-fit: contain; } img.plot { max-width: 100%; }
 .right { color: #12783a; } .wrong { color: #a33; } .dim { color: #666; }
+.strong { font-weight: 600; }
 """
+
+Card = tuple[Image.Image, Sequence[tuple[str, str]]]
+"""An image and the lines of text below it; see :meth:`Report.cards`."""
 
 
 class Report:
@@ -67,12 +71,12 @@ class Report:
         figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
         self._parts.append(f'<img class="plot" alt="{html.escape(description)}" src="{_data_url(buffer.getvalue())}">')
 
-    def cards(self, cards: Sequence[tuple[Image.Image, Sequence[tuple[str, str]]]], columns: int | None = None) -> None:
+    def cards(self, cards: Sequence[Card], columns: int | None = None) -> None:
         """Add images with lines of text below them.
 
         Args:
-            cards: for each card, the image and its lines as (style, text). The style is ``right``, ``wrong``, ``dim``
-                or the empty string.
+            cards: for each card, the image and its lines as (style, text). The style is ``right``, ``wrong``, ``dim``,
+                ``strong`` or the empty string.
             columns: number of cards per row. None: the width of the page determines the number.
         """
         out = []

@@ -172,13 +172,20 @@ class Checkpoint:
         config.num_attention_heads = known
         return replace(self, vision_config=config)
 
-    def load_image_encoder(self, layer: Layer | None, image_size: int | None, dtype: torch.dtype) -> ImageEncoder:
+    def load_image_encoder(
+        self,
+        layer: Layer | None,
+        image_size: int | None,
+        dtype: torch.dtype,
+        load_kwargs: Mapping[str, Any] | None = None,
+    ) -> ImageEncoder:
         """Create the image encoder of this checkpoint, frozen.
 
         Args:
             layer: the layer whose output is used; see :func:`load_image_encoder`.
             image_size: height and width of the images in pixels. None: the encoder's own size.
             dtype: data type of the weights and of the computation.
+            load_kwargs: further arguments of ``from_pretrained``.
 
         Raises:
             InputError: the weights are incomplete, or the encoder has no such layer or cannot encode images of this
@@ -191,6 +198,7 @@ class Checkpoint:
             self.name,
             "image encoder",
             optional="post_layernorm|pooler",
+            load_kwargs=load_kwargs,
         )
         preprocessing = replace(self.preprocessing, image_size=image_size or self.preprocessing.image_size)
         if layer == "last":
@@ -221,12 +229,14 @@ class Checkpoint:
             config.image_size = image_size
         return config, weights
 
-    def load_language_model(self, dtype: torch.dtype, activation: str | None = None) -> LanguageModel:
+    def load_language_model(
+        self, dtype: torch.dtype, activation: str | None = None, load_kwargs: Mapping[str, Any] | None = None
+    ) -> LanguageModel:
         """Create the LLM of this checkpoint, frozen; see :func:`blip2.backbones.language.load_language_model`."""
         config = copy.deepcopy(self.language_config)
         set_activation(config, activation)
         weights = to_dtype(self.weights.strip_prefix(LANGUAGE_PREFIX), dtype)
-        return LanguageModel(load_submodule(config, weights, self.name, "language model"))
+        return LanguageModel(load_submodule(config, weights, self.name, "language model", load_kwargs=load_kwargs))
 
 
 def to_dtype(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -15,14 +15,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from blip2.config import IMAGE_TOKEN, QUESTION_PLACEHOLDER
+from blip2.data.arrays import blank_input
 from blip2.data.collate import MAX_WORDS, check_unicode, encode_questions, normalize_questions, strip_eos
 from blip2.decoding.conversation import ConversationDecoder, make_prompt
-from blip2.decoding.kv_cache import IncrementalDecoder, PromptBatch, get_pad_token_id
+from blip2.decoding.kv_cache import IncrementalDecoder, PromptBatch, get_pad_token_id, has_per_layer_embeddings
 from blip2.decoding.options import CHAT_DECODING, Decoding
 from blip2.decoding.text import TextStreamer, final_text, make_stopping_criteria
 from blip2.errors import InputError
 from blip2.model.generation import Questions
 from blip2.pipelines.images import Images
+from blip2.pipelines.results import Explanation
 
 if TYPE_CHECKING:
     from blip2.pipelines.generation import GenerationPipeline
@@ -220,6 +222,50 @@ class Chat:
         batch, keys = self._embed(self._render(self._with_next(content)))
         self._check_length(len(keys), (self._decoding if decoding is None else decoding).without_beams())
         return batch
+
+    @torch.no_grad()
+    def explain(self) -> Explanation:
+        """Explain the last answer: which queries each of its tokens depends on, given the conversation before.
+
+        A query is removed as in :meth:`GenerationPipeline.explain`, from all visual prompts of the conversation. The
+        LLM reads the conversation once for each query.
+
+        Raises:
+            InputError: the last message is not an answer of this chat, the conversation has no image or several, or
+                the LLM has embeddings in every layer (Gemma 3n).
+        """
+        language, device = self._pipeline.model.language, self._pipeline.device
+        written = self._written[-1:]
+        if not written or self._messages[-1] != _Message("assistant", (written[0].text,)):
+            raise InputError("the last message is not an answer of this chat: call ask() first")
+        asked = self.copy()
+        asked._written = self._written[:-1]
+        prompt = asked._render(self._messages[:-1])
+        count = len({image for image, _ in prompt.images})
+        if count != 1:
+            raise InputError(f"the conversation has {count} images, expected one: explain() is for one image")
+        if has_per_layer_embeddings(language.network):
+            raise InputError("the LLM has embeddings in every layer: use explain() of the pipeline for one question")
+        batch, keys = asked._embed(prompt)
+        blank = asked.copy()
+        blank._features = [self._pipeline.encode_pixels(blank_input(self._pipeline.model.vision.input_format))]
+        blank._features *= len(self._features)
+        blank._visual_prompts = {}
+        for key, own in self._visual_prompts.items():
+            one = blank._visual_prompt(*key)  # the blank image has one window
+            blank._visual_prompts[key] = one.repeat(len(own) // len(one), 1)
+        image, text = prompt.images[-1]
+        queries = range(len(self._visual_prompts[image, text]))
+        places = [[isinstance(key, tuple) and key[-1] == query for key in keys] for query in queries]
+        labels = torch.tensor([written[0].tokens], device=device)
+        ids = labels[:, :0] if language.is_encoder_decoder else labels
+        return self._pipeline.explain_continuation(
+            batch.inputs_embeds()[0][0],
+            blank._embed(prompt)[0].inputs_embeds()[0][0],
+            torch.tensor(places, device=device),
+            (ids, torch.ones_like(ids).bool(), labels),
+            self._pipeline.model.attention_maps(self._features[image], self._questions(text))[0, -1],
+        )
 
     def reset(self) -> None:
         """Forget all messages. The images with which the chat was made belong to the next question again."""
@@ -450,11 +496,14 @@ class Chat:
     def _visual_prompt(self, image: int, text: str | None) -> Float[Tensor, "Q L"]:
         """Return the visual prompt of an image, which is computed once for each text that the Q-Former reads."""
         if (image, text) not in self._visual_prompts:
-            pipeline = self._pipeline
-            encoded = None if text is None else encode_questions(pipeline.qformer_tokenizer, [text])
-            questions = None if encoded is None else Questions(*(each.to(pipeline.device) for each in encoded))
-            self._visual_prompts[image, text] = pipeline.model.visual_prompt(self._features[image], questions)[0]
+            visual = self._pipeline.model.visual_prompt(self._features[image], self._questions(text))
+            self._visual_prompts[image, text] = visual[0]
         return self._visual_prompts[image, text]
+
+    def _questions(self, text: str | None) -> Questions | None:
+        """Return a text that the Q-Former reads as its tokens."""
+        encoded = None if text is None else encode_questions(self._pipeline.qformer_tokenizer, [text])
+        return None if encoded is None else Questions(*(each.to(self._pipeline.device) for each in encoded))
 
     def _check_length(self, num_tokens: int, decoding: Decoding) -> None:
         language = self._pipeline.model.language

@@ -23,10 +23,12 @@ from blip2.pipelines.base import check_all_used, check_texts, texts_of_images
 from blip2.pipelines.chat import Chat
 from blip2.pipelines.images import Images, ImageStream, OnError, cat_padded
 from blip2.pipelines.likelihood import LikelihoodPipeline, check_prompts
-from blip2.pipelines.results import Explanation, Generated, until_end
+from blip2.pipelines.results import Alternative, Explanation, Generated, until_end
 
 WINDOW = 256
 """Number of visual prompts that are collected before the LLM reads them."""
+NUM_ALTERNATIVES = 4
+"""Number of other tokens that an explanation has for each token."""
 
 
 class Request(NamedTuple):
@@ -591,27 +593,58 @@ class GenerationPipeline(LikelihoodPipeline):
         blank = self.encode_pixels(blank_input(self.model.vision.input_format))
         seen, unseen = (self._visual_prompts(each, questions, index)[0] for each in (features, blank))
         unseen = unseen.repeat(len(seen) // len(unseen), 1)  # the blank image has one window
-        every = torch.arange(len(seen), device=self.device)
-        removed = seen.repeat(len(seen), 1, 1)
-        removed[every, every] = unseen
-        log_probs = []
+        every = torch.eye(len(seen), dtype=torch.bool, device=self.device)
+        maps = self._map_rows(self.model.attention_maps, features, questions, index)
+        return self.explain_continuation(seen, unseen, every, batch, maps[0, -1])
+
+    @torch.no_grad()
+    def explain_continuation(
+        self,
+        seen: Float[Tensor, "S L"],
+        unseen: Float[Tensor, "S L"],
+        places: Bool[Tensor, "Q S"],
+        batch: tuple[Int[Tensor, "1 T"], Bool[Tensor, "1 T"], Int[Tensor, "1 U"]],
+        attention_map: Float[Tensor, "Q P"],
+    ) -> Explanation:
+        """Explain the tokens that follow a sequence of embeddings.
+
+        Args:
+            seen: the embeddings that the LLM reads first: a visual prompt, or a conversation that contains one.
+            unseen: the same for a blank image.
+            places: the places of each query in the sequence.
+            batch: token ids, attention mask and labels of the text after the sequence, as in
+                :meth:`~blip2.backbones.language.LanguageModel.hidden_states`.
+            attention_map: attention of the queries over the image tokens.
+        """
+        rows = torch.cat([seen[None], unseen[None], torch.where(places[..., None], unseen, seen)])
+        log_probs, best = [], []
         chunk_size = max(MAX_LOGITS_PER_CHUNK // self.model.language.vocab_size, 1)
-        for part in torch.cat([seen[None], unseen[None], removed]).split(self.batch_size):
+        for part in rows.split(self.batch_size):
             states, labels = self.model.language.hidden_states(part, *(each.repeat(len(part), 1) for each in batch))
-            chunks = zip(states.split(chunk_size), labels.split(chunk_size), strict=True)
-            token = [
-                self.model.language.lm_head(x).float().log_softmax(dim=-1).gather(1, y[:, None]) for x, y in chunks
-            ]
+            token = []
+            for x, y in zip(states.split(chunk_size), labels.split(chunk_size), strict=True):
+                each = self.model.language.lm_head(x).float().log_softmax(dim=-1)
+                token.append(each.gather(1, y[:, None]))
+                best.append(each.topk(NUM_ALTERNATIVES + 1))
             log_probs.append(torch.cat(token).view(len(part), -1).cpu())
         with_image, without_image, *without_query = torch.cat(log_probs)
-        maps = self._map_rows(self.model.attention_maps, features, questions, index)
         tokens = batch[2][batch[2] != IGNORE_INDEX].tolist()
+        values, ids = (torch.cat(each)[: len(tokens)].tolist() for each in zip(*best, strict=True))
+        alternatives = tuple(
+            tuple(
+                Alternative(str(self.tokenizer.decode([other])), value)
+                for other, value in zip(others, each, strict=True)
+                if other != token
+            )[:NUM_ALTERNATIVES]
+            for token, others, each in zip(tokens, ids, values, strict=True)
+        )
         return Explanation(
             tuple(str(self.tokenizer.decode([token])) for token in tokens),
             tuple(with_image.tolist()),
             tuple(without_image.tolist()),
+            alternatives,
             torch.stack([with_image - each for each in without_query], dim=1),
-            maps[0, -1].cpu(),
+            attention_map.cpu(),
         )
 
     def _map_pairs(

@@ -7,11 +7,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import nn
+from transformers import BitsAndBytesConfig
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from blip2 import checkpoint
-from blip2.builder import Built, build, choose_device
+from blip2.builder import Built, build, check_bitsandbytes, choose_device
 from blip2.config import ModelConfig, Precision, Stage
+from blip2.errors import InputError
+from blip2.interop.checkpoint import Checkpoint
 from blip2.model.representation import RepresentationModel
 from blip2.pipelines.generation import GenerationPipeline
 from blip2.pipelines.representation import RepresentationPipeline
@@ -28,6 +33,10 @@ def load(
     stage: Stage | None = None,
     revision: str | None = None,
     encoder: nn.Module | None = None,
+    device_map: str | Mapping[str, int | str | torch.device] | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    offload_folder: str | Path | None = None,
+    quantization_config: QuantizationConfigMixin | None = None,
 ) -> RepresentationPipeline | GenerationPipeline:
     """Load a checkpoint of ``blip2 train``, transformers or LAVIS.
 
@@ -45,13 +54,22 @@ def load(
         revision: branch, tag or commit of a hub name. None: the newest commit of the main branch.
         encoder: the image encoder with which the model was trained, if its ``vision.name`` is module, or features that
             such a module encodes; see :func:`blip2.train`.
+        device_map: the devices of the LLM, as in ``from_pretrained`` of transformers: ``auto``, or a mapping from the
+            names of the LLM's modules to devices. The image encoder and the Q-Former are on `device`. None: the LLM is
+            there too.
+        max_memory: memory that ``device_map="auto"`` may use on each device. None: what is free.
+        offload_folder: folder for the weights that `device_map` places on the disk.
+        quantization_config: how to quantize the linear layers of the LLM, except its output layer, and those of the
+            image encoder, if it is of transformers: ``BitsAndBytesConfig(load_in_8bit=True)``. It takes precedence over
+            ``language.quantization`` in the model's config. None: only the LLM is quantized, if the config says so.
 
     Returns:
         A :class:`RepresentationPipeline` for stage 1, a :class:`GenerationPipeline` for stage 2.
 
     Raises:
         InputError: there is no checkpoint at `path` or no such revision of it, or it is damaged, not a BLIP-2 or not of
-            `stage`; a frozen part cannot be loaded; or the device does not exist.
+            `stage`; a frozen part cannot be loaded; the device does not exist; or trained weights would have to be
+            quantized or offloaded.
     """
     found = checkpoint.open_checkpoint(str(path), overrides, revision).as_stage(stage)
     log.info("%s: %s", found.name, found.description)
@@ -63,10 +81,37 @@ def load(
         vision = replace(config.vision, dtype=dtype)
         language = None if config.language is None else replace(config.language, dtype=dtype)
         config = replace(config, vision=vision, language=language)
-    built = build(config, choose_device(device), found, encoder=encoder)
+    placement = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
+    load_kwargs = {key: value for key, value in placement.items() if value is not None}
+    if load_kwargs and config.language is None:
+        raise InputError(
+            f"{found.name} is of stage 1, which has no LLM, but {' and '.join(load_kwargs)} would place one: give only"
+            " device"
+        )
+    if quantization_config is not None:
+        if isinstance(quantization_config, BitsAndBytesConfig):
+            check_bitsandbytes("quantization_config")
+        load_kwargs["quantization_config"] = quantization_config
+    built = build(config, choose_device(device), found, encoder=encoder, load_kwargs=load_kwargs)
+    _check_changeable(found, built.model)
     checkpoint.load_weights(found, built.model)
     built.model.eval()
     return make_pipeline(built, config, Path(found.name))
+
+
+def _check_changeable(found: Checkpoint, model: nn.Module) -> None:
+    """Check that a model has values of its own wherever a checkpoint has trained weights.
+
+    Raises:
+        InputError: they would have to be quantized, or are offloaded.
+    """
+    state = model.state_dict()
+    for name in found.trained_weights():
+        if name in state and (state[name].is_meta or not state[name].is_floating_point()):
+            raise InputError(
+                f"{found.name} contains trained weights, such as {name}, which cannot be quantized or offloaded when"
+                " they are loaded: convert it to transformers, and load the result"
+            )
 
 
 def make_pipeline(built: Built, config: ModelConfig, path: Path) -> RepresentationPipeline | GenerationPipeline:

@@ -22,11 +22,11 @@ from blip2.errors import InputError
 
 
 class Alternative(NamedTuple):
-    """Another text that the beam search found."""
+    """Another text that the beam search found, or another token in the place of a token."""
 
     text: str
     log_prob: float
-    """Natural logarithm of the probability of the text, with the end token if the text has one."""
+    """Natural logarithm of the probability: of a text with its end token if it has one, or of a token."""
 
 
 @dataclass(frozen=True)
@@ -103,14 +103,19 @@ class Generated:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The queries that each token of a text about an image depends on; made by ``GenerationPipeline.explain``."""
+    """The queries that each token of a text about an image depends on.
+
+    It is made by ``GenerationPipeline.explain``, and for the last answer of a conversation by ``Chat.explain``.
+    """
 
     tokens: tuple[str, ...]
-    """The text of each of the U tokens. The last one is the end token."""
+    """The text of each of the U tokens. The last one is the end token, but for an answer of a conversation."""
     token_log_probs: tuple[float, ...]
     """Natural logarithm of the probability of each token, given the image, the prompt and the tokens before."""
     blank_log_probs: tuple[float, ...]
     """The same with a blank image. A token that the LLM would write without the image has a similar value in both."""
+    alternatives: tuple[tuple[Alternative, ...], ...]
+    """For each token, the four most likely other tokens in its place, best first."""
     effects: Float[Tensor, "U Q"] = field(compare=False, repr=False)
     """The effect of each query on each token, in nats: by how much the log-probability of the token falls without the
     query. It is negative if the query spoke against the token."""
