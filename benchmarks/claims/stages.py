@@ -159,7 +159,7 @@ def main() -> None:
     curves = {
         variant: {seed: each["accuracy"] for seed, each in by_seed.items()} for variant, by_seed in scores.items()
     }
-    figure = draw_curves(curves, ("step of stage 2", "right answers without training on questions, %"), levels)
+    figure = draw_curves(curves, ("step of stage 2", "zero-shot answers, right, %"), levels)
     claim.finish({"llm": options.llm, "scores": scores, "levels": levels}, table(scores), figure)
 
 

@@ -105,9 +105,9 @@ def _check_changeable(found: Checkpoint, model: nn.Module) -> None:
     Raises:
         InputError: they would have to be quantized, or are offloaded.
     """
-    state = model.state_dict()
+    parameters = dict(model.named_parameters())
     for name in found.trained_weights():
-        if name in state and (state[name].is_meta or not state[name].is_floating_point()):
+        if name in parameters and (parameters[name].is_meta or not parameters[name].is_floating_point()):
             raise InputError(
                 f"{found.name} contains trained weights, such as {name}, which cannot be quantized or offloaded when"
                 " they are loaded: convert it to transformers, and load the result"

@@ -60,8 +60,10 @@ OVERSAMPLING = 4
 so that several of the nearest vectors may belong to the same image, and fewer images than asked for are found."""
 MIN_SHORTLIST = 200
 """Minimum number of images that the index is asked for."""
-NUM_PROBES = 32
-"""Number of partitions of the index that are searched."""
+PARTITION_VECTORS = 4096
+"""Mean number of vectors in a partition of the index: LanceDB splits larger ones."""
+PROBED_SHARE = 0.75
+"""Share of the partitions that are searched. Embeddings without clusters need so many: see docs/search.md."""
 
 
 @dataclass(frozen=True)
@@ -156,9 +158,12 @@ class Library:
         """
         uri = library_uri(uri)
         database = connect(uri)
-        if not is_url(uri) and not (Path(uri) / f"{TABLE}.lance").is_dir():
-            raise InputError(f"there is no library in {uri}: check the path, or make one with blip2 index")
         with convert_lance_errors(uri):
+            is_there = (
+                TABLE in database.list_tables().tables if is_url(uri) else (Path(uri) / f"{TABLE}.lance").is_dir()
+            )
+            if not is_there:
+                raise InputError(f"there is no library in {uri}: check the path, or make one with blip2 index")
             table = database.open_table(TABLE)
         library = cls(uri, table, model if isinstance(model, RepresentationPipeline) else None)
         path = library.config.model if model is None else model
@@ -359,10 +364,15 @@ class Library:
             chosen = [each.name for each in self.table.schema if each.name != "data"]
             search: Any = self.table.search(vectors if len(vectors) > 1 else vectors[0], vector_column_name=column)
             search = search.distance_type("cosine").limit(limit).select([*chosen, "_distance"])
-            search = search.bypass_vector_index() if exact else search.nprobes(NUM_PROBES)
+            search = search.bypass_vector_index() if exact else search.nprobes(self._num_probes())
             if where is not None:
                 search = search.where(where)
             return self._read(search)
+
+    def _num_probes(self) -> int:
+        """Return the number of partitions of the index that are searched."""
+        num_vectors = self.config.num_query_tokens if self.config.vectors == "all" else 1
+        return math.ceil(PROBED_SHARE * self.table.count_rows() * num_vectors / PARTITION_VECTORS)
 
     def _read(self, search: Any) -> pyarrow.Table:
         """Run a query of LanceDB, a second time if a writer has deleted the files of the version that was read."""
@@ -602,6 +612,8 @@ def convert_lance_errors(uri: str, where: str | None = None, library: Library | 
         # The messages contain the names of source files of LanceDB.
         reason = " ".join(re.split(r",? /\S+\.rs:\d+", str(error))[0].split()) or type(error).__name__
         reason = reason.removeprefix("Invalid input, ")
+        if found := re.search("<Message>(.*?)</Message>", reason):  # the words of the object storage
+            reason = found[1]
         if where is not None and library is not None and isinstance(error, ValueError):
             columns = ", ".join(f"{name} ({kind})" for name, kind in library.columns.items()) or "none"
             raise InputError(

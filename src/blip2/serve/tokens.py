@@ -43,13 +43,14 @@ class ShownTokens:
             log_prob: natural logarithm of its probability.
             alternatives: the most likely tokens and their log-probabilities, the most likely first.
         """
-        start = len(self._text.rstrip(INCOMPLETE_CHARACTER))  # the token may complete a character
         self._tokens.append(token)
-        self._text = str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
+        before, self._text = self._text, str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
+        if not self._text.startswith(before):  # the token completes a character
+            before = before.rstrip(INCOMPLETE_CHARACTER)
         best = [TopLogprob(**describe_token(self._tokenizer, other), logprob=value) for other, value in alternatives]
         chosen = describe_token(self._tokenizer, token)
         listed = ChatCompletionTokenLogprob(**chosen, logprob=log_prob, top_logprobs=best)
-        self._held.append((start, len(self._text), listed))
+        self._held.append((len(before), len(self._text), listed))
 
     def take(self, shown: str) -> tuple[ChatCompletionTokenLogprob, ...]:
         """Return the tokens that have become visible since the last call.

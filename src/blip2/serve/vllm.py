@@ -73,7 +73,7 @@ class VllmEngine(LocalEngine):
         }
         chunks = await self._client.completions.create(
             model=self._model,
-            prompt="",
+            prompt=None,  # vLLM takes an empty text for a second prompt
             max_tokens=decoding.max_new_tokens,
             temperature=decoding.temperature if decoding.do_sample else 0.0,
             top_p=decoding.top_p or 1.0,
