@@ -752,10 +752,8 @@ class Recipe:
             raise InputError("data.train is empty, expected at least one source: name the training data")
         names = [("output", self.output), ("vision.name", self.vision.name), ("data.validation", self.data.validation)]
         for key, name in [*names, *(("data.train", source) for source in self.data.sources)]:
-            if name is not None and not name.strip():
-                raise InputError(
-                    f"{key} is {name!r}, which would be the current folder: give a name, or . to mean that"
-                )
+            if name is not None:
+                check_not_blank(key, name)
         if self.data.cached_views and self.vision.name in (FEATURES, MODULE):
             raise InputError(
                 f"data.cached_views is {self.data.cached_views}, but vision.name is {self.vision.name}:"
@@ -874,6 +872,16 @@ def out_of_range(number: int | float, minimum: int | float, maximum: int | float
     if number < minimum and maximum >= 1000:
         return f"at least {minimum}"
     return f"at most {maximum}" if number > maximum >= 1000 else f"{minimum} to {maximum}"
+
+
+def check_not_blank(key: str, name: str) -> None:
+    """Check that the name of a file, folder or model is not blank, which would mean the current folder.
+
+    Raises:
+        InputError: it is blank; `key` is its name in the message.
+    """
+    if not name.strip():
+        raise InputError(f"{key} is {name!r}, which would be the current folder: give a name, or . to mean that")
 
 
 def _expected_type(section: type, key: str, value: object) -> str | None:

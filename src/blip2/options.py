@@ -23,7 +23,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from blip2.config import out_of_range
+from blip2.config import check_not_blank, out_of_range
 from blip2.errors import InputError
 from blip2.io import expand_home
 
@@ -78,9 +78,8 @@ def call(target: Callable[..., Any], values: Mapping[str, Any]) -> Any:
         expected = None if option.range is None or value is None else out_of_range(value, *option.range)
         if expected is not None:
             raise InputError(f"{option.flag} is {value}, expected {expected}")
-        if option.hint is Path and isinstance(value, str) and not value.strip():
-            name = option.flag or option.name.upper()
-            raise InputError(f"{name} is {value!r}, which would be the current folder: give a name, or . to mean that")
+        if option.hint is Path and isinstance(value, str):
+            check_not_blank(option.flag or option.name.upper(), value)
         arguments[option.name] = expand_home(value) if option.hint is Path and value is not None else value
     return target(**arguments)
 

@@ -10,12 +10,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from blip2.data.images import read_image
-from blip2.data.scene_facts import parse_caption, score_caption
+from blip2.data.scene_facts import parse_caption
 from blip2.data.scene_kinds import COLORS, STAMPS
 from blip2.data.scene_texts import Truth
 from blip2.decoding.options import Decoding
-from blip2.demo.report import DemoResults, is_close
+from blip2.demo.report import DemoResults, is_close, is_right, wrong_facts
 from blip2.evaluation.report import Card, Report
 from blip2.pipelines import Alternative, Explanation, GenerationPipeline, draw_attention
 from blip2.pipelines.chat import CHAT_TEMPLATE
@@ -53,16 +52,16 @@ class Turn:
     answer: str
     found: Explanation
     mistake: str | None = None
-    """What is wrong with the answer, with the truth; empty if the answer is right, None if there is no truth."""
+    """The mistake in the answer, with the truth; empty if the answer is right, None if there is no truth."""
 
     @property
     def confidence(self) -> float:
-        """The geometric mean of the probabilities of the tokens."""
+        """Return the geometric mean of the probabilities of the tokens."""
         return _mean_probability(self.found.token_log_probs)
 
     @property
     def cause(self) -> str:
-        """What the evidence says about the cause of a mistake."""
+        """Return what the evidence says about the cause of a mistake."""
         if math.fsum(self.found.token_log_probs) - math.fsum(self.found.blank_log_probs) < MIN_GAIN:
             return "the image hardly matters"
         return "the model is uncertain" if min(self.found.token_log_probs) < math.log(0.5) else "the model is certain"
@@ -119,7 +118,7 @@ def write_conversations(
         for i in range(min(number, len(results.features))):
             turns = list(_converse(writer, results, i))
             wrong += [turn for turn in turns if turn.mistake]
-            cards += [(turns[0].image, [("", f"Truth: {_reference(results, i)}")]), *(turn.card() for turn in turns)]
+            cards += [(turns[0].image, [("", f"Truth: {results.reference(i)}")]), *(turn.card() for turn in turns)]
         report.section(
             title, "A row is a conversation, from left to right. The first image is as the model was given it."
         )
@@ -133,7 +132,7 @@ def write_conversations(
 
 def _converse(writer: GenerationPipeline, results: DemoResults, i: int) -> Iterator[Turn]:
     """Yield the turns of a conversation about an image."""
-    image, features, caption = _image(results, i), results.features[i : i + 1], results.captions["stage 2"][i]
+    image, features, caption = results.image(i), results.features[i : i + 1], results.captions["stage 2"][i]
     truth = Truth.from_json(results.rows[i]["truth"]) if results.rows else None
     yield Turn(image, DESCRIBE, caption, writer.explain(features, caption), _caption_mistake(results, i, truth))
     messages = [{"role": "user", "content": DESCRIBE}, {"role": "assistant", "content": caption}]
@@ -146,9 +145,9 @@ def _converse(writer: GenerationPipeline, results: DemoResults, i: int) -> Itera
 def _caption_mistake(results: DemoResults, i: int, truth: Truth | None) -> str:
     caption = results.captions["stage 2"][i]
     if truth is None:
-        return "" if is_close(caption, _reference(results, i)) else f"it is: {_reference(results, i)}"
-    wrong = [fact for fact, is_right in score_caption(caption, truth).items() if is_right is False]
-    return f"wrong {', '.join(wrong)}: {_reference(results, i)}" if wrong else ""
+        return "" if is_close(caption, results.reference(i)) else f"it is: {results.reference(i)}"
+    wrong = wrong_facts(caption, truth)
+    return f"wrong {', '.join(wrong)}: {results.reference(i)}" if wrong else ""
 
 
 def judge(instruction: str, answer: str, truth: Truth) -> str:
@@ -166,20 +165,10 @@ def judge(instruction: str, answer: str, truth: Truth) -> str:
 def _wrong_answers(answerer: GenerationPipeline, scenes: DemoResults, count: int) -> Iterator[Turn]:
     """Yield the first wrong answers to questions about scenes."""
     asked = [(i, *each) for i, several in sorted(scenes.questions.items()) for each in several]
-    wrong = [each for each in asked if each[2].strip(" .").lower() != each[3]]
+    wrong = [each for each in asked if not is_right(each[2], each[3])]
     for i, question, answer, expected, _ in wrong[:count]:
         found = answerer.explain(scenes.features[i : i + 1], answer, question=question)
-        yield Turn(_image(scenes, i), question, answer, found, f"it is {expected}")
-
-
-def _image(results: DemoResults, i: int) -> Image.Image:
-    if results.rows:
-        return read_image(results.folder / results.rows[i]["image"])
-    return read_image(results.records[i].image or b"")
-
-
-def _reference(results: DemoResults, i: int) -> str:
-    return results.rows[i]["captions"][0] if results.rows else results.records[i].captions[0]
+        yield Turn(scenes.image(i), question, answer, found, f"it is {expected}")
 
 
 def _mean_probability(log_probs: Sequence[float]) -> float:

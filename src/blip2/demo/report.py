@@ -62,6 +62,16 @@ class DemoResults:
     """Scores of the two images (rows) with the two texts (columns) of N pairs of twins, for ``itc`` and ``itm``."""
     twin_rows: list[dict[str, Any]] = field(default_factory=list)
 
+    def image(self, i: int) -> Image.Image:
+        """Return an image."""
+        if self.rows:
+            return read_image(self.folder / self.rows[i]["image"])
+        return read_image(self.records[i].image or b"")
+
+    def reference(self, i: int) -> str:
+        """Return the reference caption of an image."""
+        return self.rows[i]["captions"][0] if self.rows else self.records[i].captions[0]
+
 
 # -- tables --------------------------------------------------------------------------------------------------------
 
@@ -205,7 +215,7 @@ def write_demo_report(
     report.plot(plot_curves(curves, [("query_similarity", "cosine similarity of queries")]), "similarity of queries")
     results = scenes or images
     assert results is not None
-    examples, titles = _images(results)[:6], _references(results)[:6]
+    examples, titles = zip(*_examples(results, 6), strict=True)
     report.section(
         "Attention of the queries",
         "Attention of each query over the image, in the last cross-attention layer of stage 1, averaged over heads.",
@@ -218,16 +228,10 @@ def write_demo_report(
     report.save(path)
 
 
-def _images(results: DemoResults) -> list[Image.Image]:
-    if results.rows:
-        return [read_image(results.folder / row["image"]) for row in results.rows[:MAX_IMAGES]]
-    return [read_image(record.image or b"") for record in results.records[:MAX_IMAGES]]
-
-
-def _references(results: DemoResults) -> list[str]:
-    if results.rows:
-        return [row["captions"][0] for row in results.rows[:MAX_IMAGES]]
-    return [record.captions[0] for record in results.records[:MAX_IMAGES]]
+def _examples(results: DemoResults, limit: int = MAX_IMAGES) -> list[tuple[Image.Image, str]]:
+    """Return the first images, each with its reference caption."""
+    count = min(limit, len(results.rows or results.records))
+    return [(results.image(i), results.reference(i)) for i in range(count)]
 
 
 def _add_scenes(report: Report, results: DemoResults) -> None:
@@ -238,17 +242,16 @@ def _add_scenes(report: Report, results: DemoResults) -> None:
         " model and the probability of the answer.",
     )
     cards = []
-    for i, (image, reference) in enumerate(zip(_images(results), _references(results), strict=True)):
+    for i, (image, reference) in enumerate(_examples(results)):
         caption, baseline = results.captions["stage 2"][i], results.captions[WITHOUT_STAGE1][i]
-        facts = score_caption(caption, Truth.from_json(results.rows[i]["truth"]))
-        wrong = [fact for fact, is_correct in facts.items() if is_correct is False]
+        wrong = wrong_facts(caption, Truth.from_json(results.rows[i]["truth"]))
         lines = [
             ("", reference),
             ("wrong", f"{caption} (wrong: {', '.join(wrong)})") if wrong else ("right", caption),
             ("dim", f"without stage 1: {baseline}"),
         ]
         for question, answer, expected, probability in results.questions.get(i, []):
-            style = "right" if answer.strip(" .").lower() == expected else "wrong"
+            style = "right" if is_right(answer, expected) else "wrong"
             note = "" if style == "right" else f", correct: {expected}"
             lines.append((style, f"{question} {answer} ({probability:.2f}{note})"))
         cards.append((image, lines))
@@ -286,9 +289,7 @@ def _add_records(report: Report, results: DemoResults) -> None:
                 image,
                 [("", reference), ("right" if is_close(caption, reference) else "wrong", caption), ("dim", baseline)],
             )
-            for image, reference, (caption, baseline) in zip(
-                _images(results), _references(results), captions, strict=False
-            )
+            for (image, reference), (caption, baseline) in zip(_examples(results), captions, strict=False)
         ]
     )
     if results.retrieval is None:
@@ -303,6 +304,16 @@ def _add_records(report: Report, results: DemoResults) -> None:
             lines = [("", texts[text] if rank == 0 else " "), (style, f"{rank + 1}. {texts[image]}")]
             cards.append((read_image(results.records[image].image or b""), lines))
     report.cards(cards[:24], columns=6)  # two sentences per row
+
+
+def wrong_facts(caption: str, truth: Truth) -> list[str]:
+    """Return the names of the facts that are wrong in a caption of a scene."""
+    return [fact for fact, is_correct in score_caption(caption, truth).items() if is_correct is False]
+
+
+def is_right(answer: str, expected: str) -> bool:
+    """Return whether a generated answer is the expected one."""
+    return answer.strip(" .").lower() == expected
 
 
 def is_close(caption: str, reference: str) -> bool:

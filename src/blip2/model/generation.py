@@ -61,7 +61,7 @@ class GenerationBatch:
 
 
 class _QFormerInputs(NamedTuple):
-    """What the Q-Former reads for N prompts, in M windows; without windows, M = N."""
+    """The input of the Q-Former for N prompts, in M windows; without windows, M = N."""
 
     memory: ImageMemory
     ids: Int[Tensor, "M W"] | None

@@ -625,7 +625,8 @@ class GenerationPipeline(LikelihoodPipeline):
             for x, y in zip(states.split(chunk_size), labels.split(chunk_size), strict=True):
                 each = self.model.language.lm_head(x).float().log_softmax(dim=-1)
                 token.append(each.gather(1, y[:, None]))
-                best.append(each.topk(NUM_ALTERNATIVES + 1))
+                if not log_probs:  # the first row, with the whole image, is in the first part
+                    best.append(each.topk(NUM_ALTERNATIVES + 1))
             log_probs.append(torch.cat(token).view(len(part), -1).cpu())
         with_image, without_image, *without_query = torch.cat(log_probs)
         tokens = batch[2][batch[2] != IGNORE_INDEX].tolist()
