@@ -2,22 +2,29 @@
 
     python benchmarks/tuxpaint.py runs/tuxpaint/{0,1,2}
 
-Each folder holds the runs of one seed with their evaluations: ``stage1/itm``, ``stage1/itm+itc``,
-``stage2/captioning``, ``tuned/captioning``. What is not there is left out, and n says how many seeds there are.
+Each folder holds the runs of one seed with their evaluations: ``stage1/itm``, ``stage1/itm+itc``, and
+``captioning`` in ``stage2``, in ``alone``, which is stage 2 without stage 1, and in ``tuned``. What is not there is
+left out, and n says how many seeds there are.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from blip2.data.assets import fetch
+from blip2.evaluation.captioning import score_captions
+from blip2.evaluation.scenes import read_rows
+from blip2.training.metrics import read_metrics
+
 RECALLS = ("IR@1", "IR@5", "IR@10", "TR@1", "TR@5", "TR@10")
 RANKED = {"itc": "by similarity (ITC)", "itm": "re-ranked (ITM)", "itm+itc": "re-ranked (ITM + ITC)"}
-CAPTIONS = ("BLEU@1", "BLEU@4", "METEOR", "ROUGE-L", "CIDEr")
-WRITTEN = {"stage2": "before fine-tuning", "tuned": "after"}
+CAPTIONS = ("content F1", "BLEU@1", "METEOR", "ROUGE-L", "CIDEr")
+WRITTEN = {"alone": "stage 2 without stage 1", "stage2": "stages 1 and 2", "tuned": "then fine-tuned"}
 
 
 def read(seeds: list[Path], evaluation: str) -> list[dict[str, Any]]:
@@ -26,12 +33,27 @@ def read(seeds: list[Path], evaluation: str) -> list[dict[str, Any]]:
     return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
 
 
-def row(title: str, found: list[dict[str, Any]], names: tuple[str, ...]) -> str:
-    """A line of a table; in per cent, and the standard deviation of a sample behind each mean."""
-    cells = []
-    for name in names:
-        values = [100 * each[name] for each in found]
-        cells.append(f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else ""))
+def read_captions(seeds: list[Path], run: str) -> list[dict[str, Any]]:
+    """The metrics of the captions of each seed that has them, with the held-out loss and content F1."""
+    references = [row["caption"] for row in read_rows(fetch("tuxpaint-stamps") / "held_out.jsonl")]
+    found = []
+    for seed in seeds:
+        for metrics in read([seed], f"{run}/captioning"):
+            rows = json.loads((seed / run / "captioning" / "predictions.json").read_text(encoding="utf-8"))
+            f1 = score_captions([each["caption"] for each in rows], references)["content_f1"]
+            losses = [each["validation_lm"] for each in read_metrics(seed / run) if "validation_lm" in each]
+            found.append({**metrics, "content F1": f1, "loss": losses[-1] if losses else math.nan})
+    return found
+
+
+def cell(values: list[float], digits: int = 1) -> str:
+    """The mean, and the standard deviation of a sample behind it."""
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def row(title: str, found: list[dict[str, Any]], names: tuple[str, ...], loss: str = "") -> str:
+    """A line of a table, in per cent."""
+    cells = [loss] * bool(loss) + [cell([100 * each[name] for each in found]) for name in names]
     return f"| {title} (n = {len(found)}) | {' | '.join(cells)} |"
 
 
@@ -44,8 +66,8 @@ if __name__ == "__main__":
         found = [each[key] for each in read(seeds, f"stage1/{key if key != 'itc' else 'itm'}")]
         if found:
             print(row(title, found, RECALLS))
-    print("| captions |", " | ".join(CAPTIONS), "|")
-    for folder, title in WRITTEN.items():
-        found = read(seeds, f"{folder}/captioning")
+    print("| captions | held-out loss |", " | ".join(CAPTIONS), "|")
+    for run, title in WRITTEN.items():
+        found = read_captions(seeds, run)
         if found:
-            print(row(title, found, CAPTIONS))
+            print(row(title, found, CAPTIONS, cell([each["loss"] for each in found], 2)))

@@ -381,8 +381,8 @@ REFUSED = [
     ({"max_new_tokens": None}, "max_new_tokens is None, expected a number"),
     ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size is -1, expected at least 0"),
     ({"no_repeat_ngram_size": True}, "no_repeat_ngram_size is true, expected a number"),
-    ({"stop_strings": ["a", ""]}, "stop_strings is ['a', ''], expected a list of texts that are not empty"),
-    ({"stop_strings": 3}, "stop_strings is 3, expected a list of texts"),
+    ({"stop_strings": ["a", ""]}, "stop_strings is ['a', ''], expected a list of non-empty strings"),
+    ({"stop_strings": 3}, "stop_strings is 3, expected a list of non-empty strings"),
     ({"num_beams": 3, "top_p": 0.9}, "num_beams is 3 and top_p is 0.9, but sampling has no beams: leave out one"),
     ({"num_beams": 3, "top_k": 9}, "num_beams is 3 and top_k is 9, but sampling has no beams"),
     ({"temperature": 0.7}, "temperature is 0.7, but nothing is sampled: also set top_p, top_k or min_p"),
@@ -434,7 +434,7 @@ USER = {"role": "user", "content": "what?"}
             "there are 3 images, but only 1 places for them in the messages",
         ),
         ({"images": "nowhere.png"}, "nowhere.png"),
-        ({"decoding": Decoding(num_beams=3)}, "num_beams is 3, but beam search knows no token before the last one"),
+        ({"decoding": Decoding(num_beams=3)}, "num_beams is 3, but beam search cannot stream tokens"),
         ({"template": "Question:"}, "the template is 'Question:', expected 'chat' or a prompt with {}"),
     ],
 )
@@ -451,7 +451,7 @@ def test_questions_that_are_refused(pipeline):
         ("", None, "the message is '', expected words"),
         ([{"type": "image", "image": "nowhere.png"}, "x"], None, "nowhere.png"),
         (["x", {"type": "image"}, {"type": "image"}], None, "no image is left for it"),
-        ("what?", Decoding(num_beams=3), "num_beams is 3, but beam search knows no token before the last one"),
+        ("what?", Decoding(num_beams=3), "num_beams is 3, but beam search cannot stream tokens"),
     ):
         with pytest.raises(InputError) as raised:
             chat.ask(content, options)

@@ -279,10 +279,15 @@ def test_find(save, tmp_path):
 def test_a_recipe_is_not_needed(save, built):
     """The config is enough to use a model; what is in the recipe does not matter then."""
     folder = save(2)
-    (folder / "recipe.yaml").write_text("no recipe")
     saved = checkpoint.open_checkpoint(str(folder))
-    with pytest.raises(InputError, match=r"recipe\.yaml: it contains a single str, expected keys with values"):
-        checkpoint.read_recipe(saved)
+    for text, found in (
+        ("no recipe", "contains a value of type str"),
+        ("", "is empty"),
+        ("on: 1", "has a key that is not text"),
+    ):
+        (folder / "recipe.yaml").write_text(text)
+        with pytest.raises(InputError, match=rf"recipe\.yaml: it {found}, expected keys with values"):
+            checkpoint.read_recipe(saved)
     (folder / "recipe.yaml").unlink()
     assert checkpoint.read_recipe(saved) is None
     checkpoint.load_weights(saved, build(saved.config, CPU, saved).model)

@@ -375,7 +375,7 @@ def test_dtype(capsys, runs, images):
         (["caption", "LLAMA", "IMAGE", "--num-beams", "0"], "--num-beams is 0, expected at least 1"),
         (["caption", "LLAMA", "IMAGE", "--num-beams", "3", "--top-p", "0.9"], "num_beams is 3 and top_p is 0.9"),
         (["ask", "LLAMA", "IMAGE", "what?", "--temperature", "0.5"], "temperature is 0.5, but nothing is sampled"),
-        (["chat", "LLAMA", "IMAGE", "--num-beams", "3"], "num_beams is 3, but beam search knows no token before"),
+        (["chat", "LLAMA", "IMAGE", "--num-beams", "3"], "num_beams is 3, but beam search cannot stream tokens"),
         (["chat", "LLAMA", "IMAGE", "--template", "chat"], "has no chat template: leave out template"),
         (["chat", "STAGE1", "IMAGE"], "contains only stage representation: load a model of stage generation"),
         (

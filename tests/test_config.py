@@ -247,7 +247,7 @@ def test_every_number_has_a_range():
     [
         ({"stage": "generation"}, "stage generation needs an LLM, but language is null: set language.name"),
         ({"language": {"name": "opt"}}, "stage representation has no LLM: leave out language"),
-        ({"output": " "}, "output is ' ', which would be the current folder: give a name, or . to mean that"),
+        ({"output": " "}, "output is ' ', which would be the current folder: give a name, or . for that folder"),
         ({"data": {"train": {"a": 1, "": 2}}}, "data.train is '', which would be the current folder"),
         ({"objectives": {"itc": 0, "itm": 0, "itg": 0}}, "all objectives are switched off: give one"),
         (

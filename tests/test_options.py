@@ -93,7 +93,7 @@ def test_values(monkeypatch):
         ("--size", "0", "--size is 0, expected 1 to 10"),
         ("--share", "1.5", "--share is 1.5, expected 0 to 1"),
         ("--share", "nan", "--share is nan, expected 0 to 1"),
-        ("--folder", "", "--folder is '', which would be the current folder: give a name, or . to mean that"),
+        ("--folder", "", "--folder is '', which would be the current folder: give a name, or . for that folder"),
     ],
 )
 def test_a_value_that_is_refused_names_the_option(option, value, message):

@@ -376,7 +376,7 @@ def test_texts_and_counts_that_do_not_fit(request, name):
         (lambda: pipeline.score(IMAGES, []), "no text was given"),
         (lambda: pipeline.score([], TEXTS), "no image was given"),
         (lambda: pipeline.score(IMAGES, ["a", " "]), "text 2 of 2 is ' ', expected words"),
-        (lambda: pipeline.score(IMAGES, TEXTS, pairs=True), "there are 3 images and 5 texts, but pairs need"),
+        (lambda: pipeline.score(IMAGES, TEXTS, pairs=True), "there are 3 images and 5 texts, but pairs need equal"),
         (lambda: pipeline.rank(IMAGES, []), "no candidate was given"),
         (lambda: pipeline.rank(IMAGES, [["a"], ["b"]]), "there are 2 lists of candidates for 3 images or questions"),
         (lambda: pipeline.rank(IMAGES, [["a"], ["b"], []]), "no candidate was given"),

@@ -277,8 +277,8 @@ def build_image_encoder(
         dtype: data type of the weights.
         opened: a checkpoint that is already open. If it contains an image encoder, that one is returned.
         encoder: a module that maps pixels [B, 3, H, W] (``vision.name`` module) or arrays [B, P, E] (features) to
-            features. It keeps its data type unless ``config.dtype`` is set. None, for features: the arrays are the
-            features.
+            features. It keeps its data type unless ``config.dtype`` is set. None with ``vision.name`` features: the
+            arrays themselves are the features.
         load_kwargs: further arguments of ``from_pretrained``, which apply to image encoders of transformers only.
 
     Raises:
@@ -400,7 +400,7 @@ def _load_language_model(
 
 
 def load_language_tokenizer(config: LanguageConfig) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of an LLM, which puts ``config.bos_token`` first if that is set.
+    """Load the tokenizer of an LLM. It puts ``config.bos_token`` first if that is set.
 
     Raises:
         InputError: there is no tokenizer, or ``config.bos_token`` is not exactly one of its tokens.
@@ -532,7 +532,7 @@ def build_collator(config: ModelConfig, built: Built) -> Collator:
 
 
 def _max_prompt_tokens(config: ModelConfig, model: GenerationModel) -> int | None:
-    """Return the maximum length of a prompt in tokens: None: no limit, below 0: not even an empty prompt fits."""
+    """Return the maximum length of a prompt in tokens. None: no limit. Below 0: not even an empty prompt fits."""
     language = model.language
     if language.max_position_embeddings is None:
         return None

@@ -293,7 +293,7 @@ def open_checkpoint(name: str, changes: Mapping[str, object] | None = None, revi
         changes: new values of keys of the model's config (``{"vision.image_size": 364}``), or values that the file does
             not contain (``{"language.name": "facebook/opt-2.7b"}``). ``{"qformer.lora": None}`` merges the Q-Former's
             adapters into its weights.
-        revision: branch, tag or commit of a hub name. The checkpoint then has the name of its folder in the hub's
+        revision: branch, tag or commit on the hub. The checkpoint then has the name of its folder in the hub's
             cache. None: the newest commit of the main branch.
 
     Raises:
@@ -434,7 +434,7 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
 def resume_weights(checkpoint: Checkpoint, model: nn.Module) -> list[str]:
     """Load the trained weights of a checkpoint into a model that resumes training.
 
-    A part of the model may train now that was frozen before.
+    A part of the model that was frozen before may train now.
 
     Returns:
         A message for each part that trains, or has adapters, for the first time and starts from its pretrained weights.

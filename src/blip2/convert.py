@@ -225,7 +225,7 @@ def _transformers(checkpoint: Checkpoint, stage1: Checkpoint | None, to: str) ->
 
 
 def _warn_other_text(checkpoint: Checkpoint) -> None:
-    """Warn that InstructBLIP's own code gives the Q-Former another text than the one of training."""
+    """Warn that InstructBLIP's own code gives the Q-Former another text than in training."""
     config = checkpoint.config
     if config.qformer.text_input == "question" and config.language and config.language.prompt != QUESTION_PLACEHOLDER:
         log.warning(
@@ -432,6 +432,7 @@ def _with_language(checkpoint: Checkpoint) -> Checkpoint:
         holder = open_foreign(language.name)
         if holder is not None and holder.has_language:
             config, weights = copy.deepcopy(holder.language_config), holder.weights.select(LANGUAGE_PREFIX)
+            network = None
         else:
             trusts = language.trust_remote_code is not None
             network = load_network(resolve(language.name), "auto", trust_remote_code=trusts)
@@ -439,7 +440,8 @@ def _with_language(checkpoint: Checkpoint) -> Checkpoint:
             weights = _drop_tied(config, Weights(network.state_dict()).add_prefix(LANGUAGE_PREFIX))
         trained = checkpoint.weights.select(LANGUAGE_PREFIX)
         if language.lora is not None:
-            network = load_submodule(config, weights.strip_prefix(LANGUAGE_PREFIX), language.name, "language model")
+            if network is None:
+                network = load_submodule(config, weights.strip_prefix(LANGUAGE_PREFIX), language.name, "language model")
             trained = merge_adapters(network, language.lora, trained.strip_prefix(LANGUAGE_PREFIX))
             trained = Weights(trained).add_prefix(LANGUAGE_PREFIX)
             checkpoint = replace(checkpoint, weights=checkpoint.weights.drop(LANGUAGE_PREFIX))

@@ -195,7 +195,7 @@ def parse_yaml(text: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """A loader of plain values. Unlike in YAML 1.1, 1e-4 is a number and a date is a string."""
+    """A SafeLoader with limits of size and depth. Unlike in YAML 1.1, 1e-4 is a number and a date is a string."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -278,7 +278,7 @@ def expand_home(name: str | Path) -> Path:
 
 
 @contextmanager
-def lock_folder(folder: Path, enabled: bool = True) -> Iterator[None]:
+def lock_folder(folder: Path, enabled: bool = True, name: str | None = None) -> Iterator[None]:
     """Lock a folder for this process.
 
     The operating system releases the lock when the process ends, even if the process is killed. Forked processes do not
@@ -287,6 +287,7 @@ def lock_folder(folder: Path, enabled: bool = True) -> Iterator[None]:
     Args:
         folder: the folder; created if necessary.
         enabled: if False, do nothing. This is for the other processes of a job in which one process holds the lock.
+        name: what is locked, for messages. None: the folder.
 
     Raises:
         InputError: another process, or this process, already holds the lock; or the folder cannot be written.
@@ -297,7 +298,7 @@ def lock_folder(folder: Path, enabled: bool = True) -> Iterator[None]:
     path = folder.resolve() / LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = _hold(path)
+        file = _hold(path, name or str(path.parent))
     except OSError as error:
         raise InputError(
             f"{folder} cannot be written ({error.strerror or error}): free disk space or check the permissions, or give"
@@ -320,12 +321,11 @@ _held: set[Path] = set()
 both locks when the first of the two handles is closed."""
 
 
-def _hold(path: Path) -> IO[str]:
-    """Lock a file, and return the open file."""
-    folder = path.parent
+def _hold(path: Path, name: str) -> IO[str]:
+    """Lock a file, and return the open file. `name` is for messages."""
     if path in _held:
         raise InputError(
-            f"{folder} is in use by another job of this process: wait until that job ends, or give another output"
+            f"{name} is in use by another job of this process: wait until that job ends, or give another output"
         )
     while True:
         file = path.open("a+", encoding="utf-8")
@@ -336,7 +336,7 @@ def _hold(path: Path) -> IO[str]:
             holder = file.read().strip() or "another process"
             file.close()
             raise InputError(
-                f"{folder} is in use by {holder}: wait until that process ends, stop it, or give another output"
+                f"{name} is in use by {holder}: wait until that process ends, stop it, or give another output"
             ) from error
         except OSError:  # the file system has no locks
             return file

@@ -130,7 +130,7 @@ def _add(parser: argparse.ArgumentParser, option: Option, default: Any) -> None:
 
 
 def _with_default(text: str, default: Any) -> str:
-    """Return a help text with the default at its end. A text that ends with ``null: all.`` says what None means."""
+    """Return a help text with the default at its end; for None, these are the words after ``null:`` in the text."""
     text, *meaning = re.split(r"\.? (?:null|None): ", text.removesuffix("."), maxsplit=1)
     shown = f"{default:g}" if isinstance(default, float) else str(default)
     if default is None or default is REQUIRED or isinstance(default, bool | tuple):

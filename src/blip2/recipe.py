@@ -147,7 +147,8 @@ def _read(kind: type[Config], path: Path) -> dict[str, Any]:
     except InputError as cause:
         raise error(f"{cause}; expected keys with values") from cause
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        found = "is empty" if values is None else f"contains a single {type(values).__name__}"
+        kinds = {type(None): "is empty", dict: "has a key that is not text"}  # such as 1, or on, which is True in YAML
+        found = kinds.get(type(values), f"contains a value of type {type(values).__name__}")
         raise error(f"it {found}, expected keys with values")
     return values
 
@@ -218,7 +219,7 @@ def _overrides(arguments: Sequence[str]) -> dict[str, str]:
             raise InputError(f"unexpected argument {argument}: expected --KEY VALUE; {KEYS_HINT}")
         if key == "--base":
             raise InputError(
-                "--base was given, but base can only be set inside a recipe file: give that recipe itself, and"
+                "--base was given, but base can only be set inside a recipe file: give the base as RECIPE, and"
                 " override keys with --KEY VALUE"
             )
         if not equals and (value := next(remaining, None)) is None:

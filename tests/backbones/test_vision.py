@@ -131,7 +131,7 @@ def test_blip2_s_own_encoder_was_published_without_its_last_layer(saved, size):
 
 def test_a_vit_of_one_layer(tmp_path):
     hf.ViTModel(hf.ViTConfig(**{**SIZES, "num_hidden_layers": 1})).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"has one layer, so it has no second-last: set vision.layer to"):
+    with pytest.raises(InputError, match=r"the image encoder has only one layer: set vision.layer to last"):
         load_image_encoder(str(tmp_path))
     assert load_image_encoder(str(tmp_path), layer="last").hidden_size == 32
 

@@ -17,9 +17,9 @@ from blip2.corpus import units as units_module
 from blip2.corpus.capfilt import CapFiltConfig, capfilt
 from blip2.corpus.options import Engine
 from blip2.corpus.selection import SelectionRules
-from blip2.corpus.units import list_units, read_unit
+from blip2.corpus.units import Unit, list_units, read_unit
 from blip2.data.benchmarks import is_benchmark, read_benchmark
-from blip2.data.shards import Sample, read_samples
+from blip2.data.shards import Sample
 from blip2.data.sources import open_records
 from blip2.decoding.search import Decoding
 from blip2.errors import InputError
@@ -153,7 +153,7 @@ def test_filters(runs, shards, tmp_path):
     from blip2.pipelines import load
 
     captioner, ranker = load(runs["llama"], "cpu"), load(runs["stage1"], "cpu")
-    given = [sample for n in range(2) for sample in read_samples(str(shards / f"0000{n}.tar"))]
+    given = [sample for n in range(2) for sample in read_unit(Unit(str(n), str(shards / f"0000{n}.tar")))]
     originals = captioner.rank([each.image for each in given], [each.captions for each in given], by="pmi")
     limit = statistics.median(candidate.score for group in originals for candidate in group)
     rules = SelectionRules(keep=5, min_itm=0.01, min_pmi=limit)

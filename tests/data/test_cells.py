@@ -203,6 +203,47 @@ def test_questions_with_an_image_placeholder_are_skipped(tmp_path: Path) -> None
     assert skip_reason(second).startswith("question: question holds <image>")
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "tsv", "parquet", "tar"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_blank_questions_are_skipped(tmp_path: Path, suffix: str, streaming: bool) -> None:
+    """Their answers are no captions. A row of JSON may also lack the question."""
+    cells = ["what?", "", " \t "[: 1 if suffix == "tsv" else 3], None]
+    rows: list[dict[str, Any]] = [{"image": "a.png", "question": cell, "answer": "red"} for cell in cells]
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif suffix == "tar":
+        members = [{f"{n}.png": b"png", f"{n}.json": json.dumps(row).encode()} for n, row in enumerate(rows)]
+        write_tar(path, {name: data for each in members for name, data in each.items()})
+    elif suffix == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]) + '{"image": "a.png", "answer": "red"}\n')
+    else:
+        comma = {"csv": ",", "tsv": "\t"}[suffix]
+        lines = ([row["image"], row["question"] or "", row["answer"]] for row in rows)
+        path.write_text("".join(comma.join(line) + "\n" for line in [list(rows[0]), *lines]))
+    first, *blank = read(path, streaming=streaming)
+    assert (first.question, first.captions, first.skip_reason) == ("what?", ("red",), None)
+    assert {skip_reason(record) for record in blank} == {
+        "question: question is blank, expected a question: write the question, or remove the row"
+    }
+
+
+def test_a_table_of_blank_questions_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("image,question,answer\na.png,,yes\nb.png,,no\n")
+    with pytest.raises(InputError, match=r"none of the first 2 rows .* question is blank, expected a question"):
+        read(tmp_path / "a.csv")
+
+
+def test_the_rows_of_a_json_file_may_have_different_captions(tmp_path: Path) -> None:
+    rows = [{"caption": "a"}, {"sentences": ["b", "c"]}, {"text": "e", "captions": "d"}, {}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"image": "a.png", **row}) + "\n" for row in rows))
+    for streaming in (False, True):
+        found = read(tmp_path / "a.jsonl", streaming=streaming)
+        assert [record.captions for record in found] == [("a",), ("b", "c"), ("d",), ()]
+        found = read(tmp_path / "a.jsonl", streaming=streaming, caption_column="captions")
+        assert [record.captions for record in found] == [(), (), ("d",), ()]
+
+
 # -- datasets of the Hub ---------------------------------------------------------------------------------------------
 
 
@@ -297,6 +338,26 @@ def test_text_files_in_other_encodings(tmp_path: Path, caplog: pytest.LogCapture
     (message,) = caplog.messages
     assert "left out 4 files, which are neither images that Pillow reads nor the .txt file of an image: " in message
     assert all(part in message for part in ("1 .heic", "1 .mp4", "1 .txt", "1 without a suffix"))
+
+
+def test_suffixes_in_upper_case(tmp_path: Path) -> None:
+    for name in ("a.JPG", "b.png", "c.Png"):
+        (tmp_path / name).touch()
+    for name, text in (("a.Txt", "one"), ("b.TXT", "two"), ("c.txt", "three")):
+        (tmp_path / name).write_text(text)
+    assert [record.captions for record in read(tmp_path)] == [("one",), ("two",), ("three",)]
+    (tmp_path / "b.txt").write_text("two")
+    with pytest.raises(InputError, match=r"holds \S*b\.TXT and \S*b\.txt, expected one of them: remove the other"):
+        read(tmp_path)
+    (tmp_path / "metadata.JSONL").write_text('{"image": "a.JPG", "caption": "first"}\n')
+    assert [record.captions for record in read(tmp_path)] == [("first",)]
+    write_tar(tmp_path / "0.TAR", {"a.PNG": b"png", "a.TXT": b"four"})
+    write_tar(tmp_path / "1.tar", {"a.PNG": b"png", "a.TXT": b"five"})
+    assert [record.captions for record in read(tmp_path / "*.tar")] == [("four",), ("five",)]
+    assert [record.captions for record in read(f"laion:train:{tmp_path}")] == [("four",), ("five",)]
+    (tmp_path / "metadata.jsonl").write_text('{"image": "a.JPG", "caption": "second"}\n')
+    with pytest.raises(InputError, match=r"holds metadata\.JSONL and metadata\.jsonl, expected one of them"):
+        read(tmp_path)
 
 
 def test_file_names_that_are_not_utf_8(tmp_path: Path) -> None:

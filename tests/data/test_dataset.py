@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from blip2.backbones.vision import Preprocessing
 from blip2.config import DataConfig
 from blip2.data import sampler, workers
-from blip2.data.collate import Stage1Collator
+from blip2.data.collate import CausalLMCollator, Stage1Collator
 from blip2.data.dataset import BatchDataset, LoadedBatch, to_device
 from blip2.data.images import preprocess, read_image
 from blip2.data.positions import SourcePosition
@@ -368,6 +368,32 @@ def test_evaluation_leaves_broken_records_out(parts: Parts, bert: PreTrainedToke
     assert torch.equal(loaded.batch.images, expected)
     captions = bert.batch_decode(loaded.batch.ids, skip_special_tokens=True)
     assert [caption.replace(" ", "") for caption in captions] == ["red", "red", "gre"]
+
+
+@pytest.mark.parametrize("stage", ["representation", "generation"])
+def test_blank_texts_are_skipped_in_both_stages(
+    parts: Parts, bert: PreTrainedTokenizerBase, tmp_path: Path, stage: str
+) -> None:
+    collator = Stage1Collator(bert, 12, "lavis")
+    if stage == "generation":
+        collator = CausalLMCollator(AutoTokenizer.from_pretrained(parts.llama), 12, "", END, normalization="lavis")
+    image = good_rows(parts)[0]["image"]
+    questions = [("which?", "red"), (" ", "red"), ("which?", " "), ("which?", ["", "red"])]
+    pairs = ["red", "", " ", "...", ["*", "..."]]
+    for rows, expected in (
+        (
+            [{"question": question, "answers": answer} for question, answer in questions],
+            [(1, "question"), (2, "caption")],
+        ),
+        ([{"caption": text} for text in pairs], [(n, "caption") for n in range(1, 5)]),
+    ):
+        (tmp_path / stage).mkdir(exist_ok=True)
+        records = rows_of(tmp_path / stage, [{"image": image, **row} for row in rows])
+        loaded = BatchDataset(records, collator, PREPROCESSING, train=False)[next(sequential_batches(records, 8))]
+        assert [(record.key, record.reason) for record in loaded.skipped] == [
+            (records[n].key, reason) for n, reason in expected
+        ]
+        assert len(loaded.keys) == len(rows) - len(expected)
 
 
 @pytest.mark.parametrize("train", [True, False])

@@ -1,9 +1,15 @@
 """Reading shards, damaged ones included, from local files and object storage."""
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import re
+import shutil
+import subprocess
 import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +19,9 @@ import pyarrow.parquet
 import pytest
 
 from blip2.config import DataConfig
+from blip2.corpus.units import Unit, read_unit
 from blip2.data.records import Record, RecordStream
-from blip2.data.shards import Sample, SkippedSample, read_samples
+from blip2.data.shards import Sample, SkippedSample
 from blip2.data.sources import open_records
 from blip2.errors import InputError
 
@@ -108,6 +115,12 @@ UNUSUAL: dict[str, tuple[dict[str, bytes], bytes | None, tuple[str, ...]]] = {
     "two images": ({"json": b'{"jpg": 1, "png": 2}', "png": b"1", "jpg": b"2", "txt": b"a"}, b"1", ("a",)),
     "an unusual and a usual format": ({"avif": b"1", "jpg": b"2", "txt": b"a"}, b"2", ("a",)),
     "a member named image": ({"image": b"1", "txt": b"a"}, b"1", ("a",)),
+    "captions in another member than before": ({"png": b"1", "json": b'{"caption": "a", "txt": "b"}'}, b"1", ("a",)),
+    "captions in two members": ({"png": b"1", "json": b'{"sentence": "b"}', "txt": b"a"}, b"1", ("a",)),
+    "a member named caption": ({"png": b"1", "caption": b"a", "txt": b"b"}, b"1", ("a",)),
+    "upper case": ({"PNG": b"1", "TXT": b"a"}, b"1", ("a",)),
+    "JSON in upper case": ({"Png": b"1", "JSON": b'{"text": "a"}'}, b"1", ("a",)),
+    "a question": ({"png": b"1", "json": b'{"question": "b?", "answer": "a"}', "txt": b"c"}, b"1", ("a",)),
     "a member named image and another": (
         {"png": b"2", "image": b"1", "json": b'{"image": 3}', "txt": b"a"},
         b"1",
@@ -118,21 +131,49 @@ UNUSUAL: dict[str, tuple[dict[str, bytes], bytes | None, tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("what", UNUSUAL)
 def test_training_and_corpus_passes_read_the_same(tmp_path: Path, what: str) -> None:
+    """The first sample has its caption in a .txt; the samples of one question come without others."""
     members, image, words = UNUSUAL[what]
     path = tmp_path / "0.tar"
-    path.write_bytes(shard([*pairs(1), members]))
+    path.write_bytes(shard([members, members] if what == "a question" else [*pairs(1), members]))
     for streaming in (True, False):
         records = open_records(str(path), DataConfig(train=str(path), streaming=streaming))
         _, record = records.read() if isinstance(records, RecordStream) else (records[0], records[1])
         assert (record.image, record.captions) == (image, words)
-    _, sample = read_samples(str(path))
+    _, sample = read_unit(Unit("0", str(path)))
     if image is None:
         assert isinstance(sample, SkippedSample)
         assert sample.reason == "no image"
     else:
         assert isinstance(sample, Sample)
         assert (sample.image, sample.captions) == (image, words)
-        assert members[sample.suffix] == image
+        assert {name.lower(): data for name, data in members.items()}[sample.suffix] == image
+
+
+def test_a_question_after_the_samples_that_tell_the_columns(tmp_path: Path) -> None:
+    path = tmp_path / "0.tar"
+    question = {"png": b"1", "json": b'{"question": "what?", "answers": ["this", "this"], "caption": "a"}'}
+    path.write_bytes(shard([*pairs(20), question]))
+    *_, record = open_(path).read()
+    *_, sample = read_unit(Unit("0", str(path)))
+    assert isinstance(sample, Sample)
+    assert (record.question, record.captions, sample.captions) == ("what?", ("this", "this"), ("this", "this"))
+
+
+@pytest.mark.parametrize("pair", [("txt", "TXT"), ("JSON", "json"), ("png", "Png")])
+def test_members_that_differ_in_case_are_refused(tmp_path: Path, pair: tuple[str, str]) -> None:
+    """Which of them is meant cannot be told; the samples around them are read."""
+    path = tmp_path / "0.tar"
+    path.write_bytes(
+        shard([*pairs(1), {"png": b"1", "txt": b"a"} | dict.fromkeys(pair, b'{"caption": "b"}'), *pairs(3)[2:]])
+    )
+    why = f"it has both 001.{pair[0]} and 001.{pair[1]}, expected one of them: remove the other"
+    for streaming in (True, False):
+        records = open_records(str(path), DataConfig(train=str(path), streaming=streaming))
+        found = [record.skip_reason for record in (records.read() if isinstance(records, RecordStream) else records)]
+        assert found == [None, ("image" if "png" in pair else "caption", why), None]
+    _, refused, last = read_unit(Unit("0", str(path)))
+    assert isinstance(refused, SkippedSample) and refused.message == why
+    assert isinstance(last, Sample) and last.captions == ("words 2",)
 
 
 # -- damaged shards --------------------------------------------------------------------------------------------------
@@ -183,6 +224,67 @@ def test_only_damaged_shards(tmp_path: Path) -> None:
         (tmp_path / f"{number:02d}.tar").write_bytes(b"no")
     with pytest.raises(InputError, match=r"\*\.tar' cannot be read: .*00\.tar: truncated header"):
         open_(tmp_path / "*.tar")
+
+
+# -- compressed files --------------------------------------------------------------------------------------------------
+
+
+def zipped(tar: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive, tarfile.open(fileobj=io.BytesIO(tar)) as members:
+        for member in members:
+            archive.writestr(member.name, members.extractfile(member).read())  # pyright: ignore[reportOptionalMemberAccess]
+    return buffer.getvalue()
+
+
+COMPRESSIONS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "0 a.tar.gz": (gzip.compress, "gzip -dc '0 a.tar.gz' > '0 a.tar'"),
+    "0.tgz": (gzip.compress, "gzip -dc 0.tgz > 0.tar"),
+    "0.tar": (gzip.compress, "gzip -dc 0.tar > 0.tar.tmp && mv 0.tar.tmp 0.tar"),
+    "0.tar.BZ2": (bz2.compress, "bzip2 -dc 0.tar.BZ2 > 0.tar"),
+    "0.tar.xz": (lzma.compress, "xz -dc 0.tar.xz > 0.tar"),
+    "0.tar.zst": (lambda data: b"\x28\xb5\x2f\xfd" + data, "zstd -dc 0.tar.zst > 0.tar"),
+    "0.zip": (zipped, "unzip 0.zip -d 0 && tar --sort=name -C 0 . -cf 0.tar"),
+    "1.tar": (zipped, "unzip 1.tar -d 1 && tar --sort=name -C 1 . -cf 1.tar"),
+}
+
+
+@pytest.mark.parametrize("name", COMPRESSIONS)
+def test_compressed_shards(tmp_path: Path, name: str) -> None:
+    """The command of the message makes a shard that can be read."""
+    compress, command = COMPRESSIONS[name]
+    path = tmp_path / name
+    path.write_bytes(compress(WHOLE))
+    for streaming in (None, False):
+        with pytest.raises(InputError) as error:
+            open_records(str(path), DataConfig(train=str(path), streaming=streaming))
+        kind = "zip" if compress is zipped else command.split()[0]
+        assert f"is compressed with {kind}, expected an uncompressed shard, because a run resumes at a" in str(
+            error.value
+        )
+        assert str(error.value).endswith(f": run {command}")
+    if shutil.which(command.split()[0]) and "zstd" not in command:
+        subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+        assert captions(list(open_(tmp_path / "*.tar").read())) == ["words 0", "words 1", "words 2"]
+
+
+def test_a_compressed_shard_among_others(tmp_path: Path) -> None:
+    (tmp_path / "0.tar").write_bytes(WHOLE)
+    (tmp_path / "1.tar").write_bytes(gzip.compress(WHOLE))
+    found = list(open_(tmp_path / "*.tar").read())
+    assert len(captions(found)) == 3
+    assert errors(found)[0].startswith(f"{tmp_path / '1.tar'}: it is compressed with gzip, ")
+    (skipped,) = read_unit(Unit("1", str(tmp_path / "1.tar")))
+    assert isinstance(skipped, SkippedSample) and skipped.message.endswith(
+        "gzip -dc 1.tar > 1.tar.tmp && mv 1.tar.tmp 1.tar"
+    )
+
+
+@pytest.mark.parametrize("name", ["a.csv.gz", "a.csv", "a.jsonl"])
+def test_compressed_tables(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(gzip.compress(b"image,caption\na.png,a\n"))
+    with pytest.raises(InputError, match=r"is compressed with gzip, expected an uncompressed table: run gzip -dc a\."):
+        open_records(str(tmp_path / name), DataConfig(train=str(tmp_path / name)))
 
 
 # -- object storage --------------------------------------------------------------------------------------------------

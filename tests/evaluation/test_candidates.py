@@ -186,6 +186,7 @@ def test_choices_that_cannot_be_used(folder, tmp_path, choices, expected):
     [
         ("a.txt", "yes", "has 1 entries, 0 of them blank or not text and 0 repeated, expected at least two"),
         ("a.txt", "yes\nno\nyes\n", "has 3 entries, 0 of them blank or not text and 1 repeated"),
+        ("a.JSON", '["yes", 3]', "has 2 entries, 1 of them blank or not text"),
         ("a.json", '["yes", 3]', "has 2 entries, 1 of them blank or not text"),
         ("a.json", '{"yes": 1}', "has 0 entries"),
         ("a.json", "yes\nno", "cannot be read \\(Expecting value at character 0\\), expected a text file"),

@@ -269,7 +269,7 @@ def test_a_run_records_the_gaps(parts, questions, tmp_path):
 
 
 def test_what_has_no_control(runs, parts, questions, tmp_path):
-    with pytest.raises(InputError, match=r"no model that could see other images: give a model, or leave out --control"):
+    with pytest.raises(InputError, match=r"no model for other images: give a model, or leave out --control"):
         evaluate_predictions("x.json", EvaluationConfig("vqa", questions, control=True), tmp_path / "a")
     image = Path(questions).parent / "0.png"
     for task, row, what in (("vqa", {"question": "what?"}, "answers"), ("captioning", {"captions": []}, "captions")):

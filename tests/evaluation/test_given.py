@@ -254,6 +254,29 @@ def test_a_question_without_answers_among_others(score, tmp_path):
     assert "1 with several answers" in line and line.endswith("one answer, or every question several")
 
 
+def test_a_blank_question(score, tmp_path):
+    file = tmp_path / "blank.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in (ROWS[0], {**ROWS[1], "question": " "}, ROWS[2])))
+    line = score(ANSWERS, data=str(file), status=2)
+    assert line.startswith(f"error: {file} row 1 ") and "cannot be used: question is blank, expected a question" in line
+
+
+def test_a_question_whose_answers_are_all_blank(score, tmp_path):
+    file = tmp_path / "blank.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in (ROWS[0], {**ROWS[1], "answers": ["", " "]}, ROWS[2])))
+    line = score(ANSWERS, data=str(file), status=2)
+    assert f"scored together: 1 with no answers (the first: {file} row 1 " in line
+
+
+def test_an_image_without_caption_among_others(score, tmp_path):
+    file = tmp_path / "blank.jsonl"
+    rows = [{"image": f"{i}.png", "caption": text, "image_id": i} for i, text in enumerate(("a dog", " ", ""))]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = [{"image_id": i, "caption": "a dog"} for i in range(3)]
+    line = score(given, task="captioning", data=str(file), status=2)
+    assert line.startswith(f"error: 2 of the 3 images of {file} have no caption (the first: {file} row 1 ")
+
+
 def test_blank_answers_count(score, tmp_path):
     """Three of ten said so, one said nothing: eight thirds of nine in ten, as the official script has it."""
     file = tmp_path / "blank.jsonl"

@@ -264,6 +264,16 @@ def test_a_metric_that_is_not_measured(parts, questions, tmp_path):
     assert BEST in read_metrics(tmp_path / "run")[1]
 
 
+def test_what_cannot_be_scored_is_found_before_the_training(parts, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"image": f"{i}.png", "caption": text} for i, text in enumerate(("a disc", "", "a square"))]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = parts.recipe(tmp_path / "run", evaluation={"task": "retrieval", "data": str(file), "eval_steps": 1})
+    with pytest.raises(InputError, match=r"1 of the 3 images of \S+ have no caption \(the first: \S+ row 1 "):
+        train(recipe)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_without_java(parts, questions, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     recipe = parts.recipe(

@@ -483,7 +483,7 @@ def test_other_parts_are_refused_before_anything_is_written(runs, tmp_path, part
     for source, match in (
         (
             runs["stage1"],
-            "the image encoder of .* has num_attention_heads 2, but LAVIS, .*, would use no known value: conv",
+            "the image encoder of .* has num_attention_heads 2, but LAVIS, .*, would use another value: conv",
         ),
         (runs["llama"], "has an LLM of type llama; LAVIS's BLIP-2 supports OPT and T5: convert it to transformers"),
     ):

@@ -45,6 +45,19 @@ def test_an_explanation_is_what_remains_without_the_image_or_one_query(pipeline,
     assert found.effects.abs().max() > 1e-3
 
 
+def test_tokens_are_explained_as_they_are(pipeline):
+    text = pipeline.explain(IMAGE, "a red disc")
+    prompt = pipeline.config.language.prompt
+    whole = pipeline._continuations(["a red disc"], [prompt])[2][0]
+    tokens = whole[whole >= 0].tolist()
+    found = pipeline.explain(IMAGE, tokens)
+    assert found.tokens == text.tokens and found.token_log_probs == text.token_log_probs
+    assert torch.equal(found.effects, text.effects)
+    letters = [pipeline.tokenizer(each, add_special_tokens=False)["input_ids"][-1] for each in "disc"]
+    decoded = tuple(pipeline.tokenizer.decode([token]) for token in letters)
+    assert pipeline.explain(IMAGE, letters).tokens == decoded  # not joined, and without an end token
+
+
 def test_the_map_of_a_token_is_that_of_the_queries_that_speak_for_it(pipeline):
     found = pipeline.explain(IMAGE, "a red disc")
     torch.testing.assert_close(found.attention_map, pipeline.attention_maps(IMAGE)[0, -1])
@@ -62,6 +75,9 @@ def test_the_map_of_a_token_is_that_of_the_queries_that_speak_for_it(pipeline):
 def test_what_cannot_be_explained_is_refused(pipeline, runs):
     with pytest.raises(InputError, match="text 1 of 1 is ' ', expected words"):
         pipeline.explain(IMAGE, " ")
+    for tokens in ([], [-1], [0, pipeline.model.language.vocab_size]):
+        with pytest.raises(InputError, match=r"the tokens are .*, expected ids from 0 to"):
+            pipeline.explain(IMAGE, tokens)
     with pytest.raises(InputError, match="there are 2 images, expected one"):
         pipeline.explain([IMAGE, IMAGE], "a disc")
     with pytest.raises(InputError, match="found both prompt and question"):

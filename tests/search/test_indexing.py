@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from PIL import Image
 
 from blip2.errors import InputError
 from blip2.io import lock_folder
+from blip2.search import indexing
 from blip2.search.columns import TYPES, column_name, convert_cell, infer_types
 from blip2.search.indexing import index
 from blip2.search.library import Library
@@ -226,6 +228,13 @@ def test_two_columns_with_one_name(pipeline, photos, tmp_path):
 def test_one_writer_at_a_time(pipeline, photos, tmp_path):
     with lock_folder(tmp_path / "library"), pytest.raises(InputError, match="is in use by another job"):
         index(pipeline, str(photos), tmp_path / "library")
+
+
+def test_a_locked_library_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    uri = "s3://photos/library"
+    with indexing._lock(uri), pytest.raises(InputError, match=f"^{uri} is in use by"), indexing._lock(uri):
+        pass
 
 
 def test_another_writer_is_noticed(pipeline, photos, tmp_path, monkeypatch):

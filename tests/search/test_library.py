@@ -3,6 +3,8 @@
 import io
 import json
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import lancedb
@@ -306,6 +308,80 @@ def test_a_damaged_library(library, tmp_path):
     with pytest.raises(InputError, match="cannot be read or written") as raised:
         library.search("a disc")
     assert "\n" not in str(raised.value)
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """Object storage that knows no key."""
+
+    def do_GET(self):
+        body = b"<?xml version='1.0'?>\n<Error><Code>InvalidKey</Code><Message>The key is unknown.</Message></Error>"
+        self.send_response(403)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_object_storage_that_does_not_answer_or_refuses(monkeypatch, is_there):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    url = f"http://127.0.0.1:{server.server_port}"
+    for name, value in {"ENDPOINT": url, "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "ALLOW_HTTP": "true"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    if is_there:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    else:
+        server.server_close()
+    with pytest.raises(InputError) as raised:
+        Library.open("s3://photos/library")
+    reason = "The key is unknown." if is_there else f"{url}: Connection refused"
+    assert str(raised.value) == (
+        f"the library s3://photos/library cannot be read or written ({reason}): check that the bucket exists, and the"
+        " credentials, region and endpoint in the environment (docs/search.md)"
+    )
+    assert "RetryError" in str(raised.value.__cause__)
+    if is_there:
+        server.shutdown()
+        server.server_close()
+
+
+DEBUG = (
+    'Invalid input, Failed to connect to namespace: IO {{ source: Generic {{ store: "S3", source: ListRequest {{'
+    " source: RetryError(RetryErrorImpl {{ method: GET, uri: Some(http://storage:9000/photos?prefix=lib), retries: 3,"
+    ' inner: {} }}) }} }}, location: Location {{ file: "/lance-io/src/object_store.rs", line: 1506 }} }}'
+)
+DISPLAY = (
+    "lance error: LanceError(IO): Generic S3 error: Error performing list request: Error performing GET"
+    " http://storage:9000/photos?prefix=lib%2F in 377.3ms, after 3 retries  - {}, /lance-io/src/io.rs:15:9"
+)
+DNS = (
+    'Http(HttpError { kind: Connect, source: Error(Connect, ConnectError("dns error", Custom { kind: Uncategorized,'
+    ' error: "Name or service not known" })) })'
+)
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (DEBUG.format(DNS), "http://storage:9000: Name or service not known"),
+        (DEBUG.format('Status { status: 503, body: Some("") }'), "http://storage:9000: HTTP status 503"),
+        (DEBUG.format("BareRedirect"), "http://storage:9000: BareRedirect"),
+        (DISPLAY.format("HTTP error: error sending request"), "http://storage:9000: HTTP error: error sending request"),
+        (
+            DISPLAY.format("Server returned non-2xx status code: 403 Forbidden: "),
+            "http://storage:9000: HTTP status 403",
+        ),
+        ("Invalid input, No object store for scheme: 'xyz'\nValid: s3", "No object store for scheme: 'xyz' Valid: s3"),
+    ],
+)
+def test_the_reason_of_a_failed_request(message, expected):
+    """Messages of LanceDB, abridged."""
+    with pytest.raises(InputError) as raised, library_module.convert_lance_errors("s3://photos/library"):
+        raise RuntimeError(message)
+    assert f"cannot be read or written ({expected}): check that the bucket exists" in str(raised.value)
 
 
 def test_delete(library, photos):

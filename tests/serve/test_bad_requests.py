@@ -55,7 +55,7 @@ GOOD = {
     EXPLAIN: {
         "model": "writer",
         "messages": [{"role": "user", "content": [IMAGE_PART, {"type": "text", "text": "what?"}]}],
-        "text": "a disc",
+        "token_ids": [1, 2],
     },
 }
 """A request of each endpoint that is answered; the bad ones differ from it in one place."""
@@ -202,6 +202,7 @@ FIELDS = {
         ("stream_options",): [0, "x", [], {"include_usage": "yes"}, {"other": True}],
         ("logprobs",): [*FLAG, 5],
         ("top_logprobs",): [*INTEGER, 21, 3],
+        ("return_token_ids",): FLAG,
         ("frequency_penalty",): [*NUMBER, 0.5, -2],
         ("presence_penalty",): [*NUMBER, 0.5, -2],
         ("logit_bias",): [{"1": 100}, {"x": "y"}],
@@ -286,7 +287,11 @@ FIELDS = {
         ("model",): [..., None, *TEXT, *UNKNOWN, "reader"],
         ("messages",): [..., None, 1, "hello", {}, [], [[]], [None], [{}]],
         (*MESSAGE, "content"): ["what?", [IMAGE_PART, IMAGE_PART], [{"type": "text", "text": "what?"}]],
-        ("text",): [..., None, *TEXT, *BLANK, *LONG],
+        ("token_ids",): [
+            *(..., None, 0, "a", "1", {}, [], [None], ["1"], [1.5], [True], [[1]], [-1], [10**9], [10**30]),
+            *([1] * 65, [1] * 100_000, NESTED),
+        ],
+        ("text",): ["a disc"],
     },
 }
 FIELDS_BY_NAME = [

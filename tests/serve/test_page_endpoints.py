@@ -44,8 +44,11 @@ def http(writer, pipeline, library):
         yield http
 
 
-def explain(http, messages, text="a disc", model="writer"):
-    return http.post("/v1/explain", json={"model": model, "messages": messages, "text": text})
+TOKENS = [10, 200, 30]
+
+
+def explain(http, messages, token_ids=TOKENS, model="writer"):
+    return http.post("/v1/explain", json={"model": model, "messages": messages, "token_ids": token_ids})
 
 
 def question(text):
@@ -61,7 +64,7 @@ def test_an_explanation_is_that_of_the_pipeline(http, writer, kind):
         "question": {"question": "what"},
         "conversation": {"prompt": "Question: what Answer: it. Question: and where Answer:"},
     }[kind]
-    own = writer.explain(IMAGE, "a disc", **about)
+    own = writer.explain(IMAGE, TOKENS, **about)
     made = explain(http, messages).json()
     assert [each["token"] for each in made["tokens"]] == list(own.tokens)
     np.testing.assert_allclose([each["logprob"] for each in made["tokens"]], own.token_log_probs, atol=1e-4)
@@ -72,22 +75,42 @@ def test_an_explanation_is_that_of_the_pipeline(http, writer, kind):
     np.testing.assert_allclose(maps.reshape(4, 16), own.attention_map[:, 1:], atol=1e-6)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("asked", ["", "what"])
+def test_the_tokens_that_were_generated_are_explained(http, writer, asked, stream):
+    messages = [question(asked)] if asked else [{"role": "user", "content": [PART]}]
+    body = {"model": "writer", "messages": messages, "max_tokens": 12, "logprobs": True, "return_token_ids": True}
+    response = http.post("/v1/chat/completions", json={**body, "stream": stream})
+    lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: {")]
+    choices = [json.loads(each)["choices"][0] for each in lines] if stream else response.json()["choices"]
+    token_ids = [token for each in choices for token in each.get("token_ids", [])]
+    listed = [one for each in choices if each.get("logprobs") for one in each["logprobs"]["content"]]
+    text = writer.tokenizer.decode(token_ids)
+    assert len(token_ids) == 12 and writer.tokenizer(text, add_special_tokens=False)["input_ids"] != token_ids
+    found = explain(http, messages, token_ids).json()["tokens"]
+    assert len(found) == 12
+    first = next(i for i, each in enumerate(found) if each["token"] == listed[0]["token"])  # after white space
+    found = found[first : first + len(listed)]
+    assert [(each["token"], each["bytes"]) for each in found] == [(each["token"], each["bytes"]) for each in listed]
+    np.testing.assert_allclose([each["logprob"] for each in found], [each["logprob"] for each in listed], atol=1e-4)
+
+
 @pytest.mark.parametrize(
-    ("messages", "text", "model", "expected"),
+    ("messages", "token_ids", "model", "expected"),
     [
-        ([{"role": "user", "content": "what"}], "a", "writer", "the messages have 0 images, expected one"),
-        ([{"role": "user", "content": [PART, PART]}], "a", "writer", "the messages have 2 images, expected one"),
-        ([{"role": "user", "content": [{"type": "text", "text": "look"}, PART]}], "a", "writer", "put it first"),
-        ([question("what")], "a", "matcher", "the model matcher cannot do this: use writer"),
-        ([question("what")], "a", "none", "the model 'none' does not exist here"),
-        ([question("what")], " ", "writer", "text 1 of 1 is ' ', expected words"),
-        ([question("what")], "a" * 51, "writer", "the text has 51 tokens, expected at most 50"),
-        ([question("what"), {"role": "assistant", "content": "it"}], "a", "writer", "there is no question to answer"),
-        ([], "a", "writer", "messages"),
+        ([{"role": "user", "content": "what"}], [1], "writer", "the messages have 0 images, expected one"),
+        ([{"role": "user", "content": [PART, PART]}], [1], "writer", "the messages have 2 images, expected one"),
+        ([{"role": "user", "content": [{"type": "text", "text": "look"}, PART]}], [1], "writer", "put it first"),
+        ([question("what")], [1], "matcher", "the model matcher cannot do this: use writer"),
+        ([question("what")], [1], "none", "the model 'none' does not exist here"),
+        ([question("what")], [-1], "writer", "the tokens are [-1], expected ids from 0 to 257"),
+        ([question("what")], [1] * 51, "writer", "the answer has 51 tokens, expected at most 50"),
+        ([question("what"), {"role": "assistant", "content": "it"}], [1], "writer", "there is no question to answer"),
+        ([], [1], "writer", "messages"),
     ],
 )
-def test_what_cannot_be_explained_is_refused(http, messages, text, model, expected):
-    response = explain(http, messages, text, model)
+def test_what_cannot_be_explained_is_refused(http, messages, token_ids, model, expected):
+    response = explain(http, messages, token_ids, model)
     assert response.status_code in (400, 404) and expected in response.json()["error"]["message"]
 
 

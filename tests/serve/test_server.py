@@ -110,7 +110,7 @@ def test_only_a_server_on_a_loopback_address_has_names_by_default():
 
 
 def test_vllm_runs_the_llm_of_one_model():
-    with pytest.raises(InputError, match="of one stage-2 model, but there are 0"):
+    with pytest.raises(InputError, match="needs exactly one stage-2 model, found 0: give one"):
         find_vllm({}, ServeOptions(vllm_url="http://127.0.0.1:1/v1"))
 
 

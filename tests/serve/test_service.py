@@ -299,7 +299,7 @@ def test_a_failing_pass_ends_its_texts_and_nothing_else(writer, monkeypatch):
     generation = Generation(writer, writer.encode_prompt(IMAGES[0], decoding=decoding), decoding, 2)
 
     async def collect():
-        return [piece.num_tokens async for piece in engine.stream(generation)]
+        return [len(piece.token_ids) async for piece in engine.stream(generation)]
 
     with monkeypatch.context() as patch:
         patch.setattr(ContinuousBatch, "advance", lambda _: 1 / 0)
@@ -380,7 +380,7 @@ def test_keys_of_an_application_below_a_path():
             gate.check_key(scope)
         gate.check_key({**scope, "headers": [(b"authorization", f"Bearer {KEY}".encode())]})
     gate.check_key({"path": "/below/health", "root_path": "/below", "headers": []})
-    with pytest.raises(InputError, match="api_keys is a text"):
+    with pytest.raises(InputError, match="api_keys is a str"):
         create_app({}, api_keys=KEY)
 
 

@@ -43,14 +43,15 @@ class Handler(BaseHTTPRequestHandler):
         pieces += [(0, "", None), (0, " ", "stop")]  # a token whose text vLLM holds back, and the end token
         tokens = {0: [[" ", "a"], [" ", "r"], ["x"], ["end"]], 1: [["b", " "], ["c"]]}
         for number, (index, text, reason) in enumerate(pieces[: len(pieces) - (body["seed"] == 4)]):
-            count = sum(each[0] == index for each in pieces[: number + 1])  # as in vLLM, of this text alone
-            usage = {"prompt_tokens": 9, "completion_tokens": count, "total_tokens": 9 + count}
-            names = [f"token_id:{self.server.ids[each]}" for each in tokens[index][count - 1]]
+            count = sum(each[0] == index for each in pieces[: number + 1])
+            token_ids = [self.server.ids[each] for each in tokens[index][count - 1]]
+            names = [f"token_id:{each}" for each in token_ids]
             best = [{name: -0.5, f"token_id:{self.server.ids['z']}": -0.25} for name in names]
             log_probs = {"tokens": names, "token_logprobs": [-0.5 for _ in names], "top_logprobs": best}
             choice = {"index": index, "text": text, "finish_reason": reason, "logprobs": log_probs}
+            choice |= {"token_ids": token_ids} if body["return_token_ids"] else {}
             chunk = {"id": "1", "object": "text_completion", "created": 1, "model": "llm", "choices": [choice]}
-            self.wfile.write(f"data: {json.dumps({**chunk, 'usage': usage})}\n\n".encode())
+            self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
         self.wfile.write(b"data: [DONE]\n\n")
 
     def log_message(self, *_):
@@ -93,7 +94,9 @@ def test_what_is_sent_and_read(writer, server):
     pieces = run(VllmEngine(url, "llm"), Generation(writer, prompt, decoding, n=2, seed=3, num_alternatives=1))
     [sent] = server.received
     texts = ["".join(piece.text for piece in pieces if piece.index == index) for index in (0, 1)]
-    assert texts == ["a r", "b c"] and sum(piece.num_tokens for piece in pieces) == 6
+    assert texts == ["a r", "b c"] and len(pieces) == 6
+    made = [[token for piece in pieces if piece.index == index for token in piece.token_ids] for index in (0, 1)]
+    assert made == [[server.ids[each] for each in (" ", "a", " ", "r", "x", "end")], [server.ids[e] for e in "b c"]]
     assert [piece.finish_reason for piece in pieces] == [None, None, None, "length", None, "stop"]
     tokens = [[one.token for piece in pieces if piece.index == index for one in piece.log_probs] for index in (0, 1)]
     assert tokens == [["a", " ", "r"], ["b", " ", "c"]]  # neither the stop text nor the end token
@@ -127,4 +130,6 @@ def test_greedy_texts_are_those_of_this_process(parts):
     for prompt in prompts:
         generation = Generation(writer, prompt, GREEDY)
         theirs = run(VllmEngine(os.environ["VLLM_URL"], os.environ["VLLM_MODEL"]), generation)
-        assert "".join(each.text for each in theirs) == "".join(each.text for each in run(LocalEngine(), generation))
+        own = run(LocalEngine(), generation)
+        assert "".join(each.text for each in theirs) == "".join(each.text for each in own)
+        assert sum((each.token_ids for each in theirs), ()) == sum((each.token_ids for each in own), ())

@@ -45,7 +45,7 @@ def cat_tokens(parts: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, "B ..."]:
 
 
 def token_mask(features: Float[Tensor, "*batch P E"]) -> Bool[Tensor, "*batch P"]:
-    """Return True for tokens, False for padding."""
+    """Return the mask of padded features: True for tokens, False for padding."""
     return ~features[..., 0].isnan()
 
 

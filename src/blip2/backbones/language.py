@@ -265,7 +265,7 @@ class LanguageModel(Freezable):
                 supports one (:attr:`has_kv_cache`).
 
         Yields:
-            The token ids of all new tokens until now, after each token.
+            The token ids of all new tokens so far, after each token.
         """
         device = prompt.text_embeds.device
         decoder_class = cached_decoder_class(self.network) if self.has_kv_cache else UncachedDecoder
@@ -470,7 +470,7 @@ class LanguageModel(Freezable):
 
 @contextmanager
 def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replace the ``forward`` of a module within a context. A module on a device of its own has one of accelerate."""
+    """Replace the ``forward`` of a module within a context. The module may have one of accelerate (``device_map``)."""
     own = vars(module).get("forward")
     vars(module)["forward"] = forward
     try:

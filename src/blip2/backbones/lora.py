@@ -125,7 +125,10 @@ def merge_adapters(network: nn.Module, config: LoraConfig, adapters: Mapping[str
     missing, unknown = network.load_state_dict(dict(adapters), strict=False, assign=True)
     wrong = [*unknown, *(name for name in missing if ADAPTER_KEY in name)]
     if wrong:
-        raise InputError(f"the adapters do not fit {what} ({wrong[0]}): use the config with which they were trained")
+        raise InputError(
+            f"the adapters do not fit {what} ({wrong[0]} is missing or unknown): use the config with which they were"
+            " trained"
+        )
     merged: dict[str, Tensor] = {}
     for name, module in network.named_modules():
         layer: Any = module

@@ -149,7 +149,7 @@ class ImageEncoder(Freezable):
         if features.ndim != 3 or len(features) != 2 or not features.numel():
             raise InputError(
                 f"the image encoder, a {network_class}, returns features of shape {list(output.shape)} for two images,"
-                " expected [2, tokens, width]: set vision.name to another image encoder, see docs/models.md"
+                " expected [2, tokens, width]: use another image encoder (docs/models.md)"
             )
         if not features.isfinite().all():
             raise InputError(
@@ -166,7 +166,7 @@ class ImageEncoder(Freezable):
             if not torch.allclose(alone[0], features[0].float(), atol=1e-3 * float(features.abs().max())):
                 raise InputError(
                     f"the image encoder, a {network_class}, returns features of an image that depend on the other"
-                    " images of the batch: set vision.name to another image encoder, see docs/models.md"
+                    " images of the batch: use another image encoder (docs/models.md)"
                 )
         return features.shape[1], features.shape[2]
 
@@ -251,7 +251,7 @@ class ImageEncoder(Freezable):
         return self._to_tokens(features, len(images)).float()
 
     def _encode_arrays(self, arrays: Float[Tensor, "B _ _"]) -> Float[Tensor, "B P E"]:
-        """Run the network on arrays of equal length together, without padding, so that it needs no mask."""
+        """Run the network on each group of arrays of equal length, so that it needs no padding or mask."""
         if isinstance(self.network, nn.Identity):
             return arrays.float()
         lengths = token_mask(arrays).sum(dim=1)

@@ -150,12 +150,12 @@ def wrap_transformers(network: nn.Module, preprocessing: Preprocessing, layer: L
         layer: layer whose output is used; see :func:`load_image_encoder`.
 
     Raises:
-        InputError: the model has no such layer, cannot encode images of this size, or hides patches.
+        InputError: the model has no such layer, cannot encode images of this size, or masks patches.
     """
     config: Any = network.config
     if config.model_type == "vit_mae":
         raise InputError(
-            "a ViTMAE model hides most patches of an image at random: set vision.name to an image encoder that does not"
+            "a ViTMAE model masks most patches of an image at random: set vision.name to an image encoder that does not"
         )
     stacks = [
         module
@@ -175,7 +175,7 @@ def wrap_transformers(network: nn.Module, preprocessing: Preprocessing, layer: L
         network.register_module("post_layernorm", nn.Identity())
     if is_vit and layer == "second-last":
         if len(stacks[0]) == 1:
-            raise InputError("the image encoder has one layer, so it has no second-last: set vision.layer to last")
+            raise InputError("the image encoder has only one layer: set vision.layer to last")
         # The paper removes the last layer. The output of the final norm must not replace the last hidden state.
         del stacks[0][-1]
         config.num_hidden_layers -= 1

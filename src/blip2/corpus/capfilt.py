@@ -71,8 +71,8 @@ def capfilt(
         engine: where the work is done.
         check: how the round is checked on held-out pairs.
         device: device to run on. None: a GPU if there is one.
-        dtype: data type of the frozen parts, or of all weights of a model of transformers. None: as the config of the
-            model says, else bf16 on a GPU and fp32 on a CPU.
+        dtype: data type of the frozen parts, or of all weights of a model of transformers. None: the dtype in the
+            model's config, else bf16 on a CUDA GPU and fp32 on other devices.
 
     Returns:
         The content of ``metrics.json``: the settings, counts of images and captions, mean scores, and the result of the
@@ -122,7 +122,7 @@ class CapFiltJob:
     dtype: Precision | None = None
 
     def worker(self) -> Worker:
-        """Load both models."""
+        """Load both models and return a worker."""
         config = self.config
         captioner = open_captioner(self.captioner, config.decoding, config.prompt, self.device, self.dtype)
         ranker = open_ranker(self.ranker, self.device, self.dtype)

@@ -1,4 +1,4 @@
-"""The check of a round of CapFilt: whether captions that were bootstrapped train a better model than those before.
+"""Check a round of CapFilt: do the bootstrapped captions train a better model than the captions before it?
 
 A ranker prefers the captions that it selected, so its scores cannot tell whether a round helps. Stage 1 is therefore
 trained on both corpora, from the same start and for the same number of steps, and compared on held-out pairs.
@@ -33,7 +33,7 @@ def check_round(recipe: Recipe, before: str, after: str, output: Path, runs: int
         before: the source of the captions before the round, as in ``data.train``.
         after: the source of the captions after the round.
         output: folder of the runs.
-        runs: number of runs on each of the two, with the seeds 0, 1 ...
+        runs: number of runs on each source, with the seeds 0, 1 ...
 
     Returns:
         The result of :func:`judge`, and ``held_out``, the source of the held-out pairs, and ``steps``.

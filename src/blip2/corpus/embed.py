@@ -44,8 +44,8 @@ def embed(
         images: paths of the images.
         texts: the texts.
         device: device to run on. None: a GPU if there is one.
-        dtype: data type of the frozen image encoder. None: as the config of the model says, else bf16 on a GPU and fp32
-            on a CPU.
+        dtype: data type of the frozen image encoder. None: the dtype in the model's config, else bf16 on a CUDA GPU and
+            fp32 on other devices.
         overrides: keys of the model's config to override.
 
     Returns:
@@ -119,8 +119,8 @@ def embed_corpus(
         shard_size: images per output file, if the corpus has no shards.
         engine: where the work is done.
         device: device to run on. None: a GPU if there is one.
-        dtype: data type of the frozen image encoder. None: as the config of the model says, else bf16 on a GPU and fp32
-            on a CPU.
+        dtype: data type of the frozen image encoder. None: the dtype in the model's config, else bf16 on a CUDA GPU and
+            fp32 on other devices.
         overrides: keys of the model's config to override.
 
     Returns:
@@ -157,7 +157,7 @@ class EmbedJob:
     overrides: dict[str, object] | None = None
 
     def worker(self) -> Worker:
-        """Load the model."""
+        """Load the model and return a worker."""
         pipeline = _load(self.model, self.device, self.dtype, self.overrides)
         check_reads_images(pipeline)
 

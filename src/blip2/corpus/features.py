@@ -60,7 +60,7 @@ def _open(recipe: Recipe, source: str) -> Records:
 
 @dataclass(frozen=True)
 class FeatureJob:
-    """Encoding of images as a :class:`~blip2.corpus.job.Job`."""
+    """A :class:`~blip2.corpus.job.Job` that encodes images."""
 
     recipe: Recipe
 

@@ -41,7 +41,7 @@ def resolve_checkpoint(name: str) -> str:
 
 
 def stored_itm_temperature(name: str) -> dict[str, float]:
-    """Return the temperature of ITM that is stored in a checkpoint, as an entry of a pass's metadata.
+    """Return the ITM temperature stored in a checkpoint, as an entry for the metadata of a pass over a corpus.
 
     Without it, a pass that is resumed after ``blip2 calibrate`` would mix the probabilities of two temperatures.
 
@@ -49,7 +49,7 @@ def stored_itm_temperature(name: str) -> dict[str, float]:
         name: the model, from :func:`resolve_checkpoint`.
 
     Returns:
-        ``itm_temperature``, or nothing if the model is not calibrated for ITM.
+        ``itm_temperature``; empty if the model is not calibrated for ITM.
     """
     file = Path(name) / CONFIG_FILE
     calibration = load_stored(ModelConfig, file).calibration if file.is_file() else None
@@ -227,8 +227,8 @@ def open_captioner(
         decoding: how captions are generated.
         prompt: text that the captions continue. None: the prompt of the model's config, if there is one.
         device: device to run on. None: a GPU if there is one.
-        dtype: data type of the frozen parts, or of all weights of a model of transformers. None: as the config of the
-            model says, else bf16 on a GPU and fp32 on a CPU.
+        dtype: data type of the frozen parts, or of all weights of another model. None: the dtype in a BLIP-2's config
+            if it sets one, else bf16 on a CUDA GPU and fp32 on other devices.
 
     Raises:
         InputError: the model does not exist, or does not caption images.
@@ -242,13 +242,13 @@ def open_captioner(
 
 
 def open_ranker(name: str, device: str | None, dtype: Precision | None) -> Ranker:
-    """Load a ranker: a stage-1 run, a BLIP-2 with its heads, or a dual encoder of transformers (CLIP, SigLIP ...).
+    """Load a ranker: a stage-1 run, a BLIP-2 with ITC and ITM heads, or a dual encoder of transformers (CLIP ...).
 
     Args:
         name: path or hub name of the model.
         device: device to run on. None: a GPU if there is one.
-        dtype: data type of the frozen image encoder, or of all weights of a model of transformers. None: as the config
-            of the model says, else bf16 on a GPU and fp32 on a CPU.
+        dtype: data type of the frozen image encoder, or of all weights of a dual encoder. None: the dtype in a BLIP-2's
+            config if it sets one, else bf16 on a CUDA GPU and fp32 on other devices.
 
     Raises:
         InputError: the model does not exist, or does not compare images with texts.
@@ -262,7 +262,7 @@ def open_ranker(name: str, device: str | None, dtype: Precision | None) -> Ranke
 
 
 def check_reads_images(pipeline: GenerationPipeline | RepresentationPipeline) -> None:
-    """Check that a model reads images, which are all that a pass over a corpus gives it.
+    """Check that a model reads images, its only input in a pass over a corpus.
 
     Raises:
         InputError: the model reads arrays of features.

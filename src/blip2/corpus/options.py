@@ -47,7 +47,7 @@ class Check:
     and on those after the round, and the round is refused if R@1 on the recipe's evaluation.data is worse by more than
     the spread over runs. null: no check."""
     runs: int = bounded(3, 1, MAX_COUNT, option="check_runs")
-    """Number of runs of the check on each of the two, with different seeds."""
+    """Number of runs per corpus (before and after the round), with different seeds."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -58,7 +58,7 @@ NO_CHECK = Check()
 
 @dataclass(frozen=True, kw_only=True)
 class Sharding:
-    """Shards of the output."""
+    """Options of sharding."""
 
     shard_size: int = bounded(1000, 1, MAX_COUNT)
     """Number of images per output shard, for a corpus that has no shards."""

@@ -29,7 +29,7 @@ ORIGINS = ("original", "generated")
 
 
 class CapFiltStats:
-    """Statistics of one unit or of all units. Merged statistics do not grow with the corpus."""
+    """Statistics of one unit or of all units. Their size after merging is bounded."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
@@ -94,7 +94,7 @@ class CapFiltStats:
             self._listed.append([sample.key, sample.message])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the statistics as JSON-serializable values, which :meth:`merge` takes."""
+        """Return the statistics as JSON-serializable values, for :meth:`merge`."""
         return {
             "images": self._counts["images"],
             "counts": dict(self._counts),

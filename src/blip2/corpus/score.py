@@ -55,8 +55,8 @@ def score_corpus(
         shard_size: images per output file, if the corpus has no shards.
         engine: where the work is done.
         device: device to run on. None: a GPU if there is one.
-        dtype: data type of the frozen parts. None: as the config of the model says, else bf16 on a GPU and fp32 on a
-            CPU.
+        dtype: data type of the frozen parts. None: the dtype in the model's config, else bf16 on a CUDA GPU and fp32 on
+            other devices.
         overrides: keys of the model's config to override.
 
     Returns:
@@ -103,7 +103,7 @@ class ScoreJob:
     overrides: dict[str, object] | None = None
 
     def worker(self) -> Worker:
-        """Load the model."""
+        """Load the model and return a worker."""
         stage = "representation" if self.by in RepresentationPipeline.score_names else "generation"
         pipeline = load(self.model, self.device, self.dtype, overrides=self.overrides, stage=stage)
         return ScoreWorker(pipeline, self.by, self.prompt, Path(self.output))

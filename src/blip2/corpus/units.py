@@ -18,9 +18,9 @@ from PIL.Image import Image
 from blip2.config import DataConfig
 from blip2.data.assets import resolve
 from blip2.data.benchmarks import find_shards, is_benchmark
-from blip2.data.images import ImageError, read_bytes, read_image
-from blip2.data.records import Records
-from blip2.data.shards import Sample, SkippedSample, expand_files, is_url, read_samples
+from blip2.data.images import COMMON_SUFFIXES, ImageError, read_bytes, read_image
+from blip2.data.records import ColumnMapping, Records
+from blip2.data.shards import KEY_COLUMN, Sample, SkippedSample, expand_files, is_url, read_shard
 from blip2.data.sources import open_records
 from blip2.errors import InputError
 
@@ -76,16 +76,21 @@ def _absolute(file: str) -> str:
 
 @lru_cache(1)
 def open_corpus(source: str) -> Records:
-    """Open a corpus that has no shards. The last one is kept open."""
+    """Open a corpus that has no shards. The last corpus is kept open."""
     records = open_records(source, DataConfig(train=source, streaming=False))
     assert isinstance(records, Records)
     return records
 
 
 def read_unit(unit: Unit) -> Iterator[Sample | SkippedSample]:
-    """Read the samples of a unit in order, one at a time."""
+    """Read the samples of a unit in order, one at a time.
+
+    Yields:
+        A :class:`~blip2.data.shards.Sample`, whose captions may be empty, or a
+        :class:`~blip2.data.shards.SkippedSample` if the sample, or the rest of a damaged shard, cannot be used.
+    """
     if unit.count is None:
-        return read_samples(unit.source)
+        return _read_samples(unit.source)
     return _read_records(open_corpus(unit.source), unit)
 
 
@@ -111,6 +116,27 @@ def read_batches(unit: Unit, batch_size: int, skipped: list[SkippedSample]) -> I
     samples = decode()
     while batch := list(islice(samples, batch_size)):
         yield batch
+
+
+def _read_samples(shard: str) -> Iterator[Sample | SkippedSample]:
+    """Read the samples of a tar. Their captions are those that training reads."""
+    columns = ColumnMapping(shard, "image", None, None, (), Path(), allowed_folders=())
+    for row in read_shard(shard):
+        record, key = columns.to_record({KEY_COLUMN: shard, **row}, 0), row.get(KEY_COLUMN)
+        name, image = f"{key} in {shard}", row.get("image")
+        if record.error is not None:
+            yield SkippedSample(shard, "shard broken", f"{shard} cannot be read to its end: {record.error}")
+        elif not isinstance(image, bytes):  # a value of a .json member is not an image
+            found = ", ".join(column for column in row if column != KEY_COLUMN)
+            expected = f"{', '.join(COMMON_SUFFIXES)}, or another format that Pillow reads"
+            yield SkippedSample(name, "no image", f"the sample has {found}, expected an image ({expected})")
+        elif record.skip_reason is not None:
+            reason, message = record.skip_reason
+            yield SkippedSample(name, f"{reason} not read", message)
+        else:
+            # Two columns contain the image: the member, and "image".
+            suffix = next((column for column in row if column != "image" and row[column] is image), "image")
+            yield Sample(str(key), image, record.captions, suffix)
 
 
 def _read_records(records: Records, unit: Unit) -> Iterator[Sample | SkippedSample]:

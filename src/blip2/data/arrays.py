@@ -151,7 +151,7 @@ def _open(path: str, key: str | None, form: FeatureFormat, name: str) -> np.ndar
 
 
 def _read_file(file: Any, key: str | None, form: FeatureFormat, name: str) -> np.ndarray | Tensor:
-    """Read one array of an open file, whose format its first bytes tell."""
+    """Read one array of an open file. Its first bytes determine the format."""
     start = file.read(8)
     file.seek(0)
     if start[:6] == npy.MAGIC_PREFIX:

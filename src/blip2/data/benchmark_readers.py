@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from blip2.data.cells import CAPTION_COLUMNS, CellError, read_texts
+from blip2.data.cells import CAPTION_COLUMNS, CellError, first_column, read_texts
 from blip2.data.json_stream import require_keys, stream_array, stream_json
 from blip2.data.shards import ERROR_COLUMN, KEY_COLUMN, read_shard
 from blip2.errors import InputError
@@ -388,10 +388,8 @@ def read_shards(split: str, shards: list[Path]) -> Iterator[Row]:
     for shard in shards:
         for row in read_shard(str(shard)):
             if ERROR_COLUMN in row:
-                raise InputError(
-                    f"{shard} cannot be read to its end ({row[ERROR_COLUMN]}): copy, download or create the shard again"
-                )
-            key, column = row.pop(KEY_COLUMN), next((name for name in CAPTION_COLUMNS if name in row), None)
+                raise InputError(f"{shard} cannot be read to its end: {row[ERROR_COLUMN]}")
+            key, column = row.pop(KEY_COLUMN), first_column(row, CAPTION_COLUMNS)
             if not isinstance(row.get("image"), bytes) or column is None:
                 found = ", ".join(row) or "nothing"
                 raise InputError(

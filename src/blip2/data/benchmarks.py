@@ -193,9 +193,10 @@ def _files(benchmark: Benchmark, split: str, folder: Path, source: str) -> list[
 
 
 def _shards(benchmark: Benchmark, folder: Path, source: str) -> list[Path]:
-    shards = sorted(folder.glob(SHARD_PATTERNS[0]))
+    files = sorted(folder.iterdir())
+    shards = [path for path in files if path.suffix.lower() == ".tar"]
     if not shards:
-        lists = [path.name for path in sorted(folder.iterdir()) if path.suffix in (".tsv", ".json", ".parquet", ".txt")]
+        lists = [path.name for path in files if path.suffix.lower() in (".tsv", ".json", ".parquet", ".txt")]
         found = f"only {lists[0]}, which may be a list of URLs" if lists else "none"
         raise InputError(
             f"{source} needs WebDataset shards (.tar) in {folder}, found {found}: download the list of URLs from"

@@ -6,7 +6,7 @@ import codecs
 import io
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -34,6 +34,11 @@ published on the Hugging Face Hub."""
 
 class CellError(InputError):
     """A cell that cannot be used. The message continues a sentence that begins with the name of the column."""
+
+
+def first_column(columns: Container[str], names: Iterable[str]) -> str | None:
+    """Return the first of `names` that is a column; None if none is."""
+    return next((name for name in names if name in columns), None)
 
 
 # -- texts -----------------------------------------------------------------------------------------------------------
@@ -90,6 +95,18 @@ def read_text(value: Any) -> str:
             f"holds {IMAGE_TOKEN}, expected text only, because the image always comes first: remove the placeholder"
         )
     return " ".join(text.split())
+
+
+def read_question(value: Any) -> str:
+    """Return a question as :func:`read_text` does.
+
+    Raises:
+        CellError: :func:`read_text` refuses the value, or it is blank.
+    """
+    question = read_text(value)
+    if not question:
+        raise CellError("is blank, expected a question: write the question, or remove the row")
+    return question
 
 
 _INVALID_CHARACTERS = re.compile("[\0\ud800-\udfff]")

@@ -310,7 +310,7 @@ def encode_prompts(
 
 
 def check_unicode(texts: Iterable[str]) -> None:
-    """Check that texts have no lone surrogates, which is what bytes of an argument become that are not UTF-8.
+    """Check that texts have no lone surrogates, to which Python decodes bytes of an argument that are not UTF-8.
 
     Raises:
         InputError: a text has one, which no tokenizer accepts.

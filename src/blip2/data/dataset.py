@@ -19,7 +19,7 @@ from blip2.backbones.features import FeatureFormat
 from blip2.backbones.vision import Preprocessing
 from blip2.config import QUESTION_PLACEHOLDER
 from blip2.data.arrays import read_input, stack_inputs
-from blip2.data.collate import CausalLMCollator, Collator, StageBatch
+from blip2.data.collate import CausalLMCollator, Collator, StageBatch, normalize_captions
 from blip2.data.images import ImageError, read_image, train_transform
 from blip2.data.positions import MixturePosition, SourcePosition
 from blip2.data.records import Record, Records, RecordStream
@@ -72,7 +72,7 @@ class LoadedBatch:
     """A batch for the model, and statistics about its records."""
 
     batch: StageBatch | None
-    """``None`` if no record of the batch is usable."""
+    """``None`` if no record of the batch is usable; the trainer then takes the next batch."""
     keys: tuple[str, ...]
     """Names of the usable records."""
     skipped: tuple[SkippedRecord, ...]
@@ -198,7 +198,13 @@ class BatchDataset(Dataset[LoadedBatch]):
                     f"the prompt with its question has {length} tokens, but the LLM has positions for at most"
                     f" {collator.max_prompt_tokens}: shorten the question",
                 )
-        return record.captions[sample.caption_index], record.question or ""
+        caption, question = record.captions[sample.caption_index], record.question or ""
+        is_answer = question and isinstance(collator, CausalLMCollator)  # answers are not normalized
+        if not is_answer and not normalize_captions([caption], collator.normalization)[0]:
+            raise _SkipRecord(
+                "caption", f"data.text_normalization leaves nothing of the caption {caption!r}, expected words"
+            )
+        return caption, question
 
     def _image(self, record: Record, sample: SampleSpec) -> Tensor:
         """Return the pixels [3, H, W] of the image of a record, its cached features [P, E], or an array [1, P, E].

@@ -33,7 +33,8 @@ def list_pairs(
         in which blank lines are kept.
 
     Raises:
-        InputError: the folder has no images; or no image has a .txt file, and `captions_required` is set.
+        InputError: the folder has no images; no image has a .txt file, and `captions_required` is set; or the suffixes
+            of two .txt files of an image differ in case.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     images = [path for path in files if path.suffix.lower() in suffixes]
@@ -49,23 +50,30 @@ def list_pairs(
             f"folder {folder} holds no {kind} ({known}) and no metadata.jsonl{_count_suffixes(files, ', but ')}: give"
             f" a folder with {kind}"
         )
-    texts = {path.with_suffix(".txt") for path in images} & set(files)
+    stems = {path.with_suffix("") for path in images}
+    texts: dict[Path, Path] = {}
+    for path in files:
+        stem = path.with_suffix("")
+        if path.suffix.lower() == ".txt" and stem in stems and texts.setdefault(stem, path) != path:
+            raise InputError(f"folder {folder} holds {texts[stem]} and {path}, expected one of them: remove the other")
     if not texts and captions_required:
         raise InputError(
             f"folder {folder} holds {len(images)} {kind} but no captions: put a .txt file next to each {one}, or"
             f" add a metadata.jsonl with the keys {key} and caption"
         )
-    others = [path for path in files if path not in texts and path.suffix.lower() not in suffixes]
+    used = set(texts.values())
+    others = [path for path in files if path not in used and path.suffix.lower() not in suffixes]
     if others and verbose:
         log.warning("%s: left out %d files, %s%s", folder, len(others), reason, _count_suffixes(others, ": "))
     return _read_pairs(folder, images, texts)
 
 
-def _read_pairs(folder: Path, images: list[Path], texts: set[Path]) -> Iterator[dict[str, Any]]:
+def _read_pairs(folder: Path, images: list[Path], texts: dict[Path, Path]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of images, whose texts are given by the path of an image without its suffix."""
     for path in images:
-        text = path.with_suffix(".txt")
+        text = texts.get(path.with_suffix(""))
         # Not str.splitlines, which also splits at other characters, such as \f, that a caption may contain.
-        lines = decode_text(read_regular_file(text, MAX_TEXT_BYTES)) if text in texts else ""
+        lines = "" if text is None else decode_text(read_regular_file(text, MAX_TEXT_BYTES))
         lines = lines.replace("\r\n", "\n").replace("\r", "\n")
         yield {"image": str(path.relative_to(folder)), "captions": lines.split("\n")}
 

@@ -155,7 +155,7 @@ def read_image(image: ImageLike | Any, name: str | None = None) -> Image.Image:
 
 @contextmanager
 def open_image(data: bytes, name: str, show_bytes: bool = True) -> Iterator[Image.Image]:
-    """Open an image file, given as bytes, as a PIL image in a context, without decoding the pixels.
+    """Context manager: open the bytes of an image file as a PIL image, without decoding the pixels.
 
     All bytes of image files that reach Pillow go through this function.
 

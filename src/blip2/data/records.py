@@ -22,17 +22,21 @@ from jaxtyping import Int
 
 from blip2.data.arrays import split_key
 from blip2.data.cells import (
+    ANSWER_COLUMNS,
+    CAPTION_COLUMNS,
     IMAGE_ID_COLUMNS,
+    QUESTION_COLUMNS,
     CellError,
+    first_column,
     labels_to_names,
     read_features_cell,
     read_image_cell,
     read_metadata,
-    read_text,
+    read_question,
     read_texts,
 )
 from blip2.data.positions import StreamPosition
-from blip2.data.shards import ERROR_COLUMN, KEY_COLUMN, STARTS_SHARD_COLUMN, unreadable_source
+from blip2.data.shards import ERROR_COLUMN, KEY_COLUMN, REFUSED_COLUMN, STARTS_SHARD_COLUMN, unreadable_source
 from blip2.data.tables import Table
 
 
@@ -73,16 +77,22 @@ class Record:
 
 @dataclass(frozen=True)
 class ColumnMapping:
-    """The columns of a data source from which records are made."""
+    """The columns of a data source from which records are made.
+
+    The texts of a row with a question are its answers, and those of another row its captions. They are in the first
+    column of :meth:`text_columns` that the row has, because the samples of a tar and the objects of a JSON file may
+    have different columns.
+    """
 
     source: str
     """The data source, for messages."""
     image: str
     """The column of the image or of the features, or of their path."""
     caption: str | None
-    """The column of the captions or answers; None for questions whose answers are not published."""
+    """The first column of the captions or answers that was found; None for questions whose answers are not
+    published."""
     question: str | None
-    """The column of the question; None if there are no questions."""
+    """The column of the question, without which no row can be used; None if there are no questions."""
     metadata: tuple[str, ...]
     """Those of :data:`~blip2.data.cells.METADATA_COLUMNS` that the data source has."""
     root: Path
@@ -100,6 +110,18 @@ class ColumnMapping:
     """Further columns, whose cells are not interpreted."""
     reads_features: bool = False
     """Whether the column `image` has arrays of features."""
+    caption_columns: tuple[str, ...] = ()
+    """The columns that may have captions or answers. Empty: the usual ones."""
+    question_columns: tuple[str, ...] = QUESTION_COLUMNS
+    """The columns by which a row has a question if `question` is None, as in a stream whose first rows have none."""
+
+    def text_columns(self, question: str | None) -> tuple[str, ...]:
+        """Return the columns that may have the texts of a row, in the order in which they are looked for.
+
+        Args:
+            question: the column of the question of the row; None if the row has none.
+        """
+        return self.caption_columns or (CAPTION_COLUMNS if question is None else ANSWER_COLUMNS)
 
     @property
     def column_names(self) -> list[str]:
@@ -117,7 +139,12 @@ class ColumnMapping:
         starts_shard = row.get(STARTS_SHARD_COLUMN, False)
         if ERROR_COLUMN in row:
             return Record(row[KEY_COLUMN], None, (), error=row[ERROR_COLUMN], starts_shard=starts_shard)
+        if REFUSED_COLUMN in row:
+            refusal = tuple(row[REFUSED_COLUMN])
+            return Record(row[KEY_COLUMN], None, (), skip_reason=refusal, starts_shard=starts_shard)
         faults: list[tuple[str, str]] = []
+        question_column = self.question or first_column(row, self.question_columns)
+        caption_column = first_column(row, self.text_columns(question_column))
 
         def parse(reason: str, name: str | None, parser: Callable[[Any], Any], default: Any) -> Any:
             if name is None:
@@ -138,8 +165,8 @@ class ColumnMapping:
                     ["the bytes of an image", *(f"a file in {each}" for each in self.allowed_folders)]
                 )
                 image, refused = None, f", whose image is the path {image}, which is not read: expected {allowed}"
-        captions, num_blank = parse("caption", self.caption, read_texts, ((), 0))
-        question = parse("question", self.question, read_text, "")
+        captions, num_blank = parse("caption", caption_column, read_texts, ((), 0))
+        question = parse("question", question_column, read_question, None)
         present = [name for name in self.metadata if row.get(name) not in (None, "")]
         metadata = {name: parse("caption", name, read_metadata, None) for name in present}
         others = {name: parse("caption", name, lambda cell: cell, None) for name in self.other_columns if name in row}
@@ -147,7 +174,7 @@ class ColumnMapping:
         key = row.get(KEY_COLUMN) or f"{self.source} row {index}" + (f" ({image})" if isinstance(image, str) else "")
         fault = faults[0] if faults else None
         return Record(
-            key + refused, image, captions, question or None, metadata, others, num_blank, fault,
+            key + refused, image, captions, question, metadata, others, num_blank, fault,
             starts_shard=starts_shard,
         )  # fmt: skip
 
@@ -230,14 +257,15 @@ class Records(_WithColumns, Sequence[Record]):
         """The number of the group of each of the N records, from 0. None if there is no group column."""
         if self._columns.group is None:
             return None
-        values = self._table.read_column(self._columns.group, slice(None))
+        values = self._table.read_column([self._columns.group], slice(None))
         return np.unique([str(value) for value in values], return_inverse=True)[1]
 
     def captions(self, indices: Sequence[int]) -> list[tuple[str, ...]]:
         """Return the captions of the records at `indices`. Images are not read."""
         if self._columns.caption is None:
             return [()] * len(indices)
-        return [self._columns.captions(cell) for cell in self._table.read_column(self._columns.caption, list(indices))]
+        names = self._columns.text_columns(self._columns.question)
+        return [self._columns.captions(cell) for cell in self._table.read_column(names, list(indices))]
 
     @property
     def has_embedded_images(self) -> bool:

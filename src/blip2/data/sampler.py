@@ -7,8 +7,9 @@ dropped. All randomness is a function of the seed and the position in the data. 
 the number of worker processes that load data, and sampling can resume after any batch.
 
 A position (:class:`~blip2.data.positions.SourcePosition`) identifies the records that were consumed. After a change of
-the batch size or of the number of processes, :func:`reshard` redistributes the remaining records of the epoch, so that
-every record is still read exactly once per epoch.
+the batch size or of the number of processes, :func:`reshard`, called by
+:func:`~blip2.data.mixtures.resume_mixture`, redistributes the remaining records of the epoch, so that every record is
+still read exactly once per epoch.
 """
 
 from __future__ import annotations

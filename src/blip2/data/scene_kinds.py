@@ -138,7 +138,7 @@ _SIMILAR = """
     bus deer duck fox ladybug lemon parrot pear sheep snail teapot tiger tractor trumpet violin wheel
 """
 DISTINCT_KINDS = tuple(kind for kind in KINDS if kind not in _SIMILAR.split())
-"""The kinds without one of each two that small models confuse, such as truck and tractor."""
+"""The kinds, with only one of each two that small models confuse, such as truck and tractor."""
 SYNONYMS = {
     "bike": "bicycle",
     "airplane": "plane",

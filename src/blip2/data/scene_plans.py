@@ -91,7 +91,7 @@ class Planner:
         unknown = set(types) - set(TYPE_PROBABILITIES)
         if unknown or "pair" not in types:
             raise InputError(
-                f"types are {', '.join(types) or 'empty'}, expected pair and any of"
+                f"types are {', '.join(types) or 'empty'}, expected pair and optionally"
                 f" {', '.join(sorted(set(TYPE_PROBABILITIES) - {'pair'}))}: correct them"
             )
         if cutouts_per_kind is not None and cutouts_per_kind < 1:

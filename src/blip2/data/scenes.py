@@ -251,7 +251,7 @@ def make_scenes(
             folder of the cut-outs. Unused if `cutouts` is None.
         group_size: number of near twins per group of training images, 1 to 4. With 1, the same number of images shows
             more different scenes.
-        types: types of scenes to draw: ``pair`` and any of ``count``, ``single`` and ``triple``.
+        types: types of scenes to draw: ``pair`` and optionally ``count``, ``single`` and ``triple``.
         varied_captions: write four captions per image in different sentence patterns. False: write one caption per
             image, in the pattern of the descriptions.
         textured: half of the images have textured backgrounds. False: all backgrounds are plain.

@@ -22,9 +22,17 @@ import fsspec
 import pyarrow
 import pyarrow.parquet
 
-from blip2.data.cells import CAPTION_COLUMNS, CellError, class_names, decode_text, labels_to_names, read_texts
+from blip2.data.cells import (
+    ANSWER_COLUMNS,
+    CAPTION_COLUMNS,
+    QUESTION_COLUMNS,
+    CellError,
+    class_names,
+    decode_text,
+    labels_to_names,
+)
 from blip2.data.images import COMMON_SUFFIXES, IMAGE_SUFFIXES, MAX_FILE_BYTES
-from blip2.data.tables import JSON_DECODER, is_text_table, read_text_table, to_rows
+from blip2.data.tables import JSON_DECODER, MAGIC_BYTES, describe_compression, is_text_table, read_text_table, to_rows
 from blip2.errors import InputError
 
 ERROR_COLUMN = "__broken__"
@@ -34,6 +42,9 @@ STARTS_SHARD_COLUMN = "__begins__"
 KEY_COLUMN = "__where__"
 """Column of the name of a row. :func:`read_shard`: the key of the sample, or the number of the row, within the shard.
 Streams, and tables made from tar files: the path or URL of the shard, and this name."""
+REFUSED_COLUMN = "__refused__"
+"""Column of the rows of a tar that cannot be used: one of :data:`blip2.data.dataset.SKIP_REASONS`, and a message."""
+RESERVED_COLUMNS = (ERROR_COLUMN, STARTS_SHARD_COLUMN, KEY_COLUMN, REFUSED_COLUMN)
 PARQUET_BATCH_ROWS = 64
 """Number of rows of a Parquet file that are converted to Python objects at a time."""
 MAX_SAMPLE_BYTES = MAX_FILE_BYTES + (1 << 20)
@@ -44,7 +55,7 @@ MAX_HEADER_BYTES = 1 << 14
 """Maximum size in bytes of the extended header of a tar member, which contains a long name or attributes."""
 MAX_RANGE = 10**6
 """Maximum number of files in a range such as ``{000..127}``."""
-TEXT_EXTENSIONS = ("txt", "text", "json")
+TEXT_EXTENSIONS = ("json", *CAPTION_COLUMNS, *QUESTION_COLUMNS, *ANSWER_COLUMNS)
 """Extensions of the text members of a tar."""
 
 Row = dict[str, Any]
@@ -59,8 +70,9 @@ def expand_files(pattern: str) -> list[str]:
     """Return the files that match a pattern, sorted.
 
     Args:
-        pattern: a path or URL, which may contain globs and a range such as ``{000..127}``. The URLs of a range are
-            returned without a check that the files exist, because each check would take a request.
+        pattern: a path or URL, which may contain globs and a range such as ``{000..127}``. A glob matches suffixes in
+            upper and lower case. The URLs of a range are returned without a check that the files exist, because each
+            check would take a request.
 
     Raises:
         InputError: no file matches, a range is too long, or a file system cannot be accessed.
@@ -83,7 +95,7 @@ def expand_files(pattern: str) -> list[str]:
     elif path.is_file():
         return [str(path)]
     else:
-        names = (path.name, path.name.replace("[", "[[]"))  # brackets may be part of a name
+        names = map(_any_case, (path.name, path.name.replace("[", "[[]")))  # brackets may be part of a name
         matches = (path.parent.glob(name) for name in names) if path.parent.is_dir() else ()
         # is_file() excludes pipes, because reading a pipe may never end.
         found = (sorted(str(file) for file in group if file.is_file()) for group in matches)
@@ -97,10 +109,17 @@ def _expand_url(pattern: str) -> list[str]:
     if not re.search(r"[*?[]", pattern):
         return [pattern]
     try:
-        filesystem, path = fsspec.url_to_fs(pattern)
+        filesystem, path = fsspec.url_to_fs(_any_case(pattern))
         return sorted(filesystem.unstrip_protocol(name) for name in filesystem.glob(path))
     except Exception as error:  # each file system has its own exceptions
         raise unreadable_source(pattern, error) from error
+
+
+def _any_case(pattern: str) -> str:
+    """Return a glob that matches the suffix of `pattern` in upper and lower case."""
+    stem, dot, suffix = pattern.rpartition(".")
+    letters = "".join(f"[{each.lower()}{each.upper()}]" if each.isalpha() else each for each in suffix)
+    return stem + dot + letters if dot and suffix.isalnum() else pattern
 
 
 def unreadable_source(source: str, error: BaseException) -> InputError:
@@ -146,10 +165,18 @@ def read_shard(shard: str) -> Iterator[Row]:
         has only :data:`ERROR_COLUMN`.
     """
     try:
-        with fsspec.open(shard, "rb") as file:
-            yield from _read_parquet(file) if shard.lower().endswith(".parquet") else _read_tar(file)
+        with fsspec.open(shard, "rb") as opened:
+            file: Any = opened
+            if shard.lower().endswith(".parquet"):
+                yield from _read_parquet(file)
+                return
+            start = file.read(MAGIC_BYTES)
+            if problem := describe_compression(shard, start):
+                raise InputError(f"it {problem}")
+            yield from _read_tar(_PrefixedStream(start, file))
     except Exception as error:  # each file system and each parser has its own exceptions
-        yield {ERROR_COLUMN: " ".join(str(error).split()) or type(error).__name__}
+        advice = "" if isinstance(error, InputError) else "; download or create the shard again"
+        yield {ERROR_COLUMN: (" ".join(str(error).split()) or type(error).__name__) + advice}
 
 
 # -- Parquet ---------------------------------------------------------------------------------------------------------
@@ -220,7 +247,7 @@ def check_parquet(files: list[str], columns: Collection[str | None]) -> list[str
 
 
 def _kind(arrow_type: pyarrow.DataType) -> str:
-    """Return the kind of simple values, and an empty string for other types."""
+    """Return the name of a simple type, such as ``texts``; else an empty string."""
     types = pyarrow.types
     value = arrow_type.value_type if isinstance(arrow_type, pyarrow.DictionaryType) else arrow_type
     if types.is_string(value) or types.is_large_string(value) or types.is_string_view(value):
@@ -246,7 +273,7 @@ def _split_large(batch: pyarrow.RecordBatch) -> Iterator[pyarrow.RecordBatch]:
 
 def _without_reserved(row: Row) -> Row:
     """Return a row without the columns whose names this module reserves."""
-    return {name: value for name, value in row.items() if name not in (ERROR_COLUMN, STARTS_SHARD_COLUMN, KEY_COLUMN)}
+    return {name: value for name, value in row.items() if name not in RESERVED_COLUMNS}
 
 
 # -- tar -------------------------------------------------------------------------------------------------------------
@@ -311,10 +338,12 @@ class _SafeTarInfo(tarfile.TarInfo):
 def _read_tar(file: Any) -> Iterator[Row]:
     """Yield the samples of a tar as rows.
 
-    A sample consists of consecutive members in the same folder whose file names are equal up to the first dot.
+    A sample consists of consecutive members in the same folder whose file names are equal up to the first dot. If two
+    of them differ only in the case of the extension, the sample is refused, because either may be meant.
     """
     sample: Row = {}
-    last_columns: set[str] = set()
+    names: dict[str, str] = {}  # of the members of the sample, by extension
+    last_extensions: set[str] = set()
     size = 0
     with tarfile.open(fileobj=file, mode="r|", tarinfo=_SafeTarInfo, bufsize=1 << 20) as tar:
         for member in tar:
@@ -325,18 +354,24 @@ def _read_tar(file: Any) -> Iterator[Row]:
             if content is None:  # a folder, a link, or a file that belongs to no sample
                 continue
             key, extension = folder + slash + name, extension.lower()
-            if sample and (sample[KEY_COLUMN] != key or extension in sample):
-                last_columns = set(sample)
+            is_repeated = bool(sample) and sample[KEY_COLUMN] == key and extension in names
+            if is_repeated and names[extension] != member.name:
+                found = f"it has both {names[extension]} and {member.name}, expected one of them: remove the other"
+                sample[REFUSED_COLUMN] = ("image" if f".{extension}" in IMAGE_SUFFIXES else "caption", found)
+                continue
+            if sample and (sample[KEY_COLUMN] != key or is_repeated):
+                last_extensions = set(names)
                 yield _to_row(sample)
-                sample, size = {}, 0
+                sample, names, size = {}, {}, 0
             size += member.size
             _check_member(member, extension, size)
             sample |= {KEY_COLUMN: key, extension: content.read()}
-        # If the archive is damaged, the last sample may be incomplete. It is used if it has all columns of the sample
+            names[extension] = member.name
+        # If the archive is damaged, the last sample may be incomplete. It is used if it has all members of the sample
         # before it.
         ended_by: Exception = tar.ended_by  # pyright: ignore[reportAttributeAccessIssue]
         is_whole = isinstance(ended_by, tarfile.EOFHeaderError)  # pyright: ignore[reportAttributeAccessIssue]
-        if sample and (is_whole or (last_columns and set(sample) >= last_columns)):
+        if sample and (is_whole or (last_extensions and set(names) >= last_extensions)):
             yield _to_row(sample)
         if not is_whole:
             where = f" after {sample[KEY_COLUMN]}" if sample else ""
@@ -410,38 +445,6 @@ class SkippedSample(NamedTuple):
     """Category of the problem, such as ``no image``, by which skipped samples are counted."""
     message: str
     """Description of the problem."""
-
-
-def read_samples(shard: str) -> Iterator[Sample | SkippedSample]:
-    """Yield the samples of a tar or Parquet file in order.
-
-    Args:
-        shard: path or URL of the file.
-
-    Yields:
-        A :class:`Sample`, whose captions may be empty, or a :class:`SkippedSample` if the sample, or the rest of a
-        damaged shard, cannot be used.
-    """
-    for row in read_shard(shard):
-        key = row.get(KEY_COLUMN, "")
-        name, image = f"{key} in {shard}", row.get("image")
-        if ERROR_COLUMN in row:
-            message = f"{shard} cannot be read to its end ({row[ERROR_COLUMN]}): download or create it again"
-            yield SkippedSample(shard, "shard broken", message)
-        elif not isinstance(image, bytes):  # a value of a .json member is not an image
-            found = ", ".join(column for column in row if column != KEY_COLUMN)
-            expected = f"{', '.join(COMMON_SUFFIXES)}, or another format that Pillow reads"
-            yield SkippedSample(name, "no image", f"the sample has {found}, expected an image ({expected})")
-        else:
-            column = next((column for column in CAPTION_COLUMNS if column in row), "")
-            try:
-                captions, _ = read_texts(row.get(column))
-            except CellError as error:
-                yield SkippedSample(name, "caption not read", f"{column} {error}")
-                continue
-            # Two columns contain the image: the member, and "image".
-            suffix = next((column for column in row if column != "image" and row[column] is image), "image")
-            yield Sample(key, image, captions, suffix)
 
 
 class ShardWriter:

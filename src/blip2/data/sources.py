@@ -31,6 +31,8 @@ from blip2.data.cells import (
     METADATA_COLUMNS,
     QUESTION_COLUMNS,
     class_names,
+    decode_text,
+    first_column,
 )
 from blip2.data.folders import list_pairs
 from blip2.data.images import IMAGE_SUFFIXES
@@ -38,7 +40,7 @@ from blip2.data.records import ColumnMapping, Records, RecordStream, next_row
 from blip2.data.shards import (
     ERROR_COLUMN,
     KEY_COLUMN,
-    STARTS_SHARD_COLUMN,
+    RESERVED_COLUMNS,
     check_parquet,
     expand_files,
     is_url,
@@ -46,7 +48,14 @@ from blip2.data.shards import (
     stream_shards,
     unreadable_source,
 )
-from blip2.data.tables import Table, build_cached_table, read_text_table, table_from_rows
+from blip2.data.tables import (
+    COMPRESSED_SUFFIXES,
+    Table,
+    build_cached_table,
+    describe_compression,
+    read_text_table,
+    table_from_rows,
+)
 from blip2.errors import InputError
 from blip2.io import read_json
 
@@ -109,6 +118,9 @@ def open_records(
     if not remote and path.is_dir():
         return _open_folder(path, config, rank, world_size, all_columns, reads_features)
     suffix = path.suffix.lower()
+    if suffix in COMPRESSED_SUFFIXES:
+        file = expand_files(source)[0]
+        raise InputError(f"data source {source!r}: {file} {describe_compression(file, b'')}")
     if suffix not in FILE_SUFFIXES:
         raise InputError(
             f"data source {source!r} is neither a folder nor a file ending in {', '.join(FILE_SUFFIXES)}: check the"
@@ -127,8 +139,9 @@ def open_records(
     elif suffix == ".tar":
         columns = FEATURE_COLUMNS if reads_features else ("image",)
         columns = columns if config.image_column is None else (config.image_column,)
-        read = partial(_read_whole_shard, images=columns)
-        dataset = _load(source, build_cached_table, files, read=read, kind=" ".join(columns))
+        texts = tuple(filter(None, (config.caption_column, config.question_column)))
+        read = partial(_read_whole_shard, images=columns, texts=texts)
+        dataset = _load(source, build_cached_table, files, read=read, kind=" ".join(columns + texts))
     else:
         dataset = _load(source, build_cached_table, files, read=read_text_table)
     # A Parquet file may contain paths of image files in its own folder; a sample of a tar may not contain any path.
@@ -143,15 +156,17 @@ def _text_columns(config: DataConfig) -> tuple[str | None, ...]:
     return (*named, *IMAGE_COLUMNS, *CAPTION_COLUMNS, *QUESTION_COLUMNS, *ANSWER_COLUMNS, *METADATA_COLUMNS)
 
 
-def _read_whole_shard(shard: str, images: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Yield the rows of one shard, without the cells that are bytes, except those of the columns `images`.
+def _read_whole_shard(shard: str, images: tuple[str, ...], texts: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of one shard, without the cells that are bytes, except those of the columns `images`, and those of
+    the columns `texts`, which are decoded.
 
     Raises:
         InputError: the shard is damaged.
     """
     for row in read_shard(shard):
         if ERROR_COLUMN in row:
-            raise InputError(row[ERROR_COLUMN])
+            raise InputError(f"{shard}: {row[ERROR_COLUMN]}")
+        row |= {name: decode_text(row[name]) for name in texts if isinstance(row.get(name), bytes)}
         kept = {name: cell for name, cell in row.items() if name in images or not isinstance(cell, bytes)}
         yield {**kept, KEY_COLUMN: f"{shard} {row[KEY_COLUMN]}"}
 
@@ -180,10 +195,14 @@ def _open_folder(
         content = read_json(splits)
         names = ", ".join(map(str, content.get("splits", ()))) if isinstance(content, dict) else "unknown"
         raise InputError(f"data source {folder} has the splits {names}, not {config.split}: name one with data.split")
-    for name in ("metadata.jsonl", "metadata.csv"):
-        if (folder / name).is_file():
+    for pattern in ("metadata.[jJ][sS][oO][nN][lL]", "metadata.[cC][sS][vV]"):
+        tables = sorted(folder.glob(pattern))
+        if len(tables) > 1:
+            names = " and ".join(path.name for path in tables)
+            raise InputError(f"folder {folder} holds {names}, expected one of them: remove the other")
+        if tables and tables[0].is_file():
             options = {"all_columns": all_columns, "reads_features": reads_features}
-            return open_records(str(folder / name), config, rank, world_size, **options)
+            return open_records(str(tables[0]), config, rank, world_size, **options)
     suffixes = FEATURE_SUFFIXES if reads_features else IMAGE_SUFFIXES
     pairs = list_pairs(folder, verbose=rank == 0, captions_required=not all_columns, suffixes=suffixes)
     columns = ColumnMapping(str(folder), "image", "captions", None, (), folder, reads_features=reads_features)
@@ -239,7 +258,7 @@ def _make_records(
     """
     table = _as_table(dataset)
     features = (dataset.features or _probe_columns(dataset, source)) if table is None else table.features
-    features = {name: feature for name, feature in features.items() if name not in (KEY_COLUMN, STARTS_SHARD_COLUMN)}
+    features = {name: feature for name, feature in features.items() if name not in RESERVED_COLUMNS}
     if not features:
         raise _empty(source)
     image_columns = FEATURE_COLUMNS if reads_features else IMAGE_COLUMNS
@@ -249,14 +268,14 @@ def _make_records(
     question = None
     if all_columns:
         pass
-    elif config.question_column or any(name in features for name in QUESTION_COLUMNS):
+    elif config.question_column or first_column(features, QUESTION_COLUMNS):
         question = _find_column(features, config.question_column, QUESTION_COLUMNS, "question", source)
     caption = None
-    if all_columns and config.caption_column is None and not any(name in features for name in CAPTION_COLUMNS):
+    if all_columns and config.caption_column is None and not first_column(features, CAPTION_COLUMNS):
         pass
     elif question is None:
         caption = _find_column(features, config.caption_column, CAPTION_COLUMNS, "caption", source)
-    elif config.caption_column or any(name in features for name in ANSWER_COLUMNS):
+    elif config.caption_column or first_column(features, ANSWER_COLUMNS):
         caption = _find_column(features, config.caption_column, ANSWER_COLUMNS, "caption", source)
     for name, feature in features.items():  # the library must not open files whose paths are in a column
         encoded = _without_decoding(feature)
@@ -283,6 +302,8 @@ def _make_records(
         config.group_share,
         others,
         reads_features,
+        (config.caption_column,) if config.caption_column else (),
+        () if all_columns else QUESTION_COLUMNS,
     )
     if table is None:
         if group is not None:
@@ -334,20 +355,17 @@ def _probe_columns(dataset: datasets.IterableDataset, source: str) -> dict[str, 
             names |= row
             num_rows += 1
     if not names and broken:
-        raise InputError(
-            f"data source {source!r} cannot be read: {broken[0][KEY_COLUMN]}: {broken[0][ERROR_COLUMN]}; download or"
-            " create the shards again"
-        )
+        raise InputError(f"data source {source!r} cannot be read: {broken[0][KEY_COLUMN]}: {broken[0][ERROR_COLUMN]}")
     return dict.fromkeys(names)
 
 
 def _find_column(
     columns: Any, configured: str | None, candidates: tuple[str, ...], kind: str, source: str, content: str = ""
 ) -> str:
-    found = [name for name in ([configured] if configured else candidates) if name in columns]
-    if not found:
+    found = first_column(columns, [configured] if configured else candidates)
+    if found is None:
         raise InputError(
             f"data source {source!r} has no {content or kind} column{f' {configured!r}' if configured else ''}:"
             f" its columns are {', '.join(columns)}; name one of them with data.{kind}_column"
         )
-    return found[0]
+    return found

@@ -12,6 +12,8 @@ import csv
 import hashlib
 import io
 import json
+import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from itertools import chain, islice
@@ -24,14 +26,26 @@ import pyarrow
 from datasets.config import HF_DATASETS_CACHE
 from filelock import FileLock
 
-from blip2.data.cells import METADATA_COLUMNS, describe, detect_encoding
+from blip2.data.cells import METADATA_COLUMNS, describe, detect_encoding, first_column
 from blip2.data.json_stream import iter_members
 from blip2.errors import InputError
 from blip2.io import atomic_write
 
 Row = dict[str, Any]
 TEXT_TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl")
-CACHE_VERSION = 1
+COMPRESSED_SUFFIXES = {
+    ".gz": "gzip", ".tgz": "gzip", ".bz2": "bzip2", ".tbz2": "bzip2", ".xz": "xz", ".txz": "xz", ".zst": "zstd",
+    ".tzst": "zstd", ".zip": "zip",
+}  # fmt: skip
+"""Kinds of compression by the suffix of a file."""
+COMPRESSED_STARTS = {
+    rb"\x1f\x8b": "gzip", rb"BZh[1-9]1AY": "bzip2", rb"\xfd7zXZ\0": "xz", rb"\x28\xb5\x2f\xfd": "zstd",
+    rb"PK\x03\x04": "zip",
+}  # fmt: skip
+"""Kinds of compression by the first bytes of a file, as regular expressions."""
+MAGIC_BYTES = 8
+"""Number of bytes that :data:`COMPRESSED_STARTS` need."""
+CACHE_VERSION = 2
 """Version of the format of cached tables. If the number is changed, all tables are built again."""
 MAX_CELL_CHARACTERS = 1 << 28
 """Maximum number of characters in a cell of a CSV file."""
@@ -55,6 +69,36 @@ def is_text_table(file: str) -> bool:
     return file.lower().endswith(TEXT_TABLE_SUFFIXES)
 
 
+def describe_compression(file: str, start: bytes) -> str | None:
+    """Describe how a file is compressed, and how to uncompress it.
+
+    Args:
+        file: path or URL of the file.
+        start: its first :data:`MAGIC_BYTES` bytes; if empty, the suffix of `file` decides.
+
+    Returns:
+        The end of a sentence that begins with the file; None if the file is not compressed.
+    """
+    path = Path(file)
+    found = (kind for magic, kind in COMPRESSED_STARTS.items() if re.match(magic, start))
+    kind = next(found, None) if start else COMPRESSED_SUFFIXES.get(path.suffix.lower())
+    if kind is None:
+        return None
+    plain = path.stem if path.suffix.lower() in COMPRESSED_SUFFIXES else path.name
+    is_table = plain.lower().endswith((*TEXT_TABLE_SUFFIXES, ".parquet"))
+    if not is_table and not plain.lower().endswith(".tar"):
+        plain += ".tar"
+    name, plain, folder = map(shlex.quote, (path.name, plain, plain[:-4]))
+    if kind == "zip":
+        command = (
+            f"unzip {name}" if is_table else f"unzip {name} -d {folder} && tar --sort=name -C {folder} . -cf {plain}"
+        )
+    else:
+        command = f"{kind} -dc {name} > " + (f"{name}.tmp && mv {name}.tmp {name}" if plain == name else plain)
+    what = "table" if is_table else "shard, because a run resumes at a position inside a shard"
+    return f"is compressed with {kind}, expected an uncompressed {what}: run {command}"
+
+
 def read_text_table(file: str) -> Iterator[Row]:
     """Read the rows of a CSV, TSV, JSON or JSON Lines file.
 
@@ -71,7 +115,10 @@ def read_text_table(file: str) -> Iterator[Row]:
     try:
         with fsspec.open(file, "rb") as opened:
             binary: Any = opened
-            encoding = detect_encoding(binary.read(4))
+            start = binary.read(MAGIC_BYTES)
+            if problem := describe_compression(file, start):
+                raise _TableError(problem)
+            encoding = detect_encoding(start)
             binary.seek(0)
             errors = "surrogateescape" if encoding == "utf-8-sig" else "surrogatepass"
             newline = "" if suffix in (".csv", ".tsv") else "\n"
@@ -270,7 +317,7 @@ class Table:
         return table
 
     def select_columns(self, names: Sequence[str]) -> Table:
-        """Return a table without columns other than `names`, which are then not read from disk.
+        """Return a table with only the columns `names`; the others are not read from disk.
 
         A table that stores rows as JSON texts is returned unchanged.
         """
@@ -283,11 +330,17 @@ class Table:
         row = to_rows(self.dataset[index])[0]
         return _unpack(**row) if self._packed else row
 
-    def read_column(self, name: str, indices: Sequence[int] | slice) -> list[Any]:
-        """Return the cells of one column at `indices`, without reading images. The cells must not be bytes."""
-        column = _ROW if self._packed else name
+    def read_column(self, names: Sequence[str], indices: Sequence[int] | slice) -> list[Any]:
+        """Return the cells of one column at `indices`, without reading images. The cells must not be bytes.
+
+        Args:
+            names: names of the column; that of a row is the first that it has. The cell of a row without one is None.
+            indices: the indices of the rows.
+        """
+        column: Any = _ROW if self._packed else first_column(self.features, names)
         cells = [row[column] for row in to_rows(self.dataset.select_columns([column])[indices])]
-        return [json.loads(cell).get(name) for cell in cells] if self._packed else cells
+        rows = map(json.loads, cells) if self._packed else ()
+        return [row.get(first_column(row, names)) for row in rows] if self._packed else cells
 
     def iter_rows(self, names: Sequence[str]) -> Iterator[Row]:
         """Iterate over all rows, in order. Only the columns `names` are certain to be in the rows."""

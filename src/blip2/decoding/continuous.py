@@ -1,7 +1,7 @@
-"""Decoding of many texts at the same time, of which each begins and ends at its own time and has its own options.
+"""Decode many texts at the same time; each begins and ends at its own time and has its own options.
 
-Between two tokens, texts that are complete leave the batch and new ones join it (continuous batching). A text is the
-one that :func:`blip2.decoding.search.sample` generates for its prompt alone.
+Between two tokens, texts that are complete leave the batch and new ones join it (continuous batching). Each text is the
+same as :func:`blip2.decoding.search.sample` generates for its prompt alone.
 
 Legend: S tokens of a prompt, L width of the LLM, U new tokens.
 """
@@ -29,25 +29,25 @@ class Row:
     """A text that is generated."""
 
     decoding: Decoding
-    """Options of text generation, without beam search. :class:`ContinuousBatch` does not look for stop strings: whoever
-    reads the tokens sets `is_done`."""
+    """Options of text generation, without beam search. :class:`ContinuousBatch` does not look for stop strings: the
+    code that reads the tokens sets `is_done`."""
     uniforms: Float[Tensor, "max_new_tokens"] | None = None
     """Random numbers in [0, 1), one for each token, so that a sampled text does not depend on the others. They are
     needed if the decoding samples."""
     num_alternatives: int | None = None
-    """Number of tokens whose probability is told for each token. None: no probabilities are computed."""
+    """Number of most likely tokens to return for each token. None: no probabilities are computed."""
     tokens: list[int] = field(default_factory=list)
-    """The tokens until now."""
+    """The tokens so far."""
     is_done: bool = False
-    """Whether the text is complete, or is not wanted any more."""
+    """Whether the text is complete or no longer needed."""
 
     def __post_init__(self) -> None:
         if self.decoding.beam_width(1) > 1:
-            raise InputError("beam search knows no token before the last one: set num_beams to 1, or sample")
+            raise InputError("beam search cannot stream tokens: set num_beams to 1, or sample")
 
 
 class NewToken(NamedTuple):
-    """A token that was added to a text, with its probability if it is wanted."""
+    """A token that was added to a text, with its probability if requested."""
 
     row: Row
     token: int
@@ -112,7 +112,7 @@ class ContinuousBatch:
 
     @torch.no_grad()
     def choose(self) -> list[NewToken]:
-        """Add the next token to each text. A text whose token ends it, or is its last one, is complete then."""
+        """Add the next token to each text. A text is complete if this is an end token or the last token allowed."""
         return [new for decoder, rows in self._groups for new in self._choose(decoder, rows)]
 
     def _choose(self, decoder: IncrementalDecoder, rows: list[Row]) -> list[NewToken]:

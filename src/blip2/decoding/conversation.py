@@ -17,7 +17,7 @@ from blip2.decoding.kv_cache import CausalLMDecoder, PromptBatch, per_layer_inpu
 
 
 def make_prompt(input_ids: Int[Tensor, "S"], inputs_embeds: Float[Tensor, "S L"]) -> PromptBatch:
-    """Return a batch of one prompt in which text and visual prompts have any order.
+    """Return a batch of one prompt of interleaved text and visual prompts, in any order.
 
     Args:
         input_ids: token ids of the text, and the id of the padding token in the place of visual prompts.
@@ -41,8 +41,8 @@ class ConversationDecoder(CausalLMDecoder):
     Args:
         network: an LLM for which :func:`blip2.decoding.kv_cache.supports_kv_cache` is true.
         prompt: the sequence, made by :func:`make_prompt`.
-        keys: what stands at each of the S places of the sequence: the id of a token, or any other value that is equal
-            only for equal embeddings.
+        keys: the content of each of the S positions of the sequence: the id of a token, or any other value that is
+            equal only for equal embeddings.
     """
 
     def __init__(self, network: Any, prompt: PromptBatch, keys: Sequence[Hashable]) -> None:

@@ -31,7 +31,11 @@ CACHE_GROWTH = 16
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """A batch of prompts, each a soft visual prompt followed by text."""
+    """A batch of prompts, each a soft visual prompt followed by text.
+
+    Prompts of interleaved text and images have all embeddings in `text_embeds`:
+    :func:`~blip2.decoding.conversation.make_prompt`.
+    """
 
     visual_prompts: Float[Tensor, "I Q L"]
     text_embeds: Float[Tensor, "B T L"]
@@ -277,7 +281,7 @@ class CausalLMDecoder(CachedDecoder):
             layer.reorder_suffix(rows)
 
     def select(self, rows: Int[Tensor, "M"]) -> None:
-        """Select rows, of which one may be selected several times, without appending a token."""
+        """Select rows without appending a token. A row may be selected several times."""
         self._prompt_index = self._prompt_index[rows]
         self._reorder(rows)
         self.logits = self.logits[rows]

@@ -88,8 +88,8 @@ class Decoding:
             return replace(self, num_beams=1)
         if self.beam_width(1) > 1:
             raise InputError(
-                f"num_beams is {self.num_beams}, but beam search knows no token before the last one: set num_beams to"
-                " 1, or sample with top_p"
+                f"num_beams is {self.num_beams}, but beam search cannot stream tokens: set num_beams to 1, or"
+                " sample with top_p"
             )
         return self
 
@@ -99,7 +99,7 @@ CAPTION_DECODING = Decoding()
 ANSWER_DECODING = Decoding(length_penalty=-1.0, max_new_tokens=10)
 """Default decoding of answers: a negative length penalty favors short answers (§4.1)."""
 CHAT_DECODING = Decoding(num_beams=1, max_new_tokens=100)
-"""Default decoding of conversations: greedy search, because beam search knows no token before the last one."""
+"""Default decoding of conversations: greedy search, because beam search cannot stream tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,13 +51,13 @@ class TextStreamer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str] | None) -> None:
         self._tokenizer, self._stop_strings = tokenizer, tuple(stop_strings or ())
         self.text = ""
-        """The pieces until now."""
+        """The pieces so far."""
 
     def put(self, tokens: Sequence[int]) -> str:
         """Return the next piece, which may be empty.
 
         Args:
-            tokens: all tokens of the sequence until now.
+            tokens: all tokens of the sequence so far.
         """
         text = self._decode(tokens)
         if not any(each in text for each in self._stop_strings):
@@ -81,7 +81,7 @@ class TextStreamer:
         """Yield the pieces that are not empty.
 
         Args:
-            steps: all tokens of the sequence until now, after each token.
+            steps: all tokens of the sequence so far, after each token.
         """
         tokens: Sequence[int] = ()
         for tokens in steps:

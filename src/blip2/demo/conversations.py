@@ -103,8 +103,8 @@ def write_conversations(
         answerer: the model that was trained on questions about scenes; None if there is none.
         scenes: results on scenes; None if the demo trained on a user's images.
         images: results on images with captions; None if there are none.
-        count: number of scenes that are talked about, and of wrong answers of `answerer`. Of the other images, there
-            are a third as many.
+        count: number of conversations about scenes, and of wrong answers of `answerer`. About `images`, there are a
+            third as many.
     """
     report = Report("What the model says, and why", INTRODUCTION)
     wrong: list[Turn] = []
@@ -151,7 +151,7 @@ def _caption_mistake(results: DemoResults, i: int, truth: Truth | None) -> str:
 
 
 def judge(instruction: str, answer: str, truth: Truth) -> str:
-    """Return what is wrong with an answer to one of the instructions; empty if it is right."""
+    """Return the mistake in an answer to one of the instructions; empty if it is right."""
     named = set(parse_caption(answer).kinds)
     if instruction == COLOR:
         colors = set(re.findall(r"[a-z]+", answer.lower())) & set(COLORS)

@@ -124,7 +124,7 @@ def user_data(source: str, output: Path) -> DemoData:
         )
     rows: list[dict[str, object]] = []
     for record in records:
-        if isinstance(record.image, str) and record.captions:
+        if isinstance(record.image, str) and record.captions and record.skip_reason is None:
             rows.append({"image": str(Path(record.image).resolve()), "captions": list(record.captions)})
     if len(rows) < MIN_IMAGES:
         raise InputError(

@@ -330,8 +330,8 @@ class Evaluator:
     def scenes(self, folder: Path) -> tuple[dict[str, Any], DemoResults]:
         """Evaluate the models on scenes.
 
-        Captions and answers are evaluated on held-out compositions, new images and held-out cut-outs; retrieval,
-        matching and twins are evaluated on held-out compositions only.
+        Captions and answers are evaluated on all three test splits; retrieval, matching and twins (pairs of scenes that
+        differ in one fact) on held-out compositions only.
 
         Args:
             folder: folder of the scenes data set.

@@ -31,7 +31,7 @@ def read_answer_list(path: str) -> tuple[str, ...]:
     try:
         text = read_regular_file(file, MAX_ANSWER_LIST).decode("utf-8-sig")
         listed: Any = (
-            parse_json(text) if file.suffix == ".json" else [line for line in text.splitlines() if line.strip()]
+            parse_json(text) if file.suffix.lower() == ".json" else [line for line in text.splitlines() if line.strip()]
         )
     except (OSError, ValueError, InputError) as error:
         raise InputError(

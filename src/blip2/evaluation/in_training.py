@@ -12,7 +12,7 @@ from blip2.config import Recipe
 from blip2.evaluation.control import CONTROLS, GAPS, flatten_scores
 from blip2.evaluation.data import EvalData
 from blip2.evaluation.run import evaluate_pipeline
-from blip2.evaluation.tasks import find_candidates, reference_answers
+from blip2.evaluation.tasks import find_candidates, group_by_image, reference_answers
 from blip2.pipelines import make_pipeline
 from blip2.training import trainer
 
@@ -50,8 +50,13 @@ class Evaluation:
         data = replace(recipe.data, train=self.config.data)
         self.data = EvalData(data, self.config.limit, recipe.vision.reads_features)
         self.records = self.data.dataset
-        if self.config.rank_by is not None:  # what cannot be ranked is found before the training
-            find_candidates(self.data, self.config.answer_list, reference_answers(self.data), self.config.rules)
+        # What cannot be scored or ranked is found before the training.
+        if self.config.task != "vqa":
+            group_by_image(self.data)
+            return
+        references = reference_answers(self.data)
+        if self.config.rank_by is not None:
+            find_candidates(self.data, self.config.answer_list, references, self.config.rules)
 
     def __call__(self, built: Built, step: int) -> dict[str, float | str]:
         """Return the metrics, by name with the prefix ``evaluation_``.

@@ -65,7 +65,7 @@ class Blip2(lmms):
             device = f"cuda:{os.environ['LOCAL_RANK']}"
         pipeline = load(pretrained, device, dtype)
         if not isinstance(pipeline, GenerationPipeline):
-            raise InputError(f"{pretrained} is a stage-1 model, expected a stage-2 model: lmms-eval asks for texts")
+            raise InputError(f"{pretrained} is of stage 1, but lmms-eval needs generated text: give a stage-2 model")
         pipeline.batch_size = int(batch_size)
         self._pipeline, self._prompt = pipeline, prompt
         self._ignored: set[str] = set()
@@ -143,9 +143,7 @@ class Blip2(lmms):
             images, contexts, targets = [], [], []
             for request in requests[start : start + self.batch_size]:
                 if len(request.args) < 6:  # (context, continuation) of acc_mutual_info
-                    raise InputError(
-                        "a likelihood without an image was asked for: leave out the metric acc_mutual_info"
-                    )
+                    raise InputError("a request for a likelihood has no image: leave out the metric acc_mutual_info")
                 context, target, doc_to_visual, *document = request.args
                 found = self._images(doc_to_visual, *document)
                 if len(found) != 1:
@@ -183,7 +181,7 @@ class Blip2(lmms):
         return visuals
 
     def _prompts(self, contexts: Sequence[str]) -> tuple[list[str], list[str]]:
-        """Return the prompts of texts about one image, and the questions in them."""
+        """Return a prompt and a question per context, without image placeholders."""
         questions = [context.replace(IMAGE_TOKEN, "").strip() for context in contexts]
         return self._pipeline.format_questions(questions, self._prompt), questions
 
@@ -233,7 +231,7 @@ class Blip2(lmms):
         return replace(decoding, top_p=top_p, temperature=temperature, **more)
 
     def _warn(self, names: set[str]) -> None:
-        """Tell once which options of tasks this model does not have."""
+        """Warn once of options of tasks that this model does not have."""
         if new := names - self._ignored:
             self._ignored |= new
             log.warning("generation_kwargs without effect on this model: %s", ", ".join(sorted(new)))

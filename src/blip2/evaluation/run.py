@@ -65,8 +65,8 @@ def evaluate(
         output: folder of the results. A folder with the results of another model, task, data or options is refused.
         seed: seed of sampling.
         device: device to run on. None: a GPU if there is one.
-        dtype: data type of the frozen parts. None: as the config of the model says, else bf16 on a GPU and fp32 on a
-            CPU.
+        dtype: data type of the frozen parts. None: the dtype in the model's config, else bf16 on a CUDA GPU and fp32 on
+            other devices.
         overrides: keys of the model's config to override.
 
     Returns:
@@ -112,8 +112,8 @@ def evaluate_pipeline(
     """
     if config.control and pipeline.config.vision.reads_features:
         raise InputError(
-            f"a control was asked for {pipeline.path}, which reads arrays of features, of which no blank image is"
-            " known: leave out --control"
+            f"control is set, but {pipeline.path} reads arrays of features, for which no blank image is known: leave"
+            " out --control"
         )
     config = _with_lemmatize(config, data)
     decoding = None if config.task == "retrieval" else asdict(decoding_for(config))
@@ -156,8 +156,8 @@ def evaluate_predictions(file: str | Path, config: EvaluationConfig, output: str
         )
     if config.control:
         raise InputError(
-            f"a control was asked for {file}, but a file of predictions has no model that could see other images: give"
-            " a model, or leave out --control"
+            f"control is set for {file}, but a file of predictions has no model for other images: give a model, or"
+            " leave out --control"
         )
     if config.rank_by is not None or config.calibration:
         raise InputError(

@@ -92,7 +92,7 @@ def answer(
 
     Raises:
         InputError: the prompt has no place for the question, a record has no question, the questions have different
-            numbers of reference answers, a record has no choices to rank, or a control is asked for without reference
+            numbers of reference answers, a record has no choices to rank, or a control is requested without reference
             answers or with a single image.
     """
     prompt = config.prompt or pipeline.question_template
@@ -247,7 +247,7 @@ def rank_answers(
 
 
 def reference_answers(data: EvalData) -> dict[int, Question]:
-    """Return the reference answers, by record index. Blank answers count, as in the official scripts.
+    """Return the reference answers, by record index. Blank answers beside others count, as in the official scripts.
 
     Raises:
         InputError: the questions are not all without an answer, all with one answer, or all with several answers.
@@ -255,8 +255,7 @@ def reference_answers(data: EvalData) -> dict[int, Question]:
     references: dict[int, Question] = {}
     groups: dict[str, list[int]] = {"no answers": [], "one answer": [], "several answers": []}
     for i, record in enumerate(data.records):
-        blank = [""] * record.num_blank if len(record.captions) + record.num_blank > 1 else []
-        answers = (*record.captions, *blank)
+        answers = (*record.captions, *[""] * record.num_blank) if record.captions else ()
         groups["no answers" if not answers else "one answer" if len(answers) == 1 else "several answers"].append(i)
         if answers:
             types = (str(record.metadata.get(key, "")) for key in ("question_type", "answer_type"))
@@ -354,9 +353,10 @@ def caption(
         resumable: stores finished chunks of work, and divides the others among the processes.
 
     Raises:
-        InputError: a control is asked for without reference captions or with a single image.
+        InputError: some of the images have no caption, or a control is requested without reference captions or with a
+            single image.
     """
-    rows = data.group_by_image()
+    rows = group_by_image(data)
     decoding = decoding_for(config)
     if config.control and not any(record.captions for record in data.records):
         raise _nothing_to_compare(data, "captions")
@@ -404,9 +404,10 @@ def score_caption_predictions(
         resumable: stores the scores.
 
     Raises:
-        InputError: the file cannot be read, or ids are missing, repeated or unknown.
+        InputError: some of the images have no caption, the file cannot be read, or ids are missing, repeated or
+            unknown.
     """
-    rows = data.group_by_image()
+    rows = group_by_image(data)
     return _score_captions(data, rows, dict(enumerate(_read(file, "caption", _image_ids(data, rows)))), resumable, {})
 
 
@@ -479,9 +480,10 @@ def retrieve(
         resumable: stores finished chunks of work, and divides the others among the processes.
 
     Raises:
-        InputError: there is no usable image with a caption, or a control is asked for with a single image.
+        InputError: some of the images have no caption, no usable image has one, or a control is requested with a single
+            image.
     """
-    rows = data.group_by_image()
+    rows = group_by_image(data)
     image_chunks = _chunks(len(rows))
 
     def encode(chunk: int) -> tuple[list[int], Float[Tensor, "I P E"] | None, list[str]]:
@@ -633,6 +635,22 @@ def _nothing_to_compare(data: EvalData, what: str) -> InputError:
         f"{data.source} has no reference {what}, so that a control has no score to compare: leave out --control, or"
         f" give data with {what}"
     )
+
+
+def group_by_image(data: EvalData) -> list[list[int]]:
+    """Return the indices of the records of each image, for a task that compares captions.
+
+    Raises:
+        InputError: some of the images have no caption, so that they would not be scored, or would count as not found.
+    """
+    rows = data.group_by_image()
+    bare = [group for group in rows if not any(data.records[i].captions for i in group)]
+    if 0 < len(bare) < len(rows):
+        raise InputError(
+            f"{len(bare)} of the {len(rows)} images of {data.source} have no caption (the first:"
+            f" {data.records[bare[0][0]].key}), and every image is scored: add captions, or remove these images"
+        )
+    return rows
 
 
 def _chunks(count: int) -> list[range]:

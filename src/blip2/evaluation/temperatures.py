@@ -97,15 +97,15 @@ def calibrate(
         by: what is calibrated. ``itc``, ``itm``: the scores of stage 1. ``answer``: the confidence of the answers that
             stage 2 generates. ``lm``, ``pmi``: the probabilities of candidate answers. null: itc and itm for stage 1;
             answer for stage 2, and lm if there are candidates.
-        answer_list: file with candidate answers for all questions: one answer per line, or a JSON list. null: the
+        answer_list: file with candidate answers, the same for all questions, one per line or as a JSON list. null: the
             column choices of the records.
         limit: maximum number of records: only the first records are used. null: all.
         rules: rules for comparing answers, as in blip2 evaluate.
         decoding: options of text generation for ``answer``. None: ``ANSWER_DECODING`` of
             :mod:`blip2.decoding.options`.
         device: device to run on. None: a GPU if there is one.
-        dtype: data type of the frozen parts. None: as the config of the model says, else bf16 on a GPU and fp32 on a
-            CPU.
+        dtype: data type of the frozen parts. None: the dtype in the model's config, else bf16 on a CUDA GPU and fp32 on
+            other devices.
         overrides: keys of the model's config to override while the model runs.
 
     Returns:
@@ -143,14 +143,14 @@ def calibrate(
 
 
 def check_names(by: Sequence[TemperatureName] | None, stage: Stage, model: str) -> list[TemperatureName] | None:
-    """Return the names without repetitions, after checking that a model of the stage has these temperatures."""
+    """Return the names without repetitions, or None; check that a model of the stage has these temperatures."""
     if by is None:
         return None
     wrong = next((name for name in by if name not in NAMES[stage]), None)
     if wrong is not None or not by:
         raise InputError(
             f"by is {', '.join(by) or 'empty'}, expected some of {', '.join(NAMES[stage])}, the temperatures of stage"
-            f" {stage}, of which {model} is: correct by"
+            f" {stage}, that of {model}: correct by"
         )
     return list(dict.fromkeys(by))
 

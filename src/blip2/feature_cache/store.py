@@ -263,7 +263,7 @@ def read_index(folder: Path, row_format: RowFormat) -> StoreIndex:
 
 
 def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the complete lines of an index. The last line may be incomplete: a process was killed or is writing it."""
+    """Yield the complete lines of an index. The last may be incomplete if a process was killed or is still writing."""
     with path.open("rb") as file:
         for line in file:
             if line.endswith(b"\n"):

@@ -360,7 +360,7 @@ def to_state_dict(checkpoint: Checkpoint, kind: str | None) -> dict[str, Tensor]
             if value != expected:
                 raise InputError(
                     f"the image encoder of {checkpoint.name} has {key} {value}, but LAVIS, which supports only EVA-CLIP"
-                    f" and CLIP ViT-L, would use {expected or 'no known value'}: convert to the format transformers"
+                    f" and CLIP ViT-L, would use {expected or 'another value'}: convert to the format transformers"
                     " instead"
                 )
     state = dict(checkpoint.weights.rename_keys(_key_map(kind or "opt", is_clip), checkpoint.name, inverse=True))

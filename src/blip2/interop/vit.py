@@ -246,4 +246,6 @@ def _complete(state: dict[str, Tensor], config: Blip2VisionConfig, network: nn.M
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     for name in sorted(found.keys() | layout.keys()):
         if found.get(name) != layout.get(name):
-            raise _unsupported_error(network, f"its {name} is {found.get(name)}, expected {layout.get(name)}")
+            raise _unsupported_error(
+                network, f"its {name} is {found.get(name, 'missing')}, expected {layout.get(name, 'none')}"
+            )

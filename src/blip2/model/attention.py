@@ -62,8 +62,9 @@ class SelfAttention(Attention):
         Args:
             queries: [N, Q, D], or [1, Q, D] if all rows have the same queries. None: there is only text.
             text: the text tokens of all rows as one list, without padding. None: there are only queries.
-            mask: True where a token (third dimension) may attend to a token (fourth dimension). None: every token may
-                attend to every token of its row.
+            mask: True where a token (third dimension) may attend to a token (fourth dimension), as
+                :func:`~blip2.model.qformer.attention_mask` makes it. None: every token may attend to every token of its
+                row.
             tokens: the layout of `queries` and `text`.
             keep: the layout of the tokens whose outputs are computed: `tokens`, or a selection from `tokens`.
         """

@@ -118,7 +118,7 @@ class GenerationModel(nn.Module):
         questions: Questions | None = None,
         image_index: Int[Tensor, "N"] | None = None,
     ) -> Float[Tensor, "N Q L"]:
-        """Return soft visual prompts, the input embeddings of the LLM.
+        """Return soft visual prompts as input embeddings of the LLM.
 
         Args:
             images: pixels [I, 3, H, W] or features [I, P, E].
@@ -172,8 +172,9 @@ class GenerationModel(nn.Module):
         if num_windows is None:
             return maps
         # Each window's map is placed where the window is in the sequence. The last window may end after the sequence.
-        total = (max(num_windows) - 1) * self._stride + maps.shape[-1]
-        starts = [window * self._stride for count in num_windows for window in range(count)]
+        stride = self.qformer.config.window_stride
+        total = (max(num_windows) - 1) * stride + maps.shape[-1]
+        starts = [window * stride for count in num_windows for window in range(count)]
         placed = [
             F.pad(each, (start, total - start - each.shape[-1])) for start, each in zip(starts, maps, strict=True)
         ]
@@ -191,7 +192,7 @@ class GenerationModel(nn.Module):
             assert token_mask is not None
             lengths: list[int] = token_mask.sum(dim=1).cpu().numpy().tolist()
             num_windows = [config.count_windows(length) for length in lengths]
-            memory = memory.split_windows(num_windows, config.window, self._stride)
+            memory = memory.split_windows(num_windows, config.window, config.window_stride)
         if questions is None:
             return _QFormerInputs(memory, None, None, num_windows, num_tokens)
         ids, mask = questions
@@ -207,12 +208,6 @@ class GenerationModel(nn.Module):
             ids, mask = (each.repeat_interleave(repeats, dim=0) for each in (ids, mask))
         mask = attention_mask("bidirectional", config.num_query_tokens, mask)
         return _QFormerInputs(memory, ids, mask, num_windows, num_tokens)
-
-    @property
-    def _stride(self) -> int:
-        config = self.qformer.config
-        assert config.window is not None
-        return config.stride or config.window
 
     @property
     def max_visual_tokens(self) -> int:

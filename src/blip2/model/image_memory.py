@@ -63,8 +63,8 @@ class ImageMemory:
     """Keys and values of image features in all cross-attentions, for N rows that attend to them.
 
     Keys and values depend on the image alone, not on queries or text. They are therefore computed once per image and
-    shared by all passes over the image: ITC, ITG and the three parts of ITM, all candidates in re-ranking, all
-    questions about the image.
+    shared by all passes over the image: ITC, ITG and the three parts of ITM in training, all candidates in re-ranking,
+    and all questions about the image.
     """
 
     layer_kv: tuple[tuple[CrossAttentionKV, ...], ...]

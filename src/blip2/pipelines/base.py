@@ -31,7 +31,7 @@ class Pipeline(Generic[Model]):
     image is a path, bytes, a PIL image or an array. Images are decoded in threads, a few batches ahead of the model,
     and only the images and the features of these batches are in memory. Methods with the argument `on_error` can go on
     after an image that cannot be decoded: with ``raise`` they raise its error, with ``skip`` they leave the image out
-    and log a warning, and with ``return`` they return the error in the place of the result. A method whose result is a
+    and log a warning, and with ``return`` they return the error in place of the result. A method whose result is a
     tensor then returns a list, with a tensor or an error for each image.
 
     In the shapes, I is the number of images, T the number of texts, N the number of pairs of an image and a text, P the
@@ -133,7 +133,9 @@ class Pipeline(Generic[Model]):
         """Raise an InputError; see :meth:`~blip2.pipelines.GenerationPipeline.chat`, for stage-2 models."""
         self._refuse("talk about images", "generation")
 
-    def explain(self, image: Images, text: str, prompt: str | None = None, *, question: str | None = None) -> Any:
+    def explain(
+        self, image: Images, text: str | Sequence[int], prompt: str | None = None, *, question: str | None = None
+    ) -> Any:
         """Raise an InputError; see :meth:`~blip2.pipelines.GenerationPipeline.explain`, for stage-2 models."""
         self._refuse("explain a text", "generation")
 

@@ -1,4 +1,4 @@
-"""Conversations about images with a stage-2 model.
+"""Conversations about images with a stage-2 model, in which text and images are interleaved.
 
 Legend: Q queries, S tokens of the conversation, L width of the LLM.
 """
@@ -76,7 +76,7 @@ class Chat:
 
     Each turn costs its new tokens only: the image encoder runs once per image, a visual prompt is computed once, and a
     decoder-only LLM keeps its keys and values (an encoder-decoder, or an LLM without key-value cache, reads the whole
-    conversation again in each turn). A Q-Former that reads questions looks at every image again for each question, and
+    conversation again in each turn). A Q-Former that reads questions reads every image again for each question, and
     the new visual prompts come before the question.
 
     Make a chat with :meth:`GenerationPipeline.chat`.
@@ -124,7 +124,7 @@ class Chat:
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """The messages until now, as :meth:`GenerationPipeline.chat` takes them.
+        """The messages so far, in the form that :meth:`GenerationPipeline.chat` accepts.
 
         The list can be changed and continued by another chat; this chat stays as it is.
         """
@@ -178,7 +178,7 @@ class Chat:
             The answer. Message and answer are added to :attr:`messages`.
 
         Raises:
-            InputError: the message is not one, an image cannot be decoded, or the conversation does not fit into the
+            InputError: the message is invalid, an image cannot be decoded, or the conversation does not fit into the
                 positions of the LLM.
         """
         return "".join(self.stream(content, decoding))
@@ -186,8 +186,8 @@ class Chat:
     def stream(self, content: Content | None = None, decoding: Decoding | None = None) -> Iterator[str]:
         """Like :meth:`ask`, but return an iterator of pieces of the answer, each as soon as it is written.
 
-        The pieces together are the answer. If the iterator is closed before its end, :attr:`messages` gets the answer
-        as far as it was read; if another question is asked before, it gets nothing.
+        The pieces together are the answer. If the iterator is closed early, :attr:`messages` gets the part that was
+        read; if another question is asked before that, the answer is discarded.
         """
         decoding = (self._decoding if decoding is None else decoding).without_beams()
         messages = self._with_next(content)
@@ -278,7 +278,7 @@ class Chat:
         self._decoder = None
 
     def copy(self) -> Chat:
-        """Return a chat with the same history, which can go on differently. The two do not affect each other."""
+        """Return an independent chat with the same history."""
         copied = copy.copy(self)
         for name in ("_originals", "_features", "_visual_prompts", "_pending", "_messages", "_written", "_start"):
             setattr(copied, name, getattr(self, name).copy())
@@ -320,7 +320,7 @@ class Chat:
         return message
 
     def _make_message(self, role: Role, parts: list[str | dict[str, Any]], places: bool) -> _Message:
-        """Return a message, whose images are taken from its parts and from the images that wait for their place."""
+        """Return a message with the images in its parts and the images that were added for it."""
         made: list[str | int] = []
         words = "".join(part for part in parts if isinstance(part, str))
         special = next(
@@ -417,7 +417,7 @@ class Chat:
 
     @torch.no_grad()
     def _embed(self, prompt: _Prompt) -> tuple[PromptBatch, list[Hashable]]:
-        """Return a prompt as embeddings, and what stands at each place: a token, or a query of an image."""
+        """Return a prompt as embeddings, and the content of each position: a token, or a query of an image."""
         language, device = self._pipeline.model.language, self._pipeline.device
         ids: list[int] = []
         keys: list[Hashable] = []
@@ -451,8 +451,7 @@ class Chat:
     def _segments(self, text: str) -> Iterator[list[int] | None]:
         """Yield the tokens of the parts of a prompt, and None in the place of each visual prompt.
 
-        The tokens of an answer that the LLM wrote are those that it wrote, if the prompt repeats the answer where it
-        stood.
+        An answer has the tokens that the LLM wrote, if the prompt repeats the answer after the same text.
         """
         check_unicode([text])
         start = 0
@@ -501,7 +500,7 @@ class Chat:
         return self._visual_prompts[image, text]
 
     def _questions(self, text: str | None) -> Questions | None:
-        """Return a text that the Q-Former reads as its tokens."""
+        """Return the tokens of a text for the Q-Former, or None."""
         encoded = None if text is None else encode_questions(self._pipeline.qformer_tokenizer, [text])
         return None if encoded is None else Questions(*(each.to(self._pipeline.device) for each in encoded))
 
@@ -566,10 +565,10 @@ class Chat:
 
 
 def _check_template(pipeline: GenerationPipeline, template: str | None) -> str:
-    """Return the template of a chat.
+    """Check and return the template of a chat.
 
     Raises:
-        InputError: the template is not one, or the LLM has no chat template.
+        InputError: the template is invalid, or the LLM has no chat template.
     """
     if template is None:
         return pipeline.question_template
@@ -592,12 +591,12 @@ def _parse_messages(messages: Any) -> list[tuple[Role, list[str | dict[str, Any]
     """Check messages, and return the role and the parts of each.
 
     Raises:
-        InputError: a message is not one, or the roles do not alternate.
+        InputError: a message is invalid, or the roles do not alternate.
     """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         raise InputError(
             f"the messages are {_shown(messages)}, expected a list of {{'role': ..., 'content': ...}}: give a list, or"
-            " a text to ask()"
+            " use ask(text)"
         )
     parsed: list[tuple[Role, list[str | dict[str, Any]]]] = []
     for number, message in enumerate(messages, 1):

@@ -198,7 +198,7 @@ class GenerationPipeline(LikelihoodPipeline):
 
         Raises:
             InputError: there are several images, the image cannot be decoded, both `prompt` and `question` are given,
-                or beam search is asked for.
+                or beam search is set.
         """
         default = CAPTION_DECODING if question is None else ANSWER_DECODING
         decoding = (replace(default, num_beams=1) if decoding is None else decoding).without_beams()
@@ -262,7 +262,7 @@ class GenerationPipeline(LikelihoodPipeline):
                 :mod:`blip2.decoding.options`.
 
         Raises:
-            InputError: a message is not one, an image cannot be decoded, or the LLM has no chat template.
+            InputError: a message is invalid, an image cannot be decoded, or the LLM has no chat template.
         """
         return Chat(self, images, messages, template, decoding)
 
@@ -484,7 +484,7 @@ class GenerationPipeline(LikelihoodPipeline):
         prompts: Sequence[list[int]],
         sequences: Sequence[list[int]],
     ) -> list[list[float]]:
-        """Return the log-probability of each token of sequences, under the LLM as in training.
+        """Return the LLM's log-probability of each token of sequences, with teacher forcing.
 
         Args:
             visual: visual prompts.
@@ -493,24 +493,28 @@ class GenerationPipeline(LikelihoodPipeline):
             sequences: token ids of each sequence, without its prompt.
         """
         out: list[list[float]] = []
-        is_encoder_decoder = self.model.language.is_encoder_decoder
         for start in range(0, len(sequences), self.batch_size):
             part = slice(start, start + self.batch_size)
-            pairs = list(zip(prompts[part], sequences[part], strict=True))
-            inputs = [prompt if is_encoder_decoder else [*prompt, *new] for prompt, new in pairs]
-            lengths = torch.tensor([len(each) for each in inputs])
-            ids = pad(inputs, self.eos_token_id)
-            labels = [new if is_encoder_decoder else [IGNORE_INDEX] * len(prompt) + new for prompt, new in pairs]
             states, targets = self.model.language.hidden_states(
                 visual[torch.tensor(indices[part], device=visual.device)],
-                ids.to(self.device),
-                (torch.arange(ids.shape[1]) < lengths[:, None]).to(self.device),
-                pad(labels, IGNORE_INDEX).to(self.device),
+                *self._append_tokens(prompts[part], sequences[part]),
             )
             log_probs = self.model.language.lm_head(states).float().log_softmax(dim=-1)
             token = log_probs.gather(1, targets[:, None]).squeeze(1)
-            out += [each.tolist() for each in token.split([len(new) for _, new in pairs])]
+            out += [each.tolist() for each in token.split([len(new) for new in sequences[part]])]
         return out
+
+    def _append_tokens(
+        self, prompts: Sequence[list[int]], sequences: Sequence[list[int]]
+    ) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"], Int[Tensor, "B U"]]:
+        """Return token ids, attention mask and labels of prompts with sequences; see :meth:`_continuations`."""
+        is_encoder_decoder = self.model.language.is_encoder_decoder
+        pairs = list(zip(prompts, sequences, strict=True))
+        inputs = [prompt if is_encoder_decoder else [*prompt, *new] for prompt, new in pairs]
+        labels = [new if is_encoder_decoder else [IGNORE_INDEX] * len(prompt) + new for prompt, new in pairs]
+        ids, lengths = pad(inputs, self.eos_token_id), torch.tensor([len(each) for each in inputs])
+        mask = torch.arange(ids.shape[1]) < lengths[:, None]
+        return ids.to(self.device), mask.to(self.device), pad(labels, IGNORE_INDEX).to(self.device)
 
     # -- the Q-Former --------------------------------------------------------------------------------------------------
 
@@ -567,27 +571,35 @@ class GenerationPipeline(LikelihoodPipeline):
 
     @torch.no_grad()
     def explain(
-        self, image: Images, text: str, prompt: str | None = None, *, question: str | None = None
+        self, image: Images, text: str | Sequence[int], prompt: str | None = None, *, question: str | None = None
     ) -> Explanation:
         """Explain a text about an image: which queries each of its tokens depends on.
 
         The text may be one that the model wrote, or any other. A query is removed by putting its output for a blank
-        image in the place of its output for the image. The LLM reads the text once for each query.
+        image in place of its output for the image. The LLM reads the text once for each query.
 
         Args:
             image: one image.
-            text: the text, without the prompt.
+            text: the text, without the prompt; or its tokens, such as those that the LLM wrote, which may not be those
+                into which the tokenizer splits the text.
             prompt: the prompt that the text continues. None: the prompt with which the model was trained.
             question: the question that the text answers, instead of a prompt.
 
         Raises:
-            InputError: the text is blank or too long for the LLM, there are several images, the image cannot be
-                decoded, or both `prompt` and `question` are given.
+            InputError: the text is blank or too long for the LLM, the LLM has no such token, there are several images,
+                the image cannot be decoded, or both `prompt` and `question` are given.
         """
-        (text,) = check_texts(text, "text")
         features, prompts, asked = self._one_request(image, prompt, question)
-        check_prompts(prompts)
-        batch = self._continuations([text], prompts)
+        if isinstance(text, str):
+            batch = self._continuations(check_texts(text, "text"), prompts)
+        else:
+            tokens, size = list(text), self.model.language.vocab_size
+            if not tokens or not all(0 <= token < size for token in tokens):
+                raise InputError(
+                    f"the tokens are {str(tokens)[:80]}, expected ids from 0 to {size - 1}: give those of a text"
+                )
+            ids, _ = self._tokenize_prompts(prompts, Decoding(max_new_tokens=len(tokens)))
+            batch = self._append_tokens(ids.tolist(), [tokens])
         self._check_scored_length(batch[0].shape[1], batch[2].shape[1])
         questions, index = self._encode_questions(asked, prompts), torch.tensor([0])
         blank = self.encode_pixels(blank_input(self.model.vision.input_format))

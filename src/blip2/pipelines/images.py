@@ -34,7 +34,7 @@ Images = ImageLike | Iterable[ImageLike | Mapping[str, Any]] | Dataset[Any]
 """One image, or any iterable of images: a list, a generator, a data set or one of its columns."""
 OnError = Literal["raise", "skip", "return"]
 """The treatment of an image that cannot be decoded: raise its error; leave the image out, with a warning; or return the
-error in the place of the result."""
+error in place of the result."""
 T = TypeVar("T")
 
 BATCHES_AHEAD = 2
@@ -128,7 +128,7 @@ class ImageStream:
         """Return the results of all texts of all images in one list; an error is repeated for each text of its image.
 
         Args:
-            results: the results of each image, by its position: one for each of its texts.
+            results: for each image, by its position, one result per text.
             texts_of_image: maps the position of an image to its texts. By default, an image has one.
         """
         errors = {position: [error] * len(texts_of_image(position)) for position, error in self.errors.items()}
@@ -269,7 +269,7 @@ def iterate(images: Any) -> tuple[Iterator[Any], int | None]:
 
 
 def find_image(item: Any) -> Any:
-    """Return the image in a row of a data set, and anything that is not a mapping unchanged."""
+    """Return the image in a row of a data set; return anything but a mapping unchanged."""
     if not isinstance(item, Mapping):
         return item
     if "image" in item:

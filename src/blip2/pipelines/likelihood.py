@@ -112,8 +112,8 @@ class LikelihoodPipeline(ScoringPipeline[GenerationModel]):
             questions: the question in each prompt; see :meth:`generate`.
 
         Raises:
-            InputError: there are no images or texts, the lists differ in length, `image_index` contains an index
-                without image, a prompt contains an image placeholder, or a text is too long for the LLM.
+            InputError: there are no images or texts, the lists differ in length, an index in `image_index` is
+                out of range, a prompt contains an image placeholder, or a text is too long for the LLM.
         """
         return self._log_likelihoods(self.encode_images(images), prompts, texts, image_index, questions)[0]
 
@@ -210,7 +210,7 @@ class LikelihoodPipeline(ScoringPipeline[GenerationModel]):
         """Check the lists of :meth:`log_likelihood`.
 
         Raises:
-            InputError: there are no texts, the lists differ in length, or an index has no image.
+            InputError: there are no texts, the lists differ in length, or an index is out of range.
         """
         if not texts:
             raise InputError("no text was given: give at least one")
@@ -273,8 +273,8 @@ class LikelihoodPipeline(ScoringPipeline[GenerationModel]):
         if len(prompts) != num_rows:
             what = "prompts" if listed is None else "questions"
             raise InputError(
-                f"there are {len(features)} images and {len(prompts)} {what}: give one of the {what} per image, or one"
-                " image or one for all"
+                f"there are {len(features)} images and {len(prompts)} {what}: give one per image, one for all"
+                " images, or a single image"
             )
         return Rows(features, [0] * num_rows if len(features) == 1 else list(range(num_rows)), prompts, listed)
 

@@ -51,7 +51,7 @@ def load(
             ``.pth`` file does not contain (``{"vision.name": "eva_vit_g.pth", "language.name": "facebook/opt-2.7b"}``).
         stage: the stage to load from a checkpoint that contains both stages, ``representation`` or ``generation``.
             None: the stage in the config of the checkpoint.
-        revision: branch, tag or commit of a hub name. None: the newest commit of the main branch.
+        revision: branch, tag or commit on the hub. None: the newest commit of the main branch.
         encoder: the image encoder with which the model was trained, if its ``vision.name`` is module, or features that
             such a module encodes; see :func:`blip2.train`.
         device_map: the devices of the LLM, as in ``from_pretrained`` of transformers: ``auto``, or a mapping from the
@@ -100,10 +100,10 @@ def load(
 
 
 def _check_changeable(found: Checkpoint, model: nn.Module) -> None:
-    """Check that a model has values of its own wherever a checkpoint has trained weights.
+    """Check that the trained weights of a checkpoint can be loaded into a model.
 
     Raises:
-        InputError: they would have to be quantized, or are offloaded.
+        InputError: they would have to be quantized or offloaded.
     """
     parameters = dict(model.named_parameters())
     for name in found.trained_weights():

@@ -22,7 +22,7 @@ from blip2.errors import InputError
 
 
 class Alternative(NamedTuple):
-    """Another text that the beam search found, or another token in the place of a token."""
+    """Another text that the beam search found, or another token in place of a token."""
 
     text: str
     log_prob: float
@@ -109,7 +109,8 @@ class Explanation:
     """
 
     tokens: tuple[str, ...]
-    """The text of each of the U tokens. The last one is the end token, but for an answer of a conversation."""
+    """The text of each of the U tokens. The last one is the end token, but for an answer of a conversation, and for
+    token ids that were given without it."""
     token_log_probs: tuple[float, ...]
     """Natural logarithm of the probability of each token, given the image, the prompt and the tokens before."""
     blank_log_probs: tuple[float, ...]
@@ -118,14 +119,14 @@ class Explanation:
     """For each token, the four most likely other tokens in its place, best first."""
     effects: Float[Tensor, "U Q"] = field(compare=False, repr=False)
     """The effect of each query on each token, in nats: by how much the log-probability of the token falls without the
-    query. It is negative if the query spoke against the token."""
+    query. It is negative if the query makes the token less likely."""
     attention_map: Float[Tensor, "Q P"] = field(compare=False, repr=False)
     """Attention of each query over the image tokens in the last cross-attention, averaged over the heads."""
 
     def token_maps(self) -> Float[Tensor, "U P"]:
-        """Return what was looked at for each token: the attention of the queries, weighted by their positive effects.
+        """Return the attention of the queries for each token, weighted by their positive effects on it.
 
-        Each row sums to 1. For a token that no query speaks for, all queries have the same weight.
+        Each row sums to 1. For a token that no query makes more likely, all queries have the same weight.
         """
         weights = self.effects.clamp(min=0)
         weights = torch.where(weights.sum(dim=1, keepdim=True) > 0, weights, torch.ones_like(weights))

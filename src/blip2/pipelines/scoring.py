@@ -56,9 +56,7 @@ class Scores:
             InputError: the scores are not likelihoods.
         """
         if self.num_tokens is None:
-            raise InputError(
-                "these scores are not sums over tokens: use values, or score with by= one of itg, lm and pmi"
-            )
+            raise InputError("these scores are not sums over tokens: use .values, or by='itg', 'lm' or 'pmi'")
         return self.values / self.num_tokens
 
 
@@ -182,7 +180,7 @@ class ScoringPipeline(Pipeline[Model]):
         name = self._check_score(by)
         if per_token and name not in LIKELIHOODS:
             raise InputError(
-                f"per_token divides a likelihood by the number of tokens, but {name} is none: rank by"
+                f"per_token divides a likelihood by the number of tokens, but {name} is not one: rank by"
                 f" {' or '.join(each for each in self.score_names if each in LIKELIHOODS)}, or leave out per_token"
             )
         rows = self._make_rows(images, prompt, questions)
@@ -283,7 +281,7 @@ class ScoringPipeline(Pipeline[Model]):
         return self._score(by, rows, texts, None).values.unflatten(1, (-1, size)).mean(dim=2)
 
     def _choice_logits(self, by: ScoreName, scores: Float[Tensor, "K"]) -> Float[Tensor, "K"]:
-        """Return numbers whose softmax is the probability of each candidate."""
+        """Return logits whose softmax gives the candidates' probabilities."""
         return scores
 
     # -- helpers -------------------------------------------------------------------------------------------------------
@@ -319,7 +317,7 @@ class ScoringPipeline(Pipeline[Model]):
         if image_index is None:
             if num_rows != num_texts:
                 raise InputError(
-                    f"there are {num_rows} images and {num_texts} texts, but pairs need as many of both: give one text"
+                    f"there are {num_rows} images and {num_texts} texts, but pairs need equal numbers: give one text"
                     " per image, or leave out pairs to compare every image with every text"
                 )
             return list(range(num_texts))

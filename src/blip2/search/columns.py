@@ -90,8 +90,8 @@ def _to_text(cell: Any) -> str:
 def column_name(name: str, reserved: Iterable[str]) -> str:
     """Return the name of a metadata column in the library, which can be written in SQL without quotation marks.
 
-    Characters other than letters, digits and underscores become underscores. A name that the library uses itself gets
-    the prefix ``source_``.
+    Characters outside [A-Za-z0-9_] become underscores. A name that is in `reserved`, or begins with a digit, gets the
+    prefix ``source_``.
     """
     name = re.sub(r"\W", "_", name.encode(errors="replace").decode(), flags=re.ASCII)
     return f"source_{name}" if name.lower() in reserved or not re.match("[A-Za-z_]", name) else name

@@ -138,8 +138,8 @@ def index(
         image_column: column of the image. None: it is found by its name, as data.image_column of a recipe.
         caption_column: column of the captions. None: it is found by its name, if there is one.
         device: device to run on: cpu, cuda, cuda:1 or mps. None: a GPU if there is one.
-        dtype: data type of the image encoder. None: as the config of the model says, else bf16 on a GPU and fp32 on a
-            CPU.
+        dtype: data type of the image encoder. None: the dtype in the model's config, else bf16 on a CUDA GPU and fp32
+            on other devices.
         overrides: keys of the model's config to override.
 
     Raises:
@@ -177,7 +177,7 @@ def _lock(uri: str) -> Iterator[None]:
     if is_url(uri):
         name = hashlib.blake2b(uri.encode(), digest_size=16).hexdigest()
         folder = Path(tempfile.gettempdir()) / f"blip2-library-{name}"
-    with lock_folder(folder):
+    with lock_folder(folder, name=uri):
         yield
 
 
@@ -399,7 +399,7 @@ class _Update:
         return row, True
 
     def _prepare(self, row: _Row, data: bytes) -> None:
-        """Decode the image of a row, which is embedded as soon as there are enough for a forward pass."""
+        """Decode the image of a row; images are embedded as soon as there are enough for a forward pass."""
         image = read_image(data, f"image {row.cells['image']}")
         self._to_embed.append((row, preprocess(image, self.pipeline.model.vision.preprocessing)))
         if len(self._to_embed) >= self.pipeline.batch_size:

@@ -56,14 +56,14 @@ OWN_COLUMNS = (
 EXACT_ROWS = 10_000
 """Up to this number of candidate rows, a search compares the query with all of them and uses no index."""
 OVERSAMPLING = 4
-"""The index is asked for this many times the number of results. LanceDB searches a multivector column vector by vector,
-so that several of the nearest vectors may belong to the same image, and fewer images than asked for are found."""
+"""This many times the number of results is requested from the index. LanceDB searches a multivector column vector by
+vector, so that several of the nearest vectors may belong to the same image, and fewer images are found."""
 MIN_SHORTLIST = 200
-"""Minimum number of images that the index is asked for."""
+"""Minimum number of images that are requested from the index."""
 PARTITION_VECTORS = 4096
 """Mean number of vectors in a partition of the index: LanceDB splits larger ones."""
 PROBED_SHARE = 0.75
-"""Share of the partitions that are searched. Embeddings without clusters need so many: see docs/search.md."""
+"""Share of the partitions that are searched. Embeddings without clusters need this share: see docs/search.md."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Hit:
 
 
 class OtherModelError(InputError):
-    """A library is opened with a model whose weights are not those with which it was made."""
+    """A library is opened with a model other than the one that made it."""
 
 
 class Library:
@@ -608,19 +608,41 @@ def convert_lance_errors(uri: str, where: str | None = None, library: Library | 
         yield
     except InputError:
         raise
-    except (ValueError, RuntimeError, OSError) as error:
-        # The messages contain the names of source files of LanceDB.
-        reason = " ".join(re.split(r",? /\S+\.rs:\d+", str(error))[0].split()) or type(error).__name__
-        reason = reason.removeprefix("Invalid input, ")
-        if found := re.search("<Message>(.*?)</Message>", reason):  # the words of the object storage
-            reason = found[1]
+    except Exception as error:
+        # LanceDB's panics are exceptions of a class that cannot be imported.
+        if not isinstance(error, ValueError | RuntimeError | OSError) and type(error).__name__ != "RustPanic":
+            raise
+        reason = _reason(error)
         if where is not None and library is not None and isinstance(error, ValueError):
             columns = ", ".join(f"{name} ({kind})" for name, kind in library.columns.items()) or "none"
             raise InputError(
                 f"the condition {where!r} cannot be used ({reason}), expected SQL such as year >= 2020 AND place ="
                 f" 'Rome' on the columns of the library: {columns}"
             ) from error
-        raise InputError(
-            f"the library {uri} cannot be read or written ({reason}): check its path and permissions, and that the disk"
-            " is not full; or make it again"
-        ) from error
+        advice = "check its path and permissions, and that the disk is not full; or make it again"
+        if is_url(uri):
+            advice = (
+                "check that the bucket exists, and the credentials, region and endpoint in the environment"
+                " (docs/search.md)"
+            )
+        raise InputError(f"the library {uri} cannot be read or written ({reason}): {advice}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Return the reason of an error of LanceDB in one line, without the names of LanceDB's source files.
+
+    The message of a failed request to object storage has the errors of several libraries, often as Rust prints them for
+    debugging. Only the innermost one says what happened.
+    """
+    text = " ".join(re.split(r",? /\S+\.rs:\d+|, location: ", str(error))[0].split()) or type(error).__name__
+    if found := re.search("<Message>(.*?)</Message>", text):  # the words of the object storage
+        return found[1]
+    request = re.search(r"(?:uri: Some\(|Error performing \w+ )(\w+://[^/ )]+).*(?:inner: | - )(.*)", text)
+    if not request:
+        return text.removeprefix("Invalid input, ")
+    server, reason = request.groups()
+    if status := re.search(r"status(?: code)?: (\d+)", reason):
+        reason = f"HTTP status {status[1]}"
+    elif "}" in reason:
+        reason = [*re.findall(r"[A-Z]\w+", reason), *re.findall(r'"([^"\\]+)"', reason)][-1]
+    return f"{server}: {reason}"

@@ -15,7 +15,7 @@ from blip2.search.library import Hit, Library
 
 
 def parse_query(query: str) -> str | Path:
-    """Return a query as a path if its name ends like that of an image, and else unchanged, as a text."""
+    """Return a query as a path if it has the suffix of an image file; else return it unchanged, as a text."""
     return Path(query) if query.lower().endswith(IMAGE_SUFFIXES) else query
 
 

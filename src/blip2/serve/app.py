@@ -47,7 +47,7 @@ def create_app(
     """Return the service as an application for an ASGI server such as uvicorn.
 
     Args:
-        pipelines: the models by the names under which clients ask for them.
+        pipelines: the models by the names that clients use.
         library: the library of images that ``/v1/search`` searches. None: there is no search.
         options: limits of requests; ``host``, ``port`` and ``api_key_file`` are not used. Without ``allowed_hosts``,
             requests may have any Host header.
@@ -55,10 +55,10 @@ def create_app(
         make_engine: makes the engine that runs the models. None: :class:`~blip2.serve.engine.LocalEngine`.
 
     Raises:
-        InputError: a model does not read images, a host or a network in `options` is not one, or `api_keys` is a text.
+        InputError: a model does not read images, a host or a network in `options` is invalid, or `api_keys` is a str.
     """
     if isinstance(api_keys, str):  # each of its characters would be a key
-        raise InputError("api_keys is a text, expected a list of keys: put the key into a list")
+        raise InputError("api_keys is a str, expected a list of keys: put the key into a list")
     read_hosts(options.allowed_hosts)  # wrong names are an error now, not at the first request
     images = ImageReader(
         options.max_image_bytes, options.max_image_pixels, options.allow_image_host, options.allow_image_network
@@ -96,7 +96,7 @@ def create_app(
     async def ready() -> dict[str, str]:
         """Whether requests will be answered: the models are loaded, and their thread runs."""
         if not engine.is_ready():
-            raise ApiError(503, "the models do not run: start the server again", code="not_ready")
+            raise ApiError(503, "the models are not running: restart the server", code="not_ready")
         return {"status": "ok"}
 
     @app.get("/metrics", include_in_schema=False)

@@ -1,4 +1,4 @@
-"""``POST /v1/chat/completions``: conversations about images, captions and fixed choices."""
+"""``POST /v1/chat/completions``: chat about images, caption them, or choose an answer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from blip2.serve.schemas import ChatRequest, ImagePart, Message, ResponseFormat,
 from blip2.serve.service import Service
 
 MIN_TEMPERATURE = 0.01
-"""Temperatures below are greedy search."""
+"""Temperatures below this value select greedy search."""
 MAX_CHOICES = 1000
 """Maximum number of texts of a fixed choice."""
 
@@ -115,20 +115,20 @@ def _image_alone(messages: list[dict[str, Any]]) -> Any:
 
 
 def split_content(parts: Sequence[Mapping[str, Any]]) -> tuple[list[Any], str]:
-    """Return the images of a message, as features [1, P, E], and its words, which are joined."""
+    """Return the images of a message, as features [1, P, E], and its joined texts."""
     images = [part["image"] for part in parts if part["type"] == "image"]
     return images, "".join(part["text"] for part in parts if part["type"] == "text")
 
 
 def _decoding(body: ChatRequest, limit: int, default: Decoding) -> Decoding:
-    """Return the options of generation that a request asks for."""
+    """Return the options of generation in a request."""
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise ApiError(
             400, "found both max_tokens and max_completion_tokens: leave out max_tokens", "max_completion_tokens"
         )
     asked = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     if asked is not None and asked > limit:
-        raise ApiError(400, f"{asked} tokens were asked for, expected at most {limit}: ask for fewer", "max_tokens")
+        raise ApiError(400, f"{asked} tokens are requested, expected at most {limit}: request fewer", "max_tokens")
     stop = [body.stop] if isinstance(body.stop, str) else body.stop
     samples = (body.top_p is not None) if body.temperature is None else body.temperature >= MIN_TEMPERATURE
     return Decoding(
@@ -141,7 +141,7 @@ def _decoding(body: ChatRequest, limit: int, default: Decoding) -> Decoding:
 
 
 def _choices(response_format: ResponseFormat | None) -> tuple[str | None, tuple[str, ...]] | None:
-    """Return the texts of a fixed choice, and the name of the property that has them; None if text is wanted."""
+    """Return the texts of a fixed choice, and the name of the property that has them; None for free text."""
     if response_format is None or response_format.type == "text":
         return None
     schema: Mapping[str, Any] = {} if response_format.json_schema is None else response_format.json_schema.schema_
@@ -175,6 +175,7 @@ async def _complete(
     async with aclosing(service.engine.stream(generation)) as stream:
         async for piece in stream:
             pieces[piece.index].append(piece)
+    tokens = [[token for piece in each for token in piece.token_ids] for each in pieces]
     choices = [
         Choice(
             index=index,
@@ -185,11 +186,17 @@ async def _complete(
             logprobs=ChoiceLogprobs(content=[one for piece in each for one in piece.log_probs], refusal=None)
             if body.logprobs
             else None,
+            **_more(body, token_ids),
         )
-        for index, each in enumerate(pieces)
+        for index, (each, token_ids) in enumerate(zip(pieces, tokens, strict=True))
     ]
-    usage = _usage(num_tokens, sum(piece.num_tokens for each in pieces for piece in each), request)
+    usage = _usage(num_tokens, sum(map(len, tokens)), request)
     return _respond(reply, choices, usage)
+
+
+def _more(body: ChatRequest, token_ids: Sequence[int]) -> dict[str, Any]:
+    """Return the field of a choice that OpenAI's API does not have, if the request asks for it."""
+    return {"token_ids": token_ids} if body.return_token_ids else {}
 
 
 def _respond(reply: _Reply, choices: list[Choice], usage: CompletionUsage) -> Response:
@@ -216,14 +223,18 @@ async def _events(
     try:
         async with aclosing(service.engine.stream(generation)) as stream:
             async for piece in stream:
-                count += piece.num_tokens
+                count += len(piece.token_ids)
                 delta = ChoiceDelta(content=piece.text) if piece.text else ChoiceDelta()
                 log_probs = ChunkLogprobs(content=list(piece.log_probs), refusal=None) if piece.log_probs else None
-                if piece.text or piece.finish_reason:
+                if piece.text or piece.finish_reason or body.return_token_ids:
                     yield chunk(
                         [
                             ChunkChoice(
-                                index=piece.index, delta=delta, finish_reason=piece.finish_reason, logprobs=log_probs
+                                index=piece.index,
+                                delta=delta,
+                                finish_reason=piece.finish_reason,
+                                logprobs=log_probs,
+                                **_more(body, piece.token_ids),
                             )
                         ]
                     )
@@ -250,9 +261,12 @@ async def _choose(
     request: Request,
 ) -> Response:
     """Answer with the most likely of several texts."""
-    if body.stream or (body.n or 1) > 1 or body.stop or body.temperature or body.top_p is not None:
+    if (
+        body.stream or (body.n or 1) > 1 or body.stop or body.temperature or body.top_p is not None
+        or body.return_token_ids
+    ):  # fmt: skip
         raise ApiError(
-            400, "a fixed choice is neither streamed nor sampled: leave out stream, n, stop, temperature and top_p",
+            400, "a fixed choice is not generated: leave out stream, n, stop, temperature, top_p and return_token_ids",
             "response_format",
         )  # fmt: skip
     messages = await read_messages(service, model, body.messages)

@@ -52,7 +52,7 @@ class Generation:
     seed: int | None = None
     """Seed of sampling. None: a random one."""
     num_alternatives: int | None = None
-    """Number of tokens whose probability is told for each token. None: no probabilities."""
+    """Number of most likely tokens to return for each token. None: no probabilities."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ class Piece:
     """Number of the text, in [0, n)."""
     text: str
     """The piece, which may be empty."""
-    num_tokens: int
-    """Number of tokens of the text that were generated since its last piece."""
+    token_ids: tuple[int, ...]
+    """Tokens of the text that were generated since its last piece, with the end token and those of a stop string."""
     log_probs: tuple[ChatCompletionTokenLogprob, ...] = ()
-    """Tokens of the text that is there now, with their probabilities, if they are wanted. The tokens of all pieces are
-    those of the whole text."""
+    """The tokens that have become visible with this piece, with their probabilities, if requested. The tokens of all
+    pieces are those of the whole text."""
     finish_reason: FinishReason | None = None
     """Why the text ends here: ``stop`` at its end token or a stop string, ``length`` at its maximum length. None: it
     goes on."""
@@ -132,7 +132,7 @@ class LocalEngine(Engine):
     Args:
         max_batch_size: maximum number of texts that are generated at the same time with one LLM, and of items in a
             pass.
-        metrics: where passes and tokens are counted. None: nowhere.
+        metrics: counts passes and tokens. None: nothing is counted.
     """
 
     def __init__(self, max_batch_size: int = 16, metrics: Metrics | None = None) -> None:
@@ -211,7 +211,7 @@ class LocalEngine(Engine):
             self._take_turn()  # a function, so that nothing of it is kept in memory while the thread waits
 
     def _wait(self) -> bool:
-        """Wait for work, and return whether there is some: otherwise the engine is closed."""
+        """Wait for work; return False if there is none and the engine is closed."""
         with self._condition:
             self._condition.wait_for(lambda: self._has_work() or self._is_closed)
             return self._has_work()
@@ -220,7 +220,7 @@ class LocalEngine(Engine):
         return bool(self._calls or self._waiting or self._running)
 
     def _take_turn(self) -> None:
-        """Make a pass for the oldest calls, and generate a token of each text."""
+        """Run one batch of calls, and generate a token of each text."""
         with self._condition:
             calls, jobs = self._take_calls(), self._take_jobs()
         if calls:
@@ -238,7 +238,7 @@ class LocalEngine(Engine):
         self._metrics.rows.set(sum(len(each) for each in self._running.values()))
 
     def _take_calls(self) -> list[_Call]:
-        """Return the oldest call, and those that can be made in the same pass."""
+        """Return the oldest call, and those that can be made in the same batch."""
         while self._calls and not self._calls[0].future.set_running_or_notify_cancel():
             self._calls.popleft()
         if not self._calls:
@@ -381,9 +381,9 @@ class _Text:
         self._is_done = reason is not None
         text = self._streamer.put(self._tokens) if reason is None else self._streamer.end(self._tokens)
         if new.log_prob is None:
-            return Piece(index, text, 1, finish_reason=reason)
+            return Piece(index, text, (new.token,), finish_reason=reason)
         self._shown.add(new.token, new.log_prob, new.alternatives)
-        return Piece(index, text, 1, self._shown.take(self._streamer.text), reason)
+        return Piece(index, text, (new.token,), self._shown.take(self._streamer.text), reason)
 
     def _has_stop_string(self) -> bool:
         text = str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
@@ -391,7 +391,7 @@ class _Text:
 
 
 def make_rows(generation: Generation) -> list[Row]:
-    """Return the texts of a generation. Those of a seed are the same whatever else is generated."""
+    """Return the texts of a generation. With a seed, they do not depend on what else is generated."""
     decoding, count = generation.decoding, generation.n
     uniforms = None
     if decoding.do_sample:

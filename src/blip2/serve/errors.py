@@ -16,7 +16,7 @@ TYPES = {
 
 
 class ApiError(Exception):
-    """An error that a client is told.
+    """An error that is sent to the client.
 
     Args:
         status: status of the response.

@@ -1,8 +1,8 @@
 """Fetch an image by its URL without becoming a way into the server's own network.
 
-Only hosts on a list are asked. The name of the host is resolved once, every address is checked, and the connection is
-made to an address that was checked, so that a name server that answers differently the second time changes nothing.
-Redirects are followed by hand, each checked like the first URL.
+Images are fetched only from hosts on a list. The name of the host is resolved once, every address is checked, and the
+connection is made to an address that was checked, so that a name server that answers differently the second time
+changes nothing. Redirects are followed by hand, each checked like the first URL.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Fetcher:
     """Fetches images from the hosts on a list.
 
     Args:
-        hosts: the hosts that may be asked, each as ``host`` (at the ports 80 and 443) or ``host:port``. Names below a
+        hosts: the allowed hosts, each as ``host`` (at the ports 80 and 443) or ``host:port``. Names below a
             host are not included.
         networks: networks such as ``10.0.0.0/8`` in which these hosts may be, besides the public Internet: for images
             in a store of your own.
@@ -66,7 +66,7 @@ class Fetcher:
             included.
 
     Raises:
-        InputError: a host or a network is not one.
+        InputError: a host or a network is invalid.
     """
 
     def __init__(self, hosts: Iterable[str], networks: Iterable[str], max_bytes: int, seconds: float) -> None:
@@ -112,7 +112,7 @@ class Fetcher:
         )
 
     def _check(self, url: str, base: httpx2.URL | None = None) -> httpx2.URL:
-        """Return a URL, relative to `base` if it is the target of a redirect, if its host may be asked."""
+        """Return a URL, resolved against `base` if it is the target of a redirect; check that its host is allowed."""
         subject = "the image URL" if base is None else "a redirect of the image URL"
         if not self._hosts:
             raise BadImageError(
@@ -133,13 +133,13 @@ class Fetcher:
         port = PORTS[parsed.scheme] if parsed.port is None else parsed.port
         if (_host_name(parsed.raw_host.decode("ascii")), port) not in self._hosts:
             raise BadImageError(
-                f"{subject} names a host that this server may not ask: send the image as a data URL, or have the"
+                f"{subject} names a host that is not allowed: send the image as a data URL, or have the"
                 " server's operator allow the host"
             )
         return parsed
 
     async def _request(self, url: httpx2.URL) -> bytes | str:
-        """Return the body of a URL, or the target if it is a redirect."""
+        """Return the body of the response; for a redirect, the target."""
         target = httpcore2.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
         headers: dict[bytes | str, bytes | str] = {
             "Host": url.netloc,
@@ -192,7 +192,7 @@ class CheckedNetwork(httpcore2.AsyncNetworkBackend):
         found = await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
         if not all(is_allowed(address, self._networks) for address in addresses):
-            raise httpcore2.ConnectError("an address that is not allowed")
+            raise httpcore2.ConnectError("the address is not allowed")
         failure: Exception = httpcore2.ConnectError("no address")
         for address in addresses:
             try:  # the addresses are numbers, so nothing is resolved again
@@ -202,7 +202,7 @@ class CheckedNetwork(httpcore2.AsyncNetworkBackend):
         raise failure
 
     async def connect_unix_socket(self, *_: Any, **__: Any) -> httpcore2.AsyncNetworkStream:
-        raise httpcore2.ConnectError("a socket of this machine")
+        raise httpcore2.ConnectError("Unix sockets are not allowed")
 
     async def sleep(self, seconds: float) -> None:
         await anyio.sleep(seconds)
@@ -228,7 +228,7 @@ def _host_name(host: str) -> str:
 
 
 def _parse_host(host: str) -> list[tuple[str, int]]:
-    """Return an entry of the list of hosts as a name with each port at which it may be asked."""
+    """Return the name in an entry of the list of hosts with each port that the entry allows."""
     try:
         url = httpx2.URL(f"image://{host}/")  # a protocol whose default port is not left out
     except (httpx2.InvalidURL, UnicodeError, ValueError):
@@ -237,7 +237,7 @@ def _parse_host(host: str) -> list[tuple[str, int]]:
     is_host = re.fullmatch(rb"[a-z0-9_.:-]+", url.raw_host) and all(0 < port < 1 << 16 for port in ports)
     if not is_host or url.raw_path != b"/" or url.userinfo or url.fragment:
         raise InputError(
-            f"the image host {host[:80]!r} is not a host, expected example.com or example.com:8443: fix it"
+            f"the image host {host[:80]!r} is invalid, expected one like example.com or example.com:8443: fix it"
         )
     return [(_host_name(url.raw_host.decode("ascii")), port) for port in ports]
 

@@ -1,7 +1,7 @@
 """The gate that every request passes before and after its endpoint.
 
-The Host header is checked first, then the API key, then whether there is room, then the size of the body is bounded
-while it arrives: nothing is parsed before. A client that leaves, and a request that takes too long, end the work for
+The Host header, the API key and the number of requests are checked in this order; then the size of the body is bounded
+while it arrives. Nothing is parsed before. A client that leaves, and a request that takes too long, end the work for
 it. Each request is counted and logged, without anything that the client sent.
 """
 
@@ -54,7 +54,7 @@ class Gate:
         app: the application.
         options: the options of the service.
         keys: API keys. Without keys, everybody may use the service.
-        metrics: where requests are counted.
+        metrics: counts the requests.
     """
 
     def __init__(self, app: ASGIApp, options: ServeOptions, keys: Iterable[str], metrics: Metrics) -> None:
@@ -72,7 +72,7 @@ class Gate:
     # -- steps of a request, used by _Request ------------------------------------------------------------------------
 
     def check_host(self, scope: Scope) -> None:
-        """Raise an ApiError if the service has names and the Host header has none of them.
+        """Raise an ApiError if the service has allowed names and the Host header is none of them.
 
         A page of another site can let the name of that site resolve to the address of this server (DNS rebinding), and
         then reads its answers as its own. Its requests have the name of that site.
@@ -88,7 +88,7 @@ class Gate:
             )
 
     def check_key(self, scope: Scope) -> None:
-        """Raise an ApiError if the service needs an API key and the request has none of them."""
+        """Raise an ApiError if the service needs an API key and the request has no valid one."""
         if not self._keys or not route_path(scope).startswith("/v1/"):
             return
         headers = dict(scope["headers"])
@@ -155,7 +155,7 @@ class Gate:
             raise ApiError(408, "the body did not arrive in time: send it faster", code="body_timeout") from None
 
     async def discard_body(self, receive: Receive) -> None:
-        """Receive a body that is refused for a while: a client that is still sending would not see the answer.
+        """Receive the rest of a refused body, because a client that is still sending would not see the answer.
 
         At most the maximum size of a body is received, for at most :data:`DISCARD_SECONDS`.
         """
@@ -180,26 +180,26 @@ class Gate:
 
     @property
     def metrics(self) -> Metrics:
-        """Where requests are counted."""
+        """The metrics that count requests."""
         return self._metrics
 
 
 def route_path(scope: Scope) -> str:
-    """Return the path of a request below the one at which the application is mounted, as its endpoints have it."""
+    """Return the path of a request relative to the path at which the application is mounted."""
     return scope["path"].removeprefix(scope.get("root_path", "").rstrip("/"))
 
 
 def host_name(header: str) -> str:
-    """Return the name or address in a Host header in lower case, without its port; an empty text if it is not one."""
+    """Return the name or address in a Host header in lower case, without its port; an empty string if it is invalid."""
     match = HOST.fullmatch(header)
     return match[1].lower() if match else ""
 
 
 def read_hosts(allowed: Iterable[str]) -> list[str]:
-    """Return the names of a server in lower case; none: any name.
+    """Return the allowed names of a server in lower case. An empty list: any name.
 
     Raises:
-        InputError: a name has a port or is none.
+        InputError: a name has a port or is invalid.
     """
     names: list[str] = []
     for each in allowed:

@@ -54,7 +54,7 @@ class ImageReader:
         fetch_seconds: maximum duration of a fetch in seconds.
 
     Raises:
-        InputError: a host or a network is not one.
+        InputError: a host or a network is invalid.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class ImageReader:
         return await to_thread.run_sync(work, limiter=self._decoders)
 
     def parse_data_url(self, url: str) -> tuple[bytes, str]:
-        """Return the bytes in a data URL and their format, as its media type has it.
+        """Return the bytes in a data URL, and their format according to its media type.
 
         Raises:
             BadImageError: it is not a data URL of an image in base64, or has more bytes than allowed.
@@ -141,7 +141,7 @@ class ImageReader:
                 f"the bytes of an image are not {EXPECTED}: convert it (SVG and documents are not read)"
             )
         if media_type is not None and media_type != found:
-            raise BadImageError(f"an image is called image/{media_type}, but its bytes are {found}: send image/{found}")
+            raise BadImageError(f"an image is sent as image/{media_type}, but is image/{found}: send image/{found}")
         try:
             with open_image(data, "image", show_bytes=False) as opened:  # reads the header alone
                 kind = FORMATS.get(opened.format or "")
@@ -150,12 +150,12 @@ class ImageReader:
                     return read_image(opened)
         except ImageError as error:
             raise BadImageError(
-                f"an image is damaged, truncated or has over {self._max_pixels:,} pixels: send a whole, smaller one"
+                f"an image is damaged, truncated or over {self._max_pixels:,} pixels: send a complete or smaller one"
             ) from error
         raise BadImageError(problem)  # not above, where it would become an ImageError
 
     def _find_problem(self, kind: str | None, width: int, height: int, scans: int) -> str | None:
-        """Return what is wrong with the header of an image; None if nothing is."""
+        """Return the error message for the header of an image; None if the header is valid."""
         if kind is None:
             return f"the bytes of an image are not {EXPECTED}: convert it"
         if width * height > self._max_pixels:
@@ -169,7 +169,7 @@ class ImageReader:
 
 
 def detect_format(data: bytes) -> str | None:
-    """Return the format of a file as its first bytes have it: jpeg, png, webp or gif; None if it is another."""
+    """Return the format of a file by its first bytes: jpeg, png, webp or gif; None for any other."""
     if data.startswith(b"\xff\xd8\xff"):
         return "jpeg"
     if data.startswith(b"\x89PNG\r\n\x1a\n"):

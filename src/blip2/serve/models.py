@@ -26,7 +26,7 @@ class _Model(Generic[P]):
     """The functions of the models of both stages.
 
     Args:
-        name: the name by which clients ask for the model.
+        name: the name of the model in requests.
         pipeline: the model.
 
     Raises:
@@ -134,8 +134,8 @@ class Stage2Model(_Model[GenerationPipeline]):
 def itc(query: Float[Tensor, "... C"], vectors: Float[Tensor, "... C"]) -> float:
     """Return the similarity of a text [C] or an image [Q, C] to another one.
 
-    For a text and an image it is the maximum cosine over the queries of the image; for two images, the mean over the
-    queries of the first of this maximum.
+    For a text and an image it is the maximum cosine over the queries of the image; for two images, the mean of this
+    maximum over the queries of the first.
     """
     if query.ndim == 2 and vectors.ndim == 1:
         query, vectors = vectors, query

@@ -10,10 +10,10 @@ from blip2.config import bounded
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """Where the service listens, who may use it, and what a request may cost."""
+    """Address, access and limits of the service."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 for all of this machine."""
+    """Address to listen on; 0.0.0.0 for all addresses of this machine."""
     port: int = bounded(8000, 0, 65535)
     """Port to listen on; 0 for a free one."""
     api_key_file: Path | None = None
@@ -21,13 +21,13 @@ class ServeOptions:
     allowed_hosts: list[str] | tuple[str, ...] = ()
     """A name of this server that the Host header of requests may have, such as blip2.example.com or *.example.com.
     Repeat the option for several; * allows all. Without it, a server that listens on a loopback address, as by default,
-    accepts localhost and loopback addresses, and another one all names."""
+    accepts localhost and loopback addresses, and any other server accepts all names."""
     max_queue: int = bounded(64, 1, 100_000)
     """Maximum number of requests that wait or are worked on. Others get status 429 with Retry-After."""
     max_batch_size: int = bounded(16, 1, 4096)
     """Maximum number of texts that are generated at the same time, and of images or pairs in a pass of the model."""
     deadline: float = bounded(60.0, 0.01, 86_400)
-    """Seconds after the arrival of its body after which a request ends with status 504."""
+    """Maximum number of seconds from receiving a request to the end of its answer; slower requests fail (504)."""
     max_body_bytes: int = bounded(32 << 20, 1024, 1 << 30)
     """Maximum size of the body of a request in bytes."""
     max_images: int = bounded(16, 1, 4096)
@@ -37,9 +37,9 @@ class ServeOptions:
     max_image_pixels: int = bounded(50_000_000, 1, 1 << 30)
     """Maximum number of pixels of an image."""
     max_tokens: int = bounded(1024, 1, 1_000_000)
-    """Maximum number of tokens that a request may ask for."""
+    """Maximum number of tokens that an answer may have."""
     vllm_url: str | None = None
-    """API of a vLLM server that runs the LLM of the stage-2 model, such as http://10.0.0.5:8000/v1 (docs/serving.md).
+    """URL of a vLLM server that runs the LLM of the stage-2 model, such as http://10.0.0.5:8000/v1 (docs/serving.md).
     null: the LLM runs in this process."""
     vllm_model: str | None = None
     """Name of the LLM in the vLLM server. null: the name of the LLM in the model's config."""

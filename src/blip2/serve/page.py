@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request
 from PIL import Image
 from pydantic import Field
 from starlette.responses import Response
+from transformers import PreTrainedTokenizerBase
 
 from blip2.config import IMAGE_TOKEN
 from blip2.data.images import ImageError, read_image
@@ -21,9 +22,10 @@ from blip2.search.library import Library
 from blip2.serve.chat import read_messages, split_content
 from blip2.serve.errors import ApiError
 from blip2.serve.images import DECODERS
-from blip2.serve.models import Stage2Model, count_tokens
-from blip2.serve.schemas import Body, Message, Text
+from blip2.serve.models import Stage2Model
+from blip2.serve.schemas import Body, Message
 from blip2.serve.service import Service
+from blip2.serve.tokens import describe_token
 
 MAX_SIDE = 1024
 """Maximum width and height in pixels of an image of the library as it is sent."""
@@ -36,8 +38,8 @@ class ExplainRequest(Body):
     model: str
     messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
     """The messages that were answered, as in ``/v1/chat/completions``, with one image, before the first text."""
-    text: Text
-    """The answer."""
+    token_ids: Annotated[list[int], Field(min_length=1)]
+    """The answer: the ``token_ids`` of its choice, which ``return_token_ids`` asks for."""
 
 
 def make_router(service: Service) -> APIRouter:
@@ -49,14 +51,16 @@ def make_router(service: Service) -> APIRouter:
     async def explain(body: ExplainRequest, request: Request) -> dict[str, Any]:
         """Explain an answer: for each token, its probability without the image, and the effect of each query on it."""
         model = service.find(body.model, Stage2Model, request)
-        num_tokens, limit = count_tokens(model.pipeline, body.text), service.options.max_tokens
+        num_tokens, limit = len(body.token_ids), service.options.max_tokens
         if num_tokens > limit:
-            raise ApiError(400, f"the text has {num_tokens} tokens, expected at most {limit}: shorten it", "text")
+            raise ApiError(
+                400, f"the answer has {num_tokens} tokens, expected at most {limit}: shorten it", "token_ids"
+            )
         messages = await read_messages(service, model, body.messages)
         [found] = await service.engine.submit(
-            lambda requests: [explain_answer(model, *each) for each in requests], [(messages, body.text)]
+            lambda requests: [explain_answer(model, *each) for each in requests], [(messages, body.token_ids)]
         )
-        return {"model": model.name, **describe(found)}
+        return {"model": model.name, **describe(found, model.pipeline.tokenizer, body.token_ids)}
 
     @router.get("/v1/search/images/{digest}", response_class=Response, responses={200: {"content": {"image/jpeg": {}}}})
     async def library_image(digest: str) -> Response:
@@ -71,7 +75,7 @@ def make_router(service: Service) -> APIRouter:
     return router
 
 
-def explain_answer(model: Stage2Model, messages: list[dict[str, Any]], text: str) -> Explanation:
+def explain_answer(model: Stage2Model, messages: list[dict[str, Any]], token_ids: list[int]) -> Explanation:
     """Explain an answer to messages whose images are features; see :meth:`blip2.GenerationPipeline.explain`.
 
     Raises:
@@ -83,24 +87,24 @@ def explain_answer(model: Stage2Model, messages: list[dict[str, Any]], text: str
     if len(images) != 1:
         raise ApiError(400, f"the messages have {len(images)} images, expected one: send one", "messages")
     if len(messages) == 1 and messages[0]["role"] == "user" and not words.strip():
-        return pipeline.explain(images[0], text)
+        return pipeline.explain(images[0], token_ids)
     before, image, prompt = pipeline.chat(messages=messages).prompt_text().partition(IMAGE_TOKEN)
     if before.strip() or IMAGE_TOKEN in prompt or not image:
         raise ApiError(
-            400, "the image does not come before everything that the LLM reads: put it first, and ask a Q-Former that"
-            " reads questions one question only", "messages",
+            400, "the image is not at the start of what the LLM reads: put it first, and ask a Q-Former that reads"
+            " questions a single question", "messages",
         )  # fmt: skip
     if pipeline.qformer_tokenizer is None:
-        return pipeline.explain(images[0], text, prompt)
-    return pipeline.explain(images[0], text, question=words)
+        return pipeline.explain(images[0], token_ids, prompt)
+    return pipeline.explain(images[0], token_ids, question=words)
 
 
-def describe(found: Explanation) -> dict[str, Any]:
-    """Return an explanation as JSON. The maps are grids of weights over the image; see ``/v1/attention``."""
-    tokens = zip(found.tokens, found.token_log_probs, found.blank_log_probs, found.effects.tolist(), strict=True)
+def describe(found: Explanation, tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> dict[str, Any]:
+    """Return an explanation of tokens as JSON. The maps are grids of weights over the image; see ``/v1/attention``."""
+    tokens = zip(token_ids, found.token_log_probs, found.blank_log_probs, found.effects.tolist(), strict=True)
     return {
         "tokens": [
-            {"token": token, "logprob": log_prob, "blank_logprob": blank, "effects": effects}
+            {**describe_token(tokenizer, token), "logprob": log_prob, "blank_logprob": blank, "effects": effects}
             for token, log_prob, blank, effects in tokens
         ],
         "maps": to_grid(found.attention_map).tolist(),

@@ -1,4 +1,4 @@
-"""HTTP/1.1 as uvicorn speaks it, without patience for clients that hold a connection and send or read nothing."""
+"""HTTP/1.1 of uvicorn, with time limits for clients that hold a connection and send or read nothing."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from blip2.serve.errors import ApiError
 HEADER_SECONDS = 10.0
 """Maximum duration of receiving the headers of a request, in seconds."""
 WRITE_SECONDS = 30.0
-"""Maximum duration in which a client reads nothing of an answer that waits for it, in seconds."""
+"""Maximum duration in which a client reads nothing of an answer, in seconds."""
 
 
 class HttpProtocol(H11Protocol):
     """Closes connections whose client is too slow, and answers what is not HTTP with an error in OpenAI's shape.
 
-    The time for the body of a request is bounded by :class:`blip2.serve.gate.Gate`, which knows what it is for.
+    :class:`blip2.serve.gate.Gate` limits the time for the body of a request.
     """
 
     _reading: asyncio.TimerHandle | None = None
@@ -58,7 +58,7 @@ class HttpProtocol(H11Protocol):
         self.transport.close()
 
     def _watch(self) -> None:
-        """Start the time for the headers of a request unless it runs; end it when they have arrived."""
+        """Start the timer for the headers of a request unless it runs; stop it when they have arrived."""
         if not self._is_idle():
             self._reading = _cancel(self._reading)
         elif self._reading is None:

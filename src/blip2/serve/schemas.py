@@ -16,7 +16,7 @@ class Body(BaseModel):
 
 
 class ErrorDetail(BaseModel):
-    """What is wrong with a request."""
+    """The error of a request."""
 
     message: str
     """One line: what was found, what was expected and what to do."""
@@ -133,6 +133,8 @@ class ChatRequest(Body):
     stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    return_token_ids: bool | None = None
+    """As in vLLM: the choices have the ids of the generated tokens as ``token_ids``."""
     response_format: ResponseFormat | None = None
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
@@ -150,7 +152,7 @@ class EmbeddingRequest(Body):
     input: Item | Annotated[list[Item], Field(min_length=1, max_length=2048)]
     encoding_format: Literal["float", "base64"] | None = None
     multivector: bool = False
-    """Whether to return, in ``vectors``, the vectors of all queries of an image, whose maximum ITC takes."""
+    """Whether to return, in ``vectors``, the vectors of all queries of an image; ITC is the maximum over them."""
     user: str | None = None
 
 

@@ -112,7 +112,7 @@ def make_condition(library: Library, body: SearchRequest) -> str | None:
         column = f"`{name}`"
         if isinstance(wanted, list):
             if not wanted:
-                raise ApiError(400, f"the values of {name} are empty: give at least one", f"filter.{name[:80]}")
+                raise ApiError(400, f"the list for {name} is empty: give at least one value", f"filter.{name[:80]}")
             parts.append(f"{column} IN ({', '.join(map(_literal, wanted))})")
         elif isinstance(wanted, Condition):
             given = wanted.model_dump(exclude_none=True)

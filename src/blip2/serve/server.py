@@ -36,7 +36,7 @@ def serve(
     """Serve models until the process is asked to end (SIGTERM, Ctrl-C); requests that have begun are then answered.
 
     Args:
-        models: checkpoints, each with a name of its own as ``NAME=PATH``, or named by the last part of its path.
+        models: checkpoints, as ``PATH`` or ``NAME=PATH``. The default name is the last part of the path.
         library: folder or URI of a library of images to search. None: there is no search.
         options: where the service listens, and its limits.
         device, dtype: how the models are loaded; see :func:`blip2.load`.
@@ -95,7 +95,7 @@ def run(app: FastAPI, options: ServeOptions) -> None:
 
 
 class _Server(uvicorn.Server):
-    """Tells on the standard error where it listens."""
+    """A server that prints its address to the standard error."""
 
     async def startup(self, sockets: list | None = None) -> None:
         await super().startup(sockets)
@@ -106,7 +106,7 @@ class _Server(uvicorn.Server):
 
 
 def default_hosts(host: str) -> list[str]:
-    """Return the names that requests to a server may use, by the address on which it listens; none: any name.
+    """Return the names that requests to a server may use, by the address on which it listens. An empty list: any name.
 
     A server on a loopback address is only reached under the names of its own machine, unless there is a proxy before
     it, or a page of another site lets its name resolve to this address.
@@ -132,7 +132,7 @@ def find_vllm(
     stage2 = [each for each in pipelines.values() if isinstance(each, GenerationPipeline)]
     if len(stage2) != 1:
         raise InputError(
-            f"--vllm-url runs the LLM of one stage-2 model, but there are {len(stage2)}: serve one in each process"
+            f"--vllm-url needs exactly one stage-2 model, found {len(stage2)}: give one, and run a server for each"
         )
     [pipeline] = stage2
     check_decoder_only(pipeline)
@@ -187,7 +187,7 @@ def open_library(
     device: str | None,
     dtype: Precision | None,
 ) -> Library | None:
-    """Open a library with the model among those that are served with which it was made, or else with its own."""
+    """Open a library with the served model that made it, or else load that model. None without `uri`."""
     if uri is None:
         return None
     for pipeline in pipelines.values():

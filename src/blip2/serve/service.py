@@ -1,4 +1,4 @@
-"""What the endpoints share: the engine, the models, and the reading of images."""
+"""The parts that all endpoints share: the engine, the models, and the reading of images."""
 
 from __future__ import annotations
 
@@ -82,14 +82,14 @@ class Service:
 
 
 def image_url(item: Item) -> str | None:
-    """Return the URL of an image; None for a text."""
+    """Return the image URL of an item; None for a text."""
     if isinstance(item, ImageObject):
         return item.image
     return item.image_url.url if isinstance(item, ImagePart) else None
 
 
 def text_of(item: Item, param: str) -> str | None:
-    """Return a text; None for an image.
+    """Return the text of an item; None for an image.
 
     Raises:
         ApiError: the text is blank.

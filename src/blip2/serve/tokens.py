@@ -68,7 +68,7 @@ class ShownTokens:
 
 
 def describe_token(tokenizer: PreTrainedTokenizerBase, token: int) -> dict[str, Any]:
-    """Return the text of a token, and its bytes: None if they are no character and the tokenizer does not tell them."""
+    """Return the text and the bytes of a token. The bytes are None if they are a part of a character and unknown."""
     text = str(tokenizer.decode([token]))
     found: list[int] | None = list(text.encode())
     if INCOMPLETE_CHARACTER in text:  # a part of a character, whose other bytes are in the adjacent tokens

@@ -54,8 +54,8 @@ def make_router(service: Service) -> APIRouter:
         if image_url(body.query) is None and both is not None:
             raise ApiError(
                 400,
-                f"the query and document {both} are texts, expected that one of them is an image: this model compares"
-                " images with texts and with images",
+                f"the query and document {both} are texts, expected at least one image: this model compares images"
+                " with texts and with images",
                 "documents",
             )
         embedded = await _embed(service, model, items, "documents")

@@ -58,9 +58,9 @@ class SystemMonitor:
 
 
 class FrozenFiles:
-    """The weight files of the frozen parts.
+    """Watches the weight files of the frozen parts for changes.
 
-    These files are memory-mapped, so that a running process sees a change of their content in its model.
+    These files are memory-mapped, so a change of their content also changes the model of a running process.
 
     Args:
         names: paths of weight files or of folders with weight files; names on a hub are ignored.

@@ -29,7 +29,7 @@ class PackedTokens:
     seq_len: int
     """S, the length of a row with padding."""
     indices: Int[Tensor, "M"] | None = None
-    """Index of each token in the N * S places of all rows. None: there is no text, so the M = N * S tokens are in
+    """Index of each token in the N * S positions of all rows. None: there is no text, so the M = N * S tokens are in
     order."""
     kept_indices: Int[Tensor, "M"] | slice | None = None
     """If :meth:`select` made this layout: index of each token in the list of the layout from which it was selected."""

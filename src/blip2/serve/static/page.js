@@ -69,18 +69,20 @@ async function write(place, stream, label, pointAt) {
   place.classList.add("waiting");
   let text = "";
   const tokens = [];
+  const tokenIds = [];
   try {
     for await (const chunk of stream) {
       const choice = chunk.choices?.[0];
       if (!choice) continue;
       text += choice.delta?.content ?? "";
       tokens.push(...(choice.logprobs?.content ?? []));
+      tokenIds.push(...(choice.token_ids ?? []));
       place.textContent = text;
     }
   } finally {
     if (writers.get(place) === stream) {
       place.classList.remove("waiting");
-      if (text) showWords(place, text, tokens, label, pointAt?.(text));
+      if (text) showWords(place, text, tokens, label, pointAt?.(tokenIds));
     }
   }
   say(`${label}: ${text}`);
@@ -116,7 +118,7 @@ async function writeCaption() {
       get("caption-text"),
       server.streamCaption(model, place.image.data, TOP_LOGPROBS, signal),
       "Caption",
-      (text) => pointAtWords(model, [server.question("", place.image.data)], text),
+      (tokenIds) => pointAtWords(model, [server.question("", place.image.data)], tokenIds),
     ),
   );
 }
@@ -125,7 +127,7 @@ async function writeCaption() {
  * Return what is called when a word of a text is pointed at: it draws what the queries looked at for this word, and
  * returns it for the details, with the probability of the word without the image. The server is asked once, when the first word is pointed at.
  */
-function pointAtWords(model, asked, text) {
+function pointAtWords(model, asked, tokenIds) {
   if (!able("explain").some((each) => each.id === model)) return undefined;
   const { image } = place;
   let explained = null;
@@ -136,7 +138,7 @@ function pointAtWords(model, asked, text) {
     if (index === null || place.image !== image) return undefined;
     await new Promise((resolve) => setTimeout(resolve, POINTING));
     if (current !== index) return undefined;
-    explained ??= server.explain(model, asked, text);
+    explained ??= server.explain(model, asked, tokenIds);
     let found;
     try {
       found = await explained;
@@ -144,7 +146,8 @@ function pointAtWords(model, asked, text) {
       explained = null; // so that the next word asks again
       return [paragraph(error.message)];
     }
-    const own = toWords(found.tokens)[index];
+    const words = toWords(found.tokens);
+    const own = words[words.findIndex((each) => each.text.trim()) + index]; // the text begins after white space
     if (!own || own.text.trim() !== word.text.trim()) return undefined;
     const map = wordMap(own, found.maps);
     if (current === index && place.image === image) place.previewMap(map, `For “${word.text.trim()}”`);
@@ -221,7 +224,7 @@ async function ask(question) {
   const before = get("remember").checked ? messages : [];
   const asked = [...before, server.question(question, before.length ? null : place.image.data)];
   const stream = server.streamAnswer(model, asked, TOP_LOGPROBS, signal);
-  const pointAt = (text) => pointAtWords(model, asked, text);
+  const pointAt = (tokenIds) => pointAtWords(model, asked, tokenIds);
   const text = await attempt(get("ask-error"), () => write(answer, stream, "Answer", pointAt));
   const isLast = runs.get("ask").signal === signal;
   if (isLast) get("ask-stop").hidden = true;

@@ -20,7 +20,7 @@ export function question(text, image) {
 
 /** Yield the chunks of an answer to messages. */
 export function streamAnswer(model, messages, topLogprobs, signal) {
-  return streamChat({ model, messages, logprobs: true, top_logprobs: topLogprobs }, signal);
+  return streamChat({ model, messages, logprobs: true, top_logprobs: topLogprobs, return_token_ids: true }, signal);
 }
 
 /** Yield the chunks of a caption. */
@@ -34,8 +34,8 @@ export function attention(model, image, text, signal) {
 }
 
 /** Return { tokens, maps }: for each token of an answer, its probability without the image and the queries' effects. */
-export function explain(model, messages, text) {
-  return call("v1/explain", { model, messages, text });
+export function explain(model, messages, tokenIds) {
+  return call("v1/explain", { model, messages, token_ids: tokenIds });
 }
 
 /** Return the ITC and ITM of texts about an image, the best first. */
