@@ -40,8 +40,8 @@ from blip2.evaluation.scenes import read_truths, score_answers, score_facts
 
 SMALL_IMAGES = 128
 """Height and width of the images of the weaker encoder in pixels."""
-STEPS = 100
-"""Steps of stage 2."""
+STEPS = 480
+"""Steps of stage 2. A small T5 begins to learn from the images after about 150."""
 VARIANTS = {
     f"{pixels} pixels, {llm}": (pixels, llm) for llm in ("t5-tiny", "t5") for pixels in (SMALL_IMAGES, 224)
 }  # fmt: skip
