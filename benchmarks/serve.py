@@ -4,8 +4,8 @@
     python benchmarks/serve.py runs/demo/vqa --peer     # also `transformers serve`, for comparison
     python benchmarks/serve.py runs/demo/vqa --quick    # a few requests: does it run?
 
-Each row is a server of its own, asked by so many clients, each of which sends its next request when it has the answer
-to the last one. A request has an image of its own and one of five questions, and its answer is known from the server
+Each row is a server of its own and a number of clients, each of which sends its next request when it has the answer to
+the last one. A request has an image of its own and one of five questions, and its answer is known from the server
 without batches, asked by one client: a request that is lost, or has another answer, is counted.
 
 ``--peer`` makes a BLIP-2 in transformers' format with a small untrained ViT, MiniLM as the Q-Former and the LLM
