@@ -393,7 +393,7 @@ def test_bases_that_cannot_be(tmp_path, text, message):
 
 
 def test_a_base_is_not_for_the_command_line(write):
-    with pytest.raises(InputError, match="base can only be set inside a recipe file: give that recipe"):
+    with pytest.raises(InputError, match="base can only be set inside a recipe file: give the base as RECIPE"):
         load_recipe(write(), ["--base", "x.yaml"])
 
 

@@ -427,7 +427,7 @@ def test_scores_per_token_need_tokens(compare):
     assert isinstance(scores, Scores) and scores.num_tokens is None
     with pytest.raises(InputError, match="these scores are not sums over tokens"):
         _ = scores.per_token
-    with pytest.raises(InputError, match="per_token divides a likelihood by the number of tokens, but itc is none"):
+    with pytest.raises(InputError, match="per_token divides a likelihood by the number of tokens, but itc is not one"):
         compare.rank(IMAGES, TEXTS, by="itc", per_token=True)
 
 

@@ -217,15 +217,14 @@ def score(run: Path, limit: int) -> dict[str, float]:
 
 def kept_by_noise(folder: Path, noisy: Path) -> dict[str, float]:
     """Return the share of the given captions that a round kept, by the kind of their noise."""
-    from blip2.data.shards import Sample, read_samples
+    from blip2.data.shards import KEY_COLUMN, read_shard
 
     rows = read_rows(noisy)
     kept = dict.fromkeys(("true", "another's", "empty"), 0)
     for shard in sorted(folder.glob("*.tar")):
-        for sample in read_samples(str(shard)):
-            if isinstance(sample, Sample):
-                row = rows[int(sample.key)]
-                kept[row["noise"]] += row["caption"] in sample.captions
+        for sample in read_shard(str(shard)):
+            row = rows[int(sample[KEY_COLUMN])]
+            kept[row["noise"]] += row["caption"] in sample["captions"]
     totals = {kind: sum(row["noise"] == kind for row in rows) for kind in kept}
     return {kind: kept[kind] / max(totals[kind], 1) for kind in kept}
 
