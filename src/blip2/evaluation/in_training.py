@@ -12,7 +12,7 @@ from blip2.config import Recipe
 from blip2.evaluation.control import CONTROLS, GAPS, flatten_scores
 from blip2.evaluation.data import EvalData
 from blip2.evaluation.run import evaluate_pipeline
-from blip2.evaluation.tasks import find_candidates, group_by_image, reference_answers
+from blip2.evaluation.tasks import find_candidates, group_captioned_images, reference_answers
 from blip2.pipelines import make_pipeline
 from blip2.training import trainer
 
@@ -52,7 +52,7 @@ class Evaluation:
         self.records = self.data.dataset
         # What cannot be scored or ranked is found before the training.
         if self.config.task != "vqa":
-            group_by_image(self.data)
+            group_captioned_images(self.data)
             return
         references = reference_answers(self.data)
         if self.config.rank_by is not None:

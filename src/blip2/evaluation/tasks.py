@@ -356,7 +356,7 @@ def caption(
         InputError: some of the images have no caption, or a control is requested without reference captions or with a
             single image.
     """
-    rows = group_by_image(data)
+    rows = group_captioned_images(data)
     decoding = decoding_for(config)
     if config.control and not any(record.captions for record in data.records):
         raise _nothing_to_compare(data, "captions")
@@ -407,7 +407,7 @@ def score_caption_predictions(
         InputError: some of the images have no caption, the file cannot be read, or ids are missing, repeated or
             unknown.
     """
-    rows = group_by_image(data)
+    rows = group_captioned_images(data)
     return _score_captions(data, rows, dict(enumerate(_read(file, "caption", _image_ids(data, rows)))), resumable, {})
 
 
@@ -483,7 +483,7 @@ def retrieve(
         InputError: some of the images have no caption, no usable image has one, or a control is requested with a single
             image.
     """
-    rows = group_by_image(data)
+    rows = group_captioned_images(data)
     image_chunks = _chunks(len(rows))
 
     def encode(chunk: int) -> tuple[list[int], Float[Tensor, "I P E"] | None, list[str]]:
@@ -637,7 +637,7 @@ def _nothing_to_compare(data: EvalData, what: str) -> InputError:
     )
 
 
-def group_by_image(data: EvalData) -> list[list[int]]:
+def group_captioned_images(data: EvalData) -> list[list[int]]:
     """Return the indices of the records of each image, for a task that compares captions.
 
     Raises:
