@@ -71,7 +71,9 @@ def test_stages(small, claims, monkeypatch):
     monkeypatch.setattr(module, "VARIANTS", ("with stage 1",))
     run(module, monkeypatch, "--quick", "--seeds", "0", "--output", output)
     found = read_results(output)
-    assert set(found["scores"]) == {"with stage 1"} and set(found["levels"]) == {"guessing"}
+    assert set(found["scores"]) == {"with stage 1"}
+    assert set(found["levels"]) == {"guessing", "SmolLM2 reads the true caption"}
+    assert found["levels"]["SmolLM2 reads the true caption"] in {n / 8 for n in range(9)}  # of eight questions
     assert "stage1-2-0" in (output / "runs" / "with-stage-1-0" / "recipe.yaml").read_text()
     assert "| with stage 1 |" in (output / "table.md").read_text() and (output / "stages.png").is_file()
 

@@ -10,8 +10,8 @@ questions about held-out compositions on the way. It never sees a question in tr
 answer with a sentence, so the answer is the likeliest of at most eight choices; results.json also has the share of
 right answers among those that are generated as in the paper. At the end, both are also compared by the facts in their
 captions. A T5 that is trained here on the text of the scenes alone (text_t5.py) stands for FlanT5, which was trained on
-instructions. The dashed line is what guessing reaches; the dotted line, for the T5, what it generates when it reads the
-true caption.
+instructions. The dashed line is what guessing reaches; the dotted line is what the LLM answers when it reads the true
+caption in place of the image: SmolLM2 by choices, and the T5 in words.
 
 Results go to results.json, a figure with the name of the output folder, and table.md. A run that was killed continues;
 what is done is not done again.
@@ -26,6 +26,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import (
@@ -44,7 +47,7 @@ from common import (
 from text_t5 import PROMPT, QUESTION_PROMPT, make_t5
 
 from blip2.config import EvaluationConfig
-from blip2.data.assets import fetch
+from blip2.data.assets import fetch, resolve
 from blip2.decoding.options import Decoding
 from blip2.evaluation.scenes import read_rows, read_truths, score_facts
 from blip2.training.metrics import read_metrics
@@ -52,6 +55,9 @@ from blip2.training.metrics import read_metrics
 VARIANTS = ("with stage 1", "without stage 1")
 STEPS = {"smollm2": 120, "t5": 480}
 """Steps of stage 2. A small T5, whose steps are cheap, begins to learn from the images after about 150."""
+QFORMER_RATE = {"smollm2": 4e-4, "t5": 1e-4}
+"""Learning rate of the Q-Former. Gradients through the T5 are much larger, and at 4e-4 the queries of stage 1 become
+alike again."""
 EVALUATIONS = 4
 """How often the model is asked on the way."""
 QUESTIONS, MAX_CHOICES = 100, 8
@@ -83,12 +89,37 @@ def write_questions(claim: Claim) -> tuple[str, float]:
     return path, sum(1 / len(row["choices"]) for row in rows) / len(rows)
 
 
+@torch.no_grad()
+def read_captions(claim: Claim) -> float:
+    """Return the share of the questions whose right choice is the likeliest for SmolLM2, which reads the true caption
+    in place of the image."""
+    language = claim.recipe("stage2", "", 0, 1).language
+    assert language is not None
+    folder = resolve(language.name)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    captions = {row["image"]: row["captions"][0] for row in read_rows(fetch(SCENES) / "test_compositions.jsonl")}
+    right = 0
+    rows = add_choices(read_rows(fetch(SCENES) / "test_compositions_questions.jsonl"))[: claim.limit(QUESTIONS)]
+    for row in rows:
+        prompt = captions[row["image"]] + SMOLLM2_PROMPT.format(row["question"])
+        length = len(tokenizer(prompt)["input_ids"])
+        likelihoods = []
+        for choice in row["choices"]:
+            ids = torch.tensor(tokenizer(f"{prompt} {choice}")["input_ids"])
+            tokens = model(ids[None]).logits[0, length - 1 : -1].log_softmax(-1)
+            likelihoods.append(tokens.gather(1, ids[length:, None]).sum())
+        right += row["choices"][int(torch.stack(likelihoods).argmax())] == row["answers"][0]
+    return right / len(rows)
+
+
 def measure(claim: Claim, llm: str, variant: str, seed: int) -> dict[str, Any]:
     """Train a variant, and return the share of right answers by step, and by type of question at the end."""
     recipe = claim.recipe("stage2", f"{variant.replace(' ', '-')}-{seed}", seed, STEPS[llm])
     assert recipe.language is not None
     if llm == "t5":
         recipe = replace(recipe, language=replace(recipe.language, name=str(make_t5(claim, "t5")[0]), prompt=PROMPT))
+    rates = {**recipe.optimizer.learning_rate, "*": QFORMER_RATE[llm]}
+    recipe = replace(recipe, optimizer=replace(recipe.optimizer, learning_rate=rates))
     steps = recipe.training.max_steps
     evaluation = EvaluationConfig(
         task="vqa", data=write_questions(claim)[0], rank_by="lm", eval_steps=max(1, steps // EVALUATIONS),
@@ -158,6 +189,10 @@ def main() -> None:
     levels = {"guessing": write_questions(claim)[1]}
     if options.llm == "t5":
         levels["the T5 reads the true caption"] = make_t5(claim, "t5")[1]
+    else:
+        levels["SmolLM2 reads the true caption"] = once(
+            claim.output / "done" / "captions-read.json", partial(read_captions, claim)
+        )
     curves = {
         variant: {seed: each["accuracy"] for seed, each in by_seed.items()} for variant, by_seed in scores.items()
     }
