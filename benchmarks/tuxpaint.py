@@ -13,8 +13,9 @@ import argparse
 import json
 import math
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
+
+from claims.common import mean_spread
 
 from blip2.data.assets import fetch
 from blip2.evaluation.captioning import score_captions
@@ -46,14 +47,9 @@ def read_captions(seeds: list[Path], run: str) -> list[dict[str, Any]]:
     return found
 
 
-def cell(values: list[float], digits: int = 1) -> str:
-    """The mean, and the standard deviation of a sample behind it."""
-    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
-
-
 def row(title: str, found: list[dict[str, Any]], names: tuple[str, ...], loss: str = "") -> str:
     """A line of a table, in per cent."""
-    cells = [loss] * bool(loss) + [cell([100 * each[name] for each in found]) for name in names]
+    cells = [loss] * bool(loss) + [mean_spread([each[name] for each in found]) for name in names]
     return f"| {title} (n = {len(found)}) | {' | '.join(cells)} |"
 
 
@@ -70,4 +66,4 @@ if __name__ == "__main__":
     for run, title in WRITTEN.items():
         found = read_captions(seeds, run)
         if found:
-            print(row(title, found, CAPTIONS, cell([each["loss"] for each in found], 2)))
+            print(row(title, found, CAPTIONS, mean_spread([each["loss"] for each in found], 1, 2)))
