@@ -148,6 +148,7 @@ def test_a_conversion_is_not_written_over(place, monkeypatch, capsys):
     for target, to, match in (
         ("there", "vllm", "there already exists: give the name of a new folder"),
         ("new", "lavis", "new does not end in .pth, as LAVIS expects: give the name of a .pth file"),
+        ("new/\udcff", "blip2", "new/\\udcff is not UTF-8: give an output with a name in UTF-8"),
     ):
         assert main(["convert", "Salesforce/blip2-opt-2.7b", target, "--to", to]) == 2
         assert match in capsys.readouterr().err

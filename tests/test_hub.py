@@ -131,12 +131,14 @@ def test_results_are_those_of_the_step(measured, step):
 
 
 def test_last_measurement_may_be_of_an_earlier_step(measured, tmp_path):
+    """Lines that are damaged are passed over."""
     run = tmp_path / "run"
     shutil.copytree(measured, run)
     *lines, last = read_metrics(run)
     last = {name: value for name, value in last.items() if not name.startswith("validation_")}
-    torn = '{"step": 4, "itc'
-    (run / "metrics.jsonl").write_text("\n".join([*map(json.dumps, [*lines, last, {**last, "step": 5}]), torn]))
+    complete = [*lines, {**last, "itm": "x"}, last, {**last, "step": 5}, [], {"itc": 1.0}, {"step": None}]
+    torn = b'\n\xff\n{"step": 4, "itc'
+    (run / "metrics.jsonl").write_bytes("\n".join(map(json.dumps, complete)).encode() + torn)
     heads, *rows = table(model_card(open_checkpoint(str(run)), "transformers"), " |")
     assert heads[1:] == ["training batch, step 3", "held-out pairs, step 2"]
     assert ["itc", f"{last['itc']:.4g}", f"{lines[1]['validation_itc']:.4g}"] in rows

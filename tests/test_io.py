@@ -105,6 +105,13 @@ def test_a_pass_has_its_output_alone(tmp_path: Path) -> None:
         claim_folder(tmp_path / "about.json", {"pass": "x"}, "pass")
 
 
+def test_a_link_to_itself_is_no_folder(tmp_path: Path) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    with pytest.raises(InputError, match=r"loop cannot be written \(.*\): free disk space"), lock_folder(loop):
+        pass
+
+
 @pytest.mark.parametrize("name", ["a\0b", "a\ud800"])
 def test_names_that_no_file_can_have(name):
     with pytest.raises(OSError, match=r"null byte|surrogates"):

@@ -618,7 +618,7 @@ class DecodingOptions:
     of that of the most likely token. null: all tokens, or beam search if top_k and top_p are not set either."""
     temperature: float | None = bounded(None, 1e-6, MAX_COUNT)
     """Temperature of sampling, by which the logits are divided; it needs top_k, top_p or min_p. null: 1."""
-    length_penalty: float | None = bounded(None, -1000, 1000)
+    length_penalty: float | None = bounded(None, -10, 10)
     """Length penalty of beam search: the score of a text is its log-probability / length ** length_penalty, so values
     below 0 favor short texts. null: 1 for captions, -1 for answers."""
     max_new_tokens: int | None = bounded(None, 1, MAX_COUNT)

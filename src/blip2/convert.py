@@ -51,7 +51,7 @@ from blip2.interop.checkpoint import LANGUAGE_PREFIX, QFORMER_TOKENIZER, VISION_
 from blip2.interop.detect import open_foreign
 from blip2.interop.vit import to_blip2_vision
 from blip2.interop.weights import Weights
-from blip2.io import apply_umask, expand_home
+from blip2.io import apply_umask, check_utf8, expand_home
 from blip2.model.qformer import QFormer
 
 log = logging.getLogger("blip2")
@@ -97,6 +97,7 @@ def convert(
     if to not in get_args(CheckpointFormat):
         raise InputError(f"there is no format {to!r}: choose one of {', '.join(get_args(CheckpointFormat))}")
     target = expand_home(target)
+    check_utf8(target)
     if os.path.lexists(target):
         raise InputError(f"{target} already exists: give the name of a new {'file' if to == 'lavis' else 'folder'}")
     if to == "lavis" and target.suffix != ".pth":

@@ -23,7 +23,7 @@ from blip2.data.dataset import SKIP_REASONS
 from blip2.errors import InputError
 from blip2.interop.checkpoint import QFORMER_TOKENIZER, Checkpoint
 from blip2.interop.detect import is_blip2, is_pickle
-from blip2.io import expand_home, parse_json, read_json
+from blip2.io import MAX_JSON, expand_home, parse_json, read_json, read_regular_file
 from blip2.recipe import dump_config
 from blip2.training.metrics import METRICS_FILE
 
@@ -180,12 +180,15 @@ def _results(checkpoint: Checkpoint) -> str:
     path = folder.parents[1] / METRICS_FILE if step is not None and folder.parent.name == CHECKPOINTS_FOLDER else None
     train: dict[str, Any] = {}
     held_out: dict[str, Any] = {}
-    for text in path.read_text(encoding="utf-8").splitlines() if path is not None and path.is_file() else ():
+    line: dict[str, Any]
+    content = read_regular_file(path, MAX_JSON) if path is not None and path.is_file() else b""
+    for text in content.splitlines():
         try:
-            line = parse_json(text)
-        except ValueError:  # truncated when the process was killed
+            line = {name: value for name, value in parse_json(text).items() if isinstance(value, int | float)}
+            is_later = line["step"] > step
+        except (AttributeError, KeyError, ValueError):  # damaged, or truncated when the process was killed
             continue
-        if line["step"] <= step:
+        if not is_later:
             train = {name: value for name, value in line.items() if not name.startswith(VALIDATION)}
             found = {name.removeprefix(VALIDATION): line[name] for name in line if name.startswith(VALIDATION)}
             held_out = {"step": line["step"], **found} if found else held_out

@@ -277,6 +277,16 @@ def expand_home(name: str | Path) -> Path:
         ) from error
 
 
+def check_utf8(folder: Path) -> None:
+    """Check that the path of a folder is UTF-8: transformers saves no tokenizer in another one.
+
+    Raises:
+        InputError: it is not.
+    """
+    if re.search("[\ud800-\udfff]", str(folder.absolute())):
+        raise InputError(f"the path {folder.absolute()} is not UTF-8: give an output with a name in UTF-8")
+
+
 @contextmanager
 def lock_folder(folder: Path, enabled: bool = True, name: str | None = None) -> Iterator[None]:
     """Lock a folder for this process.
@@ -295,7 +305,7 @@ def lock_folder(folder: Path, enabled: bool = True, name: str | None = None) -> 
     if not enabled or fcntl is None:
         yield
         return
-    path = folder.resolve() / LOCK
+    path = Path(os.path.realpath(folder)) / LOCK  # Path.resolve raises a RuntimeError for a link to itself
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = _hold(path, name or str(path.parent))

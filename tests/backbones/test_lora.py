@@ -207,6 +207,14 @@ def test_target_modules(parts):
     assert {key.split(".")[-4] for key, _ in llm.named_parameters() if ".lora_" in key} == {"gate_proj"}
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_a_tied_output_matrix_has_no_adapter(parts):
+    """Merging would also change the input embeddings."""
+    add_adapters(load_language_model(parts.llama), LoraConfig(target_modules=["lm_head"]))  # not tied
+    with pytest.raises(InputError, match=r"target_modules matches lm_head, whose weight is also .*embed_tokens"):
+        add_adapters(load_language_model(parts.opt), LoraConfig(target_modules=["lm_head", "q_proj"]))
+
+
 def test_without_peft(parts, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(InputError, match=r"language\.lora needs PEFT: pip install 'blip2\[lora\]'"):

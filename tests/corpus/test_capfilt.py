@@ -321,3 +321,5 @@ def test_settings_that_cannot_be():
         CapFiltConfig(num_captions=3, decoding=Decoding(num_beams=2))
     with pytest.raises(InputError, match="--num-workers needs the engine ray"):
         Engine(num_workers=2)
+    with pytest.raises(InputError, match="num_threads is 1025, expected at most 1024"):
+        Engine(num_threads=1025)

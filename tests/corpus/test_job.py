@@ -7,6 +7,11 @@ import time
 import psutil
 import pytest
 
+from blip2.corpus.job import run_units
+from blip2.corpus.options import Engine
+from blip2.corpus.score import ScoreJob
+from blip2.corpus.units import Unit
+from blip2.errors import InputError
 from fixtures.processes import finish, start
 
 pytest.importorskip("ray")
@@ -45,6 +50,20 @@ def test_ray_writes_what_one_process_writes_though_a_worker_is_killed(runs, shar
     assert {path.name for path in here.iterdir()} == {path.name for path in there.iterdir()}
 
 
+def test_ray_writes_the_scores_that_one_process_writes(runs, shards, tmp_path):
+    arguments = ["score", str(shards / "*.tar"), "--model", str(runs["stage1"]), *OPTIONS[-4:]]
+    here, there, log = tmp_path / "here", tmp_path / "there", tmp_path / "log"
+    ray = start([*arguments, "--output", str(there), "--engine", "ray", "--num-workers", "2"], log)
+    status, printed = finish(start([*arguments, "--output", str(here)], tmp_path / "other"), tmp_path / "other")
+    assert status == 0, printed
+    ray.join(300)
+    status, printed = finish(ray, log)
+    assert status == 0, printed
+    assert {path.name for path in here.iterdir()} == {path.name for path in there.iterdir()}
+    for path in here.iterdir():
+        assert path.read_bytes() == (there / path.name).read_bytes(), path.name
+
+
 def test_what_is_wrong_is_said_in_one_line(runs, shards, tmp_path):
     arguments = ["capfilt", str(runs["stage1"]), str(runs["stage1"]), "--data", str(shards / "00000.tar"), *OPTIONS]
     ray = start(
@@ -55,3 +74,9 @@ def test_what_is_wrong_is_said_in_one_line(runs, shards, tmp_path):
     assert status == 2, printed
     assert printed.splitlines()[-1].startswith("error: ") and "load a model of stage generation" in printed
     assert "Traceback" not in printed
+
+
+def test_a_cluster_that_is_not_there(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "head")
+    with pytest.raises(InputError, match=r"Ray does not start .*head.*: check RAY_ADDRESS"):
+        next(run_units(ScoreJob("model", "out", "itm"), [Unit("0", "0.tar")], Engine("ray")))

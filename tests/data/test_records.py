@@ -469,6 +469,7 @@ ONE_ROW = '{"image": "a.png", "words": "x", "caption": "y"}\n'
         (unlike_tables, {}, r"\*\.csv' cannot be read: .*1\.csv has the columns photo, words, expected image, cap"),
         (broken_shard, {"streaming": False}, r"\*\.tar' cannot be read: .*shard-001\.tar: unexpected end of data; "),
         (nothing("{9..1}.tar"), {}, r"\{9\.\.1\} in '.*' ends before it begins: write the smaller number first"),
+        (nothing("{0..999}/{0..1000}.tar"), {}, r"\{0\.\.1000\} in '.*' is more than 1,000,000 files: use a shorter"),
         (text("rows.jsonl", '{"image": "a.png", "caption": "a", "caption": "b"}'), {}, r"line 1 .*the key cap"),
         (parquet(a=NO_ROWS), {}, r"\*\.parquet' is empty: it has no rows"),
         (parquet(a=INTEGERS, b=TEXTS), {}, r"b\.parquet holds texts in the column caption, expected integers as in"),

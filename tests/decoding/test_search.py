@@ -1,5 +1,6 @@
 """Generated sequences equal those of transformers' ``generate`` token for token, with less computation."""
 
+import math
 from collections import Counter
 from dataclasses import replace
 from functools import cache
@@ -36,6 +37,7 @@ from transformers import (
 )
 
 from blip2.backbones.language import LanguageModel
+from blip2.config import MAX_COUNT
 from blip2.decoding.conversation import ConversationDecoder, make_prompt
 from blip2.decoding.kv_cache import CausalLMDecoder, supports_kv_cache
 from blip2.decoding.search import (
@@ -47,6 +49,7 @@ from blip2.decoding.search import (
     sample_top_p,
 )
 from blip2.decoding.text import make_stopping_criteria
+from blip2.errors import InputError
 
 V, WIDTH, QUERIES = 24, 32, 4
 END = 5
@@ -147,6 +150,13 @@ def test_tokens_are_those_of_transformers(name, decoding):
         assert torch.equal(ours(name, *prompts(seed), **given), expected)
         texts |= set(map(tuple, expected.tolist()))
     assert len(texts) > 2
+
+
+@pytest.mark.parametrize("penalty", [-10.0, 10.0])
+def test_the_longest_text_to_the_largest_penalty_is_a_number(penalty):
+    assert 0 < MAX_COUNT ** Decoding(length_penalty=penalty).length_penalty < math.inf
+    with pytest.raises(InputError, match=f"length_penalty is {10 * penalty}, expected -10 to 10"):
+        Decoding(length_penalty=10 * penalty)
 
 
 @pytest.mark.parametrize("decoding", [GREEDY, BEAMS], ids=["greedy", "beams"])

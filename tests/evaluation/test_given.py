@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 
 import pytest
 
@@ -337,3 +338,7 @@ def test_no_file(table, tmp_path, capsys):
     assert capsys.readouterr().err == (
         f"error: {missing} cannot be read (No such file or directory): check the path and the permissions\n"
     )
+    os.mkfifo(tmp_path / "pipe")
+    for endless in ("/dev/zero", str(tmp_path / "pipe")):
+        assert main(["evaluate", "--predictions", endless, "--task", "vqa", "--data", table, "--output", missing]) == 2
+        assert f"error: {endless} is a pipe, a socket or a device, expected a regular" in capsys.readouterr().err

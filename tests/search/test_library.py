@@ -324,6 +324,16 @@ class Refusing(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("ENDPOINT", "127.0.0.1:9000"), ("ENDPOINT_URL", ""), ("ENDPOINT_URL_S3", "http://a b")]
+)
+def test_an_endpoint_that_is_no_url(monkeypatch, capfd, name, value):
+    monkeypatch.setenv(f"AWS_{name}", value)
+    with pytest.raises(InputError, match=f"AWS_{name} is '{value}', expected a URL"):
+        Library.open("s3://photos/library")
+    assert "panicked" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("is_there", [True, False])
 def test_object_storage_that_does_not_answer_or_refuses(monkeypatch, is_there):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)

@@ -49,7 +49,7 @@ class Handler(BaseHTTPRequestHandler):
             best = [{name: -0.5, f"token_id:{self.server.ids['z']}": -0.25} for name in names]
             log_probs = {"tokens": names, "token_logprobs": [-0.5 for _ in names], "top_logprobs": best}
             choice = {"index": index, "text": text, "finish_reason": reason, "logprobs": log_probs}
-            choice |= {"token_ids": token_ids} if body["return_token_ids"] else {}
+            choice |= {"token_ids": token_ids} if body["return_token_ids"] and body["seed"] != 5 else {}
             chunk = {"id": "1", "object": "text_completion", "created": 1, "model": "llm", "choices": [choice]}
             self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
         self.wfile.write(b"data: [DONE]\n\n")
@@ -113,6 +113,9 @@ def test_what_is_sent_and_read(writer, server):
     assert "secret" not in str(error.value)
     with pytest.raises(ApiError, match="does not answer"):  # the answer ends before one of the texts
         run(VllmEngine(url, "llm"), Generation(writer, prompt, decoding, n=2, seed=4))
+    with pytest.raises(ApiError, match=r"no token_ids .*: update vLLM") as error:  # a server too old for them
+        run(VllmEngine(url, "llm"), Generation(writer, prompt, decoding, n=2, seed=5))
+    assert error.value.status == 502
 
 
 def test_an_encoder_decoder_is_refused(writer, monkeypatch):

@@ -523,10 +523,12 @@ def test_streams_cannot_be_cached_or_validated_on(parts, tmp_path, data, message
         train(parts.recipe(tmp_path / "run", data={**data, **source}))
 
 
-def test_output_that_is_a_file(parts, tmp_path):
+def test_outputs_that_cannot_be(parts, tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(InputError, match=r"cannot create the folder of the run, .* give another output"):
         train(parts.recipe(tmp_path / "run"))
+    with pytest.raises(InputError, match=r"\\udcff/run is not UTF-8: give an output"):
+        train(parts.recipe(tmp_path / "\udcff" / "run"))
 
 
 def test_no_room_for_metrics(parts, small_disk):

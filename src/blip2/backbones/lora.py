@@ -32,8 +32,8 @@ def add_adapters(language: LanguageModel, config: LoraConfig) -> None:
         config: size, dropout and target modules of the adapters.
 
     Raises:
-        InputError: PEFT is not installed, PEFT has no default target modules for this LLM, or the LLM has no module
-            with a name in ``config.target_modules``.
+        InputError: PEFT is not installed, PEFT has no default target modules for this LLM, the LLM has no module with a
+            name in ``config.target_modules``, or one of these modules shares its weight with another module.
     """
     what = f"the LLM, a {type(language.network).__name__}"
     _inject(language.network, config, config.target_modules, "language.lora", what)
@@ -90,6 +90,18 @@ def _inject(network: nn.Module, config: LoraConfig, targets: list[str] | None, s
             f"no adapters fit {what} ({short_message(error)}): set {section}.target_modules to suffixes of the names of"
             " its linear layers"
         ) from error
+    names: dict[int, list[str]] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for tied in names.values():
+        adapted = next((name for name in tied if BASE_LAYER_KEY in name), None)
+        if adapted is not None and len(tied) > 1:
+            other = next(name for name in tied if name != adapted)
+            raise InputError(
+                f"{section}.target_modules matches {adapted.split(BASE_LAYER_KEY)[0]}, whose weight is also {other}, so"
+                " that its adapter could not be merged without changing both: leave it out, or use an LLM whose"
+                " embeddings are not tied"
+            )
 
 
 def _use_own_names(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, local_metadata: Any) -> None:

@@ -19,6 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from blip2.backbones.pretrained import short_message
 from blip2.console import Display
 from blip2.corpus.options import Engine
 from blip2.corpus.units import Unit
@@ -123,7 +124,7 @@ def run_units(job: Job, units: Sequence[Unit], engine: Engine) -> Iterator[Mappi
     """Yield the result of each unit, in order of completion.
 
     Raises:
-        InputError: Ray is not installed, or a worker raised an InputError.
+        InputError: Ray is not installed or does not start, or a worker raised an InputError.
     """
     return _run_on_ray(job, units, engine) if engine.kind == "ray" else _run_locally(job, units, engine)
 
@@ -152,7 +153,13 @@ def _run_on_ray(job: Job, units: Sequence[Unit], engine: Engine) -> Iterator[Map
     start_ray = not ray.is_initialized()
     if start_ray:
         # "local" starts a cluster of its own: the cluster of another run on this machine would shut down with that run.
-        ray.init(os.environ.get("RAY_ADDRESS", "local"), logging_level=logging.WARNING, log_to_driver=False)
+        try:
+            ray.init(os.environ.get("RAY_ADDRESS", "local"), logging_level=logging.WARNING, log_to_driver=False)
+        except Exception as error:  # Ray has no class for them
+            raise InputError(
+                f"Ray does not start or cannot be reached ({short_message(error)}): check RAY_ADDRESS, and that this"
+                " machine is not overloaded"
+            ) from error
     try:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False

@@ -24,7 +24,7 @@ class Engine:
     or on a new Ray cluster on this machine."""
     num_workers: int | None = bounded(None, 1, MAX_COUNT)
     """Number of Ray processes. null: one per GPU; if there is no GPU, one per two CPU cores."""
-    num_threads: int | None = bounded(None, 1, MAX_COUNT)
+    num_threads: int | None = bounded(None, 1, 1024)  # if the system refuses a thread, OpenMP ends the process
     """CPU threads per worker. This number can change the last digits of floating-point results: use the same number for
     runs whose outputs must be bit-identical. null: without Ray, PyTorch's default; with Ray, an equal share of the
     cores."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import tarfile
 from collections.abc import Collection, Iterator, Mapping
@@ -54,7 +55,7 @@ MAX_TEXT_BYTES = 1 << 24
 MAX_HEADER_BYTES = 1 << 14
 """Maximum size in bytes of the extended header of a tar member, which contains a long name or attributes."""
 MAX_RANGE = 10**6
-"""Maximum number of files in a range such as ``{000..127}``."""
+"""Maximum number of files in the ranges (``{000..127}``) of a pattern."""
 TEXT_EXTENSIONS = ("json", *CAPTION_COLUMNS, *QUESTION_COLUMNS, *ANSWER_COLUMNS)
 """Extensions of the text members of a tar."""
 
@@ -70,18 +71,20 @@ def expand_files(pattern: str) -> list[str]:
     """Return the files that match a pattern, sorted.
 
     Args:
-        pattern: a path or URL, which may contain globs and a range such as ``{000..127}``. A glob matches suffixes in
+        pattern: a path or URL, which may contain globs and ranges such as ``{000..127}``. A glob matches suffixes in
             upper and lower case. The URLs of a range are returned without a check that the files exist, because each
             check would take a request.
 
     Raises:
         InputError: no file matches, a range is too long, or a file system cannot be accessed.
     """
-    span = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if span:
-        first, last = span[1], span[2]
-        if len(last) > 9 or int(last) - int(first) >= MAX_RANGE:
-            raise InputError(f"{span[0]} in {pattern!r} is more than {MAX_RANGE:,} files: use a shorter range")
+    ranges = list(re.finditer(r"\{(\d+)\.\.(\d+)\}", pattern))
+    if ranges:
+        span, (first, last) = ranges[0], ranges[0].groups()
+        is_long = any(len(end) > 9 for each in ranges for end in each.groups())
+        if is_long or math.prod(abs(int(each[2]) - int(each[1])) + 1 for each in ranges) > MAX_RANGE:
+            names = " ".join(each[0] for each in ranges)
+            raise InputError(f"{names} in {pattern!r} is more than {MAX_RANGE:,} files: use a shorter range")
         if int(last) < int(first):
             raise InputError(f"{span[0]} in {pattern!r} ends before it begins: write the smaller number first")
         return [

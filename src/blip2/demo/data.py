@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +126,7 @@ def user_data(source: str, output: Path) -> DemoData:
     rows: list[dict[str, object]] = []
     for record in records:
         if isinstance(record.image, str) and record.captions and record.skip_reason is None:
-            rows.append({"image": str(Path(record.image).resolve()), "captions": list(record.captions)})
+            rows.append({"image": os.path.realpath(record.image), "captions": list(record.captions)})
     if len(rows) < MIN_IMAGES:
         raise InputError(
             f"--data {source} has {len(rows)} images with a caption, expected at least {MIN_IMAGES}: add images or"

@@ -23,6 +23,8 @@ KEYS: dict[PredictionFormat, tuple[str, str]] = {
 ``gqa``: GQA; ``named``: captions of images whose ids are strings."""
 
 STRING_ID_FORMATS = ("gqa", "named")
+MAX_PREDICTIONS = 1 << 30
+"""Maximum size of a file of predictions in bytes."""
 
 
 def write_predictions(path: str | Path, format: PredictionFormat, predictions: Mapping[Any, str]) -> None:
@@ -69,7 +71,7 @@ def read_predictions(path: str | Path, format: PredictionFormat, expected: Colle
         InputError: the file cannot be read, an entry has another format, or ids are missing, repeated or unknown.
     """
     id_key, text_key = KEYS[format]
-    rows = read_json(path, 1 << 30, "write the predictions again")
+    rows = read_json(path, MAX_PREDICTIONS, "write the predictions again")
     schema = f'[{{"{id_key}": {_id_type(format)}, "{text_key}": text}}, ...]'
     if not isinstance(rows, list):
         raise InputError(f"{path} holds one {type(rows).__name__}, expected a list: write the predictions as {schema}")

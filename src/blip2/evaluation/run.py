@@ -23,11 +23,11 @@ from blip2.errors import InputError
 from blip2.evaluation import tasks
 from blip2.evaluation.control import COLUMNS, control_rows
 from blip2.evaluation.data import EvalData, read_answer_list
-from blip2.evaluation.predictions import write_predictions
+from blip2.evaluation.predictions import MAX_PREDICTIONS, write_predictions
 from blip2.evaluation.report import write_evaluation_report
 from blip2.evaluation.tasks import EvalResult, decoding_for
 from blip2.feature_cache.digests import hash_weights
-from blip2.io import convert_os_errors, expand_home, read_json_object, to_plain, write_json
+from blip2.io import convert_os_errors, expand_home, read_json_object, read_regular_file, to_plain, write_json
 from blip2.pipelines import GenerationPipeline, RepresentationPipeline, load
 from blip2.resumable import ResumableMap, claim_folder
 from blip2.training.launch import lock_run
@@ -167,7 +167,7 @@ def evaluate_predictions(file: str | Path, config: EvaluationConfig, output: str
     data = EvalData(DataConfig(train=config.data), config.limit)
     config = _with_lemmatize(config, data)
     try:
-        content = Path(file).read_bytes()
+        content = read_regular_file(file, MAX_PREDICTIONS)
     except OSError as error:
         raise InputError(f"{file} cannot be read ({error.strerror}): check the path and the permissions") from error
     metadata = {

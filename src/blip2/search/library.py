@@ -53,6 +53,8 @@ OWN_COLUMNS = (
     "source", "image", "captions", "digest", "size", "modified", "record", "data", VECTORS, MEAN,
 )  # fmt: skip
 """Names of the columns that are not metadata."""
+ENDPOINT_VARIABLES = ("AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
+"""Environment variables with the address of a server that speaks S3."""
 EXACT_ROWS = 10_000
 """Up to this number of candidate rows, a search compares the query with all of them and uses no index."""
 OVERSAMPLING = 4
@@ -586,6 +588,13 @@ def connect(uri: str) -> Any:
         import lancedb
     except ImportError as error:
         raise InputError("image search needs LanceDB, which is not installed: pip install 'blip2[search]'") from error
+    for name in ENDPOINT_VARIABLES if uri.startswith("s3") else ():
+        value = os.environ.get(name)
+        if value is not None and not re.fullmatch(r"https?://[^\s/?#:]\S*", value):  # Rust would print a panic
+            raise InputError(
+                f"the environment variable {name} is {value!r}, expected a URL such as http://127.0.0.1:9000: correct"
+                " it, or unset it"
+            )
     with convert_lance_errors(uri):
         return lancedb.connect(uri, read_consistency_interval=timedelta(0))
 

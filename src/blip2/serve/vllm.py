@@ -27,6 +27,10 @@ from blip2.serve.metrics import Metrics
 from blip2.serve.tokens import ShownTokens
 
 UNAVAILABLE = "the language model does not answer: try again later"
+NO_TOKEN_IDS = (
+    "found no token_ids in the answer of the vLLM server, expected those of return_token_ids: update vLLM to 0.10.2 or"
+    " later"
+)
 
 
 class VllmEngine(LocalEngine):
@@ -90,7 +94,10 @@ class VllmEngine(LocalEngine):
             async for chunk in chunks:
                 for choice in chunk.choices:
                     index = choice.index
-                    new = tuple((choice.model_extra or {})["token_ids"])
+                    token_ids = (choice.model_extra or {}).get("token_ids")
+                    if token_ids is None:
+                        raise ApiError(502, NO_TOKEN_IDS, code="engine")
+                    new = tuple(token_ids)
                     reason: FinishReason | None = None
                     if choice.finish_reason is not None:
                         reason = "length" if choice.finish_reason == "length" else "stop"

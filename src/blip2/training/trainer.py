@@ -30,6 +30,7 @@ from blip2.data.collate import StageBatch
 from blip2.data.dataset import LoadedBatch, to_device
 from blip2.distributed import all_gather_objects
 from blip2.errors import InputError
+from blip2.io import check_utf8
 from blip2.model.generation import GenerationModel
 from blip2.model.losses import LossOutput
 from blip2.recipe import dump_config
@@ -85,6 +86,7 @@ def train(
     """
     recipe = with_absolute_paths(recipe)
     run = Path(recipe.output)
+    check_utf8(run)
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
