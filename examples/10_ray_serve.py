@@ -30,4 +30,4 @@ class Blip2:
 
 
 if __name__ == "__main__":
-    serve.run(Blip2.bind(), blocking=True)  # on port 8000 of each machine, until Ctrl-C
+    serve.run(Blip2.bind(), blocking=True)  # at 127.0.0.1:8000, until Ctrl-C

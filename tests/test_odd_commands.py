@@ -123,39 +123,43 @@ def odd_command(random):
 
 
 @pytest.fixture(scope="module")
-def folder(runs, parts, tmp_path_factory):
-    """What the commands find in the current folder."""
+def pristine(runs, parts, tmp_path_factory):
+    """What the commands find in the current folder: each gets a copy, because it may write over anything."""
     from blip2.recipe import dump_config
 
-    folder = tmp_path_factory.mktemp("odd")
-    for number in range(3):
+    folder = tmp_path_factory.mktemp("odd") / "folder"
+    folder.mkdir()
+    for number in range(20):
         draw("disc", "red", number).save(folder / f"{number}.png")
     draw("square", "blue", 1).save(folder / "image.png")
-    (folder / "table.jsonl").write_text("".join(f'{{"image": "{i}.png", "caption": "a disc"}}\n' for i in range(3)))
+    (folder / "table.jsonl").write_text("".join(f'{{"image": "{i}.png", "caption": "a disc"}}\n' for i in range(20)))
     (folder / "torn.jsonl").write_text('{"image": "0.png", "caption": "a')
     (folder / "bytes.csv").write_bytes(b"image,caption\n\xff\xfe\x00,\x80\n")
     (folder / "empty.jpg").touch()
     (folder / "text.txt").write_text("no image")
     (folder / "folder").mkdir()
     (folder / "loop").symlink_to("loop")
-    os.mkfifo(folder / "pipe")
     for name, run in (("MODEL", "llama"), ("OTHER", "stage1"), ("RUN", "t5")):
         shutil.copytree(runs[run], folder / name)
     data = {"train": str(folder / "table.jsonl"), "batch_size": 2, "num_workers": 0}
     training = {"max_steps": 1, "device": "cpu", "precision": "fp32"}
     recipe = parts.recipe(folder / "run", data=data, training=training)
     (folder / "recipe.yaml").write_text(dump_config(recipe))
-    return folder
+    model, table, library = (str(folder / name) for name in ("OTHER", "table.jsonl", "library"))
+    assert main(["index", model, table, "--output", library]) == 0
+    return folder.rename(folder.with_name("pristine"))
 
 
-def test_odd_commands_end_in_one_line(folder, monkeypatch, capsys):
-    monkeypatch.chdir(folder)
+def test_odd_commands_end_in_one_line(pristine, monkeypatch, capsys):
+    folder = pristine.with_name("folder")
     monkeypatch.setenv("HOME", str(folder / "home"))
     monkeypatch.setenv("BLIP2_CACHE", str(folder / "cache"))
-    for name in ("run", "filtered", "scored", "scores", "scenes"):
-        shutil.rmtree(folder / name, ignore_errors=True)
     statuses = []
     for number in range(FIRST, LAST):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(pristine, folder, symlinks=True)
+        os.mkfifo(folder / "pipe")
+        monkeypatch.chdir(folder)
         command = odd_command(Random(number))
         monkeypatch.setattr("sys.stdin", io.StringIO("what is it?\n"))  # the questions of blip2 chat
         try:

@@ -9,8 +9,8 @@
 2. Stage 1 trains on the noisy captions.
 3. The ranker continues from it on a few clean pairs of other images, and the captioner is stage 2 on the same pairs, as
    BLIP tunes both on COCO.
-4. CapFilt writes captions of the noisy corpus and keeps, of these and the given ones, the best that pass the filters by
-   ITM and PMI.
+4. CapFilt writes captions of the noisy corpus and keeps, of these and the given ones, the best two by similarity that
+   pass the filter by PMI.
 5. Stage 1 trains on the result, from the same start and for the same number of steps. From the second round on, ranker
    and captioner continue from the model of the round before.
 6. Stage 1 trains on the true captions, which no other part sees.
@@ -79,16 +79,16 @@ class Plan:
     """Other images, with true captions, for the ranker and the captioner."""
     steps: int = 80
     """Steps of stage 1 on each corpus."""
-    ranker_steps: int = 40
+    ranker_steps: int = 80
     """Steps of the ranker on the clean pairs."""
-    captioner_steps: int = 60
+    captioner_steps: int = 100
     """Steps of the captioner on the clean pairs."""
     captions: int = 2
     """Captions that are written of each image."""
     held_out: int = 160
     """Held-out images that are compared."""
-    min_itm: float = 0.5
-    """The filter by ITM."""
+    min_itm: float | None = None
+    """The filter by ITM. It is off, as in BLIP-2: after so few steps the probability of a match is 1/3 for all pairs."""
     min_pmi: float = 0.0
     """The filter by PMI."""
 
