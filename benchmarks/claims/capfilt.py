@@ -88,7 +88,7 @@ class Plan:
     held_out: int = 160
     """Held-out images that are compared."""
     min_itm: float | None = None
-    """The filter by ITM. It is off, as in BLIP-2: after so few steps the probability of a match is 1/3 for all pairs."""
+    """The filter by ITM. It is off, as in BLIP-2: after so few steps the probability of a match is a third for all."""
     min_pmi: float = 0.0
     """The filter by PMI."""
 
