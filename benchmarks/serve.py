@@ -6,7 +6,8 @@
 
 Each row is a server of its own and a number of clients, each of which sends its next request when it has the answer to
 the last one. A request has an image of its own and one of five questions, and its answer is known from the server
-without batches, asked by one client: a request that is lost, or has another answer, is counted.
+without batches, asked by one client: a request that is lost, or has another answer, is counted. In bf16, a batch may
+round differently and change a word that was almost as likely as another; with --dtype fp32 no answer may change.
 
 ``--peer`` makes a BLIP-2 in transformers' format with a small untrained ViT, MiniLM as the Q-Former and the LLM
 SmolLM2-135M-Instruct, and lets both servers caption the same images with it, with the same number of tokens. The median
@@ -181,8 +182,9 @@ def _wait(process: subprocess.Popen[bytes], log: Any, ready: str | None) -> str:
     raise SystemExit(f"the server is not ready:\n{log.read()[-2000:]}")
 
 
-def ours(model: str | Path, max_batch_size: int) -> list[str | Path]:
+def ours(model: str | Path, max_batch_size: int, dtype: str | None = None) -> list[str | Path]:
     command: list[str | Path] = [sys.executable, "-m", "blip2", "serve", f"{MODEL}={model}", "--port", "0"]
+    command += ["--dtype", dtype] if dtype is not None else []
     return [*command, "--max-batch-size", str(max_batch_size), "--max-queue", "1000", "--deadline", "600"]
 
 
@@ -199,7 +201,7 @@ def measure_load(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     expected: list[str | None] = []
     for size in (1, options.max_batch_size):
-        with run_server(ours(options.model, size)) as url:
+        with run_server(ours(options.model, size, options.dtype)) as url:
             warm_up(url, requests)
             for clients in options.clients:
                 # The answers of the server without batches to one client are what all the others are compared with.
@@ -330,6 +332,7 @@ def main() -> None:
     parser.add_argument("--known", type=int, default=2000, help="requests of the rows that check all answers")
     parser.add_argument("--tokens", type=int, default=16, help="tokens of an answer, at most")
     parser.add_argument("--max-batch-size", type=int, default=16)
+    parser.add_argument("--dtype", help="of blip2 serve (default: that of the checkpoint)")
     parser.add_argument("--peer", action="store_true")
     parser.add_argument("--peer-clients", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
