@@ -80,11 +80,15 @@ def add_choices(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
+def choose_questions(claim: Claim) -> list[dict[str, Any]]:
+    """Return the questions that are asked, with their choices."""
+    # The choices are drawn from all questions, so that they do not depend on how many are asked.
+    return add_choices(read_rows(fetch(SCENES) / "test_compositions_questions.jsonl"))[: claim.limit(QUESTIONS)]
+
+
 def write_questions(claim: Claim) -> tuple[str, float]:
     """Write the questions with their choices, and return the path and the share that guessing answers."""
-    scenes = fetch(SCENES)
-    # The choices are drawn from all questions, so that they do not depend on how many are asked.
-    rows = add_choices(read_rows(scenes / "test_compositions_questions.jsonl"))[: claim.limit(QUESTIONS)]
+    scenes, rows = fetch(SCENES), choose_questions(claim)
     path = write_rows(claim.output / "questions.jsonl", [{**row, "image": str(scenes / row["image"])} for row in rows])
     return path, sum(1 / len(row["choices"]) for row in rows) / len(rows)
 
@@ -99,7 +103,7 @@ def read_captions(claim: Claim) -> float:
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     captions = {row["image"]: row["captions"][0] for row in read_rows(fetch(SCENES) / "test_compositions.jsonl")}
     right = 0
-    rows = add_choices(read_rows(fetch(SCENES) / "test_compositions_questions.jsonl"))[: claim.limit(QUESTIONS)]
+    rows = choose_questions(claim)
     for row in rows:
         prompt = captions[row["image"]] + SMOLLM2_PROMPT.format(row["question"])
         length = len(tokenizer(prompt)["input_ids"])
