@@ -104,12 +104,12 @@ def test_stages_of_a_t5_that_learns_from_text(small, claims, monkeypatch):
 def test_encoders(small, claims, monkeypatch):
     module, output = small("encoders"), claims / "encoders"
     monkeypatch.setattr(module, "SMALL_IMAGES", 16)
-    monkeypatch.setattr(module, "VARIANTS", {"small, t5-tiny": (16, "t5-tiny")})
+    monkeypatch.setattr(module, "VARIANTS", {"tiny T5": ("t5-tiny", 16)})
     monkeypatch.setattr(sys.modules["text_t5"], "BATCH_SIZE", 8)
     run(module, monkeypatch, "--quick", "--seeds", "0", "--output", output)
     found = read_results(output)
-    assert set(found["scores"]) == set(module.VARIANTS) and set(found["answers_from_true_captions"]) == {"t5-tiny"}
-    assert set(module.SCORES) <= set(found["scores"]["small, t5-tiny"]["0"])
+    assert set(found["scores"]) == set(found["answers_from_true_captions"]) == set(module.VARIANTS)
+    assert {*module.SCORES, *module.ANSWERS} <= set(found["scores"]["tiny T5"]["0"])
     assert module.load_stage2(output / "runs" / "t5-tiny-16-0").model.vision.num_tokens == 5
 
 

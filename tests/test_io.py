@@ -12,6 +12,7 @@ import torch
 from blip2.corpus.job import Worker, run_job
 from blip2.corpus.options import LOCAL
 from blip2.errors import InputError
+from blip2.evaluation.report import Report
 from blip2.io import (
     LOCK,
     atomic_write,
@@ -24,6 +25,7 @@ from blip2.io import (
     write_tensors,
 )
 from blip2.resumable import claim_folder
+from blip2.training.metrics import JsonlLog
 
 
 def test_any_text_comes_back(tmp_path: Path) -> None:
@@ -127,7 +129,13 @@ def test_only_regular_files_are_replaced(tmp_path):
     write_tensors(tmp_path / "link.json", {"a": torch.zeros(1)})
     assert (tmp_path / "link.json").is_symlink() and (tmp_path / "file.json").is_file()
     os.mkfifo(tmp_path / "pipe")
-    for write in (lambda path: write_json(path, {}), lambda path: write_tensors(path, {"a": torch.zeros(1)})):
+    for write in (
+        lambda path: write_json(path, {}),
+        lambda path: write_tensors(path, {"a": torch.zeros(1)}),
+        lambda path: Report("title", "").save(path),  # opening a pipe that nobody reads would never end
+        JsonlLog,
+        lambda path: JsonlLog.truncate(path, 3),
+    ):
         with pytest.raises(InputError, match=r"cannot be written \(it is a device, a pipe or a socket\): give another"):
             write(tmp_path / "pipe")
     assert (tmp_path / "pipe").is_fifo()

@@ -44,7 +44,7 @@ from common import (
     read_images,
     write_rows,
 )
-from text_t5 import PROMPT, QUESTION_PROMPT, make_t5
+from text_t5 import QUESTION_PROMPT, make_t5, with_t5
 
 from blip2.config import EvaluationConfig
 from blip2.data.assets import fetch, resolve
@@ -55,9 +55,6 @@ from blip2.training.metrics import read_metrics
 VARIANTS = ("with stage 1", "without stage 1")
 STEPS = {"smollm2": 120, "t5": 480}
 """Steps of stage 2. A small T5, whose steps are cheap, begins to learn from the images after about 150."""
-QFORMER_RATE = {"smollm2": 4e-4, "t5": 1e-4}
-"""Learning rate of the Q-Former. Gradients through the T5 are much larger, and at 4e-4 the queries of stage 1 become
-alike again."""
 EVALUATIONS = 4
 """How often the model is asked on the way."""
 QUESTIONS, MAX_CHOICES = 100, 8
@@ -119,11 +116,8 @@ def read_captions(claim: Claim) -> float:
 def measure(claim: Claim, llm: str, variant: str, seed: int) -> dict[str, Any]:
     """Train a variant, and return the share of right answers by step, and by type of question at the end."""
     recipe = claim.recipe("stage2", f"{variant.replace(' ', '-')}-{seed}", seed, STEPS[llm])
-    assert recipe.language is not None
     if llm == "t5":
-        recipe = replace(recipe, language=replace(recipe.language, name=str(make_t5(claim, "t5")[0]), prompt=PROMPT))
-    rates = {**recipe.optimizer.learning_rate, "*": QFORMER_RATE[llm]}
-    recipe = replace(recipe, optimizer=replace(recipe.optimizer, learning_rate=rates))
+        recipe = with_t5(claim, recipe, "t5")
     steps = recipe.training.max_steps
     evaluation = EvaluationConfig(
         task="vqa", data=write_questions(claim)[0], rank_by="lm", eval_steps=max(1, steps // EVALUATIONS),

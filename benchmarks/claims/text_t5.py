@@ -8,6 +8,7 @@ caption.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from blip2.config import OptimizerConfig
+from blip2.config import OptimizerConfig, Recipe
 from blip2.data.assets import fetch
 from blip2.data.collate import pad
 from blip2.evaluation.scenes import read_rows, score_answers
@@ -34,6 +35,9 @@ READ_QUESTIONS = 300
 """Number of questions about held-out captions that are evaluated."""
 SPECIAL = ("<pad>", "</s>", "<unk>")
 OPTIMIZER = OptimizerConfig(learning_rate={"*": 2e-3}, warmup_steps=50, min_lr_rate=0.05)
+QFORMER_RATE = 1e-4
+"""Learning rate of the Q-Former in stage 2 with a T5. Gradients through the T5 are much larger than through SmolLM2,
+and at 4e-4 the queries that stage 1 taught to differ become alike again."""
 
 
 def read_pairs(folder: Path, split: str) -> tuple[list[str], list[dict[str, Any]]]:
@@ -103,3 +107,14 @@ def make_t5(claim: Claim, name: str) -> tuple[Path, float]:
         return score_answers(tokenizer.batch_decode(tokens, skip_special_tokens=True), held_out)["all"]
 
     return folder, once(claim.shared / "done" / f"{folder.name}.json", work)
+
+
+def with_t5(claim: Claim, recipe: Recipe, name: str) -> Recipe:
+    """Return a recipe of stage 2 with a T5, whose name is a key of :data:`SIZES`, in the place of its LLM."""
+    assert recipe.language is not None
+    rates = {**recipe.optimizer.learning_rate, "*": QFORMER_RATE}
+    return replace(
+        recipe,
+        language=replace(recipe.language, name=str(make_t5(claim, name)[0]), prompt=PROMPT),
+        optimizer=replace(recipe.optimizer, learning_rate=rates),
+    )

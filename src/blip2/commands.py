@@ -367,9 +367,12 @@ def search(
     Example:
         blip2 search library "a red bus in the rain" --where "year >= 2020"
     """
+    from blip2.io import resolve_target
     from blip2.search.library import Library
     from blip2.search.report import parse_query, write_page
 
+    if options.html is not None:
+        resolve_target(options.html)  # refuses a pipe before the search
     opened = Library.open(library, model, **vars(loading))
     parsed = parse_query(query)
     hits = opened.search(parsed, options.k, options.where, options.rerank_k)

@@ -1,6 +1,7 @@
 """``blip2 index`` and ``blip2 search``."""
 
 import json
+import os
 import re
 
 from blip2.cli import main
@@ -60,3 +61,5 @@ def test_what_is_refused(capsys, run, photos, tmp_path):
     )
     page = tmp_path / "no" / "page.html"
     assert "cannot be written" in error(capsys, "search", library, "a", "--html", page)
+    os.mkfifo(tmp_path / "pipe")
+    assert "(it is a device, a pipe or a socket)" in error(capsys, "search", library, "a", "--html", tmp_path / "pipe")

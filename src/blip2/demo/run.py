@@ -7,7 +7,6 @@ For comparison, as in Figure 5 of the paper, stage 2 is also trained without sta
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -197,7 +196,7 @@ def demo(output: Path, quick: bool = False, data: str | None = None, scale: floa
     for name, recipe in recipes.items():
         rows = [row for row in read_metrics(Path(recipe.output)) if "validation_loss" in row]
         metrics[name] = {key: value for key, value in rows[-1].items() if key.startswith("validation_")}
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
+    write_json(output / "metrics.json", metrics, indent=2)
     write_demo_report(output / "report.html", metrics, recipes, demo_data, evaluator.representation, scenes, images)
     print_tables(metrics, output)
     return metrics

@@ -21,6 +21,7 @@ from blip2.data.images import ImageError, read_image
 from blip2.errors import InputError
 from blip2.evaluation.calibration import coverage_curves
 from blip2.evaluation.control import COLUMNS, CONTROLS, GAPS, control_rows
+from blip2.io import atomic_write
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #1c1c1c; }
@@ -87,11 +88,12 @@ class Report:
         self._parts.append(f'<div class="cards"{style}>{"".join(out)}</div>')
 
     def save(self, path: Path) -> None:
-        """Write the page to a file."""
+        """Write the page to a file, which is replaced when the page is complete."""
         head = f"<meta charset='utf-8'><title>{html.escape(self._title)}</title><style>{STYLE}</style>"
         body = "\n".join(self._parts)
         page = f"<!doctype html><html lang='en'><head>{head}</head><body>{body}</body></html>"
-        path.write_text(page, encoding="utf-8")
+        with atomic_write(path) as file:
+            file.write(page.encode(errors="replace"))  # names of files may not be UTF-8
 
 
 def _data_url(data: bytes, format: str = "png") -> str:

@@ -19,7 +19,7 @@ from blip2.builder import choose_device
 from blip2.config import Recipe
 from blip2.distributed import on_rank_0
 from blip2.errors import InputError, process_name
-from blip2.io import lock_folder
+from blip2.io import lock_folder, resolve_target
 from blip2.training.interruption import TrainingInterrupted
 
 FAILURES_FILE = "failures.log"
@@ -112,7 +112,7 @@ def log_failures(run: Path) -> Iterator[None]:
     except Exception as error:
         if process_name():
             description = f"error: {error}\n" if isinstance(error, InputError) else traceback.format_exc()
-            with contextlib.suppress(OSError), (run / FAILURES_FILE).open("a", encoding="utf-8") as file:
+            with contextlib.suppress(OSError, InputError), resolve_target(run / FAILURES_FILE).open("a") as file:
                 # One write, so that the entries of several processes do not mix.
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {process_name()}\n{description}\n")
         raise

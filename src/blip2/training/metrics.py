@@ -9,7 +9,7 @@ from typing import Any
 
 from blip2.config import ObjectivesConfig
 from blip2.errors import InputError
-from blip2.io import atomic_write, parse_json
+from blip2.io import atomic_write, parse_json, resolve_target
 
 METRICS_FILE = "metrics.jsonl"
 """File with one line for each step."""
@@ -23,11 +23,14 @@ class JsonlLog:
     Args:
         path: the file.
         enabled: if False, nothing is written.
+
+    Raises:
+        InputError: `path` is a device, a pipe or a socket.
     """
 
     def __init__(self, path: Path, enabled: bool = True) -> None:
         self.path = path
-        self._file = path.open("a", encoding="utf-8") if enabled else None
+        self._file = resolve_target(path).open("a", encoding="utf-8") if enabled else None
 
     @staticmethod
     def truncate(path: Path, step: int) -> None:
@@ -35,7 +38,7 @@ class JsonlLog:
         if not path.exists():
             return
         kept = []
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in resolve_target(path).read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(InputError, KeyError, TypeError):  # an incomplete last line
                 if parse_json(line)["step"] <= step:
                     kept.append(line)

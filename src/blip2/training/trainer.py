@@ -30,7 +30,7 @@ from blip2.data.collate import StageBatch
 from blip2.data.dataset import LoadedBatch, to_device
 from blip2.distributed import all_gather_objects
 from blip2.errors import InputError
-from blip2.io import check_utf8
+from blip2.io import atomic_write, check_utf8
 from blip2.model.generation import GenerationModel
 from blip2.model.losses import LossOutput
 from blip2.recipe import dump_config
@@ -420,7 +420,8 @@ class Trainer:
 
     def _write_recipe(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / checkpoint.RECIPE_FILE).write_text(dump_config(self.recipe), encoding="utf-8")
+        with atomic_write(self.folder / checkpoint.RECIPE_FILE) as file:
+            file.write(dump_config(self.recipe).encode())
 
     def _save(self, pending_metrics: dict[str, float] | None = None) -> Path:
         """Write a checkpoint of the current step.
