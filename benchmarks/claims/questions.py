@@ -1,6 +1,7 @@
 """A Q-Former that reads the question (paper §4.3 and Figure 7), and one that does not.
 
     python benchmarks/claims/questions.py --output runs/claims/questions
+    python benchmarks/claims/questions.py --queries 1 --output runs/claims/questions-1-query
     python benchmarks/claims/questions.py --output runs/claims/questions-large --scale 8      # larger, on a GPU
     python benchmarks/claims/questions.py --output runs/claims/questions-try --quick          # to see that it works
 
@@ -10,8 +11,11 @@ the question given to the Q-Former, as in the demo's recipe, and with the questi
 compared by the share of right answers about held-out compositions, by type of question, beside what the most frequent
 answers of the training data reach without an image.
 
-Results go to results.json, questions.png and table.md in the output folder. A run that was killed continues; what is
-done is not done again.
+With 16 queries there is room for all that can be said about a scene. With --queries, both stages are trained with fewer
+of them, so that the model without the question in the Q-Former has to choose without knowing what will be asked.
+
+Results go to results.json, a figure with the name of the output folder, and table.md. A run that was killed continues;
+what is done is not done again.
 """
 
 from __future__ import annotations
@@ -21,8 +25,19 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import Claim, draw_scores, learn, load_stage2, make_parser, read_questions, score_blind_answers, score_table
+from common import (
+    STAGE1_STEPS,
+    Claim,
+    draw_scores,
+    learn,
+    load_stage2,
+    make_parser,
+    read_questions,
+    score_blind_answers,
+    score_table,
+)
 
+from blip2.config import Recipe
 from blip2.decoding.options import Decoding
 from blip2.evaluation.scenes import score_answers
 
@@ -39,13 +54,23 @@ SCORES = {
 }
 
 
-def measure(claim: Claim, variant: str, seed: int) -> dict[str, float]:
+def measure(claim: Claim, variant: str, seed: int, queries: int | None) -> dict[str, float]:
     """Fine-tune a variant, and return the share of right answers by type of question."""
+
+    def recipe_of(stage: str, name: str, seed: int, steps: int, train: str = "train.jsonl") -> Recipe:
+        recipe = claim.recipe(stage, name, seed, steps, train)
+        if queries is not None:
+            recipe = replace(recipe, qformer=replace(recipe.qformer, num_query_tokens=queries))
+        return recipe
+
     first = claim.seeds[0]
-    stage1 = claim.stage1(first)
-    stage2 = learn(replace(claim.recipe("stage2", f"stage2-{first}", first, STAGE2_STEPS), start_from=str(stage1)))
+    if queries is None:
+        stage1 = claim.stage1(first)
+    else:
+        stage1 = learn(recipe_of("stage1", f"stage1-{first}", first, STAGE1_STEPS))
+    stage2 = learn(replace(recipe_of("stage2", f"stage2-{first}", first, STAGE2_STEPS), start_from=str(stage1)))
     reads = VARIANTS[variant]
-    recipe = claim.recipe("vqa", f"reads-{reads}-{seed}", seed, STEPS, "train_questions.jsonl")
+    recipe = recipe_of("vqa", f"reads-{reads}-{seed}", seed, STEPS, "train_questions.jsonl")
     run = learn(
         replace(
             recipe,
@@ -68,9 +93,11 @@ def measure(claim: Claim, variant: str, seed: int) -> dict[str, float]:
 
 def main() -> None:
     parser = make_parser(__doc__, "questions")
+    parser.add_argument("--queries", type=int, help="number of queries of both stages (default: 16, of the recipe)")
     options = parser.parse_args()
-    claim = Claim.start(parser, options, first_seed=options.seeds[0])
-    scores = claim.compare(list(VARIANTS), lambda variant, seed: measure(claim, variant, seed))
+    given = {} if options.queries is None else {"queries": options.queries}
+    claim = Claim.start(parser, options, first_seed=options.seeds[0], **given)
+    scores = claim.compare(list(VARIANTS), lambda variant, seed: measure(claim, variant, seed, options.queries))
     blind = score_blind_answers(claim.limit(QUESTIONS))
     scores["no image"] = {"": {**dict.fromkeys(SCORES, 0.0), **blind}}
     claim.finish({"scores": scores}, score_table("the question is given", scores, SCORES), draw_scores(scores, SCORES))
