@@ -6,9 +6,10 @@
 Stage 1 of the demo is trained with each seed, first as in demo-stage1, then with near twins in the batches as in
 demo-twins, or checkpoints are given with --models. On held-out compositions and twins of the scenes, whose texts differ
 from each other in one word or in the order of words, the k best candidates by ITC are re-ranked by ITM, in both
-directions. Of each set, the first 128 images are used, so that k = 128 re-ranks all pairs. R@1 is the mean over both
-directions; k = 0 is ITC alone. The cost of k is the time of ITM for k texts of one image, the median of 16 images;
-encoding the images is not in it.
+directions: by the logit of ITM alone, as in the paper, and by the logit plus the similarity divided by the temperature
+of ITC, which adds the two log-odds that a pair matches. Of each set, the first 128 images are used, so that k = 128
+re-ranks all pairs. R@1 is the mean over both directions; k = 0 is ITC alone. The cost of k is the time of ITM for k
+texts of one image, the median of 16 images; encoding the images is not in it.
 
 Results go to results.json, reranking.png and table.md in the output folder. A run that was killed continues; what is
 done is not done again.
@@ -46,6 +47,8 @@ SETS = {"compositions": "test_compositions.jsonl", "twins": "twins.jsonl"}
 """The held-out sets by name; of each image the first caption is used."""
 TWINS_STEPS = 400
 """Steps with near twins. ITM begins to tell them apart after about 150."""
+BY = {"itm": "ITM", "sum": "ITM + ITC"}
+"""What candidates are re-ranked by."""
 CANDIDATES = (1, 2, 4, 8, 16, 32, 64, 128)
 TIMED_IMAGES = 16
 """Number of images over which the cost of k is measured."""
@@ -59,9 +62,10 @@ def train_model(claim: Claim, seed: int) -> Path:
 
 @torch.no_grad()
 def measure(run: str | Path, limit: int) -> dict[str, Any]:
-    """Return R@1 by set and k, and the milliseconds per image by k."""
+    """Return R@1 by ITC alone by set, R@1 after re-ranking by set, score and k, and the milliseconds per image by k."""
     pipeline = load_stage1(run)
-    found: dict[str, Any] = {"recall": {}, "milliseconds": {}, "chance": {}}
+    found: dict[str, Any] = {"itc": {}, "recall": {}, "milliseconds": {}, "chance": {}}
+    temperature = pipeline.model.temperature
     for name, file in SETS.items():
         rows, features = read_images(pipeline, file, limit)
         texts = [row["captions"][0] for row in rows]
@@ -74,11 +78,15 @@ def measure(run: str | Path, limit: int) -> dict[str, Any]:
         )
         alone = RetrievalResult(similarity, similarity, positive)
         found["chance"][name] = alone.chance["r1"]
-        found["recall"][name] = {0: recall_at_1(alone)}
-        for k in CANDIDATES:
-            candidates = select_candidates(similarity, k)
-            logits = [each[selected] for each, selected in zip(scores, candidates.union, strict=True)]
-            found["recall"][name][k] = recall_at_1(rerank(similarity, positive, candidates, logits, "itm"))
+        found["itc"][name] = recall_at_1(alone)
+        no_itc = torch.zeros_like(similarity)
+        for by, added in {"itm": no_itc, "sum": similarity / temperature.cpu()}.items():
+            summed = scores + torch.stack([no_itc, added], dim=-1)
+            found["recall"].setdefault(name, {})[by] = recall = {}
+            for k in CANDIDATES:
+                candidates = select_candidates(similarity, k)
+                logits = [each[selected] for each, selected in zip(summed, candidates.union, strict=True)]
+                recall[k] = recall_at_1(rerank(similarity, positive, candidates, logits, "itm"))
         if name == "compositions":
             for k in CANDIDATES:
                 selected = select_candidates(similarity, k).i2t
@@ -92,34 +100,39 @@ def measure(run: str | Path, limit: int) -> dict[str, Any]:
 
 
 def table(models: dict[str, Any]) -> str:
-    """Return the results by model as a table in Markdown."""
+    """Return the results by k as a table in Markdown."""
     runs = list(models.values())
-    rows = []
-    for k in ("0", *map(str, CANDIDATES)):
-        cells = [mean_spread([run["recall"][name][k] for run in runs]) for name in SETS]
-        cost = mean_spread([run["milliseconds"][k] for run in runs], scale=1) if k != "0" else "0"
-        rows.append(["ITC alone" if k == "0" else k, *cells, cost])
-    return markdown(["k", *(f"R@1 on {name}, %" for name in SETS), "ms per image"], rows)
+    rows = [["ITC alone", *(mean_spread([run["itc"][name] for run in runs]) for name in SETS for _ in BY), "0"]]
+    for k in map(str, CANDIDATES):
+        cells = [mean_spread([run["recall"][name][by][k] for run in runs]) for name in SETS for by in BY]
+        rows.append([k, *cells, mean_spread([run["milliseconds"][k] for run in runs], scale=1)])
+    titles = [f"R@1 on {name} by {title}, %" for name in SETS for title in BY.values()]
+    return markdown(["k", *titles, "ms per image"], rows)
 
 
 def draw(models: dict[str, Any]) -> Any:
-    """Return a figure of R@1 by k and by cost, with a line for each model."""
-    figure = new_figure(9.0, 3.2)
-    panels = [figure.add_subplot(1, 2, i + 1) for i in range(2)]
-    for number, run in enumerate(models.values()):
-        for color, name in enumerate(SETS):
-            recall = [100 * run["recall"][name][str(k)] for k in CANDIDATES]
-            style = {"color": f"C{color}", "label": name if number == 0 else None, "marker": "o", "markersize": 3}
-            panels[0].plot(CANDIDATES, recall, **style)
-            panels[0].axhline(100 * run["recall"][name]["0"], color=f"C{color}", linestyle="--", linewidth=0.8)
-            panels[1].plot([run["milliseconds"][str(k)] for k in CANDIDATES], recall, **style)
-    for axes, title in zip(panels, ("k (dashed: ITC alone)", "ms per image"), strict=True):
+    """Return a figure of R@1 by k, with a panel for each set and a line for each model, and of the cost by k."""
+    runs = list(models.values())
+    figure = new_figure(9.6, 3.2)
+    panels = [figure.add_subplot(1, len(SETS) + 1, i + 1) for i in range(len(SETS) + 1)]
+    for axes, name in zip(panels, SETS, strict=False):
+        for number, run in enumerate(runs):
+            for color, (by, title) in enumerate(BY.items()):
+                recall = [100 * run["recall"][name][by][str(k)] for k in CANDIDATES]
+                label = title if number == 0 else None
+                axes.plot(CANDIDATES, recall, color=f"C{color}", label=label, marker="o", markersize=3)
+            label = "ITC alone" if number == 0 else None
+            axes.axhline(100 * run["itc"][name], color="gray", linestyle="--", linewidth=0.8, label=label)
+        axes.set_ylabel(f"R@1 on {name}, %", fontsize=9)
+        axes.legend(fontsize=8)
+    for run in runs:
+        panels[-1].plot(CANDIDATES, [run["milliseconds"][str(k)] for k in CANDIDATES], "C2o-", markersize=3)
+    panels[-1].set_ylabel("ms per image", fontsize=9)
+    panels[-1].set_yscale("log")
+    for axes in panels:
         axes.set_xscale("log", base=2)
-        axes.set_xlabel(title, fontsize=9)
-        axes.set_ylabel("R@1, %", fontsize=9)
-        axes.set_ylim(bottom=0)
+        axes.set_xlabel("k", fontsize=9)
         axes.grid(alpha=0.3)
-    panels[0].legend(fontsize=8)
     return figure
 
 
