@@ -51,8 +51,9 @@ VARIANTS = (QFORMER, WITHOUT, MLP, POOLING)
 STEPS, IMAGES_PER_STEP = 80, 8
 POOLED_SIDE = 4
 """Rows and columns of the pooled grid."""
-RATE = 1e-3
-"""Learning rate of an MLP's first layer, which is that of the new layers in stage 1 of the demo's recipe."""
+RATE = 3e-2
+"""Learning rate of an MLP's first layer. With the first seed, the MLP's loss after 80 steps was 1.17, 1.05, 0.82 and
+0.64 with 1e-3, 3e-3, 1e-2 and 3e-2, and with 1e-1 no lower on the way."""
 SCORES = {"objects": "objects, %", "color": "color, %", "relation": "relation, %", "all": "all facts, %"}
 
 
