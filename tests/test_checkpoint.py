@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import shutil
 from dataclasses import replace
 from importlib.metadata import version
 
@@ -15,7 +16,8 @@ from blip2.recipe import load_recipe
 from blip2.training.optimizer import configure_trainable
 
 CPU = torch.device("cpu")
-STATE = {"positions": [], "counts": {}, "unfinished": None}
+POSITION = {"num_batches": 3, "gradient_accumulation_steps": 1, "sources": {}}
+STATE = {"positions": [POSITION], "counts": {}, "unfinished": None}
 
 
 @pytest.fixture
@@ -72,7 +74,7 @@ def test_holds_what_was_trained_and_nothing_frozen(save, built):
 
 
 def test_holds_recipe_versions_and_step(save, recipe):
-    positions = [{"num_batches": 3, "gradient_accumulation_steps": 1, "sources": {}}]
+    positions = [POSITION, {**POSITION, "num_batches": 4}]
     folder = save(7, positions=positions)
     assert folder.name == "step-00000007"
     assert load_recipe(folder / "recipe.yaml") == recipe
@@ -93,6 +95,19 @@ def test_older_ones_are_pruned(save):
     left = sorted(path.name for path in (save.run / "checkpoints").iterdir())
     assert left == ["step-00000004", "step-00000006", "step-00100000"]
     assert checkpoint.latest_checkpoint(save.run).name == "step-00100000"
+
+
+def test_a_copy_under_another_name_is_no_checkpoint_of_the_run(save):
+    """Eight letters are no number, though they sort behind one."""
+    folder = save.run / "checkpoints"
+    shutil.copytree(save(2), folder / "step-original")
+    shutil.copytree(folder / "step-00000002", folder / "step-00000002-old")
+    assert checkpoint.latest_checkpoint(save.run).name == "step-00000002"
+    for step in (4, 6, 100_000_000, 8):
+        save(step, keep=2)
+    left = sorted(path.name for path in folder.iterdir())
+    assert left == ["step-00000002-old", "step-00000008", "step-100000000", "step-original"]
+    assert checkpoint.latest_checkpoint(save.run).name == "step-100000000"
 
 
 def test_a_step_can_be_saved_again(save, built):

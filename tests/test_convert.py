@@ -1,6 +1,7 @@
 """Conversions of this project's own runs, and what is left when one fails."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -217,6 +218,45 @@ def test_a_trained_llm_whose_old_file_holds_its_matrix_twice(parts, tmp_path):
         assert "language_model.lm_head.weight" not in names
 
 
+@pytest.mark.parametrize(
+    ("name", "prompts"), [("llama", ("a photo of", "Q: {} A:")), ("t5", ("Question: {} Short answer:", None))]
+)
+def test_prompts_stay_those_of_the_training(runs, tmp_path, name, prompts):
+    """transformers has no place for them, but this library gives the same answers with its folder."""
+    run = shutil.copytree(runs[name], tmp_path / "run")
+    for file in run.rglob("*.yaml"):
+        values = yaml.safe_load(file.read_text())
+        values["language"] |= dict(zip(("prompt", "question_prompt"), prompts, strict=True))
+        file.write_text(yaml.safe_dump(values))
+    ours = blip2.load(run, "cpu")
+    again = blip2.load(convert(run, tmp_path / "out", "transformers"), "cpu")
+    assert (again.config.language.prompt, again.config.language.question_prompt) == prompts
+    assert again.answer(IMAGES, "what?") == ours.answer(IMAGES, "what?")
+    if "{}" not in prompts[0]:
+        assert again.caption(IMAGES) == ours.caption(IMAGES)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "{}" not in card.split("## Training")[0]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    for key, value in (("prompt", 5), ("question_prompt", ["{}"]), ("max_caption_length", "32")):
+        (tmp_path / "out" / "config.json").write_text(json.dumps({**config, key: value}))
+        with pytest.raises(InputError, match=rf"its config\.json has {key} .*, expected a value of type"):
+            open_checkpoint(str(tmp_path / "out"))
+
+
+def test_the_length_of_texts_stays_that_of_the_training(runs, tmp_path):
+    run = shutil.copytree(runs["stage1"], tmp_path / "run")
+    for file in run.rglob("*.yaml"):
+        values = yaml.safe_load(file.read_text())
+        values.get("data", values)["max_length"] = 4
+        file.write_text(yaml.safe_dump(values))
+    text = "a red disc on a white ground"
+    expected = blip2.load(run, "cpu").embed_texts(text)
+    assert not torch.allclose(expected, blip2.load(runs["stage1"], "cpu").embed_texts(text))  # it is truncated
+    again = blip2.load(convert(run, tmp_path / "out", "transformers"), "cpu")
+    assert again.config.max_length == 4
+    torch.testing.assert_close(again.embed_texts(text), expected)
+
+
 def test_a_stage_1_of_transformers_stays_usable(parts, tmp_path):
     """What its layout dropped begins anew, and is said to."""
     save_transformers(tmp_path / "there", None, parts.bert, width=64, heads=1, vision=176)
@@ -237,6 +277,16 @@ def test_a_folder_of_both_stages_keeps_both(parts, tmp_path):
     assert texts[0] == texts[1]
     scores = [blip2.load(tmp_path / n, "cpu", stage="representation").match(IMAGES, ["a"]) for n in ("ours", "first")]
     assert torch.equal(*scores)
+
+
+def test_a_folder_has_one_normalization_of_texts(parts, tmp_path):
+    judge = save_transformers(tmp_path / "first", None, parts.bert)
+    writer = save_transformers(tmp_path / "second", "opt", parts.bert)
+    share_qformer(writer, judge, tmp_path / "second")
+    config = json.loads((tmp_path / "second" / "config.json").read_text())
+    (tmp_path / "second" / "config.json").write_text(json.dumps({**config, "text_normalization": "none"}))
+    with pytest.raises(InputError, match=r"text_normalization none and .* lavis, but a folder has only one"):
+        convert(tmp_path / "second", tmp_path / "both", "transformers", stage1=tmp_path / "first")
 
 
 def test_other_frozen_parts_take_the_place_of_those_inside(parts, tmp_path):

@@ -18,6 +18,7 @@ import errno
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, replace
@@ -156,7 +157,7 @@ def save_checkpoint(
                 " delete files of the run before it ends"
             ) from error
         raise
-    for old in sorted(root.glob("step-????????"))[:-save_total_limit]:
+    for old in list_checkpoints(run)[:-save_total_limit]:
         shutil.rmtree(old)
     return folder
 
@@ -251,7 +252,17 @@ def _fsync(path: Path) -> None:
 
 def latest_checkpoint(run: Path) -> Path | None:
     """Return the folder of the last checkpoint of a run; None if the run has no checkpoint."""
-    return max((run / CHECKPOINTS_FOLDER).glob("step-????????"), default=None)
+    return next(reversed(list_checkpoints(run)), None)
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Return the folders of the checkpoints of a run, in the order of their steps.
+
+    Other folders, such as a copy named ``step-original``, are not checkpoints of the run.
+    """
+    paths = (run / CHECKPOINTS_FOLDER).glob("step-*")
+    found = [path for path in paths if re.fullmatch(r"step-[0-9]{8,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -634,12 +645,17 @@ def read_training_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         name = "optimizer.pt"
         optimizer = load_pickle(folder / name, mmap=False)
         if state_format == STATE_FORMAT:
-            _check(isinstance(optimizer, dict) and isinstance(optimizer["optimizer"], dict))
-            _check(all(isinstance(each, dict) for each in optimizer["optimizer"].values()))
+            _check(isinstance(optimizer, dict) and isinstance(optimizer.get("scaler"), dict | None))
+            _check(_is_mapping(optimizer["optimizer"], dict))
             name = "state.json"
             _check(type(state["step"]) is int and state["step"] >= 0)
             _check(isinstance(state["positions"], list) and all(is_position(each) for each in state["positions"]))
-            _check(isinstance(state["counts"], dict) and isinstance(state["unfinished"], dict | None))
+            _check(len(state["positions"]) > 0)  # without a position, the data would begin again
+            unfinished, counts = state["unfinished"], state["counts"]
+            _check(unfinished is None or _is_mapping(unfinished, int | float))
+            _check(isinstance(counts, dict) and _is_mapping(counts.get("samples_seen", {}), int))
+            _check(isinstance(counts.get("source"), str | None))
+            _check(_is_mapping({key: counts[key] for key in counts if key not in ("source", "samples_seen")}, int))
     except Exception as error:  # unpickling damaged bytes raises nearly anything
         raise InputError(
             f"{folder / name} cannot be read ({type(error).__name__}): delete {folder} to resume from the previous"
@@ -652,6 +668,11 @@ def read_training_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f" with `start_from: {folder}`"
         )
     return state, optimizer
+
+
+def _is_mapping(value: object, kind: Any) -> bool:
+    """Return whether a value is a dict whose keys are texts and whose values have a type."""
+    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, kind) for k, v in value.items())
 
 
 def _check(condition: bool) -> None:

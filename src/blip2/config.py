@@ -471,8 +471,8 @@ class DataConfig:
     is one."""
     group_column: str | None = None
     """Column by which the records of a table of captions are grouped: records with equal values are put into the same
-    batch, so that near duplicates become each other's hard negatives (§3.2, ITM). data.group_by_length then has no
-    effect. null: records are not grouped."""
+    batch, so that near duplicates become each other's hard negatives (§3.2, ITM). A record whose cell is empty belongs
+    to no group. data.group_by_length then has no effect. null: records are not grouped."""
     group_share: float = bounded(1.0, 0, 1)
     """Fraction of the groups of data.group_column that are kept together in an epoch; each epoch draws these groups
     again. The records of the other groups are shuffled."""
@@ -594,8 +594,9 @@ class TrainingConfig:
     """Number of steps between measurements on data.validation."""
     metric_for_best_model: str | None = None
     """Metric that selects the best checkpoint, a copy of which is kept in the folder best of the run: validation_loss
-    or another metric of data.validation (for losses and perplexities, lower is better), or a metric of evaluation, such
-    as evaluation_CIDEr, evaluation_accuracy or evaluation_itm_IR@1. null: no best checkpoint is kept."""
+    or another metric of data.validation, or a metric of evaluation, such as evaluation_CIDEr, evaluation_accuracy or
+    evaluation_itm_IR@1. For losses, perplexities and calibration errors, lower is better. null: no best checkpoint is
+    kept."""
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
     """Experiment trackers to which the metrics are sent. The metrics are always written to metrics.jsonl."""
 

@@ -376,6 +376,11 @@ def _with_stage1(checkpoint: Checkpoint, stage1: Checkpoint) -> Checkpoint:
             f"{checkpoint.name} and {stage1.name} have different Q-Formers ({len(different)} weights differ, such as"
             f" {min(different)}), but a folder holds only one: convert each to its own folder"
         )
+    if stage1.config.text_normalization != checkpoint.config.text_normalization:
+        raise InputError(
+            f"{checkpoint.name} has the text_normalization {checkpoint.config.text_normalization} and {stage1.name}"
+            f" {stage1.config.text_normalization}, but a folder has only one: convert each to its own folder"
+        )
     sizes = {
         key: getattr(stage1.config.qformer, key)
         for key in ("vocab_size", "max_position_embeddings", "image_text_hidden_size")
@@ -384,7 +389,7 @@ def _with_stage1(checkpoint: Checkpoint, stage1: Checkpoint) -> Checkpoint:
     return replace(
         checkpoint,
         weights=checkpoint.weights | stage1.weights.filter(stage1.is_stage1_only),
-        config=replace(checkpoint.config, qformer=qformer),
+        config=replace(checkpoint.config, qformer=qformer, max_length=stage1.config.max_length),
     )
 
 

@@ -229,7 +229,7 @@ def _use(checkpoint: Checkpoint, to: str, both: bool) -> list[str]:
     elif to == "blip2":
         return [_python(OWN.format(calls=COMPARES if language is None else WRITES)), NAMES]
     else:
-        programs = [] if language is None else [WRITE.format(prompt=json.dumps(language.prompt))]
+        programs = [] if language is None else [WRITE.format(prompt=json.dumps(_example(language.prompt)))]
         if reads_text and language is not None:
             programs = [_instruct(language.prompt, checkpoint.config.qformer.text_input == "prompt")]
         if both:
@@ -241,9 +241,14 @@ def _use(checkpoint: Checkpoint, to: str, both: bool) -> list[str]:
 
 def _instruct(prompt: str, reads_prompt: bool) -> str:
     """Return an example program for an InstructBLIP; see ``qformer.text_input`` for `reads_prompt`."""
-    texts = [prompt.replace(QUESTION_PLACEHOLDER, EXAMPLE_QUESTION), EXAMPLE_QUESTION]
+    texts = [_example(prompt), EXAMPLE_QUESTION]
     other = "" if reads_prompt or texts[0] == texts[1] else OTHER_TEXT.format(question=json.dumps(texts[1]))
     return INSTRUCT.format(prompt=json.dumps(texts[0]), other=other)
+
+
+def _example(prompt: str) -> str:
+    """Return a prompt with a question in the place of {}."""
+    return prompt.replace(QUESTION_PLACEHOLDER, EXAMPLE_QUESTION)
 
 
 def _python(program: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import importlib
 import json
 import os
@@ -16,7 +17,7 @@ import socket
 import stat
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -65,6 +66,16 @@ def read_regular_file(path: str | os.PathLike[str], limit: int) -> bytes:
             return file.read(status.st_size)
     finally:
         os.close(handle)
+
+
+def describe_version(files: Iterable[str | os.PathLike[str]]) -> str:
+    """Return a digest of the sizes and the times of modification of files, which changes if one of them is replaced.
+
+    URLs and files that do not exist have no part in it.
+    """
+    stats = [path.stat() for path in map(Path, files) if path.is_file()]
+    versions = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+    return hashlib.blake2b(json.dumps(versions).encode(), digest_size=8).hexdigest()
 
 
 def check_regular_file(path: str | os.PathLike[str], status: os.stat_result, limit: int | None = None) -> None:

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -63,6 +64,35 @@ def test_a_table_and_a_second_run(models, parts, tmp_path):
     assert (tmp_path / "out" / "00000.jsonl").stat().st_mtime_ns == before
     with pytest.raises(InputError, match="contains another pass, whose by is itm"):
         score_corpus(*arguments[:3], "itc", device="cpu")
+
+
+def test_a_pass_does_not_mix_two_versions_of_its_data_or_model(runs, parts, tmp_path):
+    """A second run would take what is there for the result."""
+    model = shutil.copytree(runs["stage1"], tmp_path / "model")
+    folder, lines = Path(parts.images).parent, rows(Path(parts.images))[:4]
+    table = tmp_path / "table.jsonl"
+
+    def write(count):
+        made = [{**row, "image": str(folder / row["image"])} for row in lines[:count]]
+        table.write_text("".join(json.dumps(row) + "\n" for row in made))
+
+    def run(shard_size=2):
+        return score_corpus(str(model), str(table), tmp_path / "out", "itc", shard_size=shard_size, device="cpu")
+
+    write(3)
+    metrics = run()
+    assert metrics["images"] == 3 and run() == metrics
+    with pytest.raises(InputError, match="contains another pass, whose shard_size is 2 instead of 3"):
+        run(shard_size=3)
+    write(4)  # the second unit has another record now
+    with pytest.raises(
+        InputError, match=r"00000\.stats\.json has the result of .*, has changed since; give another output"
+    ):
+        run()
+    (weights,) = find_checkpoint(model).glob("*.safetensors")
+    os.utime(weights, (0, 0))  # trained again
+    with pytest.raises(InputError, match="contains another pass, whose weights_version is"):
+        run()
 
 
 def test_samples_that_cannot_be_scored_are_named(models, tmp_path):

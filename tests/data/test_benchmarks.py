@@ -811,6 +811,15 @@ MISMATCHED: dict[str, tuple[str, Callable[[Path], None], str]] = {
 }  # fmt: skip
 
 
+def test_values_of_other_types_are_no_bug_of_this_program(tmp_path: Path) -> None:
+    make_karpathy(tmp_path)
+    edit_json(tmp_path / "dataset_coco.json", lambda content: content["images"][0].update(sentences=[{}]))
+    source = f"coco-karpathy:test+val+train+restval:{tmp_path}"
+    with pytest.raises(InputError, match=r"has values of another form .* \(KeyError: 'raw'\): download") as error:
+        open_records(source, DataConfig(train=source))
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("name", MISMATCHED)
 def test_files_that_do_not_match_are_refused(name: str, tmp_path: Path) -> None:
     source, spoil, message = MISMATCHED[name]

@@ -1,5 +1,6 @@
 """Values that cells of tables may hold, and the errors for those that are refused."""
 
+import io
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from blip2.config import DataConfig
+from blip2.data import json_stream, tables
 from blip2.data.cells import CellError, read_image_cell, read_text, read_texts
 from blip2.data.records import Record, Records
 from blip2.data.sources import open_records
@@ -106,6 +108,7 @@ def test_read_image_cell(cell: object, image: object) -> None:
         ("file:///a.png", "holds the URL 'file:///a.png', expected the path of a file: leave out file://"),
         ("data:image/png;base64,AAAA", "holds the data URL"),
         ("~/a.png", "whose ~ only a shell expands"),
+        ("/9j/4AAQ" * 1000, "holds a text of 8,000 characters that begins with '/9j/4AAQ/9j/4AAQ/9j/4AAQ/9j/4A'"),
         ({"coco_url": "x", "id": 1}, "holds an object with the keys coco_url, id, expected a path"),
         (True, "holds the truth value true"),
     ],
@@ -153,6 +156,71 @@ def test_invalid_tables_are_refused(tmp_path: Path, name: str, text: str, found:
         read(tmp_path / name, streaming=streaming)
     assert found in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.json"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_line_without_end_is_not_read_into_memory(
+    tmp_path: Path, name: str, streaming: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sparse file may have hundreds of gigabytes."""
+    parts: list[str] = []
+
+    class Text(io.TextIOWrapper):
+        def readline(self, size: int = -1) -> str:
+            parts.append(super().readline(size))
+            return parts[-1]
+
+        def read(self, size: int | None = -1) -> str:
+            parts.append(super().read(size))
+            return parts[-1]
+
+    monkeypatch.setattr(io, "TextIOWrapper", Text)
+    for module in (tables, json_stream):
+        monkeypatch.setattr(module, "MAX_LINE_CHARACTERS", 1000, raising=False)
+        monkeypatch.setattr(module, "MAX_VALUE_CHARACTERS", 1000)
+    start = {"a.json": '[{"image": "a.png", "caption": "a"}, {"image": "', "a.jsonl": '{"image": "'}
+    (tmp_path / name).write_text(start.get(name, "") + "x" * 3_000_000)
+    with pytest.raises(InputError, match=r"has more than the 1,000 characters allowed|is not JSON after entry 1"):
+        read(tmp_path / name, streaming=streaming)
+    assert sum(map(len, parts)) < 1_100_000  # a chunk of JSON is 1 << 20
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_names_that_rows_use_themselves_are_no_columns(tmp_path: Path, streaming: bool) -> None:
+    others = {"__where__": 3, "__broken__": "x", "__refused__": 5, "__begins__": "y"}
+    rows = [{"image": f"{n}.png", "caption": "a disc", **others} for n in range(2)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    for name in ("a.jsonl", "a.parquet", "saved"):
+        found = read(tmp_path / name, streaming=streaming)
+        assert [(record.captions, record.error, record.skip_reason) for record in found] == [
+            (("a disc",), None, None)
+        ] * 2
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_ids_that_pandas_stored_as_floats(tmp_path: Path, streaming: bool) -> None:
+    """A column of integers with an empty cell is a column of floats with NaN."""
+    columns = {
+        "image": ["a", "b", "c"],
+        "question": ["q"] * 3,
+        "answer": ["x"] * 3,
+        "question_id": [1.0, float("nan"), 2.5],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    found = [record.metadata.get("question_id") for record in read(tmp_path / "a.parquet", streaming=streaming)]
+    assert found == [1, None, 2.5] and type(found[0]) is int
+
+
+def test_a_pipe_in_a_saved_dataset_is_not_opened(tmp_path: Path) -> None:
+    datasets.Dataset.from_list([{"image": "a.png", "caption": "a"}]).save_to_disk(tmp_path)
+    (file,) = tmp_path.glob("*.arrow")
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(InputError, match=f"has no file {file.name}: copy or save the dataset again"):
+        read(tmp_path)
 
 
 def test_numbers_in_json_are_read_as_written(tmp_path: Path) -> None:

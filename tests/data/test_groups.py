@@ -39,6 +39,15 @@ def test_groups_stay_together_and_every_record_comes_once_an_epoch(tmp_path):
     assert partners[0] != partners[1]  # other groups meet in the next epoch
 
 
+def test_records_with_an_empty_cell_are_no_group(tmp_path):
+    path = tmp_path / "grouped.csv"
+    path.write_text("image,caption,group\n" + "".join(f"{i}.png,a,{'' if i % 2 else i // 4}\n" for i in range(8)))
+    records = open_records(str(path), DataConfig(train=str(path), group_column="group"))
+    ids = records.group_ids.tolist()  # pyright: ignore
+    assert ids[0] == ids[2] != ids[4] == ids[6]
+    assert len(set(ids)) == 2 + 4
+
+
 def test_processes_share_groups(tmp_path):
     records = grouped(tmp_path, 64)
     both = [batches(records, 4, 8, rank=process, world_size=2) for process in (0, 1)]

@@ -141,6 +141,16 @@ def test_16_bits_are_scaled(kind: str, counts: list[int], expected: list[int]) -
     assert gray(read_image(file_bytes(image, kind))) == expected
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_a_tiff_may_be_a_negative(dtype: type) -> None:
+    white = 1 if dtype is np.float32 else np.iinfo(dtype).max
+    data = bytearray(file_bytes(Image.fromarray((np.array([[0, 0.2, 1]]) * white).astype(dtype)), "TIFF"))
+    assert gray(read_image(bytes(data))) == [0, 51, 255]
+    entry = data.index(struct.pack("<HHIH", 262, 3, 1, 1))  # photometric interpretation: 0 is black
+    data[entry : entry + 10] = struct.pack("<HHIH", 262, 3, 1, 0)
+    assert gray(read_image(bytes(data))) == [255, 204, 0]
+
+
 @pytest.mark.parametrize("white", [1, 255, 65535, 2_000_000])
 def test_float_tiff(white: int) -> None:
     image = Image.fromarray(np.array([[0, 0.25, 0.5, 1]], dtype=np.float32) * white)

@@ -210,6 +210,20 @@ def test_rows_before_the_damage_are_used(tmp_path: Path, how: str) -> None:
     assert sum(record.starts_shard for record in read) == 2
 
 
+def test_what_follows_the_end_of_a_tar_is_not_lost_in_silence(tmp_path: Path) -> None:
+    """``cat a.tar b.tar`` writes a file that tar reads up to the end of the first."""
+    padded = shard(pairs(2)) + bytes(3 * BLOCK)
+    (tmp_path / "a.tar").write_bytes(padded)
+    assert errors(list(open_(tmp_path / "a.tar").read())) == []
+    (tmp_path / "a.tar").write_bytes(padded + shard(pairs(2, "b")))
+    read = list(open_(tmp_path / "a.tar").read())
+    assert captions(read) == ["words 0", "words 1"]
+    (message,) = errors(read)
+    assert "the archive goes on after its end after 001, as cat writes several into one" in message
+    with pytest.raises(InputError, match="the archive goes on after its end"):
+        open_records(str(tmp_path / "a.tar"), DataConfig(train="", streaming=False))
+
+
 def test_a_missing_shard_counts_as_damaged(tmp_path: Path) -> None:
     store = fsspec.filesystem("memory")
     for number in (0, 2):

@@ -107,6 +107,36 @@ def test_captions_of_other_images(score, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (
+            (7, 7, 8),
+            "row 0 (FOLDER/0.png) and FOLDER/captions.jsonl row 1 (FOLDER/1.png) have the image_id 7, but differ",
+        ),
+        (
+            (5, "5", 6),
+            "two images of FOLDER/captions.jsonl have the id 5, which is the image_id of one and the image_id",
+        ),
+        ((2, 3, None), "two images of FOLDER/captions.jsonl have the id 2, which is the image_id of one"),
+    ],
+)
+def test_images_that_share_an_id(score, tmp_path, ids, message):
+    """One of them would not be captioned, or its caption would be missing in the file of predictions."""
+    file = tmp_path / "captions.jsonl"
+    rows = [{"image": f"{i}.png", "caption": "a dog", "image_id": key} for i, key in enumerate(ids)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = score([], task="captioning", data=str(file), status=2)
+    assert message in line.replace(str(tmp_path), "FOLDER")
+
+
+def test_questions_whose_ids_are_one_in_a_file(score, tmp_path):
+    file = tmp_path / "questions.jsonl"
+    rows = [{"image": "a.png", "question": "what?", "answers": ["a dog"], "question_id": key} for key in (5, "5")]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "1 question ids occur more than once in the data, the first is 5" in score([], data=str(file), status=2)
+
+
 def test_ids_that_are_names(score, tmp_path):
     file = tmp_path / "named.jsonl"
     file.write_text(json.dumps({"image": "a.png", "question": "what?", "answers": ["dog"], "question_id": "07"}) + "\n")

@@ -289,6 +289,16 @@ def test_an_output_belongs_to_one_evaluation(runs, parts, table, tmp_path):
         evaluate(runs["llama"], "vqa", table, tmp_path, **GREEDY, limit=2)
 
 
+def test_an_output_belongs_to_the_records_as_they_were(runs, tmp_path):
+    """Metrics of a table that was corrected are not those of the table before."""
+    row = {"image": "a.png", "question": "what?", "answers": ["a disc"]}
+    data = write(tmp_path / "data", [row])
+    evaluate(runs["llama"], "vqa", data, tmp_path / "out", **GREEDY)
+    Path(data).write_text(json.dumps({**row, "answers": ["a cube"]}))
+    with pytest.raises(InputError, match="contains another evaluation, whose records_digest is"):
+        evaluate(runs["llama"], "vqa", data, tmp_path / "out", **GREEDY)
+
+
 def test_an_output_that_another_evaluation_is_writing(runs, table, tmp_path):
     with lock_folder(tmp_path), pytest.raises(InputError, match="is in use by another job of this process"):
         evaluate(runs["llama"], "vqa", table, tmp_path, **GREEDY)

@@ -465,9 +465,20 @@ def test_a_killed_build_is_gone_on_with(tmp_path: Path, after: int) -> None:
         (lambda data, index: os.truncate(data, data.stat().st_size - 1), 1),
         (lambda data, index: os.truncate(data, data.stat().st_size * 2 // 5), 3),
         (lambda data, index: os.truncate(data, 0), 5),
+        (lambda data, index: data.unlink(), 5),
+        (lambda data, index: index.write_bytes(b'5\n["file"]\n' + index.read_bytes()), 0),
         (lambda data, index: index.write_bytes(index.read_bytes() + b'{"image": "00'), 0),
     ],
-    ids=["line without its end", "half a line", "half a row", "rows", "all rows", "a line that is being written"],
+    ids=[
+        "line without its end",
+        "half a line",
+        "half a row",
+        "rows",
+        "all rows",
+        "no file",
+        "other JSON",
+        "a line that is being written",
+    ],
 )
 def test_what_is_not_whole_is_made_again(tmp_path: Path, torn: Callable[[Path, Path], object], redone: int) -> None:
     records, encoder = images(tmp_path / "images"), CountingEncoder()

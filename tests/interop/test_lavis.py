@@ -174,6 +174,19 @@ def test_with_the_llm_inside(parts, save, tmp_path):
     assert loaded.caption(IMAGES) == expected.caption(IMAGES)
 
 
+def test_settings_for_which_its_files_have_no_place(parts, save, tmp_path, caplog):
+    for number, (stage, key, value, note) in enumerate((
+        ("t5", "language.prompt", "a photo of", "to 'a photo of', with which this model was trained"),
+        ("1", "max_length", 8, "trained on texts of up to 8 tokens: set max_txt_len"),
+    )):  # fmt: skip
+        there = save(lavis_state(stage))
+        changes = {"qformer.tokenizer": parts.bert} if stage == "1" else {"language.name": parts.t5}
+        convert(there, tmp_path / f"same-{number}.pth", "lavis", changes)
+        assert note not in caplog.text
+        convert(there, tmp_path / f"other-{number}.pth", "lavis", {**changes, key: value})
+        assert note in caplog.text
+
+
 def test_what_else_lies_in_the_file_is_no_matter(parts, save):
     """Optimizer and settings of a training run of LAVIS; a state dict by itself."""
     state = lavis_state("1")

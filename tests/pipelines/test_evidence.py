@@ -10,6 +10,7 @@ from PIL import Image
 
 import blip2
 from blip2.decoding.options import ANSWER_DECODING, CAPTION_DECODING, Decoding
+from blip2.decoding.text import INCOMPLETE_CHARACTER
 from blip2.errors import InputError
 from blip2.model.generation import GenerationModel
 from blip2.model.losses import IGNORE_INDEX
@@ -120,6 +121,22 @@ def test_answers_with_details(writer):
     assert [[each.text for each in answers] for answers in made] == plain
     (sampled,) = writer.answer(IMAGES[0], QUESTIONS[0], Decoding(top_p=0.9, max_new_tokens=4), details=True)
     assert sampled.alternatives == () and isinstance(sampled, blip2.Generated)
+
+
+def test_a_stop_string_ends_a_text_alone_and_in_a_batch(writer):
+    """The padding after it, which is the end token, is not a token of the text."""
+    longest = replace(GREEDY, max_new_tokens=12)
+    stop = next(each for each in writer.caption(IMAGES, TEXTS, longest)[0][2:] if each != INCOMPLETE_CHARACTER)
+    for decoding in (replace(longest, stop_strings=[stop]), replace(BEAMS, max_new_tokens=12, stop_strings=[stop])):
+        made = writer.caption(IMAGES, TEXTS, decoding, details=True)
+        alone = [writer.caption(*each, decoding, details=True)[0] for each in zip(IMAGES, TEXTS, strict=True)]
+        assert [each.tokens for each in made] == [each.tokens for each in alone]
+        assert decoding.num_beams > 1 or len({len(each.tokens) for each in made}) > 1  # so that there is padding
+        assert [each.log_prob for each in made] == pytest.approx([each.log_prob for each in alone], abs=1e-4)
+        for one, other in zip(made, alone, strict=True):
+            assert [each.log_prob for each in one.alternatives] == pytest.approx(
+                [each.log_prob for each in other.alternatives], abs=1e-4
+            )
 
 
 def test_thresholds_outside_zero_and_one(writer):

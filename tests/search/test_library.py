@@ -107,6 +107,27 @@ def test_the_mean_is_rescored_exactly(pipeline, images, shared, tmp_path):
         index(pipeline, str(images), tmp_path / "means", vectors="all")
 
 
+@pytest.mark.parametrize("vectors", ["all", "1"])
+def test_a_long_shortlist_is_read_in_parts(pipeline, photos, tmp_path, monkeypatch, vectors):
+    index(pipeline, str(photos), tmp_path / "library", vectors=vectors)
+    (photos / "red-square.png").unlink()
+    library = Library.open(tmp_path / "library", pipeline)
+    queries = ("a disc", photos / "red-disc.png")
+    expected = [library.search(query, k=12, rerank_k=7) for query in queries]
+    sizes = []
+    encode = pipeline.encode_pixels
+    monkeypatch.setattr(pipeline, "encode_pixels", lambda pixels: sizes.append(len(pixels)) or encode(pixels))
+    monkeypatch.setattr(pipeline, "batch_size", 5)
+    for query, hits in zip(queries, expected, strict=True):
+        found = library.search(query, k=12, rerank_k=7)
+        assert [hit.image for hit in found] == [hit.image for hit in hits]
+        assert [hit.problem for hit in found] == [hit.problem for hit in hits]
+        assert [hit.similarity for hit in found] == pytest.approx([hit.similarity for hit in hits], abs=1e-5)
+        for one, other in zip(found, hits, strict=True):
+            assert one.match == (None if other.match is None else pytest.approx(other.match, abs=1e-5))
+    assert max(sizes) <= 5 and len(sizes) > 2
+
+
 def test_an_image_that_changed_is_not_reranked(photos, library):
     draw("disc", "red", 90).save(photos / "red-disc.png")
     (photos / "red-square.png").unlink()
@@ -182,6 +203,7 @@ def test_columns_and_captions(dated):
         ("year", "does not return a boolean"),
         ("", "expected SQL"),
         ("digest = x'zz", "expected SQL"),
+        ("year % 0 = 1", "Divide by zero"),
     ],
 )
 def test_a_condition_that_is_none(dated, where, expected):

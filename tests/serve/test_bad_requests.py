@@ -225,6 +225,7 @@ FIELDS = {
                     {"enum": [str(number) for number in range(2000)]},
                     {"enum": ["word " * 10_000]},
                     {"enum": ["\ud800"]},
+                    {"type": "object", "properties": {"\ud800": {"enum": ["a", "b"]}}},
                 )
             ),
         ],
@@ -274,6 +275,8 @@ FIELDS = {
                 {"source": None},
                 {"source": [[]]},
                 {"source": {"eq": []}},
+                {"\ud800": 1},
+                {"source": ["x"] * 1001},
             ),
         ],
         ("where",): ["1 = 1"],

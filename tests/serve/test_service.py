@@ -4,6 +4,7 @@ import asyncio
 import base64
 import json
 import logging
+import shutil
 import threading
 import time
 import weakref
@@ -23,8 +24,10 @@ from blip2.serve.app import create_app
 from blip2.serve.engine import Generation, LocalEngine
 from blip2.serve.errors import ApiError
 from blip2.serve.gate import Gate
+from blip2.serve.images import ImageReader
 from blip2.serve.metrics import Metrics
 from blip2.serve.options import ServeOptions
+from blip2.serve.service import Service
 from blip2.serve.tokens import ShownTokens, describe_token
 from conftest import COLORS, SHAPES, draw
 from fixtures.library import draw_photos
@@ -432,6 +435,27 @@ def test_a_request_ends_at_its_deadline(writer):
             list(long(client, stream=True))
 
 
+def test_nothing_goes_on_after_an_image_that_is_refused():
+    """Otherwise work and images pile up behind requests that are answered and no longer counted."""
+    engine, read = LocalEngine(), []
+
+    class Model:
+        def preprocess(self, image):
+            read.append(image)
+            time.sleep(0.05)
+
+    async def run():
+        service = Service(engine, {}, ImageReader(), ServeOptions())
+        urls = [data_url(image) for image in IMAGES[:8]]
+        with pytest.raises(InputError, match="expected a data URL in base64"):
+            await service.encode(Model(), [*urls, "data:nothing"], "messages")
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        assert len(read) <= 2  # DECODERS, which had begun
+
+    asyncio.run(run())
+    asyncio.run(engine.close())
+
+
 # -- who may ask, and what is told -------------------------------------------------------------------------------------
 
 
@@ -462,6 +486,32 @@ def test_errors_have_openai_s_shape(client, address, library):
         assert error.value.status_code == status
         assert set(error.value.body) == {"message", "type", "param", "code"}
         assert "/" not in error.value.body["message"].replace("reset() (/reset)", "")
+
+
+def test_a_body_that_is_not_declared_as_json(http):
+    sent = http.post("/v1/search", content='{"query": "red"}', headers={"Content-Type": "text/plain"})
+    assert sent.status_code == 400
+    assert sent.json()["error"]["message"] == (
+        "the Content-Type of the body is text/plain, expected application/json: set this header"
+    )
+    sent = http.post("/v1/search", content='{"query": 1}', headers={"Content-Type": "application/json; charset=utf-8"})
+    assert sent.status_code == 400 and sent.json()["error"]["param"].startswith("query")  # the field of this name
+
+
+def test_a_library_that_is_damaged_meanwhile(pipeline, tmp_path, caplog):
+    """It is the fault of the server, whose paths are for its log alone; LanceDB writes some without the first slash."""
+    index(pipeline, str(draw_photos(tmp_path / "photos")), tmp_path / "library")
+    library = Library.open(tmp_path / "library", pipeline)
+    shutil.rmtree(tmp_path / "library")
+    with serve(create_app({"reader": pipeline}, library)) as port, httpx2.Client(trust_env=False) as http:
+        for answer in (
+            http.post(f"http://127.0.0.1:{port}/v1/search", json={"query": "red"}),
+            http.post(f"http://127.0.0.1:{port}/v1/search", json={"query": "red", "filter": {"year": 1}}),
+            http.get(f"http://127.0.0.1:{port}/v1/search/images/{'0' * 32}"),
+        ):
+            assert answer.status_code == 503
+            assert answer.json()["error"]["message"] == "the library cannot be read at the moment: try again later"
+    assert str(tmp_path / "library") in caplog.text
 
 
 def test_the_log_has_no_content(client, http, caplog):

@@ -313,9 +313,11 @@ def test_what_no_longer_trains_and_what_trains_anew_is_said(model):
 def test_moments_of_another_shape_begin_anew(model):
     config = OptimizerConfig(learning_rate={**FROZEN, "*": 1e-3})
     optimizer, saved = stepped(model, config)
-    saved["temperature"]["exp_avg"] = torch.zeros(3)
-    fresh, dropped = restore_optimizer(optimizer, model, saved)
-    assert "(temperature)" in fresh and "(temperature)" in dropped
+    whole = saved["temperature"]
+    without = [{name: value for name, value in whole.items() if name != key} for key in ("exp_avg", "step")]
+    for state in ({**whole, "exp_avg": torch.zeros(3)}, {**whole, "exp_avg": "x"}, *without):
+        fresh, dropped = restore_optimizer(optimizer, model, {**saved, "temperature": state})
+        assert "(temperature)" in fresh and "(temperature)" in dropped
 
 
 def test_a_parameter_without_a_gradient_is_nothing_to_speak_of(model):

@@ -334,6 +334,12 @@ def test_a_folder_that_is_deleted_while_its_run_trains(parts, tmp_path, capsys, 
     train(changed(recipe, training={"max_steps": 5}), resume=True)
 
 
+def change_source(state, **changes):
+    """The position of the first process, with changes in that of its only source."""
+    position = state["positions"][0]
+    return {**position, "sources": {name: {**each, **changes} for name, each in position["sources"].items()}}
+
+
 ODD = [
     lambda state: [],
     lambda state: {**state, "step": "3"},
@@ -343,7 +349,14 @@ ODD = [
     lambda state: {**state, "positions": [None]},
     lambda state: {**state, "positions": [{**state["positions"][0], "num_batches": 1.5}]},
     lambda state: {**state, "positions": [{**state["positions"][0], "sources": {"x": {"consumed": "y"}}}]},
+    lambda state: {**state, "positions": []},
+    lambda state: {**state, "positions": [{**state["positions"][0], "gradient_accumulation_steps": 0}]},
+    lambda state: {**state, "positions": [{**state["positions"][0], "num_batches": 10**30}]},
+    lambda state: {**state, "positions": [change_source(state, consumed_mask="zz")]},
     lambda state: {**state, "counts": []},
+    lambda state: {**state, "counts": {**state["counts"], "samples_seen": 5}},
+    lambda state: {**state, "counts": {**state["counts"], "truncated": "x"}},
+    lambda state: {**state, "unfinished": {"loss": "x"}},
     lambda state: {**state, "unfinished": 3},
     lambda state: {key: value for key, value in state.items() if key != "versions"},
 ]
@@ -361,9 +374,10 @@ def test_a_state_of_odd_kinds(parts, tmp_path):
             checkpoint.read_training_state(folder)
         message(raised)
     (folder / "state.json").write_text(json.dumps(good))
-    torch.save({"optimizer": [1, 2], "scaler": None}, folder / "optimizer.pt")
-    with pytest.raises(InputError, match=r"optimizer\.pt cannot be read"):
-        checkpoint.read_training_state(folder)
+    for odd in ([1, 2], {1: {}}, {"temperature": 3}):
+        torch.save({"optimizer": odd, "scaler": None}, folder / "optimizer.pt")
+        with pytest.raises(InputError, match=r"optimizer\.pt cannot be read"):
+            checkpoint.read_training_state(folder)
 
 
 # -- names ---------------------------------------------------------------------------------------------------------

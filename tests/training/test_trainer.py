@@ -27,6 +27,7 @@ from blip2.model.representation import RepresentationModel
 from blip2.pipelines import load
 from blip2.recipe import dump_config
 from blip2.training import trainer
+from blip2.training.data_stats import DataStats
 from blip2.training.interruption import TrainingInterrupted
 from blip2.training.metrics import read_metrics
 from blip2.training.trainer import train
@@ -385,6 +386,28 @@ def test_every_weight_of_a_loss_has_a_direction():
     assert all(is_better(0.1, 0.2, f"validation_{name}") for name in names)
     for name in ("validation_itc_r1", "validation_itm_accuracy", "validation_lm_accuracy", "evaluation_accuracy"):
         assert is_better(0.2, 0.1, name)
+    assert is_better(0.1, 0.2, "evaluation_ranked_expected_calibration_error")
+
+
+def test_a_best_metric_that_is_not_measured_is_an_error(parts, tmp_path):
+    """Otherwise the run would end without a best checkpoint."""
+    recipe = parts.recipe(
+        tmp_path / "run",
+        data={"validation": parts.images},
+        training={"max_steps": 1, "metric_for_best_model": "validation_accuracy"},
+    )
+    with pytest.raises(InputError, match="is validation_accuracy, expected one of validation_loss, validation_itc"):
+        train(recipe)
+
+
+def test_skipped_records_are_compared_with_the_samples_of_all_sources(tmp_path):
+    """Also with those of a source that is no longer in the recipe of a resumed run."""
+    stats = DataStats(["new"], {"skipped_image": 90, "samples_seen": {"old": 2000}})
+    stats.end_step([0] * len(stats.local_counts()))
+    assert stats.metrics()["samples_seen"] == {"new": 0, "old": 2000}
+    stats.check_bad_fraction(0.05, tmp_path / "skipped.jsonl")
+    with pytest.raises(InputError, match="90 of 2000 samples are bad"):
+        stats.check_bad_fraction(0.04, tmp_path / "skipped.jsonl")
 
 
 def test_validation_is_the_same_whenever_it_is_measured(parts, tmp_path):

@@ -11,6 +11,7 @@ width of the LLM, S width of the input of :meth:`LanguageModel.lm_head`, V vocab
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -54,6 +55,8 @@ POSITION_KEYS = ("max_position_embeddings", "max_target_positions", "n_positions
 VISUAL_PADDING = -math.inf
 """Every value of a token of a visual prompt that is padding, which the LLM does not see. It is not NaN, because a model
 whose training diverges writes NaN, which must reach the loss."""
+_REPLACING = threading.Lock()
+"""Held while the ``forward`` of a module is replaced or restored."""
 
 
 class LanguageModel(Freezable):
@@ -468,17 +471,40 @@ class LanguageModel(Freezable):
                 self.network.set_attn_implementation(implementation)
 
 
+class _ThreadForward:
+    """Stands in the place of a module's ``forward``, and calls another function in the threads that replaced it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.own = vars(module).get("forward")
+        self._forward = module.forward
+        self.replacements: dict[int, Callable[..., Any]] = {}
+        """The function of each thread, by the thread's identifier."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.replacements.get(threading.get_ident(), self._forward)(*args, **kwargs)
+
+
 @contextmanager
 def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replace the ``forward`` of a module within a context. The module may have one of accelerate (``device_map``)."""
-    own = vars(module).get("forward")
-    vars(module)["forward"] = forward
+    """Replace the ``forward`` of a module within a context, for this thread alone: others may be generating with it.
+
+    The module may have a ``forward`` of accelerate (``device_map``). Contexts of a thread must not be nested.
+    """
+    thread = threading.get_ident()
+    with _REPLACING:
+        current = vars(module).get("forward")
+        shared = current if isinstance(current, _ThreadForward) else _ThreadForward(module)
+        shared.replacements[thread] = forward
+        vars(module)["forward"] = shared
     try:
         yield
     finally:
-        del vars(module)["forward"]
-        if own is not None:
-            vars(module)["forward"] = own
+        with _REPLACING:
+            del shared.replacements[thread]
+            if not shared.replacements:
+                del vars(module)["forward"]
+                if shared.own is not None:
+                    vars(module)["forward"] = shared.own
 
 
 def _trim_padding(visual: Float[Tensor, "I _ L"]) -> tuple[Float[Tensor, "I Q L"], Bool[Tensor, "I Q"] | None]:

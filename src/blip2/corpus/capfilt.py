@@ -32,6 +32,7 @@ from blip2.corpus.models import (
     open_ranker,
     resolve_checkpoint,
     stored_itm_temperature,
+    weights_version,
 )
 from blip2.corpus.options import LOCAL, NO_CHECK, CapFiltConfig, Check, Engine
 from blip2.corpus.report import CapFiltStats, write_capfilt_report
@@ -93,7 +94,8 @@ def capfilt(
         resolve_checkpoint(captioner), resolve_checkpoint(ranker), str(folder.absolute()), config, device, dtype
     )
     metadata = {
-        "pass": "capfilt", "captioner": job.captioner, "ranker": job.ranker, "data": data, "dtype": dtype,
+        "pass": "capfilt", "captioner": job.captioner, "captioner_version": weights_version(job.captioner),
+        "ranker": job.ranker, "ranker_version": weights_version(job.ranker), "data": data, "dtype": dtype,
         "config": asdict(config), "transformers": version("transformers"), "torch": version("torch"),
         **({} if config.rules.min_itm is None else stored_itm_temperature(job.ranker)),
     }  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from blip2.config import Precision
 from blip2.corpus.job import Worker, run_job
-from blip2.corpus.models import check_reads_images, resolve_checkpoint
+from blip2.corpus.models import check_reads_images, resolve_checkpoint, weights_version
 from blip2.corpus.options import LOCAL, Engine
 from blip2.corpus.units import Unit, list_units, read_batches
 from blip2.data.shards import SkippedSample
@@ -133,7 +133,10 @@ def embed_corpus(
     """
     folder = expand_home(output)
     job = EmbedJob(resolve_checkpoint(model), str(folder.absolute()), device, dtype, overrides)
-    metadata = {"pass": "embed", "model": job.model, "data": data, "dtype": dtype, "overrides": overrides or None}
+    metadata = {
+        "pass": "embed", "model": job.model, "weights_version": weights_version(job.model), "data": data,
+        "shard_size": shard_size, "dtype": dtype, "overrides": overrides or None,
+    }  # fmt: skip
     totals: dict[str, Any] = {"images": 0, "texts": 0, "skipped": {}}
     for result in run_job(job, list_units(data, shard_size), folder, metadata, engine, "embed"):
         totals["images"] += result["images"]

@@ -24,12 +24,14 @@ from blip2.console import Display
 from blip2.corpus.options import Engine
 from blip2.corpus.units import Unit
 from blip2.errors import InputError
-from blip2.io import convert_os_errors, lock_folder, parse_json, read_json, write_json
+from blip2.io import convert_os_errors, lock_folder, parse_json, read_json, read_json_object, write_json
 from blip2.resumable import claim_folder
 
 Worker = Callable[[Unit], Mapping[str, Any]]
 """Processes a unit, writes the outputs, and returns a JSON-serializable result with the number of ``images``."""
 STATS = ".stats.json"
+UNIT = "unit"
+"""Key of the records from which a result was computed."""
 ERROR = "error"
 """Key under which a worker on Ray returns an error message instead of raising the error."""
 
@@ -60,13 +62,13 @@ def run_job(
         An iterator over the results of all units, in order.
 
     Raises:
-        InputError: the folder cannot be written or holds the outputs of another job, Ray is not installed, or a worker
-            raised an InputError.
+        InputError: the folder cannot be written or holds the outputs of another job or of other data, Ray is not
+            installed, or a worker raised an InputError.
     """
     with lock_folder(folder):
         claim_folder(folder / "about.json", metadata, "pass")
         _remove_stale_tmp(folder)
-        remaining = [unit for unit in units if not _stats_file(folder, unit).exists()]
+        remaining = [unit for unit in units if not _is_finished(folder, unit)]
         finished = len(units) - len(remaining)
         display = Display(label)
         if remaining:
@@ -92,6 +94,29 @@ def _stats_file(folder: Path, unit: Unit) -> Path:
     return folder / f"{unit.name}{STATS}"
 
 
+def _identify(unit: Unit) -> dict[str, Any]:
+    """Return what tells a unit from the same unit of other data. The path is not part of it: data may be moved."""
+    return {"start": unit.start, "count": unit.count, "version": unit.version}
+
+
+def _is_finished(folder: Path, unit: Unit) -> bool:
+    """Return whether the results of a unit are there.
+
+    Raises:
+        InputError: they are the results of other records, because the data has changed.
+    """
+    file = _stats_file(folder, unit)
+    if not file.exists():
+        return False
+    found, expected = read_json_object(file).get(UNIT), _identify(unit)
+    if found != expected:
+        raise InputError(
+            f"{file} has the result of {found}, expected {expected}: the data, {unit.source}, has changed since; give"
+            " another output"
+        )
+    return True
+
+
 @dataclass(frozen=True)
 class _RecordedJob:
     """A job whose results are written to a folder."""
@@ -111,7 +136,7 @@ class _RecordedJob:
             if not file.exists():  # it exists if a worker died right after writing the file
                 result = process(unit)
                 with convert_os_errors(file):
-                    write_json(file, result)
+                    write_json(file, {**result, UNIT: _identify(unit)})
             return {"images": read_json(file)["images"]}
 
         return record

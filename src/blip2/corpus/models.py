@@ -24,6 +24,7 @@ from blip2.decoding.search import Decoding, SampledTokenLogitsProcessor
 from blip2.decoding.text import final_text
 from blip2.errors import InputError
 from blip2.interop.detect import is_pickle
+from blip2.io import describe_version
 from blip2.pipelines import GenerationPipeline, RepresentationPipeline, load
 from blip2.pipelines.scoring import Candidate
 from blip2.recipe import load_stored
@@ -38,6 +39,23 @@ def resolve_checkpoint(name: str) -> str:
     if not path.exists():
         return name
     return str((find_checkpoint(path) if (path / CHECKPOINTS_FOLDER).is_dir() else path).absolute())
+
+
+def weights_version(name: str) -> str:
+    """Return :func:`~blip2.io.describe_version` of the files of weights of a model, for the metadata of a pass.
+
+    Without it, a pass that is resumed after its model was trained again would mix the results of two models.
+
+    Args:
+        name: the model, from :func:`resolve_checkpoint`.
+    """
+    path = Path(name)
+    folder = sorted(path.iterdir()) if path.is_dir() else [path]
+    return describe_version(file for file in folder if file.suffix in WEIGHTS_SUFFIXES)
+
+
+WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pth")
+"""Suffixes of files of weights."""
 
 
 def stored_itm_temperature(name: str) -> dict[str, float]:

@@ -13,7 +13,7 @@ from PIL.Image import Image
 
 from blip2.config import Precision, ScoreName
 from blip2.corpus.job import Worker, run_job
-from blip2.corpus.models import resolve_checkpoint, stored_itm_temperature
+from blip2.corpus.models import resolve_checkpoint, stored_itm_temperature, weights_version
 from blip2.corpus.options import LOCAL, Engine
 from blip2.corpus.units import Unit, list_units, read_batches
 from blip2.data.shards import Sample, SkippedSample
@@ -70,8 +70,9 @@ def score_corpus(
     folder = expand_home(output)
     job = ScoreJob(resolve_checkpoint(model), str(folder.absolute()), by, prompt, device, dtype, overrides)
     metadata = {
-        "pass": "score", "model": job.model, "data": data, "by": by, "prompt": prompt, "dtype": dtype,
-        "overrides": overrides or None, **(stored_itm_temperature(job.model) if by == "itm" else {}),
+        "pass": "score", "model": job.model, "weights_version": weights_version(job.model), "data": data, "by": by,
+        "shard_size": shard_size, "prompt": prompt, "dtype": dtype, "overrides": overrides or None,
+        **(stored_itm_temperature(job.model) if by == "itm" else {}),
     }  # fmt: skip
     totals: dict[str, Any] = {"images": 0, "texts": 0, "skipped": {}}
     total, lines = 0.0, []

@@ -23,6 +23,7 @@ from blip2.data.records import ColumnMapping, Records
 from blip2.data.shards import KEY_COLUMN, Sample, SkippedSample, expand_files, is_url, read_shard
 from blip2.data.sources import open_records
 from blip2.errors import InputError
+from blip2.io import describe_version
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Unit:
     """Index of the first record."""
     count: int | None = None
     """Number of records. None: the source is a ``.tar``, and the unit is all of it."""
+    version: str = ""
+    """:func:`~blip2.io.describe_version` of the files of the source; empty if it is not a name of files."""
 
 
 def list_units(source: str, shard_size: int) -> list[Unit]:
@@ -61,12 +64,19 @@ def list_units(source: str, shard_size: int) -> list[Unit]:
         if twice is not None:  # such as a/b.tar and a-b.tar
             found = " and ".join(file for file, name in zip(files, names, strict=True) if name == twice)
             raise InputError(f"{found} would have the same output shard, {twice}.tar: rename one of them")
-        return [Unit(name, _absolute(file)) for name, file in zip(names, files, strict=True)]
+        return [
+            Unit(name, _absolute(file), version=describe_version([file]))
+            for name, file in zip(names, files, strict=True)
+        ]
     if Path(source).exists():
         source = _absolute(source)
     count = len(open_corpus(source))
-    starts = range(0, count, shard_size)
-    return [Unit(f"{i:05}", source, start, min(shard_size, count - start)) for i, start in enumerate(starts)]
+    is_other = is_benchmark(source) or source.startswith("hub:") or Path(source).is_dir()
+    version = "" if is_other else describe_version(expand_files(source))
+    return [
+        Unit(f"{i:05}", source, start, min(shard_size, count - start), version)
+        for i, start in enumerate(range(0, count, shard_size))
+    ]
 
 
 def _absolute(file: str) -> str:

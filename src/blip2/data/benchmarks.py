@@ -73,9 +73,17 @@ def read_benchmark(source: str) -> Iterator[Row]:
 def _read_splits(source: str, reads: list[partial[Iterator[Row]]]) -> Iterator[Row]:
     for read in reads:
         empty = True
-        for row in read():
-            empty = False
-            yield row
+        try:
+            for row in read():
+                empty = False
+                yield row
+        except InputError:
+            raise
+        except Exception as error:  # the readers take the types of the publisher's values for granted
+            raise InputError(
+                f"{source} has values of another form than its publisher's files"
+                f" ({type(error).__name__}: {error}): download the files that docs/data.md names"
+            ) from error
         if empty:
             raise InputError(
                 f"{source} has no rows of split {read.args[0]}: download the files that docs/data.md names"
@@ -194,7 +202,7 @@ def _files(benchmark: Benchmark, split: str, folder: Path, source: str) -> list[
 
 def _shards(benchmark: Benchmark, folder: Path, source: str) -> list[Path]:
     files = sorted(folder.iterdir())
-    shards = [path for path in files if path.suffix.lower() == ".tar"]
+    shards = [path for path in files if path.suffix.lower() == ".tar" and path.is_file()]
     if not shards:
         lists = [path.name for path in files if path.suffix.lower() in (".tsv", ".json", ".parquet", ".txt")]
         found = f"only {lists[0]}, which may be a list of URLs" if lists else "none"

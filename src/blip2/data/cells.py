@@ -152,10 +152,21 @@ def _unwrap_text(value: Any) -> Any:
 def read_metadata(cell: Any) -> Any:
     """Return the value in a metadata column: a number unchanged, any other value as :func:`read_text` returns it.
 
+    A float without a fraction becomes an integer, because pandas stores the integers of a column with an empty cell as
+    floats.
+
     Raises:
         CellError: the cell holds neither a number nor text.
     """
+    if isinstance(cell, float) and cell.is_integer():
+        return int(cell)
     return cell if isinstance(cell, int | float) and not isinstance(cell, bool) else read_text(cell)
+
+
+def is_empty(cell: Any) -> bool:
+    """Return whether a cell has no value: None, the empty text, or NaN, the empty cell of pandas in a column of
+    numbers."""
+    return cell is None or cell == "" or (isinstance(cell, float) and math.isnan(cell))
 
 
 def describe(value: Any) -> str:

@@ -65,8 +65,10 @@ MAX_FILE_BYTES = 4 * MAX_PIXELS
 MAX_SCANNED_PIXELS = 20 * MAX_PIXELS
 """Maximum product of the number of pixels and the number of scans of a JPEG. A progressive JPEG usually has about ten
 scans, but a small file can have thousands, and decoding takes time for every scan."""
-
-
+PHOTOMETRIC_INTERPRETATION, WHITE_IS_ZERO = 262, 0
+"""The tag of a TIFF that says what its values mean, and the value of a negative."""
+MAX_PATH_CHARACTERS = 4096
+"""Maximum length of a path. A longer text is usually an image in base64."""
 START_OF_SCAN = b"\xff\xda"
 """The marker at the start of each scan of a JPEG. These two bytes never occur in compressed data."""
 
@@ -101,6 +103,11 @@ def describe_invalid_path(name: str) -> str | None:
 
     The description follows "is" or "holds" in an error message.
     """
+    if len(name) > MAX_PATH_CHARACTERS:
+        return (
+            f"a text of {len(name):,} characters that begins with {name[:30]!r}, expected the path of a file: decode"
+            " base64 to bytes"
+        )
     if ":" not in name and not name.startswith("~/"):  # true of nearly every path
         return None
     if name.startswith("file://"):
@@ -231,10 +238,13 @@ def _damaged(name: str, error: Exception) -> ImageError:
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     transparent = _transparent_value(image)
+    is_negative = getattr(image, "tag_v2", {}).get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         array = np.asarray(image)
         rgb = _from_array(array, name)
+        if is_negative:  # Pillow inverts TIFFs with 8 bits only
+            rgb = ImageOps.invert(rgb)
         if isinstance(transparent, int):
             rgb.paste((255, 255, 255), mask=Image.fromarray(np.where(array == transparent, 255, 0).astype(np.uint8)))
         return rgb

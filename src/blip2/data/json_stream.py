@@ -11,6 +11,9 @@ from typing import Any
 
 from blip2.errors import InputError
 
+MAX_VALUE_CHARACTERS = 1 << 28
+"""Maximum number of characters of an element of an array, or of a member of an object."""
+
 
 def stream_json(path: Path, chunk_size: int = 1 << 20) -> Iterator[tuple[str, Any]]:
     """Iterate over the elements of the array, or the members of the object, in a JSON file.
@@ -194,7 +197,7 @@ class _Parser:
             try:
                 value, end = self._decode(self._text, self._position)
             except json.JSONDecodeError:
-                if self._ended:
+                if self._ended or len(self._text) - self._position > MAX_VALUE_CHARACTERS:
                     raise
             else:
                 if self._ended or (

@@ -126,9 +126,14 @@ START: SourcePosition = {
 """The position before the first record of a source."""
 
 
+MAX_NUMBER = 10**15
+"""Maximum of the numbers of a position: above any practical value, and small enough not to overflow."""
+
+
 def is_position(value: Any) -> bool:
-    """Return whether a JSON value has the keys and types of a :class:`MixturePosition`, and no negative number."""
-    return _has_type(value, MixturePosition)
+    """Return whether a JSON value has the keys and types of a :class:`MixturePosition`, no negative number, and bit
+    masks in hexadecimal digits."""
+    return _has_type(value, MixturePosition) and value["gradient_accumulation_steps"] > 0
 
 
 def _has_type(value: Any, hint: Any) -> bool:
@@ -138,6 +143,7 @@ def _has_type(value: Any, hint: Any) -> bool:
             isinstance(value, dict)
             and value.keys() == fields.keys()
             and all(_has_type(value[name], field) for name, field in fields.items())
+            and all(_is_hex(value[name]) for name in ("mask", "consumed_mask") if name in fields)
         )
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
@@ -147,8 +153,12 @@ def _has_type(value: Any, hint: Any) -> bool:
     if origin is dict:
         return isinstance(value, dict) and all(_has_type(item, arguments[1]) for item in value.values())
     if hint is int:
-        return type(value) is int and value >= 0
+        return type(value) is int and 0 <= value <= MAX_NUMBER
     return hint is Any or isinstance(value, hint)
+
+
+def _is_hex(digits: str) -> bool:
+    return len(digits) % 2 == 0 and set(digits) <= set("0123456789abcdef")
 
 
 def bits_to_hex(bits: Bool[np.ndarray, "N"]) -> str:

@@ -28,6 +28,7 @@ from blip2.data.cells import (
     QUESTION_COLUMNS,
     CellError,
     first_column,
+    is_empty,
     labels_to_names,
     read_features_cell,
     read_image_cell,
@@ -167,7 +168,7 @@ class ColumnMapping:
                 image, refused = None, f", whose image is the path {image}, which is not read: expected {allowed}"
         captions, num_blank = parse("caption", caption_column, read_texts, ((), 0))
         question = parse("question", question_column, read_question, None)
-        present = [name for name in self.metadata if row.get(name) not in (None, "")]
+        present = [name for name in self.metadata if not is_empty(row.get(name))]
         metadata = {name: parse("caption", name, read_metadata, None) for name in present}
         others = {name: parse("caption", name, lambda cell: cell, None) for name in self.other_columns if name in row}
         others = {name: cell for name, cell in others.items() if cell not in (None, "") and not isinstance(cell, bytes)}
@@ -254,11 +255,16 @@ class Records(_WithColumns, Sequence[Record]):
 
     @cached_property
     def group_ids(self) -> Int[np.ndarray, "N"] | None:
-        """The number of the group of each of the N records, from 0. None if there is no group column."""
+        """The number of the group of each of the N records, from 0. None if there is no group column.
+
+        A record with an empty cell is a group of its own.
+        """
         if self._columns.group is None:
             return None
         values = self._table.read_column([self._columns.group], slice(None))
-        return np.unique([str(value) for value in values], return_inverse=True)[1]
+        names = [f"\0{i}" if is_empty(value) else str(value) for i, value in enumerate(values)]
+        numbers = {name: number for number, name in enumerate(sorted(set(names)))}  # np.unique pads to the longest
+        return np.array([numbers[name] for name in names], np.int64)
 
     def captions(self, indices: Sequence[int]) -> list[tuple[str, ...]]:
         """Return the captions of the records at `indices`. Images are not read."""

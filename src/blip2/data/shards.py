@@ -52,6 +52,8 @@ MAX_SAMPLE_BYTES = MAX_FILE_BYTES + (1 << 20)
 """Maximum size in bytes of a row of a Parquet file, and of all members of a sample of a tar together."""
 MAX_TEXT_BYTES = 1 << 24
 """Maximum size in bytes of a text member of a tar (:data:`TEXT_EXTENSIONS`)."""
+MAX_PADDING_BYTES = 1 << 20
+"""Number of bytes after the end of a tar that are checked. They are zeros, unless another tar follows."""
 MAX_HEADER_BYTES = 1 << 14
 """Maximum size in bytes of the extended header of a tar member, which contains a long name or attributes."""
 MAX_RANGE = 10**6
@@ -150,11 +152,17 @@ def stream_shards(shards: list[str]) -> datasets.IterableDataset:
 def _read_shards(shards: list[str]) -> Iterator[Row]:
     for shard in shards:
         if is_text_table(shard):  # an error ends the run, because the rest of a damaged text may be misread
-            yield from read_text_table(shard)
+            yield from read_rows(shard)
             continue
         for number, row in enumerate(read_shard(shard)):
             key = f"{shard} {row[KEY_COLUMN]}" if KEY_COLUMN in row else shard
             yield {**row, KEY_COLUMN: key, STARTS_SHARD_COLUMN: number == 0}
+
+
+def read_rows(file: str) -> Iterator[Row]:
+    """Yield the rows of a text table as :func:`~blip2.data.tables.read_text_table` does, without
+    :data:`RESERVED_COLUMNS`."""
+    return map(_without_reserved, read_text_table(file))
 
 
 def read_shard(shard: str) -> Iterator[Row]:
@@ -376,8 +384,14 @@ def _read_tar(file: Any) -> Iterator[Row]:
         is_whole = isinstance(ended_by, tarfile.EOFHeaderError)  # pyright: ignore[reportAttributeAccessIssue]
         if sample and (is_whole or (last_extensions and set(names) >= last_extensions)):
             yield _to_row(sample)
+        where = f" after {sample[KEY_COLUMN]}" if sample else ""
+        rest: Any = tar.fileobj
+        if is_whole and any(rest.read(MAX_PADDING_BYTES)):
+            raise InputError(
+                f"the archive goes on after its end{where}, as cat writes several into one: keep them in files of their"
+                " own, or join them with tar --concatenate"
+            )
         if not is_whole:
-            where = f" after {sample[KEY_COLUMN]}" if sample else ""
             reason = f" ({ended_by})" if str(ended_by) else ""
             raise tarfile.ReadError(f"the archive is incomplete or damaged{where}{reason}")
 

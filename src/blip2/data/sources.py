@@ -44,6 +44,7 @@ from blip2.data.shards import (
     check_parquet,
     expand_files,
     is_url,
+    read_rows,
     read_shard,
     stream_shards,
     unreadable_source,
@@ -53,7 +54,6 @@ from blip2.data.tables import (
     Table,
     build_cached_table,
     describe_compression,
-    read_text_table,
     table_from_rows,
 )
 from blip2.errors import InputError
@@ -143,7 +143,7 @@ def open_records(
         read = partial(_read_whole_shard, images=columns, texts=texts)
         dataset = _load(source, build_cached_table, files, read=read, kind=" ".join(columns + texts))
     else:
-        dataset = _load(source, build_cached_table, files, read=read_text_table)
+        dataset = _load(source, build_cached_table, files, read=read_rows)
     # A Parquet file may contain paths of image files in its own folder; a sample of a tar may not contain any path.
     allowed_folders = {".tar": (), ".parquet": (str(path.parent),)}.get(suffix)
     root = path.parent
@@ -210,7 +210,8 @@ def _open_folder(
 
 
 def _check_saved(folder: Path) -> None:
-    """Check the files of a folder that ``save_to_disk`` wrote: the library would read files of other folders, too."""
+    """Check the files of a folder that ``save_to_disk`` wrote: the library would read files of other folders, too, and
+    wait for a pipe."""
     state = read_json(folder / "state.json")
     files = state.get("_data_files") if isinstance(state, dict) else None
     names = [file.get("filename") if isinstance(file, dict) else None for file in files or ()]
@@ -219,6 +220,8 @@ def _check_saved(folder: Path) -> None:
             f"{folder / 'state.json'} is damaged (its _data_files do not list files of the same folder): copy or save"
             " the dataset again"
         )
+    if missing := [name for name in names if not (folder / str(name)).is_file()]:
+        raise InputError(f"data source {folder} has no file {missing[0]}: copy or save the dataset again")
     if not files:
         raise _empty(str(folder))
 
@@ -256,6 +259,7 @@ def _make_records(
         source, root, allowed_folders: see :class:`~blip2.data.records.ColumnMapping`.
         config, rank, world_size, all_columns, reads_features: see :func:`open_records`.
     """
+    dataset = _remove_reserved(dataset)
     table = _as_table(dataset)
     features = (dataset.features or _probe_columns(dataset, source)) if table is None else table.features
     features = {name: feature for name, feature in features.items() if name not in RESERVED_COLUMNS}
@@ -324,6 +328,13 @@ def _make_records(
             " data.question_column"
         )
     return records
+
+
+def _remove_reserved(dataset: Any) -> Any:
+    """Remove :data:`RESERVED_COLUMNS` from a dataset of the library. A table has those that :func:`read_shard` made."""
+    if isinstance(dataset, Table) or not dataset.features:
+        return dataset
+    return dataset.remove_columns([name for name in dataset.features if name in RESERVED_COLUMNS])
 
 
 def _as_table(dataset: Any) -> Table | None:

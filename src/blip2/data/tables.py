@@ -16,7 +16,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from datasets.config import HF_DATASETS_CACHE
 from filelock import FileLock
 
 from blip2.data.cells import METADATA_COLUMNS, describe, detect_encoding, first_column
-from blip2.data.json_stream import iter_members
+from blip2.data.json_stream import MAX_VALUE_CHARACTERS, iter_members
 from blip2.errors import InputError
 from blip2.io import atomic_write
 
@@ -47,8 +47,10 @@ MAGIC_BYTES = 8
 """Number of bytes that :data:`COMPRESSED_STARTS` need."""
 CACHE_VERSION = 2
 """Version of the format of cached tables. If the number is changed, all tables are built again."""
-MAX_CELL_CHARACTERS = 1 << 28
-"""Maximum number of characters in a cell of a CSV file."""
+MAX_LINE_CHARACTERS = MAX_VALUE_CHARACTERS
+"""Maximum number of characters in a line of a table, and in a cell of a CSV file."""
+PROBE_CHARACTERS = 1 << 10
+"""Number of characters that are read at a time to find the first one of a JSON file that is no white space."""
 BATCH_ROWS = 1000
 """Number of rows in an Arrow record batch."""
 _ROW, _NAMES, _BYTES = "row", "names", "bytes"
@@ -140,7 +142,7 @@ class _TableError(Exception):
 
 def _read_delimited(text: io.TextIOWrapper, quoted: bool) -> Iterator[Row]:
     """Read cells as texts. In metadata columns, integers become numbers if that does not change their digits."""
-    lines = _csv_cells(text) if quoted else ((n, line.rstrip("\r\n").split("\t")) for n, line in enumerate(text, 1))
+    lines = _csv_cells(text) if quoted else ((n, line.rstrip("\r\n").split("\t")) for n, line in _lines(text))
     names: list[str] | None = None
     for number, cells in lines:
         if cells in ([], [""]):  # blank line
@@ -162,9 +164,20 @@ def _read_delimited(text: io.TextIOWrapper, quoted: bool) -> Iterator[Row]:
             yield {name: _parse_id(cell) if name in METADATA_COLUMNS else cell for name, cell in zip(names, cells)}  # noqa: B905
 
 
+def _lines(text: io.TextIOWrapper) -> Iterator[tuple[int, str]]:
+    """Yield the number and the text of each line, but do not read a line of gigabytes into memory."""
+    for number, line in enumerate(iter(lambda: text.readline(MAX_LINE_CHARACTERS), ""), 1):
+        if len(line) == MAX_LINE_CHARACTERS:
+            raise _TableError(
+                f"line {number} has more than the {MAX_LINE_CHARACTERS:,} characters allowed: check that the file is a"
+                " table"
+            )
+        yield number, line
+
+
 def _csv_cells(text: io.TextIOWrapper) -> Iterator[tuple[int, list[str]]]:
-    csv.field_size_limit(max(csv.field_size_limit(), MAX_CELL_CHARACTERS))
-    reader = csv.reader(text, strict=True)
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_CHARACTERS))
+    reader = csv.reader((line for _, line in _lines(text)), strict=True)
     while True:
         number = reader.line_num + 1
         try:
@@ -204,12 +217,9 @@ values only one could be kept, raises ValueError."""
 
 def _read_json(text: io.TextIOWrapper) -> Iterator[Row]:
     """Read an array of objects, or one object per line."""
-    lines = ((number, line) for number, line in enumerate(iter(text.readline, ""), 1) if line.strip())
-    first = next(lines, None)
-    if first is None:
-        return
-    if first[1].lstrip().startswith("["):
-        text.seek(0)
+    start = next((part for part in iter(lambda: text.read(PROBE_CHARACTERS), "") if part.strip()), "")
+    text.seek(0)
+    if start.lstrip().startswith("["):  # perhaps all of it in one line
         number = 0
         try:
             for number, (_, value) in enumerate(iter_members(text, JSON_DECODER), 1):
@@ -220,7 +230,9 @@ def _read_json(text: io.TextIOWrapper) -> Iterator[Row]:
                 f"is not JSON after entry {number} ({reason}), expected an array of objects: correct the file"
             ) from error
         return
-    for number, line in chain([first], lines):
+    for number, line in _lines(text):
+        if not line.strip():
+            continue
         try:
             value = JSON_DECODER.decode(line)
         except ValueError as error:

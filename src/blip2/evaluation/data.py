@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -97,11 +99,30 @@ class EvalData:
         """Return the path or the encoded bytes of the image of a record; None if the record has no image."""
         return self.dataset[index].image
 
+    def digest(self) -> str:
+        """Return a digest of the records: of their texts and metadata, and of the paths or bytes of their images."""
+        hasher = hashlib.blake2b(digest_size=8)
+        for record, image in zip(self.records, self.image_ids, strict=True):
+            texts = (record.captions, record.num_blank, record.question, dict(record.metadata))
+            hasher.update(json.dumps([*texts, dict(record.other_columns), image], default=str).encode())
+        return hasher.hexdigest()
+
     def group_by_image(self) -> list[list[int]]:
-        """Return the indices of the records of each image, in the order in which the images first occur."""
+        """Return the indices of the records of each image, in the order in which the images first occur.
+
+        Raises:
+            InputError: records of different images have the same ``image_id``.
+        """
         groups: dict[Any, list[int]] = {}
         for i, record in enumerate(self.records):
             groups.setdefault(record.metadata.get("image_id", self.image_ids[i]), []).append(i)
+        for key, group in groups.items():
+            other = next((i for i in group if self.image_ids[i] != self.image_ids[group[0]]), None)
+            if other is not None:
+                raise InputError(
+                    f"{self.records[group[0]].key} and {self.records[other].key} have the image_id {key!r}, but"
+                    " different images: give each image its own image_id, or leave out the column"
+                )
         return list(groups.values())
 
     def choices(self) -> list[tuple[str, ...]]:
@@ -143,10 +164,10 @@ class EvalData:
                 " task"
             )
         ids = [record.metadata.get("question_id", i) for i, record in enumerate(self.records)]
-        repeated = [key for key, count in Counter(ids).items() if count > 1]
+        repeated = [key for key, count in Counter(map(str, ids)).items() if count > 1]  # 5 and "5" are one id in a file
         if repeated:
             raise InputError(
-                f"{len(repeated)} question ids occur more than once in the data, the first is {repeated[0]!r}: give"
+                f"{len(repeated)} question ids occur more than once in the data, the first is {repeated[0]}: give"
                 " each question its own question_id"
             )
         return ids

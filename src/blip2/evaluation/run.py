@@ -119,7 +119,8 @@ def evaluate_pipeline(
     decoding = None if config.task == "retrieval" else asdict(decoding_for(config))
     metadata = to_plain({
         "task": config.task, "model": str(pipeline.path), "weights": _digest(pipeline.model), "data": data.source,
-        "records": len(data), "dtype": str(pipeline.model.vision.dtype), "decoding": decoding,
+        "records": len(data), "records_digest": data.digest(), "dtype": str(pipeline.model.vision.dtype),
+        "decoding": decoding,
         "prompt": config.prompt, "rerank_k": config.rerank_k, "fusion": config.fusion, "rules": config.rules,
         "lemmatize": config.lemmatize, "seed": seed, **({"control": True} if config.control else {}),
         **_certainty_metadata(pipeline, config),
@@ -172,7 +173,8 @@ def evaluate_predictions(file: str | Path, config: EvaluationConfig, output: str
         raise InputError(f"{file} cannot be read ({error.strerror}): check the path and the permissions") from error
     metadata = {
         "task": config.task, "predictions": str(file), "digest": hashlib.blake2b(content, digest_size=8).hexdigest(),
-        "data": data.source, "records": len(data), "rules": config.rules, "lemmatize": config.lemmatize,
+        "data": data.source, "records": len(data), "records_digest": data.digest(), "rules": config.rules,
+        "lemmatize": config.lemmatize,
     }  # fmt: skip
 
     def work(resumable: ResumableMap) -> EvalResult:

@@ -453,8 +453,19 @@ def _score_captions(
 
 
 def _image_ids(data: EvalData, rows: Sequence[list[int]]) -> list[Any]:
-    """Return the ``image_id`` of each image, or the index of the image if there is no ``image_id``."""
-    return [data.records[group[0]].metadata.get("image_id", i) for i, group in enumerate(rows)]
+    """Return the ``image_id`` of each image, or the index of the image if there is no ``image_id``.
+
+    Raises:
+        InputError: two images would have the same id in a file of predictions.
+    """
+    ids = [data.records[group[0]].metadata.get("image_id", i) for i, group in enumerate(rows)]
+    repeated = next((key for key, count in Counter(map(str, ids)).items() if count > 1), None)  # 5 and "5" are one id
+    if repeated is not None:
+        raise InputError(
+            f"two images of {data.source} have the id {repeated}, which is the image_id of one and the image_id or the"
+            " number of the other: give each image its own image_id, or leave out the column"
+        )
+    return ids
 
 
 def _format_scores(scores: CaptionScores) -> dict[str, Any]:
@@ -641,9 +652,11 @@ def group_captioned_images(data: EvalData) -> list[list[int]]:
     """Return the indices of the records of each image, for a task that compares captions.
 
     Raises:
-        InputError: some of the images have no caption, so that they would not be scored, or would count as not found.
+        InputError: some of the images have no caption, so that they would not be scored, or would count as not found;
+            or two images have the same id.
     """
     rows = data.group_by_image()
+    _image_ids(data, rows)
     bare = [group for group in rows if not any(data.records[i].captions for i in group)]
     if 0 < len(bare) < len(rows):
         raise InputError(

@@ -230,7 +230,8 @@ class StoreIndex:
 
 def read_index(folder: Path, row_format: RowFormat) -> StoreIndex:
     """Read the current content of a store, which may be empty."""
-    parts = sorted(path.name.removesuffix(".index.jsonl") for path in folder.glob("*.index.jsonl"))
+    found = (path.with_name(path.name.removesuffix(".index.jsonl")) for path in folder.glob("*.index.jsonl"))
+    parts = sorted(path.name for path in found if path.with_suffix(".bin").is_file())  # rows may have been deleted
     images, locations, files, file_images = [], [], [], []
     errors: dict[str, str] = {}
     for number, part in enumerate(parts):
@@ -268,7 +269,8 @@ def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
         for line in file:
             if line.endswith(b"\n"):
                 with contextlib.suppress(ValueError):
-                    yield parse_json(line)
+                    if isinstance(parsed := parse_json(line), dict):
+                        yield parsed
 
 
 def lookup(sorted_values: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -390,6 +390,18 @@ def compatibility_notes(checkpoint: Checkpoint) -> list[str]:
             notes.append(f"the T5 of this model has the activation {llm.dense_act_fn}, LAVIS uses gelu: results differ")
         if llm is not None and llm.model_type == "opt" and language.stop_string != "\n":
             notes.append("LAVIS ends a text at a newline, but the texts of this model do not end with a newline")
+        default = QUESTION_PLACEHOLDER if qformer.use_qformer_text_input else ""
+        prompts = [each for each in (language.prompt, language.question_prompt) if each not in (default, None)]
+        if prompts:
+            notes.append(
+                f"LAVIS's files have no place for prompts: set prompt in LAVIS's config, and language.prompt here, to"
+                f" {' or '.join(map(repr, prompts))}, with which this model was trained"
+            )
+    elif checkpoint.config.max_length != ModelConfig.max_length:
+        notes.append(
+            f"LAVIS's files do not record that this model was trained on texts of up to {checkpoint.config.max_length}"
+            " tokens: set max_txt_len in LAVIS's config, and max_length here"
+        )
     if checkpoint.config.text_normalization != "lavis" and not qformer.use_qformer_text_input:
         notes.append(
             "LAVIS lowercases captions and questions and removes punctuation; this model was trained without that"

@@ -44,9 +44,11 @@ from blip2.io import read_json, write_json
 
 RETRIEVAL_CLASS, GENERATION_CLASS = "Blip2ForImageTextRetrieval", "Blip2ForConditionalGeneration"
 INSTRUCT_CLASS = "InstructBlipForConditionalGeneration"
-NORMALIZATION_KEY, PROMPT_KEY, TEXT_INPUT_KEY = "text_normalization", "prompt", "text_input"
-"""Keys of config.json for a text normalization, a prompt and a text of the Q-Former other than those of the published
-checkpoints. The transformers library ignores these keys."""
+NORMALIZATION_KEY, TEXT_INPUT_KEY = "text_normalization", "text_input"
+PROMPT_KEY, QUESTION_PROMPT_KEY = "prompt", "question_prompt"
+MAX_LENGTH_KEY = "max_caption_length"  # "max_length" is an option of transformers' generate
+"""Keys of config.json for settings of :class:`~blip2.config.ModelConfig` that transformers has no place for. They are
+there if a setting is not that of the published checkpoints; the transformers library ignores them."""
 SHARED_KEYS: KeyMap = (
     ("query_tokens", "qformer.queries"),
     ("vision_model.post_layernorm", "image_norm"),
@@ -218,40 +220,56 @@ def _config(
             image_norm_eps=config.vision_config.layer_norm_eps,
             use_qformer_text_input=reads_text,
             text_input=_setting(
-                name, config, TEXT_INPUT_KEY, ("question", "prompt"), "prompt" if reads_text else "question"
+                name, config, TEXT_INPUT_KEY, "prompt" if reads_text else "question", ("question", "prompt")
             ),
         )
         language = None
         if generates:
-            prompt, stop = _prompt(config.text_config, tokenizer), _stop(name, config.text_config, tokenizer)
-            if reads_text:
-                prompt = str(getattr(config, PROMPT_KEY, QUESTION_PLACEHOLDER))
+            stop = _stop(name, config.text_config, tokenizer)
+            default_prompt = _default_prompt(reads_text, config.text_config, tokenizer)
             # Recorded because the LLM's own files may differ: those of FlanT5 have gelu_new, but LAVIS used gelu.
             bos: Any = tokenizer.bos_token if _is_inconsistent(config.text_config) else None
             activation = activation_name(config.text_config)
-            language = LanguageConfig(name=name, prompt=prompt, stop_string=stop, bos_token=bos, activation=activation)
+            language = LanguageConfig(
+                name=name,
+                prompt=_setting(name, config, PROMPT_KEY, default_prompt),
+                question_prompt=_setting(name, config, QUESTION_PROMPT_KEY, None),
+                stop_string=stop,
+                bos_token=bos,
+                activation=activation,
+            )
         return ModelConfig(
             stage="generation" if generates else "representation",
             vision=VisionConfig(name=name, position_encoding="none"),
             qformer=qformer,
             language=language,
             text_normalization=_setting(
-                name, config, NORMALIZATION_KEY, get_args(TextNormalization),
-                LAYOUTS[config.model_type].text_normalization,
+                name, config, NORMALIZATION_KEY, LAYOUTS[config.model_type].text_normalization,
+                get_args(TextNormalization),
             ),
+            max_length=_setting(name, config, MAX_LENGTH_KEY, ModelConfig.max_length),
         )  # fmt: skip
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
 
 
-def _setting(name: str, config: Any, key: str, values: Sequence[str], default: str) -> Any:
-    """Return a setting that :func:`save_processor` recorded in config.json; `default` if it recorded none."""
+def _setting(name: str, config: Any, key: str, default: Any, values: Sequence[str] | None = None) -> Any:
+    """Return a setting that :func:`save_processor` recorded in config.json; `default` if it recorded none.
+
+    Args:
+        name: name of the checkpoint, for messages.
+        config: configuration of the model.
+        key: key of the setting.
+        default: the value that is not recorded.
+        values: all values that the setting can have. None: any value of the type of `default`, or any text if that is
+            None.
+    """
     found: Any = getattr(config, key, default)
-    if found not in values:
-        raise InputError(
-            f"{name}: its config.json has {key} {found!r}, expected one of {', '.join(values)}: correct or remove {key}"
-        )
-    return found
+    kind = str if default is None else type(default)
+    if found == default or (type(found) is kind if values is None else found in values):
+        return found
+    expected = f"a value of type {kind.__name__}" if values is None else f"one of {', '.join(values)}"
+    raise InputError(f"{name}: its config.json has {key} {found!r}, expected {expected}: correct or remove {key}")
 
 
 def _with_class(config: Any, config_class: Any) -> Any:
@@ -261,8 +279,13 @@ def _with_class(config: Any, config_class: Any) -> Any:
     return config_class(**{key: value for key, value in config.to_dict().items() if key != "model_type"})
 
 
-def _prompt(text_config: Any, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the prompt that transformers uses if the user gives none: a BOS token, even if the tokenizer adds none."""
+def _default_prompt(reads_text: bool, text_config: Any, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the prompt that transformers uses if the user gives none: a BOS token, even if the tokenizer adds none.
+
+    InstructBLIP always gets a text, the question itself.
+    """
+    if reads_text:
+        return QUESTION_PLACEHOLDER
     start = getattr(text_config, "bos_token_id", None)
     if text_config.is_encoder_decoder or start is None or tokenizer("")["input_ids"]:
         return ""
@@ -422,14 +445,19 @@ def save_processor(
         image_token_index=tokenizer.get_vocab()[IMAGE_TOKEN],
         **({} if reads_text else {"image_text_hidden_size": sizes.image_text_hidden_size}),
     )
-    if checkpoint.config.text_normalization != layout.text_normalization:
-        setattr(config, NORMALIZATION_KEY, checkpoint.config.text_normalization)
     language = checkpoint.config.language
-    if reads_text and language is not None:
-        if language.prompt != QUESTION_PLACEHOLDER:
-            setattr(config, PROMPT_KEY, language.prompt)
-        if sizes.text_input != "prompt":
-            setattr(config, TEXT_INPUT_KEY, sizes.text_input)
+    own: dict[str, tuple[object, object]] = {  # with the value that is read if there is none
+        NORMALIZATION_KEY: (checkpoint.config.text_normalization, layout.text_normalization),
+        MAX_LENGTH_KEY: (checkpoint.config.max_length, ModelConfig.max_length),
+    }
+    if language is not None:
+        own[PROMPT_KEY] = (language.prompt, _default_prompt(reads_text, llm, tokenizer))
+        own[QUESTION_PROMPT_KEY] = (language.question_prompt, None)
+    if reads_text:
+        own[TEXT_INPUT_KEY] = (sizes.text_input, "prompt")
+    for key, (value, default) in own.items():
+        if value != default:
+            setattr(config, key, value)
     if llm is not None:
         start = getattr(llm, "decoder_start_token_id", None)
         GenerationConfig(

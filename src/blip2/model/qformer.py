@@ -12,6 +12,7 @@ Q-Former, E width of the image encoder, _ any number.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -245,8 +246,11 @@ class QFormer(nn.Module):
             The weights of each row, cross-attention and query, which sum to 1 over the P image tokens.
         """
         maps: list[Tensor] = []
+        thread = threading.get_ident()
 
         def save_map(attention: nn.Module, inputs: tuple[Tensor, tuple[CrossAttentionKV, ...]]) -> None:
+            if threading.get_ident() != thread:  # a pass of another thread, with images of its own
+                return
             assert isinstance(attention, CrossAttention)
             queries = split_heads(attention.query(inputs[0]), attention.num_heads)
             keys = torch.cat([kv.row_keys for kv in inputs[1]])

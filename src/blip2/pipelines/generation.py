@@ -464,7 +464,8 @@ class GenerationPipeline(LikelihoodPipeline):
         count = decoding.beam_width(1)
         texts, sequences = self._decode(visual, indices, ids, mask, decoding, count)
         end_tokens = self.model.language.eos_token_ids(self.eos_token_id)
-        sequences = [until_end(sequence, end_tokens) for sequence in sequences]
+        criteria = make_stopping_criteria(self.tokenizer, decoding)
+        sequences = [until_end(sequence, end_tokens, criteria) for sequence in sequences]
         rows = [row[row_mask].tolist() for row, row_mask in zip(ids, mask, strict=True)]
         log_probs = self._token_log_probs(
             visual,

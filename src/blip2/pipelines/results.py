@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 from blip2.data.images import ImageLike, read_image
+from blip2.decoding.search import stops
 from blip2.errors import InputError
 
 
@@ -133,9 +134,19 @@ class Explanation:
         return weights / weights.sum(dim=1, keepdim=True) @ self.attention_map
 
 
-def until_end(sequence: list[int], end_tokens: Container[int]) -> list[int]:
-    """Return the tokens of a sequence up to its first end token, which is included."""
+def until_end(
+    sequence: list[int], end_tokens: Container[int], stopping_criteria: StoppingCriteria | None = None
+) -> list[int]:
+    """Return the tokens of a sequence without its padding, which consists of end tokens.
+
+    Args:
+        sequence: the tokens of a sequence and padding.
+        end_tokens: tokens that end a sequence. The first one belongs to the sequence unless a stop string is before it.
+        stopping_criteria: says which other sequences end; see :func:`blip2.decoding.search.generate`.
+    """
     end = next((i for i, token in enumerate(sequence) if token in end_tokens), len(sequence))
+    if stopping_criteria is not None and 0 < end < len(sequence):
+        end -= bool(stops(stopping_criteria, torch.tensor([sequence[:end]])))
     return sequence[: end + 1]
 
 

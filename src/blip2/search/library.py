@@ -113,6 +113,10 @@ class Hit:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
+class LibraryError(InputError):
+    """A library that cannot be read or written, for a reason that is not in what was asked of it."""
+
+
 class OtherModelError(InputError):
     """A library is opened with a model other than the one that made it."""
 
@@ -299,11 +303,16 @@ class Library:
         problems: dict[int, str] = {}
         similarity = np.asarray([each.similarity for each in found], np.float32)
         if rerank_k and found and (mean_only or text is not None):
-            read = len(found) if mean_only else rerank_k
-            features, problems = self._read_features(found[:read])
-            if mean_only and features:
-                embedded = self.pipeline.embed_images(torch.stack(list(features.values()))).float().cpu().numpy()
-                similarity[list(features)] = exact_similarity(vectors, embedded)
+            read, size = len(found) if mean_only else min(rerank_k, len(found)), self.pipeline.batch_size
+            for start in range(0, read, size):  # the images of a long shortlist do not fit into memory together
+                part, missing = self._read_features(found, range(start, min(start + size, read)))
+                problems |= missing
+                features |= part
+                if mean_only and part:
+                    embedded = self.pipeline.embed_images(torch.stack(list(part.values()))).float().cpu().numpy()
+                    similarity[list(part)] = exact_similarity(vectors, embedded)
+                    kept = sorted(sorted(features), key=lambda number: -similarity[number])[:rerank_k]
+                    features = {} if text is None else {number: features[number] for number in kept}
         order = np.argsort(-similarity, kind="stable").tolist()
         matches: dict[int, tuple[float, float]] = {}  # log-odds, probability
         if text is not None:
@@ -418,15 +427,16 @@ class Library:
         source, image, found = (rows[name][0].as_py() for name in ("source", "image", "digest"))
         return self.read_image(Hit(image, 0.0, source=source, digest=found))
 
-    def _read_features(self, hits: Sequence[Hit]) -> tuple[dict[int, Tensor], dict[int, str]]:
-        """Encode images again.
+    def _read_features(self, hits: Sequence[Hit], chosen: range) -> tuple[dict[int, Tensor], dict[int, str]]:
+        """Encode some of the images of hits again.
 
         Returns:
             The features [P, E] of the images that can be read, and the problems of the others, by position.
         """
         pixels: dict[int, Tensor] = {}
         problems: dict[int, str] = {}
-        for number, hit in enumerate(hits):
+        for number in chosen:
+            hit = hits[number]
             try:
                 image = read_image(self.read_image(hit), f"image {hit.image}")
                 pixels[number] = preprocess(image, self.pipeline.model.vision.preprocessing)
@@ -606,7 +616,7 @@ def sql_text(text: str) -> str:
 
 @contextmanager
 def convert_lance_errors(uri: str, where: str | None = None, library: Library | None = None) -> Iterator[None]:
-    """Convert exceptions of LanceDB to :class:`~blip2.errors.InputError` of one line.
+    """Convert exceptions of LanceDB to :class:`LibraryError`, or to an InputError about the condition, of one line.
 
     Args:
         uri: the library.
@@ -622,7 +632,9 @@ def convert_lance_errors(uri: str, where: str | None = None, library: Library | 
         if not isinstance(error, ValueError | RuntimeError | OSError) and type(error).__name__ != "RustPanic":
             raise
         reason = _reason(error)
-        if where is not None and library is not None and isinstance(error, ValueError):
+        # "filter expression": one that fails for the value of a row, such as a division by zero.
+        is_condition = isinstance(error, ValueError) or "filter expression" in reason
+        if where is not None and library is not None and is_condition:
             columns = ", ".join(f"{name} ({kind})" for name, kind in library.columns.items()) or "none"
             raise InputError(
                 f"the condition {where!r} cannot be used ({reason}), expected SQL such as year >= 2020 AND place ="
@@ -634,7 +646,7 @@ def convert_lance_errors(uri: str, where: str | None = None, library: Library | 
                 "check that the bucket exists, and the credentials, region and endpoint in the environment"
                 " (docs/search.md)"
             )
-        raise InputError(f"the library {uri} cannot be read or written ({reason}): {advice}") from error
+        raise LibraryError(f"the library {uri} cannot be read or written ({reason}): {advice}") from error
 
 
 def _reason(error: Exception) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
@@ -19,10 +21,11 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from blip2 import __version__
 from blip2.errors import InputError
 from blip2.pipelines import GenerationPipeline, RepresentationPipeline
+from blip2.search.library import LibraryError
 from blip2.serve import attention, chat, page, search, vectors
 from blip2.serve.engine import Engine, LocalEngine
 from blip2.serve.errors import ApiError
-from blip2.serve.gate import Gate, read_hosts
+from blip2.serve.gate import Gate, error_log, read_hosts
 from blip2.serve.images import ImageReader
 from blip2.serve.metrics import Metrics
 from blip2.serve.models import Stage1Model, Stage2Model
@@ -151,6 +154,12 @@ def _add_error_handlers(app: FastAPI, secrets: Mapping[str, str]) -> None:
             message = message.replace(secret, shown)
         return ApiError(400, message).response()
 
+    @app.exception_handler(LibraryError)
+    async def library_error(_: Request, error: LibraryError) -> Response:
+        # LanceDB writes paths of the server in several ways, so its words are for the log alone.
+        error_log.error(json.dumps({"event": "error", "type": "LibraryError", "message": str(error)}))
+        return ApiError(503, "the library cannot be read at the moment: try again later", code="library").response()
+
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> Response:
         known = {
@@ -162,8 +171,16 @@ def _add_error_handlers(app: FastAPI, secrets: Mapping[str, str]) -> None:
         return ApiError(error.status_code, message, headers=dict(error.headers or {})).response()
 
     @app.exception_handler(RequestValidationError)
-    async def validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
+        kind = request.headers.get("content-type", "missing")
+        if not re.match(r"application/([^;\s]+\+)?json\s*(;|$)", kind, re.IGNORECASE):  # FastAPI does not parse it
+            return ApiError(
+                400,
+                f"the Content-Type of the body is {kind[:80]}, expected application/json: set this header",
+                code="invalid_value",
+            ).response()
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part not in ("body", "path", "query"))
+        source, *fields = first["loc"]  # "body", or the place of a parameter
+        where = ".".join(map(str, fields if source in ("body", "path", "query") else first["loc"]))
         message = f"{where[:200] or 'the body'}: {first['msg'][:300]}"
         return ApiError(400, message, where[:200] or None, "invalid_value").response()

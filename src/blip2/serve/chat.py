@@ -21,6 +21,7 @@ from openai.types.chat.chat_completion_token_logprob import TopLogprob
 from sse_starlette import EventSourceResponse
 from starlette.responses import JSONResponse, Response
 
+from blip2.data.collate import check_unicode
 from blip2.decoding.options import CAPTION_DECODING, CHAT_DECODING, Decoding
 from blip2.pipelines import Candidate
 from blip2.serve.engine import Generation, Piece
@@ -161,6 +162,7 @@ def _choices(response_format: ResponseFormat | None) -> tuple[str | None, tuple[
             "response_format",
             "unsupported_schema",
         )
+    check_unicode(texts if name is None else [name, *texts])
     return name, tuple(texts)
 
 

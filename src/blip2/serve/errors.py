@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from starlette.responses import JSONResponse
 
+from blip2.errors import escape_control_characters
+
 TYPES = {
     401: "authentication_error",
     404: "not_found_error",
@@ -40,7 +42,9 @@ class ApiError(Exception):
     def body(self) -> dict[str, dict[str, str | None]]:
         """Return the error in OpenAI's shape."""
         kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        # Keys and texts of the request, which can contain any character, even one that cannot be encoded.
+        message, param = escape_control_characters(self.message), self.param and escape_control_characters(self.param)
+        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
 
     def response(self) -> JSONResponse:
         """Return the response to the request."""

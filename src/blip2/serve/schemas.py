@@ -193,7 +193,7 @@ class SearchRequest(Body):
     top_k: Annotated[int, Field(ge=1, le=100)] = 10
     rerank_k: Annotated[int, Field(ge=0, le=100)] = 20
     """Number of images of the ITC shortlist that ITM re-ranks, if the query is a text."""
-    filter: dict[str, Value | list[Value] | Condition] | None = None
+    filter: dict[str, Value | Annotated[list[Value], Field(max_length=1000)] | Condition] | None = None
     """For each column of the metadata, its value, a list of values, or conditions such as ``{"gte": 2020}``."""
 
 

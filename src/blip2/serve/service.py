@@ -76,7 +76,13 @@ class Service:
         if len(urls) > limit:
             raise ApiError(400, f"there are {len(urls)} images, expected at most {limit}: send fewer", param)
         distinct = list(dict.fromkeys(urls))
-        pixels = await asyncio.gather(*(self.images.read(url, model.preprocess) for url in distinct))
+        reads = [asyncio.ensure_future(self.images.read(url, model.preprocess)) for url in distinct]
+        try:
+            pixels = await asyncio.gather(*reads)
+        finally:  # if an image is refused, the others must not be read on: the gate no longer counts the request
+            for read in reads:
+                read.cancel()
+            await asyncio.gather(*reads, return_exceptions=True)
         features = dict(zip(distinct, await self.engine.submit(model.encode, pixels), strict=True))
         return [features[url] for url in urls]
 

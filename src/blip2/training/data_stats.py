@@ -32,7 +32,8 @@ class DataStats:
         self._names = [*(f"skipped_{reason}" for reason in SKIP_REASONS), "truncated", "shards"]
         counts = counts or {}
         self._counts = Counter({name: int(counts.get(name, 0)) for name in self._names})
-        self._samples_seen = Counter({name: int(counts.get("samples_seen", {}).get(name, 0)) for name in sources})
+        # Former sources are counted too: the records skipped in them are.
+        self._samples_seen = Counter(dict.fromkeys(sources, 0) | counts.get("samples_seen", {}))
         self._skipped: list[SkippedRecord] = []
         self._local_counts: Counter[str] = Counter()
         self._local_samples_seen: Counter[str] = Counter()

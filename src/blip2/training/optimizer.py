@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from blip2.backbones.frozen import Freezable
 from blip2.backbones.lora import ADAPTER_KEY, BASE_LAYER_KEY
@@ -191,7 +192,7 @@ def restore_optimizer(optimizer: Any, model: nn.Module, saved: dict[str, dict[st
         for parameter, index in zip(group["params"], indices["params"], strict=True):
             name = names[parameter]
             saved_state = saved.get(name)
-            if saved_state is None or any(saved_state[m].shape != parameter.shape for m in MOMENTS if saved_state):
+            if saved_state is None or (saved_state and not _fits(saved_state, parameter)):
                 new.append(name)
                 continue
             restored.add(name)
@@ -209,6 +210,12 @@ def restore_optimizer(optimizer: Any, model: nn.Module, saved: dict[str, dict[st
             f"the optimizer's state of {_abbreviate(unused)} is dropped: no parameter of this name and shape trains"
         )
     return lines
+
+
+def _fits(state: Mapping[str, Any], parameter: Tensor) -> bool:
+    """Return whether a saved state is one of AdamW for a parameter of this shape."""
+    shapes = {name: value.shape for name, value in state.items() if isinstance(value, Tensor)}
+    return all(shapes.get(name) == parameter.shape for name in MOMENTS) and "step" in shapes
 
 
 def _abbreviate(names: list[str]) -> str:

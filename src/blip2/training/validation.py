@@ -28,6 +28,8 @@ from blip2.training.metrics import METRICS_FILE, read_metrics
 
 LOWER_IS_BETTER = ("_loss", *(f"_{name}" for name in ObjectivesConfig().weights), "_perplexity", "_query_similarity")
 """Suffixes of the validation metrics for which lower is better: every loss, and some metrics."""
+CALIBRATION_ERROR = "_expected_calibration_error"
+"""Suffix of the evaluation metrics for which lower is better."""
 
 
 @runtime_checkable
@@ -74,7 +76,7 @@ def validate(
         ``recipe.objectives``.
 
     Raises:
-        InputError: no record can be used.
+        InputError: no record can be used, or ``training.metric_for_best_model`` names a metric that is not there.
     """
     records = dataset.records
     assert records is not None
@@ -118,7 +120,14 @@ def validate(
         )
     means = {name: total / total_pairs for name, total in zip(names, totals, strict=True)}
     loss = float(sum(recipe.objectives.weight(name) * means[name] for name in sorted(losses)))
-    return {f"validation_{name}": mean for name, mean in {"loss": loss, **means}.items()}
+    values = {f"validation_{name}": mean for name, mean in {"loss": loss, **means}.items()}
+    best = recipe.training.metric_for_best_model or ""
+    if best.startswith("validation_") and best not in values:
+        raise InputError(
+            f"training.metric_for_best_model is {best}, expected one of {', '.join(values)}: correct it, and rerun with"
+            " --resume"
+        )
+    return values
 
 
 def run_evaluation(evaluator: Evaluator, built: Built, step: int, recipe: Recipe, display: Display) -> dict[str, float]:
@@ -161,7 +170,8 @@ def is_better(value: float, best: float | None, name: str) -> bool:
         return False
     if best is None:
         return True
-    return value < best if name.startswith("validation_") and name.endswith(LOWER_IS_BETTER) else value > best
+    suffixes = LOWER_IS_BETTER if name.startswith("validation_") else CALIBRATION_ERROR
+    return value < best if name.endswith(suffixes) else value > best
 
 
 def best_metric(run: Path, name: str | None) -> float | None:
@@ -169,6 +179,6 @@ def best_metric(run: Path, name: str | None) -> float | None:
     best: float | None = None
     if name is not None and (run / METRICS_FILE).exists():
         for row in read_metrics(run):
-            if name in row and is_better(row[name], best, name):
+            if isinstance(row.get(name), int | float) and is_better(row[name], best, name):
                 best = row[name]
     return best
