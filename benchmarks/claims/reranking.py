@@ -41,14 +41,14 @@ from common import (
 )
 
 from blip2.evaluation.report import new_figure
-from blip2.evaluation.retrieval import RetrievalResult, itm_logits, rerank, select_candidates
+from blip2.evaluation.retrieval import Fusion, RetrievalResult, itm_logits, rerank, select_candidates
 
 SETS = {"compositions": "test_compositions.jsonl", "twins": "twins.jsonl"}
 """The held-out sets by name; of each image the first caption is used."""
 TWINS_STEPS = 400
 """Steps with near twins. ITM begins to tell them apart after about 150."""
-BY = {"itm": "ITM", "sum": "ITM + ITC"}
-"""What candidates are re-ranked by."""
+BY: dict[str, tuple[Fusion, str]] = {"itm": ("itm", "ITM"), "sum": ("itm+itc/temperature", "ITM + ITC")}
+"""What candidates are re-ranked by, with the title."""
 CANDIDATES = (1, 2, 4, 8, 16, 32, 64, 128)
 TIMED_IMAGES = 16
 """Number of images over which the cost of k is measured."""
@@ -65,7 +65,6 @@ def measure(run: str | Path, limit: int) -> dict[str, Any]:
     """Return R@1 by ITC alone by set, R@1 after re-ranking by set, score and k, and the milliseconds per image by k."""
     pipeline = load_stage1(run)
     found: dict[str, Any] = {"itc": {}, "recall": {}, "milliseconds": {}, "chance": {}}
-    temperature = pipeline.model.temperature
     for name, file in SETS.items():
         rows, features = read_images(pipeline, file, limit)
         texts = [row["captions"][0] for row in rows]
@@ -79,14 +78,13 @@ def measure(run: str | Path, limit: int) -> dict[str, Any]:
         alone = RetrievalResult(similarity, similarity, positive)
         found["chance"][name] = alone.chance["r1"]
         found["itc"][name] = recall_at_1(alone)
-        no_itc = torch.zeros_like(similarity)
-        for by, added in {"itm": no_itc, "sum": similarity / temperature.cpu()}.items():
-            summed = scores + torch.stack([no_itc, added], dim=-1)
-            found["recall"].setdefault(name, {})[by] = recall = {}
-            for k in CANDIDATES:
-                candidates = select_candidates(similarity, k)
-                logits = [each[selected] for each, selected in zip(summed, candidates.union, strict=True)]
-                recall[k] = recall_at_1(rerank(similarity, positive, candidates, logits, "itm"))
+        found["recall"][name] = {by: {} for by in BY}
+        for k in CANDIDATES:
+            candidates = select_candidates(similarity, k)
+            logits = [each[selected] for each, selected in zip(scores, candidates.union, strict=True)]
+            for by, (fusion, _) in BY.items():
+                result = rerank(similarity, positive, candidates, logits, fusion, pipeline.itc_temperature)
+                found["recall"][name][by][k] = recall_at_1(result)
         if name == "compositions":
             for k in CANDIDATES:
                 selected = select_candidates(similarity, k).i2t
@@ -106,7 +104,7 @@ def table(models: dict[str, Any]) -> str:
     for k in map(str, CANDIDATES):
         cells = [mean_spread([run["recall"][name][by][k] for run in runs]) for name in SETS for by in BY]
         rows.append([k, *cells, mean_spread([run["milliseconds"][k] for run in runs], scale=1)])
-    titles = [f"R@1 on {name} by {title}, %" for name in SETS for title in BY.values()]
+    titles = [f"R@1 on {name} by {title}, %" for name in SETS for _, title in BY.values()]
     return markdown(["k", *titles, "ms per image"], rows)
 
 
@@ -117,7 +115,7 @@ def draw(models: dict[str, Any]) -> Any:
     panels = [figure.add_subplot(1, len(SETS) + 1, i + 1) for i in range(len(SETS) + 1)]
     for axes, name in zip(panels, SETS, strict=False):
         for number, run in enumerate(runs):
-            for color, (by, title) in enumerate(BY.items()):
+            for color, (by, (_, title)) in enumerate(BY.items()):
                 recall = [100 * run["recall"][name][by][str(k)] for k in CANDIDATES]
                 label = title if number == 0 else None
                 axes.plot(CANDIDATES, recall, color=f"C{color}", label=label, marker="o", markersize=3)

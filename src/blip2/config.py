@@ -680,9 +680,10 @@ class EvaluationConfig(DecodingOptions):
     rerank_k: int = bounded(128, 0, 10**12)
     """Retrieval: number of candidates of each image, and of each text, that are re-ranked by ITM (§4.4). 0: no
     re-ranking."""
-    fusion: Literal["itm", "itm+itc"] = "itm"
+    fusion: Literal["itm", "itm+itc", "itm+itc/temperature"] = "itm"
     """Retrieval: score by which candidates are re-ranked. itm: ITM score. itm+itc: ITM logit of a match plus ITC
-    similarity, as in LAVIS."""
+    similarity, as in LAVIS. itm+itc/temperature: ITM log-odds plus ITC similarity divided by its temperature, because
+    ITM learns to tell a match from texts that ITC finds similar (hard negatives), and not from all texts."""
     rules: Literal["official", "lavis"] = "official"
     """VQA: rules for comparing answers. official: the rules of the benchmarks' current scripts. lavis: LAVIS's older
     rules, which always normalize predictions; the numbers in the paper were computed with them."""

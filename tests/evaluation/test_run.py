@@ -164,7 +164,7 @@ def test_captions_of_one_image_in_several_rows_are_the_truth_of_one(runs, parts,
     file.unlink()
 
 
-@pytest.mark.parametrize("fusion", ["itm", "itm+itc"])
+@pytest.mark.parametrize("fusion", ["itm", "itm+itc", "itm+itc/temperature"])
 def test_retrieval(runs, parts, tmp_path, fusion):
     metrics = evaluate(runs["stage1"], "retrieval", parts.images, tmp_path, rerank_k=5, fusion=fusion)
     rows = [json.loads(line) for line in Path(parts.images).read_text().splitlines()]
@@ -181,7 +181,12 @@ def test_retrieval(runs, parts, tmp_path, fusion):
     # All pairs by matching, of which only those on the shortlist count.
     every = torch.arange(len(texts)).expand(len(rows), -1)
     logits = pipeline.match_candidates(images, texts, every)
-    scores = logits[..., 1] - logits[..., 0] if fusion == "itm" else logits[..., 1] + similarity
+    log_odds = logits[..., 1] - logits[..., 0]
+    scores = {
+        "itm": log_odds,
+        "itm+itc": logits[..., 1] + similarity,
+        "itm+itc/temperature": log_odds + similarity / pipeline.model.temperature,
+    }[fusion]
     among = torch.zeros_like(positive)
     for t in range(len(texts)):
         among[similarity[:, t].topk(5).indices, t] = True

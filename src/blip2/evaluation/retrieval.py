@@ -23,7 +23,7 @@ from blip2.pipelines import RepresentationPipeline
 CUTOFFS = (1, 5, 10)
 Recall = dict[str, float]
 """Recall at each of :data:`CUTOFFS` as ``r1``, ``r5``, ``r10``, in [0, 1]."""
-Fusion = Literal["itm", "itm+itc"]
+Fusion = Literal["itm", "itm+itc", "itm+itc/temperature"]
 """Score by which candidates are re-ranked. ``itm``: the logit of "matched" minus the logit of "not matched", as in the
 paper. ``itm+itc``: the logit of "matched" plus the similarity, as in LAVIS."""
 
@@ -108,7 +108,7 @@ def evaluate_retrieval(
     ids, mask = pipeline.tokenize(texts)
     rows = zip(features.split(1), candidates.union, strict=True)
     logits = [itm_logits(pipeline, image, ids, mask, row) for image, row in rows]
-    return rerank(similarity, positive, candidates, logits, fusion)
+    return rerank(similarity, positive, candidates, logits, fusion, pipeline.itc_temperature)
 
 
 class Candidates(NamedTuple):
@@ -164,6 +164,7 @@ def rerank(
     candidates: Candidates,
     logits: Sequence[Float[Tensor, "_ 2"]],
     fusion: Fusion,
+    temperature: float,
 ) -> RetrievalResult:
     """Rank the candidates by `fusion`, and all other pairs after the candidates, by similarity.
 
@@ -172,14 +173,16 @@ def rerank(
         positive: True for pairs that match.
         candidates: pairs to re-rank.
         logits: the result of :func:`itm_logits` for each image.
-        fusion: score by which the candidates are re-ranked.
+        fusion: score by which the candidates are re-ranked; see :attr:`blip2.config.EvaluationConfig.fusion`.
+        temperature: the temperature of ITC.
     """
+    scale = {"itm": 0.0, "itm+itc": 1.0, "itm+itc/temperature": 1 / temperature}[fusion]
     matching = torch.zeros_like(similarity)
     for row, selected, pairs in zip(matching, candidates.union, logits, strict=True):
-        row[selected] = (pairs[:, 1] - (pairs[:, 0] if fusion == "itm" else 0)).to(row.dtype)
-    if fusion == "itm+itc":
-        matching += similarity
-    others = similarity - 1000.0  # below every candidate
+        row[selected] = (pairs[:, 1] - (0 if fusion == "itm+itc" else pairs[:, 0])).to(row.dtype)
+    if scale:
+        matching += scale * similarity
+    others = similarity - (1000.0 + scale)  # below every candidate
     return RetrievalResult(
         matching.where(candidates.i2t, others), matching.where(candidates.t2i, others), positive,
         RetrievalResult(similarity, similarity, positive),

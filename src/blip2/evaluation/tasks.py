@@ -546,7 +546,7 @@ def retrieve(
             return [itm_logits(pipeline, image, ids, mask, candidates.union[index[i]]) for image, i in images]
 
         logits = [row for chunk in resumable.run("pairs", len(image_chunks), match) for row in chunk]
-        result = rerank(similarity, positive, candidates, logits, config.fusion)
+        result = rerank(similarity, positive, candidates, logits, config.fusion, pipeline.itc_temperature)
         metrics[config.fusion] = _format_recall(result)
 
     if config.control:
@@ -597,7 +597,7 @@ def _blank_scores(
             return [similarity]
         best = select_candidates(similarity, config.rerank_k).i2t
         logits = itm_logits(pipeline, image, *pipeline.tokenize(texts), best[0])
-        result = rerank(similarity, best, Candidates(best, best), [logits], config.fusion)
+        result = rerank(similarity, best, Candidates(best, best), [logits], config.fusion, pipeline.itc_temperature)
         return [similarity, result.scores_i2t]
 
     return resumable.run("blank", 1, score)[0]

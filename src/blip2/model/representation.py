@@ -116,6 +116,11 @@ class RepresentationModel(nn.Module):
         # Cosines are divided by the temperature. The parameter is the temperature itself, not its logarithm.
         self.temperature = nn.Parameter(torch.tensor(0.07))
 
+    @property
+    def itc_temperature(self) -> Float[Tensor, ""]:
+        """The temperature by which ITC divides cosines: the parameter, with a lower bound of 0.001."""
+        return self.temperature.clamp(min=1e-3)
+
     # -- encoding ------------------------------------------------------------------------------------------------------
 
     def build_image_memory(self, images: Shaped[Tensor, "B ..."]) -> ImageMemory:
@@ -326,7 +331,7 @@ class RepresentationModel(nn.Module):
         """Return similarities / temperature of local images with all texts, and of local texts with all images."""
         images = self._project(self.image_projection, queries)  # [B, Q, C]
         texts = self._project(self.text_projection, cls)  # [B, C]
-        temperature = self.temperature.clamp(min=1e-3)
+        temperature = self.itc_temperature
         with torch.autocast(images.device.type, enabled=False):
             logits_per_image = image_text_similarity(images, self._all_gather(texts)) / temperature
             logits_per_text = image_text_similarity(self._all_gather(images), texts).T / temperature

@@ -35,6 +35,11 @@ class RepresentationPipeline(ScoringPipeline[RepresentationModel]):
 
     score_names = ("itm", "itc", "itg")
 
+    @property
+    def itc_temperature(self) -> float:
+        """The temperature by which ITC divides similarities."""
+        return self.model.itc_temperature.item()
+
     @overload
     def embed_images(
         self, images: Images, *, on_error: Literal["raise", "skip"] = "raise"
