@@ -94,7 +94,7 @@ def test_tables_hold_what_was_measured():
     images = {
         "source": "mine",
         "count": 3,
-        "retrieval": {"itc": recalls, "itm": recalls, "chance": chance},
+        "retrieval": {"itc": recalls, "reranked": recalls, "chance": chance},
         "captions": {"stage 2": scores},
     }
     (retrieval, rows), (captions, lines) = tables(json.loads(json.dumps({"images": images})))

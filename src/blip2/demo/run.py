@@ -388,7 +388,7 @@ class Evaluator:
 
     def _retrieve(self, features: Float[Tensor, "I P E"], texts: list[str]) -> RetrievalResult:
         positive = torch.tensor([[a == b for b in texts] for a in texts])
-        return evaluate_retrieval(self.representation, features, texts, positive, RERANK_K)
+        return evaluate_retrieval(self.representation, features, texts, positive, RERANK_K, "itm+itc/temperature")
 
     def _answer(
         self, features: Float[Tensor, "I P E"], rows: list[dict[str, Any]], image_index: list[int]
@@ -446,6 +446,6 @@ def _recalls(retrieval: RetrievalResult) -> dict[str, Any]:
     assert itc is not None
     return {
         "itc": {"image_to_text": itc.image_to_text, "text_to_image": itc.text_to_image},
-        "itm": {"image_to_text": retrieval.image_to_text, "text_to_image": retrieval.text_to_image},
+        "reranked": {"image_to_text": retrieval.image_to_text, "text_to_image": retrieval.text_to_image},
         "chance": retrieval.chance,
     }

@@ -256,8 +256,9 @@ class Library:
     ) -> list[Hit]:
         """Find the images that are most similar to a text or to an image.
 
-        A shortlist is made by similarity (ITC); its best `rerank_k` images are then re-ranked by matching (ITM), as in
-        §4.4 of the paper. Images with the same bytes count as one.
+        A shortlist is made by similarity (ITC); its best `rerank_k` images are then re-ranked by matching (ITM, §4.4).
+        They are ranked by the sum of ITM's log-odds and the similarity divided by ITC's temperature, because ITM has
+        learned from pairs that ITC finds similar. Images with the same bytes count as one.
 
         Args:
             query: a text; or an image as a ``Path``, bytes, a PIL image or an array.
@@ -314,18 +315,17 @@ class Library:
                     kept = sorted(sorted(features), key=lambda number: -similarity[number])[:rerank_k]
                     features = {} if text is None else {number: features[number] for number in kept}
         order = np.argsort(-similarity, kind="stable").tolist()
-        matches: dict[int, tuple[float, float]] = {}  # log-odds, probability
+        matches: dict[int, tuple[float, float]] = {}  # the score by which images are ranked, and the probability
         if text is not None:
             chosen = [number for number in order if number in features][:rerank_k]
             if chosen:
                 stacked = torch.stack([features[number] for number in chosen])
                 candidates = torch.zeros(len(chosen), 1, dtype=torch.long)
                 logits = self.pipeline.match_candidates(stacked, [text], candidates)[:, 0].float().cpu()
-                odds, probabilities = (
-                    (logits[:, 1] - logits[:, 0]).tolist(),
-                    self.pipeline.match_probability(logits).tolist(),
-                )
-                matches = dict(zip(chosen, zip(odds, probabilities, strict=True), strict=True))
+                scaled = torch.from_numpy(similarity[chosen]) / self.pipeline.itc_temperature
+                scores = (logits[:, 1] - logits[:, 0] + scaled).tolist()
+                probabilities = self.pipeline.match_probability(logits).tolist()
+                matches = dict(zip(chosen, zip(scores, probabilities, strict=True), strict=True))
                 order.sort(key=lambda number: -matches[number][0] if number in matches else math.inf)
         return [
             replace(
