@@ -25,7 +25,7 @@ from blip2.search import indexing
 from blip2.search.library import MEAN, TABLE, VECTORS, Library, LibraryConfig, connect, library_schema, to_stored
 from blip2.search.recall import measure_recall
 
-BATCH, TOPICS, SEARCHES = 10_000, 1000, 200
+BATCH, TOPICS = 10_000, 1000
 
 
 def normalize(vectors: np.ndarray) -> np.ndarray:
@@ -37,8 +37,8 @@ def noise(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return rng.standard_normal(shape, np.float32) / np.float32(np.sqrt(shape[-1]))
 
 
-def write(library: Library, images: int, spread: float) -> np.ndarray:
-    """Write the embeddings, and return vectors to search with."""
+def write(library: Library, images: int, spread: float, searches_wanted: int) -> np.ndarray:
+    """Write the embeddings, and return `searches_wanted` vectors to search with."""
     config, schema = library.config, library.table.schema
     rng = np.random.default_rng(0)
     topics = noise(rng, TOPICS, config.image_text_hidden_size)
@@ -48,14 +48,14 @@ def write(library: Library, images: int, spread: float) -> np.ndarray:
         image = topics[rng.integers(TOPICS, size=count)] + noise(rng, count, config.image_text_hidden_size)
         shape = (count, config.num_query_tokens, config.image_text_hidden_size)
         vectors = normalize(image[:, None] + spread * noise(rng, *shape))
-        share = -(-SEARCHES * count // images)
+        share = -(-searches_wanted * count // images)
         searches.append(vectors[:share, 0] + 0.5 * noise(rng, share, shape[2]))
         names = [f"{number:08}" for number in range(start, start + count)]
         cells = {"source": ["synthetic"] * count, "image": names, "digest": names}
         cells |= {"captions": [[]] * count, column: to_stored(vectors, config)}
         columns = [pyarrow.array(cells.get(each.name, [None] * count), each.type) for each in schema]
         library.table.add(pyarrow.Table.from_arrays(columns, schema=schema))
-    return normalize(np.concatenate(searches)[:SEARCHES])
+    return normalize(np.concatenate(searches)[:searches_wanted])
 
 
 def size(folder: Path) -> float:
@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--vectors", choices=("all", "1"), default="all")
     parser.add_argument("--spread", type=float, default=0.3)
     parser.add_argument("--bits", type=int, default=indexing.NUM_BITS, help="bits per dimension in the index")
+    parser.add_argument("--searches", type=int, default=200, help="an exact one takes seconds in a large library")
     options = parser.parse_args()
     indexing.NUM_BITS = options.bits
     shutil.rmtree(options.folder, ignore_errors=True)
@@ -79,7 +80,7 @@ def main() -> None:
     table = connect(str(options.folder)).create_table(TABLE, schema=library_schema(config))
     library = Library(str(options.folder), table)
     started = time.perf_counter()
-    searches = write(library, options.images, options.spread)
+    searches = write(library, options.images, options.spread, options.searches)
     written, written_cpu, written_gb = time.perf_counter(), time.process_time(), size(options.folder)
     indexing.optimize(library)
     built, built_cpu = time.perf_counter(), time.process_time()
