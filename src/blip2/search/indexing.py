@@ -543,8 +543,14 @@ def optimize(library: Library) -> None:
         trained = int((table.schema.field(column).metadata or {}).get(TRAINED_ROWS.encode(), 0))
         has_index = any(each.columns == [column] for each in table.list_indices())
         if not has_index or rows >= RETRAIN_FACTOR * trained:
+            if not has_index:
+                _merge_files(table)  # with an index, every moved row has to be moved in the index as well
             table.create_index(column, config=IvfRq(distance_type="cosine", num_bits=NUM_BITS), replace=True)
             table.update_field_metadata({"path": column, "metadata": {TRAINED_ROWS: str(rows)}})
+    _merge_files(table)
+
+
+def _merge_files(table: Any) -> None:
     with warnings.catch_warnings():
         # LanceDB warns that readers of an older version will fail. A Library then reads the newest version.
         warnings.simplefilter("ignore")
