@@ -544,9 +544,11 @@ def optimize(library: Library) -> None:
         has_index = any(each.columns == [column] for each in table.list_indices())
         if not has_index or rows >= RETRAIN_FACTOR * trained:
             if not has_index:
-                _merge_files(table)  # with an index, every moved row has to be moved in the index as well
+                _merge_files(table)
             table.create_index(column, config=IvfRq(distance_type="cosine", num_bits=NUM_BITS), replace=True)
             table.update_field_metadata({"path": column, "metadata": {TRAINED_ROWS: str(rows)}})
+            if not has_index:
+                return  # merging files after the index was built rewrites it, which takes longer than building it
     _merge_files(table)
 
 
