@@ -37,8 +37,8 @@ def noise(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return rng.standard_normal(shape, np.float32) / np.float32(np.sqrt(shape[-1]))
 
 
-def write(library: Library, images: int, spread: float, searches_wanted: int) -> np.ndarray:
-    """Write the embeddings, and return `searches_wanted` vectors to search with."""
+def write(library: Library, images: int, spread: float, num_searches: int) -> np.ndarray:
+    """Write the embeddings, and return `num_searches` vectors to search with."""
     config, schema = library.config, library.table.schema
     rng = np.random.default_rng(0)
     topics = noise(rng, TOPICS, config.image_text_hidden_size)
@@ -48,14 +48,14 @@ def write(library: Library, images: int, spread: float, searches_wanted: int) ->
         image = topics[rng.integers(TOPICS, size=count)] + noise(rng, count, config.image_text_hidden_size)
         shape = (count, config.num_query_tokens, config.image_text_hidden_size)
         vectors = normalize(image[:, None] + spread * noise(rng, *shape))
-        share = -(-searches_wanted * count // images)
+        share = -(-num_searches * count // images)
         searches.append(vectors[:share, 0] + 0.5 * noise(rng, share, shape[2]))
         names = [f"{number:08}" for number in range(start, start + count)]
         cells = {"source": ["synthetic"] * count, "image": names, "digest": names}
         cells |= {"captions": [[]] * count, column: to_stored(vectors, config)}
         columns = [pyarrow.array(cells.get(each.name, [None] * count), each.type) for each in schema]
         library.table.add(pyarrow.Table.from_arrays(columns, schema=schema))
-    return normalize(np.concatenate(searches)[:searches_wanted])
+    return normalize(np.concatenate(searches)[:num_searches])
 
 
 def size(folder: Path) -> float:
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--vectors", choices=("all", "1"), default="all")
     parser.add_argument("--spread", type=float, default=0.3)
     parser.add_argument("--bits", type=int, default=indexing.NUM_BITS, help="bits per dimension in the index")
-    parser.add_argument("--searches", type=int, default=200, help="an exact one takes seconds in a large library")
+    parser.add_argument("--searches", type=int, default=200, help="number of searches that are measured")
     options = parser.parse_args()
     indexing.NUM_BITS = options.bits
     shutil.rmtree(options.folder, ignore_errors=True)

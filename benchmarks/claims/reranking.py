@@ -40,8 +40,9 @@ from common import (
     same_text,
 )
 
+from blip2.config import Fusion
 from blip2.evaluation.report import new_figure
-from blip2.evaluation.retrieval import Fusion, RetrievalResult, itm_logits, rerank, select_candidates
+from blip2.evaluation.retrieval import RetrievalResult, itm_logits, rerank, select_candidates
 
 SETS = {"compositions": "test_compositions.jsonl", "twins": "twins.jsonl"}
 """The held-out sets by name; of each image the first caption is used."""

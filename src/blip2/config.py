@@ -20,6 +20,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 TextNormalization = Literal["none", "lavis"]
 Stage = Literal["representation", "generation"]
 ScoreName = Literal["itc", "itm", "itg", "lm", "pmi"]
+Fusion = Literal["itm", "itm+itc", "itm+itc/temperature"]
+"""Scores by which :attr:`EvaluationConfig.fusion` re-ranks candidates."""
 TemperatureName = Literal["itc", "itm", "lm", "pmi", "answer"]
 """The names of the temperatures of :class:`CalibrationConfig`."""
 CheckpointFormat = Literal["transformers", "vllm", "lavis", "blip2"]
@@ -680,7 +682,7 @@ class EvaluationConfig(DecodingOptions):
     rerank_k: int = bounded(128, 0, 10**12)
     """Retrieval: number of candidates of each image, and of each text, that are re-ranked by ITM (§4.4). 0: no
     re-ranking."""
-    fusion: Literal["itm", "itm+itc", "itm+itc/temperature"] = "itm"
+    fusion: Fusion = "itm"
     """Retrieval: score by which candidates are re-ranked. itm: ITM score. itm+itc: ITM logit of a match plus ITC
     similarity, as in LAVIS. itm+itc/temperature: ITM log-odds plus ITC similarity divided by its temperature, because
     ITM learns to tell a match from texts that ITC finds similar (hard negatives), and not from all texts."""

@@ -12,20 +12,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from blip2.config import Fusion
 from blip2.pipelines import RepresentationPipeline
 
 CUTOFFS = (1, 5, 10)
 Recall = dict[str, float]
 """Recall at each of :data:`CUTOFFS` as ``r1``, ``r5``, ``r10``, in [0, 1]."""
-Fusion = Literal["itm", "itm+itc", "itm+itc/temperature"]
-"""Score by which candidates are re-ranked. ``itm``: the logit of "matched" minus the logit of "not matched", as in the
-paper. ``itm+itc``: the logit of "matched" plus the similarity, as in LAVIS."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ def evaluate_retrieval(
         texts: the texts.
         positive: True for pairs that match.
         rerank_k: number of candidates of each image and of each text. 0: all are ranked by similarity alone.
-        fusion: score by which the candidates are re-ranked.
+        fusion: score by which the candidates are re-ranked; see :attr:`blip2.config.EvaluationConfig.fusion`.
     """
     similarity = pipeline.similarity(features, texts).cpu()
     if not rerank_k:
