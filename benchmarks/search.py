@@ -37,11 +37,13 @@ def noise(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return rng.standard_normal(shape, np.float32) / np.float32(np.sqrt(shape[-1]))
 
 
-def write(library: Library, images: int, spread: float, num_searches: int) -> np.ndarray:
+def write(library: Library, images: int, spread: float, num_searches: int, seed: int = 0) -> np.ndarray:
     """Write the embeddings, and return `num_searches` vectors to search with."""
     config, schema = library.config, library.table.schema
     rng = np.random.default_rng(0)
     topics = noise(rng, TOPICS, config.image_text_hidden_size)
+    if seed:
+        rng = np.random.default_rng(seed)
     column, searches = VECTORS if config.vectors == "all" else MEAN, []
     for start in range(0, images, BATCH):
         count = min(BATCH, images - start)
@@ -50,7 +52,7 @@ def write(library: Library, images: int, spread: float, num_searches: int) -> np
         vectors = normalize(image[:, None] + spread * noise(rng, *shape))
         share = -(-num_searches * count // images)
         searches.append(vectors[:share, 0] + 0.5 * noise(rng, share, shape[2]))
-        names = [f"{number:08}" for number in range(start, start + count)]
+        names = [f"{seed}-{number:08}" for number in range(start, start + count)]
         cells = {"source": ["synthetic"] * count, "image": names, "digest": names}
         cells |= {"captions": [[]] * count, column: to_stored(vectors, config)}
         columns = [pyarrow.array(cells.get(each.name, [None] * count), each.type) for each in schema]
@@ -73,6 +75,7 @@ def main() -> None:
     parser.add_argument("--spread", type=float, default=0.3)
     parser.add_argument("--bits", type=int, default=indexing.NUM_BITS, help="bits per dimension in the index")
     parser.add_argument("--searches", type=int, default=200, help="number of searches that are measured")
+    parser.add_argument("--added", type=int, default=0, help="number of images that are added after that")
     options = parser.parse_args()
     indexing.NUM_BITS = options.bits
     shutil.rmtree(options.folder, ignore_errors=True)
@@ -86,6 +89,13 @@ def main() -> None:
     built, built_cpu = time.perf_counter(), time.process_time()
     result = vars(measure_recall(library, queries=searches))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    if options.added:
+        write(library, options.added, options.spread, 0, seed=1)
+        after = vars(measure_recall(library, queries=searches))
+        result |= {f"{name} with added images": after[name] for name in ("recall", "milliseconds_p50")}
+        started_again = time.perf_counter()
+        indexing.optimize(library)
+        result["seconds to optimize with added images"] = time.perf_counter() - started_again
     print(
         json.dumps(
             {

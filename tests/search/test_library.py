@@ -216,11 +216,11 @@ def test_a_condition_that_is_none(dated, where, expected):
 # -- the index -----------------------------------------------------------------------------------------------------
 
 
-def fill(library, vectors, digests=None):
+def fill(library, vectors, digests=None, first=0):
     """Write rows as an index run does, with given vectors [N, Q, C], each of another image if there are no digests."""
-    schema = library.table.schema
-    cells = {"source": ["s"] * len(vectors), "image": [f"{n}" for n in range(len(vectors))]}
-    cells["digest"] = digests or [f"{n:032}" for n in range(len(vectors))]
+    schema, numbers = library.table.schema, range(first, first + len(vectors))
+    cells = {"source": ["s"] * len(vectors), "image": [f"{n}" for n in numbers]}
+    cells["digest"] = digests or [f"{n:032}" for n in numbers]
     cells |= {"captions": [[]] * len(vectors), library_module.VECTORS: to_stored(vectors, library.config)}
     columns = [cells.get(each.name, [None] * len(vectors)) for each in schema]
     library.table.add(pyarrow.Table.from_arrays([pyarrow.array(c, f.type) for c, f in zip(columns, schema)], schema=schema))  # noqa: B905, E501  # fmt: skip
@@ -251,6 +251,51 @@ def test_the_index_finds_what_exact_search_finds(tmp_path, monkeypatch, spread):
     assert [hit.similarity for hit in hits] == pytest.approx([exact[int(hit.image)] for hit in hits], abs=2e-3)
     assert len(library.find_similar(queries[:1], 600)) == 600
     assert measure_recall(library, k=10, num_queries=5).recall == 1
+
+
+def test_when_the_index_is_built_anew(tmp_path, monkeypatch):
+    """A few images that are added or deleted leave the index as it is, and are found or gone all the same."""
+    monkeypatch.setattr(library_module, "EXACT_ROWS", 300)
+    monkeypatch.setattr("blip2.search.indexing.EXACT_ROWS", 300)
+    monkeypatch.setattr("blip2.search.indexing.MAX_SMALL_FILES", 4)
+    config = library_module.LibraryConfig("none", "none", "all", 2, 32)
+    table = library_module.connect(str(tmp_path)).create_table("images", schema=library_module.library_schema(config))
+    library, rng = Library(str(tmp_path), table), np.random.default_rng(0)
+    vectors = rng.normal(size=(2000, 2, 32)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+    def add(start, end):
+        fill(library, vectors[start:end], first=start)
+
+    def rows():
+        """Optimize, and return the numbers of rows inside and outside of the index, if there is one."""
+        optimize(library)
+        stats = [table.index_stats(each.name) for each in table.list_indices()]
+        return [(each.num_indexed_rows, each.num_unindexed_rows) for each in stats]
+
+    def find(number):
+        return library.find_similar(vectors[number, :1], 1)[0].image == f"{number}"
+
+    add(0, 300)
+    assert rows() == [] and find(5)
+    add(300, 1000)
+    assert rows() == [(1000, 0)] and find(5)
+    add(1000, 1300)
+    assert rows() == [(1000, 300)] and find(1200) and find(5)
+    table.delete("image = '1200'")
+    table.delete("image = '5'")
+    assert not find(1200) and not find(5)
+    add(1300, 1302)
+    assert rows() == [(1300, 0)] and find(1301) and find(6) and not find(5)
+    for number in range(4):
+        add(1302 + number, 1303 + number)
+    assert rows() == [(1304, 0)] and find(1305)
+    table.delete("CAST(image AS INT) < 200")
+    assert rows() == [(1105, 0)] and find(1305) and not find(7)
+    table.delete("CAST(image AS INT) BETWEEN 200 AND 501")
+    assert rows() == [(803, 0)]
+    table.delete("CAST(image AS INT) < 1100")
+    assert rows() == [] and find(1301) and not find(600)
 
 
 def test_recall_counts_images_with_the_same_bytes_once(tmp_path):

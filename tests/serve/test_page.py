@@ -237,6 +237,7 @@ def test_texts_are_matched_with_the_image(visit, address, pipeline):
 def test_two_images_are_compared_and_asked_the_same(visit, address, models, pipeline):
     page = visit(address)
     page.click("text=Compare")
+    wait(lambda: page.locator("#view-compare").is_visible())  # the browser tells the page later that its hash changed
     images = [draw("disc", "red", 0), draw("stripe", "green", 0)]
     page.evaluate(PASTE, [list(png(images[0])), "first.png"])
     wait(lambda: page.locator("#drop-first .shown").is_visible())

@@ -72,13 +72,13 @@ SKIPPED_FILE = "skipped.jsonl"
 """File in the folder of a library that names each image that the last run skipped, with the reason."""
 MAX_WARNINGS = 20
 """Maximum number of skipped images of which a warning is logged."""
-RETRAIN_FACTOR = 2
-"""The index is trained again when the library has this many times the rows of the last training."""
+MAX_SMALL_FILES = 100
+"""Maximum number of files with few rows that a library with an index may have before they are merged."""
 NUM_BITS = 3
 """Bits per dimension of a vector in the index. With LanceDB's default of 1, fewer of the nearest images are found: see
 docs/search.md."""
-TRAINED_ROWS = "trained_rows"
-"""Key, in the metadata of the column of the vectors, of the number of rows on which the index was trained."""
+INDEXED_ROWS = "indexed_rows"
+"""Key, in the metadata of the column of the vectors, of the number of rows from which the index was built."""
 
 
 @dataclass
@@ -530,26 +530,32 @@ def _list_images(
 
 
 def optimize(library: Library) -> None:
-    """Merge small files, delete old ones, and bring the index of the vectors up to date.
+    """Merge small files, delete old ones, and build the index of the vectors, if it is worth the time.
 
-    A library of more than :data:`~blip2.search.library.EXACT_ROWS` rows has an index (IVF with RaBitQ), which is
-    trained again when the library has grown :data:`RETRAIN_FACTOR` times since the last training.
+    A library of more than :data:`~blip2.search.library.EXACT_ROWS` rows has an index (IVF with RaBitQ). It is not
+    extended, because LanceDB takes longer for that than for building it: a search compares images that were added
+    later one by one. The index is built anew when more than ``EXACT_ROWS`` images have been added or deleted since, or
+    when there are more than :data:`MAX_SMALL_FILES` small files.
     """
     from lancedb.index import IvfRq
 
     table, column = library.table, VECTORS if library.config.vectors == "all" else MEAN
+    names = [each.name for each in table.list_indices() if each.columns == [column]]
     rows = table.count_rows()
-    if rows > EXACT_ROWS:
-        trained = int((table.schema.field(column).metadata or {}).get(TRAINED_ROWS.encode(), 0))
-        has_index = any(each.columns == [column] for each in table.list_indices())
-        if not has_index or rows >= RETRAIN_FACTOR * trained:
-            if not has_index:
-                _merge_files(table)
-            table.create_index(column, config=IvfRq(distance_type="cosine", num_bits=NUM_BITS), replace=True)
-            table.update_field_metadata({"path": column, "metadata": {TRAINED_ROWS: str(rows)}})
-            if not has_index:
-                return  # merging files after the index was built rewrites it, which takes longer than building it
+    if names:
+        stats: Any = table.index_stats(names[0])
+        files: Any = table.stats()["fragment_stats"]
+        metadata = table.schema.field(column).metadata or {}
+        deleted = int(metadata.get(INDEXED_ROWS.encode(), stats.num_indexed_rows)) - stats.num_indexed_rows
+        changed = stats.num_unindexed_rows + deleted
+        if rows > EXACT_ROWS >= changed and files["num_small_fragments"] <= MAX_SMALL_FILES:
+            return
+        # Merging the files of a table with an index rewrites the index, which takes longer than building it.
+        table.drop_index(names[0])
     _merge_files(table)
+    if rows > EXACT_ROWS:
+        table.create_index(column, config=IvfRq(distance_type="cosine", num_bits=NUM_BITS))
+        table.update_field_metadata({"path": column, "metadata": {INDEXED_ROWS: str(rows)}})
 
 
 def _merge_files(table: Any) -> None:

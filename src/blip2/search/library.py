@@ -62,10 +62,6 @@ OVERSAMPLING = 4
 vector, so that several of the nearest vectors may belong to the same image, and fewer images are found."""
 MIN_SHORTLIST = 200
 """Minimum number of images that are requested from the index."""
-PARTITION_VECTORS = 4096
-"""Mean number of vectors in a partition of the index: LanceDB splits larger ones."""
-PROBED_SHARE = 0.75
-"""Share of the partitions that are searched. Embeddings without clusters need this share: see docs/search.md."""
 
 
 @dataclass(frozen=True)
@@ -375,15 +371,11 @@ class Library:
             chosen = [each.name for each in self.table.schema if each.name != "data"]
             search: Any = self.table.search(vectors if len(vectors) > 1 else vectors[0], vector_column_name=column)
             search = search.distance_type("cosine").limit(limit).select([*chosen, "_distance"])
-            search = search.bypass_vector_index() if exact else search.nprobes(self._num_probes())
+            # All partitions are searched: few save little time, and embeddings without clusters lose results with them.
+            search = search.bypass_vector_index() if exact else search.nprobes(self.table.count_rows())
             if where is not None:
                 search = search.where(where)
             return self._read(search)
-
-    def _num_probes(self) -> int:
-        """Return the number of partitions of the index that are searched."""
-        num_vectors = self.config.num_query_tokens if self.config.vectors == "all" else 1
-        return math.ceil(PROBED_SHARE * self.table.count_rows() * num_vectors / PARTITION_VECTORS)
 
     def _read(self, search: Any) -> pyarrow.Table:
         """Run a query of LanceDB, a second time if a writer has deleted the files of the version that was read."""
