@@ -544,11 +544,11 @@ def optimize(library: Library) -> None:
     rows = table.count_rows()
     if names:
         stats: Any = table.index_stats(names[0])
-        files: Any = table.stats()["fragment_stats"]
+        files: Any = table.stats()
         metadata = table.schema.field(column).metadata or {}
         deleted = int(metadata.get(INDEXED_ROWS.encode(), stats.num_indexed_rows)) - stats.num_indexed_rows
         changed = stats.num_unindexed_rows + deleted
-        if rows > EXACT_ROWS >= changed and files["num_small_fragments"] <= MAX_SMALL_FILES:
+        if rows > EXACT_ROWS >= changed and files["fragment_stats"]["num_small_fragments"] <= MAX_SMALL_FILES:
             return
         # Merging the files of a table with an index rewrites the index, which takes longer than building it.
         table.drop_index(names[0])
