@@ -8,8 +8,7 @@ read once after loading, so that what is mapped from the file counts too.
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
+import multiprocessing
 import tempfile
 import threading
 import time
@@ -17,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+# Imported before the processes are forked, because imports are not what is measured.
+PRELOAD = ("__main__", "blip2.pipelines", "blip2.backbones.language", "transformers.models.llama.modeling_llama")
 GIB = 2**30
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -67,10 +68,9 @@ def memory() -> tuple[int, int]:
     return tuple(int(rows[key].split()[0]) * 1024 for key in ("VmRSS", "RssAnon"))  # type: ignore[return-value]
 
 
-def measure(folder: str, dtype: str) -> None:
-    """Print the bytes of the loaded model and the peaks while it was loaded and read."""
+def measure(folder: str, dtype: str) -> tuple[int, int, int]:
+    """Bytes of the loaded model, and both peaks of :func:`memory` while it was loaded and read."""
     import blip2
-    from blip2.backbones import language  # noqa: F401  (imports are not what is measured)
 
     before, peak, done = memory(), [0, 0], threading.Event()
 
@@ -88,28 +88,21 @@ def measure(folder: str, dtype: str) -> None:
         parameter.sum()
     done.set()
     thread.join()
-    print(size, *(high - low for high, low in zip(peak, before, strict=True)))
+    return size, peak[0] - before[0], peak[1] - before[1]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=1.0, help="size of the LLM in its file (default: 1)")
-    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.worker:
-        measure(*options.worker)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        saving = "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import loading_memory;"
-        saving += "loading_memory.save(Path(sys.argv[2]), float(sys.argv[3]))"
-        here = str(Path(__file__).parent)
-        subprocess.run([sys.executable, "-c", saving, here, folder, str(options.gigabytes)], check=True)
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(list(PRELOAD))
+    with tempfile.TemporaryDirectory() as folder, processes.Pool(1, maxtasksperchild=1) as pool:
+        pool.apply(save, (Path(folder), options.gigabytes))
         print("| file | loaded as | size in memory | peak, with pages mapped from the file | peak of its own memory |")
         print("|---|---|---:|---:|---:|")
         for dtype in DTYPES:
-            command = [sys.executable, __file__, "--worker", folder, dtype]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            size, resident, own = map(int, done.stdout.split()[-3:])
+            size, resident, own = pool.apply(measure, (folder, dtype))
             shares = f"{resident / size:.2f} | {own / size:.2f}"
             print(f"| bf16 | {dtype} | {size / GIB:.2f} GiB | {shares} |", flush=True)
 

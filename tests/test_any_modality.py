@@ -146,7 +146,8 @@ def test_captions_and_answers_together_are_those_alone(trained, name):
 # -- commands ----------------------------------------------------------------------------------------------------------
 
 
-def test_commands(trained, table, tmp_path, capsys):
+def test_commands(trained, table, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))  # without Java, because its metrics take seconds
     clip, keyed = str(table.parent / "0.npy"), f"{table.parent / 'some.npz'}#clip4"
 
     def lines(*arguments: object) -> list[str]:

@@ -8,15 +8,21 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    Blip2Config,
+    Blip2Processor,
     CLIPVisionConfig,
     CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PegasusConfig,
     PegasusForConditionalGeneration,
+    PreTrainedTokenizerFast,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
@@ -24,14 +30,16 @@ from transformers import (
 import blip2
 from blip2.checkpoint import open_checkpoint, read_recipe
 from blip2.convert import convert
+from blip2.decoding.options import Decoding
 from blip2.errors import InputError
 from blip2.interop.weights import open_folder
 from blip2.training.trainer import train
 from conftest import byte_tokenizer, draw
 from fixtures.checkpoints import lavis_state, save_transformers, share_qformer
-from fixtures.tiny import randomize
+from fixtures.tiny import randomize, save_writer
 
 IMAGES = [draw("disc", "red", 0), draw("square", "blue", 7)]
+GREEDY = Decoding(num_beams=1, max_new_tokens=8)
 SHORT = {"max_steps": 1, "device": "cpu", "precision": "fp32"}
 SIZES = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
 
@@ -84,6 +92,46 @@ def test_an_embedding_for_the_placeholder(whole, tmp_path):
     torch.testing.assert_close(rows[258], rows[:258].mean(dim=0))
     logits = network(torch.arange(80)[None]).logits
     assert (logits[..., 258] < logits.max(dim=-1).values).all()
+
+
+def test_a_tokenizer_that_appends_the_end_token(parts, tmp_path):
+    """Training and generation leave the token out; transformers' processor would put it after each prompt."""
+    shutil.copytree(parts.llama, tmp_path / "llm")
+    byte_tokenizer(ends=True).save_pretrained(tmp_path / "llm")
+    run, prompt = save_writer(parts, tmp_path / "run", str(tmp_path / "llm")), "a photo of"
+    convert(run, tmp_path / "out", "transformers")
+    processor = Blip2Processor.from_pretrained(tmp_path / "out")
+    assert processor.tokenizer(prompt)["input_ids"] == list(byte_tokenizer()(prompt)["input_ids"])
+    ours, again = blip2.load(run, device="cpu"), blip2.load(tmp_path / "out", device="cpu")
+    assert ours.model.language.generate_fn is again.model.language.generate_fn
+    for text in ("", prompt):
+        assert torch.equal(ours._tokenize_prompts([text], GREEDY)[0], again._tokenize_prompts([text], GREEDY)[0])
+
+
+@pytest.mark.parametrize("gap", [50, 5])
+def test_a_tokenizer_without_some_ids(parts, tmp_path, gap):
+    """The tokenizers library gives <image> the number of tokens as its id, which may be that of another token."""
+    state = json.loads(byte_tokenizer().backend_tokenizer.to_str())
+    state["model"]["vocab"] = {token: i if i < 200 else i + gap for token, i in state["model"]["vocab"].items()}
+    for token in state["added_tokens"]:
+        token["id"] += gap
+    shutil.copytree(parts.llama, tmp_path / "llm")
+    core = Tokenizer.from_str(json.dumps(state))
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", pad_token="<pad>").save_pretrained(
+        tmp_path / "llm"
+    )
+    config = LlamaConfig.from_pretrained(tmp_path / "llm", vocab_size=258 + gap)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llm")
+    run = save_writer(parts, tmp_path / "run", str(tmp_path / "llm"))
+    used = {i + gap * (i >= 200) for i in range(258)}
+    if 258 in used:
+        with pytest.raises(InputError, match="leaves out some ids, so that <image> gets the id of another token"):
+            convert(run, tmp_path / "out", "transformers")
+        return
+    convert(run, tmp_path / "out", "transformers")
+    config = Blip2Config.from_pretrained(tmp_path / "out")
+    assert config.image_token_index not in used
+    assert config.image_token_index < config.text_config.vocab_size
 
 
 @pytest.mark.parametrize("to", ["transformers", "vllm"])

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -85,6 +86,33 @@ def test_a_killed_demo_keeps_its_plan(tmp_path):
     assert make_plan(tmp_path / "demo") == other  # it was not measured again
     assert make_plan(tmp_path / "demo", 2.0) == replace(other, scale=2.0) == make_plan(tmp_path / "demo")
     assert make_plan(tmp_path / "new", 0.5).scale == 0.5
+
+
+@pytest.mark.parametrize(("key", "value"), [("quick", True), ("scale", 2.0), ("data", "0123")])
+def test_the_runs_of_another_demo_are_not_taken_for_those_of_this_one(tmp_path, key, value):
+    plan = make_plan(tmp_path / "demo")
+    (tmp_path / "demo" / "stage1").mkdir()
+    assert make_plan(tmp_path / "demo") == plan
+    with pytest.raises(InputError, match=f"contains a demo whose {key} is .* instead of {value}: give another"):
+        make_plan(tmp_path / "demo", **{key: value})
+    assert make_plan(tmp_path / "demo") == plan
+
+
+def test_all_captions_of_a_user_s_image_are_on_one_side_and_damaged_images_are_not_held_out(folder, tmp_path):
+    table = folder / "captions.csv"
+    rows = [f"{i}.png,disc number {i} {each}\n" for each in range(5) for i in range(30)]
+    table.write_text("image,caption\n" + "".join(rows))
+    data = user_data(str(table), tmp_path / "demo")
+    train, held = ([*open_records(path, DataConfig(train=path))] for path in (data.train, data.validation))
+    assert (len(train), len(held)) == (27, 3)
+    assert all(len(record.captions) == 5 for record in (*train, *held))
+    for record in held[:2]:
+        Path(str(record.image)).write_bytes(b"no image")
+    damaged = {record.image for record in held[:2]}
+    again = user_data(str(table), tmp_path / "again")
+    held = [*open_records(again.validation, DataConfig(train=again.validation))]
+    assert len(held) == 3 and not damaged & {record.image for record in held}
+    assert again.digest != data.digest
 
 
 def test_tables_hold_what_was_measured():

@@ -1,9 +1,8 @@
 """A run that is killed again and again ends as if nothing had happened."""
 
-import os
 import random
 import signal
-import time
+from functools import partial
 
 import torch
 from safetensors.torch import load_file
@@ -11,7 +10,7 @@ from safetensors.torch import load_file
 from blip2 import checkpoint
 from blip2.recipe import dump_config
 from blip2.training.metrics import read_metrics
-from fixtures.processes import finish, start
+from fixtures.processes import finish, kill_after, kill_at, start
 from fixtures.runs import TIMES
 
 STEPS = 60
@@ -29,19 +28,21 @@ def inode(path):
 
 def half_written(run):
     """Checkpoints that are being written, or that a kill left behind."""
-    found = set()
-    for path in (run / "checkpoints").glob("*.tmp"):
-        try:
-            found.add((path.name, path.stat().st_ctime_ns))
-        except FileNotFoundError:  # it became a checkpoint in this moment
-            continue
-    return found
+    return {(path.name, path.stat().st_ctime_ns) for path in (run / "checkpoints").glob("*.tmp")}
 
 
-def wait_until(reached, process, log):
-    while not reached():
-        assert process.is_alive(), log.read_text()
-        time.sleep(0.0005)
+def die_at_a_step(metrics, old, step, seconds, latest, everyone):
+    """In a process of its own: kill it so long after a step, and before it completes the checkpoint `latest`."""
+    # A new file: what the process before did after its last checkpoint is forgotten, this one's steps follow.
+    kill_after(
+        lambda: inode(metrics) not in (None, old) and metrics.read_bytes().count(b"\n") >= step, seconds, everyone
+    )
+    kill_at(writing(latest), 1, everyone)
+
+
+def writing(step):
+    """What the paths of a checkpoint that is being written have in common."""
+    return f"step-{step:08d}.tmp/"
 
 
 def test_killed_at_random_moments(parts, tmp_path):
@@ -55,27 +56,23 @@ def test_killed_at_random_moments(parts, tmp_path):
     run, moments = tmp_path / "killed", random.Random(5)
     metrics = run / "metrics.jsonl"
     arguments = ["train", str(path), "--output", str(run), "--resume"]
-    resumed_from, halves = [], 0
+    resumed_from = []
     for number in range(KILLS):
         last = checkpoint.latest_checkpoint(run)
-        resumed_from.append(int(last.name.removeprefix("step-")) if last else 0)
-        before, left_behind = inode(metrics), half_written(run)
-        process = start(arguments, log)
-        # A new file: what the process before did after its last checkpoint is forgotten, this one's steps follow.
-        wait_until(lambda old=before: inode(metrics) not in (None, old), process, log)
+        step = int(last.name.removeprefix("step-")) if last else 0
+        resumed_from.append(step)
+        left_behind = half_written(run)
+        everyone = number % 2 == 1  # or alone, so that its data workers are orphans
         if number % 3 == 0:
-            wait_until(lambda old=left_behind: half_written(run) - old, process, log)
-            time.sleep(moments.uniform(0, 0.008))
+            before = partial(kill_at, writing(step + 3), 1 + 4 * (number // 3), everyone)
         else:
-            target = resumed_from[-1] + moments.randint(2, 9)
-            wait_until(lambda steps=target: metrics.read_bytes().count(b"\n") >= steps, process, log)
-            time.sleep(moments.uniform(0, 0.02))
-        # Alone, so that its data workers are orphans, or with them.
-        (os.killpg if number % 2 else os.kill)(process.pid, signal.SIGKILL)
-        process.join()
-        assert process.exitcode == -signal.SIGKILL, log.read_text()
-        halves += bool(half_written(run) - left_behind)
-    assert halves >= 2
+            step += moments.randint(2, 8)
+            seconds, latest = moments.uniform(0, 0.02), (step // 3 + 2) * 3
+            before = partial(die_at_a_step, metrics, inode(metrics), step, seconds, latest, everyone)
+        process = start(arguments, log, before)
+        status, printed = finish(process, log)
+        assert status == -signal.SIGKILL, printed
+        assert number % 3 or half_written(run) - left_behind
     assert len(set(resumed_from)) >= 4
     assert resumed_from[-1] < STEPS
 

@@ -1,3 +1,4 @@
+import copy
 import io
 import shutil
 from dataclasses import replace
@@ -8,10 +9,13 @@ import torch
 from transformers import set_seed
 
 from blip2 import pipelines as inference
+from blip2.builder import choose_dtype
 from blip2.data.collate import encode_texts
 from blip2.decoding.options import ANSWER_DECODING, CAPTION_DECODING, Decoding
 from blip2.errors import InputError
 from blip2.pipelines import QUESTION_TEMPLATE, SHORT_QUESTION_TEMPLATE, load
+from blip2.pipelines.base import as_list
+from blip2.pipelines.likelihood import check_prompts
 from conftest import draw
 from fixtures.tiny import randomize
 
@@ -187,6 +191,25 @@ def test_features_stand_for_images(compare):
     assert features.shape == (3, compare.model.vision.num_tokens, compare.model.vision.hidden_size)
     assert torch.equal(compare.embed_images(features), compare.embed_images(IMAGES))
     assert torch.equal(compare.match(features, TEXTS), compare.match(IMAGES, TEXTS))
+
+
+def test_features_that_are_none(compare, writer):
+    features = compare.encode_images(IMAGES)
+    for damaged in (features * torch.nan, features * torch.inf, features.long()):
+        for call in (lambda given=damaged: compare.match(given, TEXTS), lambda given=damaged: writer.caption(given)):
+            with pytest.raises(InputError) as raised:
+                call()
+            assert "expected finite floating-point numbers: encode the images again" in message(raised)
+
+
+def test_a_copy_runs_its_own_image_encoder(compare):
+    features = compare.encode_images(IMAGES)
+    copied = copy.deepcopy(compare)
+    assert torch.equal(copied.encode_images(IMAGES), features)
+    for parameter in copied.model.vision.parameters():
+        parameter.data.zero_()
+    assert not torch.equal(copied.encode_images(IMAGES), features)
+    assert torch.equal(compare.encode_images(IMAGES), features)
 
 
 def test_broken_images_are_named(compare, writer, tmp_path):
@@ -398,6 +421,17 @@ def test_blank_texts(compare, writer, text):
     with pytest.raises(InputError) as raised:
         writer.answer(IMAGES[0], text)
     assert message(raised) == f"question 1 of 1 is {text!r}, expected words: correct or remove it"
+
+
+@pytest.mark.parametrize("prompt", [b"a", 5, ["a", None, "a"], [["a"]]])
+def test_prompts_that_are_not_text(prompt):
+    with pytest.raises(InputError, match=r"^a prompt is a \w+, .*, expected a str: give a text$"):
+        check_prompts(as_list(prompt))
+
+
+def test_names_of_dtypes():
+    with pytest.raises(InputError, match=r"^dtype is 'float16', expected one of fp32, bf16, fp16"):
+        choose_dtype("float16", torch.device("cpu"))
 
 
 def test_nothing_at_all(compare, writer):

@@ -105,8 +105,14 @@ def choose_device(requested: str | None) -> torch.device:
     return device
 
 
-def choose_dtype(requested: Precision | None, device: torch.device) -> torch.dtype:
-    """Return the requested dtype. None: bfloat16 on CUDA devices, float32 on all others."""
+def choose_dtype(requested: Precision | str | None, device: torch.device) -> torch.dtype:
+    """Return the requested dtype. None: bfloat16 on CUDA devices, float32 on all others.
+
+    Raises:
+        InputError: `requested` is not the name of a dtype.
+    """
+    if requested is not None and requested not in DTYPES:
+        raise InputError(f"dtype is {str(requested)!r}, expected one of {', '.join(DTYPES)}: use one of them")
     return DTYPES[requested or ("bf16" if device.type == "cuda" else "fp32")]
 
 
@@ -224,6 +230,8 @@ def build(
         return Built(_to_device(model, config, weights_device), tokenizer)
     dtype = choose_dtype(config.language.dtype, device)
     language = build_language_model(config.language, dtype, checkpoint, device, load_kwargs)
+    embeddings = language.network.get_input_embeddings().weight  # whose size determines that of a new projection
+    check_finite("of the token embeddings", embeddings, config.language.name)
     if config.language.lora is not None:
         add_adapters(language, config.language.lora)
     tokenizer = load_language_tokenizer(config.language)
@@ -454,9 +462,13 @@ def load_text_tokenizer(config: QFormerConfig, checkpoint: Checkpoint | None) ->
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: QFormerConfig, name: str) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a checkpoint if the Q-Former has an embedding for each of its tokens."""
+    """Return the tokenizer of a checkpoint if the Q-Former has an embedding for each of its tokens.
+
+    It then truncates texts to the positions of the Q-Former.
+    """
+    tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
     beyond = [token for token, index in tokenizer.get_vocab().items() if index >= config.vocab_size]
-    if set(beyond) - {IMAGE_TOKEN}:  # the image placeholder is never embedded
+    if set(beyond) - {IMAGE_TOKEN}:  # the pipelines refuse texts that contain the image placeholder
         raise InputError(
             f"the tokenizer of {name!r} has tokens beyond the Q-Former's vocabulary of {config.vocab_size}, such as"
             f" {min(beyond)!r}: copy the tokenizer that belongs to the checkpoint"

@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerBase
 
 from blip2.backbones.frozen import Freezable
 from blip2.backbones.lora import ADAPTER_KEY
-from blip2.backbones.pretrained import check_finite, check_tied_weights, load_pickle
+from blip2.backbones.pretrained import check_finite, check_floating_point, check_tied_weights, load_pickle
 from blip2.builder import Built
 from blip2.config import CalibrationConfig, ModelConfig, QFormerConfig, Recipe
 from blip2.data.assets import resolve
@@ -622,6 +622,7 @@ def _load(weights: Mapping[str, Tensor], model: nn.Module, checkpoint: Checkpoin
     check_tied_weights(weights, parameters, f"checkpoint {checkpoint.name}")
     with torch.no_grad():
         for name, tensor in weights.items():
+            check_floating_point(name, tensor, checkpoint.name)
             check_finite(name, tensor, checkpoint.name)
             parameters[name].copy_(tensor)
 
@@ -655,6 +656,7 @@ def read_training_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             _check(unfinished is None or _is_mapping(unfinished, int | float))
             _check(isinstance(counts, dict) and _is_mapping(counts.get("samples_seen", {}), int))
             _check(isinstance(counts.get("source"), str | None))
+            _check(type(state.get("best_since", 0)) is int)
             _check(_is_mapping({key: counts[key] for key in counts if key not in ("source", "samples_seen")}, int))
     except Exception as error:  # unpickling damaged bytes raises nearly anything
         raise InputError(

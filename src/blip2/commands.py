@@ -602,7 +602,7 @@ def print_row(*cells: object) -> None:
 
 def _seeded(options: DecodingOptions, sampling: Sampling) -> Decoding:
     """Seed all random number generators with ``sampling.seed``, and return the decoding with `options`."""
-    from transformers import set_seed
+    from accelerate.utils import set_seed  # that of transformers also imports peft and bitsandbytes, which print
 
     set_seed(sampling.seed)
     return Decoding().override(options)

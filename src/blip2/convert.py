@@ -20,6 +20,7 @@ from typing import Any, get_args
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import (
     Blip2Config,
@@ -44,6 +45,7 @@ from blip2.builder import (
 from blip2.checkpoint import open_checkpoint, read_recipe, write_configs
 from blip2.config import FEATURES, IMAGE_TOKEN, MODULE, QUESTION_PLACEHOLDER, CheckpointFormat, LanguageConfig
 from blip2.data.assets import resolve
+from blip2.data.collate import strip_eos
 from blip2.errors import InputError
 from blip2.hub import model_card
 from blip2.interop import lavis, transformers
@@ -406,7 +408,7 @@ def _with_vision(checkpoint: Checkpoint, allow_clip: bool) -> Checkpoint:
     fits = holder is not None and (allow_clip or isinstance(holder.vision_config, Blip2VisionConfig))
     if holder is not None and holder.has_vision and fits and not trained:
         assert holder.preprocessing is not None
-        config, weights = holder.resize_vision(vision.image_size)
+        config, weights = holder.resize_vision(vision.image_size or holder.preprocessing.image_size)
         preprocessing = replace(holder.preprocessing, image_size=config.image_size)
     else:
         encoder = build_image_encoder(vision, choose_dtype(vision.dtype, CPU))
@@ -442,6 +444,12 @@ def _with_language(checkpoint: Checkpoint) -> Checkpoint:
         else:
             trusts = language.trust_remote_code is not None
             network = load_network(resolve(language.name), "auto", trust_remote_code=trusts)
+            if getattr(network, "is_quantized", False):
+                raise InputError(
+                    f"{language.name!r}, the LLM of {checkpoint.name}, is quantized, and only the format blip2, which"
+                    " names it, keeps its quantization: convert to blip2, or set language.name to the LLM before it was"
+                    " quantized"
+                )
             config = network.config
             weights = _drop_tied(config, Weights(network.state_dict()).add_prefix(LANGUAGE_PREFIX))
         trained = checkpoint.weights.select(LANGUAGE_PREFIX)
@@ -464,6 +472,23 @@ def _drop_tied(config: Any, weights: Weights) -> Weights:
     return weights.drop(*copies)
 
 
+def _append_no_eos(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make a tokenizer put nothing after a text. An end token after a prompt is left out in training and here, but
+    transformers would not leave it out."""
+    ids = tokenizer("a")["input_ids"]
+    kept = strip_eos(tokenizer, ids)
+    if kept == ids:
+        return
+    if hasattr(tokenizer, "add_eos_token"):
+        tokenizer.add_eos_token = tokenizer.init_kwargs["add_eos_token"] = False
+    first = kept[: len(kept) - len(tokenizer("a", add_special_tokens=False)["input_ids"])]
+    tokens = tokenizer.convert_ids_to_tokens(first)
+    backend: Any = tokenizer.backend_tokenizer
+    backend.post_processor = TemplateProcessing(
+        single=[*tokens, "$A"], special_tokens=list(zip(tokens, first, strict=True))
+    )
+
+
 def _with_image_token(checkpoint: Checkpoint) -> tuple[Checkpoint, PreTrainedTokenizerBase]:
     """Add an image placeholder token to the LLM's tokenizer, and rows for new tokens to the LLM's embeddings.
 
@@ -477,6 +502,14 @@ def _with_image_token(checkpoint: Checkpoint) -> tuple[Checkpoint, PreTrainedTok
     assert language is not None
     tokenizer = load_language_tokenizer(language)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, False)
+    ids = tokenizer.get_vocab().values()
+    if len(set(ids)) < len(ids):
+        raise InputError(
+            f"the tokenizer of {language.name!r} leaves out some ids, so that {IMAGE_TOKEN} gets the id of another"
+            f" token: convert {checkpoint.name} to blip2"
+        )
+    if not checkpoint.language_config.is_encoder_decoder:
+        _append_no_eos(tokenizer)
     side = "right" if checkpoint.language_config.is_encoder_decoder else "left"
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = side  # init_kwargs are saved
     end = find_eos_token_id(tokenizer, language.stop_string, language.name)
@@ -485,7 +518,7 @@ def _with_image_token(checkpoint: Checkpoint) -> tuple[Checkpoint, PreTrainedTok
     if end not in eos_token_ids:
         config.eos_token_id = end
     weights: Mapping[str, Tensor] = checkpoint.weights
-    vocab_size = len(tokenizer)
+    vocab_size = max(ids) + 1
     if config.vocab_size < vocab_size:
         network = init_empty_model(config)
         embeddings = (network.get_input_embeddings(), network.get_output_embeddings())

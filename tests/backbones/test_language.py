@@ -116,6 +116,35 @@ def test_logits_that_are_changed_after_the_output_matrix():
         assert llm.hidden_states(visual, ids, mask, labels)[0].shape[1] == 258
 
 
+def test_logits_are_capped_although_the_first_token_is_zero():
+    """The embedding of the padding token is often zero, and so are its logits, with and without the cap."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"vocab_size": 258, "intermediate_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": END}
+    network = randomize(AutoModelForCausalLM.from_config(Gemma2Config(**sizes, final_logit_softcapping=0.5)))
+    network.get_input_embeddings().weight.data[0] = 0
+    llm = LanguageModel(network)
+    ids, mask, labels = training_texts(llm)
+    assert llm.lm_head(llm.hidden_states(visual_prompt((3, 4, 32)), ids, mask, labels)[0]).abs().max() <= 0.5
+
+
+def test_tokens_without_an_embedding(llm):
+    """A tokenizer may have more special tokens than its LLM has embeddings. On a GPU the process would end."""
+    visual, (ids, mask, labels) = visual_prompt((3, 4, 32)), training_texts(llm)
+    beyond = labels.masked_fill(labels == labels.max(), llm.vocab_size)
+    calls = [
+        lambda: llm.generate(visual, ids + llm.vocab_size, mask, GREEDY, END),
+        lambda: llm.hidden_states(visual, *((ids, mask) if llm.is_encoder_decoder else (beyond, mask)), beyond),
+        lambda: llm.continuation_log_probs(
+            visual, ids, mask, torch.arange(3), beyond.clamp(min=0), torch.arange(3), batch_size=4
+        ),
+    ]
+    for call in calls:
+        with pytest.raises(
+            InputError, match=r"contains the special token \d+ of the tokenizer.*: leave this token out"
+        ):
+            call()
+
+
 def test_an_encoder_decoder_that_adds_to_its_logits():
     """BART adds a bias of vocabulary size, so its output layer cannot be bypassed."""
     sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}

@@ -18,12 +18,14 @@ from blip2 import checkpoint
 from blip2.backbones.language import load_language_model
 from blip2.builder import build_language_model
 from blip2.config import LanguageConfig, LoraConfig
+from blip2.convert import convert
 from blip2.decoding.options import Decoding
 from blip2.errors import InputError
 from blip2.training.trainer import train
 from conftest import byte_tokenizer, draw
 from fixtures.checkpoints import processor, save_transformers
 from fixtures.runs import assert_same_run, cut_short
+from fixtures.tiny import save_writer
 
 CPU = torch.device("cpu")
 BITS = ("4bit", "8bit")
@@ -184,6 +186,19 @@ def test_only_the_llm_of_a_checkpoint(bitsandbytes, saved):
     assert all(parameter.is_floating_point() for parameter in ours.model.vision.parameters())
     assert not all(parameter.is_floating_point() for parameter in ours.model.language.parameters())
     assert len(ours.caption(IMAGES)) == 2
+
+
+def test_an_llm_that_is_stored_quantized_is_not_converted(bitsandbytes, parts, llms, tmp_path):
+    """The formats with an LLM inside have no place for the quantization, so the output could not be used."""
+    quantization = BitsAndBytesConfig(load_in_4bit=True)
+    llm = LlamaForCausalLM.from_pretrained(llms / "llama", quantization_config=quantization, device_map={"": "cpu"})
+    llm.save_pretrained(tmp_path / "llm")
+    byte_tokenizer().save_pretrained(tmp_path / "llm")
+    run = save_writer(parts, tmp_path / "run", str(tmp_path / "llm"))
+    for to in ("transformers", "vllm"):
+        with pytest.raises(InputError, match="is quantized, and only the format blip2, which names it"):
+            convert(run, tmp_path / to, to)
+    convert(run, tmp_path / "blip2", "blip2")
 
 
 def test_weights_that_were_trained_are_not_quantized(bitsandbytes, parts, llms, tmp_path):

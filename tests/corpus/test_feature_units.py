@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,10 +22,17 @@ def test_what_units_leave_in_the_store_is_found(parts, tmp_path, monkeypatch):
     assert rows(tmp_path) == rows(tmp_path / "other")
 
 
-def rows(folder: Path) -> bytes:
-    """What a store holds, part by part in the order in which they were made."""
-    files = sorted(folder.glob("features/*/*.bin"), key=lambda path: path.stat().st_mtime_ns)
-    return b"".join(path.read_bytes() for path in files)
+def rows(folder: Path) -> dict[str, bytes]:
+    """What a store holds of each image."""
+    found = {}
+    for index in folder.glob("features/*/*.index.jsonl"):
+        lines = [json.loads(line) for line in index.read_text().splitlines()]
+        places = {line["image"]: line["row"] for line in lines if "row" in line}
+        data = index.with_name(index.name.replace(".index.jsonl", ".bin")).read_bytes()
+        size = len(data) // len(places)
+        found |= {image: data[row * size : (row + 1) * size] for image, row in places.items()}
+    assert len(found) == 24
+    return found
 
 
 def test_a_stream_has_no_cached_features(parts, tmp_path, shards):

@@ -95,6 +95,38 @@ def test_a_pass_does_not_mix_two_versions_of_its_data_or_model(runs, parts, tmp_
         run()
 
 
+def test_a_pass_does_not_mix_two_versions_of_a_folder(models, tmp_path):
+    """A folder has no version of its own, but its sorted images say which records a unit has."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+
+    def add(name):
+        (folder / f"{name}.png").write_bytes(encoded("disc", "red"))
+        (folder / f"{name}.txt").write_text("a disc")
+
+    def run():
+        return score_corpus(models["stage1"], str(folder), tmp_path / "out", "itc", shard_size=2, device="cpu")
+
+    def remove(name):
+        (folder / f"{name}.png").unlink()
+        (folder / f"{name}.txt").unlink()
+
+    for name in "acde":
+        add(name)
+    metrics = run()
+    assert metrics["images"] == 4 and run() == metrics
+    remove("e")
+    with pytest.raises(InputError, match=r"00001\.stats\.json has the result of .*; give another output"):
+        run()
+    remove("d")
+    with pytest.raises(InputError, match=r"00001\.stats\.json has the result of records that the data no longer has"):
+        run()
+    add("b")
+    add("d")
+    with pytest.raises(InputError, match=r"00000\.stats\.json has the result of .*; give another output"):
+        run()
+
+
 def test_samples_that_cannot_be_scored_are_named(models, tmp_path):
     good = encoded("disc", "red")
     members = {"0.png": b"no image", "0.txt": b"a disc", "1.png": good, "1.txt": b"a disc"}

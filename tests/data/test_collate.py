@@ -27,7 +27,7 @@ from blip2.errors import InputError
 from blip2.model.generation import GenerationBatch
 from blip2.model.losses import IGNORE_INDEX
 from blip2.model.representation import RepresentationBatch
-from conftest import Parts
+from conftest import Parts, byte_tokenizer
 
 PREPROCESSING = Preprocessing(8)
 END = 256  # of the byte tokenizers
@@ -336,3 +336,13 @@ def test_a_prompt_that_ends_within_a_token_is_refused() -> None:
         InputError, match=r"ends within a token: .* alone are \['.Cap', ':'\], but followed by the text 'a'"
     ):
         check_prompt(sentencepiece(": \u2581a"), "Cap:")
+
+
+@pytest.mark.parametrize(("begins", "ends"), [(True, False), (False, True), (True, True)])
+def test_an_empty_prompt_is_what_comes_before_a_caption(begins: bool, ends: bool) -> None:
+    """OPT's tokenizer puts </s> first, that of some Japanese GPT-2s puts it last."""
+    tokenizer = byte_tokenizer(begins, ends)
+    for prompt in ("", "a b"):
+        ids, _, labels, _ = encode_continuations(tokenizer, [prompt], ["cd"], 9, END)
+        alone, _ = encode_prompts(tokenizer, [prompt], "left")
+        assert alone[0].tolist() == ids[0][labels[0] == IGNORE_INDEX].tolist()

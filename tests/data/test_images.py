@@ -157,6 +157,22 @@ def test_float_tiff(white: int) -> None:
     assert gray(read_image(file_bytes(image, "TIFF"))) == [0, 64, 128, 255]
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_an_image_with_values_below_zero(dtype: type) -> None:
+    """It would be read as a nearly black image."""
+    image = Image.fromarray((np.linspace(-1, 1, 12).reshape(3, 4) * (1 if dtype == np.float32 else 300)).astype(dtype))
+    for given in (image, file_bytes(image, "TIFF")):
+        with pytest.raises(ImageError, match=r"holds values from -.*, expected none below 0: scale or shift them$"):
+            read_image(given)
+    overshoot = Image.fromarray(np.array([[-0.02, 0.5, 1]], dtype=np.float32))  # of resampling
+    assert gray(read_image(overshoot)) == [0, 128, 255]
+
+
+def test_an_image_without_pixels() -> None:
+    with pytest.raises(ImageError, match=r"has 0 x 5 pixels, expected at least one: replace it$"):
+        read_image(Image.new("RGB", (0, 5)))
+
+
 def test_one_bit() -> None:
     assert gray(read_image(file_bytes(pixels("1", [0, 255, 0]), "PNG"))) == [0, 255, 0]
 
@@ -321,6 +337,12 @@ def test_broken_arrays(array: np.ndarray, found: str) -> None:
     if array.dtype.kind in "if" and array.ndim < 4:
         with pytest.raises(ImageError, match=found.replace("float64", "float32")):
             read_image(torch.from_numpy(array))
+
+
+@pytest.mark.parametrize("tensor", [torch.eye(4).to_sparse(), torch.zeros(4, 4, 3, device="meta")])
+def test_tensors_without_an_array(tensor: torch.Tensor) -> None:
+    with pytest.raises(ImageError, match=r"has no array of values .*: give a dense tensor on a device$"):
+        read_image(tensor)
 
 
 @pytest.mark.parametrize(

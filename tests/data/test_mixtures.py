@@ -257,6 +257,24 @@ def test_another_order_begins_the_next_epoch(tmp_path: Path) -> None:
         )
 
 
+def test_rows_that_were_moved_begin_the_next_epoch(tmp_path: Path) -> None:
+    """There are as many records and shards as before, but their numbers mean others."""
+    before = list(islice(sample_mixture(build_mixture(WEIGHTS, open_all(tmp_path)), 4, 7), 40))
+    position = json.loads(json.dumps(before[-1].position))
+    for name in ("a", "c"):  # a table and a stream
+        (tmp_path / name / "1.jsonl").rename(tmp_path / name / "-1.jsonl")
+    sources = build_mixture(WEIGHTS, open_all(tmp_path))
+    _, lines = resume_mixture([position], sources, 4, 7)
+    assert len(lines) == 2
+    for name, line in zip("ac", lines, strict=True):
+        assert line.startswith(
+            f"{name}: continues with the next epoch, because the order of the records changed (diges"
+        )
+    for each in position["sources"].values():  # as an older version stored it
+        del each["order_settings"]["digest"]
+    assert resume_mixture([position], sources, 4, 7)[1] == []
+
+
 def test_a_source_that_is_gone_is_said(tmp_path: Path) -> None:
     opened = open_all(tmp_path)
     before = list(islice(sample_mixture(build_mixture(WEIGHTS, opened), 4, 7), 20))

@@ -1,10 +1,9 @@
 """Runs that evaluate themselves as they go."""
 
 import json
-import os
 import signal
-import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ from blip2.resumable import ResumableMap
 from blip2.training import trainer
 from blip2.training.metrics import read_metrics
 from conftest import COLORS, SHAPES, draw
-from fixtures.processes import finish, start, start_two
+from fixtures.processes import finish, kill_at, start, start_two
 from fixtures.runs import assert_same_run, lines
 
 BEST = "evaluation_accuracy"
@@ -215,14 +214,9 @@ def test_a_sigkill_in_an_evaluation(calm, tmp_path):
     recipe = replace(calm, output=str(tmp_path / "run"))
     path, log = tmp_path / "recipe.yaml", tmp_path / "log"
     path.write_text(dump_config(recipe))
-    process = start(["train", str(path)], log)
-    first = tmp_path / "run/evaluation/step-00000004/parts/answers/000000.pt"
-    done = tmp_path / "run/evaluation/step-00000004/metrics.json"
-    while not first.exists() and not done.exists():
-        assert process.is_alive(), log.read_text()
-        time.sleep(0.0005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.join()
+    answers = tmp_path / "run/evaluation/step-00000004/parts/answers"
+    status, printed = finish(start(["train", str(path)], log, partial(kill_at, f"{answers}/000001.pt")), log)
+    assert status == -signal.SIGKILL and (answers / "000000.pt").exists(), printed
     status, printed = finish(start(["train", str(path), "--resume"], log), log)
     assert status == 0, printed
     assert_same_run(Path(calm.output), tmp_path / "run")

@@ -177,6 +177,13 @@ def test_the_q_former_reads_the_whole_prompt(ours):
     assert asked.answer(IMAGES, QUESTIONS, decoding) == expected != ours["llama"].answer(IMAGES, QUESTIONS, decoding)
 
 
+def test_a_question_longer_than_the_q_former_s_positions(ours):
+    """Not every tokenizer states a maximum length."""
+    pipeline = ours["llama"]
+    assert pipeline.qformer_tokenizer.model_max_length == pipeline.config.qformer.max_position_embeddings == 40
+    assert len(pipeline.answer(IMAGES[0], "a " * 60, Decoding(num_beams=1, max_new_tokens=3))) == 1
+
+
 def test_the_collator_gives_the_q_former_the_prompt(saved, parts):
     from blip2.builder import build
 

@@ -427,6 +427,43 @@ def test_odd_settings(copy, changes):
     refuses(folder, ".+")
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool])
+@pytest.mark.parametrize(
+    "name", ["qformer.encoder.layer.0.attention.attention.query", "vision_model.encoder.layers.0.mlp.fc1"]
+)
+def test_weights_that_are_no_floating_point_numbers(copy, name, dtype):
+    folder = copy("opt")
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, f"{name}.weight": weights[f"{name}.weight"].to(dtype)}, folder / "model.safetensors")
+    refuses(folder, f"holds values of type {dtype}, expected floating-point numbers".replace("torch.", ""))
+
+
+def test_embeddings_of_nan(copy):
+    folder = copy("opt")
+    weights = load_file(folder / "model.safetensors")
+    weights["language_model.model.decoder.embed_tokens.weight"][3, 4] = torch.nan
+    save_file(weights, folder / "model.safetensors")
+    refuses(folder, "the weight of the token embeddings in .* contains NaN")
+
+
+def test_an_image_processor_for_another_size(copy, tmp_path):
+    """The size stays that of the processor, in which the model is used here, in every format."""
+    folder = copy("opt")
+    edit(folder / "processor_config.json", image_processor__size={"height": 56, "width": 56})
+    ours = blip2.load(folder, device="cpu")
+    convert(folder, tmp_path / "out", "transformers")
+    again = blip2.load(tmp_path / "out", device="cpu")
+    assert again.model.vision.preprocessing == ours.model.vision.preprocessing
+    assert torch.equal(again.encode_images(IMAGES), ours.encode_images(IMAGES))
+
+
+def test_a_placeholder_in_a_text_for_the_q_former(saved):
+    pipeline = blip2.load(saved["retrieval"][0], device="cpu")
+    for call in (pipeline.match, pipeline.similarity, pipeline.embed):
+        with pytest.raises(InputError, match="a text contains <image>, for which the Q-Former has no embedding"):
+            call(IMAGES[0], ["a disc", "an <image>"])
+
+
 @pytest.mark.parametrize("key", ["do_normalize", "do_resize", "do_rescale"])
 def test_images_prepared_in_another_way(copy, key):
     folder = copy("opt")

@@ -187,12 +187,15 @@ def test_logits_in_chunks_are_the_same_and_few(monkeypatch, smoothing):
         torch.testing.assert_close(other, results[0])
 
 
-def test_perplexity_and_accuracy():
+@pytest.mark.parametrize("num_labels", [None, 5.0])
+def test_perplexity_and_accuracy(num_labels):
+    """Averaged over batches that were given their mean number of labels, they are those of all labels."""
     logits, labels = 3 * random(4, 7), torch.tensor([6, 0, 3, 3])
-    lm = language_modeling(logits, nn.Identity(), labels, 99.0, 0.5)
+    lm = language_modeling(logits, nn.Identity(), labels, num_labels, 0.5)
     expected = cross_entropies(logits, F.one_hot(labels, 7).tolist(), 0.0)
-    assert lm.perplexity.item() == pytest.approx(math.exp(sum(expected) / 4), rel=1e-5)
-    assert lm.accuracy.item() == (logits.argmax(dim=1) == labels).float().mean().item()
+    divisor = num_labels or 4
+    assert lm.perplexity.item() == pytest.approx(math.exp(sum(expected) / divisor), rel=1e-5)
+    assert lm.accuracy.item() == pytest.approx((logits.argmax(dim=1) == labels).sum().item() / divisor)
 
 
 # -- queries that differ -------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import os
 import random
 import signal
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -22,7 +22,7 @@ from blip2.search.indexing import index
 from blip2.search.library import Library
 from conftest import draw
 from fixtures.corpus import write_tar
-from fixtures.library import write_small_batches
+from fixtures.library import die_while_writing
 from fixtures.processes import finish, start
 
 
@@ -267,17 +267,10 @@ def test_killed_at_random_moments(run, pipeline, tmp_path):
     index(pipeline, str(photos), tmp_path / "calm")
 
     arguments = ["index", str(run), str(photos), "--output", str(library), "--device", "cpu"]
-    versions = library / "images.lance" / "_versions"
     resumed_from = []
     for _ in range(KILLS):
-        before = len(list(versions.glob("*"))) if versions.is_dir() else 0
-        process = start(arguments, log, write_small_batches)
-        while process.is_alive() and (len(list(versions.glob("*"))) if versions.is_dir() else 0) <= before + 1:
-            time.sleep(0.001)
-        time.sleep(moments.uniform(0, 0.1))
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL, log.read_text()
+        status, printed = finish(start(arguments, log, partial(die_while_writing, 3, moments.uniform(0, 0.1))), log)
+        assert status == -signal.SIGKILL, printed
         resumed_from.append(len(contents(library)))
     assert resumed_from == sorted(set(resumed_from)) and resumed_from[-1] < 60 * KILLS
     status, printed = finish(start(arguments, log), log)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,9 +15,10 @@ import pytest
 from PIL import Image
 
 from blip2.errors import InputError
+from blip2.pipelines import load
 from blip2.search import library as library_module
 from blip2.search.indexing import index, optimize
-from blip2.search.library import Library, exact_similarity, to_stored
+from blip2.search.library import Library, LibraryError, exact_similarity, to_stored
 from blip2.search.recall import measure_recall
 from conftest import draw
 from fixtures.library import draw_photos
@@ -182,6 +184,7 @@ def dated(pipeline, tmp_path_factory):
         ("id = 2.5", {2005}),
         ("year = 1900", set()),
         ("array_has(captions, 'image 7')", {2007}),
+        ("year = 2003 OR place = 'a;b' -- one", {2003}),
     ],
 )
 def test_a_condition_on_the_metadata(dated, where, expected):
@@ -205,12 +208,21 @@ def test_columns_and_captions(dated):
         ("", "expected SQL"),
         ("digest = x'zz", "expected SQL"),
         ("year % 0 = 1", "Divide by zero"),
+        ("true; DROP TABLE images", "found: ;"),  # what follows a condition would be ignored
+        ("year > 2000 LIMIT 1", "found: LIMIT"),
+        ("year > 2000, place = 'Rome'", "expected SQL"),
     ],
 )
 def test_a_condition_that_is_none(dated, where, expected):
     with pytest.raises(InputError, match=expected) as raised:
         dated.search("a disc", where=where)
     assert "\n" not in str(raised.value) and ".rs" not in str(raised.value)
+
+
+def test_a_long_condition_is_not_repeated(dated):
+    with pytest.raises(InputError, match="cannot be used") as raised:
+        dated.search("a disc", where="year = 'late' OR " * 1000 + "true")
+    assert len(str(raised.value)) < 1000
 
 
 # -- the index -----------------------------------------------------------------------------------------------------
@@ -316,8 +328,6 @@ def test_recall_counts_images_with_the_same_bytes_once(tmp_path):
 
 
 def test_another_model_is_refused(shared, other_run, images):
-    from blip2.pipelines import load
-
     other = load(other_run, "cpu")
     for refused in (
         lambda: Library.open(shared.uri, other),
@@ -326,6 +336,17 @@ def test_another_model_is_refused(shared, other_run, images):
     ):
         with pytest.raises(InputError, match="whose weights are not those of"):
             refused()
+
+
+def test_a_library_that_is_made_anew(library, pipeline, other_run, photos):
+    """An open library goes on with the same model, and is not searched with the vectors of another one."""
+    shutil.rmtree(library.uri)
+    index(pipeline, str(photos), library.uri)
+    assert len(library.search("a disc", k=12)) == 12
+    shutil.rmtree(library.uri)
+    index(load(other_run, "cpu"), str(photos), library.uri)
+    with pytest.raises(LibraryError, match="was made anew"):
+        library.search("a disc")
 
 
 def test_the_library_names_its_model(shared, run):
@@ -463,6 +484,8 @@ def test_the_reason_of_a_failed_request(message, expected):
 
 
 def test_delete(library, photos):
+    with pytest.raises(InputError, match="found: ;"):
+        library.delete("true; and nothing else")
     assert library.delete(f"image = '{photos}/red-disc.png'") == 1
     assert len(library) == 11
 

@@ -1,6 +1,5 @@
 """The service behind nginx, with the lines of docs/serving.md."""
 
-import asyncio
 import shutil
 import socket
 import subprocess
@@ -15,26 +14,13 @@ import openai
 import pytest
 
 from blip2.serve.app import create_app
-from blip2.serve.engine import LocalEngine
 from blip2.serve.options import ServeOptions
 from conftest import draw
-from fixtures.service import build_writer, data_url, serve
+from fixtures.service import LONG, PausingEngine, build_writer, data_url, serve
 
 NGINX = shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/bin")
 PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
 pytestmark = pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
-
-
-class PausingEngine(LocalEngine):
-    """Waits after the first piece of a text until the test lets it go on."""
-
-    go_on = threading.Event()
-
-    async def stream(self, generation):
-        async for piece in super().stream(generation):
-            yield piece
-            if piece.text:
-                await asyncio.to_thread(self.go_on.wait, 60)
 
 
 @contextmanager
@@ -49,20 +35,16 @@ def nginx(folder, port):
     places = "".join(
         f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
-    config, errors = folder / "nginx.conf", folder / "error.log"
+    config, errors, pid = folder / "nginx.conf", folder / "error.log", folder / "pid"
     config.write_text(
-        f"user root; daemon off; pid {folder}/pid; error_log {errors}; events {{}} http {{ access_log off; {places}"
+        f"user root; daemon off; pid {pid}; error_log {errors}; events {{}} http {{ access_log off; {places}"
         f" server {{ listen 127.0.0.1:{own}; {lines} }} }}"
     )
     process = subprocess.Popen([NGINX, "-c", config, "-e", errors])
     try:
-        while process.poll() is None:
-            try:
-                socket.create_connection(("127.0.0.1", own)).close()
-                break
-            except ConnectionRefusedError:
-                time.sleep(0.01)
-        assert process.poll() is None, errors.read_text()
+        while not pid.exists():  # which it writes once it listens
+            assert process.poll() is None, errors.read_text()
+            time.sleep(0.01)
         yield own
     finally:
         process.terminate()
@@ -71,18 +53,20 @@ def nginx(folder, port):
 
 def test_nginx_before_the_service(parts, tmp_path):
     options = ServeOptions(allowed_hosts=["127.0.0.1"])
-    app = create_app({"writer": build_writer(parts)}, None, options, (), lambda metrics: PausingEngine(4, metrics))
+    go_on = threading.Event()
+    engine = lambda metrics: PausingEngine(go_on, 4, metrics)  # noqa: E731
+    app = create_app({"writer": build_writer(parts)}, None, options, (), engine)
     image = {"type": "image_url", "image_url": {"url": data_url(draw("disc", "red", 0))}}
     messages = [{"role": "user", "content": [image, {"type": "text", "text": "what is it"}]}]
     with serve(app) as port, nginx(tmp_path, port) as front:
         url = f"http://127.0.0.1:{front}/v1"
         client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=30)
-        asked = {"model": "writer", "messages": messages, "max_tokens": 30}
+        asked = {"model": "writer", "messages": messages, "max_tokens": LONG}
         text = ""
         for chunk in client.chat.completions.create(**asked, stream=True):
             text += chunk.choices[0].delta.content or ""
             if text:  # it has arrived, although the answer goes on only now
-                PausingEngine.go_on.set()
+                go_on.set()
         assert text == client.chat.completions.create(**asked).choices[0].message.content and len(text) > 5
         client.close()
         errors = httpx2.post(f"{url}/chat/completions", json={**asked, "wrong": 1})

@@ -31,7 +31,7 @@ from blip2.serve.service import Service
 from blip2.serve.tokens import ShownTokens, describe_token
 from conftest import COLORS, SHAPES, draw
 from fixtures.library import draw_photos
-from fixtures.service import build_writer, data_url, serve
+from fixtures.service import PausingEngine, build_writer, data_url, serve
 
 KEY = "a-key-of-some-length"
 GREEDY = Decoding(num_beams=1, max_new_tokens=12)
@@ -275,7 +275,7 @@ def test_each_of_many_clients_gets_its_own_answer(address, client, pipeline):
     answers = asyncio.run(ask_all())
     assert [each.choices[0].message.content for each in answers[:12]] == alone
     np.testing.assert_allclose([each.data[0].embedding for each in answers[12:]], vectors, atol=1e-5)
-    assert "blip2_requests_in_flight 0" in httpx2.get(f"{address}/metrics").text
+    wait_until(lambda: "\nblip2_requests_in_flight 0.0\n" in httpx2.get(f"{address}/metrics").text)
 
 
 def test_sampled_texts_are_those_of_the_pipeline(writer):
@@ -391,6 +391,11 @@ def long(client, **options):
     return chat(client, ask(), max_tokens=1000, **options)
 
 
+def pausing(metrics):
+    """An engine that never ends a long text."""
+    return PausingEngine(threading.Event(), 16, metrics)
+
+
 def wait_until(true):
     for _ in range(3000):
         if true():
@@ -400,7 +405,7 @@ def wait_until(true):
 
 
 def test_a_full_queue_and_clients_that_leave(writer):
-    app = create_app({"writer": writer}, options=ServeOptions(max_queue=2))
+    app = create_app({"writer": writer}, None, ServeOptions(max_queue=2), (), pausing)
     with (
         serve(app) as port,
         openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=0) as client,
@@ -417,13 +422,13 @@ def test_a_full_queue_and_clients_that_leave(writer):
         streams[1].close()
         wait_until(lambda: "blip2_running_texts 0" in metrics() and "blip2_requests_in_flight 0" in metrics())
         with pytest.raises(openai.APITimeoutError):  # this client does not wait either
-            long(client.with_options(timeout=0.1))
+            long(client.with_options(timeout=0.5))
         wait_until(lambda: 'outcome="client_left",route="/v1/chat/completions",status="0"' in metrics())
         wait_until(lambda: "blip2_running_texts 0" in metrics())
 
 
 def test_a_request_ends_at_its_deadline(writer):
-    app = create_app({"writer": writer}, options=ServeOptions(deadline=0.2))
+    app = create_app({"writer": writer}, None, ServeOptions(deadline=0.2), (), pausing)
     with (
         serve(app) as port,
         openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=0) as client,
@@ -437,15 +442,23 @@ def test_a_request_ends_at_its_deadline(writer):
 
 def test_nothing_goes_on_after_an_image_that_is_refused():
     """Otherwise work and images pile up behind requests that are answered and no longer counted."""
-    engine, read = LocalEngine(), []
+    engine, read, left = LocalEngine(), [], threading.Event()
+
+    class Reader(ImageReader):
+        async def read(self, *arguments):
+            try:
+                return await super().read(*arguments)
+            except asyncio.CancelledError:
+                left.set()
+                raise
 
     class Model:
         def preprocess(self, image):
             read.append(image)
-            time.sleep(0.05)
+            left.wait(10)
 
     async def run():
-        service = Service(engine, {}, ImageReader(), ServeOptions())
+        service = Service(engine, {}, Reader(), ServeOptions())
         urls = [data_url(image) for image in IMAGES[:8]]
         with pytest.raises(InputError, match="expected a data URL in base64"):
             await service.encode(Model(), [*urls, "data:nothing"], "messages")

@@ -212,6 +212,30 @@ def test_fewer_processes_go_on_within_the_epoch(parts, tmp_path, monkeypatch):
     assert len(set(rows[8:])) == 16
 
 
+def test_losses_of_other_batches_are_not_compared(parts, tmp_path, capsys):
+    """ITC is smaller in smaller batches, whatever the model has learned."""
+    recipe = parts.recipe(
+        tmp_path / "run",
+        data={"validation": parts.images, "batch_size": 2},
+        optimizer={"learning_rate": {"vision.*": "frozen", "*": 0.0}},
+        training={"max_steps": 1, "metric_for_best_model": "validation_itc"},
+    )
+    best = tmp_path / "run" / "best" / "best.json"
+    train(recipe)
+    train(changed(recipe, training={"max_steps": 2, "eval_steps": 1}), resume=True)
+    assert json.loads(best.read_text())["step"] == 1  # it was not better
+    small = json.loads(best.read_text())["value"]
+    said = "the best checkpoint is one of those after step 2 from now on"
+    assert said not in capsys.readouterr().err
+    recipe = changed(recipe, data={"batch_size": 8}, training={"max_steps": 3})
+    train(recipe, resume=True)
+    assert said in capsys.readouterr().err
+    found = json.loads(best.read_text())
+    assert found["step"] == 3 and found["value"] > small
+    train(changed(recipe, training={"max_steps": 4}), resume=True)
+    assert json.loads(best.read_text()) == found and said not in capsys.readouterr().err
+
+
 # -- one run in a folder -------------------------------------------------------------------------------------------
 
 

@@ -201,14 +201,17 @@ def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(parts, tmp_p
     with (tmp_path / "torchrun.log").open("w") as log:
         process = subprocess.Popen([sys.executable, *arguments], env=environment, stdout=log, stderr=log)
         try:
+            wait_for_steps(tmp_path / "killed", 1, process)
+            other = children(process.pid)[1]  # early: it takes a while to find
             wait_for_steps(tmp_path / "killed", 7, process)
-            os.kill(children(process.pid)[1], signal.SIGKILL)
+            os.kill(other, signal.SIGKILL)
             assert process.wait(300) == 0, (tmp_path / "torchrun.log").read_text()
         finally:
             process.terminate()
             process.wait()
     printed = (tmp_path / "torchrun.log").read_text()
     assert len(re.findall(r"resuming from .*step-000000[0-3]\d", printed)) == 1
+    assert printed.count("stage: representation") == 2  # once by the processes of each start
     assert "Signal 9 (SIGKILL) received by PID" in printed or "exitcode: -9" in printed
     assert_same_run(tmp_path / "calm", tmp_path / "killed")
 
@@ -221,7 +224,7 @@ def test_restarts_that_would_hang_are_refused(parts, tmp_path, monkeypatch):
 
 
 def test_a_process_gives_up_waiting_for_one_that_hangs(parts, tmp_path):
-    recipe = parts.recipe(tmp_path / "run", training={"max_steps": 10_000, "save_steps": 10_000, "ddp_timeout": 3})
+    recipe = parts.recipe(tmp_path / "run", training={"max_steps": 10_000, "save_steps": 10_000, "ddp_timeout": 6})
     (process, log), (hanging, _) = begin_two(command(recipe, tmp_path / "run"), tmp_path)
     wait_for_steps(tmp_path / "run", 2, process)
     os.kill(hanging.pid, signal.SIGSTOP)

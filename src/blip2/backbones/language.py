@@ -50,7 +50,14 @@ from blip2.errors import InputError
 from blip2.model.kernels.linear import convert_linears
 from blip2.model.losses import IGNORE_INDEX, MAX_LOGITS_PER_CHUNK
 
-POSITION_KEYS = ("max_position_embeddings", "max_target_positions", "n_positions", "max_seq_len", "n_ctx")
+POSITION_KEYS = (
+    "max_position_embeddings",
+    "max_target_positions",
+    "max_decoder_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "n_ctx",
+)
 """Names under which configurations of transformers store the maximum number of positions."""
 VISUAL_PADDING = -math.inf
 """Every value of a token of a visual prompt that is padding, which the LLM does not see. It is not NaN, because a model
@@ -111,7 +118,28 @@ class LanguageModel(Freezable):
         return torch.autocast(device.type, enabled=False) if self.adapter_key else super().autocast_context(device)
 
     def embed(self, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T L"]:
+        """Return the embeddings of tokens.
+
+        Raises:
+            InputError: the LLM has no embedding for a token.
+        """
+        self._check_tokens(ids)
         return self.network.get_input_embeddings()(ids).to(ids.device)  # the layer may be on another device
+
+    def _check_tokens(self, ids: Int[Tensor, "B T"]) -> None:
+        """Check that the LLM has an embedding for each token; on a GPU, a wrong index would end the process.
+
+        Some tokenizers have more special tokens than their LLM has embeddings, such as that of Gemma 3 1B.
+
+        Raises:
+            InputError: the LLM has no embedding for a token.
+        """
+        highest = int(ids.max()) if ids.numel() else 0
+        if highest >= self.vocab_size:
+            raise InputError(
+                f"a text contains the special token {highest} of the tokenizer, but the LLM has embeddings only of the"
+                f" tokens 0 to {self.vocab_size - 1}: leave this token out of the text"
+            )
 
     @torch.no_grad()
     def embedding_scale(self) -> float:
@@ -155,6 +183,7 @@ class LanguageModel(Freezable):
         kwargs: dict[str, Any] = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         logits_to_keep = None
         if self.is_encoder_decoder:
+            self._check_tokens(labels)
             kwargs["decoder_input_ids"] = self._shift_right(labels)
         else:
             # The token in column t is predicted in column t - 1.
@@ -199,7 +228,8 @@ class LanguageModel(Freezable):
         layer: Any = self.network.get_output_embeddings()
         if not isinstance(layer, nn.Linear) or layer.weight.is_meta:
             return False
-        ids = torch.zeros(1, 1, dtype=torch.long, device=layer.weight.device)
+        # Token 0 is often the padding token, whose embedding may be zero, and then so would all logits be.
+        ids = torch.full((1, 1), self.vocab_size // 2, device=layer.weight.device)
         decoder_inputs = {"decoder_input_ids": ids} if self.is_encoder_decoder else {}
         inputs: list[Tensor] = []
         try:
@@ -358,6 +388,7 @@ class LanguageModel(Freezable):
             prompt_index: the prompt that each continuation follows, in [0, B).
             batch_size: number of continuations per pass of the LLM.
         """
+        self._check_tokens(labels)
         prompts = self.prepare_prompts(visual, ids, mask, image_index)
         has_label = labels != IGNORE_INDEX
         tokens, lengths = labels.masked_fill(~has_label, get_pad_token_id(self.network)), has_label.sum(dim=1)

@@ -98,6 +98,24 @@ def check_finite(name: str, tensor: Tensor, source: str) -> None:
         )
 
 
+def check_floating_point(name: str, tensor: Tensor, source: str) -> None:
+    """Check that a weight holds floating-point numbers: integers would be converted without the scale that they need.
+
+    Args:
+        name: name of the weight, for the message.
+        tensor: the weight.
+        source: file or folder from which the weight was loaded, for the message.
+
+    Raises:
+        InputError: the weight holds other values.
+    """
+    if not tensor.is_floating_point():
+        raise InputError(
+            f"the weight {name} in {source!r} holds values of type {str(tensor.dtype).removeprefix('torch.')}, expected"
+            " floating-point numbers: give a checkpoint that is not quantized"
+        )
+
+
 def _is_path(name: str) -> bool:
     """Return whether a name is a path: a hub name has at most one slash."""
     return name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
@@ -243,6 +261,12 @@ def load_model(
             auto_class, name, trust_remote_code=trust_remote_code, config=config, dtype=dtype, output_loading_info=True,
             **load_kwargs or {},
         )  # fmt: skip
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise InputError(
+            f"the {what} {name!r} has an adapter_config.json, with which transformers loads the model that the adapters"
+            " were trained with, and not the weights beside it: merge the adapters (merge_and_unload of PEFT) and save"
+            " the result, or remove that file"
+        )
     _check_missing(model, info, optional, name, what)
     return model, set(info["missing_keys"])
 
@@ -290,6 +314,9 @@ def load_submodule(
             " weights"
         )
     _check_missing(model, info, optional, name, what)
+    for key, parameter in model.named_parameters():
+        if key in weights and parameter.is_floating_point():
+            check_floating_point(key, weights[key], name)
     check_tied_weights(weights, model.state_dict(), name)
     return model
 

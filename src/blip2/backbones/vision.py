@@ -54,7 +54,9 @@ class ImageEncoder(Freezable):
         network: the module that has the weights.
         forward_features: maps pixels [B, 3, H, W] to features [B, P, E], or to a grid [B, E, h, w] or [B, h, w, E],
             which becomes P = h * w tokens. If `input_format` is a :class:`~blip2.backbones.features.FeatureFormat`, it
-            maps arrays [B, P, E] without padding to features, whose P and E may differ from those of the arrays.
+            maps arrays [B, P, E] without padding to features, whose P and E may differ from those of the arrays. It
+            must not be a closure over `network`: a copy of this object (:func:`copy.deepcopy`) would still run the
+            original network.
         input_format: size and normalization of the pixels, or the shape of the arrays.
         layer: name of the layer whose output `forward_features` returns, if the weights do not determine it.
         blocks: the blocks of a ViT in order; empty for other networks.

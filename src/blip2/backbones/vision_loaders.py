@@ -9,6 +9,7 @@ import inspect
 import logging
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -106,12 +107,12 @@ def wrap_module(module: nn.Module | Any, input_format: Preprocessing | FeatureFo
         return module
     if not isinstance(module, nn.Module):
         raise InputError(f"encoder is a {type(module).__name__}, expected a torch.nn.Module: give a module")
+    return ImageEncoder(module, partial(_forward_module, module), input_format)
 
-    def forward_features(inputs: Tensor) -> Tensor:
-        output: Any = module(inputs)
-        return output if isinstance(output, Tensor) else getattr(output, "last_hidden_state", output)
 
-    return ImageEncoder(module, forward_features, input_format)
+def _forward_module(module: nn.Module, inputs: Tensor) -> Tensor:
+    output: Any = module(inputs)
+    return output if isinstance(output, Tensor) else getattr(output, "last_hidden_state", output)
 
 
 # -- transformers ------------------------------------------------------------------------------------------------------
@@ -191,16 +192,20 @@ def wrap_transformers(network: nn.Module, preprocessing: Preprocessing, layer: L
         parameters = inspect.signature(network.forward).parameters
         if "interpolate_pos_encoding" in parameters or (is_vit and "kwargs" in parameters):
             kwargs["interpolate_pos_encoding"] = True
-
-    def forward_features(pixels: Tensor) -> Tensor:
-        if config.model_type == "siglip2_vision_model":
-            return _encode_siglip2(network, pixels, patch_size, layer)
-        if layer == "last":
-            return network(pixel_values=pixels, **kwargs).last_hidden_state
-        outputs = network(pixel_values=pixels, output_hidden_states=True if not is_vit else -1, **kwargs)
-        return outputs.hidden_states[-1 if is_vit else -2]
-
+    if config.model_type == "siglip2_vision_model":
+        forward_features = partial(_encode_siglip2, network, patch_size, layer)
+    else:
+        forward_features = partial(_forward_transformers, network, layer, is_vit, kwargs)
     return ImageEncoder(network, forward_features, preprocessing, layer, list(stacks[0]) if is_vit else ())
+
+
+def _forward_transformers(
+    network: nn.Module, layer: Layer, is_vit: bool, kwargs: Mapping[str, Any], pixels: Tensor
+) -> Tensor:
+    if layer == "last":
+        return network(pixel_values=pixels, **kwargs).last_hidden_state
+    outputs = network(pixel_values=pixels, output_hidden_states=True if not is_vit else -1, **kwargs)
+    return outputs.hidden_states[-1 if is_vit else -2]
 
 
 def _square_side(value: Any) -> int | None:
@@ -262,7 +267,7 @@ def interpolate_pos_embed(pos_embed: Float[Tensor, "1 P E"], grid: int) -> Float
     return torch.cat([pos_embed[:, :1], square.flatten(2).mT.to(pos_embed.dtype)], dim=1)
 
 
-def _encode_siglip2(network: nn.Module, pixels: Tensor, patch_size: int, layer: Layer) -> Tensor:
+def _encode_siglip2(network: nn.Module, patch_size: int, layer: Layer, pixels: Tensor) -> Tensor:
     """Encode with SigLIP 2 (NaFlex), which reads flattened patches [row, column, channel] and the shape of the grid."""
     batch_size, _, height, width = pixels.shape
     patches = F.unfold(pixels, patch_size, stride=patch_size)  # [B, 3*p*p, P], channel first

@@ -69,6 +69,13 @@ def run_job(
         claim_folder(folder / "about.json", metadata, "pass")
         _remove_stale_tmp(folder)
         remaining = [unit for unit in units if not _is_finished(folder, unit)]
+        known = {_stats_file(folder, unit) for unit in units}
+        stale = next((file for file in sorted(folder.glob(f"*{STATS}")) if file not in known), None)
+        if stale is not None:
+            raise InputError(
+                f"{stale} has the result of records that the data no longer has: remove the files of this name, or give"
+                " another output"
+            )
         finished = len(units) - len(remaining)
         display = Display(label)
         if remaining:

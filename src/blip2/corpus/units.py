@@ -39,7 +39,8 @@ class Unit:
     count: int | None = None
     """Number of records. None: the source is a ``.tar``, and the unit is all of it."""
     version: str = ""
-    """:func:`~blip2.io.describe_version` of the files of the source; empty if it is not a name of files."""
+    """What changes if the records of the unit are others: :func:`~blip2.io.describe_version` of the files of the
+    source or, if it is not a name of files, :meth:`~blip2.data.records.Records.digest` of the records."""
 
 
 def list_units(source: str, shard_size: int) -> list[Unit]:
@@ -70,12 +71,15 @@ def list_units(source: str, shard_size: int) -> list[Unit]:
         ]
     if Path(source).exists():
         source = _absolute(source)
-    count = len(open_corpus(source))
+    open_corpus.cache_clear()  # the files may have changed since the last pass of this process
+    records = open_corpus(source)
+    count = len(records)
     is_other = is_benchmark(source) or source.startswith("hub:") or Path(source).is_dir()
-    version = "" if is_other else describe_version(expand_files(source))
+    version = None if is_other else describe_version(expand_files(source))
     return [
-        Unit(f"{i:05}", source, start, min(shard_size, count - start), version)
+        Unit(f"{i:05}", source, start, end - start, version or records.digest(slice(start, end)))
         for i, start in enumerate(range(0, count, shard_size))
+        for end in [min(start + shard_size, count)]
     ]
 
 

@@ -345,8 +345,14 @@ def check_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
 
 
 def strip_eos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    """Return the ids without the end token that some tokenizers append, so that more text can follow."""
-    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+    """Return the ids without the end token that some tokenizers append, so that more text can follow.
+
+    The only token of an empty text may also be the first of every text, as OPT's </s> is, which stays.
+    """
+    if ids[-1:] != [tokenizer.eos_token_id]:
+        return ids
+    is_appended = len(ids) > 1 or tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
+    return ids[:-1] if is_appended else ids
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Int[Tensor, "B T"]:

@@ -137,8 +137,7 @@ def read_image(image: ImageLike | Any, name: str | None = None) -> Image.Image:
             or `image` is not an :data:`ImageLike`, or is an array of another shape or range.
     """
     if isinstance(image, Tensor):
-        image = image.detach().cpu()
-        image = (image.float() if image.is_floating_point() else image).numpy()  # numpy has no bfloat16
+        image = _to_numpy(image)
     if isinstance(image, np.ndarray):
         return _from_array(_check_range(image), "the array given as an image")
     if isinstance(image, Image.Image):
@@ -158,6 +157,17 @@ def read_image(image: ImageLike | Any, name: str | None = None) -> Image.Image:
         raise ImageError(f"{name} is empty (0 bytes): copy or download it again")
     with open_image(data, name, show_bytes=isinstance(image, bytes)) as opened:
         return _to_rgb(opened, name)
+
+
+def _to_numpy(image: Tensor) -> np.ndarray:
+    try:
+        image = image.detach().cpu()
+        return (image.float() if image.is_floating_point() else image).numpy(force=True)  # numpy has no bfloat16
+    except (RuntimeError, TypeError, NotImplementedError) as error:  # sparse, or without data
+        raise ImageError(
+            f"the tensor given as an image has no array of values ({' '.join(str(error).split())[:120]}): give a dense"
+            " tensor on a device"
+        ) from error
 
 
 @contextmanager
@@ -219,6 +229,8 @@ def _path_or_bytes(image: Any) -> str | os.PathLike[str] | bytes:
 def _check(image: Image.Image, name: str, scans: int = 1) -> None:
     """Check the size and the format in the header of an image before it is decoded."""
     pixels = image.width * image.height
+    if not pixels:
+        raise ImageError(f"{name} has {image.width} x {image.height} pixels, expected at least one: replace it")
     if pixels > MAX_PIXELS:
         raise ImageError(
             f"{name} has {image.width} x {image.height} pixels, more than the {MAX_PIXELS:,} allowed: make it smaller"
@@ -242,6 +254,9 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         array = np.asarray(image)
+        low, high = float(array.min()), float(array.max())
+        if low < -FLOAT_TOLERANCE * max(high, 1.0):
+            raise ImageError(f"{name} holds values from {low:g}, expected none below 0: scale or shift them")
         rgb = _from_array(array, name)
         if is_negative:  # Pillow inverts TIFFs with 8 bits only
             rgb = ImageOps.invert(rgb)

@@ -194,8 +194,11 @@ def resume_mixture(
 
 
 def _describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Return the settings that differ, as ``key from a to b``, separated by commas; empty if there are none."""
-    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    """Return the settings that differ, as ``key from a to b``, separated by commas; empty if there are none.
+
+    Settings that an older version did not store are not compared.
+    """
+    keys = [key for key in before if before[key] != now.get(key)]
     return ", ".join(f"{key} from {before.get(key)} to {now.get(key)}" for key in keys)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +40,9 @@ from blip2.data.cells import (
 from blip2.data.positions import StreamPosition
 from blip2.data.shards import ERROR_COLUMN, KEY_COLUMN, REFUSED_COLUMN, STARTS_SHARD_COLUMN, unreadable_source
 from blip2.data.tables import Table
+
+NUM_DIGESTED = 1000
+"""Number of records, spread evenly over a table, by which a change of its order is noticed."""
 
 
 @dataclass(frozen=True)
@@ -245,8 +249,27 @@ class Records(_WithColumns, Sequence[Record]):
 
     @property
     def order_params(self) -> dict[str, Any]:
-        """The values that determine the order of the records together with a seed, as plain values for JSON."""
-        return {"records": len(self), "group_column": self._columns.group, "group_share": self._columns.group_share}
+        """The values that determine the order of the records together with a seed, as plain values for JSON.
+
+        The digest of evenly spread records tells whether rows were moved, added or removed.
+        """
+        spread = sorted({i * (len(self) - 1) // (NUM_DIGESTED - 1) for i in range(NUM_DIGESTED)})
+        return {
+            "records": len(self), "group_column": self._columns.group, "group_share": self._columns.group_share,
+            "digest": self.digest(spread),
+        }  # fmt: skip
+
+    def digest(self, indices: Sequence[int] | slice) -> str:
+        """Return a digest of the image paths and the texts of the records at `indices`, in their order.
+
+        Embedded images are not read.
+        """
+        columns = self._columns
+        names = [] if self.has_embedded_images else [(columns.image,)]
+        names += [] if columns.caption is None else [columns.text_columns(columns.question)]
+        names += [] if columns.question is None else [(columns.question,)]
+        cells = [self._table.read_column(each, indices) for each in names]
+        return hashlib.blake2b(json.dumps(cells, default=str).encode(), digest_size=8).hexdigest()
 
     @property
     def group_share(self) -> float:
@@ -312,12 +335,21 @@ class RecordStream(_WithColumns):
         columns: the columns of the dataset from which records are made.
         rank: rank of this process.
         world_size: number of processes.
+        shards: the files from which the dataset reads, in order; empty if they are not known.
     """
 
-    def __init__(self, dataset: datasets.IterableDataset, columns: ColumnMapping, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        dataset: datasets.IterableDataset,
+        columns: ColumnMapping,
+        rank: int,
+        world_size: int,
+        shards: Sequence[str] = (),
+    ) -> None:
         self._dataset = dataset
         self._columns = columns
         self._rank, self._world_size = rank, world_size
+        self._shards = shards
         self._rank_dataset = dataset
         self._num_read = 0
         self._pending_position: StreamPosition | None = None
@@ -326,7 +358,9 @@ class RecordStream(_WithColumns):
     @property
     def order_params(self) -> dict[str, Any]:
         """The values that determine the order of the records together with a seed, as plain values for JSON."""
-        return {"shards": self._dataset.num_shards}
+        names = json.dumps([Path(shard).name for shard in self._shards])
+        digest = hashlib.blake2b(names.encode(), digest_size=8).hexdigest()
+        return {"shards": self._dataset.num_shards, "digest": digest}
 
     def read(
         self,

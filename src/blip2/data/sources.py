@@ -7,7 +7,7 @@ URLs). Both are datasets of the ``datasets`` library.
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -146,8 +146,10 @@ def open_records(
         dataset = _load(source, build_cached_table, files, read=read_rows)
     # A Parquet file may contain paths of image files in its own folder; a sample of a tar may not contain any path.
     allowed_folders = {".tar": (), ".parquet": (str(path.parent),)}.get(suffix)
-    root = path.parent
-    return _make_records(dataset, source, config, root, rank, world_size, allowed_folders, all_columns, reads_features)
+    return _make_records(
+        dataset, source, config, path.parent, rank, world_size, allowed_folders, all_columns, reads_features,
+        files if streaming else (),
+    )  # fmt: skip
 
 
 def _text_columns(config: DataConfig) -> tuple[str | None, ...]:
@@ -251,6 +253,7 @@ def _make_records(
     allowed_folders: tuple[str, ...] | None = None,
     all_columns: bool = False,
     reads_features: bool = False,
+    shards: Sequence[str] = (),
 ) -> Records | RecordStream:
     """Find the columns of a dataset, and return its rows as records.
 
@@ -258,6 +261,7 @@ def _make_records(
         dataset: a :class:`~blip2.data.tables.Table`, or a dataset or stream of the ``datasets`` library.
         source, root, allowed_folders: see :class:`~blip2.data.records.ColumnMapping`.
         config, rank, world_size, all_columns, reads_features: see :func:`open_records`.
+        shards: see :class:`~blip2.data.records.RecordStream`.
     """
     dataset = _remove_reserved(dataset)
     table = _as_table(dataset)
@@ -316,7 +320,7 @@ def _make_records(
                 " set data.streaming to false, or leave out data.group_column and store similar images next to each"
                 " other"
             )
-        return RecordStream(dataset, columns, rank, world_size)
+        return RecordStream(dataset, columns, rank, world_size, shards)
     if len(table) == 0:
         raise _empty(source)
     records = Records(table, columns)

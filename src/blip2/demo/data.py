@@ -8,11 +8,13 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from blip2.config import DataConfig
 from blip2.data.assets import fetch
+from blip2.data.images import ImageError, read_image
 from blip2.data.records import Records
 from blip2.data.scene_kinds import STAMPS
 from blip2.data.sources import open_records
@@ -53,6 +55,8 @@ class DemoData:
     """Folder of the scenes data set; None for a user's images."""
     credit: str
     """Source and license of the images, for the report."""
+    digest: str | None = None
+    """A digest of a user's images and captions by which a change is noticed; None for the scenes."""
 
 
 def scenes_data(output: Path, quick: bool) -> DemoData:
@@ -102,7 +106,8 @@ def scenes_data(output: Path, quick: bool) -> DemoData:
 def user_data(source: str, output: Path) -> DemoData:
     """Split a user's images with captions: nine tenths for training, one tenth held out.
 
-    The split depends only on the paths of the images.
+    The split depends only on the paths of the images. All captions of an image are on one side. Images that cannot be
+    decoded are not held out, because the evaluation needs every held-out image; training skips and names them.
 
     Args:
         source: a value of ``data.train``: a folder of images with captions, or a table with paths of images.
@@ -110,7 +115,7 @@ def user_data(source: str, output: Path) -> DemoData:
 
     Raises:
         InputError: the source cannot be read, is a stream, contains the bytes of the images, or has fewer than
-            :data:`MIN_IMAGES` images with a caption.
+            :data:`MIN_IMAGES` images with a caption, or fewer than two that can be decoded.
     """
     records = open_records(source, DataConfig(train=source, streaming=False))
     if not isinstance(records, Records):
@@ -123,21 +128,37 @@ def user_data(source: str, output: Path) -> DemoData:
             f"--data {source} contains the bytes of the images, expected image files: give a folder of images with a"
             " .txt file for each image, or a table with the paths of the images"
         )
-    rows: list[dict[str, object]] = []
+    captions: dict[str, list[str]] = {}
     for record in records:
         if isinstance(record.image, str) and record.captions and record.skip_reason is None:
-            rows.append({"image": os.path.realpath(record.image), "captions": list(record.captions)})
-    if len(rows) < MIN_IMAGES:
+            captions.setdefault(os.path.realpath(record.image), []).extend(record.captions)
+    if len(captions) < MIN_IMAGES:
         raise InputError(
-            f"--data {source} has {len(rows)} images with a caption, expected at least {MIN_IMAGES}: add images or"
+            f"--data {source} has {len(captions)} images with a caption, expected at least {MIN_IMAGES}: add images or"
             " captions"
         )
-    ranked = sorted(rows, key=lambda row: hashlib.sha256(str(row["image"]).encode()).digest())
-    count = max(2, round(HELD_OUT * len(rows)))
+    ranked = sorted(captions, key=lambda image: hashlib.sha256(image.encode(errors="surrogatepass")).digest())
+    held = list(islice(filter(_can_be_decoded, ranked), max(2, round(HELD_OUT * len(ranked)))))
+    if len(held) < 2:
+        raise InputError(
+            f"--data {source} has {len(held)} images that can be decoded, expected more: correct the files"
+        )
     held_out, train = output / "held_out.jsonl", output / "train.jsonl"
-    _write_rows(held_out, ranked[:count])
-    _write_rows(train, ranked[count:])
-    return DemoData(str(train), None, None, str(held_out), None, held_out, None, f"your images, {source}")
+    rows: dict[str, dict[str, object]] = {image: {"image": image, "captions": captions[image]} for image in ranked}
+    _write_rows(held_out, [rows.pop(image) for image in held])
+    _write_rows(train, list(rows.values()))
+    content = held_out.read_bytes() + train.read_bytes()
+    digest = hashlib.blake2b(content, digest_size=8).hexdigest()
+    return DemoData(str(train), None, None, str(held_out), None, held_out, None, f"your images, {source}", digest)
+
+
+def _can_be_decoded(image: str) -> bool:
+    try:
+        read_image(image)
+    except ImageError as error:
+        log.warning("%s; it is not held out", error)
+        return False
+    return True
 
 
 def _head(path: Path, output: Path, count: int) -> Path:

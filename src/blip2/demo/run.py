@@ -117,18 +117,25 @@ class DemoPlan:
     precision: Precision
     scale: float
     """Factor by which the numbers of training steps in the recipes are multiplied."""
+    quick: bool = False
+    """Whether it is the short version."""
+    data: str | None = None
+    """:attr:`~blip2.demo.data.DemoData.digest` of the data."""
 
 
-def make_plan(output: Path, scale: float | None = None) -> DemoPlan:
+def make_plan(output: Path, scale: float | None = None, quick: bool = False, data: str | None = None) -> DemoPlan:
     """Return the plan of the interrupted demo in `output`, or else make and save a new plan.
 
     Args:
         output: folder of the demo.
-        scale: factor for the number of training steps, which also replaces the factor of a saved plan. None: the factor
-            of the saved plan, or 1 in a new plan.
+        scale: factor for the number of training steps. None: the factor of the saved plan, or 1 in a new plan.
+        quick: see :class:`DemoPlan`.
+        data: see :class:`DemoPlan`.
 
     Raises:
-        InputError: the saved plan cannot be read.
+        InputError: the saved plan cannot be read, or `output` contains a run with another plan. A run that is finished
+            would be taken for a run on other data or with another number of steps, and the runs that start from it
+            would not start again.
     """
     path = output / PLAN
     if path.is_file():
@@ -139,11 +146,18 @@ def make_plan(output: Path, scale: float | None = None) -> DemoPlan:
                 f"{path} is not the plan of a demo, which is an object with the keys precision and scale: delete this"
                 " file, or give another output"
             ) from error
-        if scale is None or scale == saved.scale:
+        plan = replace(saved, scale=saved.scale if scale is None else scale, quick=quick, data=data)
+        changed = [key for key, value in asdict(plan).items() if value != getattr(saved, key)]
+        if not changed:
             return saved
-        plan = replace(saved, scale=scale)
+        if any((output / run.folder).exists() for run in RUNS.values()):
+            key = changed[0]
+            raise InputError(
+                f"{output} contains a demo whose {key} is {getattr(saved, key)} instead of {getattr(plan, key)}: give"
+                f" another --output, or delete {output}"
+            )
     else:
-        plan = DemoPlan(faster_precision(), 1.0 if scale is None else scale)
+        plan = DemoPlan(faster_precision(), 1.0 if scale is None else scale, quick, data)
     output.mkdir(parents=True, exist_ok=True)
     write_json(path, asdict(plan))
     return plan
@@ -167,14 +181,14 @@ def demo(output: Path, quick: bool = False, data: str | None = None, scale: floa
 
     Raises:
         InputError: a package is not installed or cannot be downloaded, `data` cannot be used, or `output` contains runs
-            that cannot be resumed.
+            that cannot be resumed, such as those of other data or with another `quick` or `scale`.
     """
     new_figure(1.0, 1.0)  # fails early if matplotlib is not installed
     for name in ("efficientnet-lite0", "minilm", "smollm2-135m-instruct"):
         fetch(name)
     demo_data = scenes_data(output, quick) if data is None else user_data(data, output)
     timer = StageTimer()
-    plan = make_plan(output, scale)
+    plan = make_plan(output, scale, quick, demo_data.digest)
     log.info("training in %s, with %g times the number of steps in the recipes", plan.precision, plan.scale)
     recipes = demo_recipes(output, demo_data, plan, quick)
     for name, recipe in recipes.items():

@@ -129,7 +129,11 @@ def evaluate_pipeline(
     def work(resumable: ResumableMap) -> EvalResult:
         return EVALUATE_MODEL[config.task](pipeline, data, config, seed, resumable)
 
-    return metadata, _run_once(expand_home(output), metadata, work, overwrite)
+    metrics = _run_once(expand_home(output), metadata, work, overwrite)
+    if metrics.get("images_skipped") and rank() == 0:
+        count, first = metrics["images_skipped"], metrics["skipped"][0]
+        log.warning("%d images of %s cannot be used and are not scored; the first: %s", count, data.source, first)
+    return metadata, metrics
 
 
 def evaluate_predictions(file: str | Path, config: EvaluationConfig, output: str | Path) -> dict[str, Any]:

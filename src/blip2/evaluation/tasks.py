@@ -105,9 +105,10 @@ def answer(
     candidates = None if config.rank_by is None else find_candidates(data, config.answer_list, references, config.rules)
     if config.control and not references:
         raise _nothing_to_compare(data, "answers")
-    chunk_of_image: dict[int, int] = {}
+    first: dict[int, int] = {}
     for i, image in enumerate(data.image_ids):
-        chunk_of_image.setdefault(image, i // CHUNK_SIZE)
+        first.setdefault(image, i)
+    chunk_of_image = {image: i // CHUNK_SIZE for image, i in first.items()}
     encoded = FeatureFiles(resumable.folder / "features", chunk_of_image) if config.control else None
 
     def ask(features: Float[Tensor, "I P E"], rows: Sequence[int], image_index: Sequence[int]) -> dict[int, Answered]:
@@ -131,10 +132,9 @@ def answer(
         return dict(zip(rows, found, strict=True))
 
     def generate(chunk: range) -> tuple[dict[int, Answered], list[str]]:
-        first: dict[int, int] = {}
-        for i in chunk:
-            first.setdefault(data.image_ids[i], i)
-        usable, features, skipped = _encode_images(pipeline, {key: data.image(i) for key, i in first.items()})
+        usable, features, skipped = _encode_images(
+            pipeline, data, {(key := data.image_ids[i]): first[key] for i in chunk}
+        )
         rows = [i for i in chunk if data.image_ids[i] in usable]
         if features is None:
             return {}, skipped
@@ -143,6 +143,7 @@ def answer(
         return ask(features, rows, [usable.index(data.image_ids[i]) for i in rows]), skipped
 
     answers, skipped = _generate("answers", len(data), generate, resumable, seed)
+    _check_any(data, answers, skipped)
     result = _score_answers(data, ids, references, answers, config, _count_skipped(skipped))
     if encoded is None:
         return result
@@ -362,12 +363,13 @@ def caption(
         raise _nothing_to_compare(data, "captions")
 
     def generate(chunk: range) -> tuple[dict[int, str], list[str]]:
-        usable, features, skipped = _encode_images(pipeline, {i: data.image(rows[i][0]) for i in chunk})
+        usable, features, skipped = _encode_images(pipeline, data, {i: rows[i][0] for i in chunk})
         if features is None:
             return {}, skipped
         return dict(zip(usable, pipeline.caption(features, config.prompt, decoding), strict=True)), skipped
 
     captions, skipped = _generate("captions", len(rows), generate, resumable, seed)
+    _check_any(data, captions, skipped)
     result = _score_captions(data, rows, captions, resumable, _count_skipped(skipped))
     if not config.control:
         return result
@@ -498,7 +500,7 @@ def retrieve(
     image_chunks = _chunks(len(rows))
 
     def encode(chunk: int) -> tuple[list[int], Float[Tensor, "I P E"] | None, list[str]]:
-        return _encode_images(pipeline, {i: data.image(rows[i][0]) for i in image_chunks[chunk]})
+        return _encode_images(pipeline, data, {i: rows[i][0] for i in image_chunks[chunk]})
 
     def embed_images(chunk: int) -> dict[str, Any]:
         usable, features, skipped = encode(chunk)
@@ -616,23 +618,29 @@ def _name_recall(side: str, recall: Recall) -> dict[str, float]:
 
 
 def _encode_images(
-    pipeline: Pipeline[Any], images: Mapping[Key, str | bytes | None]
+    pipeline: Pipeline[Any], data: EvalData, rows: Mapping[Key, int]
 ) -> tuple[list[Key], Float[Tensor, "I P E"] | None, list[str]]:
     """Encode the images that can be decoded.
 
+    Args:
+        pipeline: the model.
+        data: the records.
+        rows: the index of a record with each image.
+
     Returns:
-        The keys of the usable images, the features of these images (None if no image is usable), and an error message
-        for each of the other images.
+        The keys of the usable images, the features of these images (None if no image is usable), and a message, which
+        names the record, for each of the other images.
     """
     pixels: dict[Key, Tensor] = {}
     skipped = []
-    for key, image in images.items():
+    for key, row in rows.items():
         try:
+            image = data.image(row)
             if image is None:
-                raise ImageError("a record has no image")
+                raise ImageError("it has no image")
             pixels[key] = read_input(image, pipeline.model.vision.input_format)
         except ImageError as error:
-            skipped.append(str(error))
+            skipped.append(f"{data.records[row].key}: {error}")
     return list(pixels), pipeline.encode_pixels(stack_inputs(list(pixels.values()))) if pixels else None, skipped
 
 
@@ -696,7 +704,16 @@ def _generate(
 # -- results ---------------------------------------------------------------------------------------------------------
 
 
-def _count_skipped(messages: list[str]) -> dict[str, Any]:
+def _check_any(data: EvalData, results: Mapping[int, Any], skipped: Sequence[str]) -> None:
+    if not results:
+        raise InputError(
+            f"none of the {len(data)} records of {data.source} has an image that can be used (the first: {skipped[0]}):"
+            " correct the images"
+        )
+
+
+def _count_skipped(messages: Sequence[str]) -> dict[str, Any]:
+    messages = list(dict.fromkeys(messages))  # the records of an image may be in several chunks
     return {"images_skipped": len(messages), "skipped": messages[:MAX_LISTED]}
 
 

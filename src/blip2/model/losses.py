@@ -134,9 +134,9 @@ class LMOutput(NamedTuple):
 
     loss: Float[Tensor, ""]
     perplexity: Float[Tensor, ""]
-    """exp of the mean cross-entropy without label smoothing; has no gradient."""
+    """exp of the cross-entropy without label smoothing, divided by `num_labels`; has no gradient."""
     accuracy: Float[Tensor, ""]
-    """Share of tokens predicted correctly; has no gradient."""
+    """Number of tokens predicted correctly, divided by `num_labels`; has no gradient."""
 
 
 def language_modeling(
@@ -166,13 +166,9 @@ def language_modeling(
     else:
         sums = [_lm_sums(head, *chunk) for chunk in chunks]
     cross_entropy, uniform_cross_entropy, num_correct = torch.stack(sums).sum(dim=0)
-    count = max(len(labels), 1)
+    divisor = num_labels if num_labels is not None else max(len(labels), 1)
     total = (1 - label_smoothing) * cross_entropy + label_smoothing * uniform_cross_entropy
-    return LMOutput(
-        total / (num_labels if num_labels is not None else count),
-        (cross_entropy.detach() / count).exp(),
-        num_correct.detach() / count,
-    )
+    return LMOutput(total / divisor, (cross_entropy.detach() / divisor).exp(), num_correct.detach() / divisor)
 
 
 def _lm_sums(

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeGuard, TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from blip2.backbones.features import cat_tokens, check_padded
-from blip2.config import ModelConfig
+from blip2.config import IMAGE_TOKEN, ModelConfig, QFormerConfig
 from blip2.data.arrays import read_input
 from blip2.decoding.options import Decoding
 from blip2.errors import InputError
@@ -78,7 +78,16 @@ class Pipeline(Generic[Model]):
         if self.model.vision.has_padding and images.shape[2] == self.model.vision.hidden_size:
             check_padded(images)
             return True
-        return images.shape[1:] == self._feature_shape
+        if images.shape[1:] != self._feature_shape or not len(images):
+            return images.shape[1:] == self._feature_shape
+        extremes = torch.stack(torch.aminmax(images.detach()))  # both are NaN if any value is
+        if not images.is_floating_point() or not extremes.isfinite().all():
+            raise InputError(
+                f"the features are of type {str(images.dtype).removeprefix('torch.')} and range from"
+                f" {extremes.min().item():g} to {extremes.max().item():g}, expected finite floating-point numbers:"
+                " encode the images again"
+            )
+        return True
 
     @torch.no_grad()
     def encode_pixels(self, pixels: Float[Tensor, "I C H W"]) -> Float[Tensor, "I P E"]:
@@ -210,6 +219,22 @@ def check_all_used(
         raise InputError(f"there are {stream.num_read} images and {len(texts)} {kind}s: {advice}")
 
 
+def check_tokens(ids: Int[Tensor, "T L"], config: QFormerConfig) -> None:
+    """Check that the Q-Former has an embedding for each token of its texts; on a GPU, a wrong index would end the
+    process.
+
+    Raises:
+        InputError: a text contains an image placeholder, which is the only token that may have no embedding.
+    """
+    if ids.numel() and int(ids.max()) >= config.vocab_size:
+        raise InputError(f"a text contains {IMAGE_TOKEN}, for which the Q-Former has no embedding: remove it")
+
+
+def as_list(texts: Any) -> list[Any]:
+    """Return one text, or several texts, as a list, whose elements may still be anything but texts."""
+    return [texts] if isinstance(texts, str | bytes) or not isinstance(texts, Iterable) else list(texts)
+
+
 def check_texts(texts: str | Sequence[str], kind: str) -> list[str]:
     """Return one text, or several texts, as a list, after checking that no text is blank.
 
@@ -220,7 +245,7 @@ def check_texts(texts: str | Sequence[str], kind: str) -> list[str]:
     Raises:
         InputError: a text is blank, or there are no texts.
     """
-    listed = [texts] if isinstance(texts, str | bytes) or not isinstance(texts, Iterable) else list(texts)
+    listed = as_list(texts)
     if not listed:
         raise InputError(f"no {kind} was given: give at least one")
     for number, text in enumerate(listed, 1):

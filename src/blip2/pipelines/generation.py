@@ -19,7 +19,7 @@ from blip2.decoding.options import ANSWER_DECODING, CAPTION_DECODING, Decoding
 from blip2.decoding.text import TextStreamer, final_text, make_stopping_criteria
 from blip2.errors import InputError
 from blip2.model.losses import IGNORE_INDEX, MAX_LOGITS_PER_CHUNK
-from blip2.pipelines.base import check_all_used, check_texts, texts_of_images
+from blip2.pipelines.base import as_list, check_all_used, check_texts, texts_of_images
 from blip2.pipelines.chat import Chat
 from blip2.pipelines.images import Images, ImageStream, OnError, cat_padded
 from blip2.pipelines.likelihood import LikelihoodPipeline, check_prompts
@@ -99,7 +99,7 @@ class GenerationPipeline(LikelihoodPipeline):
                 " caption continues"
             )
         prompt = self.config.language.prompt if prompt is None else prompt
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = as_list(prompt)
         decoding, advice = decoding or CAPTION_DECODING, "give one prompt per image"
         self._tokenize_prompts(prompts, decoding)
         prompts_of = texts_of_images(

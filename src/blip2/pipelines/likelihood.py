@@ -30,7 +30,7 @@ from blip2.data.collate import (
 from blip2.errors import InputError
 from blip2.model.generation import GenerationModel, Questions
 from blip2.model.losses import IGNORE_INDEX
-from blip2.pipelines.base import check_texts
+from blip2.pipelines.base import as_list, check_texts, check_tokens
 from blip2.pipelines.images import Images, cat_padded
 from blip2.pipelines.scoring import Rows, Scores, ScoringPipeline, TextLengthError
 
@@ -42,12 +42,16 @@ NO_LIMIT = 2**31
 """A maximum number of tokens that truncates no text."""
 
 
-def check_prompts(prompts: Sequence[str]) -> None:
-    """Raise an InputError if a prompt contains an image placeholder."""
-    with_token = next((prompt for prompt in prompts if IMAGE_TOKEN in prompt), None)
-    if with_token is not None:
-        raise InputError(f"the prompt {with_token!r} contains {IMAGE_TOKEN}: remove {IMAGE_TOKEN}, because the"
-                         " image is placed first automatically")  # fmt: skip
+def check_prompts(prompts: Sequence[object]) -> None:
+    """Raise an InputError if a prompt is not a text, or contains an image placeholder."""
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise InputError(
+                f"a prompt is a {type(prompt).__name__}, {str(prompt)[:80]!r}, expected a str: give a text"
+            )
+        if IMAGE_TOKEN in prompt:
+            raise InputError(f"the prompt {prompt!r} contains {IMAGE_TOKEN}: remove {IMAGE_TOKEN}, because the image is"
+                             " placed first automatically")  # fmt: skip
 
 
 class LikelihoodPipeline(ScoringPipeline[GenerationModel]):
@@ -127,6 +131,7 @@ class LikelihoodPipeline(ScoringPipeline[GenerationModel]):
     ) -> tuple[Float[Tensor, "N"], Int[Tensor, "N"]]:
         """Return the log-probability and the number of tokens of each text; see :meth:`log_likelihood`."""
         indices = list(range(len(texts)) if image_index is None else image_index)
+        check_prompts(prompts)
         self._check_lengths(len(features), prompts, texts, indices, questions, image_index is not None)
         asked = [""] * len(texts) if questions is None else questions
         # The texts of one row have image, prompt and question in common.
@@ -262,7 +267,7 @@ class LikelihoodPipeline(ScoringPipeline[GenerationModel]):
         features = self.encode_images(images)
         listed = None if questions is None else check_texts(questions, "question")
         own = self.config.language.prompt if prompt is None else prompt
-        prompts = [own] if isinstance(own, str) else list(own)
+        prompts = as_list(own)
         if not prompts:
             raise InputError("no prompt was given: give at least one, or leave out prompt")
         if listed is not None:
@@ -335,10 +340,15 @@ class LikelihoodPipeline(ScoringPipeline[GenerationModel]):
         ``qformer.text_input`` in the model's config says which.
         """
         if self.config.qformer.text_input == "prompt":
-            return encode_questions(self.qformer_tokenizer, prompts)
-        if questions is None:
+            encoded = encode_questions(self.qformer_tokenizer, prompts)
+        elif questions is None:
             return None
-        return encode_questions(self.qformer_tokenizer, normalize_questions(questions, self.config.text_normalization))
+        else:
+            texts = normalize_questions(questions, self.config.text_normalization)
+            encoded = encode_questions(self.qformer_tokenizer, texts)
+        if encoded is not None:
+            check_tokens(encoded.ids, self.config.qformer)
+        return encoded
 
     def _continuations(
         self, texts: Sequence[str], prompts: Sequence[str]

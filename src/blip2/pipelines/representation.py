@@ -21,7 +21,7 @@ from blip2.model.losses import MAX_LOGITS_PER_CHUNK, image_text_similarity
 from blip2.model.qformer import attention_mask
 from blip2.model.representation import RepresentationModel
 from blip2.model.text_decoder import TextDecoder
-from blip2.pipelines.base import check_all_used, check_texts, texts_of_images
+from blip2.pipelines.base import check_all_used, check_texts, check_tokens, texts_of_images
 from blip2.pipelines.images import Images, OnError
 from blip2.pipelines.results import Generated, until_end
 from blip2.pipelines.scoring import Rows, Scores, ScoringPipeline
@@ -436,6 +436,7 @@ class RepresentationPipeline(ScoringPipeline[RepresentationModel]):
         texts = normalize_captions(texts, self.config.text_normalization)
         limit = min(self.config.qformer.max_position_embeddings, 2 * self.config.max_length)
         ids, mask, _ = encode_texts(self.tokenizer, texts, limit)
+        check_tokens(ids, self.config.qformer)
         return ids.to(self.device), mask.to(self.device)
 
     # -- scores --------------------------------------------------------------------------------------------------------

@@ -341,6 +341,8 @@ class Library:
             wanted: maximum number of images, which have different bytes.
             where: see :meth:`search`.
         """
+        if replace(_read_config(self.uri, self.table), model=self.config.model) != self.config:
+            raise LibraryError(f"the library {self.uri} was made anew with another model or `vectors`: open it again")
         shortlist = max(OVERSAMPLING * wanted, MIN_SHORTLIST)
         candidates = self._count(where)
         if candidates > max(EXACT_ROWS, shortlist):
@@ -357,7 +359,7 @@ class Library:
 
     def _count(self, where: str | None) -> int:
         with convert_lance_errors(self.uri, where, self):
-            return self.table.count_rows(where)
+            return self.table.count_rows(None if where is None else _whole(where))
 
     def _nearest(self, query: np.ndarray, limit: int, where: str | None, exact: bool) -> pyarrow.Table:
         """Return the nearest rows, with all columns but the images' bytes.
@@ -374,7 +376,7 @@ class Library:
             # All partitions are searched: few save little time, and embeddings without clusters lose results with them.
             search = search.bypass_vector_index() if exact else search.nprobes(self.table.count_rows())
             if where is not None:
-                search = search.where(where)
+                search = search.where(_whole(where))
             return self._read(search)
 
     def _read(self, search: Any) -> pyarrow.Table:
@@ -450,7 +452,7 @@ class Library:
         """
         count = self._count(where)
         with convert_lance_errors(self.uri, where, self):
-            self.table.delete(where)
+            self.table.delete(_whole(where))
         return count
 
 
@@ -606,6 +608,11 @@ def sql_text(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
+def _whole(where: str) -> str:
+    """Return a condition in parentheses, in which LanceDB does not ignore what follows it, such as ``; x``."""
+    return f"({where}\n)"
+
+
 @contextmanager
 def convert_lance_errors(uri: str, where: str | None = None, library: Library | None = None) -> Iterator[None]:
     """Convert exceptions of LanceDB to :class:`LibraryError`, or to an InputError about the condition, of one line.
@@ -629,8 +636,8 @@ def convert_lance_errors(uri: str, where: str | None = None, library: Library | 
         if where is not None and library is not None and is_condition:
             columns = ", ".join(f"{name} ({kind})" for name, kind in library.columns.items()) or "none"
             raise InputError(
-                f"the condition {where!r} cannot be used ({reason}), expected SQL such as year >= 2020 AND place ="
-                f" 'Rome' on the columns of the library: {columns}"
+                f"the condition {where[:300]!r} cannot be used ({reason[:300]}), expected SQL such as year >= 2020 AND"
+                f" place = 'Rome' on the columns of the library: {columns}"
             ) from error
         advice = "check its path and permissions, and that the disk is not full; or make it again"
         if is_url(uri):

@@ -23,6 +23,7 @@ from blip2.errors import InputError
 from blip2.pipelines import GenerationPipeline, RepresentationPipeline
 from blip2.search.library import LibraryError
 from blip2.serve import attention, chat, page, search, vectors
+from blip2.serve.body import describe_problem
 from blip2.serve.engine import Engine, LocalEngine
 from blip2.serve.errors import ApiError
 from blip2.serve.gate import Gate, error_log, read_hosts
@@ -81,8 +82,9 @@ def create_app(
 
     failed: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in ("4XX", "5XX")}
     app = FastAPI(
-        title="blip2", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan, responses=failed
-    )
+        title="blip2", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan, responses=failed,
+        redirect_slashes=False,  # to an address made of the Host header, to which a client would send its body again
+    )  # fmt: skip
     app.add_middleware(Gate, options=options, keys=list(api_keys), metrics=metrics)
     secrets = {str(each.path): name for name, each in pipelines.items()}
     _add_error_handlers(app, secrets | ({} if library is None else {library.uri: "the library"}))
@@ -163,7 +165,7 @@ def _add_error_handlers(app: FastAPI, secrets: Mapping[str, str]) -> None:
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> Response:
         known = {
-            400: "the body cannot be read: send a JSON object in UTF-8",
+            400: error.detail,  # of body.py
             404: "there is no such endpoint: see /openapi.json",
             405: "the endpoint has another method: see /openapi.json",
         }
@@ -172,15 +174,12 @@ def _add_error_handlers(app: FastAPI, secrets: Mapping[str, str]) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
-        kind = request.headers.get("content-type", "missing")
+        kind = request.headers.get("content-type", "").strip() or "missing"
         if not re.match(r"application/([^;\s]+\+)?json\s*(;|$)", kind, re.IGNORECASE):  # FastAPI does not parse it
             return ApiError(
                 400,
                 f"the Content-Type of the body is {kind[:80]}, expected application/json: set this header",
                 code="invalid_value",
             ).response()
-        first = error.errors()[0]
-        source, *fields = first["loc"]  # "body", or the place of a parameter
-        where = ".".join(map(str, fields if source in ("body", "path", "query") else first["loc"]))
-        message = f"{where[:200] or 'the body'}: {first['msg'][:300]}"
-        return ApiError(400, message, where[:200] or None, "invalid_value").response()
+        where, reason = describe_problem(error.errors(), error.body)
+        return ApiError(400, f"{where or 'the body'}: {reason}", where or None, "invalid_value").response()

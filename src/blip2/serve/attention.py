@@ -8,6 +8,7 @@ from starlette.responses import JSONResponse, Response
 from torch import Tensor
 
 from blip2.pipelines.results import to_grid
+from blip2.serve.body import JSONRoute
 from blip2.serve.models import Stage1Model, check_length
 from blip2.serve.schemas import AttentionRequest
 from blip2.serve.service import Service, text_of
@@ -15,7 +16,7 @@ from blip2.serve.service import Service, text_of
 
 def make_router(service: Service) -> APIRouter:
     """Return the endpoint."""
-    router = APIRouter()
+    router = APIRouter(route_class=JSONRoute)
 
     @router.post("/v1/attention")
     async def attention(body: AttentionRequest, request: Request) -> Response:

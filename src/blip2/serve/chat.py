@@ -24,6 +24,7 @@ from starlette.responses import JSONResponse, Response
 from blip2.data.collate import check_unicode
 from blip2.decoding.options import CAPTION_DECODING, CHAT_DECODING, Decoding
 from blip2.pipelines import Candidate
+from blip2.serve.body import JSONRoute
 from blip2.serve.engine import Generation, Piece
 from blip2.serve.errors import ApiError
 from blip2.serve.models import Conversation, Stage2Model, count_tokens
@@ -46,7 +47,7 @@ class _Reply(NamedTuple):
 
 def make_router(service: Service) -> APIRouter:
     """Return the endpoint."""
-    router = APIRouter()
+    router = APIRouter(route_class=JSONRoute)
 
     @router.post("/v1/chat/completions", responses={200: {"model": ChatCompletion}})
     async def chat(body: ChatRequest, request: Request) -> Response:

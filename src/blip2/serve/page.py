@@ -19,6 +19,7 @@ from blip2.data.images import ImageError, read_image
 from blip2.pipelines import Explanation
 from blip2.pipelines.results import to_grid
 from blip2.search.library import Library
+from blip2.serve.body import JSONRoute
 from blip2.serve.chat import read_messages, split_content
 from blip2.serve.errors import ApiError
 from blip2.serve.images import DECODERS
@@ -44,7 +45,7 @@ class ExplainRequest(Body):
 
 def make_router(service: Service) -> APIRouter:
     """Return the endpoints."""
-    router = APIRouter()
+    router = APIRouter(route_class=JSONRoute)
     decoders = anyio.CapacityLimiter(DECODERS)
 
     @router.post("/v1/explain")

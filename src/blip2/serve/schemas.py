@@ -72,7 +72,9 @@ class TextObject(Body):
     text: Text
 
 
-Item = Text | ImageObject | TextObject | ImagePart | TextPart
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+"""A part of a message."""
+Item = Text | ImageObject | TextObject | Part
 """A text or an image: a string, ``{"text": ...}``, ``{"image": URL}``, or a part as in messages."""
 
 
@@ -83,7 +85,7 @@ class Message(Body):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, Field(max_length=100_000)] | list[TextPart | ImagePart]
+    content: Annotated[str, Field(max_length=100_000)] | list[Part]
     name: str | None = None
     """Without effect."""
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from blip2.data.images import preprocess
 from blip2.search.library import Hit, Library, sql_text
+from blip2.serve.body import JSONRoute
 from blip2.serve.errors import ApiError
 from blip2.serve.models import check_length
 from blip2.serve.schemas import Condition, SearchRequest, Value
@@ -30,7 +31,7 @@ class _Query(NamedTuple):
 
 def make_router(service: Service) -> APIRouter:
     """Return the endpoint."""
-    router = APIRouter()
+    router = APIRouter(route_class=JSONRoute)
 
     def search(queries: list[_Query]) -> list[list[Hit]]:
         library = service.library

@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from torch import Tensor
 from torch.nn import functional as F
 
+from blip2.serve.body import JSONRoute
 from blip2.serve.errors import ApiError
 from blip2.serve.models import Stage1Model, check_length, itc
 from blip2.serve.schemas import EmbeddingRequest, Item, RerankRequest
@@ -23,7 +24,7 @@ from blip2.serve.service import Service, image_url, text_of
 
 def make_router(service: Service) -> APIRouter:
     """Return the endpoints."""
-    router = APIRouter()
+    router = APIRouter(route_class=JSONRoute)
 
     @router.post("/v1/embeddings", responses={200: {"model": CreateEmbeddingResponse}})
     async def embeddings(body: EmbeddingRequest, request: Request) -> Response:

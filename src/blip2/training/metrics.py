@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from blip2.config import ObjectivesConfig
 from blip2.errors import InputError
@@ -60,6 +63,16 @@ class JsonlLog:
         """Close the file."""
         if self._file is not None:
             self._file.close()
+
+
+def to_addend(name: str, value: Tensor) -> Tensor:
+    """Return what is averaged in place of a metric: the logarithm of a perplexity, which is e to a mean, or `value`."""
+    return value.log() if name.endswith("_perplexity") else value
+
+
+def from_mean(name: str, mean: float) -> float:
+    """Return a metric, given the mean of the results of :func:`to_addend`."""
+    return math.exp(mean) if name.endswith("_perplexity") else mean
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

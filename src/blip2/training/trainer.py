@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,7 +37,14 @@ from blip2.recipe import dump_config
 from blip2.training.data_stats import DataStats
 from blip2.training.interruption import TrainingInterrupted, catch_signals
 from blip2.training.launch import deterministic_algorithms, lock_run, log_failures, make_accelerator
-from blip2.training.metrics import METRICS_FILE, SKIPPED_FILE, JsonlLog, format_progress
+from blip2.training.metrics import (
+    METRICS_FILE,
+    SKIPPED_FILE,
+    JsonlLog,
+    format_progress,
+    from_mean,
+    to_addend,
+)
 from blip2.training.monitor import FrozenFiles, SystemMonitor
 from blip2.training.optimizer import build_optimizer, optimizer_state_by_name, restore_optimizer, update_learning_rate
 from blip2.training.setup import (
@@ -50,7 +57,14 @@ from blip2.training.setup import (
     shard_model,
 )
 from blip2.training.sharding import ignore_frozen_in_ddp, move_trainable
-from blip2.training.validation import Evaluator, best_metric, is_better, run_evaluation, validate
+from blip2.training.validation import (
+    Evaluator,
+    best_metric,
+    is_better,
+    measurement_settings,
+    run_evaluation,
+    validate,
+)
 
 MAX_EMPTY_BATCHES = 10
 """Abort after this many consecutive batches without a usable image."""
@@ -163,8 +177,19 @@ class Trainer:
             display.log(f"resuming from {last}")
         self.global_step: int = state.get("step", 0)
         self.pending_metrics: dict[str, float] | None = state.get("unfinished")
-        """Metrics of the last step, if the run was stopped before that step's evaluation was complete."""
+        """Metrics of the last step, if the run was stopped before its validation or evaluation was complete."""
         self.best: float | None = None
+        self.best_since: int = state.get("best_since", 0)
+        """Step after which the best value counts: earlier values were measured with other settings."""
+        self.measured_with = measurement_settings(recipe, accelerator.num_processes)
+        if self.measured_with["metric"] and state.get("measured_with", self.measured_with) != self.measured_with:
+            # What is pending will be measured with the new settings.
+            pending = self.pending_metrics
+            self.best_since = self.global_step - (pending is not None and self.measured_with["metric"] not in pending)
+            display.log(
+                f"the best checkpoint is one of those after step {self.best_since} from now on, because"
+                " training.metric_for_best_model was measured with other settings until then"
+            )
         self.has_warned_of_collapse = False
 
         set_seed(recipe.training.seed)
@@ -232,15 +257,19 @@ class Trainer:
             # The line of a step whose evaluation is pending is not written yet.
             JsonlLog.truncate(self.folder / METRICS_FILE, self.global_step - (self.pending_metrics is not None))
             JsonlLog.truncate(self.folder / SKIPPED_FILE, self.global_step)
-            self.best = best_metric(self.folder, recipe.training.metric_for_best_model)
+            self.best = best_metric(self.folder, recipe.training.metric_for_best_model, self.best_since)
         if recipe.training.report_to:
             accelerator.init_trackers("blip2", config={"recipe": dump_config(recipe)})
         saved = checkpoint.latest_checkpoint(self.folder)
+        if self.global_step >= max_steps:
+            self.display.log(f"no step is left: the run has {self.global_step}, and training.max_steps is {max_steps}")
         self.display.start(max_steps, self.global_step)
         logs = [JsonlLog(self.folder / name, accelerator.is_main_process) for name in (METRICS_FILE, SKIPPED_FILE)]
         metrics, skipped = logs
         with catch_signals() as received, contextlib.closing(metrics), contextlib.closing(skipped):
             if self.pending_metrics is not None:
+                if "validation_loss" not in self.pending_metrics and not self.is_sharded:  # it has failed
+                    self.pending_metrics |= self._validate()
                 self._finish_step(self.pending_metrics, metrics)
             while self.global_step < max_steps:
                 started = time.monotonic()
@@ -249,7 +278,8 @@ class Trainer:
                 seconds = time.monotonic() - started
                 values |= {"images_per_second": num_pairs / seconds, "seconds": seconds}
                 self.data_stats.log_skipped(self.global_step, skipped, self.display, recipe.data.max_length)
-                values |= self._validate()
+                with self._saving_before_error(values):
+                    values |= self._validate()
                 self._warn_of_collapse(values)
                 system_metrics, stop = self.monitor.collect(bool(received), seconds)
                 values |= system_metrics
@@ -258,7 +288,8 @@ class Trainer:
                 if is_measured:
                     saved = self._save(values)
                 self._finish_step(values, metrics)
-                self.data_stats.check_bad_fraction(recipe.data.max_bad_fraction, skipped.path)
+                with self._saving_before_error():
+                    self.data_stats.check_bad_fraction(recipe.data.max_bad_fraction, skipped.path)
                 self.display.update(self.global_step, format_progress(values))
                 if not is_measured and (self._is_due(recipe.training.save_steps) or stop):
                     saved = self._save()
@@ -273,6 +304,21 @@ class Trainer:
             )
         assert saved is not None
         return saved
+
+    @contextlib.contextmanager
+    def _saving_before_error(self, pending_metrics: dict[str, float] | None = None) -> Iterator[None]:
+        """Save a checkpoint of the current step before an error about the data or the recipe ends the run.
+
+        All processes must raise the error.
+
+        Args:
+            pending_metrics: see :meth:`_save`.
+        """
+        try:
+            yield
+        except InputError:
+            self._save(pending_metrics)
+            raise
 
     def _is_due(self, every: int) -> bool:
         """Return whether an action that is done every `every` steps, and after the last step, is due now."""
@@ -310,7 +356,7 @@ class Trainer:
         if self._is_evaluated and self.evaluator is not None:
             values |= run_evaluation(self.evaluator, self.built, self.global_step, self.recipe, self.display)
         name = self.recipe.training.metric_for_best_model
-        if name in values:
+        if name in values and self.global_step > self.best_since:
             if self.accelerator.is_main_process and is_better(values[name], self.best, name):
                 checkpoint.save_best(self.folder, self.global_step, {"metric": name, "value": values[name]})
                 self.best = values[name]
@@ -340,11 +386,12 @@ class Trainer:
         )
         values = self._mean_over_processes(sums)
         self._check_finite(values["loss"], sums["loss"], loaded)
-        if recipe.optimizer.max_grad_norm is not None:
-            total_norm = accelerator.clip_grad_norm_(self.model.parameters(), recipe.optimizer.max_grad_norm)
-            values["gradient_norm"] = float(cast(torch.Tensor, total_norm))
-            if accelerator.scaler is None:  # the gradient scaler skips steps with an overflow
-                self._check_finite(values["gradient_norm"], sums["loss"], loaded, "gradient")
+        # Without a limit the norm is needed too: a gradient that is not finite would destroy the weights.
+        total_norm = accelerator.clip_grad_norm_(self.model.parameters(), recipe.optimizer.max_grad_norm or math.inf)
+        values["gradient_norm"] = float(cast(torch.Tensor, total_norm))
+        # The gradient scaler skips steps with an overflow, and lowers the scale until there is none.
+        if accelerator.scaler is None or accelerator.scaler.get_scale() < 1:
+            self._check_finite(values["gradient_norm"], sums["loss"], loaded, "gradient")
         self.optimizer.step()
         values |= {"rate_share": lr_scale, "rate": max(group["lr"] for group in self.optimizer.param_groups)}
         return values, sum(len(each.keys) for each in loaded) * accelerator.num_processes
@@ -380,7 +427,8 @@ class Trainer:
                 loss = self._weighted_sum(output.losses)
                 accelerator.backward(loss / len(batches))
             for name, value in {"loss": loss, **output.losses, **output.metrics}.items():
-                sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach() / len(batches)
+                addend = to_addend(name, value.detach()) / len(batches)
+                sums[name] = sums.get(name, torch.zeros_like(value)) + addend
         return sums
 
     def _weighted_sum(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -394,7 +442,7 @@ class Trainer:
         packed = torch.cat([torch.stack([sums[name].float() for name in names]), counts])
         means = self._reduce(packed, "mean").tolist()
         self.data_stats.end_step([round(mean * self.accelerator.num_processes) for mean in means[len(names) :]])
-        return dict(zip(names, means, strict=False))
+        return {name: from_mean(name, mean) for name, mean in zip(names, means, strict=False)}
 
     def _check_finite(
         self, value: float, local_loss: torch.Tensor, loaded: list[LoadedBatch], what: str = "loss"
@@ -427,7 +475,7 @@ class Trainer:
         """Write a checkpoint of the current step.
 
         Args:
-            pending_metrics: metrics of the step, if the evaluation of the step has not been done yet.
+            pending_metrics: metrics of the step, if the validation or evaluation of the step has not been done yet.
         """
         accelerator = self.accelerator
         gathered = all_gather_objects((self.position, self.frozen_files.changed_files()))
@@ -456,6 +504,8 @@ class Trainer:
                     "positions": [position for position, _ in gathered],
                     "counts": self.data_stats.metrics(),
                     "unfinished": pending_metrics,
+                    "best_since": self.best_since,
+                    "measured_with": self.measured_with,
                 },
                 self.recipe.training.save_total_limit,
             )

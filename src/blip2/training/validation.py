@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from itertools import chain, islice, repeat
 from pathlib import Path
-from typing import Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -22,9 +23,10 @@ from blip2.data.sampler import sequential_batches
 from blip2.data.workers import prefetch
 from blip2.distributed import all_gather_objects
 from blip2.errors import InputError
+from blip2.io import to_plain
 from blip2.model.generation import GenerationModel
 from blip2.model.representation import RepresentationModel
-from blip2.training.metrics import METRICS_FILE, read_metrics
+from blip2.training.metrics import METRICS_FILE, from_mean, read_metrics, to_addend
 
 LOWER_IS_BETTER = ("_loss", *(f"_{name}" for name in ObjectivesConfig().weights), "_perplexity", "_query_similarity")
 """Suffixes of the validation metrics for which lower is better: every loss, and some metrics."""
@@ -99,7 +101,8 @@ def validate(
             output = model(to_device(loaded.batch, accelerator.device))
             losses |= set(output.losses)
             for name, value in {**output.losses, **output.metrics}.items():
-                sums[name] = sums.get(name, torch.zeros_like(num_pairs)) + value.float() * len(loaded.keys)
+                addend = to_addend(name, value.float()) * len(loaded.keys)
+                sums[name] = sums.get(name, torch.zeros_like(num_pairs)) + addend
             num_pairs += len(loaded.keys)
     model.train()
     if skipped:
@@ -118,7 +121,7 @@ def validate(
             f"none of the {len(records)} records of data.validation can be used{first}: correct these records, or set"
             " data.validation to other data"
         )
-    means = {name: total / total_pairs for name, total in zip(names, totals, strict=True)}
+    means = {name: from_mean(name, total / total_pairs) for name, total in zip(names, totals, strict=True)}
     loss = float(sum(recipe.objectives.weight(name) * means[name] for name in sorted(losses)))
     values = {f"validation_{name}": mean for name, mean in {"loss": loss, **means}.items()}
     best = recipe.training.metric_for_best_model or ""
@@ -174,11 +177,35 @@ def is_better(value: float, best: float | None, name: str) -> bool:
     return value < best if name.endswith(suffixes) else value > best
 
 
-def best_metric(run: Path, name: str | None) -> float | None:
-    """Return the best value of a metric in the metrics file of a run; None if the file has no value of this metric."""
+def best_metric(run: Path, name: str | None, since: int = 0) -> float | None:
+    """Return the best value of a metric in the metrics file of a run.
+
+    Args:
+        run: folder of the run.
+        name: name of the metric.
+        since: number of steps; the values after these and earlier steps do not count.
+
+    Returns:
+        The best value; None if the file has no value of this metric.
+    """
     best: float | None = None
     if name is not None and (run / METRICS_FILE).exists():
         for row in read_metrics(run):
-            if isinstance(row.get(name), int | float) and is_better(row[name], best, name):
-                best = row[name]
+            value = row.get(name)
+            if row["step"] > since and isinstance(value, int | float) and is_better(value, best, name):
+                best = value
     return best
+
+
+def measurement_settings(recipe: Recipe, world_size: int) -> dict[str, Any]:
+    """Return what ``training.metric_for_best_model`` depends on besides the model, as plain values for JSON.
+
+    Values that were measured with other settings cannot be compared: in smaller batches, for example, ITC is smaller.
+    """
+    name, settings = recipe.training.metric_for_best_model or "", {}
+    if name.startswith("evaluation_") and recipe.evaluation is not None:
+        settings = asdict(replace(recipe.evaluation, eval_steps=1))
+    elif name.startswith("validation_"):
+        data = {key: getattr(recipe.data, key) for key in ("validation", "batch_size", "max_length")}
+        settings = {**data, **asdict(recipe.objectives), "processes": world_size}
+    return to_plain({"metric": name, **settings})

@@ -100,6 +100,7 @@ export class ImagePlace {
     this.onImage = onImage;
     this.image = null;
     this.reads = 0;
+    this.isReading = false; // an image that was taken is not shown yet
     this.label = label;
     element.append(document.getElementById("drop-template").content.cloneNode(true));
     const find = (selector) => element.querySelector(selector);
@@ -148,15 +149,19 @@ export class ImagePlace {
   async read(blob, name = blob.name || "image") {
     showError(this.error, null);
     const number = ++this.reads;
+    this.isReading = true;
     let image;
     try {
       image = await readImage(blob, name);
     } catch (error) {
-      if (number === this.reads) showError(this.error, error);
+      if (number !== this.reads) return;
+      this.isReading = false;
+      showError(this.error, error);
       return;
     }
-    if (number === this.reads) this.show(image);
-    else URL.revokeObjectURL(image.url); // a later image was read faster
+    if (number !== this.reads) return URL.revokeObjectURL(image.url); // a later image was read faster
+    this.isReading = false;
+    this.show(image);
   }
 
   show(image) {

@@ -228,9 +228,9 @@ async function ask(question) {
   const text = await attempt(get("ask-error"), () => write(answer, stream, "Answer", pointAt));
   const isLast = runs.get("ask").signal === signal;
   if (isLast) get("ask-stop").hidden = true;
+  if (text === undefined && !answer.textContent) turn.remove();
   get("ask-again").hidden = !get("turns").childElementCount;
   if (text === undefined) {
-    if (!answer.textContent) turn.remove();
     if (isLast && !get("question").value) get("question").value = question;
     return;
   }
@@ -361,6 +361,9 @@ function showHit(hit, number, { words }, signal) {
       location.hash = "#image";
       place.read(blob, name);
     });
+    let map = null;
+    const draw = () => map && image.clientWidth && drawMapOver(image, canvas, map);
+    new ResizeObserver(draw).observe(image); // another view may be open when the map arrives
     looked.addEventListener("click", async () => {
       const pressed = looked.getAttribute("aria-pressed") === "true";
       looked.setAttribute("aria-pressed", String(!pressed));
@@ -370,8 +373,9 @@ function showHit(hit, number, { words }, signal) {
       URL.revokeObjectURL(url);
       const found = await attempt(error, () => server.attention(able("rerank")[0].id, data, words, signal));
       if (!found) return looked.setAttribute("aria-pressed", "false");
-      drawMapOver(image, canvas, found.mean);
+      map = found.mean;
       canvas.dataset.drawn = "true";
+      draw();
     });
   });
   const metadata = Object.entries(hit.metadata).slice(0, 3).map(([key, value]) => `${key}: ${value}`).join(", ");
@@ -394,9 +398,15 @@ get("search-image").addEventListener("click", () => search({ image: place.image.
 
 // -- the page ---------------------------------------------------------------------------------------------------------
 
-function showView() {
+/** Return the view that the address names. The browser tells of a change later. */
+function currentView() {
   const name = location.hash.slice(1);
-  const view = Object.hasOwn(VIEWS, name) && (name !== "search" || offer?.library) ? name : "image";
+  return Object.hasOwn(VIEWS, name) && (name !== "search" || offer?.library) ? name : "image";
+}
+
+function showView() {
+  const view = currentView();
+  closeWord();
   for (const each of Object.keys(VIEWS)) {
     get(`view-${each}`).hidden = each !== view || !offer;
     const link = document.querySelector(`nav a[href="#${each}"]`);
@@ -450,8 +460,10 @@ window.addEventListener("hashchange", () => {
 document.addEventListener("paste", (event) => {
   // Office programs copy a text together with an image of it.
   if (!offer || (event.target.matches?.("input, textarea") && event.clipboardData.types.includes("text/plain"))) return;
-  const places = get("view-compare").hidden ? [place] : [first.image ? second : first];
-  if (get("view-search").hidden && places[0].take(event.clipboardData)) event.preventDefault();
+  const view = currentView();
+  if (view === "search") return;
+  const next = view === "image" ? place : first.image || first.isReading ? second : first;
+  if (next.take(event.clipboardData)) event.preventDefault();
 });
 // A file that is dropped outside of a place is not opened in place of the page.
 for (const type of ["dragover", "drop"]) window.addEventListener(type, (event) => event.preventDefault());
