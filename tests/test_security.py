@@ -846,7 +846,8 @@ DOORS = {
     "load_file": {"backbones/pretrained.py"},
     "safe_open": {"interop/weights.py"},
     "Image.open": {"data/images.py"},
-    ".read_bytes": {"data/assets.py", "data/scenes.py", "evaluation/run.py"},  # of our own making, or the user's
+    # Of our own making, or the user's.
+    ".read_bytes": {"data/assets.py", "data/scenes.py", "demo/data.py", "evaluation/run.py"},
     ".from_pretrained": {"backbones/pretrained.py", "backbones/vision_loaders.py"},  # nn.Embedding's
     ".from_config": {"backbones/pretrained.py", "backbones/language.py"},  # of a class of transformers
     "import_module": {"__init__.py"}, "eval": set(), "exec": set(), "__import__": set(),

@@ -17,6 +17,7 @@ import socket
 import stat
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -145,21 +146,33 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, unique_keys: bool = False) -> Any:
     """Parse a JSON text.
 
+    Args:
+        text: the text, in UTF-8 if it is bytes.
+        unique_keys: refuse a key that occurs twice in an object, instead of taking its last value.
+
     Raises:
-        InputError: the text is not JSON, is nested too deeply for Python's parser, or contains a number that is too
-            long.
+        InputError: the text is not JSON, is nested too deeply for Python's parser, contains a number that is too long,
+            or is refused because of `unique_keys`.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_make_unique if unique_keys else None)
     except json.JSONDecodeError as error:
         raise InputError(f"{error.msg} at character {error.pos}") from error
     except (ValueError, RecursionError) as error:  # not UTF-8, or a number with too many digits
         raise InputError(
             "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
         ) from error
+
+
+def _make_unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise InputError(f"the key {twice[:80]!r} occurs twice in an object")
+    return made
 
 
 def to_plain(value: Any) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any
 
@@ -12,6 +10,8 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from blip2.errors import InputError
+from blip2.io import parse_json
 from blip2.serve.errors import ApiError
 
 
@@ -35,20 +35,9 @@ class JSONRoute(APIRoute):
 class _Request(Request):
     async def json(self) -> Any:
         try:
-            return json.loads(await self.body(), object_pairs_hook=_make_object)
-        except json.JSONDecodeError as error:
-            reason = f"is not JSON ({error.msg} at character {error.pos})"
-        except (ValueError, RecursionError):  # not UTF-8, nested too deeply, or a number with too many digits
-            reason = "cannot be read"
-        raise HTTPException(400, f"the body {reason}: send a JSON object in UTF-8")
-
-
-def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise HTTPException(400, f"the key {twice[:80]!r} occurs twice in an object of the body: send it once")
-    return made
+            return parse_json(await self.body(), unique_keys=True)
+        except InputError as error:
+            raise HTTPException(400, f"the body cannot be read ({error}): send a JSON object in UTF-8") from error
 
 
 def describe_problem(errors: Iterable[Mapping[str, Any]], body: Any) -> tuple[str, str]:
