@@ -103,8 +103,8 @@ def sample_mixture(
         position = {"num_batches": 0, "gradient_accumulation_steps": gradient_accumulation_steps, "sources": {}}
     positions = dict(position["sources"])
     iterators = [
-        sample_batches(s.records, batch_size, seed, group_by_length, rank, world_size, positions.get(s.name))
-        for s in sources
+        sample_batches(s.records, batch_size, own, group_by_length, rank, world_size, positions.get(s.name))
+        for s, own in zip(sources, _seeds(seed, len(sources)), strict=True)
     ]
     probabilities = [source.probability for source in sources]
     for number in count(position["num_batches"]):
@@ -118,6 +118,15 @@ def sample_mixture(
             "sources": positions,
         }
         yield BatchSpec(batch.samples, after, index)
+
+
+def _seeds(seed: int, count: int) -> list[int]:
+    """Return the seed of each source, that of the first being `seed`.
+
+    With one seed for all, sources with the same number of records, such as several views of the same images, would have
+    the same order, and successive batches the same images.
+    """
+    return [seed, *(int(each) for each in np.random.SeedSequence([seed, 4]).generate_state(count - 1))]
 
 
 def resume_mixture(
@@ -153,12 +162,12 @@ def resume_mixture(
     """
     resumed: dict[str, SourcePosition] = {}
     changed: dict[str, list[str]] = {}
-    for source in sources:
+    for source, own_seed in zip(sources, _seeds(seed, len(sources)), strict=True):
         former = [position["sources"].get(source.name, START) for position in positions]
         started = [position for position in former if position is not START]
         if not started:
             continue
-        order = order_settings(source.records, seed)
+        order = order_settings(source.records, own_seed)
         batching = batch_settings(source.records, batch_size, group_by_length, world_size)
         order_changes = _describe_changes(started[0]["order_settings"], order)
         batch_changes = _describe_changes(started[0]["batch_settings"], batching)
@@ -194,12 +203,13 @@ def resume_mixture(
 
 
 def _describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Return the settings that differ, as ``key from a to b``, separated by commas; empty if there are none.
+    """Return the settings that differ, such as ``key from a to b``, separated by commas; empty if there are none.
 
     Settings that an older version did not store are not compared.
     """
+    words = {"seed": "another seed", "digest": "other records"}  # numbers that nobody has seen
     keys = [key for key in before if before[key] != now.get(key)]
-    return ", ".join(f"{key} from {before.get(key)} to {now.get(key)}" for key in keys)
+    return ", ".join(words.get(key) or f"{key} from {before.get(key)} to {now.get(key)}" for key in keys)
 
 
 class MixtureDataset(Dataset[LoadedBatch]):
