@@ -4,6 +4,7 @@ BLIP2_KILLS=10 lets the run with kills be killed ten times.
 """
 
 import io
+import itertools
 import json
 import os
 import random
@@ -14,9 +15,12 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from multiprocessing import resource_sharer
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from torch.utils.data import Dataset
 from torch.utils.data import _utils as torch_workers
@@ -206,6 +210,32 @@ def test_workers_that_are_always_killed(soon: None) -> None:
         for expected, (item, _) in enumerate(made):
             assert item == expected < 5
     assert "\n" not in str(error.value)
+
+
+class Tensors(Dataset[torch.Tensor]):
+    def __getitem__(self, item: int) -> torch.Tensor:
+        return torch.tensor([item])
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.mark.parametrize("error", [EOFError, ConnectionResetError, FileNotFoundError])
+def test_a_worker_that_is_killed_while_its_tensors_are_received(
+    monkeypatch: pytest.MonkeyPatch, soon: None, error: type[Exception]
+) -> None:
+    """The connection to it is lost before PyTorch sees that it is gone."""
+    detach, calls = resource_sharer.DupFd.detach, itertools.count(1)
+
+    def lose(self: Any) -> int:
+        if next(calls) == 3:
+            raise error
+        return detach(self)
+
+    monkeypatch.setattr(resource_sharer.DupFd, "detach", lose)
+    made = prefetch(iter(range(8)), Tensors(), 1)
+    assert [int(item) for item in made] == list(range(8))
+    monkeypatch.setattr(resource_sharer.DupFd, "detach", lambda self: (_ for _ in ()).throw(error))
+    with pytest.raises(InputError, match=rf"were killed 3 times in a row \({error.__name__}\)"):
+        next(prefetch(iter(range(8)), Tensors(), 1))
 
 
 class Wrong(Dataset[int]):

@@ -13,6 +13,7 @@ from itertools import chain
 from multiprocessing import parent_process
 from multiprocessing.reduction import ForkingPickler
 from threading import Thread, current_thread, main_thread
+from traceback import walk_tb
 from typing import Any, TypeVar
 
 import torch
@@ -66,21 +67,29 @@ def _with_restarts(items: Iterator[T], restart: Callable[[], Iterator[T]], in_fl
                 failures = 0
                 yield item
             return
-        except RuntimeError as error:
-            if not _WORKER_KILLED.search(str(error)):
+        except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
+            if not _is_of_killed_worker(error):
                 raise
             items = iter(())  # deletes the loader, which ends the workers that are still running
             failures += 1
             if failures == MAX_WORKER_FAILURES:
                 raise InputError(
-                    f"the processes that load data were killed {MAX_WORKER_FAILURES} times in a row ({error}), usually"
-                    " because memory ran out: lower data.num_workers or data.batch_size, and rerun (training: with"
-                    " --resume)"
+                    f"the processes that load data were killed {MAX_WORKER_FAILURES} times in a row"
+                    f" ({str(error) or type(error).__name__}), usually because memory ran out: lower data.num_workers"
+                    " or data.batch_size, and rerun (training: with --resume)"
                 ) from error
         items = restart()
 
 
 _WORKER_KILLED = re.compile(r"^DataLoader worker \(pid\(?s?\)? [\d, ]+\) (exited unexpectedly|is killed by signal)")
+
+
+def _is_of_killed_worker(error: Exception) -> bool:
+    """Return whether an error says that a worker was killed while the loader waited for it, or received its tensors."""
+    if isinstance(error, RuntimeError):
+        return _WORKER_KILLED.search(str(error)) is not None
+    modules = [frame.f_globals["__name__"] for frame, _ in walk_tb(error.__traceback__)]
+    return "torch.multiprocessing.reductions" in modules
 
 
 def _start(indices: Iterator[Any], dataset: Dataset[T], num_workers: int) -> Iterator[T]:
