@@ -14,7 +14,7 @@ from blip2.data.collate import encode_texts
 from blip2.decoding.options import ANSWER_DECODING, CAPTION_DECODING, Decoding
 from blip2.errors import InputError
 from blip2.pipelines import QUESTION_TEMPLATE, SHORT_QUESTION_TEMPLATE, load
-from blip2.pipelines.base import as_list
+from blip2.pipelines.base import as_list, check_image_index
 from blip2.pipelines.likelihood import check_prompts
 from conftest import draw
 from fixtures.tiny import randomize
@@ -353,6 +353,12 @@ def test_images_that_prompts_cannot_be_about(writer):
         writer.generate(IMAGES, ["", ""], GREEDY, image_index=[0])
     with pytest.raises(InputError, match="image_index contains 3, expected 0 to 2"):
         writer.generate(IMAGES, ["", ""], GREEDY, image_index=[0, 3])
+    assert check_image_index(np.array([2, 0]), 3) == [2, 0]
+    for wrong in (1.0, None, "1", -1):
+        with pytest.raises(InputError, match=f"image_index contains {wrong!r}, expected 0 to 2"):
+            check_image_index([0, wrong], 3)
+    with pytest.raises(InputError, match="num_return_sequences is 0, expected at least 1"):
+        writer.generate(IMAGES, ["", "", ""], GREEDY, num_return_sequences=0)
 
 
 def test_sampling_follows_the_seed(writer):

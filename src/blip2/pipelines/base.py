@@ -230,6 +230,21 @@ def check_tokens(ids: Int[Tensor, "T L"], config: QFormerConfig) -> None:
         raise InputError(f"a text contains {IMAGE_TOKEN}, for which the Q-Former has no embedding: remove it")
 
 
+def check_image_index(image_index: Iterable[Any], num_images: int) -> list[int]:
+    """Return indices of images as a list, after checking each.
+
+    Raises:
+        InputError: an element is not an integer in [0, `num_images`).
+    """
+    indices = list(image_index)
+    for index in indices:
+        if not hasattr(index, "__index__") or not 0 <= index < num_images:
+            raise InputError(
+                f"image_index contains {index!r}, expected 0 to {num_images - 1}: give the index of one of the images"
+            )
+    return [int(index) for index in indices]
+
+
 def as_list(texts: Any) -> list[Any]:
     """Return one text, or several texts, as a list, whose elements may still be anything but texts."""
     return [texts] if isinstance(texts, str | bytes) or not isinstance(texts, Iterable) else list(texts)

@@ -19,7 +19,7 @@ from blip2.decoding.options import ANSWER_DECODING, CAPTION_DECODING, Decoding
 from blip2.decoding.text import TextStreamer, final_text, make_stopping_criteria
 from blip2.errors import InputError
 from blip2.model.losses import IGNORE_INDEX, MAX_LOGITS_PER_CHUNK
-from blip2.pipelines.base import as_list, check_all_used, check_texts, texts_of_images
+from blip2.pipelines.base import as_list, check_all_used, check_image_index, check_texts, texts_of_images
 from blip2.pipelines.chat import Chat
 from blip2.pipelines.images import Images, ImageStream, OnError, cat_padded
 from blip2.pipelines.likelihood import LikelihoodPipeline, check_prompts
@@ -296,9 +296,12 @@ class GenerationPipeline(LikelihoodPipeline):
             The N = len(prompts) * `num_return_sequences` texts. The texts of one prompt are next to each other.
 
         Raises:
-            InputError: the numbers of prompts and images (or of prompts and `image_index`) differ, an index is out of
-                range, or a prompt is too long for the LLM or contains an image placeholder.
+            InputError: the numbers of prompts and images (or of prompts and `image_index`) differ, an index or
+                `num_return_sequences` is out of range, or a prompt is too long for the LLM or contains an image
+                placeholder.
         """
+        if num_return_sequences < 1:
+            raise InputError(f"num_return_sequences is {num_return_sequences}, expected at least 1")
         encoded = self._encode_questions(questions, prompts)
         if encoded is None:  # what the LLM reads is smaller than the features, which are not needed again
             parts = self._stream(images, label="generate")
@@ -311,11 +314,7 @@ class GenerationPipeline(LikelihoodPipeline):
             raise InputError(f"there are {len(inputs)} images and {len(prompts)} prompts: give one prompt per image")
         if len(indices) != len(prompts):
             raise InputError(f"image_index has {len(indices)} entries for {len(prompts)} prompts: give one per prompt")
-        wrong = next((index for index in indices if not 0 <= index < len(inputs)), None)
-        if wrong is not None:
-            raise InputError(
-                f"image_index contains {wrong}, expected 0 to {len(inputs) - 1}: give the index of one of the images"
-            )
+        indices = check_image_index(indices, len(inputs))
         tokens = self._tokenize_prompts(prompts, decoding)
         if encoded is not None:  # each question has its own visual prompt
             inputs, indices = self._visual_prompts(inputs, encoded, torch.tensor(indices)), list(range(len(prompts)))

@@ -30,7 +30,7 @@ from blip2.data.collate import (
 from blip2.errors import InputError
 from blip2.model.generation import GenerationModel, Questions
 from blip2.model.losses import IGNORE_INDEX
-from blip2.pipelines.base import as_list, check_texts, check_tokens
+from blip2.pipelines.base import as_list, check_image_index, check_texts, check_tokens
 from blip2.pipelines.images import Images, cat_padded
 from blip2.pipelines.scoring import Rows, Scores, ScoringPipeline, TextLengthError
 
@@ -224,11 +224,7 @@ class LikelihoodPipeline(ScoringPipeline[GenerationModel]):
         for what, values in lists.items():
             if len(values) != len(texts):
                 raise InputError(f"there are {len(texts)} texts and {len(values)} {what}: give one per text")
-        wrong = next((index for index in image_index if not 0 <= index < num_images), None)
-        if wrong is not None:
-            raise InputError(
-                f"image_index contains {wrong}, expected 0 to {num_images - 1}: give the index of one of the images"
-            )
+        check_image_index(image_index, num_images)
 
     def _check_scored_length(self, num_tokens: int, num_labels: int) -> None:
         """Check that the LLM has positions for what it reads.

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from blip2.config import ScoreName
 from blip2.errors import InputError
-from blip2.pipelines.base import Images, Model, Pipeline, check_texts
+from blip2.pipelines.base import Images, Model, Pipeline, check_image_index, check_texts
 
 LIKELIHOODS = ("itg", "lm", "pmi")
 """The scores that are sums over the tokens of a text."""
@@ -326,12 +326,7 @@ class ScoringPipeline(Pipeline[Model]):
         indices = list(image_index)
         if len(indices) != num_texts:
             raise InputError(f"image_index has {len(indices)} entries for {num_texts} texts: give one per text")
-        wrong = next((index for index in indices if not 0 <= index < num_rows), None)
-        if wrong is not None:
-            raise InputError(
-                f"image_index contains {wrong}, expected 0 to {num_rows - 1}: give the index of one of the images"
-            )
-        return indices
+        return check_image_index(indices, num_rows)
 
     @staticmethod
     def _group_candidates(
