@@ -242,7 +242,7 @@ def main() -> None:
     parser.add_argument("--encoder", choices=WIDTHS, default="moonshine")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--stage1-steps", type=int, default=1200)
-    parser.add_argument("--stage2-steps", type=int, default=150)
+    parser.add_argument("--stage2-steps", type=int, default=400)
     options = parser.parse_args()
     output: Path = options.output
     output.mkdir(parents=True, exist_ok=True)
