@@ -7,7 +7,7 @@ BIN := .venv/bin
 demo: .venv/ready  ## train both stages on composed scenes, in half an hour to an hour on two cores, and write runs/demo/report.html
 	$(BIN)/blip2 demo
 
-# What one run compiled is what the next one imports.
+# The bytecode that one run compiles saves time in the next one.
 test: export PYTHONDONTWRITEBYTECODE :=
 test: .venv/ready  ## the whole test suite
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder

@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--spread", type=float, default=0.3)
     parser.add_argument("--bits", type=int, default=indexing.NUM_BITS, help="bits per dimension in the index")
     parser.add_argument("--searches", type=int, default=200, help="number of searches that are measured")
-    parser.add_argument("--added", type=int, default=0, help="number of images that are added after that")
+    parser.add_argument("--added", type=int, default=0, help="number of images that are added to the finished index")
     options = parser.parse_args()
     indexing.NUM_BITS = options.bits
     shutil.rmtree(options.folder, ignore_errors=True)

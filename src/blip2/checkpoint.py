@@ -622,8 +622,7 @@ def _load(weights: Mapping[str, Tensor], model: nn.Module, checkpoint: Checkpoin
     check_tied_weights(weights, parameters, f"checkpoint {checkpoint.name}")
     with torch.no_grad():
         for name, tensor in weights.items():
-            if parameters[name].is_floating_point():
-                check_floating_point(name, tensor, checkpoint.name)
+            check_floating_point(name, tensor, parameters[name], checkpoint.name)
             check_finite(name, tensor, checkpoint.name)
             parameters[name].copy_(tensor)
 

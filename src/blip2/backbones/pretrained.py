@@ -98,18 +98,19 @@ def check_finite(name: str, tensor: Tensor, source: str) -> None:
         )
 
 
-def check_floating_point(name: str, tensor: Tensor, source: str) -> None:
-    """Check that a weight holds floating-point numbers: integers would be converted without the scale that they need.
+def check_floating_point(name: str, tensor: Tensor, parameter: Tensor, source: str) -> None:
+    """Check that a weight holds floating-point numbers if its parameter does.
+
+    Integers would be converted without the scale that they need.
 
     Args:
-        name: name of the weight, for the message.
-        tensor: the weight.
-        source: file or folder from which the weight was loaded, for the message.
+        name, tensor, source: see :func:`check_finite`.
+        parameter: the parameter or buffer that gets the values.
 
     Raises:
         InputError: the weight holds other values.
     """
-    if not tensor.is_floating_point():
+    if parameter.is_floating_point() and not tensor.is_floating_point():
         raise InputError(
             f"the weight {name} in {source!r} holds values of type {str(tensor.dtype).removeprefix('torch.')}, expected"
             " floating-point numbers: give a checkpoint that is not quantized"
@@ -315,8 +316,8 @@ def load_submodule(
         )
     _check_missing(model, info, optional, name, what)
     for key, parameter in model.named_parameters():
-        if key in weights and parameter.is_floating_point():
-            check_floating_point(key, weights[key], name)
+        if key in weights:
+            check_floating_point(key, weights[key], parameter, name)
     check_tied_weights(weights, model.state_dict(), name)
     return model
 

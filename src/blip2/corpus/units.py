@@ -39,8 +39,8 @@ class Unit:
     count: int | None = None
     """Number of records. None: the source is a ``.tar``, and the unit is all of it."""
     version: str = ""
-    """What changes if the records of the unit are others: :func:`~blip2.io.describe_version` of the files of the
-    source or, if it is not a name of files, :meth:`~blip2.data.records.Records.digest` of the records."""
+    """Value that differs if the records are others: :func:`~blip2.io.describe_version` of the files of the source or,
+    if it is not a name of files, :meth:`~blip2.data.records.Records.digest` of the records."""
 
 
 def list_units(source: str, shard_size: int) -> list[Unit]:

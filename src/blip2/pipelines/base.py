@@ -78,8 +78,10 @@ class Pipeline(Generic[Model]):
         if self.model.vision.has_padding and images.shape[2] == self.model.vision.hidden_size:
             check_padded(images)
             return True
-        if images.shape[1:] != self._feature_shape or not len(images):
-            return images.shape[1:] == self._feature_shape
+        if images.shape[1:] != self._feature_shape:
+            return False
+        if not len(images):
+            return True
         extremes = torch.stack(torch.aminmax(images.detach()))  # both are NaN if any value is
         if not images.is_floating_point() or not extremes.isfinite().all():
             raise InputError(

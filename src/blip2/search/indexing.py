@@ -534,7 +534,7 @@ def optimize(library: Library) -> None:
 
     A library of more than :data:`~blip2.search.library.EXACT_ROWS` rows has an index (IVF with RaBitQ). It is not
     extended, because LanceDB takes longer for that than for building it: a search compares images that were added
-    later one by one. The index is built anew when more than ``EXACT_ROWS`` images have been added or deleted since, or
+    later one by one. The index is rebuilt when more than ``EXACT_ROWS`` images have been added or deleted since, or
     when there are more than :data:`MAX_SMALL_FILES` small files.
     """
     from lancedb.index import IvfRq
